@@ -1,0 +1,104 @@
+# ckca.h is a header: nothing needs building to use it. This builds the examples, the tests and the benchmark.
+#
+#   make                    the examples, in build/
+#   make demo               the main example on the pictures it makes itself; checkpoints and plot in build/demo
+#   make test               every test, ending in "N passed, N failed"
+#   make bench              build/bench (see tests/bench.c)
+#   make asan               the test programs under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make fuzz TIME=60       libFuzzer on the file readers for so many seconds (needs clang)
+#   make install PREFIX=    the header and ckca.pc; DESTDIR is honoured
+#   make clean
+#
+# Yours to set: CC, CFLAGS, LDFLAGS, OPENMP= (to build without), STB= (to build without pictures' files).
+
+ifeq ($(origin CC),default)
+CC := $(firstword $(foreach c,cc gcc clang,$(if $(shell command -v $(c) 2>/dev/null),$(c))))
+endif
+CFLAGS ?= -O3
+WARNINGS = -Wall -Wextra -Wpedantic
+PREFIX ?= /usr/local
+TIME ?= 60
+VERSION := $(shell sed -n 's/.*define CKCA_VERSION "\(.*\)".*/\1/p' ckca.h 2>/dev/null)
+
+# What this machine has, found by compiling; asked only where something is to be compiled.
+ifeq ($(filter clean help install,$(MAKECMDGOALS)),)
+ifeq ($(CC),)
+$(error no C compiler found: install gcc or clang, or set CC)
+endif
+HASH := \#
+probe = $(shell mkdir -p build && printf '%s\n' '$(HASH)include $(1)' 'int main(void) { return 0; }' | \
+    $(CC) $(CFLAGS) $(2) -x c -o build/probe.$$$$ - 2>/dev/null && echo yes; rm -f build/probe.$$$$)
+OPENMP ?= $(if $(call probe,<omp.h>,-fopenmp),-fopenmp)
+STB ?= $(or $(if $(call probe,<stb/stb_image.h>),yes),$(if $(call probe,<stb_image.h>),yes))
+ifeq ($(MAKELEVEL),0)
+$(info compiler: $(CC), $(shell $(CC) --version 2>/dev/null | head -n 1))
+$(info OpenMP: $(if $(OPENMP),$(OPENMP),not found (one thread)); stb_image: $(if $(STB),found,not found (no JPEG or PNG; Debian: libstb-dev)))
+endif
+endif
+
+ALL_CFLAGS = -std=c99 -D_DEFAULT_SOURCE $(WARNINGS) $(CFLAGS) $(OPENMP) $(if $(STB),,-DCKCA_NO_STB_IMAGE) -I.
+ASAN_CFLAGS = -std=c99 -D_DEFAULT_SOURCE -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined \
+    -fno-omit-frame-pointer $(if $(STB),,-DCKCA_NO_STB_IMAGE) -I.
+LIBS = -lm
+
+EXAMPLES := $(patsubst examples/%.c,build/%,$(wildcard examples/*.c))
+TESTS := $(patsubst tests/%.c,build/%,$(sort $(wildcard tests/test_*.c)))
+SCRIPTS := $(sort $(wildcard tests/test_*.sh))
+ASAN := $(patsubst build/%,build/asan/%,$(TESTS))
+
+.PHONY: all demo test tests bench asan fuzz install clean help FORCE
+.DELETE_ON_ERROR:
+
+all: $(EXAMPLES)
+
+demo: build/incremental
+	mkdir -p build/demo
+	build/incremental --out build/demo
+
+# The scripts call make and the programs; they and the programs run one after another.
+test: $(EXAMPLES) $(TESTS) $(ASAN) build/bench
+	CC="$(CC)" MAKE="$(MAKE)" sh tests/run.sh $(TESTS) $(SCRIPTS) $(ASAN)
+
+tests: $(TESTS)
+	CC="$(CC)" MAKE="$(MAKE)" sh tests/run.sh $(TESTS)
+
+asan: $(ASAN)
+	sh tests/run.sh $(ASAN)
+
+bench: build/bench
+
+# Rewritten only when the flags change, so that everything is rebuilt then.
+build/flags: FORCE
+	@mkdir -p build/asan
+	@echo '$(CC) $(ALL_CFLAGS) $(LDFLAGS) $(LIBS) $(ASAN_CFLAGS)' > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+build/%: examples/%.c ckca.h $(wildcard examples/*.h) build/flags
+	$(CC) $(ALL_CFLAGS) $< -o $@ $(LDFLAGS) $(LIBS)
+
+build/%: tests/%.c ckca.h $(wildcard tests/*.h) build/flags
+	$(CC) $(ALL_CFLAGS) $< -o $@ $(LDFLAGS) $(LIBS)
+
+build/asan/%: tests/%.c ckca.h $(wildcard tests/*.h) build/flags
+	$(CC) $(ASAN_CFLAGS) $(WARNINGS) $< -o $@ $(LDFLAGS) $(LIBS)
+
+build/fuzz: tests/fuzz.c ckca.h build/flags
+	clang -std=c99 -D_DEFAULT_SOURCE -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined \
+	    $(if $(STB),,-DCKCA_NO_STB_IMAGE) -I. $< -o $@ $(LIBS)
+
+fuzz: build/fuzz
+	mkdir -p build/corpus
+	build/fuzz -max_total_time=$(TIME) -print_final_stats=1 -artifact_prefix=build/ build/corpus
+
+install:
+	install -d '$(DESTDIR)$(PREFIX)/include' '$(DESTDIR)$(PREFIX)/lib/pkgconfig'
+	install -m 644 ckca.h '$(DESTDIR)$(PREFIX)/include/ckca.h'
+	printf '%s\n' 'prefix=$(PREFIX)' 'includedir=$${prefix}/include' '' 'Name: ckca' \
+	    'Description: Incremental training of image classifiers, a single C header' 'Version: $(VERSION)' \
+	    'Cflags: -I$${includedir}' 'Libs: -lm' > '$(DESTDIR)$(PREFIX)/lib/pkgconfig/ckca.pc'
+
+clean:
+	rm -rf build
+
+help:
+	@sed -n 's/^#   //p' Makefile

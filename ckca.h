@@ -1,0 +1,7284 @@
+#ifndef CKCA__PASS
+#ifndef CKCA_H
+#define CKCA_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#ifndef CKCA_API
+#ifdef CKCA_STATIC
+#define CKCA_API static
+#else
+#define CKCA_API extern
+#endif
+#endif
+
+#define CKCA_VERSION "0.1.0"
+
+/* The value of a descriptor's field whose zero means "default" when you want it switched off. */
+#define CKCA_OFF (-1.0f)
+
+/* ------------------------------------------------------------------------------------------------------------------
+   CONTEXT
+   ------------------------------------------------------------------------------------------------------------------ */
+
+typedef enum ckca_status {
+    CKCA_OK = 0,
+    CKCA_EINVAL,  /* an argument or a descriptor's field is unusable */
+    CKCA_ESHAPE,  /* shapes do not fit each other */
+    CKCA_ENOMEM,  /* an allocation failed */
+    CKCA_EIO,     /* the system refused to open, read, write or rename a file */
+    CKCA_EFORMAT, /* a file is truncated, corrupt or of another kind */
+    CKCA_ENAN,    /* the loss is no longer finite */
+    CKCA_ESTOP,   /* the progress callback asked to stop */
+    CKCA_ECUDA    /* the GPU or its libraries refused a call */
+} ckca_status;
+
+/* Instruction sets of the host kernels; the best the processor has is taken unless another is asked for. */
+typedef enum ckca_isa { CKCA_ISA_BEST = 0, CKCA_ISA_PLAIN, CKCA_ISA_BASE, CKCA_ISA_AVX2, CKCA_ISA_AVX512 } ckca_isa;
+
+typedef struct ckca_context ckca_context; /* threads, memory, errors; one per thread of your own */
+typedef struct ckca_model ckca_model;     /* a network, its weights, and what training it needs */
+typedef struct ckca_data ckca_data;       /* labelled pictures: a view of a shared store of bytes */
+
+typedef struct ckca_desc {
+    int threads;  /* 0: as many as the machine has processors (without OpenMP always 1) */
+    ckca_isa isa; /* kernels to use; one the processor lacks is an error */
+    /* Memory: both or neither. alloc returns NULL when it has none. 0: malloc (with huge pages asked for) and free. */
+    void *(*alloc)(size_t bytes, void *user);
+    void (*release)(void *memory, size_t bytes, void *user);
+    void *user; /* handed to alloc and release */
+} ckca_desc;
+
+/* Creates a context. desc may be NULL. On failure *ctx is NULL. */
+CKCA_API ckca_status ckca_init(ckca_context **ctx, const ckca_desc *desc);
+/* Frees a context; free its models and data first. NULL is allowed, here and in every ckca_*_free. */
+CKCA_API void ckca_free(ckca_context *ctx);
+/* The last failure in one sentence, "" if there was none. Owned by the context, valid until its next failing call. */
+CKCA_API const char *ckca_error(const ckca_context *ctx);
+/* "ok", "bad argument", ... for any status. */
+CKCA_API const char *ckca_status_name(ckca_status status);
+/* What runs the kernels, for example "host avx512 x2". Owned by the context. */
+CKCA_API const char *ckca_device(const ckca_context *ctx);
+
+/* ------------------------------------------------------------------------------------------------------------------
+   DATA
+   ------------------------------------------------------------------------------------------------------------------ */
+
+/* What pictures are turned into when a set is opened. */
+typedef struct ckca_data_desc {
+    int height, width;              /* 0: as they are (a folder: as its first picture). Others are resized: scaled to
+                                       cover height x width (triangle filter, antialiased, as Pillow's BILINEAR),
+                                       centre-cropped */
+    int channels;                   /* 1 or 3; 0: as they are (a folder: 3). Grey is copied to 3, colour averaged
+                                       to 1 with the weights of ITU-R BT.601 */
+    int classes;                    /* length of class_names; 0: the classes found in the data */
+    const char *const *class_names; /* the labels' names in order; a picture of a class not in it is an error. Copied */
+} ckca_data_desc;
+
+typedef enum ckca_part { CKCA_TRAIN = 0, CKCA_TEST = 1 } ckca_part;
+
+typedef struct ckca_data_info {
+    int count, height, width, channels, classes;
+    const char *const *class_names; /* classes names, owned by the data */
+} ckca_data_info;
+
+/* DIR/CLASS/picture.{jpg,jpeg,png}, classes in the order of their bytes unless desc names them. Decoded by stb_image,
+   in parallel. Needs CKCA_NO_STB_IMAGE and CKCA_NO_STDIO unset. */
+CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const char *dir, const ckca_data_desc *desc);
+/* CIFAR-10's and CIFAR-100's binary versions as unpacked: data_batch_{1..5}.bin and test_batch.bin, or train.bin and
+   test.bin (fine labels); names from batches.meta.txt or fine_label_names.txt where present. */
+CKCA_API ckca_status ckca_open_cifar10(ckca_context *ctx, ckca_data **data, const char *dir, ckca_part part,
+                                       const ckca_data_desc *desc);
+CKCA_API ckca_status ckca_open_cifar100(ckca_context *ctx, ckca_data **data, const char *dir, ckca_part part,
+                                        const ckca_data_desc *desc);
+/* MNIST's format: {train,t10k}-images-idx3-ubyte and -labels-idx1-ubyte in dir. */
+CKCA_API ckca_status ckca_open_idx(ckca_context *ctx, ckca_data **data, const char *dir, ckca_part part,
+                                   const ckca_data_desc *desc);
+/* Pictures of your own: pixels is count x height x width x channels bytes, labels is count ints below classes. Both are
+   copied. names: classes strings, or NULL for "0", "1", ... desc as above (its classes are not used). */
+typedef struct ckca_array {
+    const unsigned char *pixels;
+    const int *labels;
+    int count, height, width, channels, classes;
+    const char *const *class_names;
+} ckca_array;
+CKCA_API ckca_status ckca_open_array(ckca_context *ctx, ckca_data **data, const ckca_array *array,
+                                     const ckca_data_desc *desc);
+
+/* One picture file decoded into out (height x width x channels bytes of desc, all three needed). */
+CKCA_API ckca_status ckca_read_picture(ckca_context *ctx, const char *path, const ckca_data_desc *desc,
+                                       unsigned char *out);
+
+/* Cuts data into n random disjoint parts of equal size (they differ by at most one where desc->size is 0). */
+typedef struct ckca_split_desc {
+    int size;       /* pictures in each part; 0: all there are, divided by n */
+    int stratified; /* 1: every part has the whole set's class proportions, to within a picture per class */
+    uint64_t seed;
+} ckca_split_desc;
+CKCA_API ckca_status ckca_split(const ckca_data *data, int n, const ckca_split_desc *desc, ckca_data **parts);
+/* The pictures of n sets as one; they must agree in shape and classes. Views of one store share it, others are copied. */
+CKCA_API ckca_status ckca_join(ckca_data **joined, ckca_data *const *parts, int n);
+/* A view of the pictures at index[0..n). */
+CKCA_API ckca_status ckca_subset(ckca_data **subset, const ckca_data *data, const int *index, int n);
+
+CKCA_API void ckca_data_info_get(const ckca_data *data, ckca_data_info *info);
+CKCA_API int ckca_label(const ckca_data *data, int i);                      /* -1 if there is no picture i */
+CKCA_API const unsigned char *ckca_pixels(const ckca_data *data, int i);    /* height x width x channels, or NULL */
+CKCA_API void ckca_data_free(ckca_data *data);
+
+/* ------------------------------------------------------------------------------------------------------------------
+   MODELS
+   ------------------------------------------------------------------------------------------------------------------ */
+
+typedef struct ckca_model_desc {
+    int height, width, channels;    /* of the input; 0: 32, 32, 3 */
+    int classes;                    /* needed */
+    const char *const *class_names; /* classes names, copied; NULL: those of the first data it is trained on */
+    const float *mean, *std;        /* per channel, of pictures scaled to 0..1, copied; NULL: measured on that data */
+    uint64_t seed;                  /* of the initial weights */
+    int width_base;                 /* ResNets: channels of the first stage; 0: 16 for CIFAR nets, 64 for ImageNet's */
+    int projection;                 /* CIFAR ResNets: 1: 1x1 convolution shortcuts (option B of He et al.), 0: subsample
+                                       and zero-pad (option A) */
+    int zero_residual;              /* ResNets: 1: the last batch norm of every residual branch starts at 0 */
+} ckca_model_desc;
+
+/* A ResNet by name: "resnet8", 20, 32, 44, 56, 110 (He et al. 2016, section 4.2), "resnet18", 34, 50 (section 4.1,
+   torchvision's), "resnet18-cifar", 34, 50 (the same with a 3x3 stem of stride 1 and no max pooling). */
+CKCA_API ckca_status ckca_resnet(ckca_context *ctx, ckca_model **model, const char *arch, const ckca_model_desc *desc);
+
+/* A network of your own: create, add nodes, finish. Each call returns its node, to be handed to the next; a failing
+   one returns -1, which later calls pass on, and ckca_model_finish reports the first failure. Names are the prefixes
+   of the parameters' names ("conv1" gives "conv1.weight"); copied. */
+typedef struct ckca_conv_desc {
+    int out, kernel, stride, pad; /* out channels; kernel 0: 3; stride 0: 1; pad as given */
+    int bias;                     /* 1: with a bias */
+} ckca_conv_desc;
+CKCA_API ckca_status ckca_model_create(ckca_context *ctx, ckca_model **model, const ckca_model_desc *desc);
+CKCA_API int ckca_input(ckca_model *model);
+CKCA_API int ckca_conv(ckca_model *model, const char *name, int input, ckca_conv_desc desc);
+CKCA_API int ckca_batchnorm(ckca_model *model, const char *name, int input);
+CKCA_API int ckca_relu(ckca_model *model, int input);
+CKCA_API int ckca_add(ckca_model *model, int a, int b);
+CKCA_API int ckca_maxpool(ckca_model *model, int input, int kernel, int stride, int pad);
+CKCA_API int ckca_avgpool(ckca_model *model, int input); /* global: N x H x W x C to N x 1 x 1 x C */
+CKCA_API int ckca_subsample(ckca_model *model, int input, int stride, int out); /* every stride-th pixel, zeros added
+                                                                                   in front and behind to out channels */
+CKCA_API int ckca_linear(ckca_model *model, const char *name, int input, int out); /* input flattened: H x W x C */
+CKCA_API int ckca_stage(ckca_model *model, int input); /* marks a map for FeatReg's STAGES; returns input */
+/* logits is the output (N x 1 x 1 x classes, of a linear node); its input are the pooled features. */
+CKCA_API ckca_status ckca_model_finish(ckca_model *model, int logits);
+CKCA_API void ckca_model_free(ckca_model *model);
+
+typedef struct ckca_model_info {
+    const char *arch;               /* the builder's name, or "custom" */
+    int height, width, channels, classes, features;
+    const char *const *class_names; /* NULL before the first training where none were given */
+    const float *mean, *std;        /* channels values; NULL likewise */
+    int step;                       /* updates done: 0 for a fresh network */
+    int64_t parameters;             /* trainable values */
+    int nodes, logits;              /* nodes of the graph; the logits' node */
+} ckca_model_info;
+CKCA_API void ckca_model_info_get(const ckca_model *model, ckca_model_info *info);
+/* A data descriptor that fits the model: its size, channels and classes (names owned by the model). */
+CKCA_API ckca_data_desc ckca_data_like(const ckca_model *model);
+
+/* Bytes a model takes at a batch size, known before they are allocated. */
+typedef struct ckca_bytes {
+    size_t parameters, gradients, momentum, activations, workspace, total;
+} ckca_bytes;
+CKCA_API ckca_status ckca_model_bytes(const ckca_model *model, int batch, int training, ckca_bytes *bytes);
+
+/* Parameters and buffers by index or name, in PyTorch's order (convolution K x C x R x S, linear K x D). */
+typedef struct ckca_tensor {
+    const char *name;
+    int dims, shape[4];
+    int64_t count;
+    int trainable; /* 0: running_mean, running_var */
+} ckca_tensor;
+typedef enum ckca_slot { CKCA_VALUE = 0, CKCA_GRADIENT, CKCA_MOMENTUM } ckca_slot;
+CKCA_API int ckca_tensors(const ckca_model *model);
+CKCA_API ckca_status ckca_tensor_info(const ckca_model *model, int i, ckca_tensor *tensor);
+CKCA_API int ckca_tensor_find(const ckca_model *model, const char *name); /* index, or -1 */
+CKCA_API ckca_status ckca_tensor_read(ckca_model *model, int i, ckca_slot slot, float *out);
+CKCA_API ckca_status ckca_tensor_write(ckca_model *model, int i, ckca_slot slot, const float *in);
+
+/* A training step in your own hands: forward, a loss of your own, backward, sgd. Host memory throughout. */
+CKCA_API ckca_status ckca_forward(ckca_model *model, const float *pictures, int n, int training); /* N x H x W x C */
+CKCA_API ckca_status ckca_node_shape(const ckca_model *model, int node, int *height, int *width, int *channels);
+/* The output of a node in the last forward. In training every node can be read except those fused into a later one
+   (a batch norm or add that only a ReLU reads); in evaluation the logits and the features only. */
+CKCA_API ckca_status ckca_node_read(ckca_model *model, int node, float *out);
+/* Gradients of the last training forward, added to the parameters' gradients. dlogits is N x classes, dfeatures
+   N x features or NULL. */
+CKCA_API ckca_status ckca_backward(ckca_model *model, const float *dlogits, const float *dfeatures);
+CKCA_API ckca_status ckca_zero_gradients(ckca_model *model);
+
+typedef struct ckca_sgd_desc {
+    float lr;             /* needed here; ckca_update's comes from its schedule */
+    float momentum;       /* 0: 0.9 */
+    float weight_decay;   /* 0: 5e-4; not on batch norm and biases */
+    int plain;            /* 1: no Nesterov */
+    float clip_norm;      /* 0: off. Else the global gradient norm is scaled down to this */
+} ckca_sgd_desc;
+/* v = m v + g + wd w; w -= lr (g + wd w + m v) with Nesterov, w -= lr v without (PyTorch's SGD). */
+CKCA_API ckca_status ckca_sgd(ckca_model *model, const ckca_sgd_desc *desc);
+
+/* ------------------------------------------------------------------------------------------------------------------
+   TRAINING
+   ------------------------------------------------------------------------------------------------------------------ */
+
+/* Augmentation: a pure function of (seed, epoch, picture). Everything off when zero. */
+typedef struct ckca_augment {
+    int pad;            /* zero-pad by this many pixels, crop at random */
+    int flip;           /* 1: mirror left and right half of the time */
+    int resized_crop;   /* 1: area 0.25..1 (see crop_min), aspect 3/4..4/3, resized bilinearly (torchvision's
+                           RandomResizedCrop); instead of pad */
+    float crop_min;     /* least area of resized_crop; 0: 0.25 */
+    float jitter;       /* brightness, contrast, saturation each scaled by 1 -+ jitter */
+} ckca_augment;
+
+typedef enum ckca_schedule { CKCA_COSINE = 0, CKCA_CONSTANT, CKCA_STEP } ckca_schedule;
+
+typedef enum ckca_method {
+    CKCA_METHOD_CKCA = 0,       /* warm start + AdaKD + FeatReg */
+    CKCA_METHOD_SCRATCH,        /* weights drawn anew: SCRATCH_CHUNK or, on joined chunks, SCRATCH_ALL */
+    CKCA_METHOD_WARM,           /* vanilla warm start */
+    CKCA_METHOD_SHRINK_PERTURB, /* Ash and Adams 2020: w = shrink w + perturb w_fresh */
+    CKCA_METHOD_LWF             /* Li and Hoiem 2016: constant distillation, weight w_kd, default 1 */
+} ckca_method;
+
+/* a_i, the weight of picture i in AdaKD; p_o is the teacher's softmax, y its label. This project's forms. */
+typedef enum ckca_adakd {
+    CKCA_ADAKD_CLASS = 0, /* the teacher's top-1 accuracy on the chunk's pictures of class y_i */
+    CKCA_ADAKD_CONSTANT,  /* 1 */
+    CKCA_ADAKD_TRUTH,     /* p_o[y_i] over its batch mean */
+    CKCA_ADAKD_DOUBT      /* 1 - p_o[y_i] over its batch mean */
+} ckca_adakd;
+
+/* d(f, fo) in FeatReg. This project's forms. */
+typedef enum ckca_featreg {
+    CKCA_FEATREG_COSINE = 0, /* 1 - cos(f, fo) */
+    CKCA_FEATREG_L2,         /* mean over D of (f - fo)^2 */
+    CKCA_FEATREG_RELATION,   /* mean over pairs of (cos(f_i, f_j) - cos(fo_i, fo_j))^2 */
+    CKCA_FEATREG_STAGES      /* COSINE on the output map of every stage, averaged over stages */
+} ckca_featreg;
+
+typedef struct ckca_progress {
+    int step;                           /* the update under way: 1 is the first */
+    int epoch, epochs;                  /* 0-based */
+    int batch, batches;                 /* SGD steps done in this epoch; of how many */
+    float lr;
+    double loss, kd, feat, accuracy;    /* means over this epoch so far; kd and feat without their weights */
+    double seconds, seconds_left;       /* since the call; an estimate */
+} ckca_progress;
+
+typedef struct ckca_update_desc {
+    ckca_method method;
+    /* the method's terms: loss = cross-entropy + w_kd AdaKD + w_feat FeatReg. CKCA_OFF for none */
+    ckca_adakd adakd;
+    ckca_featreg featreg;
+    float w_kd;             /* 0: 2 (LWF: 1) */
+    float w_feat;           /* 0: see the manual */
+    float temperature;      /* 0: 2 */
+    float shrink, perturb;  /* 0: 0.4 and 0.1 */
+    const ckca_model *teacher; /* NULL: the model itself as it came; else any with the same classes */
+    /* the training */
+    int epochs, batch;      /* 0: 40 and 64 */
+    float lr;               /* 0: 0.1, the peak */
+    ckca_schedule schedule;
+    float warmup_epochs;    /* 0: 1; linear from lr / steps. CKCA_OFF: none */
+    float step_epochs;      /* CKCA_STEP: lr is multiplied by step_factor every so many epochs; 0: a third of epochs */
+    float step_factor;      /* 0: 0.1 */
+    float momentum, weight_decay, clip_norm; /* as ckca_sgd_desc */
+    int plain;
+    float label_smoothing;
+    ckca_augment augment;
+    uint64_t seed;          /* of order and augmentation (and of SCRATCH's and SHRINK_PERTURB's fresh weights) */
+    /* files and reports */
+    const char *state;      /* path of a training state, written every state_seconds and removed at the end. If it is
+                               there at the start, training resumes from it, to bitwise the same weights */
+    float state_seconds;    /* 0: 30 */
+    int (*progress)(const ckca_progress *progress, void *user); /* after every SGD step; non-zero stops (CKCA_ESTOP) */
+    void *user;
+} ckca_update_desc;
+
+typedef struct ckca_report {
+    int step;                        /* the model's time step now */
+    int sgd_steps;
+    double loss, kd, feat, accuracy; /* means over the last epoch */
+    double teacher_accuracy;         /* the old checkpoint's on the new pictures; -1 where there was none */
+    double seconds;
+} ckca_report;
+
+/* One time step: freezes the teacher, starts as desc->method says, trains on data, raises the model's step by one. The
+   first update of a fresh model is plain training whatever the method. After a failure the model is as it was before
+   the call (CKCA_ESTOP: as far as it came). desc and report may be NULL. */
+CKCA_API ckca_status ckca_update(ckca_model *model, const ckca_data *data, const ckca_update_desc *desc,
+                                 ckca_report *report);
+
+typedef struct ckca_score {
+    int count;
+    double top1, top5, loss; /* fractions; mean cross-entropy */
+} ckca_score;
+/* Evaluates with running statistics. per_class: classes top-1 fractions (-1 where no picture), or NULL. */
+CKCA_API ckca_status ckca_evaluate(ckca_model *model, const ckca_data *data, ckca_score *score, float *per_class);
+/* Class probabilities of n pictures of bytes (n x height x width x channels); out is n x classes. */
+CKCA_API ckca_status ckca_predict(ckca_model *model, const unsigned char *pixels, int n, float *out);
+/* A batch as the network takes it: pictures index[0..n) of data, augmented (augment may be NULL) and normalised, into
+   pictures (N x H x W x C), their labels into labels (may be NULL). */
+CKCA_API ckca_status ckca_get_batch(ckca_model *model, const ckca_data *data, const int *index, int n,
+                                    const ckca_augment *augment, uint64_t seed, int epoch, float *pictures,
+                                    int *labels);
+/* A random permutation of 0..n-1: a pure function of seed and epoch. ckca_update visits pictures in this order. */
+CKCA_API void ckca_shuffle(uint64_t seed, int epoch, int n, int *order);
+
+/* ------------------------------------------------------------------------------------------------------------------
+   FILES
+   ------------------------------------------------------------------------------------------------------------------ */
+
+/* Writes a safetensors file by way of a temporary one beside it: at any moment path is the old file or the new. */
+CKCA_API ckca_status ckca_save(ckca_model *model, const char *path);
+/* A model from a file that ckca_save wrote (network, classes, normalisation and step come from its metadata). */
+CKCA_API ckca_status ckca_load(ckca_context *ctx, ckca_model **model, const char *path);
+/* Weights into a finished model from any safetensors file with its names and shapes (torchvision's, say). Classes,
+   normalisation and step are taken if they are there. On failure the model is as it was. */
+CKCA_API ckca_status ckca_load_weights(ckca_model *model, const char *path);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* CKCA_H */
+#if defined(CKCA_IMPLEMENTATION) || defined(CKCA_CUDA_IMPLEMENTATION)
+#ifndef CKCA__PRIVATE
+#define CKCA__PRIVATE
+
+/* ------------------------------------------------------------------------------------------------------------------
+   PRIVATE: what the floors share
+   ------------------------------------------------------------------------------------------------------------------ */
+
+#include <limits.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#if defined(__GNUC__) || defined(__clang__)
+#define CKCA__RESTRICT __restrict__
+#define CKCA__PRINTF(f, a) __attribute__((format(printf, f, a)))
+#else
+#define CKCA__RESTRICT
+#define CKCA__PRINTF(f, a)
+#endif
+
+/* Vector kernels need GNU C's pragmas and the intrinsics of x86-64 or AArch64; elsewhere the naive ops run. */
+#if !defined(CKCA_NO_SIMD) && defined(__GNUC__) && (defined(__x86_64__) || defined(__aarch64__))
+#define CKCA__SIMD
+#endif
+
+/* Ops are static on the host and cross a translation unit with CUDA. */
+#ifdef CKCA_CUDA
+#ifdef __cplusplus
+#define CKCA__OP extern "C"
+#else
+#define CKCA__OP extern
+#endif
+#else
+#define CKCA__OP static
+#endif
+
+#ifdef _OPENMP
+#define CKCA__PRAGMA(text) _Pragma(#text)
+/* A loop over independent tasks. Dynamic: a core that something else keeps busy takes fewer. */
+#define CKCA__PARALLEL_FOR(ctx) CKCA__PRAGMA(omp parallel for schedule(dynamic) num_threads((ctx)->threads))
+#define CKCA__THREAD() omp_get_thread_num()
+#else
+#define CKCA__PARALLEL_FOR(ctx)
+#define CKCA__THREAD() 0
+#endif
+
+#define CKCA__ALIGN 64
+
+struct ckca_context {
+    int threads;
+    ckca_isa isa;
+    void *(*alloc)(size_t bytes, void *user);
+    void (*release)(void *memory, size_t bytes, void *user);
+    void *user;
+    char device[64];
+    char error[512];
+};
+
+/* Records the failure's sentence and hands its status back: return ckca__fail(ctx, CKCA_EINVAL, "...", ...). */
+static ckca_status ckca__fail(ckca_context *ctx, ckca_status status, const char *format, ...) CKCA__PRINTF(3, 4);
+
+/* Host memory: zeroed, 64-byte aligned; NULL when there is none. bytes may be 0. */
+static void *ckca__alloc(ckca_context *ctx, size_t bytes);
+static void ckca__release(ckca_context *ctx, void *memory); /* NULL is allowed */
+
+/* a * b and a + b that stick at SIZE_MAX instead of wrapping (no allocation of SIZE_MAX succeeds). */
+static size_t ckca__mul(size_t a, size_t b) { return b && a > SIZE_MAX / b ? SIZE_MAX : a * b; }
+static size_t ckca__sum(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
+static size_t ckca__round_up(size_t a, size_t to) { return a > SIZE_MAX - to ? SIZE_MAX : (a + to - 1) / to * to; }
+
+/* Counter-based random numbers: pure functions of (seed, stream, index), so a draw does not depend on who makes it
+   when. Streams are below. Mixing as in SplitMix64 (Steele, Lea, Flood 2014). */
+enum { CKCA__STREAM_INIT = 1, CKCA__STREAM_SHUFFLE, CKCA__STREAM_AUGMENT, CKCA__STREAM_SPLIT };
+static uint64_t ckca__mix(uint64_t z) {
+    z = (z ^ (z >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
+    z = (z ^ (z >> 27)) * UINT64_C(0x94d049bb133111eb);
+    return z ^ (z >> 31);
+}
+static uint64_t ckca__random(uint64_t seed, uint64_t stream, uint64_t index) {
+    uint64_t z = ckca__mix(seed + UINT64_C(0x9e3779b97f4a7c15));
+    z = ckca__mix(z ^ (stream * UINT64_C(0xd1342543de82ef95) + 1));
+    return ckca__mix(z + index * UINT64_C(0x9e3779b97f4a7c15));
+}
+static double ckca__uniform(uint64_t seed, uint64_t stream, uint64_t index) { /* in [0, 1) */
+    return (double)(ckca__random(seed, stream, index) >> 11) * (1.0 / 9007199254740992.0);
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+   OPS: the seam. The host's are in this file, the GPU's, with the same signatures, in ckca_cuda.cu.
+
+   All pointers are device memory (the host's own, on the host), float32, NHWC, 64-byte aligned at their start; they do
+   not overlap unless said. "accumulate" adds to the output instead of writing it. ws is scratch of at least the size that
+   ckca__conv_workspace and ckca__op_workspace ask for. Results do not depend on the number of threads.
+   ------------------------------------------------------------------------------------------------------------------ */
+
+typedef struct ckca__conv {
+    int n, h, w, c;      /* input: N x H x W x C */
+    int k, r, s;         /* weight: K x R x S x C */
+    int stride, pad;
+    int p, q;            /* output: N x P x Q x K; p = (h + 2 pad - r) / stride + 1 */
+} ckca__conv;
+
+/* Memory on the device. ckca__device_alloc returns zeroed memory or NULL. */
+CKCA__OP void *ckca__device_alloc(ckca_context *ctx, size_t bytes);
+CKCA__OP void ckca__device_release(ckca_context *ctx, void *memory, size_t bytes);
+CKCA__OP void ckca__device_upload(ckca_context *ctx, void *device, const void *host, size_t bytes);
+CKCA__OP void ckca__device_download(ckca_context *ctx, void *host, const void *device, size_t bytes);
+CKCA__OP void ckca__device_copy(ckca_context *ctx, void *to, const void *from, size_t bytes);
+CKCA__OP void ckca__device_zero(ckca_context *ctx, void *device, size_t bytes);
+
+/* Scratch bytes that the three convolution passes of this shape need; and any other op on rows x c values. */
+CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *s);
+CKCA__OP size_t ckca__op_workspace(const ckca_context *ctx, size_t rows, int c);
+
+/* y = relu?(conv(x, w) + bias + residual). bias (K) and residual (like y) may be NULL. */
+CKCA__OP void ckca__op_conv_forward(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w,
+                                    const float *bias, const float *residual, int relu, float *y, void *ws);
+CKCA__OP void ckca__op_conv_backward_data(ckca_context *ctx, const ckca__conv *s, const float *dy, const float *w,
+                                          float *dx, int accumulate, void *ws);
+/* Adds to dw (K x R x S x C) and, where dbias is not NULL, to dbias (K). */
+CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv *s, const float *x, const float *dy,
+                                            float *dw, float *dbias, void *ws);
+/* y (N x K) = x (N x D) w^T (K x D) + bias. The three passes in the same shapes as a convolution's. bias may be NULL. */
+CKCA__OP void ckca__op_linear_forward(ckca_context *ctx, int n, int d, int k, const float *x, const float *w,
+                                      const float *bias, float *y, void *ws);
+CKCA__OP void ckca__op_linear_backward(ckca_context *ctx, int n, int d, int k, const float *x, const float *w,
+                                       const float *dy, float *dx, int accumulate, float *dw, float *dbias, void *ws);
+
+/* Batch norm over rows x c (rows = N H W), training: mean and inv_std (c each) are saved for the backward pass, the
+   running statistics move by momentum 0.1 (unbiased variance). y = relu?((x - mean) inv_std gamma + beta + residual). */
+CKCA__OP void ckca__op_batchnorm_forward(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
+                                         const float *beta, float *running_mean, float *running_var,
+                                         const float *residual, int relu, float *y, float *mean, float *inv_std,
+                                         void *ws);
+/* dy is the gradient of y; where relu, it passes only where y > 0. Writes dx; writes (or adds to) dresidual unless it is
+   NULL; adds to dgamma and dbeta. dx may be dy. */
+CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, size_t rows, int c, const float *x, const float *y,
+                                          const float *dy, const float *gamma, const float *mean,
+                                          const float *inv_std, int relu, float *dx, float *dresidual,
+                                          int accumulate_residual, float *dgamma, float *dbeta, void *ws);
+/* Evaluation: with running statistics. */
+CKCA__OP void ckca__op_batchnorm_eval(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
+                                      const float *beta, const float *running_mean, const float *running_var,
+                                      const float *residual, int relu, float *y);
+/* Folds an evaluating batch norm into the convolution before it: w_out = w gamma / std per output channel (k of them,
+   per values each), bias_out = beta + (bias - running_mean) gamma / std. bias may be NULL. */
+CKCA__OP void ckca__op_fold(ckca_context *ctx, int k, size_t per, const float *w, const float *bias, const float *gamma,
+                            const float *beta, const float *running_mean, const float *running_var, float *w_out,
+                            float *bias_out);
+
+/* y = relu?(a + b), b may be NULL. */
+CKCA__OP void ckca__op_add(ckca_context *ctx, size_t count, const float *a, const float *b, int relu, float *y);
+/* dx (+)= dy where y > 0 (y NULL: everywhere). */
+CKCA__OP void ckca__op_add_backward(ckca_context *ctx, size_t count, const float *y, const float *dy, float *dx,
+                                    int accumulate);
+/* s: r = s = kernel, k = c. at (NULL in evaluation) holds, per output, which of the kernel's positions won (the first of
+   equals). */
+CKCA__OP void ckca__op_maxpool_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y,
+                                       unsigned char *at);
+CKCA__OP void ckca__op_maxpool_backward(ckca_context *ctx, const ckca__conv *s, const float *dy,
+                                        const unsigned char *at, float *dx, int accumulate);
+/* Mean over area = H W. x is n x area x c. */
+CKCA__OP void ckca__op_avgpool_forward(ckca_context *ctx, int n, int area, int c, const float *x, float *y);
+CKCA__OP void ckca__op_avgpool_backward(ckca_context *ctx, int n, int area, int c, const float *dy, float *dx,
+                                        int accumulate);
+/* The parameterless shortcut (option A of He et al. 2016): every stride-th pixel; (k - c) / 2 zero channels in front. */
+CKCA__OP void ckca__op_subsample_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y);
+CKCA__OP void ckca__op_subsample_backward(ckca_context *ctx, const ckca__conv *s, const float *dy, float *dx,
+                                          int accumulate);
+
+/* Losses. Each writes its gradient with respect to the student (times scale), or adds it, and its per-picture value (unscaled;
+   their mean over n is the term) to loss[n].
+   Softmax cross-entropy with label smoothing (PyTorch's: target (1 - e) onehot + e / K). hit[i] = 1 if the arg max
+   (lowest index of equals) is the label, | 2 if the label is among the 5 greatest. dz may be NULL. */
+CKCA__OP void ckca__op_cross_entropy(ckca_context *ctx, int n, int k, const float *z, const int *labels,
+                                     float smoothing, float *dz, float *loss, int *hit);
+CKCA__OP void ckca__op_softmax(ckca_context *ctx, int n, int k, const float *z, float *p);
+/* AdaKD: class_weight is k values, for ADAKD_CLASS only. Adds to dz. */
+CKCA__OP void ckca__op_adakd(ckca_context *ctx, ckca_adakd form, int n, int k, const float *z, const float *zo,
+                             const int *labels, const float *class_weight, float temperature, float scale, float *dz,
+                             float *loss);
+/* FeatReg on n rows of d values: COSINE (also for STAGES: one call per stage with d = H W C), L2, RELATION (f is n x d,
+   fo n x d_teacher; ws: op_workspace(n, max(d, d_teacher) + 2 n)). For COSINE and L2 d_teacher is d. Writes df or adds to it. cos of a zero vector is
+   0 with zero gradient. */
+CKCA__OP void ckca__op_featreg(ckca_context *ctx, ckca_featreg form, int n, int d, int d_teacher, const float *f,
+                               const float *fo, float scale, float *df, int accumulate, float *loss, void *ws);
+/* sums[i] += the sum of values[0..n), in order, in double. */
+CKCA__OP void ckca__op_sum(ckca_context *ctx, int n, const float *values, double *sum);
+
+/* out[i] = rows[index[i]], d values each: the batch's part of what the teacher said about every picture. */
+CKCA__OP void ckca__op_gather(ckca_context *ctx, int n, int d, const float *rows, const int *index, float *out);
+
+/* One SGD step on count values (see ckca_sgd). g is scaled by *gscale first (NULL: 1). */
+CKCA__OP void ckca__op_sgd(ckca_context *ctx, size_t count, float *w, const float *g, float *v, float lr,
+                           float momentum, float weight_decay, int nesterov, const float *gscale);
+/* *gscale = min(1, clip / ||g||) over count values, as torch.nn.utils.clip_grad_norm_ (eps 1e-6). */
+CKCA__OP void ckca__op_clip(ckca_context *ctx, size_t count, const float *g, float clip, float *gscale, void *ws);
+/* w = shrink w + perturb fresh. */
+CKCA__OP void ckca__op_shrink_perturb(ckca_context *ctx, size_t count, float *w, const float *fresh, float shrink,
+                                      float perturb);
+
+/* Pictures index[0..n) of a store (pixels: bytes, h x w x c each) to floats (n x h x w x c): augmented as a pure function
+   of (seed, epoch, index), then (v / 255 - mean) / std per channel. Augmentation reads black (0) outside the picture.
+   augment may be NULL; mean and std (c values) are host memory. */
+CKCA__OP void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, const unsigned char *pixels,
+                             const int *index, const ckca_augment *augment, uint64_t seed, int epoch,
+                             const float *mean, const float *std, float *out);
+
+#endif /* CKCA__PRIVATE */
+#endif
+#endif /* CKCA__PASS */
+#ifndef CKCA__PASS
+#ifdef CKCA_IMPLEMENTATION
+#ifndef CKCA__CORE
+#define CKCA__CORE
+
+/* ------------------------------------------------------------------------------------------------------------------
+   CORE: context, errors, memory
+   ------------------------------------------------------------------------------------------------------------------ */
+
+#if defined(__linux__) && !defined(CKCA_NO_STDIO)
+#include <sys/mman.h>
+#endif
+
+static ckca_status ckca__fail(ckca_context *ctx, ckca_status status, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    vsnprintf(ctx->error, sizeof ctx->error, format, args);
+    va_end(args);
+    return status;
+}
+
+CKCA_API const char *ckca_error(const ckca_context *ctx) { return ctx ? ctx->error : "no context"; }
+
+CKCA_API const char *ckca_status_name(ckca_status status) {
+    static const char *const name[] = {"ok", "bad argument", "shapes do not fit", "out of memory", "input or output failed",
+                                       "bad file", "loss is not finite", "stopped", "CUDA failed"};
+    return (unsigned)status < sizeof name / sizeof *name ? name[status] : "unknown status";
+}
+
+/* Large blocks are aligned to 2 MiB and advised to be huge pages: a first touch of 4 KiB at a time costs more than the
+   arithmetic done on it. The block carries its start in front. */
+static void *ckca__alloc(ckca_context *ctx, size_t bytes) {
+    size_t align = bytes >= ((size_t)4 << 20) && !ctx->alloc ? (size_t)2 << 20 : CKCA__ALIGN;
+    size_t size = ckca__sum(bytes, align + sizeof(size_t) * 2);
+    char *block, *memory;
+    if (size > SIZE_MAX / 2) return NULL;
+    block = (char *)(ctx->alloc ? ctx->alloc(size, ctx->user) : malloc(size));
+    if (!block) return NULL;
+    memory = (char *)ckca__round_up((size_t)(uintptr_t)block + sizeof(size_t) * 2, align);
+    ((size_t *)(void *)memory)[-1] = (size_t)(memory - block);
+    ((size_t *)(void *)memory)[-2] = size;
+#if defined(MADV_HUGEPAGE)
+    if (align > CKCA__ALIGN) madvise(memory, bytes / align * align, MADV_HUGEPAGE);
+#endif
+    memset(memory, 0, bytes);
+    return memory;
+}
+
+static void ckca__release(ckca_context *ctx, void *memory) {
+    char *block;
+    size_t size;
+    if (!memory) return;
+    block = (char *)memory - ((size_t *)memory)[-1];
+    size = ((size_t *)memory)[-2];
+    if (ctx->release) ctx->release(block, size, ctx->user);
+    else free(block);
+}
+
+static ckca_isa ckca__best_isa(void) {
+#if !defined(CKCA__SIMD)
+    return CKCA_ISA_PLAIN;
+#elif defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        return CKCA_ISA_AVX512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return CKCA_ISA_AVX2;
+    return CKCA_ISA_BASE;
+#else
+    return CKCA_ISA_BASE;
+#endif
+}
+
+CKCA_API ckca_status ckca_init(ckca_context **out, const ckca_desc *desc) {
+    static const char *const isa_name[] = {"best", "plain", "base", "avx2", "avx512"};
+    ckca_desc none;
+    ckca_context *ctx;
+    if (!out) return CKCA_EINVAL;
+    *out = NULL;
+    memset(&none, 0, sizeof none);
+    if (!desc) desc = &none;
+    if (desc->threads < 0 || desc->threads > 4096 || (unsigned)desc->isa > CKCA_ISA_AVX512 ||
+        !desc->alloc != !desc->release)
+        return CKCA_EINVAL;
+    if (desc->isa > CKCA_ISA_PLAIN && desc->isa > ckca__best_isa()) return CKCA_EINVAL;
+    ctx = (ckca_context *)(desc->alloc ? desc->alloc(sizeof *ctx, desc->user) : malloc(sizeof *ctx));
+    if (!ctx) return CKCA_ENOMEM;
+    memset(ctx, 0, sizeof *ctx);
+    ctx->alloc = desc->alloc;
+    ctx->release = desc->release;
+    ctx->user = desc->user;
+    ctx->isa = desc->isa ? desc->isa : ckca__best_isa();
+#ifdef _OPENMP
+    ctx->threads = desc->threads ? desc->threads : omp_get_max_threads(); /* OMP_NUM_THREADS, or all processors */
+#else
+    ctx->threads = 1;
+#endif
+    snprintf(ctx->device, sizeof ctx->device, "host %s x%d", isa_name[ctx->isa], ctx->threads);
+    *out = ctx;
+    return CKCA_OK;
+}
+
+CKCA_API void ckca_free(ckca_context *ctx) {
+    if (!ctx) return;
+    if (ctx->release) ctx->release(ctx, sizeof *ctx, ctx->user);
+    else free(ctx);
+}
+
+CKCA_API const char *ckca_device(const ckca_context *ctx) { return ctx ? ctx->device : ""; }
+
+#endif /* CKCA__CORE */
+#endif /* CKCA_IMPLEMENTATION */
+#endif /* CKCA__PASS */
+/* ------------------------------------------------------------------------------------------------------------------
+   SIMD: the kernels' vectors, one pass over the kernels per instruction set
+
+   Kernels are written once, on vectors of CKCA__VW floats, between "#ifdef CKCA__PASS" and "#endif". This file includes
+   itself once for every instruction set with CKCA__PASS saying which, and CKCA__NAME(f) gives each copy a name of its
+   own; ops choose with CKCA__DISPATCH. Kernels are single-threaded: threads are the ops' business.
+   ------------------------------------------------------------------------------------------------------------------ */
+#ifndef CKCA__PASS
+#if defined(CKCA_IMPLEMENTATION) && !defined(CKCA__SIMD_DONE)
+#define CKCA__SIMD_DONE
+#ifdef CKCA__SIMD
+#ifndef CKCA_FILE
+#define CKCA_FILE "ckca.h" /* set this if you rename the header */
+#endif
+#ifdef __x86_64__
+#include <immintrin.h>
+#define CKCA__PASS 512
+#include CKCA_FILE
+#undef CKCA__PASS
+#define CKCA__PASS 256
+#include CKCA_FILE
+#undef CKCA__PASS
+#else
+#include <arm_neon.h>
+#endif
+#define CKCA__PASS 128
+#include CKCA_FILE
+#undef CKCA__PASS
+#ifdef __x86_64__
+#define CKCA__DISPATCH(ctx, name, args)                   \
+    do {                                                  \
+        if ((ctx)->isa == CKCA_ISA_AVX512) name##_512 args; \
+        else if ((ctx)->isa == CKCA_ISA_AVX2) name##_256 args; \
+        else name##_128 args;                             \
+    } while (0)
+#else
+#define CKCA__DISPATCH(ctx, name, args) name##_128 args
+#endif
+#endif
+#endif
+#else /* CKCA__PASS */
+#if CKCA__PASS == 512
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512vl,avx512dq,avx2,fma")
+#endif
+#define CKCA__NAME(f) f##_512
+#define CKCA__VW 16
+#define CKCA__V __m512
+#define CKCA__LOAD(p) _mm512_loadu_ps(p)
+#define CKCA__STORE(p, v) _mm512_storeu_ps(p, v)
+#define CKCA__SET(s) _mm512_set1_ps(s)
+#define CKCA__ADD(a, b) _mm512_add_ps(a, b)
+#define CKCA__SUB(a, b) _mm512_sub_ps(a, b)
+#define CKCA__MUL(a, b) _mm512_mul_ps(a, b)
+#define CKCA__FMA(a, b, c) _mm512_fmadd_ps(a, b, c) /* a b + c */
+#define CKCA__MAX(a, b) _mm512_max_ps(a, b)
+/* a where y > 0, else 0 */
+#define CKCA__WHERE_POSITIVE(y, a) _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_GT_OQ), a)
+#elif CKCA__PASS == 256
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#define CKCA__NAME(f) f##_256
+#define CKCA__VW 8
+#define CKCA__V __m256
+#define CKCA__LOAD(p) _mm256_loadu_ps(p)
+#define CKCA__STORE(p, v) _mm256_storeu_ps(p, v)
+#define CKCA__SET(s) _mm256_set1_ps(s)
+#define CKCA__ADD(a, b) _mm256_add_ps(a, b)
+#define CKCA__SUB(a, b) _mm256_sub_ps(a, b)
+#define CKCA__MUL(a, b) _mm256_mul_ps(a, b)
+#define CKCA__FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define CKCA__MAX(a, b) _mm256_max_ps(a, b)
+#define CKCA__WHERE_POSITIVE(y, a) _mm256_and_ps(_mm256_cmp_ps(y, _mm256_setzero_ps(), _CMP_GT_OQ), a)
+#elif defined(__x86_64__)
+#define CKCA__NAME(f) f##_128
+#define CKCA__VW 4
+#define CKCA__V __m128
+#define CKCA__LOAD(p) _mm_loadu_ps(p)
+#define CKCA__STORE(p, v) _mm_storeu_ps(p, v)
+#define CKCA__SET(s) _mm_set1_ps(s)
+#define CKCA__ADD(a, b) _mm_add_ps(a, b)
+#define CKCA__SUB(a, b) _mm_sub_ps(a, b)
+#define CKCA__MUL(a, b) _mm_mul_ps(a, b)
+#define CKCA__FMA(a, b, c) _mm_add_ps(_mm_mul_ps(a, b), c)
+#define CKCA__MAX(a, b) _mm_max_ps(a, b)
+#define CKCA__WHERE_POSITIVE(y, a) _mm_and_ps(_mm_cmpgt_ps(y, _mm_setzero_ps()), a)
+#else
+#define CKCA__NAME(f) f##_128
+#define CKCA__VW 4
+#define CKCA__V float32x4_t
+#define CKCA__LOAD(p) vld1q_f32(p)
+#define CKCA__STORE(p, v) vst1q_f32(p, v)
+#define CKCA__SET(s) vdupq_n_f32(s)
+#define CKCA__ADD(a, b) vaddq_f32(a, b)
+#define CKCA__SUB(a, b) vsubq_f32(a, b)
+#define CKCA__MUL(a, b) vmulq_f32(a, b)
+#define CKCA__FMA(a, b, c) vfmaq_f32(c, a, b)
+#define CKCA__MAX(a, b) vmaxq_f32(a, b)
+#define CKCA__WHERE_POSITIVE(y, a) \
+    vreinterpretq_f32_u32(vandq_u32(vcgtq_f32(y, vdupq_n_f32(0)), vreinterpretq_u32_f32(a)))
+#endif
+#endif
+/* ------------------------------------------------------------------------------------------------------------------
+   CONVOLUTION, what the fast passes share (the mathematics stands with the naive twins, further down)
+   ------------------------------------------------------------------------------------------------------------------ */
+#if defined(CKCA_IMPLEMENTATION) && defined(CKCA__SIMD) && !defined(CKCA__CONV_TYPES)
+#define CKCA__CONV_TYPES
+
+#define CKCA__INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define CKCA__UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define CKCA__UNROLL _Pragma("GCC unroll 16")
+#endif
+
+enum {
+    CKCA__CONV_PHASES = 8,        /* greatest stride of the fast passes */
+    CKCA__CONV_REGION = 1 << 16,  /* floats of source that a task works on: a quarter of a 1 MiB L2 cache */
+    CKCA__CONV_LIST = 240,        /* output pixels that meet all weights in turn */
+    CKCA__CONV_TASKS = 16,        /* tasks to cut a pass into at least, if it can be */
+    CKCA__CONV_PIXELS = 128,      /* weight gradient: pixels whose part of x and dy stays in a 32 KiB L1 cache */
+    CKCA__CONV_PARTIAL = 1 << 20  /* weight gradient: floats of partial sums, all groups together */
+};
+
+/* Forward pass and input gradient are both a *correlation*: output i of an axis is the sum over t < taps of source
+   i step + from + t (zero where there is none) times a weight. The input gradient of a convolution of stride s falls
+   into s phases per axis: every s-th pixel of dx meets the same taps of w. */
+typedef struct ckca__axis {
+    int taps, first, before; /* how many taps; which of w's is the first; taps of the phases before this one */
+    int from;                /* source coordinate of output 0's first tap */
+    int at, count;           /* outputs are pixels at, at + spread, ...: count of them */
+} ckca__axis;
+
+typedef struct ckca__job {
+    int n, h, w, c;         /* source: N x H x W x C */
+    int oh, ow, k;          /* output: N x OH x OW x K */
+    int r, s;               /* taps of w */
+    int step, spread;       /* pixels from one output's source to the next's; from one output to the next */
+    int tap_step;           /* from one tap to the next of w: 1, or -spread in the input gradient */
+    size_t tap, in, out;    /* floats in w from one tap, source channel, output channel to the next */
+    ckca__axis y[CKCA__CONV_PHASES], x[CKCA__CONV_PHASES]; /* spread phases each; 0 has the most outputs */
+    int top, left, extra_h; /* a task's region of the source starts there, relative to its first row's outputs */
+    int width;              /* pixels in a row of the region */
+    int direct;             /* 1: the region needs no zeros around it and is read where it is */
+    int pictures, rows;     /* of outputs, per task and phase */
+    const float *source, *weights, *bias, *residual;
+    float *output, *packed, *scratch;
+    size_t scratch_size;    /* floats per thread */
+    int relu;
+} ckca__job;
+
+/* What all tiles of one block of output channels share. */
+typedef struct ckca__block {
+    const ckca__job *job;
+    int r, j;                    /* rows of taps; values in a row (S C) */
+    size_t pitch;                /* floats from one source row to the next */
+    const float *weights, *bias; /* r x j x vectors; vectors. Zero-padded */
+    int first, channels;         /* the first output channel; how many there are */
+} ckca__block;
+
+/* The weight gradient of a region of pixels: out[i][j] += the sum over pixels of a[pixel][i] b[pixel][j]. */
+typedef struct ckca__outer {
+    const float *a, *b;
+    float *out;
+    size_t a_col, a_row, a_picture, b_col, b_row, b_picture, out_row; /* floats from one to the next */
+    int cols, rows, pictures;
+} ckca__outer;
+
+typedef struct ckca__wjob {
+    ckca__conv s;
+    int swap;           /* 0: a is dy and b is x; 1: the other way round */
+    int groups, splits; /* of the pixels; of the output channels */
+    int partial;        /* 1: sums are each group's own; 0: there is one group and they are dw */
+    const float *x, *dy;
+    float *sums;        /* groups x K x R x S x C; swapped: groups x R x S x C x K */
+} ckca__wjob;
+#endif
+
+#ifdef CKCA__PASS
+#if CKCA__PASS == 512 || defined(__aarch64__) /* 32 registers: sums of 12 pixels x 2 vectors fit; of 16, 6 x 2 */
+#define CKCA__TILE 4
+#else
+#define CKCA__TILE 2
+#endif
+#define CKCA__KB (2 * CKCA__VW) /* output channels in a block */
+
+/* Packs the weights of one block of output channels of one phase: taps x source channels x output channels, the last
+   zero-padded to whole vectors. */
+static void CKCA__NAME(ckca__conv_pack)(const ckca__job *job, int a, int b, int first) {
+    const ckca__axis *y = &job->y[a], *x = &job->x[b];
+    int channels = job->k - first < CKCA__KB ? job->k - first : CKCA__KB, r, s, c, k, i;
+    int wide = channels > CKCA__VW ? CKCA__KB : CKCA__VW;
+    float *to = job->packed + ((size_t)y->before * job->s + (size_t)y->taps * x->before) * job->c *
+                                  ckca__round_up(job->k, CKCA__VW) + (size_t)first * y->taps * x->taps * job->c;
+    for (r = 0; r < y->taps; r++)
+        for (s = 0; s < x->taps; s++) {
+            const float *from = job->weights + first * job->out +
+                job->tap * ((y->first + r * job->tap_step) * job->s + x->first + s * job->tap_step);
+            for (c = 0; c < job->c; c += 16, to += i * wide) { /* in squares, so that lines of cache are used whole */
+                i = job->c - c < 16 ? job->c - c : 16;
+                if (job->out == 1)
+                    for (i = 0; i < 16 && c + i < job->c; i++)
+                        memcpy(to + i * wide, from + (c + i) * job->in, sizeof *to * channels);
+                else
+                    for (k = 0; k < channels; k++)
+                        for (i = 0; i < 16 && c + i < job->c; i++) to[i * wide + k] = from[k * job->out + (c + i)];
+                for (k = channels; k < wide; k++)
+                    for (i = 0; i < 16 && c + i < job->c; i++) to[i * wide + k] = 0.0f;
+            }
+        }
+}
+
+/* Sums in tile[count][vectors] become outputs: bias, residual, ReLU. */
+static void CKCA__NAME(ckca__conv_finish)(const ckca__block *b, int vectors, int count, const float *tile,
+                                          float *const *to) {
+    const ckca__job *job = b->job;
+    int p, v, i;
+    for (p = 0; p < count; p++, tile += vectors * CKCA__VW) {
+        float *y = to[p] + b->first;
+        const float *residual = job->residual ? job->residual + (y - job->output) : NULL;
+        for (v = 0; (v + 1) * CKCA__VW <= b->channels; v++) {
+            CKCA__V sum = CKCA__ADD(CKCA__LOAD(tile + v * CKCA__VW), CKCA__LOAD(b->bias + v * CKCA__VW));
+            if (residual) sum = CKCA__ADD(sum, CKCA__LOAD(residual + v * CKCA__VW));
+            if (job->relu) sum = CKCA__MAX(CKCA__SET(0.0f), sum); /* in this order NaN comes through */
+            CKCA__STORE(y + v * CKCA__VW, sum);
+        }
+        for (i = v * CKCA__VW; i < b->channels; i++) {
+            float sum = tile[i] + b->bias[i];
+            if (residual) sum += residual[i];
+            y[i] = job->relu && sum < 0 ? 0 : sum;
+        }
+    }
+}
+
+/* The inner loop of forward pass and input gradient: P pixels x V vectors of output channels stay in registers while
+   taps and source channels go by (P and V are constants once this is inlined). */
+CKCA__INLINE void CKCA__NAME(ckca__conv_tile)(const int P, const int V, const ckca__block *b, int count,
+                                              const float *const *from, float *const *to) {
+    CKCA__V sum[3 * CKCA__TILE][2];
+    const float *x[3 * CKCA__TILE], *w = b->weights;
+    float tile[3 * CKCA__TILE * CKCA__KB];
+    int p, v, r, j;
+    CKCA__UNROLL for (p = 0; p < P; p++) {
+        x[p] = from[p < count ? p : count - 1];
+        CKCA__UNROLL for (v = 0; v < V; v++) sum[p][v] = CKCA__SET(0.0f);
+    }
+    for (r = 0; r < b->r; r++) {
+        for (j = 0; j < b->j; j++, w += V * CKCA__VW) {
+            CKCA__V weight[2];
+            CKCA__UNROLL for (v = 0; v < V; v++) weight[v] = CKCA__LOAD(w + v * CKCA__VW);
+            CKCA__UNROLL for (p = 0; p < P; p++) {
+                CKCA__V value = CKCA__SET(x[p][j]);
+                CKCA__UNROLL for (v = 0; v < V; v++) sum[p][v] = CKCA__FMA(value, weight[v], sum[p][v]);
+            }
+        }
+        CKCA__UNROLL for (p = 0; p < P; p++) x[p] += b->pitch;
+    }
+    CKCA__UNROLL for (p = 0; p < P; p++) {
+        CKCA__UNROLL for (v = 0; v < V; v++) CKCA__STORE(tile + (p * V + v) * CKCA__VW, sum[p][v]);
+    }
+    CKCA__NAME(ckca__conv_finish)(b, V, count < P ? count : P, tile, to);
+}
+
+#define CKCA__TILES(name, V)                                                                                       \
+    static void CKCA__NAME(name)(const ckca__block *b, int count, const float *const *from, float *const *to) {    \
+        for (; count > 2 * CKCA__TILE; count -= 3 * CKCA__TILE, from += 3 * CKCA__TILE, to += 3 * CKCA__TILE)      \
+            CKCA__NAME(ckca__conv_tile)(3 * CKCA__TILE, V, b, count, from, to);                                    \
+        if (count > CKCA__TILE) CKCA__NAME(ckca__conv_tile)(2 * CKCA__TILE, V, b, count, from, to);                \
+        else if (count > 0) CKCA__NAME(ckca__conv_tile)(CKCA__TILE, V, b, count, from, to);                        \
+    }
+CKCA__TILES(ckca__conv_tiles_1, 1)
+CKCA__TILES(ckca__conv_tiles_2, 2)
+#undef CKCA__TILES
+
+/* Output pixels in from (their sources) and to, through all blocks of output channels. */
+static void CKCA__NAME(ckca__conv_list)(const ckca__job *job, const ckca__axis *y, const ckca__axis *x, size_t pitch,
+                                        int count, const float *const *from, float *const *to) {
+    size_t per = (size_t)y->taps * x->taps * job->c;
+    float bias[CKCA__KB];
+    ckca__block b;
+    b.job = job;
+    b.r = y->taps;
+    b.j = x->taps * job->c;
+    b.pitch = pitch;
+    b.bias = bias;
+    b.weights = job->packed + ((size_t)y->before * job->s + (size_t)y->taps * x->before) * job->c *
+                                  ckca__round_up(job->k, CKCA__VW);
+    for (b.first = 0; b.first < job->k; b.first += CKCA__KB, b.weights += CKCA__KB * per) {
+        b.channels = job->k - b.first < CKCA__KB ? job->k - b.first : CKCA__KB;
+        memset(bias, 0, sizeof bias);
+        if (job->bias) memcpy(bias, job->bias + b.first, sizeof *bias * b.channels);
+        if (b.channels > CKCA__VW) CKCA__NAME(ckca__conv_tiles_2)(&b, count, from, to);
+        else CKCA__NAME(ckca__conv_tiles_1)(&b, count, from, to);
+    }
+}
+
+/* One task: the outputs of some pictures' rows, all phases. */
+static void CKCA__NAME(ckca__conv_task)(const ckca__job *job, int task, float *scratch) {
+    int bands = (job->y[0].count + job->rows - 1) / job->rows, n0 = task / bands * job->pictures;
+    int i0 = task % bands * job->rows, pictures = job->n - n0 < job->pictures ? job->n - n0 : job->pictures;
+    int rows = job->y[0].count - i0 < job->rows ? job->y[0].count - i0 : job->rows;
+    int top = i0 * job->step + job->top, height = (rows - 1) * job->step + job->extra_h, width = job->width;
+    const float *region = scratch;
+    int n, i, j, a, b;
+    if (job->direct) {
+        region = job->source + (((size_t)n0 * job->h + top) * job->w + job->left) * job->c;
+        height = job->h;
+        width = job->w;
+    } else { /* copy the region, with zeros where the source ends */
+        int l = job->left < 0 ? -job->left : 0, end = job->w - job->left, c = job->c;
+        int middle = (end < width ? end : width) - l;
+        float *to = scratch;
+        if (l > width) l = width;
+        if (middle < 0) middle = 0;
+        for (n = n0; n < n0 + pictures; n++)
+            for (i = top; i < top + height; i++, to += (size_t)width * c) {
+                int inside = i >= 0 && i < job->h ? middle : 0;
+                memset(to, 0, sizeof *to * l * c);
+                if (inside)
+                    memcpy(to + l * c, job->source + (((size_t)n * job->h + i) * job->w + job->left + l) * c,
+                           sizeof *to * inside * c);
+                memset(to + (l + inside) * c, 0, sizeof *to * (width - l - inside) * c);
+            }
+    }
+    for (a = 0; a < job->spread; a++)
+        for (b = 0; b < job->spread; b++) {
+            const ckca__axis *y = &job->y[a], *x = &job->x[b];
+            const float *from[CKCA__CONV_LIST];
+            float *to[CKCA__CONV_LIST];
+            int count = 0;
+            for (n = 0; n < pictures; n++)
+                for (i = 0; i < rows && i0 + i < y->count; i++) {
+                    const float *source = region + (((size_t)n * height + i * job->step + y->from - job->top) * width +
+                                                    x->from - job->left) * job->c;
+                    float *output = job->output + (((size_t)(n0 + n) * job->oh + y->at + (i0 + i) * job->spread) *
+                                                       job->ow + x->at) * job->k;
+                    for (j = 0; j < x->count; j++, source += job->step * job->c, output += job->spread * job->k) {
+                        from[count] = source;
+                        to[count] = output;
+                        if (++count == CKCA__CONV_LIST) {
+                            CKCA__NAME(ckca__conv_list)(job, y, x, (size_t)width * job->c, count, from, to);
+                            count = 0;
+                        }
+                    }
+                }
+            CKCA__NAME(ckca__conv_list)(job, y, x, (size_t)width * job->c, count, from, to);
+        }
+}
+
+/* The inner loop of the weight gradient: A x V vectors of sums stay in registers while the pixels go by. The last of a
+   row's vectors reaches back over the one before it; skip lanes of it are there already. */
+CKCA__INLINE void CKCA__NAME(ckca__outer_tile)(const int A, const int V, const ckca__outer *o, int second, int skip) {
+    CKCA__V sum[2 * CKCA__TILE][2];
+    float *out = o->out;
+    int i, v, n, row, col;
+    CKCA__UNROLL for (i = 0; i < A; i++) {
+        CKCA__UNROLL for (v = 0; v < V; v++) sum[i][v] = CKCA__SET(0.0f);
+    }
+    for (n = 0; n < o->pictures; n++)
+        for (row = 0; row < o->rows; row++) {
+            const float *a = o->a + n * o->a_picture + row * o->a_row;
+            const float *b = o->b + n * o->b_picture + row * o->b_row, *b2 = b + second;
+            for (col = 0; col < o->cols; col++, a += o->a_col, b += o->b_col, b2 += o->b_col) {
+                CKCA__V value[2];
+                value[0] = CKCA__LOAD(b);
+                if (V > 1) value[1] = CKCA__LOAD(b2);
+                CKCA__UNROLL for (i = 0; i < A; i++) {
+                    CKCA__V factor = CKCA__SET(a[i]);
+                    CKCA__UNROLL for (v = 0; v < V; v++) sum[i][v] = CKCA__FMA(factor, value[v], sum[i][v]);
+                }
+            }
+        }
+    CKCA__UNROLL for (i = 0; i < A; i++, out += o->out_row) {
+        CKCA__UNROLL for (v = 0; v < V; v++) {
+            float *to = out + (v ? second : 0);
+            if (v < V - 1 || !skip) CKCA__STORE(to, CKCA__ADD(CKCA__LOAD(to), sum[i][v]));
+            else {
+                float tail[CKCA__VW];
+                int lane;
+                CKCA__STORE(tail, sum[i][v]);
+                for (lane = skip; lane < CKCA__VW; lane++) to[lane] += tail[lane];
+            }
+        }
+    }
+}
+
+#define CKCA__TILES(name, V)                                                                                       \
+    static void CKCA__NAME(name)(ckca__outer o, int count, int second, int skip) {                                 \
+        for (; count >= 2 * CKCA__TILE; count -= 2 * CKCA__TILE) {                                                 \
+            CKCA__NAME(ckca__outer_tile)(2 * CKCA__TILE, V, &o, second, skip);                                     \
+            o.a += 2 * CKCA__TILE;                                                                                 \
+            o.out += 2 * CKCA__TILE * o.out_row;                                                                   \
+        }                                                                                                          \
+        for (; count >= CKCA__TILE; count -= CKCA__TILE, o.a += CKCA__TILE, o.out += CKCA__TILE * o.out_row)       \
+            CKCA__NAME(ckca__outer_tile)(CKCA__TILE, V, &o, second, skip);                                         \
+        if (count == 3) CKCA__NAME(ckca__outer_tile)(3, V, &o, second, skip);                                      \
+        if (count == 2) CKCA__NAME(ckca__outer_tile)(2, V, &o, second, skip);                                      \
+        if (count == 1) CKCA__NAME(ckca__outer_tile)(1, V, &o, second, skip);                                      \
+    }
+CKCA__TILES(ckca__outer_tiles_1, 1)
+CKCA__TILES(ckca__outer_tiles_2, 2)
+#undef CKCA__TILES
+
+/* The outputs [*begin, *end) of an axis whose tap lies inside the source. */
+static void CKCA__NAME(ckca__conv_inside)(int tap, int pad, int stride, int size, int *begin, int *end) {
+    int low = pad > tap ? (pad - tap + stride - 1) / stride : 0, high = size - 1 + pad - tap;
+    high = high < 0 ? 0 : high / stride + 1;
+    if (*begin < low) *begin = low;
+    if (*end > high) *end = high;
+}
+
+/* Adds the pictures [n0, n1), output rows [p0, p1), output channels [k0, k1) to sums. */
+static void CKCA__NAME(ckca__conv_weight_region)(const ckca__wjob *job, float *sums, int n0, int n1, int p0, int p1,
+                                                 int k0, int k1) {
+    const ckca__conv *s = &job->s;
+    int width = job->swap ? s->k : s->c, b, r, t;
+    for (b = 0; b < width; b += CKCA__KB)
+        for (r = 0; r < s->r; r++)
+            for (t = 0; t < s->s; t++) {
+                int begin = p0, end = p1, left = 0, right = s->q, two = width - b > CKCA__VW;
+                int last = b + (two ? CKCA__VW : 0), skip = last + CKCA__VW > width ? last + CKCA__VW - width : 0;
+                int at = two ? b : b - skip, second = CKCA__VW - skip, tap = r * s->s + t;
+                const float *x, *dy;
+                ckca__outer o;
+                CKCA__NAME(ckca__conv_inside)(r, s->pad, s->stride, s->h, &begin, &end);
+                CKCA__NAME(ckca__conv_inside)(t, s->pad, s->stride, s->w, &left, &right);
+                if (begin >= end || left >= right) continue;
+                x = job->x + (((size_t)n0 * s->h + begin * s->stride - s->pad + r) * s->w + left * s->stride - s->pad +
+                              t) * s->c;
+                dy = job->dy + (((size_t)n0 * s->p + begin) * s->q + left) * s->k;
+                o.pictures = n1 - n0;
+                o.rows = end - begin;
+                o.cols = right - left;
+                if (job->swap) {
+                    o.a = x;
+                    o.a_col = (size_t)s->stride * s->c;
+                    o.a_row = o.a_col * s->w;
+                    o.a_picture = (size_t)s->h * s->w * s->c;
+                    o.b = dy + at;
+                    o.b_col = s->k;
+                    o.b_row = o.b_col * s->q;
+                    o.b_picture = o.b_row * s->p;
+                    o.out = sums + (size_t)tap * s->c * s->k + at;
+                    o.out_row = s->k;
+                } else {
+                    o.b = x + at;
+                    o.b_col = (size_t)s->stride * s->c;
+                    o.b_row = o.b_col * s->w;
+                    o.b_picture = (size_t)s->h * s->w * s->c;
+                    o.a = dy + k0;
+                    o.a_col = s->k;
+                    o.a_row = o.a_col * s->q;
+                    o.a_picture = o.a_row * s->p;
+                    o.out_row = (size_t)s->r * s->s * s->c;
+                    o.out = sums + k0 * o.out_row + (size_t)tap * s->c + at;
+                }
+                if (o.cols == 1 || (o.a_row == o.cols * o.a_col && o.b_row == o.cols * o.b_col)) {
+                    if (o.cols == 1) {
+                        o.a_col = o.a_row;
+                        o.b_col = o.b_row;
+                    }
+                    o.cols *= o.rows;
+                    o.rows = 1;
+                }
+                if (two) CKCA__NAME(ckca__outer_tiles_2)(o, job->swap ? s->c : k1 - k0, second, skip);
+                else CKCA__NAME(ckca__outer_tiles_1)(o, job->swap ? s->c : k1 - k0, 0, skip);
+            }
+}
+
+/* One task: a group of pixels and a range of output channels, in regions whose x and dy stay near. */
+static void CKCA__NAME(ckca__conv_weight_task)(const ckca__wjob *job, int task) {
+    const ckca__conv *s = &job->s;
+    int g = task / job->splits, split = task % job->splits, tiles = (s->k + 7) / 8;
+    int k0 = (int)((long long)tiles * split / job->splits) * 8;
+    int k1 = (int)((long long)tiles * (split + 1) / job->splits) * 8;
+    size_t per = (size_t)s->r * s->s * s->c;
+    float *sums = job->sums + g * per * s->k;
+    int n0 = 0, n1 = s->n, p0 = 0, p1 = s->p, n, p;
+    int rows = CKCA__CONV_PIXELS / s->q > 1 ? CKCA__CONV_PIXELS / s->q : 1, pictures = 1;
+    if (s->n > 1) {
+        n0 = (int)((long long)s->n * g / job->groups);
+        n1 = (int)((long long)s->n * (g + 1) / job->groups);
+    } else {
+        p0 = (int)((long long)s->p * g / job->groups);
+        p1 = (int)((long long)s->p * (g + 1) / job->groups);
+    }
+    if (k1 > s->k) k1 = s->k;
+    if (rows >= s->p) {
+        pictures = rows / s->p;
+        rows = s->p;
+    }
+    if (job->partial) memset(sums + k0 * per, 0, sizeof *sums * (k1 - k0) * per);
+    for (n = n0; n < n1; n += pictures)
+        for (p = p0; p < p1; p += rows)
+            CKCA__NAME(ckca__conv_weight_region)(job, sums, n, n + pictures < n1 ? n + pictures : n1, p,
+                                                 p + rows < p1 ? p + rows : p1, k0, k1);
+}
+
+#undef CKCA__TILE
+#undef CKCA__KB
+#endif /* CKCA__PASS */
+
+#ifndef CKCA__PASS
+#ifdef CKCA_IMPLEMENTATION
+#ifndef CKCA__CONVOLUTION
+#define CKCA__CONVOLUTION
+
+/* ------------------------------------------------------------------------------------------------------------------
+   CONVOLUTION, the naive twins: what the fast passes compute, in plain loops
+
+       y[n][p][q][k] = sum over r, s, c of x[n][p stride - pad + r][q stride - pad + s][c] w[k][r][s][c]
+
+   Pixels outside x count as zero. Each output is linear in x and in w, so both gradients are the same sum read from the
+   other ends: every product x w that went into y sends dy w back to x, and dy x back to w. The loops are ordered so that
+   the innermost one runs over neighbours in memory, which compilers turn into vector code.
+   ------------------------------------------------------------------------------------------------------------------ */
+
+/* y = relu?(conv(x, w) + bias + residual). ws: K R S C floats, for w turned to R x S x C x K. */
+static void ckca__naive_conv_forward(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w,
+                                     const float *bias, const float *residual, int relu, float *y, float *ws) {
+    size_t per = (size_t)s->r * s->s * s->c, i;
+    int row, rows = s->n * s->p, k;
+    for (k = 0; k < s->k; k++)
+        for (i = 0; i < per; i++) ws[i * s->k + k] = w[k * per + i];
+    (void)ctx;
+    CKCA__PARALLEL_FOR(ctx)
+    for (row = 0; row < rows; row++) {
+        int n = row / s->p, p = row % s->p, q, r, t, c, j;
+        for (q = 0; q < s->q; q++) {
+            size_t at = ((size_t)row * s->q + q) * s->k;
+            float *to = y + at;
+            for (j = 0; j < s->k; j++) to[j] = bias ? bias[j] : 0.0f;
+            for (r = 0; r < s->r; r++)
+                for (t = 0; t < s->s; t++) {
+                    int iy = p * s->stride - s->pad + r, ix = q * s->stride - s->pad + t;
+                    const float *from = x + (((ptrdiff_t)n * s->h + iy) * s->w + ix) * s->c;
+                    if (iy < 0 || iy >= s->h || ix < 0 || ix >= s->w) continue;
+                    for (c = 0; c < s->c; c++) {
+                        const float *weight = ws + (((size_t)r * s->s + t) * s->c + c) * s->k;
+                        for (j = 0; j < s->k; j++) to[j] += from[c] * weight[j];
+                    }
+                }
+            for (j = 0; j < s->k; j++) {
+                if (residual) to[j] += residual[at + j];
+                if (relu && to[j] < 0) to[j] = 0;
+            }
+        }
+    }
+}
+
+/* dx (+)= the sum over the outputs that a pixel of x took part in of dy w. */
+static void ckca__naive_conv_backward_data(ckca_context *ctx, const ckca__conv *s, const float *dy, const float *w,
+                                           float *dx, int accumulate) {
+    int row, rows = s->n * s->h;
+    (void)ctx;
+    CKCA__PARALLEL_FOR(ctx)
+    for (row = 0; row < rows; row++) {
+        int n = row / s->h, y = row % s->h, x, r, t, k, c;
+        for (x = 0; x < s->w; x++) {
+            float *to = dx + ((size_t)row * s->w + x) * s->c;
+            if (!accumulate) memset(to, 0, sizeof *to * s->c);
+            for (r = 0; r < s->r; r++)
+                for (t = 0; t < s->s; t++) {
+                    int top = y + s->pad - r, left = x + s->pad - t, p = top / s->stride, q = left / s->stride;
+                    const float *from = dy + (((ptrdiff_t)n * s->p + p) * s->q + q) * s->k;
+                    if (top < 0 || top % s->stride || p >= s->p || left < 0 || left % s->stride || q >= s->q) continue;
+                    for (k = 0; k < s->k; k++) {
+                        const float *weight = w + (((size_t)k * s->r + r) * s->s + t) * s->c;
+                        for (c = 0; c < s->c; c++) to[c] += from[k] * weight[c];
+                    }
+                }
+        }
+    }
+}
+
+/* dw += the sum over output pixels of dy x, dbias += the sum over them of dy. */
+static void ckca__naive_conv_backward_weight(ckca_context *ctx, const ckca__conv *s, const float *x, const float *dy,
+                                             float *dw, float *dbias) {
+    int k;
+    (void)ctx;
+    CKCA__PARALLEL_FOR(ctx)
+    for (k = 0; k < s->k; k++) {
+        size_t row, rows = (size_t)s->n * s->p;
+        float sum = 0.0f;
+        int q, r, t, c;
+        for (row = 0; row < rows; row++)
+            for (q = 0; q < s->q; q++) {
+                ptrdiff_t n = (ptrdiff_t)(row / s->p);
+                float from = dy[(row * s->q + q) * s->k + k];
+                sum += from;
+                for (r = 0; r < s->r; r++)
+                    for (t = 0; t < s->s; t++) {
+                        int iy = (int)(row % s->p) * s->stride - s->pad + r, ix = q * s->stride - s->pad + t;
+                        const float *pixel = x + ((n * s->h + iy) * s->w + ix) * s->c;
+                        float *to = dw + (((size_t)k * s->r + r) * s->s + t) * s->c;
+                        if (iy < 0 || iy >= s->h || ix < 0 || ix >= s->w) continue;
+                        for (c = 0; c < s->c; c++) to[c] += from * pixel[c];
+                    }
+            }
+        if (dbias) dbias[k] += sum;
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+   CONVOLUTION, the ops: cut into tasks, each a call of a kernel by one thread
+
+   What a task adds up, and in which order, follows from the shapes alone. In the forward pass and the input gradient no
+   output even depends on its neighbours, so a picture's results are the same in every batch.
+   ------------------------------------------------------------------------------------------------------------------ */
+#ifndef CKCA_CUDA
+#ifdef CKCA__SIMD
+
+/* A 1 x 1 convolution sees no neighbours: all pixels of the batch become one picture, a pixel to a row. */
+static ckca__conv ckca__conv_flat(const ckca__conv *shape) {
+    ckca__conv s = *shape;
+    double pixels = (double)s.n * s.h * s.w;
+    if (s.r != 1 || s.s != 1 || s.stride != 1 || s.pad || pixels > INT_MAX) return s;
+    s.h = s.p = (int)pixels;
+    s.n = s.w = s.q = 1;
+    return s;
+}
+
+/* One axis of a correlation's phases. Input gradient: pixel i of dx met tap t of w in dy's pixel (i + pad - t) / stride
+   where that is whole, that is, where t = i + pad modulo stride; from the last such t backwards dy's pixels go upwards.
+   Returns the least from; *extra is how far the taps reach from there. */
+static int ckca__conv_axes(ckca__axis *axis, int gradient, int taps, int stride, int pad, int outputs, int *extra) {
+    int spread = gradient ? stride : 1, i, before = 0, low = INT_MAX, high = INT_MIN;
+    for (i = 0; i < spread; i++) {
+        ckca__axis *a = &axis[i];
+        int first = gradient ? (i + pad) % stride : 0;
+        a->taps = !gradient ? taps : first < taps ? (taps - first + stride - 1) / stride : 0;
+        a->first = gradient ? first + stride * (a->taps - 1) : 0;
+        a->from = gradient ? (i + pad) / stride - (a->taps - 1) : -pad;
+        a->before = before;
+        a->at = i;
+        a->count = outputs > i ? (outputs - i + spread - 1) / spread : 0;
+        before += a->taps;
+        if (a->taps && a->from < low) low = a->from;
+        if (a->taps && a->from + a->taps > high) high = a->from + a->taps;
+    }
+    for (i = 0; i < spread; i++)
+        if (!axis[i].taps) axis[i].from = low;
+    *extra = high - low;
+    return low;
+}
+
+/* The forward pass (gradient 0) or the input gradient (1) of a shape, cut into tasks. */
+static void ckca__conv_plan(ckca__job *job, const ckca__conv *shape, int gradient) {
+    ckca__conv s = ckca__conv_flat(shape);
+    int extra_w, bands, least;
+    size_t region, row;
+    memset(job, 0, sizeof *job);
+    job->n = s.n;
+    job->h = gradient ? s.p : s.h;
+    job->w = gradient ? s.q : s.w;
+    job->c = gradient ? s.k : s.c;
+    job->oh = gradient ? s.h : s.p;
+    job->ow = gradient ? s.w : s.q;
+    job->k = gradient ? s.c : s.k;
+    job->r = s.r;
+    job->s = s.s;
+    job->step = gradient ? 1 : s.stride;
+    job->spread = gradient ? s.stride : 1;
+    job->tap_step = gradient ? -s.stride : 1;
+    job->tap = s.c;
+    job->in = gradient ? (size_t)s.r * s.s * s.c : 1;
+    job->out = gradient ? 1 : (size_t)s.r * s.s * s.c;
+    job->top = ckca__conv_axes(job->y, gradient, s.r, s.stride, s.pad, job->oh, &job->extra_h);
+    job->left = ckca__conv_axes(job->x, gradient, s.s, s.stride, s.pad, job->ow, &extra_w);
+    job->width = (job->x->count - 1) * job->step + extra_w;
+    job->direct = job->top >= 0 && job->left >= 0 && job->left + job->width <= job->w &&
+                  job->top + (job->y->count - 1) * job->step + job->extra_h <= job->h;
+
+    /* Rows while they fit the region, or whole pictures while they do; fewer where that makes too few tasks. */
+    row = (size_t)job->width * job->c;
+    job->rows = CKCA__CONV_REGION / (job->step * row) < (size_t)job->y->count
+                    ? (int)(CKCA__CONV_REGION / (job->step * row)) : job->y->count;
+    if (job->rows < 1) job->rows = 1;
+    bands = (job->y->count + job->rows - 1) / job->rows;
+    least = (CKCA__CONV_TASKS + job->n - 1) / job->n;
+    if (bands < least) bands = least;
+    job->rows = (job->y->count + bands - 1) / bands;
+    region = ((size_t)(job->rows - 1) * job->step + job->extra_h) * row;
+    job->pictures = 1;
+    if (bands == 1)
+        while (region * (job->pictures + 1) <= CKCA__CONV_REGION && (job->pictures + 1) * CKCA__CONV_TASKS <= job->n &&
+               job->pictures * job->y->count * job->x->count < CKCA__CONV_LIST)
+            job->pictures++;
+    job->scratch_size = job->direct ? 0 : ckca__round_up(region * job->pictures, 16);
+}
+
+static int ckca__conv_vector(ckca_isa isa) { return 4 << (isa - CKCA_ISA_BASE); } /* floats */
+
+/* Packs the weights, then runs the tasks. ws: packed weights, then each thread's scratch. */
+static void ckca__conv_run(ckca_context *ctx, ckca__job *job, void *ws) {
+    int block = 2 * ckca__conv_vector(ctx->isa), blocks = (job->k + block - 1) / block, task, tasks;
+    job->packed = (float *)ws;
+    job->scratch = job->packed + (size_t)job->r * job->s * job->c * ckca__round_up(job->k, 16);
+    tasks = job->spread * job->spread * blocks;
+    CKCA__PARALLEL_FOR(ctx)
+    for (task = 0; task < tasks; task++) {
+        int a = task / blocks / job->spread, b = task / blocks % job->spread;
+        CKCA__DISPATCH(ctx, ckca__conv_pack, (job, a, b, task % blocks * block));
+    }
+    tasks = (job->n + job->pictures - 1) / job->pictures * ((job->y->count + job->rows - 1) / job->rows);
+    CKCA__PARALLEL_FOR(ctx)
+    for (task = 0; task < tasks; task++)
+        CKCA__DISPATCH(ctx, ckca__conv_task, (job, task, job->scratch + CKCA__THREAD() * job->scratch_size));
+}
+
+/* The weight gradient's tasks: groups of pixels, each with sums of its own, while these stay small; then splits of the
+   output channels. */
+static void ckca__conv_weight_plan(ckca__wjob *job, const ckca__conv *shape, int vector) {
+    size_t sums = (size_t)shape->r * shape->s * shape->c * shape->k, least = 128;
+    size_t pixels = (size_t)shape->n * shape->p * shape->q;
+    int most;
+    job->s = ckca__conv_flat(shape);
+    most = job->s.n > 1 ? job->s.n : job->s.p;
+    job->swap = shape->c < vector;
+    job->groups = sums > CKCA__CONV_PARTIAL / CKCA__CONV_TASKS ? (int)(CKCA__CONV_PARTIAL / sums) : CKCA__CONV_TASKS;
+    if (job->groups > most) job->groups = most;
+    if (job->groups * least > pixels) job->groups = (int)(pixels / least);
+    if (job->groups < 1) job->groups = 1;
+    job->splits = job->swap ? 1 : (CKCA__CONV_TASKS + job->groups - 1) / job->groups;
+    if (job->splits > (shape->k + 7) / 8) job->splits = (shape->k + 7) / 8;
+    job->partial = job->swap || job->groups > 1;
+}
+
+/* dw += the groups' sums. */
+static void ckca__conv_weight_reduce(ckca_context *ctx, const ckca__wjob *job, float *dw) {
+    size_t per = (size_t)job->s.r * job->s.s * job->s.c, all = per * job->s.k;
+    int k;
+    (void)ctx;
+    CKCA__PARALLEL_FOR(ctx)
+    for (k = 0; k < job->s.k; k++) {
+        float *to = dw + k * per;
+        const float *sums = job->sums;
+        int g;
+        size_t i;
+        for (g = 0; g < job->groups; g++, sums += all)
+            if (job->swap)
+                for (i = 0; i < per; i++) to[i] += sums[i * job->s.k + k];
+            else
+                for (i = 0; i < per; i++) to[i] += sums[k * per + i];
+    }
+}
+
+/* dbias[k] += the sum of dy[row][k]; in double over blocks of 256 rows. */
+static void ckca__conv_bias_gradient(ckca_context *ctx, size_t rows, int k, const float *dy, float *dbias) {
+    int block;
+    (void)ctx;
+    CKCA__PARALLEL_FOR(ctx)
+    for (block = 0; block < (k + 31) / 32; block++) {
+        int first = block * 32, count = k - first < 32 ? k - first : 32, i;
+        double total[32];
+        size_t row, begin;
+        for (i = 0; i < 32; i++) total[i] = 0;
+        for (begin = 0; begin < rows; begin += 256) {
+            float sum[32];
+            memset(sum, 0, sizeof sum);
+            for (row = begin; row < rows && row < begin + 256; row++)
+                for (i = 0; i < count; i++) sum[i] += dy[row * k + first + i];
+            for (i = 0; i < count; i++) total[i] += sum[i];
+        }
+        for (i = 0; i < count; i++) dbias[first + i] += (float)total[i];
+    }
+}
+
+static int ckca__conv_is_plain(const ckca_context *ctx, const ckca__conv *s) {
+    return ctx->isa == CKCA_ISA_PLAIN || s->stride > CKCA__CONV_PHASES;
+}
+#endif /* CKCA__SIMD */
+
+CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *s) {
+    size_t taps = ckca__mul(s->r, s->s), floats = ckca__mul(taps, ckca__mul(s->c, s->k));
+#ifdef CKCA__SIMD
+    if (!ckca__conv_is_plain(ctx, s)) {
+        ckca__job job;
+        int gradient;
+        if (floats < CKCA__CONV_PARTIAL / CKCA__CONV_TASKS) floats *= CKCA__CONV_TASKS; /* partial sums */
+        else if (floats < CKCA__CONV_PARTIAL) floats = CKCA__CONV_PARTIAL;
+        for (gradient = 0; gradient < 2; gradient++) {
+            size_t packed;
+            ckca__conv_plan(&job, s, gradient);
+            packed = ckca__mul(taps, ckca__mul(job.c, ckca__round_up(job.k, 16)));
+            packed = ckca__sum(packed, ckca__mul(job.scratch_size, ctx->threads));
+            if (packed > floats) floats = packed;
+        }
+    }
+#endif
+    (void)ctx;
+    return ckca__mul(floats, sizeof(float));
+}
+
+CKCA__OP void ckca__op_conv_forward(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w,
+                                    const float *bias, const float *residual, int relu, float *y, void *ws) {
+#ifdef CKCA__SIMD
+    if (!ckca__conv_is_plain(ctx, s)) {
+        ckca__job job;
+        ckca__conv_plan(&job, s, 0);
+        job.source = x;
+        job.weights = w;
+        job.bias = bias;
+        job.residual = residual;
+        job.relu = relu;
+        job.output = y;
+        ckca__conv_run(ctx, &job, ws);
+        return;
+    }
+#endif
+    ckca__naive_conv_forward(ctx, s, x, w, bias, residual, relu, y, (float *)ws);
+}
+
+CKCA__OP void ckca__op_conv_backward_data(ckca_context *ctx, const ckca__conv *s, const float *dy, const float *w,
+                                          float *dx, int accumulate, void *ws) {
+#ifdef CKCA__SIMD
+    if (!ckca__conv_is_plain(ctx, s)) {
+        ckca__job job;
+        ckca__conv_plan(&job, s, 1);
+        job.source = dy;
+        job.weights = w;
+        job.residual = accumulate ? dx : NULL;
+        job.output = dx;
+        ckca__conv_run(ctx, &job, ws);
+        return;
+    }
+#endif
+    (void)ws;
+    ckca__naive_conv_backward_data(ctx, s, dy, w, dx, accumulate);
+}
+
+CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv *s, const float *x, const float *dy,
+                                            float *dw, float *dbias, void *ws) {
+#ifdef CKCA__SIMD
+    int channels = s->c > s->k ? s->c : s->k;
+    if (!ckca__conv_is_plain(ctx, s) && channels >= 4) {
+        struct { ckca_isa isa; } narrow; /* no vectors longer than the channels */
+        ckca__wjob job;
+        int task;
+        narrow.isa = ctx->isa;
+        while (ckca__conv_vector(narrow.isa) > channels) narrow.isa = (ckca_isa)(narrow.isa - 1);
+        ckca__conv_weight_plan(&job, s, ckca__conv_vector(narrow.isa));
+        job.x = x;
+        job.dy = dy;
+        job.sums = job.partial ? (float *)ws : dw;
+        CKCA__PARALLEL_FOR(ctx)
+        for (task = 0; task < job.groups * job.splits; task++)
+            CKCA__DISPATCH(&narrow, ckca__conv_weight_task, (&job, task));
+        if (job.partial) ckca__conv_weight_reduce(ctx, &job, dw);
+        if (dbias) ckca__conv_bias_gradient(ctx, (size_t)s->n * s->p * s->q, s->k, dy, dbias);
+        return;
+    }
+#endif
+    (void)ws;
+    ckca__naive_conv_backward_weight(ctx, s, x, dy, dw, dbias);
+}
+
+/* A linear layer is a 1 x 1 convolution over n pictures of one pixel. */
+static void ckca__linear_as_conv(ckca__conv *s, int n, int d, int k) {
+    s->n = n;
+    s->c = d;
+    s->k = k;
+    s->h = s->w = s->r = s->s = s->stride = s->p = s->q = 1;
+    s->pad = 0;
+}
+
+CKCA__OP void ckca__op_linear_forward(ckca_context *ctx, int n, int d, int k, const float *x, const float *w,
+                                      const float *bias, float *y, void *ws) {
+    ckca__conv s;
+    ckca__linear_as_conv(&s, n, d, k);
+    ckca__op_conv_forward(ctx, &s, x, w, bias, NULL, 0, y, ws);
+}
+
+/* dx may be NULL: then only the gradients of the parameters are wanted. */
+CKCA__OP void ckca__op_linear_backward(ckca_context *ctx, int n, int d, int k, const float *x, const float *w,
+                                       const float *dy, float *dx, int accumulate, float *dw, float *dbias, void *ws) {
+    ckca__conv s;
+    ckca__linear_as_conv(&s, n, d, k);
+    if (dx) ckca__op_conv_backward_data(ctx, &s, dy, w, dx, accumulate, ws);
+    ckca__op_conv_backward_weight(ctx, &s, x, dy, dw, dbias, ws);
+}
+#endif /* CKCA_CUDA */
+
+#endif /* CKCA__CONVOLUTION */
+#endif /* CKCA_IMPLEMENTATION */
+#endif /* CKCA__PASS */
+#ifdef CKCA__PASS
+
+/* ------------------------------------------------------------------------------------------------------------------
+   OPS, the kernels
+
+   Channels are innermost, so activations are one long array whose channels repeat every c values, and every cols values
+   for any multiple cols of c. Batch norm's kernels walk count values in rows of cols, a multiple that fills whole
+   vectors (ckca__wide); the last row may be a part of one.
+   ------------------------------------------------------------------------------------------------------------------ */
+
+/* sum[j] += d, square[j] += d^2 with d = x - shift[j], over some rows. The sums are too many for registers: taking four
+   rows at once reads and writes them (in cache) once for four. */
+static inline void CKCA__NAME(ckca__moments_rows)(int rows, size_t cols, const float *x, const float *shift, float *sum,
+                                                  float *square) {
+    size_t j = 0;
+    int r;
+    for (; j + CKCA__VW <= cols; j += CKCA__VW) {
+        CKCA__V m = CKCA__LOAD(shift + j), s = CKCA__LOAD(sum + j), q = CKCA__LOAD(square + j);
+        for (r = 0; r < rows; r++) {
+            CKCA__V d = CKCA__SUB(CKCA__LOAD(x + r * cols + j), m);
+            s = CKCA__ADD(s, d);
+            q = CKCA__FMA(d, d, q);
+        }
+        CKCA__STORE(sum + j, s);
+        CKCA__STORE(square + j, q);
+    }
+    for (; j < cols; j++)
+        for (r = 0; r < rows; r++) {
+            float d = x[r * cols + j] - shift[j];
+            sum[j] += d;
+            square[j] += d * d;
+        }
+}
+
+static void CKCA__NAME(ckca__moments)(size_t count, size_t cols, const float *x, const float *shift, float *sum,
+                                      float *square) {
+    size_t i = 0;
+    for (; i + 4 * cols <= count; i += 4 * cols) CKCA__NAME(ckca__moments_rows)(4, cols, x + i, shift, sum, square);
+    for (; i < count; i += cols)
+        CKCA__NAME(ckca__moments_rows)(1, count - i < cols ? count - i : cols, x + i, shift, sum, square);
+}
+
+/* sum[j] += g, product[j] += g (x - mean[j]), with g = dy where y > 0 (y NULL: everywhere). */
+static inline void CKCA__NAME(ckca__products_rows)(int rows, size_t cols, const float *x, const float *y,
+                                                   const float *dy, const float *mean, float *sum, float *product) {
+    size_t j = 0, i;
+    int r;
+    for (; j + CKCA__VW <= cols; j += CKCA__VW) {
+        CKCA__V m = CKCA__LOAD(mean + j), s = CKCA__LOAD(sum + j), p = CKCA__LOAD(product + j);
+        for (r = 0, i = j; r < rows; r++, i += cols) {
+            CKCA__V g = CKCA__LOAD(dy + i);
+            if (y) g = CKCA__WHERE_POSITIVE(CKCA__LOAD(y + i), g);
+            s = CKCA__ADD(s, g);
+            p = CKCA__FMA(g, CKCA__SUB(CKCA__LOAD(x + i), m), p);
+        }
+        CKCA__STORE(sum + j, s);
+        CKCA__STORE(product + j, p);
+    }
+    for (; j < cols; j++)
+        for (r = 0, i = j; r < rows; r++, i += cols) {
+            float g = y && !(y[i] > 0) ? 0 : dy[i];
+            sum[j] += g;
+            product[j] += g * (x[i] - mean[j]);
+        }
+}
+
+static void CKCA__NAME(ckca__products)(size_t count, size_t cols, const float *x, const float *y, const float *dy,
+                                       const float *mean, float *sum, float *product) {
+    size_t i = 0;
+    for (; i + 4 * cols <= count; i += 4 * cols)
+        CKCA__NAME(ckca__products_rows)(4, cols, x + i, y ? y + i : NULL, dy + i, mean, sum, product);
+    for (; i < count; i += cols)
+        CKCA__NAME(ckca__products_rows)(1, count - i < cols ? count - i : cols, x + i, y ? y + i : NULL, dy + i, mean,
+                                        sum, product);
+}
+
+/* y = relu?((x - mean) scale + beta + residual) */
+static void CKCA__NAME(ckca__normalize)(size_t count, size_t cols, const float *x, const float *mean,
+                                        const float *scale, const float *beta, const float *residual, int relu,
+                                        float *y) {
+    const CKCA__V zero = CKCA__SET(0);
+    size_t i, j, end;
+    for (i = 0; i < count; i += cols) {
+        end = count - i < cols ? count - i : cols;
+        for (j = 0; j + CKCA__VW <= end; j += CKCA__VW) {
+            CKCA__V v = CKCA__FMA(CKCA__SUB(CKCA__LOAD(x + i + j), CKCA__LOAD(mean + j)), CKCA__LOAD(scale + j),
+                                  CKCA__LOAD(beta + j));
+            if (residual) v = CKCA__ADD(v, CKCA__LOAD(residual + i + j));
+            if (relu) v = CKCA__MAX(zero, v); /* in this order NaN stays NaN */
+            CKCA__STORE(y + i + j, v);
+        }
+        for (; j < end; j++) {
+            float v = (x[i + j] - mean[j]) * scale[j] + beta[j];
+            if (residual) v += residual[i + j];
+            y[i + j] = relu && v <= 0 ? 0 : v;
+        }
+    }
+}
+
+/* dx = a g - b (x - mean) - c; dresidual (+)= g. */
+static void CKCA__NAME(ckca__normalize_backward)(size_t count, size_t cols, const float *x, const float *y,
+                                                 const float *dy, const float *mean, const float *a, const float *b,
+                                                 const float *c, float *dx, float *dresidual, int accumulate) {
+    size_t i, j, end;
+    for (i = 0; i < count; i += cols) {
+        end = count - i < cols ? count - i : cols;
+        for (j = 0; j + CKCA__VW <= end; j += CKCA__VW) {
+            CKCA__V g = CKCA__LOAD(dy + i + j), d = CKCA__SUB(CKCA__LOAD(x + i + j), CKCA__LOAD(mean + j));
+            if (y) g = CKCA__WHERE_POSITIVE(CKCA__LOAD(y + i + j), g);
+            d = CKCA__FMA(d, CKCA__LOAD(b + j), CKCA__LOAD(c + j));
+            CKCA__STORE(dx + i + j, CKCA__SUB(CKCA__MUL(g, CKCA__LOAD(a + j)), d));
+            if (dresidual)
+                CKCA__STORE(dresidual + i + j, accumulate ? CKCA__ADD(g, CKCA__LOAD(dresidual + i + j)) : g);
+        }
+        for (; j < end; j++) {
+            float g = y && !(y[i + j] > 0) ? 0 : dy[i + j];
+            dx[i + j] = a[j] * g - ((x[i + j] - mean[j]) * b[j] + c[j]);
+            if (dresidual) dresidual[i + j] = accumulate ? dresidual[i + j] + g : g;
+        }
+    }
+}
+
+/* y = relu?(a + b), b may be NULL. */
+static void CKCA__NAME(ckca__add)(size_t count, const float *a, const float *b, int relu, float *y) {
+    const CKCA__V zero = CKCA__SET(0);
+    size_t i = 0;
+    for (; i + CKCA__VW <= count; i += CKCA__VW) {
+        CKCA__V v = CKCA__LOAD(a + i);
+        if (b) v = CKCA__ADD(v, CKCA__LOAD(b + i));
+        if (relu) v = CKCA__MAX(zero, v);
+        CKCA__STORE(y + i, v);
+    }
+    for (; i < count; i++) {
+        float v = b ? a[i] + b[i] : a[i];
+        y[i] = relu && v <= 0 ? 0 : v;
+    }
+}
+
+/* dx (+)= dy where y > 0 */
+static void CKCA__NAME(ckca__add_backward)(size_t count, const float *y, const float *dy, float *dx, int accumulate) {
+    size_t i = 0;
+    for (; i + CKCA__VW <= count; i += CKCA__VW) {
+        CKCA__V g = CKCA__LOAD(dy + i);
+        if (y) g = CKCA__WHERE_POSITIVE(CKCA__LOAD(y + i), g);
+        CKCA__STORE(dx + i, accumulate ? CKCA__ADD(g, CKCA__LOAD(dx + i)) : g);
+    }
+    for (; i < count; i++) {
+        float g = y && !(y[i] > 0) ? 0 : dy[i];
+        dx[i] = accumulate ? dx[i] + g : g;
+    }
+}
+
+static void CKCA__NAME(ckca__sgd)(size_t count, float *w, const float *g, float *v, float lr, float momentum,
+                                  float weight_decay, int nesterov, float gscale) {
+    const CKCA__V m = CKCA__SET(momentum), decay = CKCA__SET(weight_decay), s = CKCA__SET(gscale),
+                  rate = CKCA__SET(-lr);
+    size_t i = 0;
+    for (; i + CKCA__VW <= count; i += CKCA__VW) {
+        CKCA__V to = CKCA__LOAD(w + i);
+        CKCA__V d = CKCA__FMA(decay, to, CKCA__MUL(CKCA__LOAD(g + i), s));
+        CKCA__V step = CKCA__FMA(m, CKCA__LOAD(v + i), d);
+        CKCA__STORE(v + i, step);
+        if (nesterov) step = CKCA__FMA(m, step, d);
+        CKCA__STORE(w + i, CKCA__FMA(rate, step, to));
+    }
+    for (; i < count; i++) {
+        float d = g[i] * gscale + weight_decay * w[i];
+        v[i] = momentum * v[i] + d;
+        w[i] -= lr * (nesterov ? d + momentum * v[i] : v[i]);
+    }
+}
+
+/* a . b: vectors of floats over runs of 4096, whose sums are added in double. */
+static double CKCA__NAME(ckca__dot)(size_t count, const float *a, const float *b) {
+    float lane[CKCA__VW];
+    double sum = 0;
+    size_t i = 0, end;
+    int j;
+    while (i + 2 * CKCA__VW <= count) {
+        CKCA__V s = CKCA__SET(0), t = s;
+        end = count - i < 4096 ? count : i + 4096;
+        for (; i + 2 * CKCA__VW <= end; i += 2 * CKCA__VW) {
+            s = CKCA__FMA(CKCA__LOAD(a + i), CKCA__LOAD(b + i), s);
+            t = CKCA__FMA(CKCA__LOAD(a + i + CKCA__VW), CKCA__LOAD(b + i + CKCA__VW), t);
+        }
+        CKCA__STORE(lane, CKCA__ADD(s, t));
+        for (j = 0; j < CKCA__VW; j++) sum += lane[j];
+    }
+    for (; i < count; i++) sum += (double)a[i] * b[i];
+    return sum;
+}
+
+/* y = alpha a + beta b, or adds it. */
+static void CKCA__NAME(ckca__combine)(size_t count, float alpha, const float *a, float beta, const float *b, float *y,
+                                      int accumulate) {
+    const CKCA__V va = CKCA__SET(alpha), vb = CKCA__SET(beta);
+    size_t i = 0;
+    for (; i + CKCA__VW <= count; i += CKCA__VW) {
+        CKCA__V v = CKCA__FMA(va, CKCA__LOAD(a + i), CKCA__MUL(vb, CKCA__LOAD(b + i)));
+        CKCA__STORE(y + i, accumulate ? CKCA__ADD(v, CKCA__LOAD(y + i)) : v);
+    }
+    for (; i < count; i++) y[i] = alpha * a[i] + beta * b[i] + (accumulate ? y[i] : 0);
+}
+
+/* Vectors of 32-bit integers and of bytes, as many as floats in a CKCA__V. Comparing two CKCA__V gives one of the
+   first, -1 where true (GNU C's vector extensions). */
+typedef int CKCA__NAME(ckca__ints) __attribute__((vector_size(4 * CKCA__VW)));
+typedef unsigned char CKCA__NAME(ckca__bytes) __attribute__((vector_size(CKCA__VW)));
+
+/* One output pixel of a max pooling, see ckca__naive_maxpool_pixel. */
+static void CKCA__NAME(ckca__maxpool_pixel)(int c, int taps, const float *const *from, const unsigned char *position,
+                                            float *y, unsigned char *at) {
+    int j = 0, t;
+    for (; j + CKCA__VW <= c; j += CKCA__VW) {
+        CKCA__V best = CKCA__SET(-INFINITY);
+        CKCA__NAME(ckca__ints) where = {0}, take, here;
+        CKCA__NAME(ckca__bytes) narrow;
+        for (t = 0; t < taps; t++) {
+            CKCA__V v = CKCA__LOAD(from[t] + j);
+            take = (CKCA__NAME(ckca__ints))(v > best) | (CKCA__NAME(ckca__ints))(v != v);
+            here = where & 0;
+            here += position[t];
+            where = (take & here) | (~take & where);
+            best = (CKCA__V)((take & (CKCA__NAME(ckca__ints))v) | (~take & (CKCA__NAME(ckca__ints))best));
+        }
+        CKCA__STORE(y + j, best);
+        narrow = __builtin_convertvector(where, CKCA__NAME(ckca__bytes));
+        if (at) memcpy(at + j, &narrow, sizeof narrow);
+    }
+    for (; j < c; j++) {
+        unsigned char where = 0;
+        y[j] = -INFINITY;
+        for (t = 0; t < taps; t++)
+            if (from[t][j] > y[j] || from[t][j] != from[t][j]) y[j] = from[t][j], where = position[t];
+        if (at) at[j] = where;
+    }
+}
+
+/* One input pixel's gradient, see ckca__naive_maxpool_pixel_backward. */
+static void CKCA__NAME(ckca__maxpool_pixel_backward)(int c, int taps, const size_t *from,
+                                                     const unsigned char *position, const float *dy,
+                                                     const unsigned char *at, float *dx, int accumulate) {
+    int j = 0, t;
+    for (; j + CKCA__VW <= c; j += CKCA__VW) {
+        CKCA__V sum = accumulate ? CKCA__LOAD(dx + j) : CKCA__SET(0);
+        for (t = 0; t < taps; t++) {
+            CKCA__V g = CKCA__LOAD(dy + from[t] + j);
+            CKCA__NAME(ckca__bytes) narrow;
+            CKCA__NAME(ckca__ints) won;
+            memcpy(&narrow, at + from[t] + j, sizeof narrow);
+            won = __builtin_convertvector(narrow, CKCA__NAME(ckca__ints)) == position[t];
+            sum = CKCA__ADD(sum, (CKCA__V)(won & (CKCA__NAME(ckca__ints))g));
+        }
+        CKCA__STORE(dx + j, sum);
+    }
+    for (; j < c; j++) {
+        float sum = accumulate ? dx[j] : 0;
+        for (t = 0; t < taps; t++)
+            if (at[from[t] + (size_t)j] == position[t]) sum += dy[from[t] + (size_t)j];
+        dx[j] = sum;
+    }
+}
+
+#elif defined(CKCA_IMPLEMENTATION) && !defined(CKCA_CUDA)
+#ifndef CKCA__OPS
+#define CKCA__OPS
+
+/* ------------------------------------------------------------------------------------------------------------------
+   OPS: all but convolution and linear
+   ------------------------------------------------------------------------------------------------------------------ */
+
+/* On the host the device's memory is the host's own. */
+static void *ckca__device_alloc(ckca_context *ctx, size_t bytes) { return ckca__alloc(ctx, bytes); }
+static void ckca__device_release(ckca_context *ctx, void *memory, size_t bytes) {
+    (void)bytes;
+    ckca__release(ctx, memory);
+}
+static void ckca__device_copy(ckca_context *ctx, void *to, const void *from, size_t bytes) {
+    (void)ctx;
+    if (bytes) memcpy(to, from, bytes);
+}
+static void ckca__device_upload(ckca_context *ctx, void *device, const void *host, size_t bytes) {
+    ckca__device_copy(ctx, device, host, bytes);
+}
+static void ckca__device_download(ckca_context *ctx, void *host, const void *device, size_t bytes) {
+    ckca__device_copy(ctx, host, device, bytes);
+}
+static void ckca__device_zero(ckca_context *ctx, void *device, size_t bytes) {
+    (void)ctx;
+    if (bytes) memset(device, 0, bytes);
+}
+
+/* Long arrays are worked on in blocks whose number and size depend on the shape alone, never on the threads; sums are
+   taken per block and then added in the blocks' order. */
+#define CKCA__SUM_BLOCKS 256  /* of a long sum; a double each */
+#define CKCA__BLOCK 32768     /* values, of element-wise ops */
+#define CKCA__WIDE 1024       /* see ckca__wide */
+
+/* CKCA__PARALLEL_FOR, by one thread where there are too few values for waking others to pay. */
+#ifdef _OPENMP
+#define CKCA__PARALLEL_OVER(ctx, values) \
+    CKCA__PRAGMA(omp parallel for schedule(dynamic) num_threads((ctx)->threads) if ((size_t)(values) > CKCA__BLOCK / 2))
+#else
+#define CKCA__PARALLEL_OVER(ctx, values)
+#endif
+
+static int ckca__blocks(size_t count) { return (int)((count + CKCA__BLOCK - 1) / CKCA__BLOCK); }
+static size_t ckca__block_size(size_t count, int b) {
+    size_t left = count - (size_t)b * CKCA__BLOCK;
+    return left < CKCA__BLOCK ? left : CKCA__BLOCK;
+}
+
+/* How many rows of c channels to take as one, so that few channels, or an odd number of them, fill whole vectors. */
+static size_t ckca__wide(const ckca_context *ctx, int c) {
+    size_t width = ctx->isa == CKCA_ISA_AVX512 ? 16 : ctx->isa == CKCA_ISA_AVX2 ? 8 : 4, m = 1;
+    while (m * (size_t)c % width) m++;
+    while (m * (size_t)c < 64) m *= 2;
+    return m * (size_t)c <= CKCA__WIDE ? m : 1;
+}
+
+/* Rows in each block of batch norm's sums: at most 128 blocks, of at least 64 rows and 16384 values. */
+static size_t ckca__block_rows(const ckca_context *ctx, size_t rows, int c) {
+    size_t block = (rows + 127) / 128;
+    if (block < 64) block = 64;
+    if (block < (size_t)(16384 / c)) block = (size_t)(16384 / c);
+    return ckca__round_up(block, 4 * ckca__wide(ctx, c));
+}
+
+/* Batch norm wants most: per channel two doubles of sums, four floats of tables (widened, up to CKCA__WIDE more), and
+   three floats for each block. Never less for more rows: a short batch fits where a full one does. */
+static size_t ckca__op_workspace(const ckca_context *ctx, size_t rows, int c) {
+    size_t blocks = rows / 64 + 1 < 128 ? rows / 64 + 1 : 128;
+    (void)ctx;
+    return ckca__sum(CKCA__SUM_BLOCKS * sizeof(double) + 16 * CKCA__WIDE, ckca__mul((size_t)c, 32 + 12 * blocks));
+}
+
+/* ---- batch norm ---- */
+
+#define CKCA__BATCHNORM_EPS 1e-5
+#define CKCA__BATCHNORM_MOMENTUM 0.1
+
+/* Folds one channel's statistics into what the passes need and into the running ones. The running variance is the
+   unbiased one; of a single row there is none, and the biased one (0) stands in. */
+static void ckca__batchnorm_finish(size_t rows, double mean, double var, float *running_mean, float *running_var,
+                                   float *out_mean, float *out_inv_std) {
+    double unbiased = rows > 1 ? var * (double)rows / (double)(rows - 1) : var;
+    *out_mean = (float)mean;
+    *out_inv_std = (float)(1 / sqrt(var + CKCA__BATCHNORM_EPS));
+    *running_mean += (float)(CKCA__BATCHNORM_MOMENTUM * (mean - *running_mean));
+    *running_var += (float)(CKCA__BATCHNORM_MOMENTUM * (unbiased - *running_var));
+}
+
+/* y = relu?((x - mean) scale + beta + residual), scale = gamma inv_std, in plain loops. */
+static void ckca__naive_batchnorm_apply(size_t rows, int c, const float *x, const float *gamma, const float *beta,
+                                        const float *mean, const float *inv_std, const float *residual, int relu,
+                                        float *y) {
+    size_t i;
+    int j;
+    for (i = 0; i < rows * (size_t)c; i += (size_t)c)
+        for (j = 0; j < c; j++) {
+            float v = (x[i + j] - mean[j]) * (gamma[j] * inv_std[j]) + beta[j];
+            if (residual) v += residual[i + j];
+            y[i + j] = relu && v <= 0 ? 0 : v; /* NaN stays NaN */
+        }
+}
+
+static void ckca__naive_batchnorm_forward(size_t rows, int c, const float *x, const float *gamma, const float *beta,
+                                          float *running_mean, float *running_var, const float *residual, int relu,
+                                          float *y, float *mean, float *inv_std, void *ws) {
+    double *sum = (double *)ws, *square = sum + c;
+    size_t i;
+    int j;
+    memset(sum, 0, 2 * (size_t)c * sizeof *sum);
+    for (i = 0; i < rows * (size_t)c; i += (size_t)c)
+        for (j = 0; j < c; j++) sum[j] += x[i + j];
+    for (j = 0; j < c; j++) sum[j] /= (double)rows;
+    for (i = 0; i < rows * (size_t)c; i += (size_t)c)
+        for (j = 0; j < c; j++) square[j] += (x[i + j] - sum[j]) * (x[i + j] - sum[j]);
+    for (j = 0; j < c; j++)
+        ckca__batchnorm_finish(rows, sum[j], square[j] / (double)rows, running_mean + j, running_var + j, mean + j,
+                               inv_std + j);
+    ckca__naive_batchnorm_apply(rows, c, x, gamma, beta, mean, inv_std, residual, relu, y);
+}
+
+/* With g = dy where y > 0 and xhat = (x - mean) inv_std:
+   dbeta = sum g, dgamma = sum g xhat, dx = gamma inv_std (g - dbeta / rows - xhat dgamma / rows). */
+static void ckca__naive_batchnorm_backward(size_t rows, int c, const float *x, const float *y, const float *dy,
+                                           const float *gamma, const float *mean, const float *inv_std, int relu,
+                                           float *dx, float *dresidual, int accumulate_residual, float *dgamma,
+                                           float *dbeta, void *ws) {
+    double *sum = (double *)ws, *product = sum + c;
+    size_t i;
+    int j;
+    memset(sum, 0, 2 * (size_t)c * sizeof *sum);
+    for (i = 0; i < rows * (size_t)c; i += (size_t)c)
+        for (j = 0; j < c; j++) {
+            float g = relu && !(y[i + j] > 0) ? 0 : dy[i + j];
+            sum[j] += g;
+            product[j] += g * (x[i + j] - mean[j]) * inv_std[j];
+        }
+    for (j = 0; j < c; j++) dbeta[j] += (float)sum[j], dgamma[j] += (float)product[j];
+    for (i = 0; i < rows * (size_t)c; i += (size_t)c)
+        for (j = 0; j < c; j++) {
+            float g = relu && !(y[i + j] > 0) ? 0 : dy[i + j], xhat = (x[i + j] - mean[j]) * inv_std[j];
+            dx[i + j] = gamma[j] * inv_std[j] *
+                        (g - (float)(sum[j] / (double)rows) - xhat * (float)(product[j] / (double)rows));
+            if (dresidual) dresidual[i + j] = accumulate_residual ? dresidual[i + j] + g : g;
+        }
+}
+
+static void ckca__naive_batchnorm_eval(size_t rows, int c, const float *x, const float *gamma, const float *beta,
+                                       const float *running_mean, const float *running_var, const float *residual,
+                                       int relu, float *y) {
+    size_t i;
+    int j;
+    for (i = 0; i < rows * (size_t)c; i += (size_t)c)
+        for (j = 0; j < c; j++) {
+            float inv_std = (float)(1 / sqrt(running_var[j] + CKCA__BATCHNORM_EPS));
+            float v = (x[i + j] - running_mean[j]) * (gamma[j] * inv_std) + beta[j];
+            if (residual) v += residual[i + j];
+            y[i + j] = relu && v <= 0 ? 0 : v;
+        }
+}
+
+#ifdef CKCA__SIMD
+/* table[0..cols) = value[0..c) again and again. */
+static void ckca__repeat(size_t cols, int c, const float *value, float *table) {
+    size_t i;
+    for (i = 0; i < cols; i += (size_t)c) memmove(table + i, value, (size_t)c * sizeof *table);
+}
+
+/* sum[j] = the sum of wide[j], wide[j + c], ... */
+static void ckca__fold_sums(size_t cols, int c, const float *wide, float *sum) {
+    size_t i;
+    int j;
+    memcpy(sum, wide, (size_t)c * sizeof *sum);
+    for (i = (size_t)c; i < cols; i += (size_t)c)
+        for (j = 0; j < c; j++) sum[j] += wide[i + j];
+}
+
+/* One block's share of a channel sum into part (2 x c): of d and d^2 with d = x - mean or, with dy, of g and g d. */
+static void ckca__batchnorm_block(const ckca_context *ctx, size_t count, int c, const float *x, const float *y,
+                                  const float *dy, const float *mean, float *part) {
+    size_t cols = ckca__wide(ctx, c) * (size_t)c;
+    float wide[3 * CKCA__WIDE], *sum = part, *product = part + c;
+    if (cols > (size_t)c) {
+        ckca__repeat(cols, c, mean, wide + 2 * CKCA__WIDE);
+        mean = wide + 2 * CKCA__WIDE;
+        sum = wide;
+        product = wide + CKCA__WIDE;
+    }
+    memset(sum, 0, cols * sizeof *sum);
+    memset(product, 0, cols * sizeof *product);
+    if (dy) CKCA__DISPATCH(ctx, ckca__products, (count, cols, x, y, dy, mean, sum, product));
+    else CKCA__DISPATCH(ctx, ckca__moments, (count, cols, x, mean, sum, product));
+    if (cols > (size_t)c) {
+        ckca__fold_sums(cols, c, sum, part);
+        ckca__fold_sums(cols, c, product, part + c);
+    }
+}
+
+/* mean and inv_std from one pass over x. Squares are of differences from a shift, the mean of the block's first 16
+   rows, so that a mean far from 0 costs no digits; blocks are joined as by Chan, Golub, LeVeque 1979. */
+static void ckca__batchnorm_statistics(ckca_context *ctx, size_t rows, int c, const float *x, float *running_mean,
+                                       float *running_var, float *mean, float *inv_std, void *ws) {
+    size_t block = ckca__block_rows(ctx, rows, c);
+    double *total = (double *)ws, *square = total + c;
+    float *part = (float *)(square + c); /* per block: c shifts, sums, sums of squares */
+    int blocks = (int)((rows + block - 1) / block), b, j;
+    CKCA__PARALLEL_OVER(ctx, rows * (size_t)c)
+    for (b = 0; b < blocks; b++) {
+        size_t first = (size_t)b * block, count = rows - first < block ? rows - first : block, i;
+        size_t some = (count < 16 ? count : 16) * (size_t)c;
+        const float *from = x + first * (size_t)c;
+        float *shift = part + (size_t)b * 3 * (size_t)c;
+        ckca__fold_sums(some, c, from, shift);
+        for (i = 0; i < (size_t)c; i++) shift[i] *= (float)c / (float)some;
+        ckca__batchnorm_block(ctx, count * (size_t)c, c, from, NULL, NULL, shift, shift + c);
+    }
+    memset(total, 0, 2 * (size_t)c * sizeof *total);
+    for (b = 0; b < blocks; b++) {
+        size_t first = (size_t)b * block;
+        double n = (double)(rows - first < block ? rows - first : block);
+        const float *shift = part + (size_t)b * 3 * (size_t)c, *sum = shift + c;
+        for (j = 0; j < c; j++) total[j] += n * shift[j] + sum[j];
+    }
+    for (j = 0; j < c; j++) total[j] /= (double)rows;
+    for (b = 0; b < blocks; b++) {
+        size_t first = (size_t)b * block;
+        double n = (double)(rows - first < block ? rows - first : block), inv_n = 1 / n;
+        const float *shift = part + (size_t)b * 3 * (size_t)c, *sum = shift + c;
+        for (j = 0; j < c; j++) {
+            double d = sum[j] * inv_n, e = shift[j] + d - total[j];
+            square[j] += sum[c + j] - n * d * d + n * e * e;
+        }
+    }
+    for (j = 0; j < c; j++) {
+        double var = square[j] / (double)rows;
+        ckca__batchnorm_finish(rows, total[j], var < 0 ? 0 : var, running_mean + j, running_var + j, mean + j,
+                               inv_std + j);
+    }
+}
+
+/* y = relu?((x - mean) gamma inv_std + beta + residual), inv_std from var where it is NULL. Blocks from the last to the
+   first: what the statistics read last is still in cache. */
+static void ckca__batchnorm_apply(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
+                                  const float *beta, const float *mean, const float *inv_std, const float *var,
+                                  const float *residual, int relu, float *y) {
+    float table[3][CKCA__WIDE];
+    size_t block = ckca__block_rows(ctx, rows, c);
+    int blocks = (int)((rows + block - 1) / block), b, at, j;
+    for (at = 0; at < c; at += CKCA__WIDE) { /* more channels than the table holds are done in strips */
+        int width = c - at < CKCA__WIDE ? c - at : CKCA__WIDE;
+        size_t cols = width == c ? ckca__wide(ctx, c) * (size_t)c : (size_t)width;
+        ckca__repeat(cols, width, mean + at, table[0]);
+        for (j = 0; j < width; j++)
+            table[1][j] = gamma[at + j] *
+                          (inv_std ? inv_std[at + j] : (float)(1 / sqrt(var[at + j] + CKCA__BATCHNORM_EPS)));
+        ckca__repeat(cols, width, table[1], table[1]);
+        ckca__repeat(cols, width, beta + at, table[2]);
+        CKCA__PARALLEL_OVER(ctx, rows * (size_t)c)
+        for (b = blocks - 1; b >= 0; b--) {
+            size_t i = (size_t)b * block, end = rows - i < block ? rows : i + block, step = width == c ? end - i : 1;
+            for (; i < end; i += step) {
+                size_t from = i * (size_t)c + (size_t)at;
+                CKCA__DISPATCH(ctx, ckca__normalize,
+                               (step * (size_t)width, cols, x + from, table[0], table[1], table[2],
+                                residual ? residual + from : NULL, relu, y + from));
+            }
+        }
+    }
+}
+#endif
+
+/* Passes over activations: 1 read for the statistics; 1 read, 1 write to apply them, 1 read of the residual. */
+static void ckca__op_batchnorm_forward(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
+                                       const float *beta, float *running_mean, float *running_var,
+                                       const float *residual, int relu, float *y, float *mean, float *inv_std,
+                                       void *ws) {
+#ifdef CKCA__SIMD
+    if (ctx->isa != CKCA_ISA_PLAIN) {
+        ckca__batchnorm_statistics(ctx, rows, c, x, running_mean, running_var, mean, inv_std, ws);
+        ckca__batchnorm_apply(ctx, rows, c, x, gamma, beta, mean, inv_std, NULL, residual, relu, y);
+        return;
+    }
+#endif
+    (void)ctx;
+    ckca__naive_batchnorm_forward(rows, c, x, gamma, beta, running_mean, running_var, residual, relu, y, mean, inv_std,
+                                  ws);
+}
+
+/* Passes over activations: 2 reads (x, dy) for the sums; 2 reads, 1 write for dx; y is read in both where relu;
+   dresidual is 1 write, and 1 read where it accumulates. */
+static void ckca__op_batchnorm_backward(ckca_context *ctx, size_t rows, int c, const float *x, const float *y,
+                                        const float *dy, const float *gamma, const float *mean, const float *inv_std,
+                                        int relu, float *dx, float *dresidual, int accumulate_residual, float *dgamma,
+                                        float *dbeta, void *ws) {
+#ifdef CKCA__SIMD
+    if (ctx->isa != CKCA_ISA_PLAIN) {
+        size_t block = ckca__block_rows(ctx, rows, c), cols = ckca__wide(ctx, c) * (size_t)c;
+        double *sum = (double *)ws, *product = sum + c;
+        float *table = (float *)(product + c), *part = table + 4 * cols;
+        int blocks = (int)((rows + block - 1) / block), b, j;
+        if (!relu) y = NULL;
+        CKCA__PARALLEL_OVER(ctx, rows * (size_t)c)
+        for (b = 0; b < blocks; b++) {
+            size_t first = (size_t)b * block, from = first * (size_t)c;
+            ckca__batchnorm_block(ctx, (rows - first < block ? rows - first : block) * (size_t)c, c, x + from,
+                                  y ? y + from : NULL, dy + from, mean, part + (size_t)b * 2 * (size_t)c);
+        }
+        memset(sum, 0, 2 * (size_t)c * sizeof *sum);
+        for (b = 0; b < blocks; b++)
+            for (j = 0; j < 2 * c; j++) sum[j] += part[(size_t)b * 2 * (size_t)c + (size_t)j];
+        for (j = 0; j < c; j++) {
+            double xhat_g = product[j] * inv_std[j], scale = (double)gamma[j] * inv_std[j];
+            dbeta[j] += (float)sum[j];
+            dgamma[j] += (float)xhat_g;
+            table[j] = mean[j];
+            table[cols + j] = (float)scale;
+            table[2 * cols + j] = (float)(scale * inv_std[j] * xhat_g / (double)rows);
+            table[3 * cols + j] = (float)(scale * sum[j] / (double)rows);
+        }
+        for (j = 0; j < 4; j++) ckca__repeat(cols, c, table + j * cols, table + j * cols);
+        CKCA__PARALLEL_OVER(ctx, rows * (size_t)c)
+        for (b = blocks - 1; b >= 0; b--) {
+            size_t first = (size_t)b * block, from = first * (size_t)c;
+            CKCA__DISPATCH(ctx, ckca__normalize_backward,
+                           ((rows - first < block ? rows - first : block) * (size_t)c, cols, x + from,
+                            y ? y + from : NULL, dy + from, table, table + cols, table + 2 * cols, table + 3 * cols,
+                            dx + from, dresidual ? dresidual + from : NULL, accumulate_residual));
+        }
+        return;
+    }
+#endif
+    (void)ctx;
+    ckca__naive_batchnorm_backward(rows, c, x, y, dy, gamma, mean, inv_std, relu, dx, dresidual, accumulate_residual,
+                                   dgamma, dbeta, ws);
+}
+
+static void ckca__op_batchnorm_eval(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
+                                    const float *beta, const float *running_mean, const float *running_var,
+                                    const float *residual, int relu, float *y) {
+#ifdef CKCA__SIMD
+    if (ctx->isa != CKCA_ISA_PLAIN) {
+        ckca__batchnorm_apply(ctx, rows, c, x, gamma, beta, running_mean, NULL, running_var, residual, relu, y);
+        return;
+    }
+#endif
+    (void)ctx;
+    ckca__naive_batchnorm_eval(rows, c, x, gamma, beta, running_mean, running_var, residual, relu, y);
+}
+
+static void ckca__op_fold(ckca_context *ctx, int k, size_t per, const float *w, const float *bias, const float *gamma,
+                          const float *beta, const float *running_mean, const float *running_var, float *w_out,
+                          float *bias_out) {
+    size_t j;
+    int i;
+    (void)ctx;
+    for (i = 0; i < k; i++) {
+        double scale = gamma[i] / sqrt(running_var[i] + CKCA__BATCHNORM_EPS);
+        for (j = 0; j < per; j++) w_out[(size_t)i * per + j] = (float)(w[(size_t)i * per + j] * scale);
+        bias_out[i] = (float)(beta[i] + ((bias ? bias[i] : 0) - running_mean[i]) * scale);
+    }
+}
+
+/* ---- element-wise ---- */
+
+static void ckca__naive_add(size_t count, const float *a, const float *b, int relu, float *y) {
+    size_t i;
+    for (i = 0; i < count; i++) {
+        float v = b ? a[i] + b[i] : a[i];
+        y[i] = relu && v <= 0 ? 0 : v;
+    }
+}
+
+static void ckca__naive_add_backward(size_t count, const float *y, const float *dy, float *dx, int accumulate) {
+    size_t i;
+    for (i = 0; i < count; i++) {
+        float g = y && !(y[i] > 0) ? 0 : dy[i];
+        dx[i] = accumulate ? dx[i] + g : g;
+    }
+}
+
+static void ckca__op_add(ckca_context *ctx, size_t count, const float *a, const float *b, int relu, float *y) {
+#ifdef CKCA__SIMD
+    if (ctx->isa != CKCA_ISA_PLAIN) {
+        int i;
+        CKCA__PARALLEL_OVER(ctx, count)
+        for (i = 0; i < ckca__blocks(count); i++) {
+            size_t from = (size_t)i * CKCA__BLOCK;
+            CKCA__DISPATCH(ctx, ckca__add,
+                           (ckca__block_size(count, i), a + from, b ? b + from : NULL, relu, y + from));
+        }
+        return;
+    }
+#endif
+    (void)ctx;
+    ckca__naive_add(count, a, b, relu, y);
+}
+
+static void ckca__op_add_backward(ckca_context *ctx, size_t count, const float *y, const float *dy, float *dx,
+                                  int accumulate) {
+#ifdef CKCA__SIMD
+    if (ctx->isa != CKCA_ISA_PLAIN) {
+        int i;
+        CKCA__PARALLEL_OVER(ctx, count)
+        for (i = 0; i < ckca__blocks(count); i++) {
+            size_t from = (size_t)i * CKCA__BLOCK;
+            CKCA__DISPATCH(ctx, ckca__add_backward,
+                           (ckca__block_size(count, i), y ? y + from : NULL, dy + from, dx + from, accumulate));
+        }
+        return;
+    }
+#endif
+    (void)ctx;
+    ckca__naive_add_backward(count, y, dy, dx, accumulate);
+}
+
+/* ---- pooling ---- */
+
+#define CKCA__TAPS 256 /* positions in a kernel; at holds one in a byte */
+
+/* One output pixel of c channels: y = the greatest of what its taps read, at (unless NULL) = the position of the tap
+   that won. NaN wins, as in PyTorch. */
+static void ckca__naive_maxpool_pixel(int c, int taps, const float *const *from, const unsigned char *position,
+                                      float *y, unsigned char *at) {
+    int j, t;
+    for (j = 0; j < c; j++) {
+        unsigned char where = 0;
+        y[j] = -INFINITY;
+        for (t = 0; t < taps; t++)
+            if (from[t][j] > y[j] || from[t][j] != from[t][j]) y[j] = from[t][j], where = position[t];
+        if (at) at[j] = where;
+    }
+}
+
+/* One input pixel: dx = the sum of dy over those of the outputs reading it (at offsets from[t], as their
+   position[t]) in which it won. */
+static void ckca__naive_maxpool_pixel_backward(int c, int taps, const size_t *from, const unsigned char *position,
+                                               const float *dy, const unsigned char *at, float *dx, int accumulate) {
+    int j, t;
+    for (j = 0; j < c; j++) {
+        float sum = accumulate ? dx[j] : 0;
+        for (t = 0; t < taps; t++)
+            if (at[from[t] + (size_t)j] == position[t]) sum += dy[from[t] + (size_t)j];
+        dx[j] = sum;
+    }
+}
+
+static void ckca__op_maxpool_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y,
+                                     unsigned char *at) {
+    int row; /* of the output: n p of them, independent */
+    (void)ctx;
+    CKCA__PARALLEL_OVER(ctx, (size_t)s->n * s->p * s->q * s->c)
+    for (row = 0; row < s->n * s->p; row++) {
+        const float *from[CKCA__TAPS];
+        unsigned char position[CKCA__TAPS];
+        int h0 = row % s->p * s->stride - s->pad, q, i, j;
+        for (q = 0; q < s->q; q++) {
+            size_t o = ((size_t)row * (size_t)s->q + (size_t)q) * (size_t)s->c;
+            int w0 = q * s->stride - s->pad, taps = 0;
+            for (i = h0 < 0 ? -h0 : 0; i < s->r && h0 + i < s->h; i++)
+                for (j = w0 < 0 ? -w0 : 0; j < s->s && w0 + j < s->w; j++) {
+                    from[taps] = x + (((size_t)(row / s->p) * s->h + (h0 + i)) * s->w + (w0 + j)) * s->c;
+                    position[taps++] = (unsigned char)(i * s->s + j);
+                }
+#ifdef CKCA__SIMD
+            if (ctx->isa != CKCA_ISA_PLAIN) {
+                CKCA__DISPATCH(ctx, ckca__maxpool_pixel, (s->c, taps, from, position, y + o, at ? at + o : NULL));
+                continue;
+            }
+#endif
+            ckca__naive_maxpool_pixel(s->c, taps, from, position, y + o, at ? at + o : NULL);
+        }
+    }
+}
+
+/* Gathers: an input pixel collects from the few windows that cover it, so pixels are independent. */
+static void ckca__op_maxpool_backward(ckca_context *ctx, const ckca__conv *s, const float *dy,
+                                      const unsigned char *at, float *dx, int accumulate) {
+    int row; /* of the input */
+    (void)ctx;
+    CKCA__PARALLEL_OVER(ctx, (size_t)s->n * s->h * s->w * s->c)
+    for (row = 0; row < s->n * s->h; row++) {
+        size_t from[CKCA__TAPS];
+        unsigned char position[CKCA__TAPS];
+        int h = row % s->h + s->pad, w, p, q; /* in the padded input, where window p starts at p stride */
+        int p0 = h < s->r ? 0 : (h - s->r) / s->stride + 1, p1 = h / s->stride < s->p ? h / s->stride : s->p - 1;
+        for (w = s->pad; w < s->w + s->pad; w++) {
+            int q0 = w < s->s ? 0 : (w - s->s) / s->stride + 1, q1 = w / s->stride < s->q ? w / s->stride : s->q - 1;
+            float *to = dx + ((size_t)row * s->w + (w - s->pad)) * s->c;
+            int taps = 0;
+            for (p = p0; p <= p1; p++)
+                for (q = q0; q <= q1; q++) {
+                    from[taps] = (((size_t)(row / s->h) * s->p + p) * s->q + q) * s->c;
+                    position[taps++] = (unsigned char)((h - p * s->stride) * s->s + w - q * s->stride);
+                }
+#ifdef CKCA__SIMD
+            if (ctx->isa != CKCA_ISA_PLAIN) {
+                CKCA__DISPATCH(ctx, ckca__maxpool_pixel_backward, (s->c, taps, from, position, dy, at, to, accumulate));
+                continue;
+            }
+#endif
+            ckca__naive_maxpool_pixel_backward(s->c, taps, from, position, dy, at, to, accumulate);
+        }
+    }
+}
+
+static void ckca__op_avgpool_forward(ckca_context *ctx, int n, int area, int c, const float *x, float *y) {
+    int i;
+    (void)ctx;
+    CKCA__PARALLEL_OVER(ctx, (size_t)n * area * c)
+    for (i = 0; i < n; i++) {
+        const float *from = x + (size_t)i * (size_t)area * (size_t)c;
+        float *to = y + (size_t)i * (size_t)c;
+        int a, j;
+        memset(to, 0, (size_t)c * sizeof *to);
+        for (a = 0; a < area; a++, from += c)
+            for (j = 0; j < c; j++) to[j] += from[j];
+        for (j = 0; j < c; j++) to[j] /= (float)area;
+    }
+}
+
+static void ckca__op_avgpool_backward(ckca_context *ctx, int n, int area, int c, const float *dy, float *dx,
+                                      int accumulate) {
+    int i;
+    (void)ctx;
+    CKCA__PARALLEL_OVER(ctx, (size_t)n * area * c)
+    for (i = 0; i < n; i++) {
+        const float *from = dy + (size_t)i * (size_t)c;
+        float *to = dx + (size_t)i * (size_t)area * (size_t)c;
+        int a, j;
+        for (a = 0; a < area; a++, to += c)
+            for (j = 0; j < c; j++) to[j] = (accumulate ? to[j] : 0) + from[j] / (float)area;
+    }
+}
+
+static void ckca__op_subsample_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y) {
+    int row, front = (s->k - s->c) / 2;
+    (void)ctx;
+    CKCA__PARALLEL_OVER(ctx, (size_t)s->n * s->p * s->q * s->k)
+    for (row = 0; row < s->n * s->p; row++) {
+        const float *from = x + ((size_t)(row / s->p) * s->h + (size_t)(row % s->p) * s->stride) * s->w * s->c;
+        float *to = y + (size_t)row * s->q * s->k;
+        int q;
+        memset(to, 0, (size_t)s->q * s->k * sizeof *to);
+        for (q = 0; q < s->q; q++, to += s->k, from += (size_t)s->stride * s->c)
+            memcpy(to + front, from, (size_t)s->c * sizeof *to);
+    }
+}
+
+static void ckca__op_subsample_backward(ckca_context *ctx, const ckca__conv *s, const float *dy, float *dx,
+                                        int accumulate) {
+    int row, front = (s->k - s->c) / 2;
+    (void)ctx;
+    CKCA__PARALLEL_OVER(ctx, (size_t)s->n * s->h * s->w * s->c)
+    for (row = 0; row < s->n * s->h; row++) {
+        int n = row / s->h, h = row % s->h, q, c;
+        float *to = dx + (size_t)row * s->w * s->c;
+        const float *from = dy + ((size_t)n * s->p + h / s->stride) * s->q * s->k + front;
+        if (!accumulate) memset(to, 0, (size_t)s->w * s->c * sizeof *to);
+        if (h % s->stride || h / s->stride >= s->p) continue;
+        for (q = 0; q < s->q; q++, from += s->k, to += (size_t)s->stride * s->c)
+            for (c = 0; c < s->c; c++) to[c] += from[c];
+    }
+}
+
+/* ---- losses ----
+   Exponentials and sums are in double: k is small beside what a network computes, and the terms are differences of
+   near-equal numbers when student and teacher agree. */
+
+#define CKCA__EXP (size_t)16 /* an exponential costs about as much as so many additions */
+
+/* log sum_j exp(z_j / t), by way of the greatest so that nothing overflows. NaN or +inf in z gives NaN. */
+static double ckca__log_sum_exp(int k, const float *z, double t) {
+    double most = z[0], sum = 0;
+    int j;
+    for (j = 1; j < k; j++)
+        if (z[j] > most) most = z[j];
+    if (most != most) return most;
+    for (j = 0; j < k; j++) sum += exp((z[j] - most) / t);
+    return most / t + log(sum);
+}
+
+static void ckca__op_cross_entropy(ckca_context *ctx, int n, int k, const float *z, const int *labels,
+                                   float smoothing, float *dz, float *loss, int *hit) {
+    int i;
+    (void)ctx;
+    CKCA__PARALLEL_OVER(ctx, CKCA__EXP * n * k)
+    for (i = 0; i < n; i++) {
+        const float *row = z + (size_t)i * (size_t)k;
+        double lse = ckca__log_sum_exp(k, row, 1), sum = 0;
+        int label = labels[i], rank = 0, j;
+        for (j = 0; j < k; j++) {
+            sum += row[j];
+            rank += row[j] > row[label] || (row[j] == row[label] && j < label);
+            if (dz)
+                dz[(size_t)i * (size_t)k + j] =
+                    (float)((exp(row[j] - lse) - (j == label ? 1 - smoothing : 0) - smoothing / k) / n);
+        }
+        loss[i] = (float)(lse - (1 - smoothing) * row[label] - smoothing * (sum / k));
+        hit[i] = lse == lse ? (rank == 0) | (rank < 5) << 1 : 0;
+    }
+}
+
+static void ckca__op_softmax(ckca_context *ctx, int n, int k, const float *z, float *p) {
+    int i;
+    (void)ctx;
+    CKCA__PARALLEL_OVER(ctx, CKCA__EXP * n * k)
+    for (i = 0; i < n; i++) {
+        const float *row = z + (size_t)i * (size_t)k;
+        double lse = ckca__log_sum_exp(k, row, 1);
+        int j;
+        for (j = 0; j < k; j++) p[(size_t)i * (size_t)k + j] = (float)exp(row[j] - lse);
+    }
+}
+
+/* a_i before division by the batch's mean. 1 - p_o[y] is summed from the other classes: near 0 a difference from 1 has
+   no digits left. */
+static double ckca__adakd_weight(ckca_adakd form, int k, const float *zo, int label, const float *class_weight) {
+    double lse, doubt = 0;
+    int j;
+    if (form == CKCA_ADAKD_CLASS) return class_weight[label];
+    if (form == CKCA_ADAKD_CONSTANT) return 1;
+    lse = ckca__log_sum_exp(k, zo, 1);
+    if (form == CKCA_ADAKD_TRUTH) return exp(zo[label] - lse);
+    for (j = 0; j < k; j++)
+        if (j != label) doubt += exp(zo[j] - lse);
+    return doubt;
+}
+
+/* T^2 a_i KL(softmax(zo_i / T) || softmax(z_i / T)); with respect to z_i: T a_i (softmax(z_i / T) - softmax(zo_i / T)).
+   T^2 keeps the gradient's size independent of T (Hinton, Vinyals, Dean 2015, section 2); a_i is this project's. */
+static void ckca__op_adakd(ckca_context *ctx, ckca_adakd form, int n, int k, const float *z, const float *zo,
+                           const int *labels, const float *class_weight, float temperature, float scale, float *dz,
+                           float *loss) {
+    double t = temperature, mean = 0;
+    int i;
+    (void)ctx;
+    if (form == CKCA_ADAKD_TRUTH || form == CKCA_ADAKD_DOUBT) {
+        for (i = 0; i < n; i++) mean += ckca__adakd_weight(form, k, zo + (size_t)i * (size_t)k, labels[i], NULL) / n;
+    } else mean = 1;
+    CKCA__PARALLEL_OVER(ctx, CKCA__EXP * n * k)
+    for (i = 0; i < n; i++) {
+        const float *s = z + (size_t)i * (size_t)k, *o = zo + (size_t)i * (size_t)k;
+        double lse_s = ckca__log_sum_exp(k, s, t), lse_o = ckca__log_sum_exp(k, o, t), kl = 0;
+        /* All weights 0 (a teacher with no doubt at all): equal weights, 1 each. */
+        double a = mean == 0 ? 1 : ckca__adakd_weight(form, k, o, labels[i], class_weight) / mean;
+        int j;
+        for (j = 0; j < k; j++) {
+            double log_s = s[j] / t - lse_s, log_o = o[j] / t - lse_o, p_o = exp(log_o);
+            kl += p_o * (log_o - log_s);
+            dz[(size_t)i * (size_t)k + j] += (float)(scale * t * a * (exp(log_s) - p_o) / n);
+        }
+        loss[i] = (float)(t * t * a * kl);
+    }
+}
+
+/* a . b */
+static double ckca__naive_dot(size_t count, const float *a, const float *b) {
+    double sum = 0;
+    size_t j;
+    for (j = 0; j < count; j++) sum += (double)a[j] * b[j];
+    return sum;
+}
+static double ckca__vector_dot(const ckca_context *ctx, size_t count, const float *a, const float *b) {
+#ifdef CKCA__SIMD
+    double sum;
+    if (ctx->isa != CKCA_ISA_PLAIN) {
+        CKCA__DISPATCH(ctx, sum = ckca__dot, (count, a, b));
+        return sum;
+    }
+#endif
+    (void)ctx;
+    return ckca__naive_dot(count, a, b);
+}
+/* y = alpha a + beta b, or adds it. */
+static void ckca__naive_combine(size_t count, float alpha, const float *a, float beta, const float *b, float *y,
+                                int accumulate) {
+    size_t j;
+    for (j = 0; j < count; j++) y[j] = alpha * a[j] + beta * b[j] + (accumulate ? y[j] : 0);
+}
+static void ckca__vector_combine(const ckca_context *ctx, size_t count, float alpha, const float *a, float beta,
+                                 const float *b, float *y, int accumulate) {
+#ifdef CKCA__SIMD
+    if (ctx->isa != CKCA_ISA_PLAIN) {
+        CKCA__DISPATCH(ctx, ckca__combine, (count, alpha, a, beta, b, y, accumulate));
+        return;
+    }
+#endif
+    (void)ctx;
+    ckca__naive_combine(count, alpha, a, beta, b, y, accumulate);
+}
+
+static double ckca__inverse_norm(double square) { return square > 0 ? 1 / sqrt(square) : square; /* 0, NaN */ }
+
+/* One row: loss = 1 - cos; d cos / d f = (fo / |fo| - cos f / |f|) / |f|. A long row (a whole map) is read from memory
+   once, by the first product, and from cache after that. */
+static void ckca__featreg_cosine(const ckca_context *ctx, size_t d, const float *f, const float *fo, double scale,
+                                 float *df, int accumulate, float *loss) {
+    double inv_f = ckca__inverse_norm(ckca__vector_dot(ctx, d, f, f));
+    double inv_o = ckca__inverse_norm(ckca__vector_dot(ctx, d, fo, fo));
+    double cosine = ckca__vector_dot(ctx, d, f, fo) * inv_f * inv_o;
+    *loss = (float)(1 - cosine);
+    ckca__vector_combine(ctx, d, (float)(scale * cosine * inv_f * inv_f), f, (float)(-scale * inv_f * inv_o), fo, df,
+                         accumulate);
+}
+
+/* loss[i] = mean_j!=i e_ij^2 with e_ij = cos(f_i, f_j) - cos(fo_i, fo_j), so that their mean over i is that over
+   the n (n - 1) ordered pairs; 0 for n = 1. A pair comes up twice, as ij and as ji, hence the 4 in
+   d term / d f_i = 4 / (n (n - 1)) sum_j e_ij (f_j / |f_j| - cos(f_i, f_j) f_i / |f_i|) / |f_i|. */
+static void ckca__featreg_relation(ckca_context *ctx, int n, int d, int d_teacher, const float *f, const float *fo,
+                                   double scale, float *df, int accumulate, float *loss, void *ws) {
+    double *inv_f = (double *)ws, *inv_o = inv_f + n;
+    int i;
+    for (i = 0; i < n; i++) {
+        const float *fi = f + (size_t)i * (size_t)d, *oi = fo + (size_t)i * (size_t)d_teacher;
+        inv_f[i] = ckca__inverse_norm(ckca__vector_dot(ctx, (size_t)d, fi, fi));
+        inv_o[i] = ckca__inverse_norm(ckca__vector_dot(ctx, (size_t)d_teacher, oi, oi));
+    }
+    CKCA__PARALLEL_OVER(ctx, (size_t)n * n * d)
+    for (i = 0; i < n; i++) {
+        const float *fi = f + (size_t)i * (size_t)d, *oi = fo + (size_t)i * (size_t)d_teacher;
+        float *to = df + (size_t)i * (size_t)d;
+        double sum = 0;
+        int j;
+        if (!accumulate) memset(to, 0, (size_t)d * sizeof *to);
+        for (j = 0; j < n; j++) {
+            const float *fj = f + (size_t)j * (size_t)d, *oj = fo + (size_t)j * (size_t)d_teacher;
+            double cosine, e, g;
+            if (j == i) continue;
+            cosine = ckca__vector_dot(ctx, (size_t)d, fi, fj) * inv_f[i] * inv_f[j];
+            e = cosine - ckca__vector_dot(ctx, (size_t)d_teacher, oi, oj) * inv_o[i] * inv_o[j];
+            sum += e * e / (n - 1);
+            g = scale * 4 / ((double)n * (n - 1)) * e * inv_f[i];
+            ckca__vector_combine(ctx, (size_t)d, (float)(g * inv_f[j]), fj, (float)(-g * cosine * inv_f[i]), fi, to, 1);
+        }
+        loss[i] = (float)sum;
+    }
+}
+
+static void ckca__op_featreg(ckca_context *ctx, ckca_featreg form, int n, int d, int d_teacher, const float *f,
+                             const float *fo, float scale, float *df, int accumulate, float *loss, void *ws) {
+    int i;
+    if (form == CKCA_FEATREG_RELATION) {
+        ckca__featreg_relation(ctx, n, d, d_teacher, f, fo, scale, df, accumulate, loss, ws);
+        return;
+    }
+    CKCA__PARALLEL_OVER(ctx, (size_t)n * d)
+    for (i = 0; i < n; i++) {
+        const float *fi = f + (size_t)i * (size_t)d, *oi = fo + (size_t)i * (size_t)d;
+        float *to = df + (size_t)i * (size_t)d;
+        if (form == CKCA_FEATREG_L2) {
+            double sum = 0;
+            int j;
+            for (j = 0; j < d; j++) {
+                double e = (double)fi[j] - oi[j];
+                float g = (float)(scale * 2 / ((double)n * d) * e);
+                sum += e * e;
+                to[j] = accumulate ? to[j] + g : g;
+            }
+            loss[i] = (float)(sum / d);
+        } else ckca__featreg_cosine(ctx, (size_t)d, fi, oi, (double)scale / n, to, accumulate, loss + i);
+    }
+}
+
+static void ckca__op_sum(ckca_context *ctx, int n, const float *values, double *sum) {
+    int i;
+    (void)ctx;
+    for (i = 0; i < n; i++) *sum += values[i];
+}
+
+/* ---- weights ---- */
+
+static void ckca__naive_sgd(size_t count, float *w, const float *g, float *v, float lr, float momentum,
+                            float weight_decay, int nesterov, float gscale) {
+    size_t i;
+    for (i = 0; i < count; i++) {
+        float d = g[i] * gscale + weight_decay * w[i];
+        v[i] = momentum * v[i] + d;
+        w[i] -= lr * (nesterov ? d + momentum * v[i] : v[i]);
+    }
+}
+
+static void ckca__op_sgd(ckca_context *ctx, size_t count, float *w, const float *g, float *v, float lr,
+                         float momentum, float weight_decay, int nesterov, const float *gscale) {
+    float scale = gscale ? *gscale : 1;
+#ifdef CKCA__SIMD
+    if (ctx->isa != CKCA_ISA_PLAIN) {
+        int i;
+        CKCA__PARALLEL_OVER(ctx, count)
+        for (i = 0; i < ckca__blocks(count); i++) {
+            size_t from = (size_t)i * CKCA__BLOCK;
+            CKCA__DISPATCH(ctx, ckca__sgd, (ckca__block_size(count, i), w + from, g + from, v + from, lr, momentum,
+                                            weight_decay, nesterov, scale));
+        }
+        return;
+    }
+#endif
+    (void)ctx;
+    ckca__naive_sgd(count, w, g, v, lr, momentum, weight_decay, nesterov, scale);
+}
+
+static void ckca__op_clip(ckca_context *ctx, size_t count, const float *g, float clip, float *gscale, void *ws) {
+    double *part = (double *)ws, sum = 0, coefficient;
+    size_t size = count / CKCA__SUM_BLOCKS + 1;
+    int b;
+    CKCA__PARALLEL_OVER(ctx, count)
+    for (b = 0; b < CKCA__SUM_BLOCKS; b++) {
+        size_t from = (size_t)b * size, left = from < count ? count - from : 0;
+        part[b] = left ? ckca__vector_dot(ctx, left < size ? left : size, g + from, g + from) : 0;
+    }
+    for (b = 0; b < CKCA__SUM_BLOCKS; b++) sum += part[b];
+    coefficient = clip / (sqrt(sum) + 1e-6);
+    *gscale = coefficient > 1 ? 1 : (float)coefficient;
+}
+
+static void ckca__op_shrink_perturb(ckca_context *ctx, size_t count, float *w, const float *fresh, float shrink,
+                                    float perturb) {
+    size_t i;
+    (void)ctx;
+    for (i = 0; i < count; i++) w[i] = shrink * w[i] + perturb * fresh[i];
+}
+
+/* ---- pictures ---- */
+
+/* What augmentation does to one picture: which rectangle of it is shown, mirrored or not, in which colours. */
+typedef struct ckca__framing {
+    int top, left, height, width; /* may reach outside, where it is black, when it has the picture's own size */
+    int flip;
+    float brightness, contrast, saturation; /* factors */
+} ckca__framing;
+
+enum { CKCA__AUGMENT_FLIP, CKCA__AUGMENT_TOP, CKCA__AUGMENT_LEFT, CKCA__AUGMENT_BRIGHTNESS, CKCA__AUGMENT_CONTRAST,
+       CKCA__AUGMENT_SATURATION, CKCA__AUGMENT_CROP };
+
+static double ckca__augment_uniform(uint64_t picture_seed, int draw) {
+    return ckca__uniform(picture_seed, CKCA__STREAM_AUGMENT, (uint64_t)draw);
+}
+static int ckca__augment_int(uint64_t picture_seed, int draw, int below) {
+    int i = (int)(ckca__augment_uniform(picture_seed, draw) * below);
+    return i < below ? i : below - 1;
+}
+
+/* torchvision's RandomResizedCrop.get_params: ten tries at an area of crop_min..1 and an aspect of 3/4..4/3 (uniform in
+   its logarithm) that fits, else the largest centred rectangle of allowed aspect. */
+static void ckca__augment_crop(uint64_t seed, int h, int w, double crop_min, ckca__framing *f) {
+    const double low = 3.0 / 4, high = 4.0 / 3;
+    int attempt;
+    if (!(crop_min > 0)) crop_min = 0.25;
+    if (crop_min > 1) crop_min = 1;
+    for (attempt = 0; attempt < 10; attempt++) {
+        int draw = CKCA__AUGMENT_CROP + 2 * attempt;
+        double area = (double)h * w * (crop_min + (1 - crop_min) * ckca__augment_uniform(seed, draw));
+        double aspect = exp(log(low) + (log(high) - log(low)) * ckca__augment_uniform(seed, draw + 1));
+        f->width = (int)floor(sqrt(area * aspect) + 0.5);
+        f->height = (int)floor(sqrt(area / aspect) + 0.5);
+        if (f->width < 1 || f->width > w || f->height < 1 || f->height > h) continue;
+        f->top = ckca__augment_int(seed, CKCA__AUGMENT_TOP, h - f->height + 1);
+        f->left = ckca__augment_int(seed, CKCA__AUGMENT_LEFT, w - f->width + 1);
+        return;
+    }
+    f->height = h;
+    f->width = w;
+    if (w < low * h) f->height = (int)floor(w / low + 0.5);
+    else if (w > high * h) f->width = (int)floor(h * high + 0.5);
+    f->top = (h - f->height) / 2;
+    f->left = (w - f->width) / 2;
+}
+
+static void ckca__augment_framing(const ckca_augment *augment, uint64_t seed, int epoch, int index, int h, int w,
+                            ckca__framing *f) {
+    memset(f, 0, sizeof *f);
+    f->height = h;
+    f->width = w;
+    f->brightness = f->contrast = f->saturation = 1;
+    if (!augment) return;
+    seed = ckca__random(seed, CKCA__STREAM_AUGMENT, (uint64_t)(uint32_t)epoch << 32 | (uint32_t)index);
+    if (augment->resized_crop) ckca__augment_crop(seed, h, w, augment->crop_min, f);
+    else if (augment->pad > 0) {
+        int y = augment->pad < h ? augment->pad : h, x = augment->pad < w ? augment->pad : w;
+        f->top = ckca__augment_int(seed, CKCA__AUGMENT_TOP, 2 * y + 1) - y;
+        f->left = ckca__augment_int(seed, CKCA__AUGMENT_LEFT, 2 * x + 1) - x;
+    }
+    f->flip = augment->flip && ckca__augment_uniform(seed, CKCA__AUGMENT_FLIP) < 0.5;
+    if (augment->jitter > 0) {
+        double low = augment->jitter < 1 ? 1 - augment->jitter : 0, range = 1 + augment->jitter - low;
+        f->brightness = (float)(low + range * ckca__augment_uniform(seed, CKCA__AUGMENT_BRIGHTNESS));
+        f->contrast = (float)(low + range * ckca__augment_uniform(seed, CKCA__AUGMENT_CONTRAST));
+        f->saturation = (float)(low + range * ckca__augment_uniform(seed, CKCA__AUGMENT_SATURATION));
+    }
+}
+
+/* The framed pixels' channels 0..m (at most 4), scaled and shifted. */
+static void ckca__augment_look(const ckca__framing *f, int h, int w, int c, int m, const unsigned char *pixels,
+                               const float *scale, const float *shift, float *out) {
+    int y, x, j;
+    for (y = 0; y < h; y++)
+        for (x = 0; x < w; x++, out += c) {
+            int at_y = f->top + y, at_x = f->left + (f->flip ? w - 1 - x : x);
+            int inside = at_y >= 0 && at_y < h && at_x >= 0 && at_x < w;
+            const unsigned char *from = pixels + (inside ? ((size_t)at_y * (size_t)w + (size_t)at_x) * (size_t)c : 0);
+            for (j = 0; j < m; j++) out[j] = scale[j] * (inside ? from[j] : 0) + shift[j];
+        }
+}
+
+/* The same, the framed rectangle enlarged to h x w: bilinear between pixel centres, as torchvision's. */
+static void ckca__augment_enlarge(const ckca__framing *f, int h, int w, int c, int m, const unsigned char *pixels,
+                                  const float *scale, const float *shift, float *out) {
+    int y, x, j;
+    for (y = 0; y < h; y++) {
+        double v = (y + 0.5) * f->height / h - 0.5, u;
+        int y0 = v > 0 ? (int)v : 0;
+        float a = v > 0 ? (float)(v - y0) : 0, b;
+        const unsigned char *top = pixels + ((size_t)(f->top + y0) * (size_t)w + (size_t)f->left) * (size_t)c;
+        const unsigned char *bottom = y0 + 1 < f->height ? top + (size_t)w * (size_t)c : top;
+        for (x = 0; x < w; x++, out += c) {
+            int x0, x1;
+            u = ((f->flip ? w - 1 - x : x) + 0.5) * f->width / w - 0.5;
+            x0 = u > 0 ? (int)u : 0;
+            b = u > 0 ? (float)(u - x0) : 0;
+            x1 = (x0 + 1 < f->width ? x0 + 1 : x0) * c;
+            x0 *= c;
+            for (j = 0; j < m; j++) {
+                float upper = top[x0 + j] + b * (float)(top[x1 + j] - top[x0 + j]);
+                float lower = bottom[x0 + j] + b * (float)(bottom[x1 + j] - bottom[x0 + j]);
+                out[j] = scale[j] * (upper + a * (lower - upper)) + shift[j];
+            }
+        }
+    }
+}
+
+static float ckca__augment_clamp(float v) { return v < 0 ? 0 : v > 255 ? 255 : v; }
+static float ckca__augment_grey(int c, const float *v) { /* luma of ITU-R BT.601, as torchvision's rgb_to_grayscale */
+    return c == 3 ? 0.2989f * v[0] + 0.587f * v[1] + 0.114f * v[2] : v[0];
+}
+
+/* torchvision's adjust_brightness, _contrast and _saturation, in this order: towards black, towards the picture's mean
+   grey, towards each pixel's own grey. */
+static void ckca__augment_jitter(const ckca__framing *f, int area, int c, float *v) {
+    size_t i, count = (size_t)area * (size_t)c;
+    double mean = 0;
+    for (i = 0; i < count; i++) v[i] = ckca__augment_clamp(v[i] * f->brightness);
+    for (i = 0; i < count; i += (size_t)c) mean += ckca__augment_grey(c, v + i) / area;
+    for (i = 0; i < count; i++)
+        v[i] = ckca__augment_clamp(f->contrast * v[i] + (1 - f->contrast) * (float)mean);
+    for (i = 0; i < count && c == 3; i += 3) {
+        float grey = ckca__augment_grey(c, v + i);
+        int j;
+        for (j = 0; j < 3; j++)
+            v[i + j] = ckca__augment_clamp(f->saturation * v[i + j] + (1 - f->saturation) * grey);
+    }
+}
+
+static void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, const unsigned char *pixels,
+                           const int *index, const ckca_augment *augment, uint64_t seed, int epoch,
+                           const float *mean, const float *std, float *out) {
+    size_t size = (size_t)h * (size_t)w * (size_t)c;
+    int i;
+    (void)ctx;
+    CKCA__PARALLEL_OVER(ctx, (size_t)n * size)
+    for (i = 0; i < n; i++) {
+        float *to = out + (size_t)i * size;
+        ckca__framing f;
+        size_t at;
+        int j, first, jitter = augment && augment->jitter > 0;
+        ckca__augment_framing(augment, seed, epoch, index[i], h, w, &f);
+        for (first = 0; first < c; first += 4) { /* four channels at a time; there are hardly ever more */
+            int m = c - first < 4 ? c - first : 4;
+            float scale[4], shift[4];
+            for (j = 0; j < m; j++) {
+                scale[j] = jitter ? 1 : 1 / (255 * std[first + j]);
+                shift[j] = jitter ? 0 : -mean[first + j] / std[first + j];
+            }
+            (f.height == h && f.width == w ? ckca__augment_look : ckca__augment_enlarge)(
+                &f, h, w, c, m, pixels + (size_t)index[i] * size + first, scale, shift, to + first);
+        }
+        if (!jitter) continue;
+        ckca__augment_jitter(&f, h * w, c, to);
+        for (at = 0; at < size; at += (size_t)c)
+            for (j = 0; j < c; j++) to[at + j] = (to[at + j] / 255 - mean[j]) / std[j];
+    }
+}
+
+#endif /* CKCA__OPS */
+#endif
+#ifndef CKCA__PASS
+#ifdef CKCA_IMPLEMENTATION
+#ifndef CKCA__DATA_TYPES
+#define CKCA__DATA_TYPES
+
+/* ------------------------------------------------------------------------------------------------------------------
+   DATA TYPES, and what all files share
+   ------------------------------------------------------------------------------------------------------------------ */
+
+#include <errno.h>
+
+#ifdef _OPENMP
+#define CKCA__CRITICAL CKCA__PRAGMA(omp critical(ckca__shared))
+#else
+#define CKCA__CRITICAL
+#endif
+
+/* Pictures and labels, shared by all views of them and counted: the last view frees it. */
+typedef struct ckca__store {
+    ckca_context *ctx;
+    int refs;
+    int count, height, width, channels, classes;
+    unsigned char *pixels; /* count x height x width x channels */
+    int *labels;           /* count, each below classes */
+    char **class_names;    /* classes */
+} ckca__store;
+
+struct ckca_data {
+    ckca__store *store;
+    int count;
+    int *index; /* picture i is index[i] of the store */
+};
+
+static void ckca__free_names(ckca_context *ctx, char **names, int n) {
+    int i;
+    if (!names) return;
+    for (i = 0; i < n; i++) ckca__release(ctx, names[i]);
+    ckca__release(ctx, names);
+}
+
+/* A copy of n strings, or of "0", "1", ... where names is NULL. NULL if there is no memory. */
+static char **ckca__copy_names(ckca_context *ctx, const char *const *names, int n) {
+    char **copy = (char **)ckca__alloc(ctx, ckca__mul((size_t)n, sizeof *copy)), number[16];
+    int i;
+    if (!copy) return NULL;
+    for (i = 0; i < n; i++) {
+        const char *name = number;
+        if (names) name = names[i];
+        else snprintf(number, sizeof number, "%d", i);
+        copy[i] = (char *)ckca__alloc(ctx, strlen(name) + 1);
+        if (!copy[i]) {
+            ckca__free_names(ctx, copy, i);
+            return NULL;
+        }
+        memcpy(copy[i], name, strlen(name) + 1);
+    }
+    return copy;
+}
+
+/* Makes room for one more item in a growing array. Zero if there is no memory. */
+static int ckca__grow(ckca_context *ctx, void **items, size_t count, size_t *capacity, size_t item_bytes) {
+    size_t more = *capacity ? ckca__mul(*capacity, 2) : 16;
+    void *grown;
+    if (count < *capacity) return 1;
+    grown = ckca__alloc(ctx, ckca__mul(more, item_bytes));
+    if (!grown) return 0;
+    if (count) memcpy(grown, *items, count * item_bytes);
+    ckca__release(ctx, *items);
+    *items = grown;
+    *capacity = more;
+    return 1;
+}
+
+/* The end of a path, where what matters stands: an error's sentence has room for so much only. */
+static const char *ckca__tail(const char *path) {
+    size_t length = strlen(path);
+    return length > 240 ? path + (length - 240) : path;
+}
+
+static char *ckca__path(ckca_context *ctx, const char *dir, const char *name) {
+    size_t size = ckca__sum(strlen(dir), ckca__sum(strlen(name), 2));
+    char *path = (char *)ckca__alloc(ctx, size);
+    if (path) snprintf(path, size, "%s/%s", dir, name);
+    return path;
+}
+
+#ifndef CKCA_NO_STDIO
+#if defined(__unix__) || defined(__APPLE__)
+#define CKCA__POSIX
+#include <dirent.h>
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#endif
+
+/* Opens a file of at most max bytes for reading and finds how many it has. */
+static ckca_status ckca__open_file(ckca_context *ctx, const char *path, size_t max, FILE **file, size_t *size) {
+    long length = -1;
+#ifdef CKCA__POSIX
+    struct stat about; /* opening a pipe would wait, and a directory would open */
+    if (stat(path, &about) == 0 && !S_ISREG(about.st_mode))
+        return ckca__fail(ctx, CKCA_EIO, "%s: not a regular file", ckca__tail(path));
+#endif
+    *file = fopen(path, "rb");
+    if (!*file) return ckca__fail(ctx, CKCA_EIO, "%s: cannot be opened: %s", ckca__tail(path), strerror(errno));
+    if (fseek(*file, 0, SEEK_END) == 0) length = ftell(*file);
+    if (length < 0 || fseek(*file, 0, SEEK_SET) != 0) {
+        ckca__fail(ctx, CKCA_EIO, "%s: its size cannot be found: %s", ckca__tail(path), strerror(errno));
+        fclose(*file);
+        return CKCA_EIO;
+    }
+    if ((unsigned long)length > max) {
+        fclose(*file);
+        return ckca__fail(ctx, CKCA_EFORMAT, "%s: %ld bytes, more than the %.0f that such a file may have",
+                          ckca__tail(path), length, (double)max);
+    }
+    *size = (size_t)length;
+    return CKCA_OK;
+}
+
+/* A whole file of at most max bytes; *bytes is the caller's to release and has a zero behind its end. */
+static ckca_status ckca__read_file(ckca_context *ctx, const char *path, size_t max, unsigned char **bytes,
+                                   size_t *size) {
+    FILE *file;
+    size_t got;
+    ckca_status status = ckca__open_file(ctx, path, max, &file, size);
+    *bytes = NULL;
+    if (status) return status;
+    CKCA__CRITICAL
+    *bytes = (unsigned char *)ckca__alloc(ctx, ckca__sum(*size, 1));
+    if (!*bytes) {
+        fclose(file);
+        return ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for its %.0f bytes", ckca__tail(path), (double)*size);
+    }
+    got = fread(*bytes, 1, *size, file);
+    fclose(file);
+    if (got == *size) return CKCA_OK;
+    CKCA__CRITICAL
+    ckca__release(ctx, *bytes);
+    *bytes = NULL;
+    return ckca__fail(ctx, CKCA_EIO, "%s: reading stopped after %.0f of %.0f bytes", ckca__tail(path), (double)got,
+                      (double)*size);
+}
+
+static int ckca__file_exists(const char *path) {
+    FILE *file = fopen(path, "rb");
+    if (file) fclose(file);
+    return file != NULL;
+}
+#endif /* CKCA_NO_STDIO */
+
+#endif /* CKCA__DATA_TYPES */
+#endif /* CKCA_IMPLEMENTATION */
+#endif /* CKCA__PASS */
+#ifndef CKCA__PASS
+#ifdef CKCA_IMPLEMENTATION
+#ifndef CKCA__GATHER
+#define CKCA__GATHER
+CKCA__OP void ckca__op_gather(ckca_context *ctx, int n, int d, const float *rows, const int *index, float *out) {
+    int i;
+    (void)ctx;
+    for (i = 0; i < n; i++) memcpy(out + (size_t)i * (size_t)d, rows + (size_t)index[i] * (size_t)d, (size_t)d * sizeof(float));
+}
+#endif
+#endif
+#endif
+#ifdef CKCA__PASS /* end of a pass */
+#if CKCA__PASS != 128
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+#undef CKCA__NAME
+#undef CKCA__VW
+#undef CKCA__V
+#undef CKCA__LOAD
+#undef CKCA__STORE
+#undef CKCA__SET
+#undef CKCA__ADD
+#undef CKCA__SUB
+#undef CKCA__MUL
+#undef CKCA__FMA
+#undef CKCA__MAX
+#undef CKCA__WHERE_POSITIVE
+#endif
+#ifndef CKCA__PASS
+#ifdef CKCA_IMPLEMENTATION
+#ifndef CKCA__GRAPH
+#define CKCA__GRAPH
+
+/* ------------------------------------------------------------------------------------------------------------------
+   GRAPH: nodes, parameters, fusion, the memory plan, forward and backward
+
+   A model is a list of nodes in the order they were added, so that inputs come before their readers. Forward walks it,
+   backward walks it in reverse. ckca_model_finish groups neighbours that run as one op: batch norm (+ add) (+ ReLU)
+   always, and in evaluation the convolution in front too, with the batch norm folded into its weights. The last node of a
+   group, its tail, runs for all of them and owns the output.
+   ------------------------------------------------------------------------------------------------------------------ */
+
+typedef enum ckca__kind {
+    CKCA__INPUT = 0,
+    CKCA__CONV,
+    CKCA__BATCHNORM,
+    CKCA__RELU,
+    CKCA__ADD,
+    CKCA__MAXPOOL,
+    CKCA__AVGPOOL,
+    CKCA__SUBSAMPLE,
+    CKCA__LINEAR
+} ckca__kind;
+
+/* The words of the graph's text (see ckca__graph_write), by kind. */
+static const char *const ckca__kind_name[] = {"input", "conv", "bn", "relu", "add", "maxpool", "avgpool", "subsample", "linear"};
+
+enum { CKCA__NAME_MAX = 64, CKCA__NODES_MAX = 10000, CKCA__BATCH_MAX = 1000000, CKCA__MODES = 4 };
+#define CKCA__VALUES_MAX ((size_t)1 << 30) /* of one picture's map, or of one parameter */
+
+typedef struct ckca__node {
+    ckca__kind kind;
+    int in[2];                 /* nodes it reads, -1 for none */
+    int h, w, c;               /* output, per picture */
+    int kernel, stride, pad;   /* convolution, pooling; stride of subsample */
+    int bias;                  /* convolution */
+    int zero;                  /* batch norm: gamma starts at 0 */
+    int stage;                 /* marked by ckca_stage */
+    int readers;               /* nodes that read it, plus one if it is an output */
+    int last_reader;           /* the greatest tail that reads it */
+    int tensor;                /* its first parameter: weight (gamma), then bias (beta), running_mean, running_var */
+    int fused;                 /* 1: a later tail runs it */
+    int folded;                /* convolution: 1: in evaluation the batch norm's tail runs it */
+    int head, source, residual, relu; /* of a tail: its batch norm or -1; what it reads; what it adds or -1; ReLU last */
+    size_t value[CKCA__MODES], grad[CKCA__MODES], at[CKCA__MODES]; /* offsets per picture in the plan of each mode */
+    size_t saved;              /* batch norm: offset of mean, then inv_std, in model->saved */
+    int written;               /* in a backward pass: 1: its gradient holds something to add to */
+    char name[CKCA__NAME_MAX];
+} ckca__node;
+
+typedef enum ckca__role { CKCA__WEIGHT = 0, CKCA__BIAS, CKCA__GAMMA, CKCA__BETA, CKCA__MEAN, CKCA__VAR } ckca__role;
+
+typedef struct ckca__parameter {
+    char name[CKCA__NAME_MAX + 16];
+    ckca__role role;
+    int node, dims, shape[4]; /* in PyTorch's order */
+    size_t count, offset;     /* in floats, in the arenas */
+} ckca__parameter;
+
+struct ckca_model {
+    ckca_context *ctx;
+    ckca_status failed;          /* the first failure of building; its sentence is kept below */
+    char failure[256];
+    int finished;
+    char arch[32];
+    int height, width, channels, classes, features, step;
+    uint64_t seed;
+    int64_t batches_tracked;     /* training forwards seen: PyTorch's num_batches_tracked */
+    char **class_names;          /* classes strings, or NULL */
+    float *normalization;        /* mean, then std: 2 channels values */
+    int normalized;              /* 1: normalization is known */
+
+    ckca__node *node;
+    int nodes, logits, pooled; /* pooled: the node of the features */
+    ckca__parameter *parameter;
+    int parameters;
+    size_t node_room, parameter_room;
+    size_t decayed, trainable, all, saved_count; /* floats: weights with decay come first, buffers last */
+    size_t plan_values[CKCA__MODES]; /* floats of activations per picture; 0: not planned yet */
+
+    float *values, *gradients, *momentum; /* arenas over the parameters; the latter two when training */
+    float *folded;               /* evaluation: weights with batch norm folded in, biases in the place of beta */
+    int folded_valid;
+    float *saved;                /* batch statistics of the last training forward */
+    float *activations;
+    size_t activation_bytes;
+    void *workspace;
+    size_t workspace_bytes;
+    const float *input;          /* the last forward's pictures, size and mode */
+    int n, mode;
+};
+
+/* A mode says what a forward has to leave behind, and so which plan holds. */
+enum { CKCA__EVALUATE = 0, CKCA__TRAIN = 1, CKCA__STAGES = 2 };
+
+/* ---- building ---- */
+
+static int ckca__broken(ckca_model *m, ckca_status status, const char *format, ...) CKCA__PRINTF(3, 4);
+static int ckca__broken(ckca_model *m, ckca_status status, const char *format, ...) {
+    if (!m->failed) {
+        va_list args;
+        va_start(args, format);
+        vsnprintf(m->failure, sizeof m->failure, format, args);
+        va_end(args);
+        m->failed = status;
+    }
+    return -1;
+}
+
+/* A new node that reads a (and b), its shape and fields still to be set; NULL after a failure. */
+static ckca__node *ckca__add_node(ckca_model *m, ckca__kind kind, const char *name, int a, int b, int inputs) {
+    ckca__node *node;
+    int i, in[2];
+    in[0] = a;
+    in[1] = b;
+    if (!m || m->failed) return NULL;
+    if (m->finished) {
+        ckca__broken(m, CKCA_EINVAL, "%s: the model is finished", ckca__kind_name[kind]);
+        return NULL;
+    }
+    for (i = 0; i < inputs; i++) {
+        if (in[i] < 0 || in[i] >= m->nodes) {
+            ckca__broken(m, CKCA_EINVAL, "%s %s: there is no node %d (nodes are 0 to %d)", ckca__kind_name[kind],
+                         name ? name : "", in[i], m->nodes - 1);
+            return NULL;
+        }
+    }
+    if (name) {
+        size_t length = strlen(name);
+        for (i = 0; name[i]; i++)
+            if (!((name[i] >= 'a' && name[i] <= 'z') || (name[i] >= 'A' && name[i] <= 'Z') ||
+                  (name[i] >= '0' && name[i] <= '9') || name[i] == '.' || name[i] == '_'))
+                break;
+        if (!length || length >= CKCA__NAME_MAX || name[i]) {
+            ckca__broken(m, CKCA_EINVAL, "%s: the name \"%.70s\" needs 1 to %d letters, digits, '.' or '_'",
+                         ckca__kind_name[kind], name, CKCA__NAME_MAX - 1);
+            return NULL;
+        }
+        for (i = 0; i < m->nodes; i++) {
+            if (!strcmp(m->node[i].name, name)) {
+                ckca__broken(m, CKCA_EINVAL, "%s: the name \"%s\" is node %d's already", ckca__kind_name[kind], name, i);
+                return NULL;
+            }
+        }
+    }
+    if (m->nodes >= CKCA__NODES_MAX) {
+        ckca__broken(m, CKCA_EINVAL, "a model has at most %d nodes", CKCA__NODES_MAX);
+        return NULL;
+    }
+    if (!ckca__grow(m->ctx, (void **)&m->node, (size_t)m->nodes, &m->node_room, sizeof *m->node)) {
+        ckca__broken(m, CKCA_ENOMEM, "out of memory for node %d", m->nodes);
+        return NULL;
+    }
+    node = &m->node[m->nodes];
+    memset(node, 0, sizeof *node);
+    node->kind = kind;
+    node->in[0] = inputs > 0 ? a : -1;
+    node->in[1] = inputs > 1 ? b : -1;
+    node->tensor = node->last_reader = node->head = node->source = node->residual = -1;
+    if (name) memcpy(node->name, name, strlen(name) + 1);
+    return node;
+}
+
+/* Accepts the node under construction: checks its output's size and counts its readers. */
+static int ckca__accept(ckca_model *m, ckca__node *node) {
+    int i;
+    if (node->h < 1 || node->w < 1 || node->c < 1 ||
+        ckca__mul(ckca__mul((size_t)node->h, (size_t)node->w), (size_t)node->c) > CKCA__VALUES_MAX)
+        return ckca__broken(m, CKCA_ESHAPE, "%s %s: an output of %d x %d x %d cannot be", ckca__kind_name[node->kind],
+                            node->name, node->h, node->w, node->c);
+    for (i = 0; i < 2; i++)
+        if (node->in[i] >= 0) m->node[node->in[i]].readers++;
+    return m->nodes++;
+}
+
+static ckca__parameter *ckca__add_parameter(ckca_model *m, const char *suffix, ckca__role role, int dims, int a, int b,
+                                            int c, int d) {
+    ckca__node *node = &m->node[m->nodes]; /* the one under construction */
+    ckca__parameter *p;
+    if (!ckca__grow(m->ctx, (void **)&m->parameter, (size_t)m->parameters, &m->parameter_room, sizeof *m->parameter)) {
+        ckca__broken(m, CKCA_ENOMEM, "out of memory for parameter %d", m->parameters);
+        return NULL;
+    }
+    p = &m->parameter[m->parameters];
+    memset(p, 0, sizeof *p);
+    snprintf(p->name, sizeof p->name, "%s.%s", node->name, suffix);
+    p->role = role;
+    p->node = m->nodes;
+    p->dims = dims;
+    p->shape[0] = a;
+    p->shape[1] = b;
+    p->shape[2] = c;
+    p->shape[3] = d;
+    p->count = ckca__mul(ckca__mul((size_t)a, (size_t)b), ckca__mul((size_t)c, (size_t)d));
+    if (p->count > CKCA__VALUES_MAX) {
+        ckca__broken(m, CKCA_ESHAPE, "%s: %d x %d x %d x %d is too large", p->name, a, b, c, d);
+        return NULL;
+    }
+    if (node->tensor < 0) node->tensor = m->parameters;
+    m->parameters++;
+    return p;
+}
+
+CKCA_API int ckca_input(ckca_model *m) {
+    ckca__node *node;
+    if (m && m->nodes && !m->failed) return ckca__broken(m, CKCA_EINVAL, "input: it is the first node, and there is one");
+    node = ckca__add_node(m, CKCA__INPUT, NULL, -1, -1, 0);
+    if (!node) return -1;
+    node->h = m->height;
+    node->w = m->width;
+    node->c = m->channels;
+    return ckca__accept(m, node);
+}
+
+/* Output length of a window over length values, 0 if it does not fit. */
+static int ckca__window(int length, int kernel, int stride, int pad) {
+    int64_t span = (int64_t)length + 2 * (int64_t)pad - kernel;
+    return span < 0 ? 0 : (int)(span / stride + 1);
+}
+
+CKCA_API int ckca_conv(ckca_model *m, const char *name, int input, ckca_conv_desc desc) {
+    ckca__node *node = ckca__add_node(m, CKCA__CONV, name ? name : "", input, -1, 1);
+    const ckca__node *x;
+    if (!node) return -1;
+    x = &m->node[input];
+    node->kernel = desc.kernel ? desc.kernel : 3;
+    node->stride = desc.stride ? desc.stride : 1;
+    node->pad = desc.pad;
+    node->bias = !!desc.bias;
+    if (desc.out < 1 || node->kernel < 1 || node->kernel > 255 || node->stride < 1 || node->stride > 255 ||
+        node->pad < 0 || node->pad >= node->kernel)
+        return ckca__broken(m, CKCA_EINVAL, "conv %s: out %d, kernel %d, stride %d, pad %d: out, kernel and stride are "
+                            "1 or more, pad 0 to kernel - 1", name, desc.out, node->kernel, node->stride, node->pad);
+    node->h = ckca__window(x->h, node->kernel, node->stride, node->pad);
+    node->w = ckca__window(x->w, node->kernel, node->stride, node->pad);
+    node->c = desc.out;
+    if (!node->h || !node->w)
+        return ckca__broken(m, CKCA_ESHAPE, "conv %s: a kernel of %d with pad %d does not fit the input of %d x %d", name,
+                            node->kernel, node->pad, x->h, x->w);
+    if (!ckca__add_parameter(m, "weight", CKCA__WEIGHT, 4, desc.out, x->c, node->kernel, node->kernel)) return -1;
+    if (node->bias && !ckca__add_parameter(m, "bias", CKCA__BIAS, 1, desc.out, 1, 1, 1)) return -1;
+    return ckca__accept(m, node);
+}
+
+CKCA_API int ckca_batchnorm(ckca_model *m, const char *name, int input) {
+    ckca__node *node = ckca__add_node(m, CKCA__BATCHNORM, name ? name : "", input, -1, 1);
+    int c;
+    if (!node) return -1;
+    node->h = m->node[input].h;
+    node->w = m->node[input].w;
+    node->c = c = m->node[input].c;
+    if (!ckca__add_parameter(m, "weight", CKCA__GAMMA, 1, c, 1, 1, 1) ||
+        !ckca__add_parameter(m, "bias", CKCA__BETA, 1, c, 1, 1, 1) ||
+        !ckca__add_parameter(m, "running_mean", CKCA__MEAN, 1, c, 1, 1, 1) ||
+        !ckca__add_parameter(m, "running_var", CKCA__VAR, 1, c, 1, 1, 1))
+        return -1;
+    return ckca__accept(m, node);
+}
+
+CKCA_API int ckca_relu(ckca_model *m, int input) {
+    ckca__node *node = ckca__add_node(m, CKCA__RELU, NULL, input, -1, 1);
+    if (!node) return -1;
+    node->h = m->node[input].h;
+    node->w = m->node[input].w;
+    node->c = m->node[input].c;
+    return ckca__accept(m, node);
+}
+
+CKCA_API int ckca_add(ckca_model *m, int a, int b) {
+    ckca__node *node = ckca__add_node(m, CKCA__ADD, NULL, a, b, 2);
+    const ckca__node *x, *y;
+    if (!node) return -1;
+    x = &m->node[a];
+    y = &m->node[b];
+    if (x->h != y->h || x->w != y->w || x->c != y->c)
+        return ckca__broken(m, CKCA_ESHAPE, "add: node %d is %d x %d x %d, node %d is %d x %d x %d", a, x->h, x->w, x->c, b,
+                            y->h, y->w, y->c);
+    node->h = x->h;
+    node->w = x->w;
+    node->c = x->c;
+    return ckca__accept(m, node);
+}
+
+CKCA_API int ckca_maxpool(ckca_model *m, int input, int kernel, int stride, int pad) {
+    ckca__node *node = ckca__add_node(m, CKCA__MAXPOOL, NULL, input, -1, 1);
+    const ckca__node *x;
+    if (!node) return -1;
+    x = &m->node[input];
+    if (kernel < 1 || kernel > 15 || stride < 1 || stride > 255 || pad < 0 || pad > kernel / 2)
+        return ckca__broken(m, CKCA_EINVAL, "maxpool: kernel %d, stride %d, pad %d: the kernel is 1 to 15, pad at most half "
+                            "of it", kernel, stride, pad);
+    node->kernel = kernel;
+    node->stride = stride;
+    node->pad = pad;
+    node->h = ckca__window(x->h, kernel, stride, pad);
+    node->w = ckca__window(x->w, kernel, stride, pad);
+    node->c = x->c;
+    if (!node->h || !node->w)
+        return ckca__broken(m, CKCA_ESHAPE, "maxpool: a kernel of %d with pad %d does not fit the input of %d x %d", kernel,
+                            pad, x->h, x->w);
+    return ckca__accept(m, node);
+}
+
+CKCA_API int ckca_avgpool(ckca_model *m, int input) {
+    ckca__node *node = ckca__add_node(m, CKCA__AVGPOOL, NULL, input, -1, 1);
+    if (!node) return -1;
+    node->h = node->w = 1;
+    node->c = m->node[input].c;
+    return ckca__accept(m, node);
+}
+
+CKCA_API int ckca_subsample(ckca_model *m, int input, int stride, int out) {
+    ckca__node *node = ckca__add_node(m, CKCA__SUBSAMPLE, NULL, input, -1, 1);
+    const ckca__node *x;
+    if (!node) return -1;
+    x = &m->node[input];
+    if (stride < 1 || stride > 255 || out < x->c)
+        return ckca__broken(m, CKCA_EINVAL, "subsample: stride %d, %d channels out of %d: the stride is 1 or more, channels "
+                            "are only added", stride, out, x->c);
+    node->kernel = 1;
+    node->stride = stride;
+    node->h = (x->h - 1) / stride + 1;
+    node->w = (x->w - 1) / stride + 1;
+    node->c = out;
+    return ckca__accept(m, node);
+}
+
+CKCA_API int ckca_linear(ckca_model *m, const char *name, int input, int out) {
+    ckca__node *node = ckca__add_node(m, CKCA__LINEAR, name ? name : "", input, -1, 1);
+    const ckca__node *x;
+    if (!node) return -1;
+    x = &m->node[input];
+    if (out < 1) return ckca__broken(m, CKCA_EINVAL, "linear %s: %d outputs", name, out);
+    node->h = node->w = 1;
+    node->c = out;
+    if (!ckca__add_parameter(m, "weight", CKCA__WEIGHT, 2, out, x->h * x->w * x->c, 1, 1) ||
+        !ckca__add_parameter(m, "bias", CKCA__BIAS, 1, out, 1, 1, 1))
+        return -1;
+    return ckca__accept(m, node);
+}
+
+CKCA_API int ckca_stage(ckca_model *m, int input) {
+    if (!m || m->failed) return -1;
+    if (input < 0 || input >= m->nodes || m->finished)
+        return ckca__broken(m, CKCA_EINVAL, "stage: there is no node %d to mark", input);
+    m->node[input].stage = 1;
+    return input;
+}
+
+CKCA_API void ckca_model_free(ckca_model *m) {
+    ckca_context *ctx;
+    if (!m) return;
+    ctx = m->ctx;
+    ckca__free_names(ctx, m->class_names, m->classes);
+    ckca__release(ctx, m->normalization);
+    ckca__release(ctx, m->node);
+    ckca__release(ctx, m->parameter);
+    ckca__device_release(ctx, m->values, m->all * sizeof(float));
+    ckca__device_release(ctx, m->gradients, m->trainable * sizeof(float));
+    ckca__device_release(ctx, m->momentum, m->trainable * sizeof(float));
+    ckca__device_release(ctx, m->folded, m->trainable * sizeof(float));
+    ckca__device_release(ctx, m->saved, m->saved_count * sizeof(float));
+    ckca__device_release(ctx, m->activations, m->activation_bytes);
+    ckca__device_release(ctx, m->workspace, m->workspace_bytes);
+    ckca__release(ctx, m);
+}
+
+CKCA_API ckca_status ckca_model_create(ckca_context *ctx, ckca_model **out, const ckca_model_desc *desc) {
+    ckca_model *m;
+    int i;
+    if (!ctx || !out) return ctx ? ckca__fail(ctx, CKCA_EINVAL, "model: no place for the result") : CKCA_EINVAL;
+    *out = NULL;
+    if (!desc) return ckca__fail(ctx, CKCA_EINVAL, "model: no descriptor");
+    if (desc->classes < 1 || desc->classes > 1000000)
+        return ckca__fail(ctx, CKCA_EINVAL, "model: %d classes (1 to 1000000 can be)", desc->classes);
+    if (desc->height < 0 || desc->height > 65536 || desc->width < 0 || desc->width > 65536 || desc->channels < 0 ||
+        desc->channels > 65536)
+        return ckca__fail(ctx, CKCA_EINVAL, "model: an input of %d x %d x %d (each up to 65536)", desc->height, desc->width,
+                          desc->channels);
+    if (!desc->mean != !desc->std) return ckca__fail(ctx, CKCA_EINVAL, "model: mean and std come together");
+    m = (ckca_model *)ckca__alloc(ctx, sizeof *m);
+    if (!m) return ckca__fail(ctx, CKCA_ENOMEM, "out of memory for a model");
+    m->ctx = ctx;
+    m->height = desc->height ? desc->height : 32;
+    m->width = desc->width ? desc->width : 32;
+    m->channels = desc->channels ? desc->channels : 3;
+    m->classes = desc->classes;
+    m->seed = desc->seed;
+    snprintf(m->arch, sizeof m->arch, "custom");
+    m->normalization = (float *)ckca__alloc(ctx, (size_t)m->channels * 2 * sizeof(float));
+    if (desc->class_names) m->class_names = ckca__copy_names(ctx, desc->class_names, m->classes);
+    if (!m->normalization || (desc->class_names && !m->class_names)) {
+        ckca_model_free(m);
+        return ckca__fail(ctx, CKCA_ENOMEM, "out of memory for a model's %d class names", desc->classes);
+    }
+    if (desc->mean) {
+        for (i = 0; i < m->channels; i++) {
+            if (!(desc->std[i] > 0) || !(desc->std[i] < 1e6f) || !(fabsf(desc->mean[i]) < 1e6f)) {
+                float mean = desc->mean[i], std = desc->std[i];
+                ckca_model_free(m);
+                return ckca__fail(ctx, CKCA_EINVAL, "model: channel %d has mean %g, std %g", i, (double)mean, (double)std);
+            }
+            m->normalization[i] = desc->mean[i];
+            m->normalization[m->channels + i] = desc->std[i];
+        }
+        m->normalized = 1;
+    }
+    *out = m;
+    return CKCA_OK;
+}
+
+/* Groups what runs as one op; in node order, so that an add finds its batch norm grouped and a ReLU its add. */
+static void ckca__fuse(ckca_model *m) {
+    int i;
+    for (i = 0; i < m->nodes; i++) {
+        ckca__node *node = &m->node[i];
+        node->source = node->in[0];
+        if (node->kind == CKCA__BATCHNORM) {
+            const ckca__node *x = &m->node[node->in[0]];
+            node->head = i;
+            m->node[node->in[0]].folded = x->kind == CKCA__CONV && x->readers == 1 && !x->stage;
+        } else if (node->kind == CKCA__ADD) {
+            int side;
+            node->residual = node->in[1];
+            for (side = 0; side < 2; side++) { /* one batch norm of the two can be run here */
+                ckca__node *x = &m->node[node->in[side]];
+                if (x->kind != CKCA__BATCHNORM || x->readers != 1 || x->stage) continue;
+                x->fused = 1;
+                node->head = node->in[side];
+                node->source = x->in[0];
+                node->residual = node->in[1 - side];
+                break;
+            }
+        } else if (node->kind == CKCA__RELU) {
+            ckca__node *x = &m->node[node->in[0]];
+            node->relu = 1;
+            if ((x->kind == CKCA__BATCHNORM || x->kind == CKCA__ADD) && x->readers == 1 && !x->stage) {
+                x->fused = 1;
+                node->head = x->head;
+                node->source = x->source;
+                node->residual = x->residual;
+            }
+        }
+    }
+    for (i = 0; i < m->nodes; i++) {
+        const ckca__node *node = &m->node[i];
+        if (node->fused) continue;
+        if (node->source >= 0) m->node[node->source].last_reader = i;
+        if (node->residual >= 0) m->node[node->residual].last_reader = i;
+        /* In evaluation a folded convolution's input is read by the batch norm's tail. */
+        if (node->head >= 0 && m->node[node->source].folded) m->node[m->node[node->source].in[0]].last_reader = i;
+    }
+}
+
+/* Places the parameters in their arena: weights with decay, then other trainable ones, then running statistics. */
+static void ckca__place_parameters(ckca_model *m) {
+    int i, part;
+    size_t offset = 0;
+    for (part = 0; part < 3; part++) {
+        for (i = 0; i < m->parameters; i++) {
+            ckca__parameter *p = &m->parameter[i];
+            int belongs = p->role == CKCA__WEIGHT ? 0 : p->role < CKCA__MEAN ? 1 : 2;
+            if (belongs != part) continue;
+            p->offset = offset;
+            offset = ckca__sum(offset, ckca__round_up(p->count, CKCA__ALIGN / sizeof(float)));
+        }
+        if (part == 0) m->decayed = offset;
+        if (part == 1) m->trainable = offset;
+    }
+    m->all = offset;
+    for (i = 0; i < m->nodes; i++) {
+        if (m->node[i].kind != CKCA__BATCHNORM) continue;
+        m->node[i].saved = m->saved_count;
+        m->saved_count += 2 * ckca__round_up((size_t)m->node[i].c, CKCA__ALIGN / sizeof(float));
+    }
+}
+
+static ckca_status ckca__seal(ckca_model *m, int logits) {
+    ckca_context *ctx = m->ctx;
+    if (m->failed) return ckca__fail(ctx, m->failed, "%s", m->failure);
+    if (m->finished) return ckca__fail(ctx, CKCA_EINVAL, "the model is finished already");
+    if (logits < 0 || logits >= m->nodes || m->node[logits].kind != CKCA__LINEAR)
+        return ckca__fail(ctx, CKCA_EINVAL, "logits: node %d is not a linear node of this model", logits);
+    if (m->node[logits].c != m->classes)
+        return ckca__fail(ctx, CKCA_ESHAPE, "logits: %s has %d outputs, the model has %d classes", m->node[logits].name,
+                          m->node[logits].c, m->classes);
+    m->logits = logits;
+    m->pooled = m->node[logits].in[0];
+    if (m->pooled == 0) return ckca__fail(ctx, CKCA_EINVAL, "logits: a layer between input and logits is needed");
+    m->features = m->node[m->pooled].h * m->node[m->pooled].w * m->node[m->pooled].c;
+    m->node[logits].readers++;
+    m->node[m->pooled].readers++; /* the features are an output as well: they are never fused into something later */
+    ckca__fuse(m);
+    ckca__place_parameters(m);
+    return CKCA_OK;
+}
+
+/* Initial weights as a pure function of (seed, parameter, element): convolutions Kaiming normal, fan out, for ReLU (He et
+   al. 2015, torchvision's ResNet), linear layers and biases uniform in +-1/sqrt(fan in) (PyTorch's defaults), batch norm
+   1 and 0. Written to host, in the arenas' layout; drawn in PyTorch's order, so a layout is not part of the result. */
+static void ckca__draw_weights(const ckca_model *m, uint64_t seed, float *host) {
+    int i;
+    for (i = 0; i < m->parameters; i++) {
+        const ckca__parameter *p = &m->parameter[i];
+        const ckca__node *node = &m->node[p->node];
+        float *w = host + p->offset;
+        uint64_t base = (uint64_t)i << 32;
+        size_t e, fan_in = m->parameter[node->tensor].count / (size_t)node->c;
+        double bound = 1.0 / sqrt((double)fan_in);
+        if (p->role == CKCA__WEIGHT && p->dims == 4) {
+            double std = sqrt(2.0 / ((double)p->shape[0] * p->shape[2] * p->shape[3]));
+            for (e = 0; e < p->count; e++) { /* Box and Muller: one normal from two uniforms */
+                double u = 1.0 - ckca__uniform(seed, CKCA__STREAM_INIT, base + 2 * e);
+                double v = ckca__uniform(seed, CKCA__STREAM_INIT, base + 2 * e + 1);
+                w[e] = (float)(std * sqrt(-2.0 * log(u)) * cos(6.283185307179586 * v));
+            }
+        } else if (p->role == CKCA__WEIGHT || p->role == CKCA__BIAS) {
+            for (e = 0; e < p->count; e++)
+                w[e] = (float)(bound * (2.0 * ckca__uniform(seed, CKCA__STREAM_INIT, base + e) - 1.0));
+        } else {
+            float value = p->role == CKCA__VAR || (p->role == CKCA__GAMMA && !node->zero) ? 1.0f : 0.0f;
+            for (e = 0; e < p->count; e++) w[e] = value;
+        }
+    }
+}
+
+static ckca_status ckca__allocate_values(ckca_model *m) {
+    m->values = (float *)ckca__device_alloc(m->ctx, ckca__mul(m->all, sizeof(float)));
+    if (!m->values)
+        return ckca__fail(m->ctx, CKCA_ENOMEM, "out of memory for %.1f MB of parameters", (double)m->all * 4e-6);
+    m->finished = 1;
+    return CKCA_OK;
+}
+
+static ckca_status ckca__initialize(ckca_model *m, uint64_t seed, float *device) {
+    float *host = (float *)ckca__alloc(m->ctx, m->all * sizeof(float));
+    if (!host) return ckca__fail(m->ctx, CKCA_ENOMEM, "out of memory for %.1f MB of initial weights", (double)m->all * 4e-6);
+    ckca__draw_weights(m, seed, host);
+    ckca__device_upload(m->ctx, device, host, m->all * sizeof(float));
+    ckca__release(m->ctx, host);
+    return CKCA_OK;
+}
+
+CKCA_API ckca_status ckca_model_finish(ckca_model *m, int logits) {
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    if ((status = ckca__seal(m, logits)) || (status = ckca__allocate_values(m))) return status;
+    return ckca__initialize(m, m->seed, m->values);
+}
+
+/* ---- ResNets ---- */
+
+/* conv + batch norm named CONV and BN below prefix ("layer1.0." or ""); ReLU where asked for. */
+static int ckca__conv_bn(ckca_model *m, const char *prefix, const char *conv, const char *bn, int x, int out, int kernel,
+                         int stride, int relu) {
+    char name[CKCA__NAME_MAX];
+    ckca_conv_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.out = out;
+    desc.kernel = kernel;
+    desc.stride = stride;
+    desc.pad = kernel / 2;
+    snprintf(name, sizeof name, "%s%s", prefix, conv);
+    x = ckca_conv(m, name, x, desc);
+    snprintf(name, sizeof name, "%s%s", prefix, bn);
+    x = ckca_batchnorm(m, name, x);
+    return relu ? ckca_relu(m, x) : x;
+}
+
+/* One residual block (He et al. 2016, figure 5): basic (two 3x3) or bottleneck (1x1, 3x3, 1x1 with 4 times the channels;
+   its stride on the 3x3, as torchvision). */
+static int ckca__residual_block(ckca_model *m, const char *prefix, int x, int width, int stride, int bottleneck, int projection,
+                       int zero) {
+    int in, out = bottleneck ? width * 4 : width, y, shortcut = x;
+    if (x < 0) return -1;
+    in = m->node[x].c;
+    if (bottleneck) {
+        y = ckca__conv_bn(m, prefix, "conv1", "bn1", x, width, 1, 1, 1);
+        y = ckca__conv_bn(m, prefix, "conv2", "bn2", y, width, 3, stride, 1);
+        y = ckca__conv_bn(m, prefix, "conv3", "bn3", y, out, 1, 1, 0);
+    } else {
+        y = ckca__conv_bn(m, prefix, "conv1", "bn1", x, width, 3, stride, 1);
+        y = ckca__conv_bn(m, prefix, "conv2", "bn2", y, out, 3, 1, 0);
+    }
+    if (y < 0) return -1;
+    m->node[y].zero = zero;
+    if (stride != 1 || in != out)
+        shortcut = projection ? ckca__conv_bn(m, prefix, "downsample.0", "downsample.1", x, out, 1, stride, 0)
+                              : ckca_subsample(m, x, stride, out);
+    return ckca_relu(m, ckca_add(m, y, shortcut));
+}
+
+CKCA_API ckca_status ckca_resnet(ckca_context *ctx, ckca_model **out, const char *arch, const ckca_model_desc *desc) {
+    static const struct {
+        const char *name;
+        int cifar, bottleneck, blocks[4]; /* blocks per stage */
+    } net[] = {{"resnet8", 1, 0, {1, 1, 1, 0}},     {"resnet20", 1, 0, {3, 3, 3, 0}},   {"resnet32", 1, 0, {5, 5, 5, 0}},
+               {"resnet44", 1, 0, {7, 7, 7, 0}},    {"resnet56", 1, 0, {9, 9, 9, 0}},   {"resnet110", 1, 0, {18, 18, 18, 0}},
+               {"resnet18", 0, 0, {2, 2, 2, 2}},    {"resnet34", 0, 0, {3, 4, 6, 3}},   {"resnet50", 0, 1, {3, 4, 6, 3}}};
+    const int nets = (int)(sizeof net / sizeof *net);
+    size_t length = arch ? strlen(arch) : 0;
+    int i, stage, block, x, width, small_stem = 0;
+    ckca_model *m;
+    ckca_status status;
+    if (!ctx || !out) return ctx ? ckca__fail(ctx, CKCA_EINVAL, "resnet: no place for the result") : CKCA_EINVAL;
+    *out = NULL;
+    if (length > 6 && !strcmp(arch + length - 6, "-cifar")) {
+        small_stem = 1;
+        length -= 6;
+    }
+    for (i = 0; i < nets; i++)
+        if (length && strlen(net[i].name) == length && !memcmp(arch, net[i].name, length)) break;
+    if (i == nets || (small_stem && net[i].cifar))
+        return ckca__fail(ctx, CKCA_EINVAL, "\"%.40s\" is none of resnet8, 20, 32, 44, 56, 110, 18, 34, 50, 18-cifar, "
+                          "34-cifar, 50-cifar", arch ? arch : "");
+    if ((status = ckca_model_create(ctx, &m, desc))) return status;
+    snprintf(m->arch, sizeof m->arch, "%s", arch);
+    width = desc->width_base ? desc->width_base : net[i].cifar ? 16 : 64;
+    if (width < 1 || width > 4096) {
+        ckca_model_free(m);
+        return ckca__fail(ctx, CKCA_EINVAL, "resnet: width_base %d (1 to 4096)", width);
+    }
+    x = ckca_input(m);
+    x = ckca__conv_bn(m, "", "conv1", "bn1", x, width, net[i].cifar || small_stem ? 3 : 7,
+                      net[i].cifar || small_stem ? 1 : 2, 1);
+    if (!net[i].cifar && !small_stem) x = ckca_maxpool(m, x, 3, 2, 1);
+    for (stage = 0; stage < 4; stage++) {
+        for (block = 0; block < net[i].blocks[stage]; block++) {
+            char prefix[32];
+            snprintf(prefix, sizeof prefix, "layer%d.%d.", stage + 1, block);
+            x = ckca__residual_block(m, prefix, x, width << stage, stage && !block ? 2 : 1, net[i].bottleneck,
+                            !net[i].cifar || desc->projection, desc->zero_residual);
+        }
+        if (block) ckca_stage(m, x);
+    }
+    x = ckca_linear(m, "fc", ckca_avgpool(m, x), m->classes);
+    if ((status = ckca_model_finish(m, x))) {
+        ckca_model_free(m);
+        return status;
+    }
+    *out = m;
+    return CKCA_OK;
+}
+
+/* ---- the graph as text: "input;conv conv1 0 16 3 1 1 0;bn bn1 1;relu 2;...;stage 2;logits 9" ---- */
+
+/* Writes at most room bytes (always terminated) and returns the length it takes, as snprintf does. */
+static size_t ckca__graph_write(const ckca_model *m, char *out, size_t room) {
+    size_t length = 0;
+    int i;
+#define CKCA__PUT(...) length += (size_t)snprintf(length < room ? out + length : NULL, length < room ? room - length : 0, __VA_ARGS__)
+    for (i = 0; i < m->nodes; i++) {
+        const ckca__node *x = &m->node[i];
+        CKCA__PUT("%s%s", i ? ";" : "", ckca__kind_name[x->kind]);
+        if (x->name[0]) CKCA__PUT(" %s", x->name);
+        if (x->in[0] >= 0) CKCA__PUT(" %d", x->in[0]);
+        if (x->in[1] >= 0) CKCA__PUT(" %d", x->in[1]);
+        if (x->kind == CKCA__CONV) CKCA__PUT(" %d %d %d %d %d", x->c, x->kernel, x->stride, x->pad, x->bias);
+        if (x->kind == CKCA__MAXPOOL) CKCA__PUT(" %d %d %d", x->kernel, x->stride, x->pad);
+        if (x->kind == CKCA__SUBSAMPLE) CKCA__PUT(" %d %d", x->stride, x->c);
+        if (x->kind == CKCA__LINEAR) CKCA__PUT(" %d", x->c);
+    }
+    for (i = 0; i < m->nodes; i++)
+        if (m->node[i].stage) CKCA__PUT(";stage %d", i);
+    CKCA__PUT(";logits %d", m->logits);
+#undef CKCA__PUT
+    return length;
+}
+
+/* Builds and seals the nodes of a text that may be hostile; parameters are not allocated yet. */
+static ckca_status ckca__graph_read(ckca_model *m, const char *text) {
+    int statement = 0;
+    while (*text) {
+        char word[2][CKCA__NAME_MAX] = {"", ""}; /* the kind and, for some, a name */
+        int number[7], numbers = 0, words = 0, named = 0, done = -1;
+        const char *end = text + strcspn(text, ";");
+        while (text < end) {
+            size_t length = strcspn(text, " ;");
+            if (*text == ' ' || length >= CKCA__NAME_MAX) break;
+            if (words == 2 || (words == 1 && !named)) {
+                char *stop;
+                long value = strtol(text, &stop, 10); /* the text ends in 0, ' ' or ';', so this stays inside it */
+                if (numbers == 7 || stop != text + length || value < -1 || value > INT_MAX) break;
+                number[numbers++] = (int)value;
+            } else {
+                memcpy(word[words], text, length);
+                word[words++][length] = 0;
+                named = !strcmp(word[0], "conv") || !strcmp(word[0], "bn") || !strcmp(word[0], "linear");
+            }
+            text += length;
+            if (*text == ' ') text++;
+        }
+        if (text == end && words == 1) {
+            const char *kind = word[0];
+            if (!strcmp(kind, "input") && numbers == 0) done = ckca_input(m);
+            if (!strcmp(kind, "relu") && numbers == 1) done = ckca_relu(m, number[0]);
+            if (!strcmp(kind, "add") && numbers == 2) done = ckca_add(m, number[0], number[1]);
+            if (!strcmp(kind, "maxpool") && numbers == 4) done = ckca_maxpool(m, number[0], number[1], number[2], number[3]);
+            if (!strcmp(kind, "avgpool") && numbers == 1) done = ckca_avgpool(m, number[0]);
+            if (!strcmp(kind, "subsample") && numbers == 3) done = ckca_subsample(m, number[0], number[1], number[2]);
+            if (!strcmp(kind, "stage") && numbers == 1) done = ckca_stage(m, number[0]);
+            if (!strcmp(kind, "logits") && numbers == 1 && !*end) return ckca__seal(m, number[0]);
+        } else if (text == end && words == 2) {
+            const char *kind = word[0];
+            if (!strcmp(kind, "bn") && numbers == 1) done = ckca_batchnorm(m, word[1], number[0]);
+            if (!strcmp(kind, "linear") && numbers == 2) done = ckca_linear(m, word[1], number[0], number[1]);
+            if (!strcmp(kind, "conv") && numbers == 6) {
+                ckca_conv_desc desc;
+                desc.out = number[1];
+                desc.kernel = number[2];
+                desc.stride = number[3];
+                desc.pad = number[4];
+                desc.bias = number[5];
+                done = ckca_conv(m, word[1], number[0], desc);
+            }
+        }
+        if (m->failed)
+            return ckca__fail(m->ctx, m->failed == CKCA_ENOMEM ? CKCA_ENOMEM : CKCA_EFORMAT, "graph: %s", m->failure);
+        if (done < 0)
+            return ckca__fail(m->ctx, CKCA_EFORMAT, "graph: statement %d (\"%.20s\") cannot be read", statement + 1, word[0]);
+        statement++;
+        text = *end ? end + 1 : end;
+    }
+    return ckca__fail(m->ctx, CKCA_EFORMAT, "graph: it ends without its logits after %d statements", statement);
+}
+
+/* ---- the memory plan ----
+
+   A buffer lives from the moment that writes it to the last one that reads it; buffers whose lives do not overlap may share
+   memory. Moments of a step: node i runs forward at i, backward at 2 nodes - 1 - i. All sizes are per picture, so that
+   one plan serves every batch size. */
+
+typedef struct ckca__buffer {
+    size_t size, *offset;
+    int born, dies;
+} ckca__buffer;
+
+static int ckca__largest_first(const void *a, const void *b) {
+    const ckca__buffer *x = (const ckca__buffer *)a, *y = (const ckca__buffer *)b;
+    if (x->size != y->size) return x->size < y->size ? 1 : -1;
+    return x->born != y->born ? (x->born < y->born ? -1 : 1) : (x->dies < y->dies ? -1 : x->dies > y->dies);
+}
+
+/* 1: node i runs in this mode (others run as part of a later tail). */
+static int ckca__runs(const ckca_model *m, int i, int mode) {
+    return !m->node[i].fused && !(m->node[i].folded && !(mode & CKCA__TRAIN));
+}
+
+static ckca_status ckca__plan(ckca_model *m, int mode) {
+    const int training = mode & CKCA__TRAIN, end = 2 * m->nodes;
+    ckca__buffer *list = (ckca__buffer *)ckca__alloc(m->ctx, (size_t)m->nodes * 3 * sizeof *list), *b;
+    size_t total = 0;
+    int i, j, count = 0;
+    if (!list) return ckca__fail(m->ctx, CKCA_ENOMEM, "out of memory for the plan of %d nodes", m->nodes);
+    for (i = 0; i < m->nodes; i++) {
+        ckca__node *x = &m->node[i];
+        const size_t size = ckca__round_up((size_t)x->h * (size_t)x->w * (size_t)x->c, CKCA__ALIGN / sizeof(float));
+        const int backward = end - 1 - i; /* when its own backward runs */
+        const int output = i == m->logits || i == m->pooled || (x->stage && (mode & CKCA__STAGES));
+        if (!ckca__runs(m, i, mode)) continue;
+        b = &list[count++];
+        b->size = size;
+        b->offset = &x->value[mode];
+        b->born = i;
+        b->dies = x->last_reader > i ? x->last_reader : i;
+        if (output) b->dies = m->nodes;
+        if (training) {
+            /* Weight gradients and batch norm need their inputs again, a ReLU its output; the rest stays readable for
+               ckca_node_read until the forward is over. */
+            b->dies = m->nodes;
+            if (x->relu) b->dies = backward;
+            for (j = i + 1; j <= x->last_reader; j++) {
+                const ckca__node *y = &m->node[j];
+                if (y->fused || y->source != i) continue;
+                if ((y->kind == CKCA__CONV || y->kind == CKCA__LINEAR || y->head >= 0) && b->dies < end - 1 - j)
+                    b->dies = end - 1 - j;
+            }
+            if (i > 0) {
+                ckca__buffer *gradient = &list[count++];
+                gradient->size = size;
+                gradient->offset = &x->grad[mode];
+                gradient->born = output || x->last_reader < 0 ? m->nodes : end - 1 - x->last_reader;
+                gradient->dies = backward;
+            }
+            if (x->kind == CKCA__MAXPOOL) {
+                ckca__buffer *at = &list[count++];
+                at->size = ckca__round_up((size + 3) / 4, CKCA__ALIGN / sizeof(float));
+                at->offset = &x->at[mode];
+                at->born = i;
+                at->dies = backward;
+            }
+        }
+    }
+    qsort(list, (size_t)count, sizeof *list, ckca__largest_first);
+    for (i = 0; i < count; i++) { /* each at the lowest place where no buffer alive at the same time is */
+        size_t place = 0;
+        int moved = 1;
+        while (moved) {
+            moved = 0;
+            for (j = 0; j < i; j++) {
+                const ckca__buffer *o = &list[j];
+                if (o->dies < list[i].born || list[i].dies < o->born) continue;
+                if (place < *o->offset + o->size && *o->offset < place + list[i].size) {
+                    place = *o->offset + o->size;
+                    moved = 1;
+                }
+            }
+        }
+        *list[i].offset = place;
+        if (total < place + list[i].size) total = place + list[i].size;
+    }
+    m->plan_values[mode] = total;
+    ckca__release(m->ctx, list);
+    return CKCA_OK;
+}
+
+static void ckca__shape(const ckca_model *m, const ckca__node *node, int n, ckca__conv *s) {
+    const ckca__node *x = &m->node[node->in[0]];
+    s->n = n;
+    s->h = x->h;
+    s->w = x->w;
+    s->c = x->c;
+    s->k = node->c;
+    s->r = s->s = node->kernel;
+    s->stride = node->stride;
+    s->pad = node->pad;
+    s->p = node->h;
+    s->q = node->w;
+}
+
+static size_t ckca__workspace_bytes(const ckca_model *m, int n) {
+    size_t most = 0, bytes;
+    int i;
+    for (i = 0; i < m->nodes; i++) {
+        const ckca__node *x = &m->node[i];
+        ckca__conv s;
+        if (x->kind == CKCA__CONV) {
+            ckca__shape(m, x, n, &s);
+            bytes = ckca__conv_workspace(m->ctx, &s);
+        } else if (x->kind == CKCA__LINEAR) { /* a 1x1 convolution over one picture of n pixels */
+            memset(&s, 0, sizeof s);
+            s.n = s.h = s.r = s.s = s.stride = s.p = 1;
+            s.w = s.q = n;
+            s.c = m->parameter[x->tensor].shape[1];
+            s.k = x->c;
+            bytes = ckca__conv_workspace(m->ctx, &s);
+        } else {
+            bytes = ckca__op_workspace(m->ctx, (size_t)n * (size_t)x->h * (size_t)x->w, x->c);
+        }
+        if (most < bytes) most = bytes;
+    }
+    bytes = ckca__op_workspace(m->ctx, m->trainable, 1); /* clipping */
+    return most < bytes ? bytes : most;
+}
+
+static ckca_status ckca__measure(const ckca_model *m, int n, int mode, ckca_bytes *bytes) {
+    memset(bytes, 0, sizeof *bytes);
+    bytes->parameters = m->all * sizeof(float);
+    if (mode & CKCA__TRAIN) bytes->gradients = bytes->momentum = m->trainable * sizeof(float);
+    else bytes->parameters += m->trainable * sizeof(float); /* folded */
+    bytes->parameters += m->saved_count * sizeof(float);
+    bytes->activations = ckca__mul(ckca__mul((size_t)n, m->plan_values[mode]), sizeof(float));
+    bytes->workspace = ckca__workspace_bytes(m, n);
+    bytes->total = ckca__sum(ckca__sum(bytes->parameters, bytes->gradients + bytes->momentum),
+                             ckca__sum(bytes->activations, bytes->workspace));
+    if (bytes->total > SIZE_MAX / 2)
+        return ckca__fail(m->ctx, CKCA_ENOMEM, "a batch of %d pictures of %d x %d needs more memory than can be addressed", n,
+                          m->height, m->width);
+    return CKCA_OK;
+}
+
+CKCA_API ckca_status ckca_model_bytes(const ckca_model *model, int batch, int training, ckca_bytes *bytes) {
+    ckca_model *m = (ckca_model *)(uintptr_t)model; /* planning fills in offsets, nothing that a caller can see */
+    ckca_status status;
+    int mode = training ? CKCA__TRAIN : CKCA__EVALUATE;
+    if (!m) return CKCA_EINVAL;
+    if (!m->finished || batch < 1 || batch > CKCA__BATCH_MAX || !bytes)
+        return ckca__fail(m->ctx, CKCA_EINVAL, "bytes: needs a finished model, a batch of 1 to %d (not %d) and a result",
+                          CKCA__BATCH_MAX, batch);
+    if (!m->plan_values[mode] && (status = ckca__plan(m, mode))) return status;
+    return ckca__measure(m, batch, mode, bytes);
+}
+
+/* An arena of at least bytes; a larger one replaces it (contents are not kept). */
+static int ckca__arena(ckca_context *ctx, void **arena, size_t *room, size_t bytes) {
+    if (*arena && *room >= bytes) return 1;
+    ckca__device_release(ctx, *arena, *room);
+    *room = 0;
+    *arena = ckca__device_alloc(ctx, bytes);
+    if (*arena) *room = bytes;
+    return *arena != NULL;
+}
+
+/* Memory for n pictures in a mode; after it a step allocates nothing. */
+static ckca_status ckca__reserve(ckca_model *m, int n, int mode) {
+    ckca_bytes bytes;
+    ckca_status status;
+    void *activations = m->activations;
+    int ok = 1;
+    if (!m->plan_values[mode] && (status = ckca__plan(m, mode))) return status;
+    if ((status = ckca__measure(m, n, mode, &bytes))) return status;
+    if (activations && m->activation_bytes < bytes.activations) m->n = 0; /* what was in it goes */
+    ok = ckca__arena(m->ctx, &activations, &m->activation_bytes, bytes.activations);
+    m->activations = (float *)activations;
+    ok = ok && ckca__arena(m->ctx, &m->workspace, &m->workspace_bytes, bytes.workspace);
+    if (ok && !m->saved && m->saved_count)
+        ok = (m->saved = (float *)ckca__device_alloc(m->ctx, m->saved_count * sizeof(float))) != NULL;
+    if (ok && (mode & CKCA__TRAIN)) {
+        if (!m->gradients) m->gradients = (float *)ckca__device_alloc(m->ctx, m->trainable * sizeof(float));
+        if (!m->momentum) m->momentum = (float *)ckca__device_alloc(m->ctx, m->trainable * sizeof(float));
+        ok = m->gradients && m->momentum;
+    } else if (ok && !m->folded) {
+        ok = (m->folded = (float *)ckca__device_alloc(m->ctx, m->trainable * sizeof(float))) != NULL;
+        m->folded_valid = 0;
+    }
+    if (!ok)
+        return ckca__fail(m->ctx, CKCA_ENOMEM, "out of memory: a batch of %d pictures of %d x %d x %d needs %.1f MB", n,
+                          m->height, m->width, m->channels, (double)bytes.total * 1e-6);
+    return CKCA_OK;
+}
+
+/* ---- forward and backward ---- */
+
+static float *ckca__value(const ckca_model *m, int i) {
+    return i == 0 ? (float *)(uintptr_t)m->input : m->activations + m->node[i].value[m->mode] * (size_t)m->n;
+}
+static float *ckca__grad(const ckca_model *m, int i) {
+    return m->activations + m->node[i].grad[m->mode] * (size_t)m->n;
+}
+static unsigned char *ckca__at(const ckca_model *m, int i) {
+    return (unsigned char *)(m->activations + m->node[i].at[m->mode] * (size_t)m->n);
+}
+/* A parameter of a node (0: weight, 1: bias, 2: running_mean, 3: running_var) in one of the arenas. */
+static float *ckca__param(const ckca_model *m, const ckca__node *node, float *arena, int which) {
+    return arena + m->parameter[node->tensor + which].offset;
+}
+static size_t ckca__rows(const ckca__node *x, int n) { return (size_t)n * (size_t)x->h * (size_t)x->w; }
+
+/* The place where the caller puts n pictures before ckca__run_forward(m, n, mode, that place). */
+static float *ckca__input_buffer(ckca_model *m, int n, int mode) {
+    return m->activations + m->node[0].value[mode] * (size_t)n;
+}
+
+static void ckca__fold(ckca_model *m) {
+    int i;
+    for (i = 0; i < m->nodes; i++) {
+        const ckca__node *bn = &m->node[i], *conv;
+        const ckca__parameter *p;
+        if (bn->kind != CKCA__BATCHNORM || !m->node[bn->in[0]].folded) continue;
+        conv = &m->node[bn->in[0]];
+        p = &m->parameter[conv->tensor];
+        ckca__op_fold(m->ctx, conv->c, p->count / (size_t)conv->c, ckca__param(m, conv, m->values, 0),
+                      conv->bias ? ckca__param(m, conv, m->values, 1) : NULL, ckca__param(m, bn, m->values, 0),
+                      ckca__param(m, bn, m->values, 1), ckca__param(m, bn, m->values, 2), ckca__param(m, bn, m->values, 3),
+                      ckca__param(m, conv, m->folded, 0), ckca__param(m, bn, m->folded, 1));
+    }
+    m->folded_valid = 1;
+}
+
+/* Runs n pictures at input (N x H x W x C, on the device) through the network; reserve first. */
+static void ckca__run_forward(ckca_model *m, int n, int mode, const float *input) {
+    ckca_context *ctx = m->ctx;
+    const int training = mode & CKCA__TRAIN;
+    int i;
+    if (!training && !m->folded_valid) ckca__fold(m);
+    m->n = n;
+    m->mode = mode;
+    m->input = input;
+    for (i = 1; i < m->nodes; i++) {
+        const ckca__node *x = &m->node[i], *source = &m->node[x->source];
+        const float *in, *residual = x->residual >= 0 ? ckca__value(m, x->residual) : NULL;
+        const size_t rows = ckca__rows(x, n);
+        float *y;
+        ckca__conv s;
+        if (!ckca__runs(m, i, mode)) continue;
+        y = ckca__value(m, i);
+        if (x->head >= 0) { /* a batch norm's group */
+            const ckca__node *bn = &m->node[x->head];
+            float *gamma = ckca__param(m, bn, m->values, 0), *beta = ckca__param(m, bn, m->values, 1);
+            float *mean = ckca__param(m, bn, m->values, 2), *var = ckca__param(m, bn, m->values, 3);
+            if (training) {
+                float *saved = m->saved + bn->saved;
+                ckca__op_batchnorm_forward(ctx, rows, x->c, ckca__value(m, x->source), gamma, beta, mean, var, residual,
+                                           x->relu, y, saved, saved + ckca__round_up((size_t)x->c, 16), m->workspace);
+            } else if (source->folded) {
+                ckca__shape(m, source, n, &s);
+                ckca__op_conv_forward(ctx, &s, ckca__value(m, source->in[0]), ckca__param(m, source, m->folded, 0),
+                                      ckca__param(m, bn, m->folded, 1), residual, x->relu, y, m->workspace);
+            } else {
+                ckca__op_batchnorm_eval(ctx, rows, x->c, ckca__value(m, x->source), gamma, beta, mean, var, residual, x->relu,
+                                        y);
+            }
+            continue;
+        }
+        in = ckca__value(m, x->source);
+        switch (x->kind) {
+        case CKCA__CONV:
+            ckca__shape(m, x, n, &s);
+            ckca__op_conv_forward(ctx, &s, in, ckca__param(m, x, m->values, 0),
+                                  x->bias ? ckca__param(m, x, m->values, 1) : NULL, NULL, 0, y, m->workspace);
+            break;
+        case CKCA__LINEAR:
+            ckca__op_linear_forward(ctx, n, source->h * source->w * source->c, x->c, in, ckca__param(m, x, m->values, 0),
+                                    ckca__param(m, x, m->values, 1), y, m->workspace);
+            break;
+        case CKCA__MAXPOOL:
+            ckca__shape(m, x, n, &s);
+            ckca__op_maxpool_forward(ctx, &s, in, y, training ? ckca__at(m, i) : NULL);
+            break;
+        case CKCA__AVGPOOL: ckca__op_avgpool_forward(ctx, n, source->h * source->w, x->c, in, y); break;
+        case CKCA__SUBSAMPLE:
+            ckca__shape(m, x, n, &s);
+            ckca__op_subsample_forward(ctx, &s, in, y);
+            break;
+        default: ckca__op_add(ctx, rows * (size_t)x->c, in, residual, x->relu, y); break; /* add and ReLU */
+        }
+    }
+    if (training) {
+        m->batches_tracked++;
+        m->folded_valid = 0;
+    }
+}
+
+/* 1 if node i's gradient has to be added to, and notes that from now on it has. */
+static int ckca__accumulates(ckca_model *m, int i) {
+    int was = m->node[i].written;
+    m->node[i].written = 1;
+    return was;
+}
+
+/* The reverse walk. Before it, gradients of outputs (logits at least) are in ckca__grad with written set. */
+static void ckca__run_backward(ckca_model *m) {
+    ckca_context *ctx = m->ctx;
+    const int n = m->n;
+    int i;
+    for (i = m->nodes - 1; i > 0; i--) {
+        const ckca__node *x = &m->node[i], *source = &m->node[x->source];
+        const size_t rows = ckca__rows(x, n), count = rows * (size_t)x->c;
+        float *dy, *dx = NULL;
+        ckca__conv s;
+        int add = 0;
+        if (x->fused || !x->written) continue;
+        dy = ckca__grad(m, i);
+        if (x->head >= 0) {
+            const ckca__node *bn = &m->node[x->head];
+            const float *saved = m->saved + bn->saved;
+            float *dresidual = x->residual > 0 ? ckca__grad(m, x->residual) : NULL;
+            int add_residual = dresidual ? ckca__accumulates(m, x->residual) : 0;
+            add = x->source > 0 ? ckca__accumulates(m, x->source) : 1;
+            /* Where its input has a gradient already (or needs none), dx takes the place of dy and is added from there. */
+            dx = add ? dy : ckca__grad(m, x->source);
+            ckca__op_batchnorm_backward(ctx, rows, x->c, ckca__value(m, x->source), ckca__value(m, i), dy,
+                                        ckca__param(m, bn, m->values, 0), saved, saved + ckca__round_up((size_t)x->c, 16),
+                                        x->relu, dx, dresidual, add_residual, ckca__param(m, bn, m->gradients, 0),
+                                        ckca__param(m, bn, m->gradients, 1), m->workspace);
+            if (add && x->source > 0) ckca__op_add_backward(ctx, count, NULL, dy, ckca__grad(m, x->source), 1);
+            continue;
+        }
+        if (x->source > 0) {
+            dx = ckca__grad(m, x->source);
+            add = ckca__accumulates(m, x->source);
+        }
+        switch (x->kind) {
+        case CKCA__CONV:
+            ckca__shape(m, x, n, &s);
+            ckca__op_conv_backward_weight(ctx, &s, ckca__value(m, x->source), dy, ckca__param(m, x, m->gradients, 0),
+                                          x->bias ? ckca__param(m, x, m->gradients, 1) : NULL, m->workspace);
+            if (dx) ckca__op_conv_backward_data(ctx, &s, dy, ckca__param(m, x, m->values, 0), dx, add, m->workspace);
+            break;
+        case CKCA__LINEAR:
+            ckca__op_linear_backward(ctx, n, source->h * source->w * source->c, x->c, ckca__value(m, x->source),
+                                     ckca__param(m, x, m->values, 0), dy, dx, add, ckca__param(m, x, m->gradients, 0),
+                                     ckca__param(m, x, m->gradients, 1), m->workspace);
+            break;
+        case CKCA__MAXPOOL:
+            ckca__shape(m, x, n, &s);
+            if (dx) ckca__op_maxpool_backward(ctx, &s, dy, ckca__at(m, i), dx, add);
+            break;
+        case CKCA__AVGPOOL:
+            if (dx) ckca__op_avgpool_backward(ctx, n, source->h * source->w, x->c, dy, dx, add);
+            break;
+        case CKCA__SUBSAMPLE:
+            ckca__shape(m, x, n, &s);
+            if (dx) ckca__op_subsample_backward(ctx, &s, dy, dx, add);
+            break;
+        default: /* add and ReLU */
+            if (dx) ckca__op_add_backward(ctx, count, x->relu ? ckca__value(m, i) : NULL, dy, dx, add);
+            if (x->residual > 0) {
+                add = ckca__accumulates(m, x->residual);
+                ckca__op_add_backward(ctx, count, x->relu ? ckca__value(m, i) : NULL, dy, ckca__grad(m, x->residual), add);
+            }
+            break;
+        }
+    }
+}
+
+static void ckca__clear_written(ckca_model *m) {
+    int i;
+    for (i = 0; i < m->nodes; i++) m->node[i].written = 0;
+}
+
+CKCA_API ckca_status ckca_forward(ckca_model *m, const float *pictures, int n, int training) {
+    const int mode = training ? CKCA__TRAIN : CKCA__EVALUATE;
+    ckca_status status;
+    float *input;
+    if (!m) return CKCA_EINVAL;
+    if (!m->finished || !pictures || n < 1 || n > CKCA__BATCH_MAX)
+        return ckca__fail(m->ctx, CKCA_EINVAL, "forward: needs a finished model and 1 to %d pictures (not %d)", CKCA__BATCH_MAX, n);
+    if ((status = ckca__reserve(m, n, mode))) return status;
+    input = ckca__input_buffer(m, n, mode);
+    ckca__device_upload(m->ctx, input, pictures,
+                        (size_t)n * (size_t)m->height * (size_t)m->width * (size_t)m->channels * sizeof(float));
+    ckca__run_forward(m, n, mode, input);
+    return CKCA_OK;
+}
+
+CKCA_API ckca_status ckca_node_shape(const ckca_model *m, int node, int *height, int *width, int *channels) {
+    if (!m) return CKCA_EINVAL;
+    if (node < 0 || node >= m->nodes)
+        return ckca__fail(m->ctx, CKCA_EINVAL, "node: there is no node %d (nodes are 0 to %d)", node, m->nodes - 1);
+    if (height) *height = m->node[node].h;
+    if (width) *width = m->node[node].w;
+    if (channels) *channels = m->node[node].c;
+    return CKCA_OK;
+}
+
+CKCA_API ckca_status ckca_node_read(ckca_model *m, int node, float *out) {
+    if (!m) return CKCA_EINVAL;
+    if (node < 0 || node >= m->nodes || !out)
+        return ckca__fail(m->ctx, CKCA_EINVAL, "node: there is no node %d (nodes are 0 to %d)", node, m->nodes - 1);
+    if (!m->n) return ckca__fail(m->ctx, CKCA_EINVAL, "node %d: no forward has run", node);
+    if (!ckca__runs(m, node, m->mode) || (!(m->mode & CKCA__TRAIN) && node != m->logits && node != m->pooled))
+        return ckca__fail(m->ctx, CKCA_EINVAL, "node %d (%s) leaves no output of its own in this mode", node,
+                          ckca__kind_name[m->node[node].kind]);
+    ckca__device_download(m->ctx, out, ckca__value(m, node),
+                          ckca__rows(&m->node[node], m->n) * (size_t)m->node[node].c * sizeof(float));
+    return CKCA_OK;
+}
+
+CKCA_API ckca_status ckca_backward(ckca_model *m, const float *dlogits, const float *dfeatures) {
+    if (!m) return CKCA_EINVAL;
+    if (!m->n || m->mode != CKCA__TRAIN || !dlogits)
+        return ckca__fail(m->ctx, CKCA_EINVAL, "backward: needs a training forward before it and the logits' gradient");
+    ckca__clear_written(m);
+    ckca__device_upload(m->ctx, ckca__grad(m, m->logits), dlogits, (size_t)m->n * (size_t)m->classes * sizeof(float));
+    m->node[m->logits].written = 1;
+    if (dfeatures) {
+        ckca__device_upload(m->ctx, ckca__grad(m, m->pooled), dfeatures,
+                            (size_t)m->n * (size_t)m->features * sizeof(float));
+        m->node[m->pooled].written = 1;
+    }
+    ckca__run_backward(m);
+    m->n = 0; /* gradients took the activations' place: a second backward would read them */
+    return CKCA_OK;
+}
+
+CKCA_API ckca_status ckca_zero_gradients(ckca_model *m) {
+    if (!m) return CKCA_EINVAL;
+    if (m->gradients) ckca__device_zero(m->ctx, m->gradients, m->trainable * sizeof(float));
+    return CKCA_OK;
+}
+
+/* One SGD step over the arenas: decay on the first part only. gscale is one float on the device. */
+static void ckca__run_sgd(ckca_model *m, const ckca_sgd_desc *d, float *gscale) {
+    ckca_context *ctx = m->ctx;
+    const size_t k = m->decayed;
+    if (d->clip_norm > 0) ckca__op_clip(ctx, m->trainable, m->gradients, d->clip_norm, gscale, m->workspace);
+    if (!(d->clip_norm > 0)) gscale = NULL;
+    ckca__op_sgd(ctx, k, m->values, m->gradients, m->momentum, d->lr, d->momentum, d->weight_decay, !d->plain, gscale);
+    ckca__op_sgd(ctx, m->trainable - k, m->values + k, m->gradients + k, m->momentum + k, d->lr, d->momentum, 0.0f, !d->plain,
+                 gscale);
+    m->folded_valid = 0;
+}
+
+/* A field's value: its default where it is 0, nothing where it is CKCA_OFF (or any negative value). */
+static float ckca__default(float value, float otherwise) { return value == 0 ? otherwise : value < 0 ? 0.0f : value; }
+
+CKCA_API ckca_status ckca_sgd(ckca_model *m, const ckca_sgd_desc *desc) {
+    ckca_sgd_desc d;
+    float *gscale;
+    if (!m) return CKCA_EINVAL;
+    if (!desc || !m->gradients || !(desc->lr >= 0) || !(desc->lr < 1e30f))
+        return ckca__fail(m->ctx, CKCA_EINVAL, "sgd: needs a backward before it and a learning rate of 0 or more (not %g)",
+                          desc ? (double)desc->lr : 0.0);
+    d = *desc;
+    d.momentum = ckca__default(d.momentum, 0.9f);
+    d.weight_decay = ckca__default(d.weight_decay, 5e-4f);
+    gscale = (float *)ckca__device_alloc(m->ctx, sizeof *gscale);
+    if (!gscale) return ckca__fail(m->ctx, CKCA_ENOMEM, "sgd: out of memory for one float");
+    ckca__run_sgd(m, &d, gscale);
+    ckca__device_release(m->ctx, gscale, sizeof *gscale);
+    return CKCA_OK;
+}
+
+/* A model of the same network and weights, with arenas of its own: the teacher, and what a failed update goes back to. */
+static ckca_model *ckca__clone(const ckca_model *m) {
+    ckca_context *ctx = m->ctx;
+    ckca_model *copy = (ckca_model *)ckca__alloc(ctx, sizeof *copy);
+    const size_t normalization = (size_t)m->channels * 2 * sizeof(float);
+    if (!copy) return NULL;
+    *copy = *m;
+    copy->gradients = copy->momentum = copy->folded = copy->saved = copy->activations = NULL;
+    copy->activation_bytes = copy->workspace_bytes = 0;
+    copy->workspace = NULL;
+    copy->folded_valid = copy->n = 0;
+    copy->node = (ckca__node *)ckca__alloc(ctx, m->node_room * sizeof *m->node);
+    copy->parameter = (ckca__parameter *)ckca__alloc(ctx, m->parameter_room * sizeof *m->parameter);
+    copy->normalization = (float *)ckca__alloc(ctx, normalization);
+    copy->class_names = m->class_names ? ckca__copy_names(ctx, (const char *const *)m->class_names, m->classes) : NULL;
+    copy->values = (float *)ckca__device_alloc(ctx, m->all * sizeof(float));
+    if (!copy->node || !copy->parameter || !copy->normalization || !copy->values || (m->class_names && !copy->class_names)) {
+        ckca_model_free(copy);
+        return NULL;
+    }
+    memcpy(copy->node, m->node, (size_t)m->nodes * sizeof *m->node);
+    memcpy(copy->parameter, m->parameter, (size_t)m->parameters * sizeof *m->parameter);
+    memcpy(copy->normalization, m->normalization, normalization);
+    ckca__device_copy(ctx, copy->values, m->values, m->all * sizeof(float));
+    return copy;
+}
+
+/* ---- what a caller can see of a model ---- */
+
+CKCA_API void ckca_model_info_get(const ckca_model *m, ckca_model_info *info) {
+    int i;
+    if (!info) return;
+    memset(info, 0, sizeof *info);
+    if (!m) return;
+    info->arch = m->arch;
+    info->height = m->height;
+    info->width = m->width;
+    info->channels = m->channels;
+    info->classes = m->classes;
+    info->features = m->features;
+    info->class_names = (const char *const *)m->class_names;
+    info->mean = m->normalized ? m->normalization : NULL;
+    info->std = m->normalized ? m->normalization + m->channels : NULL;
+    info->step = m->step;
+    info->nodes = m->nodes;
+    info->logits = m->logits;
+    for (i = 0; i < m->parameters; i++)
+        if (m->parameter[i].role < CKCA__MEAN) info->parameters += (int64_t)m->parameter[i].count;
+}
+
+CKCA_API ckca_data_desc ckca_data_like(const ckca_model *m) {
+    ckca_data_desc desc;
+    memset(&desc, 0, sizeof desc);
+    if (!m) return desc;
+    desc.height = m->height;
+    desc.width = m->width;
+    desc.channels = m->channels;
+    desc.class_names = (const char *const *)m->class_names;
+    desc.classes = m->class_names ? m->classes : 0;
+    return desc;
+}
+
+CKCA_API int ckca_tensors(const ckca_model *m) { return m ? m->parameters : 0; }
+
+CKCA_API int ckca_tensor_find(const ckca_model *m, const char *name) {
+    int i;
+    for (i = 0; m && name && i < m->parameters; i++)
+        if (!strcmp(m->parameter[i].name, name)) return i;
+    return -1;
+}
+
+CKCA_API ckca_status ckca_tensor_info(const ckca_model *m, int i, ckca_tensor *tensor) {
+    const ckca__parameter *p;
+    if (!m) return CKCA_EINVAL;
+    if (i < 0 || i >= m->parameters || !tensor)
+        return ckca__fail(m->ctx, CKCA_EINVAL, "tensor: there is no tensor %d (they are 0 to %d)", i, m->parameters - 1);
+    p = &m->parameter[i];
+    tensor->name = p->name;
+    tensor->dims = p->dims;
+    memcpy(tensor->shape, p->shape, sizeof p->shape);
+    tensor->count = (int64_t)p->count;
+    tensor->trainable = p->role < CKCA__MEAN;
+    return CKCA_OK;
+}
+
+/* Between the arenas' K x R x S x C and the files' K x C x R x S, host to host. */
+static void ckca__reorder(const ckca__parameter *p, const float *from, float *to, int to_pytorch) {
+    const size_t c = (size_t)p->shape[1], area = (size_t)p->shape[2] * (size_t)p->shape[3];
+    size_t k, i, j;
+    if (p->dims != 4) {
+        memcpy(to, from, p->count * sizeof(float));
+        return;
+    }
+    for (k = 0; k < (size_t)p->shape[0]; k++, from += c * area, to += c * area)
+        for (i = 0; i < area; i++)
+            for (j = 0; j < c; j++) {
+                if (to_pytorch) to[j * area + i] = from[i * c + j];
+                else to[i * c + j] = from[j * area + i];
+            }
+}
+
+/* A tensor's place in the arena that slot names, and a host buffer of its size to be released. */
+static ckca_status ckca__tensor_place(ckca_model *m, int i, ckca_slot slot, const void *memory, float **place,
+                                      float **host) {
+    float *arena = slot == CKCA_VALUE ? m->values : slot == CKCA_GRADIENT ? m->gradients : m->momentum;
+    const ckca__parameter *p = &m->parameter[i];
+    if (i < 0 || i >= m->parameters || !memory || !m->finished)
+        return ckca__fail(m->ctx, CKCA_EINVAL, "tensor: there is no tensor %d (they are 0 to %d)", i, m->parameters - 1);
+    if (!arena || (slot != CKCA_VALUE && p->role >= CKCA__MEAN))
+        return ckca__fail(m->ctx, CKCA_EINVAL, "%s: it has no gradient or momentum (yet)", p->name);
+    *host = (float *)ckca__alloc(m->ctx, p->count * sizeof(float));
+    if (!*host) return ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for a copy", p->name);
+    *place = arena + p->offset;
+    return CKCA_OK;
+}
+
+CKCA_API ckca_status ckca_tensor_read(ckca_model *m, int i, ckca_slot slot, float *out) {
+    float *host, *place;
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    if ((status = ckca__tensor_place(m, i, slot, out, &place, &host))) return status;
+    ckca__device_download(m->ctx, host, place, m->parameter[i].count * sizeof(float));
+    ckca__reorder(&m->parameter[i], host, out, 1);
+    ckca__release(m->ctx, host);
+    return CKCA_OK;
+}
+
+CKCA_API ckca_status ckca_tensor_write(ckca_model *m, int i, ckca_slot slot, const float *in) {
+    float *host, *place;
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    if ((status = ckca__tensor_place(m, i, slot, in, &place, &host))) return status;
+    ckca__reorder(&m->parameter[i], in, host, 0);
+    ckca__device_upload(m->ctx, place, host, m->parameter[i].count * sizeof(float));
+    ckca__release(m->ctx, host);
+    m->folded_valid = 0;
+    return CKCA_OK;
+}
+
+#endif /* CKCA__GRAPH */
+#endif /* CKCA_IMPLEMENTATION */
+#endif /* CKCA__PASS */
+#ifndef CKCA__PASS
+#ifdef CKCA_IMPLEMENTATION
+#ifndef CKCA__TRAIN_PART
+#define CKCA__TRAIN_PART
+
+/* ------------------------------------------------------------------------------------------------------------------
+   TRAINING: evaluation, one SGD step, one update
+
+   ckca_update is the whole method: ckca__begin sets a time step up (teacher, starting weights, what the teacher says about
+   the new pictures), ckca__train_step is one SGD step, and the loop between walks the epochs.
+   ------------------------------------------------------------------------------------------------------------------ */
+
+#include <time.h>
+
+#define CKCA__EVAL_BATCH 64
+#define CKCA__CACHE_BYTES ((size_t)256 << 20) /* most that the teacher's answers may take; beyond, it answers per batch */
+
+static double ckca__seconds(void) {
+#ifdef _OPENMP
+    return omp_get_wtime();
+#else
+    return (double)clock() / CLOCKS_PER_SEC; /* one thread: processor time is close to the wall's */
+#endif
+}
+
+/* Device buffers of n pictures' worth of small things, carved from one block. */
+typedef struct ckca__small {
+    void *block;
+    size_t bytes;
+    int *index, *position, *labels, *hit;   /* n each: in the store, in the data set; hit as ckca__op_cross_entropy */
+    float *loss;                            /* n: a term's value per picture */
+    float *zo, *fo;                         /* the teacher's logits and features, n x classes and n x features */
+    float *class_weight;                    /* classes */
+    float *gscale;                          /* 1 */
+    double *sums;                           /* 3: of cross-entropy, AdaKD, FeatReg over an epoch */
+    int *host;                              /* n ints on the host, to put index, position and labels together */
+} ckca__small;
+
+static void ckca__small_free(ckca_context *ctx, ckca__small *b) {
+    ckca__device_release(ctx, b->block, b->bytes);
+    ckca__release(ctx, b->host);
+    memset(b, 0, sizeof *b);
+}
+
+static ckca_status ckca__small_alloc(ckca_context *ctx, ckca__small *b, int n, int classes, int features) {
+    const size_t row = ckca__round_up((size_t)n * sizeof(float), CKCA__ALIGN);
+    const size_t z = ckca__round_up(ckca__mul(ckca__mul((size_t)n, (size_t)classes), sizeof(float)), CKCA__ALIGN);
+    const size_t f = ckca__round_up(ckca__mul(ckca__mul((size_t)n, (size_t)features), sizeof(float)), CKCA__ALIGN);
+    const size_t k = ckca__round_up((size_t)classes * sizeof(float), CKCA__ALIGN);
+    char *at;
+    memset(b, 0, sizeof *b);
+    b->bytes = ckca__sum(ckca__sum(z, f), row * 5 + k + 2 * CKCA__ALIGN);
+    b->block = ckca__device_alloc(ctx, b->bytes);
+    b->host = (int *)ckca__alloc(ctx, (size_t)n * sizeof(int));
+    if (!b->block || !b->host) {
+        ckca__small_free(ctx, b);
+        return ckca__fail(ctx, CKCA_ENOMEM, "out of memory for the labels and logits of a batch of %d", n);
+    }
+    at = (char *)b->block;
+    b->sums = (double *)(void *)at;
+    b->gscale = (float *)(void *)(at += CKCA__ALIGN);
+    b->index = (int *)(void *)(at += CKCA__ALIGN);
+    b->position = (int *)(void *)(at += row);
+    b->labels = (int *)(void *)(at += row);
+    b->hit = (int *)(void *)(at += row);
+    b->loss = (float *)(void *)(at += row);
+    b->class_weight = (float *)(void *)(at += row);
+    b->zo = (float *)(void *)(at += k);
+    b->fo = (float *)(void *)(at += z);
+    return CKCA_OK;
+}
+
+/* Puts pictures position[0..n) of data on the device as the network takes them, with their labels. */
+static void ckca__load_batch(const ckca_model *m, const ckca_data *data, const int *position, int n,
+                             const ckca_augment *augment, uint64_t seed, int epoch, ckca__small *b, float *input) {
+    ckca_context *ctx = m->ctx;
+    const ckca__store *store = data->store;
+    const size_t bytes = (size_t)n * sizeof(int);
+    int i;
+    ckca__device_upload(ctx, b->position, position, bytes);
+    for (i = 0; i < n; i++) b->host[i] = store->labels[data->index[position[i]]];
+    ckca__device_upload(ctx, b->labels, b->host, bytes);
+    for (i = 0; i < n; i++) b->host[i] = data->index[position[i]];
+    ckca__device_upload(ctx, b->index, b->host, bytes);
+    ckca__op_batch(ctx, n, store->height, store->width, store->channels, store->pixels, b->index, augment, seed, epoch,
+                   m->normalization, m->normalization + m->channels, input);
+}
+
+/* Checks that data is for this model; takes class names and normalisation from it where the model has none. */
+static ckca_status ckca__adopt(ckca_model *m, const ckca_data *data, const char *what) {
+    ckca_context *ctx = m->ctx;
+    const ckca__store *store = data ? data->store : NULL;
+    int i, channel;
+    if (!m->finished) return ckca__fail(ctx, CKCA_EINVAL, "%s: the model is not finished", what);
+    if (!data || data->count < 1) return ckca__fail(ctx, CKCA_EINVAL, "%s: there are no pictures", what);
+    if (store->height != m->height || store->width != m->width || store->channels != m->channels)
+        return ckca__fail(ctx, CKCA_ESHAPE, "%s: the pictures are %d x %d x %d, the model takes %d x %d x %d", what,
+                          store->height, store->width, store->channels, m->height, m->width, m->channels);
+    if (store->classes != m->classes)
+        return ckca__fail(ctx, CKCA_ESHAPE, "%s: the pictures have %d classes, the model has %d", what, store->classes,
+                          m->classes);
+    for (i = 0; m->class_names && i < m->classes; i++)
+        if (strcmp(m->class_names[i], store->class_names[i]))
+            return ckca__fail(ctx, CKCA_EINVAL, "%s: class %d is \"%.60s\" in the pictures, \"%.60s\" in the model", what, i,
+                              store->class_names[i], m->class_names[i]);
+    if (!m->class_names) {
+        m->class_names = ckca__copy_names(ctx, (const char *const *)store->class_names, m->classes);
+        if (!m->class_names) return ckca__fail(ctx, CKCA_ENOMEM, "%s: out of memory for %d class names", what, m->classes);
+    }
+    for (channel = 0; !m->normalized && channel < m->channels; channel++) {
+        const size_t area = (size_t)m->height * (size_t)m->width, stride = (size_t)m->channels;
+        const double count = (double)area * data->count;
+        uint64_t sum = 0, squares = 0; /* exact: bytes squared, and at most 2^31 x 2^32 of them would be needed to wrap */
+        double mean, variance;
+        for (i = 0; i < data->count; i++) {
+            const unsigned char *p = store->pixels + (size_t)data->index[i] * area * stride + channel;
+            size_t j;
+            for (j = 0; j < area; j++) {
+                unsigned value = p[j * stride];
+                sum += value;
+                squares += value * value;
+            }
+        }
+        mean = (double)sum / count;
+        variance = (double)squares / count - mean * mean;
+        m->normalization[channel] = (float)(mean / 255.0);
+        m->normalization[m->channels + channel] = variance > 1e-6 ? (float)(sqrt(variance) / 255.0) : 1.0f;
+    }
+    m->normalized = 1;
+    return CKCA_OK;
+}
+
+/* Runs all of data through m as it stands, normalised as like (m itself, or the student of a teacher) does. cache_z and cache_f (count x classes, count x features, on the device) get
+   every picture's logits and features, unless NULL. */
+static ckca_status ckca__survey(ckca_model *m, const ckca_model *like, const ckca_data *data, ckca_score *score,
+                                float *per_class, float *cache_z, float *cache_f) {
+    ckca_context *ctx = m->ctx;
+    const int batch = data->count < CKCA__EVAL_BATCH ? data->count : CKCA__EVAL_BATCH;
+    int first, i, n, top1 = 0, top5 = 0, *seen = NULL, *position = NULL;
+    double loss = 0;
+    ckca__small b;
+    ckca_status status = ckca__small_alloc(ctx, &b, batch, m->classes, 1);
+    if (status) return status;
+    if (!(status = ckca__reserve(m, batch, CKCA__EVALUATE))) {
+        position = (int *)ckca__alloc(ctx, (size_t)batch * sizeof(int));
+        seen = (int *)ckca__alloc(ctx, (size_t)m->classes * 2 * sizeof(int));
+        if (!position || !seen) status = ckca__fail(ctx, CKCA_ENOMEM, "evaluate: out of memory for %d classes", m->classes);
+    }
+    for (first = 0; !status && first < data->count; first += n) {
+        float *input = ckca__input_buffer(m, n = data->count - first < batch ? data->count - first : batch, CKCA__EVALUATE);
+        const size_t z = (size_t)m->classes, f = (size_t)m->features;
+        for (i = 0; i < n; i++) position[i] = first + i;
+        ckca__load_batch(like, data, position, n, NULL, 0, 0, &b, input);
+        ckca__run_forward(m, n, CKCA__EVALUATE, input);
+        ckca__op_cross_entropy(ctx, n, m->classes, ckca__value(m, m->logits), b.labels, 0.0f, NULL, b.loss, b.hit);
+        ckca__op_sum(ctx, n, b.loss, b.sums);
+        if (cache_z)
+            ckca__device_copy(ctx, cache_z + (size_t)first * z, ckca__value(m, m->logits), (size_t)n * z * sizeof(float));
+        if (cache_f)
+            ckca__device_copy(ctx, cache_f + (size_t)first * f, ckca__value(m, m->pooled), (size_t)n * f * sizeof(float));
+        ckca__device_download(ctx, b.host, b.hit, (size_t)n * sizeof(int));
+        for (i = 0; i < n; i++) {
+            int *of_class = seen + 2 * data->store->labels[data->index[first + i]];
+            of_class[0]++;
+            of_class[1] += b.host[i] & 1;
+            top1 += b.host[i] & 1;
+            top5 += b.host[i] >> 1 & 1;
+        }
+    }
+    if (!status) {
+        ckca__device_download(ctx, &loss, b.sums, sizeof loss);
+        score->count = data->count;
+        score->top1 = (double)top1 / data->count;
+        score->top5 = (double)top5 / data->count;
+        score->loss = loss / data->count;
+        for (i = 0; per_class && i < m->classes; i++)
+            per_class[i] = seen[2 * i] ? (float)seen[2 * i + 1] / (float)seen[2 * i] : -1.0f;
+    }
+    ckca__release(ctx, position);
+    ckca__release(ctx, seen);
+    ckca__small_free(ctx, &b);
+    return status;
+}
+
+CKCA_API ckca_status ckca_evaluate(ckca_model *m, const ckca_data *data, ckca_score *score, float *per_class) {
+    ckca_score ignored;
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    if ((status = ckca__adopt(m, data, "evaluate"))) return status;
+    return ckca__survey(m, m, data, score ? score : &ignored, per_class, NULL, NULL);
+}
+
+CKCA_API ckca_status ckca_predict(ckca_model *m, const unsigned char *pixels, int n, float *out) {
+    const size_t picture = m ? (size_t)m->height * (size_t)m->width * (size_t)m->channels : 0;
+    int first, i, batch;
+    ckca__small b;
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    if (!m->finished || !pixels || !out || n < 1)
+        return ckca__fail(m->ctx, CKCA_EINVAL, "predict: needs a finished model, pictures, a result and n of 1 or more "
+                          "(not %d)", n);
+    if (!m->normalized)
+        return ckca__fail(m->ctx, CKCA_EINVAL, "predict: the model has no mean and std yet: train it or give them");
+    batch = n < CKCA__EVAL_BATCH ? n : CKCA__EVAL_BATCH;
+    if ((status = ckca__small_alloc(m->ctx, &b, batch, m->classes, 1))) return status;
+    status = ckca__reserve(m, batch, CKCA__EVALUATE);
+    for (i = 0; i < batch; i++) b.host[i] = i;
+    ckca__device_upload(m->ctx, b.index, b.host, (size_t)batch * sizeof(int));
+    for (first = 0; !status && first < n; first += batch) {
+        const int count = n - first < batch ? n - first : batch;
+        float *input = ckca__input_buffer(m, count, CKCA__EVALUATE);
+        ckca__op_batch(m->ctx, count, m->height, m->width, m->channels, pixels + (size_t)first * picture, b.index, NULL, 0, 0,
+                       m->normalization, m->normalization + m->channels, input);
+        ckca__run_forward(m, count, CKCA__EVALUATE, input);
+        ckca__op_softmax(m->ctx, count, m->classes, ckca__value(m, m->logits), b.zo);
+        ckca__device_download(m->ctx, out + (size_t)first * (size_t)m->classes, b.zo,
+                              (size_t)count * (size_t)m->classes * sizeof(float));
+    }
+    ckca__small_free(m->ctx, &b);
+    return status;
+}
+
+static ckca_status ckca__check_augment(ckca_context *ctx, const ckca_augment *a) {
+    if (a->pad < 0 || a->pad > 4096 || !(a->crop_min >= 0 && a->crop_min <= 1) || !(a->jitter >= 0 && a->jitter <= 1))
+        return ckca__fail(ctx, CKCA_EINVAL, "augment: pad %d (0 to 4096), crop_min %g, jitter %g (each 0 to 1)", a->pad,
+                          (double)a->crop_min, (double)a->jitter);
+    return CKCA_OK;
+}
+
+CKCA_API ckca_status ckca_get_batch(ckca_model *m, const ckca_data *data, const int *index, int n,
+                                    const ckca_augment *augment, uint64_t seed, int epoch, float *pictures, int *labels) {
+    const size_t values = m ? (size_t)m->height * (size_t)m->width * (size_t)m->channels : 0;
+    float *device;
+    int i;
+    ckca__small b;
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    if ((status = ckca__adopt(m, data, "batch")) || (augment && (status = ckca__check_augment(m->ctx, augment)))) return status;
+    if (!index || n < 1 || !pictures) return ckca__fail(m->ctx, CKCA_EINVAL, "batch: needs indices and a result (n is %d)", n);
+    for (i = 0; i < n; i++)
+        if (index[i] < 0 || index[i] >= data->count)
+            return ckca__fail(m->ctx, CKCA_EINVAL, "batch: there is no picture %d (they are 0 to %d)", index[i],
+                              data->count - 1);
+    if ((status = ckca__small_alloc(m->ctx, &b, n, 1, 1))) return status;
+    device = (float *)ckca__device_alloc(m->ctx, ckca__mul((size_t)n, values * sizeof(float)));
+    if (device) {
+        ckca__load_batch(m, data, index, n, augment, seed, epoch, &b, device);
+        ckca__device_download(m->ctx, pictures, device, (size_t)n * values * sizeof(float));
+        for (i = 0; labels && i < n; i++) labels[i] = ckca_label(data, index[i]);
+    } else {
+        status = ckca__fail(m->ctx, CKCA_ENOMEM, "batch: out of memory for %d pictures", n);
+    }
+    ckca__device_release(m->ctx, device, (size_t)n * values * sizeof(float));
+    ckca__small_free(m->ctx, &b);
+    return status;
+}
+
+CKCA_API void ckca_shuffle(uint64_t seed, int epoch, int n, int *order) {
+    int i;
+    for (i = 0; i < n; i++) order[i] = i;
+    for (i = n - 1; i > 0; i--) { /* Fisher and Yates */
+        const uint64_t r = ckca__random(seed, CKCA__STREAM_SHUFFLE, ((uint64_t)(unsigned)epoch << 32) + (uint64_t)i);
+        const int j = (int)(r % ((uint64_t)i + 1)), swap = order[i];
+        order[i] = order[j];
+        order[j] = swap;
+    }
+}
+
+/* ---- one update ---- */
+
+typedef struct ckca__update {
+    ckca_context *ctx;
+    ckca_model *m;
+    ckca_model *old;           /* the model as it came: what a failure goes back to, and the teacher */
+    ckca_model *teacher;       /* old, or desc->teacher, or NULL where no term needs one */
+    const ckca_data *data;
+    ckca_update_desc d;        /* every default filled in, terms that are not used at weight 0 */
+    int mode;                  /* of the student's forward */
+    float *cache_z, *cache_f;  /* the teacher's answers on every picture, where pictures are not augmented; else NULL */
+    size_t cache_z_bytes, cache_f_bytes;
+    ckca__small b;
+    int *order;
+    int batches;               /* per epoch */
+    int epoch, batch;          /* position: the next SGD step */
+    int hits;                  /* of this epoch so far */
+    double sums[3];            /* likewise: cross-entropy, AdaKD, FeatReg */
+    double teacher_accuracy;
+    uint64_t fingerprint;      /* of everything that decides the result */
+} ckca__update;
+
+/* Provisional defaults, until the ablation has spoken. */
+#define CKCA__W_KD 2.0f
+#define CKCA__W_FEAT 0.0f
+
+static ckca_status ckca__state_save(ckca__update *u); /* in CHECKPOINTS */
+static ckca_status ckca__state_load(ckca__update *u, int *found);
+static void ckca__state_remove(ckca__update *u);
+
+/* The learning rate of SGD step s: linear up to the peak, then the schedule. */
+static float ckca__rate(const ckca_update_desc *d, int64_t s, int batches) {
+    const double warm = floor((double)d->warmup_epochs * batches), total = (double)d->epochs * batches, at = (double)s;
+    double rate = d->lr;
+    if (at < warm) return (float)(rate * (at + 1) / warm);
+    if (d->schedule == CKCA_COSINE) rate *= 0.5 * (1 + cos(3.141592653589793 * (at - warm) / (total > warm ? total - warm : 1)));
+    if (d->schedule == CKCA_STEP) rate *= pow(d->step_factor, floor(at / (d->step_epochs * batches)));
+    return (float)rate;
+}
+
+/* What the terms of the loss need of the teacher for the batch in u->b, whose pictures are at input. */
+static void ckca__ask_teacher(ckca__update *u, int n, const float *input) {
+    ckca_model *t = u->teacher;
+    if (u->cache_z) {
+        ckca__op_gather(u->ctx, n, t->classes, u->cache_z, u->b.position, u->b.zo);
+        ckca__op_gather(u->ctx, n, t->features, u->cache_f, u->b.position, u->b.fo);
+    } else {
+        ckca__run_forward(t, n, u->d.w_feat > 0 && u->d.featreg == CKCA_FEATREG_STAGES ? CKCA__STAGES : CKCA__EVALUATE, input);
+        ckca__device_copy(u->ctx, u->b.zo, ckca__value(t, t->logits), (size_t)n * (size_t)t->classes * sizeof(float));
+        ckca__device_copy(u->ctx, u->b.fo, ckca__value(t, t->pooled), (size_t)n * (size_t)t->features * sizeof(float));
+    }
+}
+
+/* FeatReg's gradient on the features, or on every stage's map, and its sum over the batch. */
+static void ckca__feature_term(ckca__update *u, int n) {
+    ckca_model *m = u->m, *t = u->teacher;
+    int i, j = 0, stages = 0;
+    if (u->d.featreg != CKCA_FEATREG_STAGES) {
+        ckca__op_featreg(u->ctx, u->d.featreg, n, m->features, t->features, ckca__value(m, m->pooled), u->b.fo, u->d.w_feat,
+                         ckca__grad(m, m->pooled), ckca__accumulates(m, m->pooled), u->b.loss, m->workspace);
+        ckca__op_sum(u->ctx, n, u->b.loss, u->b.sums + 2);
+        return;
+    }
+    for (i = 0; i < m->nodes; i++) stages += m->node[i].stage;
+    for (i = 0; i < m->nodes; i++) {
+        const ckca__node *x = &m->node[i];
+        const int d = x->h * x->w * x->c;
+        if (!x->stage) continue;
+        while (!t->node[j].stage) j++;
+        ckca__op_featreg(u->ctx, CKCA_FEATREG_COSINE, n, d, d, ckca__value(m, i), ckca__value(t, j), u->d.w_feat / (float)stages,
+                         ckca__grad(m, i), ckca__accumulates(m, i), u->b.loss, m->workspace);
+        ckca__op_sum(u->ctx, n, u->b.loss, u->b.sums + 2);
+        j++;
+    }
+}
+
+/* One SGD step on pictures position[0..n): the picture's way from bytes to an update of the weights. */
+static ckca_status ckca__train_step(ckca__update *u, const int *position, int n) {
+    ckca_context *ctx = u->ctx;
+    ckca_model *m = u->m;
+    const ckca_update_desc *d = &u->d;
+    const int64_t step = (int64_t)u->epoch * u->batches + u->batch;
+    float *input = ckca__input_buffer(m, n, u->mode);
+    const float *z;
+    ckca_sgd_desc sgd;
+    int i;
+
+    ckca__load_batch(m, u->data, position, n, &d->augment, d->seed, u->epoch, &u->b, input);
+    ckca__run_forward(m, n, u->mode, input);
+    z = ckca__value(m, m->logits);
+
+    ckca__clear_written(m);
+    ckca__op_cross_entropy(ctx, n, m->classes, z, u->b.labels, d->label_smoothing, ckca__grad(m, m->logits), u->b.loss,
+                           u->b.hit);
+    m->node[m->logits].written = 1;
+    ckca__op_sum(ctx, n, u->b.loss, u->b.sums);
+    if (u->teacher) ckca__ask_teacher(u, n, input);
+    if (d->w_kd > 0) {
+        ckca__op_adakd(ctx, d->adakd, n, m->classes, z, u->b.zo, u->b.labels, u->b.class_weight, d->temperature, d->w_kd,
+                       ckca__grad(m, m->logits), u->b.loss);
+        ckca__op_sum(ctx, n, u->b.loss, u->b.sums + 1);
+    }
+    if (d->w_feat > 0) ckca__feature_term(u, n);
+
+    ckca__device_zero(ctx, m->gradients, m->trainable * sizeof(float));
+    ckca__run_backward(m);
+    sgd.lr = ckca__rate(d, step, u->batches);
+    sgd.momentum = d->momentum;
+    sgd.weight_decay = d->weight_decay;
+    sgd.plain = d->plain;
+    sgd.clip_norm = d->clip_norm;
+    ckca__run_sgd(m, &sgd, u->b.gscale);
+
+    ckca__device_download(ctx, u->sums, u->b.sums, sizeof u->sums);
+    ckca__device_download(ctx, u->b.host, u->b.hit, (size_t)n * sizeof(int));
+    for (i = 0; i < n; i++) u->hits += u->b.host[i] & 1;
+    if (!isfinite(u->sums[0]) || !isfinite(u->sums[1]) || !isfinite(u->sums[2]))
+        return ckca__fail(ctx, CKCA_ENAN, "the loss is no longer finite: update %d, epoch %d, batch %d of %d, learning rate %g",
+                          m->step + 1, u->epoch + 1, u->batch + 1, u->batches, (double)sgd.lr);
+    return CKCA_OK;
+}
+
+static uint64_t ckca__hash(uint64_t hash, const void *bytes, size_t size) {
+    const unsigned char *p = (const unsigned char *)bytes;
+    uint64_t word;
+    size_t i;
+    for (i = 0; i + 8 <= size; i += 8) {
+        memcpy(&word, p + i, 8);
+        hash = (hash ^ word) * UINT64_C(0x9e3779b97f4a7c15);
+        hash ^= hash >> 29;
+    }
+    for (; i < size; i++) hash = (hash ^ p[i]) * UINT64_C(0x100000001b3);
+    return ckca__mix(hash);
+}
+
+static ckca_status ckca__hash_weights(const ckca_model *m, uint64_t *hash) {
+    float *host = (float *)ckca__alloc(m->ctx, m->all * sizeof(float));
+    if (!host) return ckca__fail(m->ctx, CKCA_ENOMEM, "out of memory for %.1f MB of weights", (double)m->all * 4e-6);
+    ckca__device_download(m->ctx, host, m->values, m->all * sizeof(float));
+    *hash = ckca__hash(*hash, host, m->all * sizeof(float));
+    ckca__release(m->ctx, host);
+    return CKCA_OK;
+}
+
+/* Of all that decides the result: a training state goes on only where it would have come from the same call. */
+static ckca_status ckca__fingerprint(ckca__update *u) {
+    const ckca__store *store = u->data->store;
+    const ckca_update_desc *d = &u->d;
+    const size_t picture = (size_t)store->height * (size_t)store->width * (size_t)store->channels;
+    double fields[26];
+    uint64_t hash = u->d.seed;
+    int i, k = 0;
+    ckca_status status;
+    for (i = 0; i < u->data->count; i++) {
+        hash = ckca__hash(hash, store->pixels + (size_t)u->data->index[i] * picture, picture);
+        hash = ckca__hash(hash, &store->labels[u->data->index[i]], sizeof(int));
+        hash = ckca__hash(hash, &u->data->index[i], sizeof(int)); /* augmentation draws by it */
+    }
+    fields[k++] = d->method;        fields[k++] = d->adakd;           fields[k++] = d->featreg;     fields[k++] = d->w_kd;
+    fields[k++] = d->w_feat;        fields[k++] = d->temperature;     fields[k++] = d->shrink;      fields[k++] = d->perturb;
+    fields[k++] = d->epochs;        fields[k++] = d->batch;           fields[k++] = d->lr;          fields[k++] = d->schedule;
+    fields[k++] = d->warmup_epochs; fields[k++] = d->step_epochs;     fields[k++] = d->step_factor; fields[k++] = d->momentum;
+    fields[k++] = d->weight_decay;  fields[k++] = d->clip_norm;       fields[k++] = d->plain;
+    fields[k++] = d->label_smoothing;
+    fields[k++] = d->augment.pad;   fields[k++] = d->augment.flip;    fields[k++] = d->augment.resized_crop;
+    fields[k++] = d->augment.crop_min;                                fields[k++] = d->augment.jitter;
+    fields[k++] = u->m->step;
+    hash = ckca__hash(hash, fields, (size_t)k * sizeof *fields);
+    if ((status = ckca__hash_weights(u->old, &hash))) return status;
+    if (u->teacher && u->teacher != u->old && (status = ckca__hash_weights(u->teacher, &hash))) return status;
+    u->fingerprint = hash;
+    return CKCA_OK;
+}
+
+/* Fills in defaults and checks every field. */
+static ckca_status ckca__resolve(ckca__update *u, const ckca_update_desc *desc) {
+    ckca_update_desc *d = &u->d;
+    ckca_context *ctx = u->ctx;
+    const int plain = u->m->step == 0 && !(desc && desc->teacher); /* nothing to keep yet */
+    if (desc) *d = *desc;
+    if ((unsigned)d->method > CKCA_METHOD_LWF || (unsigned)d->adakd > CKCA_ADAKD_DOUBT ||
+        (unsigned)d->featreg > CKCA_FEATREG_STAGES || (unsigned)d->schedule > CKCA_STEP)
+        return ckca__fail(ctx, CKCA_EINVAL, "update: method %d, adakd %d, featreg %d, schedule %d: one of them does not exist",
+                          (int)d->method, (int)d->adakd, (int)d->featreg, (int)d->schedule);
+    if (d->epochs < 0 || d->epochs > 1000000 || d->batch < 0 || d->batch > CKCA__BATCH_MAX)
+        return ckca__fail(ctx, CKCA_EINVAL, "update: %d epochs, batch %d (each 1 to 1000000; 0 is the default)", d->epochs,
+                          d->batch);
+    if (!(d->lr >= 0 && d->lr < 1e6f) || !(d->momentum < 1) || !(d->weight_decay < 1e6f) || !(d->clip_norm < 1e30f) ||
+        !(d->label_smoothing >= 0 && d->label_smoothing < 1) || !(d->w_kd < 1e6f) || !(d->w_feat < 1e6f) ||
+        !(d->temperature >= 0 && d->temperature < 1e6f) || !(d->shrink <= 1) || !(d->perturb < 1e6f) ||
+        !(d->warmup_epochs < 1e6f) || !(d->step_epochs >= 0) || !(d->step_factor >= 0 && d->step_factor <= 1))
+        return ckca__fail(ctx, CKCA_EINVAL, "update: lr %g, momentum %g, weight_decay %g, clip_norm %g, label_smoothing %g, "
+                          "w_kd %g, w_feat %g, temperature %g, shrink %g, perturb %g, warmup_epochs %g: one is out of range",
+                          (double)d->lr, (double)d->momentum, (double)d->weight_decay, (double)d->clip_norm,
+                          (double)d->label_smoothing, (double)d->w_kd, (double)d->w_feat, (double)d->temperature,
+                          (double)d->shrink, (double)d->perturb, (double)d->warmup_epochs);
+    if (d->method == CKCA_METHOD_LWF) d->adakd = CKCA_ADAKD_CONSTANT;
+    d->w_kd = ckca__default(d->w_kd, d->method == CKCA_METHOD_LWF ? 1.0f : CKCA__W_KD);
+    d->w_feat = ckca__default(d->w_feat, CKCA__W_FEAT);
+    if (plain || (d->method != CKCA_METHOD_CKCA && d->method != CKCA_METHOD_LWF)) d->w_kd = d->w_feat = 0;
+    if (d->method == CKCA_METHOD_LWF) d->w_feat = 0;
+    if (plain) d->method = CKCA_METHOD_WARM;
+    if (d->temperature == 0) d->temperature = 2;
+    d->shrink = ckca__default(d->shrink, 0.4f);
+    d->perturb = ckca__default(d->perturb, 0.1f);
+    if (!d->epochs) d->epochs = 40;
+    if (!d->batch) d->batch = 64;
+    if (d->batch > u->data->count) d->batch = u->data->count;
+    if (d->lr == 0) d->lr = 0.1f;
+    d->warmup_epochs = ckca__default(d->warmup_epochs, 1.0f);
+    if (d->step_epochs == 0) d->step_epochs = (float)d->epochs / 3.0f;
+    if (d->step_factor == 0) d->step_factor = 0.1f;
+    d->momentum = ckca__default(d->momentum, 0.9f);
+    d->weight_decay = ckca__default(d->weight_decay, 5e-4f);
+    if (d->clip_norm < 0) d->clip_norm = 0;
+    if (d->state_seconds == 0) d->state_seconds = 30;
+    return ckca__check_augment(ctx, &d->augment);
+}
+
+/* Whether the terms in use can compare the student with this teacher. */
+static ckca_status ckca__check_teacher(ckca__update *u) {
+    const ckca_model *m = u->m, *t = u->teacher;
+    int i, j = 0;
+    if (!t->finished || t->ctx != m->ctx || t->classes != m->classes || t->height != m->height || t->width != m->width ||
+        t->channels != m->channels)
+        return ckca__fail(u->ctx, CKCA_ESHAPE, "teacher: it takes %d x %d x %d and has %d classes, the model %d x %d x %d and %d",
+                          t->height, t->width, t->channels, t->classes, m->height, m->width, m->channels, m->classes);
+    for (i = 0; t->normalized && i < 2 * m->channels; i++)
+        if (fabsf(t->normalization[i] - m->normalization[i]) > 1e-5f)
+            return ckca__fail(u->ctx, CKCA_EINVAL, "teacher: its %s of channel %d is %g, the model's is %g",
+                              i < m->channels ? "mean" : "std", i % m->channels, (double)t->normalization[i],
+                              (double)m->normalization[i]);
+    if (!(u->d.w_feat > 0)) return CKCA_OK;
+    if ((u->d.featreg == CKCA_FEATREG_COSINE || u->d.featreg == CKCA_FEATREG_L2) && t->features != m->features)
+        return ckca__fail(u->ctx, CKCA_ESHAPE, "teacher: it has %d features, the model %d: only RELATION compares them",
+                          t->features, m->features);
+    for (i = 0; u->d.featreg == CKCA_FEATREG_STAGES && i <= m->nodes; i++) {
+        const ckca__node *x = &m->node[i], *y;
+        if (i < m->nodes && !x->stage) continue;
+        while (j < t->nodes && !t->node[j].stage) j++;
+        y = &t->node[j];
+        if (i == m->nodes || j == t->nodes) {
+            if (i == m->nodes && j == t->nodes) break;
+            return ckca__fail(u->ctx, CKCA_ESHAPE, "teacher: it and the model have different numbers of stages");
+        }
+        if (x->h != y->h || x->w != y->w || x->c != y->c)
+            return ckca__fail(u->ctx, CKCA_ESHAPE, "teacher: a stage is %d x %d x %d, in the model %d x %d x %d", y->h, y->w,
+                              y->c, x->h, x->w, x->c);
+        j++;
+    }
+    return CKCA_OK;
+}
+
+/* The teacher's accuracy on the new chunk by class (AdaKD's CLASS), and its answers where they can be kept. */
+static ckca_status ckca__consult(ckca__update *u) {
+    ckca_context *ctx = u->ctx;
+    ckca_model *t = u->teacher;
+    const ckca_augment *a = &u->d.augment;
+    const size_t count = (size_t)u->data->count;
+    const int live = (u->d.w_feat > 0 && u->d.featreg == CKCA_FEATREG_STAGES) || a->pad || a->flip || a->resized_crop ||
+                     a->jitter > 0;
+    float *by_class = (float *)ckca__alloc(ctx, (size_t)t->classes * sizeof(float));
+    ckca_score score;
+    ckca_status status;
+    int i;
+    if (!by_class) return ckca__fail(ctx, CKCA_ENOMEM, "update: out of memory for %d classes", t->classes);
+    u->cache_z_bytes = ckca__mul(count, (size_t)t->classes * sizeof(float));
+    u->cache_f_bytes = ckca__mul(count, (size_t)t->features * sizeof(float));
+    if (!live && ckca__sum(u->cache_z_bytes, u->cache_f_bytes) <= CKCA__CACHE_BYTES) {
+        u->cache_z = (float *)ckca__device_alloc(ctx, u->cache_z_bytes);
+        u->cache_f = (float *)ckca__device_alloc(ctx, u->cache_f_bytes);
+        if (!u->cache_z || !u->cache_f) {
+            ckca__release(ctx, by_class);
+            return ckca__fail(ctx, CKCA_ENOMEM, "update: out of memory for the teacher's answers on %d pictures", u->data->count);
+        }
+    }
+    status = ckca__survey(t, u->m, u->data, &score, by_class, u->cache_z, u->cache_f);
+    if (!status) {
+        u->teacher_accuracy = score.top1;
+        for (i = 0; i < t->classes; i++)
+            if (by_class[i] < 0) by_class[i] = 0; /* a class without pictures is never asked for */
+        ckca__device_upload(ctx, u->b.class_weight, by_class, (size_t)t->classes * sizeof(float));
+        status = ckca__reserve(t, u->d.batch, live && u->d.featreg == CKCA_FEATREG_STAGES ? CKCA__STAGES : CKCA__EVALUATE);
+    }
+    ckca__release(ctx, by_class);
+    return status;
+}
+
+/* The weights that the method starts from. */
+static ckca_status ckca__starting_weights(ckca__update *u) {
+    ckca_model *m = u->m;
+    float *fresh;
+    ckca_status status;
+    if (u->d.method == CKCA_METHOD_SCRATCH) return ckca__initialize(m, u->d.seed, m->values);
+    if (u->d.method != CKCA_METHOD_SHRINK_PERTURB) return CKCA_OK;
+    fresh = (float *)ckca__device_alloc(u->ctx, m->all * sizeof(float));
+    if (!fresh) return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for %.1f MB of fresh weights", (double)m->all * 4e-6);
+    if (!(status = ckca__initialize(m, u->d.seed, fresh)))
+        ckca__op_shrink_perturb(u->ctx, m->trainable, m->values, fresh, u->d.shrink, u->d.perturb);
+    ckca__device_release(u->ctx, fresh, m->all * sizeof(float));
+    return status;
+}
+
+static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
+    ckca_model *m = u->m;
+    ckca_status status;
+    int found = 0;
+    if ((status = ckca__resolve(u, desc))) return status;
+    if (u->d.w_kd > 0 || u->d.w_feat > 0) {
+        u->teacher = u->d.teacher && u->d.teacher != m ? (ckca_model *)(uintptr_t)u->d.teacher : u->old;
+        if (u->teacher != u->old && !m->normalized && u->teacher->normalized) {
+            memcpy(m->normalization, u->teacher->normalization, (size_t)m->channels * 2 * sizeof(float));
+            m->normalized = 1;
+        }
+    }
+    if ((status = ckca__adopt(m, u->data, "update"))) return status;
+    if (u->teacher && (status = ckca__check_teacher(u))) return status;
+    u->mode = CKCA__TRAIN | (u->d.w_feat > 0 && u->d.featreg == CKCA_FEATREG_STAGES ? CKCA__STAGES : 0);
+    u->batches = (u->data->count + u->d.batch - 1) / u->d.batch;
+    u->order = (int *)ckca__alloc(u->ctx, (size_t)u->data->count * sizeof(int));
+    if (!u->order) return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for the order of %d pictures", u->data->count);
+    if ((status = ckca__small_alloc(u->ctx, &u->b, u->d.batch, m->classes,
+                                    u->teacher && u->teacher->features > m->features ? u->teacher->features : m->features)))
+        return status;
+    if ((status = ckca__reserve(m, u->d.batch, u->mode))) return status;
+    if (u->d.w_feat > 0) { /* RELATION's tables may need more room than the layers do */
+        const int widest = u->teacher->features > m->features ? u->teacher->features : m->features;
+        if (!ckca__arena(u->ctx, &m->workspace, &m->workspace_bytes,
+                         ckca__op_workspace(u->ctx, (size_t)u->d.batch, widest + 2 * u->d.batch)))
+            return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for FeatReg on a batch of %d", u->d.batch);
+    }
+    if (u->teacher && (status = ckca__consult(u))) return status;
+    if (u->d.state) {
+        if ((status = ckca__fingerprint(u)) || (status = ckca__state_load(u, &found))) return status;
+        if (found) ckca__device_upload(u->ctx, u->b.sums, u->sums, sizeof u->sums);
+    }
+    if (found) return CKCA_OK;
+    ckca__device_zero(u->ctx, m->momentum, m->trainable * sizeof(float));
+    return ckca__starting_weights(u);
+}
+
+/* Tells the caller how far it is; CKCA_ESTOP if that was the last step. */
+static ckca_status ckca__tell(ckca__update *u, int seen, double seconds, int64_t steps_here) {
+    const int64_t left = (int64_t)(u->d.epochs - u->epoch) * u->batches - u->batch;
+    ckca_progress p;
+    p.step = u->m->step + 1;
+    p.epoch = u->epoch;
+    p.epochs = u->d.epochs;
+    p.batch = u->batch;
+    p.batches = u->batches;
+    p.lr = ckca__rate(&u->d, (int64_t)u->epoch * u->batches + u->batch - 1, u->batches);
+    p.kd = u->sums[1] / seen;
+    p.feat = u->sums[2] / seen;
+    p.loss = u->sums[0] / seen + (double)u->d.w_kd * p.kd + (double)u->d.w_feat * p.feat;
+    p.accuracy = (double)u->hits / seen;
+    p.seconds = seconds;
+    p.seconds_left = seconds / (double)steps_here * (double)left;
+    if (!u->d.progress(&p, u->d.user)) return CKCA_OK;
+    return ckca__fail(u->ctx, CKCA_ESTOP, "update %d was stopped in epoch %d, after batch %d of %d", p.step, p.epoch + 1, p.batch,
+                      p.batches);
+}
+
+/* The epochs from u's position on. */
+static ckca_status ckca__train(ckca__update *u, double start) {
+    const int count = u->data->count, size = u->d.batch;
+    double saved = start, now;
+    int64_t here = 0; /* SGD steps done by this call */
+    ckca_status status = CKCA_OK;
+    for (; u->epoch < u->d.epochs; u->epoch++, u->batch = 0) {
+        ckca_shuffle(u->d.seed, u->epoch, count, u->order);
+        if (u->batch == 0) {
+            u->hits = 0;
+            memset(u->sums, 0, sizeof u->sums);
+            ckca__device_zero(u->ctx, u->b.sums, sizeof u->sums);
+        }
+        while (u->batch < u->batches) {
+            const int first = u->batch * size, n = count - first < size ? count - first : size;
+            if ((status = ckca__train_step(u, u->order + first, n))) return status;
+            u->batch++;
+            here++;
+            now = ckca__seconds();
+            if (u->d.progress) status = ckca__tell(u, first + n, now - start, here);
+            if (u->d.state && (status || now - saved >= (double)u->d.state_seconds)) {
+                ckca_status saving = ckca__state_save(u);
+                if (saving) return saving;
+                saved = ckca__seconds();
+            }
+            if (status) return status;
+        }
+    }
+    return CKCA_OK;
+}
+
+static void ckca__fill_report(const ckca__update *u, double seconds, ckca_report *report) {
+    /* After the last epoch the position is (epochs, 0), and the sums are that epoch's. */
+    const int done = u->epoch >= u->d.epochs, batch = done ? u->batches : u->batch;
+    const int seen = batch * u->d.batch < u->data->count ? batch * u->d.batch : u->data->count;
+    memset(report, 0, sizeof *report);
+    report->step = u->m->step;
+    report->sgd_steps = u->epoch * u->batches + u->batch;
+    report->teacher_accuracy = u->teacher_accuracy;
+    report->seconds = seconds;
+    if (seen < 1) return;
+    report->kd = u->sums[1] / seen;
+    report->feat = u->sums[2] / seen;
+    report->loss = u->sums[0] / seen + (double)u->d.w_kd * report->kd + (double)u->d.w_feat * report->feat;
+    report->accuracy = (double)u->hits / seen;
+}
+
+CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckca_update_desc *desc, ckca_report *report) {
+    const double start = ckca__seconds();
+    ckca__update update, *u = &update;
+    ckca_status status;
+    int had_names, was_normalized;
+    if (!m) return CKCA_EINVAL;
+    if (!m->finished || !data || data->count < 1)
+        return ckca__fail(m->ctx, CKCA_EINVAL, "update: needs a finished model and pictures");
+    memset(u, 0, sizeof *u);
+    u->ctx = m->ctx;
+    u->m = m;
+    u->data = data;
+    u->teacher_accuracy = -1;
+    had_names = m->class_names != NULL;
+    was_normalized = m->normalized;
+    u->old = ckca__clone(m);
+    if (!u->old)
+        return ckca__fail(m->ctx, CKCA_ENOMEM, "update: out of memory for a copy of the model's %.1f MB", (double)m->all * 4e-6);
+    status = ckca__begin(u, desc);
+    if (!status) status = ckca__train(u, start);
+    if (!status) {
+        m->step++;
+        if (u->d.state) ckca__state_remove(u);
+    } else if (status != CKCA_ESTOP) { /* as it was before the call */
+        ckca__device_copy(u->ctx, m->values, u->old->values, m->all * sizeof(float));
+        m->batches_tracked = u->old->batches_tracked;
+        m->folded_valid = 0;
+        m->normalized = was_normalized;
+        if (!had_names) {
+            ckca__free_names(m->ctx, m->class_names, m->classes);
+            m->class_names = NULL;
+        }
+    }
+    if (report) ckca__fill_report(u, ckca__seconds() - start, report);
+    ckca__device_release(u->ctx, u->cache_z, u->cache_z_bytes);
+    ckca__device_release(u->ctx, u->cache_f, u->cache_f_bytes);
+    ckca__small_free(u->ctx, &u->b);
+    ckca__release(u->ctx, u->order);
+    ckca_model_free(u->old);
+    return status;
+}
+
+#endif /* CKCA__TRAIN_PART */
+#endif /* CKCA_IMPLEMENTATION */
+#endif /* CKCA__PASS */
+#ifndef CKCA__PASS
+#ifdef CKCA_IMPLEMENTATION
+#ifndef CKCA__DATA
+#define CKCA__DATA
+
+/* ------------------------------------------------------------------------------------------------------------------
+   DATA: stores and views, resizing, readers, splitting
+   ------------------------------------------------------------------------------------------------------------------ */
+
+enum { CKCA__MAX_SIDE = 16384 }; /* of a picture, in pixels */
+#ifndef CKCA__MAX_PIXELS
+#define CKCA__MAX_PIXELS ((int64_t)1 << 26) /* of a picture file: 8192 x 8192, so that a small file cannot ask for much */
+#endif
+
+static void ckca__store_release(ckca__store *store) {
+    if (!store || --store->refs) return;
+    ckca__free_names(store->ctx, store->class_names, store->classes);
+    ckca__release(store->ctx, store->labels);
+    ckca__release(store->ctx, store->pixels);
+    ckca__release(store->ctx, store);
+}
+
+/* An empty store of the size that desc asks for, where it does not say: of height x width x channels, and of classes
+   names (NULL: "0", "1", ...). The caller holds the one reference. */
+static ckca_status ckca__store_create(ckca_context *ctx, ckca__store **out, size_t count, int height, int width,
+                                      int channels, int classes, const char *const *names,
+                                      const ckca_data_desc *desc) {
+    ckca__store *store;
+    size_t bytes;
+    *out = NULL;
+    height = desc->height ? desc->height : height;
+    width = desc->width ? desc->width : width;
+    channels = desc->channels ? desc->channels : channels;
+    bytes = ckca__mul(ckca__mul((size_t)height * (size_t)width, (size_t)channels), count);
+    if (count == 0 || count > INT_MAX)
+        return ckca__fail(ctx, CKCA_EINVAL, "a set has 1 to %d pictures, this one %.0f", INT_MAX, (double)count);
+    store = (ckca__store *)ckca__alloc(ctx, sizeof *store);
+    if (!store) return ckca__fail(ctx, CKCA_ENOMEM, "no memory for a set of pictures");
+    store->ctx = ctx;
+    store->refs = 1;
+    store->count = (int)count;
+    store->height = height;
+    store->width = width;
+    store->channels = channels;
+    store->classes = classes;
+    store->pixels = (unsigned char *)ckca__alloc(ctx, bytes);
+    store->labels = (int *)ckca__alloc(ctx, ckca__mul(count, sizeof *store->labels));
+    store->class_names = ckca__copy_names(ctx, names, classes);
+    if (!store->pixels || !store->labels || !store->class_names) {
+        ckca__store_release(store);
+        return ckca__fail(ctx, CKCA_ENOMEM, "no memory for %.0f pictures of %d x %d x %d (%.0f bytes)", (double)count,
+                          height, width, channels, (double)bytes);
+    }
+    *out = store;
+    return CKCA_OK;
+}
+
+/* A view of n pictures of the store, all of them in order where index is NULL. */
+static ckca_status ckca__view(ckca_data **out, ckca__store *store, const int *index, int n) {
+    ckca_context *ctx = store->ctx;
+    ckca_data *data = (ckca_data *)ckca__alloc(ctx, sizeof *data);
+    int i;
+    *out = NULL;
+    if (data) data->index = (int *)ckca__alloc(ctx, ckca__mul((size_t)n, sizeof *data->index));
+    if (!data || !data->index) {
+        ckca__release(ctx, data);
+        return ckca__fail(ctx, CKCA_ENOMEM, "no memory for a view of %d pictures", n);
+    }
+    data->store = store;
+    data->count = n;
+    for (i = 0; i < n; i++) data->index[i] = index ? index[i] : i;
+    store->refs++;
+    *out = data;
+    return CKCA_OK;
+}
+
+CKCA_API void ckca_data_free(ckca_data *data) {
+    ckca_context *ctx;
+    if (!data) return;
+    ctx = data->store->ctx;
+    ckca__store_release(data->store);
+    ckca__release(ctx, data->index);
+    ckca__release(ctx, data);
+}
+
+CKCA_API void ckca_data_info_get(const ckca_data *data, ckca_data_info *info) {
+    memset(info, 0, sizeof *info);
+    if (!data) return;
+    info->count = data->count;
+    info->height = data->store->height;
+    info->width = data->store->width;
+    info->channels = data->store->channels;
+    info->classes = data->store->classes;
+    info->class_names = (const char *const *)data->store->class_names;
+}
+
+CKCA_API int ckca_label(const ckca_data *data, int i) {
+    return !data || i < 0 || i >= data->count ? -1 : data->store->labels[data->index[i]];
+}
+
+static size_t ckca__picture_bytes(const ckca__store *store) {
+    return (size_t)store->height * (size_t)store->width * (size_t)store->channels;
+}
+
+CKCA_API const unsigned char *ckca_pixels(const ckca_data *data, int i) {
+    if (!data || i < 0 || i >= data->count) return NULL;
+    return data->store->pixels + (size_t)data->index[i] * ckca__picture_bytes(data->store);
+}
+
+/* Checks a descriptor of data and copies it, or defaults, to *out. */
+static ckca_status ckca__data_desc(ckca_context *ctx, const ckca_data_desc *desc, ckca_data_desc *out) {
+    int i, j;
+    memset(out, 0, sizeof *out);
+    if (!desc) return CKCA_OK;
+    *out = *desc;
+    if (desc->height < 0 || desc->width < 0 || desc->height > CKCA__MAX_SIDE || desc->width > CKCA__MAX_SIDE)
+        return ckca__fail(ctx, CKCA_EINVAL, "height x width is %d x %d, each may be 0 to %d", desc->height, desc->width,
+                          (int)CKCA__MAX_SIDE);
+    if (desc->channels != 0 && desc->channels != 1 && desc->channels != 3)
+        return ckca__fail(ctx, CKCA_EINVAL, "channels is %d, it may be 1, 3, or 0 for what the data has",
+                          desc->channels);
+    if (desc->classes < 0 || (desc->class_names && desc->classes == 0))
+        return ckca__fail(ctx, CKCA_EINVAL, "classes is %d, it is the length of class_names", desc->classes);
+    for (i = 0; desc->class_names && i < desc->classes; i++) {
+        if (!desc->class_names[i]) return ckca__fail(ctx, CKCA_EINVAL, "class_names[%d] is NULL", i);
+        for (j = 0; j < i; j++)
+            if (!strcmp(desc->class_names[i], desc->class_names[j]))
+                return ckca__fail(ctx, CKCA_EINVAL, "class_names[%d] and [%d] are both \"%.100s\"", j, i,
+                                  desc->class_names[i]);
+    }
+    return CKCA_OK;
+}
+
+/* --- Resizing ----------------------------------------------------------------------------------------------------- */
+
+/* Weights of a triangle filter that shrinks or stretches the length values from `from` on, of `in` in a row, to out
+   values: out[x] is the sum of weight[x * taps + i] * in[first[x] + i] over i < used[x], in units of 2^-22. The filter
+   is as wide as the reduction, so that every input counts (antialiasing). Steps and rounding are Pillow's
+   (src/libImaging/Resample.c, precompute_coeffs). */
+static void ckca__taps(int in, double from, double length, int out, int taps, int *first, int *used, int *weight) {
+    double scale = length / out, support = scale > 1.0 ? scale : 1.0;
+    int x, i;
+    for (x = 0; x < out; x++) {
+        double center = from + (x + 0.5) * scale, total = 0.0;
+        int begin = (int)(center - support + 0.5), end = (int)(center + support + 0.5), pass;
+        if (begin < 0) begin = 0;
+        if (end > in) end = in;
+        first[x] = begin;
+        used[x] = end - begin;
+        for (pass = 0; pass < 2; pass++) { /* first their total, then each over it */
+            for (i = 0; i < used[x]; i++) {
+                double w = 1.0 - fabs((i + begin - center + 0.5) / support);
+                if (w < 0.0) w = 0.0;
+                if (pass == 0) total += w;
+                else weight[x * taps + i] = (int)(w / total * 4194304.0 + 0.5);
+            }
+        }
+    }
+}
+
+/* A pixel of c channels (grey, grey and alpha, RGB, RGB and alpha) as grey (m = 1) or RGB (m = 3). Alpha is dropped; the
+   weights of grey are those of ITU-R BT.601 in units of 2^-16, as Pillow has them. */
+static void ckca__pixel(const unsigned char *in, int c, unsigned char *out, int m) {
+    int i;
+    if (c < 3) for (i = 0; i < m; i++) out[i] = in[0];
+    else if (m == 3) for (i = 0; i < 3; i++) out[i] = in[i];
+    else out[0] = (unsigned char)((in[0] * 19595 + in[1] * 38470 + in[2] * 7471 + 32768) >> 16);
+}
+
+/* A picture of h x w x c (c: 1 to 4) as height x width x channels (1 or 3): scaled to cover, centre-cropped. The same as
+   Pillow's ImageOps.fit(picture, (width, height), Image.BILINEAR). Zero if there is no memory. */
+static int ckca__fit(ckca_context *ctx, const unsigned char *in, int h, int w, int c, unsigned char *out, int height,
+                     int width, int channels) {
+    int m = c < 3 || channels == 1 ? 1 : 3, x, y, k, i, x_taps, y_taps;
+    int64_t in_aspect = (int64_t)w * height, out_aspect = (int64_t)width * h;
+    /* the part of the picture that has the new picture's aspect */
+    double box_width = in_aspect > out_aspect ? (double)width / height * h : w;
+    double box_height = in_aspect < out_aspect ? w / ((double)width / height) : h;
+    int *x_first, *x_used, *x_weight, *y_first, *y_used, *y_weight;
+    unsigned char *row, *wide; /* one row of m channels; all rows at the new width */
+    void *scratch = NULL;
+    if (h == height && w == width) {
+        for (i = 0; i < h * w; i++) ckca__pixel(in + (size_t)i * c, c, out + (size_t)i * channels, channels);
+        return 1;
+    }
+    x_taps = (int)ceil(box_width / width > 1.0 ? box_width / width : 1.0) * 2 + 1;
+    y_taps = (int)ceil(box_height / height > 1.0 ? box_height / height : 1.0) * 2 + 1;
+    CKCA__CRITICAL
+    scratch = ckca__alloc(ctx, sizeof(int) * ((size_t)width * (x_taps + 2) + (size_t)height * (y_taps + 2)) +
+                                   (size_t)w * m + (size_t)h * width * m);
+    if (!scratch) return 0;
+    x_first = (int *)scratch;
+    x_used = x_first + width;
+    x_weight = x_used + width;
+    y_first = x_weight + (size_t)width * x_taps;
+    y_used = y_first + height;
+    y_weight = y_used + height;
+    row = (unsigned char *)(y_weight + (size_t)height * y_taps);
+    wide = row + (size_t)w * m;
+    ckca__taps(w, (w - box_width) * 0.5, box_width, width, x_taps, x_first, x_used, x_weight);
+    ckca__taps(h, (h - box_height) * 0.5, box_height, height, y_taps, y_first, y_used, y_weight);
+    for (y = y_first[0]; y < y_first[height - 1] + y_used[height - 1]; y++) {
+        for (x = 0; x < w; x++) ckca__pixel(in + ((size_t)y * w + x) * c, c, row + (size_t)x * m, m);
+        for (x = 0; x < width; x++) {
+            for (k = 0; k < m; k++) {
+                int sum = 1 << 21; /* a half: at the end fractions are cut off. The weights sum to 1, so 255 is kept */
+                for (i = 0; i < x_used[x]; i++)
+                    sum += x_weight[x * x_taps + i] * row[(size_t)(x_first[x] + i) * m + k];
+                sum >>= 22;
+                wide[((size_t)y * width + x) * m + k] = (unsigned char)(sum > 255 ? 255 : sum);
+            }
+        }
+    }
+    for (y = 0; y < height; y++) {
+        for (x = 0; x < width; x++) {
+            for (k = 0; k < m; k++) {
+                int sum = 1 << 21;
+                for (i = 0; i < y_used[y]; i++)
+                    sum += y_weight[y * y_taps + i] * wide[((size_t)(y_first[y] + i) * width + x) * m + k];
+                sum >>= 22;
+                out[((size_t)y * width + x) * channels + k] = (unsigned char)(sum > 255 ? 255 : sum);
+            }
+            if (m < channels) ckca__pixel(out + ((size_t)y * width + x) * 3, 1, out + ((size_t)y * width + x) * 3, 3);
+        }
+    }
+    CKCA__CRITICAL
+    ckca__release(ctx, scratch);
+    return 1;
+}
+
+/* Pictures of h x w x c, stride bytes apart, into the store's places from first on. */
+static ckca_status ckca__fit_all(ckca_context *ctx, const unsigned char *pixels, size_t stride, int count, int h, int w,
+                                 int c, ckca__store *store, int first) {
+    size_t bytes = ckca__picture_bytes(store);
+    int i, failed = 0;
+    CKCA__PARALLEL_FOR(ctx)
+    for (i = 0; i < count; i++) {
+        if (!ckca__fit(ctx, pixels + (size_t)i * stride, h, w, c, store->pixels + (size_t)(first + i) * bytes,
+                       store->height, store->width, store->channels)) {
+            CKCA__CRITICAL
+            failed = 1;
+        }
+    }
+    if (failed)
+        return ckca__fail(ctx, CKCA_ENOMEM, "no memory to resize pictures of %d x %d x %d to %d x %d", h, w, c,
+                          store->height, store->width);
+    return CKCA_OK;
+}
+
+/* --- Arrays ------------------------------------------------------------------------------------------------------- */
+
+CKCA_API ckca_status ckca_open_array(ckca_context *ctx, ckca_data **data, const ckca_array *array,
+                                     const ckca_data_desc *desc_or_null) {
+    ckca_data_desc desc;
+    ckca__store *store;
+    ckca_status status;
+    int i;
+    if (data) *data = NULL;
+    if (!ctx) return CKCA_EINVAL;
+    if (!data || !array || !array->pixels || !array->labels)
+        return ckca__fail(ctx, CKCA_EINVAL, "ckca_open_array needs data, pixels and labels");
+    status = ckca__data_desc(ctx, desc_or_null, &desc);
+    if (status) return status;
+    if (array->count < 1 || array->height < 1 || array->width < 1 || array->height > CKCA__MAX_SIDE ||
+        array->width > CKCA__MAX_SIDE || (array->channels != 1 && array->channels != 3) || array->classes < 1)
+        return ckca__fail(ctx, CKCA_EINVAL, "an array of %d pictures of %d x %d x %d with %d classes cannot be used",
+                          array->count, array->height, array->width, array->channels, array->classes);
+    for (i = 0; array->class_names && i < array->classes; i++)
+        if (!array->class_names[i]) return ckca__fail(ctx, CKCA_EINVAL, "class_names[%d] is NULL", i);
+    for (i = 0; i < array->count; i++)
+        if (array->labels[i] < 0 || array->labels[i] >= array->classes)
+            return ckca__fail(ctx, CKCA_EINVAL, "labels[%d] is %d, there are %d classes", i, array->labels[i],
+                              array->classes);
+    status = ckca__store_create(ctx, &store, (size_t)array->count, array->height, array->width, array->channels,
+                                array->classes, array->class_names, &desc);
+    if (status) return status;
+    memcpy(store->labels, array->labels, (size_t)array->count * sizeof *array->labels);
+    status = ckca__fit_all(ctx, array->pixels, (size_t)array->height * array->width * array->channels, array->count,
+                           array->height, array->width, array->channels, store, 0);
+    if (!status) status = ckca__view(data, store, NULL, store->count);
+    ckca__store_release(store);
+    return status;
+}
+
+#ifndef CKCA_NO_STDIO
+
+/* --- CIFAR's and MNIST's formats ---------------------------------------------------------------------------------- */
+
+/* The place of a name in a list, or -1. */
+static int ckca__find_name(const char *const *names, int n, const char *name) {
+    int i;
+    for (i = 0; i < n; i++)
+        if (!strcmp(names[i], name)) return i;
+    return -1;
+}
+
+static ckca_status ckca__check_cifar(ckca_context *ctx, const char *path, size_t size, size_t record) {
+    if (size && size % record == 0) return CKCA_OK;
+    return ckca__fail(ctx, CKCA_EFORMAT, "%s: %.0f bytes, not a multiple of the %.0f of a record (truncated?)",
+                      ckca__tail(path), (double)size, (double)record);
+}
+
+/* A CIFAR file: records of label_bytes (the last of them is the label) and 3 planes of 32 x 32 bytes, red, green, blue.
+   Into the store's places from first on; label[i] is the store's label for the file's i, -1 where it is not wanted.
+   bytes are overwritten. */
+static ckca_status ckca__parse_cifar(ckca_context *ctx, const char *path, unsigned char *bytes, size_t size,
+                                     int label_bytes, int classes, const int *label, ckca__store *store, int first) {
+    unsigned char planes[3072];
+    size_t record = (size_t)label_bytes + sizeof planes, i;
+    int k, x;
+    ckca_status status = ckca__check_cifar(ctx, path, size, record);
+    if (status) return status;
+    for (i = 0; i < size / record; i++) {
+        unsigned char *at = bytes + i * record;
+        if (at[label_bytes - 1] >= classes)
+            return ckca__fail(ctx, CKCA_EFORMAT, "%s: picture %.0f has label %d, there are %d classes",
+                              ckca__tail(path), (double)i, at[label_bytes - 1], classes);
+        if (label[at[label_bytes - 1]] < 0)
+            return ckca__fail(ctx, CKCA_EINVAL, "%s: picture %.0f is of class %d, not one of the %d asked for",
+                              ckca__tail(path), (double)i, at[label_bytes - 1], store->classes);
+        store->labels[(size_t)first + i] = label[at[label_bytes - 1]];
+        memcpy(planes, at + label_bytes, sizeof planes);
+        for (x = 0; x < 1024; x++)
+            for (k = 0; k < 3; k++) at[label_bytes + x * 3 + k] = planes[k * 1024 + x];
+    }
+    return ckca__fit_all(ctx, bytes + label_bytes, record, (int)(size / record), 32, 32, 3, store, first);
+}
+
+/* n names, one to a line; empty lines do not count. bytes end in a zero and are overwritten; names point into them. */
+static ckca_status ckca__parse_lines(ckca_context *ctx, const char *path, char *bytes, const char **names, int n) {
+    int found = 0;
+    char *at = bytes;
+    while (*at) {
+        size_t length = strcspn(at, "\r\n");
+        char *next = at + length + (at[length] != 0);
+        at[length] = 0;
+        if (length && found < n) names[found] = at;
+        if (length) found++;
+        at = next;
+    }
+    if (found != n) return ckca__fail(ctx, CKCA_EFORMAT, "%s: %d names, there are %d classes", ckca__tail(path), found, n);
+    return CKCA_OK;
+}
+
+/* Four bytes, the greatest first. */
+static uint32_t ckca__big_endian(const unsigned char *b) {
+    return (uint32_t)b[0] << 24 | (uint32_t)b[1] << 16 | (uint32_t)b[2] << 8 | b[3];
+}
+
+/* The header of an IDX file (LeCun's description of MNIST): 0, 0, type 8 (bytes), the number of dimensions, each of them in
+   4 bytes, greatest first; then that many bytes of data. */
+static ckca_status ckca__parse_idx(ckca_context *ctx, const char *path, const unsigned char *bytes, size_t size,
+                                   int dims, size_t *shape) {
+    size_t total = 1, header = 4 + 4 * (size_t)dims;
+    int i;
+    if (size < header)
+        return ckca__fail(ctx, CKCA_EFORMAT, "%s: %.0f bytes, an IDX header has %.0f", ckca__tail(path), (double)size,
+                          (double)header);
+    if (bytes[0] || bytes[1] || bytes[2] != 8 || bytes[3] != dims)
+        return ckca__fail(ctx, CKCA_EFORMAT, "%s: begins with %02x%02x%02x%02x, expected 000008%02x%s",
+                          ckca__tail(path), bytes[0], bytes[1], bytes[2], bytes[3], dims,
+                          bytes[0] == 0x1f && bytes[1] == 0x8b ? " (gzip: unpack it with gunzip)" : "");
+    for (i = 0; i < dims; i++) {
+        shape[i] = ckca__big_endian(bytes + 4 + 4 * i);
+        total = ckca__mul(total, shape[i]);
+    }
+    if (total != size - header)
+        return ckca__fail(ctx, CKCA_EFORMAT, "%s: %.0f bytes after the header, its dimensions ask for %.0f%s",
+                          ckca__tail(path), (double)(size - header), (double)total,
+                          total > size - header ? " (truncated?)" : "");
+    if (shape[0] == 0 || shape[0] > INT_MAX)
+        return ckca__fail(ctx, CKCA_EFORMAT, "%s: %.0f pictures", ckca__tail(path), (double)shape[0]);
+    if (dims == 3 && (!shape[1] || !shape[2] || shape[1] > CKCA__MAX_SIDE || shape[2] > CKCA__MAX_SIDE))
+        return ckca__fail(ctx, CKCA_EFORMAT, "%s: pictures of %.0f x %.0f, each may be 1 to %d", ckca__tail(path),
+                          (double)shape[1], (double)shape[2], (int)CKCA__MAX_SIDE);
+    return CKCA_OK;
+}
+
+/* The two files of an IDX set as data. */
+static ckca_status ckca__parse_idx_pair(ckca_context *ctx, ckca_data **data, const char *pictures_path,
+                                        const unsigned char *pictures, size_t pictures_size, const char *labels_path,
+                                        const unsigned char *labels, size_t labels_size, const ckca_data_desc *desc) {
+    size_t shape[3], label_shape[1], i;
+    int classes = 10; /* a set of digits that happens to lack the 9 is still one of ten classes */
+    ckca__store *store;
+    ckca_status status = ckca__parse_idx(ctx, pictures_path, pictures, pictures_size, 3, shape);
+    if (!status) status = ckca__parse_idx(ctx, labels_path, labels, labels_size, 1, label_shape);
+    if (status) return status;
+    if (shape[0] != label_shape[0])
+        return ckca__fail(ctx, CKCA_EFORMAT, "%s has %.0f pictures, its file of labels %.0f labels",
+                          ckca__tail(pictures_path), (double)shape[0], (double)label_shape[0]);
+    for (i = 0; i < shape[0]; i++) {
+        if (desc->classes && labels[8 + i] >= desc->classes)
+            return ckca__fail(ctx, CKCA_EINVAL, "%s: picture %.0f is of class %d, not one of the %d asked for",
+                              ckca__tail(labels_path), (double)i, labels[8 + i], desc->classes);
+        if (labels[8 + i] >= classes) classes = labels[8 + i] + 1;
+    }
+    if (desc->classes) classes = desc->classes;
+    status = ckca__store_create(ctx, &store, shape[0], (int)shape[1], (int)shape[2], 1, classes, desc->class_names, desc);
+    if (status) return status;
+    for (i = 0; i < shape[0]; i++) store->labels[i] = labels[8 + i];
+    status = ckca__fit_all(ctx, pictures + 16, shape[1] * shape[2], store->count, (int)shape[1], (int)shape[2], 1, store,
+                           0);
+    if (!status) status = ckca__view(data, store, NULL, store->count);
+    ckca__store_release(store);
+    return status;
+}
+
+/* What every opening call checks first. */
+static ckca_status ckca__open(ckca_context *ctx, ckca_data **data, const char *dir, int part,
+                              const ckca_data_desc *desc_or_null, ckca_data_desc *desc) {
+    if (data) *data = NULL;
+    if (!ctx) return CKCA_EINVAL;
+    if (!data || !dir) return ckca__fail(ctx, CKCA_EINVAL, "opening data needs data and dir");
+    if (part != CKCA_TRAIN && part != CKCA_TEST) return ckca__fail(ctx, CKCA_EINVAL, "part is %d", part);
+    return ckca__data_desc(ctx, desc_or_null, desc);
+}
+
+/* The files in dir one after another. names_file: class names, where it is there; else default_names, may be NULL. */
+static ckca_status ckca__open_cifar(ckca_context *ctx, ckca_data **data, const char *dir, const char *const *files,
+                                    int file_count, int label_bytes, int classes, const char *names_file,
+                                    const char *const *default_names, const ckca_data_desc *desc) {
+    const char *names[100];
+    char *path[6] = {NULL, NULL, NULL, NULL, NULL, NULL};
+    unsigned char *lines = NULL, *bytes;
+    size_t size, total = 0, done = 0, record = (size_t)label_bytes + 3072;
+    int label[100], i, named = default_names != NULL;
+    ckca__store *store = NULL;
+    FILE *file;
+    ckca_status status = CKCA_OK;
+    for (i = 0; i <= file_count; i++) {
+        path[i] = ckca__path(ctx, dir, i < file_count ? files[i] : names_file);
+        if (!path[i]) status = ckca__fail(ctx, CKCA_ENOMEM, "no memory for a path");
+    }
+    for (i = 0; !status && i < file_count; i++) {
+        status = ckca__open_file(ctx, path[i], (size_t)1 << 30, &file, &size);
+        if (status) break;
+        fclose(file);
+        status = ckca__check_cifar(ctx, path[i], size, record);
+        total += size;
+    }
+    for (i = 0; i < classes; i++) names[i] = default_names ? default_names[i] : NULL;
+    if (!status && ckca__file_exists(path[file_count])) {
+        named = 1;
+        status = ckca__read_file(ctx, path[file_count], 1 << 20, &lines, &size);
+        if (!status) status = ckca__parse_lines(ctx, path[file_count], (char *)lines, names, classes);
+    }
+    if (!status && desc->classes && !(named && desc->class_names) && desc->classes != classes)
+        status = ckca__fail(ctx, CKCA_EINVAL, "%s: %d classes, %d asked for", ckca__tail(dir), classes, desc->classes);
+    /* where the data's names are known, the caller's order of them may be another */
+    for (i = 0; i < classes; i++)
+        label[i] = named && desc->class_names && !status ? ckca__find_name(desc->class_names, desc->classes, names[i]) : i;
+    if (!status && desc->class_names)
+        status = ckca__store_create(ctx, &store, total / record, 32, 32, 3, desc->classes, desc->class_names, desc);
+    else if (!status)
+        status = ckca__store_create(ctx, &store, total / record, 32, 32, 3, classes, named ? names : NULL, desc);
+    for (i = 0; !status && i < file_count; i++) {
+        status = ckca__read_file(ctx, path[i], (size_t)1 << 30, &bytes, &size);
+        if (status) break;
+        if (size / record > (size_t)store->count - done)
+            status = ckca__fail(ctx, CKCA_EIO, "%s: grew while it was read", ckca__tail(path[i]));
+        if (!status)
+            status = ckca__parse_cifar(ctx, path[i], bytes, size, label_bytes, classes, label, store, (int)done);
+        ckca__release(ctx, bytes);
+        done += size / record;
+    }
+    if (!status && done != (size_t)store->count)
+        status = ckca__fail(ctx, CKCA_EIO, "%s: shrank while it was read", ckca__tail(dir));
+    if (!status) status = ckca__view(data, store, NULL, store->count);
+    ckca__store_release(store);
+    ckca__release(ctx, lines);
+    for (i = 0; i <= file_count; i++) ckca__release(ctx, path[i]);
+    return status;
+}
+
+CKCA_API ckca_status ckca_open_cifar10(ckca_context *ctx, ckca_data **data, const char *dir, ckca_part part,
+                                       const ckca_data_desc *desc_or_null) {
+    static const char *const train[] = {"data_batch_1.bin", "data_batch_2.bin", "data_batch_3.bin", "data_batch_4.bin",
+                                        "data_batch_5.bin"};
+    static const char *const test[] = {"test_batch.bin"};
+    static const char *const names[] = {"airplane", "automobile", "bird",  "cat",  "deer",
+                                        "dog",      "frog",       "horse", "ship", "truck"};
+    ckca_data_desc desc;
+    ckca_status status = ckca__open(ctx, data, dir, part, desc_or_null, &desc);
+    if (status) return status;
+    return ckca__open_cifar(ctx, data, dir, part == CKCA_TRAIN ? train : test, part == CKCA_TRAIN ? 5 : 1, 1, 10,
+                            "batches.meta.txt", names, &desc);
+}
+
+CKCA_API ckca_status ckca_open_cifar100(ckca_context *ctx, ckca_data **data, const char *dir, ckca_part part,
+                                        const ckca_data_desc *desc_or_null) {
+    static const char *const file[] = {"train.bin", "test.bin"};
+    ckca_data_desc desc;
+    ckca_status status = ckca__open(ctx, data, dir, part, desc_or_null, &desc);
+    if (status) return status;
+    return ckca__open_cifar(ctx, data, dir, file + part, 1, 2, 100, "fine_label_names.txt", NULL, &desc);
+}
+
+CKCA_API ckca_status ckca_open_idx(ckca_context *ctx, ckca_data **data, const char *dir, ckca_part part,
+                                   const ckca_data_desc *desc_or_null) {
+    static const char *const what[] = {"images-idx3-ubyte", "labels-idx1-ubyte"};
+    char name[2][64];
+    char *path[2] = {NULL, NULL};
+    unsigned char *bytes[2] = {NULL, NULL};
+    size_t size[2] = {0, 0};
+    ckca_data_desc desc;
+    int i, form;
+    ckca_status status = ckca__open(ctx, data, dir, part, desc_or_null, &desc);
+    for (i = 0; i < 2 && !status; i++) {
+        for (form = 0; form < 4; form++) { /* with a hyphen or, as some unpackers leave it, a dot; packed */
+            snprintf(name[i], sizeof name[i], "%s-%s%s", part == CKCA_TRAIN ? "train" : "t10k", what[i],
+                     form < 2 ? "" : ".gz");
+            if (form & 1) *strstr(name[i], "-idx") = '.';
+            ckca__release(ctx, path[i]);
+            path[i] = ckca__path(ctx, dir, name[i]);
+            if (!path[i] || ckca__file_exists(path[i])) break;
+        }
+        if (!path[i]) status = ckca__fail(ctx, CKCA_ENOMEM, "no memory for a path");
+        else if (form == 2 || form == 3)
+            status = ckca__fail(ctx, CKCA_EIO, "%s: packed, unpack it with gunzip", ckca__tail(path[i]));
+        else if (form == 4)
+            status = ckca__fail(ctx, CKCA_EIO, "%s: no %s-%s in it", ckca__tail(dir),
+                                part == CKCA_TRAIN ? "train" : "t10k", what[i]);
+        else status = ckca__read_file(ctx, path[i], (size_t)1 << 31, &bytes[i], &size[i]);
+    }
+    if (!status)
+        status = ckca__parse_idx_pair(ctx, data, path[0], bytes[0], size[0], path[1], bytes[1], size[1], &desc);
+    for (i = 0; i < 2; i++) {
+        ckca__release(ctx, bytes[i]);
+        ckca__release(ctx, path[i]);
+    }
+    return status;
+}
+
+/* --- Picture files ------------------------------------------------------------------------------------------------ */
+
+#ifndef CKCA_NO_STB_IMAGE
+
+/* stb_image (Debian: libstb-dev), static, JPEG and PNG only. A program that has its own includes it before this header;
+   then that one is used. Memory comes zeroed from calloc, or from a STBI_MALLOC of yours that zeroes too: a corrupt JPEG
+   can make stb_image before 2.29 read tables that the file never defined. */
+#ifndef STBI_INCLUDE_STB_IMAGE_H
+#define STB_IMAGE_IMPLEMENTATION
+#define STB_IMAGE_STATIC
+#define STBI_ONLY_JPEG
+#define STBI_ONLY_PNG
+#define STBI_NO_GIF
+#define STBI_NO_STDIO
+#define STBI_NO_LINEAR
+#define STBI_FAILURE_USERMSG
+#define STBI_MAX_DIMENSIONS CKCA__MAX_SIDE
+#ifndef STBI_ASSERT
+#define STBI_ASSERT(condition) ((void)0)
+#endif
+#ifndef STBI_MALLOC
+#define STBI_MALLOC(bytes) calloc(1, bytes)
+#define STBI_REALLOC(memory, bytes) realloc(memory, bytes)
+#define STBI_FREE(memory) free(memory)
+#endif
+/* It declares one name and defines the other. */
+#define stbi_set_unpremultiply_on_load_thread stbi__unpremultiply_on_load_thread
+#if defined(__GNUC__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-function"
+#pragma GCC diagnostic ignored "-Wunused-but-set-variable"
+#pragma GCC diagnostic ignored "-Wmissing-field-initializers"
+#pragma GCC diagnostic ignored "-Wsign-compare"
+#pragma GCC diagnostic ignored "-Wconversion"
+#pragma GCC diagnostic ignored "-Wsign-conversion"
+#pragma GCC diagnostic ignored "-Wshadow"
+#pragma GCC diagnostic ignored "-Wcast-qual"
+#pragma GCC diagnostic ignored "-Wdouble-promotion"
+#endif
+#ifdef __has_include
+#if __has_include(<stb/stb_image.h>)
+#define CKCA__STB_IN_FOLDER
+#endif
+#endif
+#ifdef CKCA__STB_IN_FOLDER
+#include <stb/stb_image.h>
+#else
+#include <stb_image.h>
+#endif
+#if defined(__GNUC__)
+#pragma GCC diagnostic pop
+#endif
+#undef STB_IMAGE_IMPLEMENTATION
+#undef stbi_set_unpremultiply_on_load_thread
+#endif
+
+static uint32_t ckca__crc(const unsigned char *bytes, size_t size) { /* of a PNG's chunk (PNG specification, annex D) */
+    uint32_t crc = 0xffffffffu;
+    size_t i;
+    int bit;
+    for (i = 0; i < size; i++) {
+        crc ^= bytes[i];
+        for (bit = 0; bit < 8; bit++) crc = (crc >> 1) ^ (crc & 1 ? 0xedb88320u : 0);
+    }
+    return ~crc;
+}
+
+/* Whether a JPEG's segment of Huffman tables (ITU-R T.81, B.2.4.2) has no more codes than there are bytes for and than a table
+   may have, 256: stb_image before 2.29 writes beyond its tables otherwise. */
+static int ckca__huffman_fits(const unsigned char *segment, size_t length) {
+    while (length) {
+        size_t codes = 0, i;
+        for (i = 1; i < 17 && i < length; i++) codes += segment[i];
+        if (codes > 256 || length < 17 + codes) return 0;
+        segment += 17 + codes;
+        length -= 17 + codes;
+    }
+    return 1;
+}
+
+/* Height and width of a picture file; returns what is wrong with it, or NULL. stb_image takes truncated JPEGs, filling up
+   with grey, and does not look at a PNG's checksums, so the file is walked here from marker to marker, or chunk to chunk. */
+static const char *ckca__walk_picture(const unsigned char *bytes, size_t size, int64_t *height, int64_t *width) {
+    static const unsigned char png[] = {0x89, 'P', 'N', 'G', '\r', '\n', 0x1a, '\n'};
+    static const char *const truncated = "truncated: it stops before its end marker";
+    size_t at = 2, length;
+    *height = *width = 0;
+    if (size == 0) return "an empty file";
+    if (size >= 8 && !memcmp(bytes, png, 8)) {
+        for (at = 8; size - at >= 12; at += 12 + length) { /* length, type, data, checksum of type and data */
+            const unsigned char *chunk = bytes + at;
+            length = ckca__big_endian(chunk);
+            if (length > size - at - 12) return truncated;
+#ifndef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION /* no fuzzer guesses a checksum */
+            if (ckca__crc(chunk + 4, length + 4) != ckca__big_endian(chunk + 8 + length))
+                return "corrupt: a checksum is wrong";
+#endif
+            if (at == 8 && length >= 8) { /* IHDR */
+                *width = ckca__big_endian(chunk + 8);
+                *height = ckca__big_endian(chunk + 12);
+            }
+            if (!memcmp(chunk + 4, "IEND", 4)) return NULL;
+        }
+        return truncated;
+    }
+    if (size < 3 || bytes[0] != 0xff || bytes[1] != 0xd8 || bytes[2] != 0xff) return "neither JPEG nor PNG";
+    for (;;) { /* ff00 is a byte ff of the data, d0 to d7 restart it, ffff is padding, 01 and d8 stand alone */
+        const unsigned char *marker;
+        while (size - at >= 2 && (bytes[at] != 0xff || bytes[at + 1] <= 1 || bytes[at + 1] == 0xff ||
+                                  (bytes[at + 1] >= 0xd0 && bytes[at + 1] <= 0xd8)))
+            at++;
+        marker = bytes + at;
+        if (size - at < 2) return truncated;
+        if (marker[1] == 0xd9) return NULL;
+        if (size - at < 4) return truncated;
+        length = 2 + ((size_t)marker[2] << 8 | marker[3]);
+        if (length > size - at) return truncated;
+        if (length < 4) return "corrupt: a segment without a length";
+        if (marker[1] == 0xc4 && !ckca__huffman_fits(marker + 4, length - 4)) return "corrupt: bad Huffman tables";
+        if (marker[1] >= 0xc0 && marker[1] <= 0xc2 && length >= 9 && !*height) { /* a start of frame */
+            *height = marker[5] << 8 | marker[6];
+            *width = marker[7] << 8 | marker[8];
+        }
+        at += length;
+    }
+}
+
+/* Height and width of a picture file in memory that may be decoded; path is for the message. */
+static ckca_status ckca__picture_size(ckca_context *ctx, const char *path, const unsigned char *bytes, size_t size,
+                                      int *height, int *width) {
+    int64_t h, w;
+    const char *flaw = ckca__walk_picture(bytes, size, &h, &w);
+    if (!flaw && size > INT_MAX) flaw = "more bytes than stb_image can take";
+    if (flaw) return ckca__fail(ctx, CKCA_EFORMAT, "%s: cannot be decoded: %s", ckca__tail(path), flaw);
+    if (h < 1 || w < 1 || h > CKCA__MAX_SIDE || w > CKCA__MAX_SIDE || h * w > CKCA__MAX_PIXELS)
+        return ckca__fail(ctx, CKCA_EFORMAT, "%s: %.0f x %.0f pixels; it may have 1 to %d a side and %.0f in all",
+                          ckca__tail(path), (double)h, (double)w, (int)CKCA__MAX_SIDE, (double)CKCA__MAX_PIXELS);
+    *height = (int)h;
+    *width = (int)w;
+    return CKCA_OK;
+}
+
+/* A picture file in memory as height x width x channels bytes. */
+static ckca_status ckca__decode(ckca_context *ctx, const char *path, const unsigned char *bytes, size_t size,
+                                unsigned char *out, int height, int width, int channels) {
+    int h, w, c, fits;
+    unsigned char *pixels;
+    ckca_status status = ckca__picture_size(ctx, path, bytes, size, &h, &w);
+    if (status) return status;
+    pixels = stbi_load_from_memory(bytes, (int)size, &w, &h, &c, 0);
+    if (!pixels) {
+        const char *reason = stbi_failure_reason();
+        /* its kind is known by now: stb_image says otherwise when it has no memory to find out */
+        int memory = strstr(reason, "f memory") || strstr(reason, "outofmem") || strstr(reason, "any known type") ||
+                     strstr(reason, "unknown image type");
+        return ckca__fail(ctx, memory ? CKCA_ENOMEM : CKCA_EFORMAT, "%s: cannot be decoded: %s", ckca__tail(path),
+                          memory ? "no memory" : reason);
+    }
+    fits = ckca__fit(ctx, pixels, h, w, c, out, height, width, channels);
+    stbi_image_free(pixels);
+    if (!fits) return ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory to resize its %d x %d pixels", ckca__tail(path), h, w);
+    return CKCA_OK;
+}
+
+enum { CKCA__MAX_PICTURE_FILE = 256 << 20 };
+
+static ckca_status ckca__read_picture(ckca_context *ctx, const char *path, unsigned char *out, int height, int width,
+                                      int channels) {
+    unsigned char *bytes;
+    size_t size;
+    ckca_status status = ckca__read_file(ctx, path, CKCA__MAX_PICTURE_FILE, &bytes, &size);
+    if (status) return status;
+    status = ckca__decode(ctx, path, bytes, size, out, height, width, channels);
+    CKCA__CRITICAL
+    ckca__release(ctx, bytes);
+    return status;
+}
+
+CKCA_API ckca_status ckca_read_picture(ckca_context *ctx, const char *path, const ckca_data_desc *desc,
+                                       unsigned char *out) {
+    ckca_data_desc checked;
+    ckca_status status;
+    if (!ctx) return CKCA_EINVAL;
+    if (!path || !desc || !out) return ckca__fail(ctx, CKCA_EINVAL, "ckca_read_picture needs path, desc and out");
+    status = ckca__data_desc(ctx, desc, &checked);
+    if (status) return status;
+    if (!desc->height || !desc->width || !desc->channels)
+        return ckca__fail(ctx, CKCA_EINVAL, "height x width x channels is %d x %d x %d, all three are needed",
+                          desc->height, desc->width, desc->channels);
+    return ckca__read_picture(ctx, path, out, desc->height, desc->width, desc->channels);
+}
+
+#ifdef CKCA__POSIX
+
+typedef struct ckca__files {
+    char **path;
+    size_t count, capacity;
+} ckca__files;
+
+static void ckca__files_free(ckca_context *ctx, ckca__files *files) {
+    while (files->count) ckca__release(ctx, files->path[--files->count]);
+    ckca__release(ctx, files->path);
+}
+
+static int ckca__is_picture(const char *name) {
+    static const char *const endings[] = {".jpg", ".jpeg", ".png"};
+    size_t length = strlen(name), i, j;
+    for (i = 0; i < 3; i++) {
+        size_t n = strlen(endings[i]);
+        if (length <= n) continue;
+        for (j = 0; j < n && (name[length - n + j] | 0x20) == (endings[i][j] | 0x20); j++) {}
+        if (j == n) return 1;
+    }
+    return 0;
+}
+
+static int ckca__compare_paths(const void *a, const void *b) {
+    return strcmp(*(char *const *)a, *(char *const *)b);
+}
+
+/* Adds dir's folders, or its pictures, to a list, in the order of their bytes. Hidden ones are left out. */
+static ckca_status ckca__list(ckca_context *ctx, const char *dir, int folders, ckca__files *files) {
+    size_t first = files->count;
+    struct dirent *entry;
+    struct stat about;
+    ckca_status status = CKCA_OK;
+    DIR *open_dir = opendir(dir);
+    if (!open_dir) return ckca__fail(ctx, CKCA_EIO, "%s: cannot be opened: %s", ckca__tail(dir), strerror(errno));
+    for (;;) {
+        char *path;
+        errno = 0;
+        entry = readdir(open_dir);
+        if (!entry) break;
+        if (entry->d_name[0] == '.' || (!folders && !ckca__is_picture(entry->d_name))) continue;
+        path = ckca__path(ctx, dir, entry->d_name);
+        if (path && folders && (stat(path, &about) != 0 || !S_ISDIR(about.st_mode))) {
+            ckca__release(ctx, path);
+            continue;
+        }
+        if (!path || !ckca__grow(ctx, (void **)&files->path, files->count, &files->capacity, sizeof *files->path)) {
+            ckca__release(ctx, path);
+            status = ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for a list of %.0f files", ckca__tail(dir),
+                                (double)files->count + 1);
+            break;
+        }
+        files->path[files->count++] = path;
+    }
+    if (!status && errno) status = ckca__fail(ctx, CKCA_EIO, "%s: cannot be read: %s", ckca__tail(dir), strerror(errno));
+    closedir(open_dir);
+    if (!status && files->count > first)
+        qsort(files->path + first, files->count - first, sizeof *files->path, ckca__compare_paths);
+    return status;
+}
+
+/* Decodes files into the store, in parallel. Of several failures the first in the list is reported. */
+static ckca_status ckca__decode_all(ckca_context *ctx, const ckca__files *files, ckca__store *store) {
+    size_t bytes = ckca__picture_bytes(store);
+    int i, count = store->count, failed = count;
+    ckca_status failure = CKCA_OK;
+    CKCA__PARALLEL_FOR(ctx)
+    for (i = 0; i < count; i++) {
+        ckca_context own = *ctx; /* each thread has its own error */
+        ckca_status status;
+        int skip;
+        CKCA__CRITICAL
+        skip = i > failed;
+        if (skip) continue;
+        status = ckca__read_picture(&own, files->path[i], store->pixels + (size_t)i * bytes, store->height, store->width,
+                                    store->channels);
+        CKCA__CRITICAL
+        if (status && i < failed) {
+            failed = i;
+            failure = status;
+            memcpy(ctx->error, own.error, sizeof own.error);
+        }
+    }
+    return failure;
+}
+
+CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const char *dir,
+                                      const ckca_data_desc *desc_or_null) {
+    ckca__files folders, files;
+    ckca_data_desc desc;
+    ckca__store *store = NULL;
+    const char **names = NULL; /* the folders' own */
+    size_t *end = NULL, i, j;  /* files of folder i end here */
+    unsigned char *bytes;
+    size_t size;
+    int height = 0, width = 0;
+    ckca_status status = ckca__open(ctx, data, dir, CKCA_TRAIN, desc_or_null, &desc);
+    if (status) return status;
+    memset(&folders, 0, sizeof folders);
+    memset(&files, 0, sizeof files);
+    status = ckca__list(ctx, dir, 1, &folders);
+    if (!status && folders.count == 0)
+        status = ckca__fail(ctx, CKCA_EINVAL, "%s: no class folders in it", ckca__tail(dir));
+    if (!status && desc.classes && !desc.class_names && (size_t)desc.classes != folders.count)
+        status = ckca__fail(ctx, CKCA_EINVAL, "%s: %.0f class folders, %d classes asked for", ckca__tail(dir),
+                            (double)folders.count, desc.classes);
+    if (!status) {
+        names = (const char **)ckca__alloc(ctx, folders.count * sizeof *names);
+        end = (size_t *)ckca__alloc(ctx, folders.count * sizeof *end);
+        if (!names || !end) status = ckca__fail(ctx, CKCA_ENOMEM, "no memory for %.0f classes", (double)folders.count);
+    }
+    for (i = 0; !status && i < folders.count; i++) {
+        names[i] = strrchr(folders.path[i], '/') + 1;
+        if (desc.class_names && ckca__find_name(desc.class_names, desc.classes, names[i]) < 0)
+            status = ckca__fail(ctx, CKCA_EINVAL, "%s: not one of the %d classes asked for", ckca__tail(folders.path[i]),
+                                desc.classes);
+        if (!status) status = ckca__list(ctx, folders.path[i], 0, &files);
+        end[i] = files.count;
+        if (!status && end[i] == (i ? end[i - 1] : 0))
+            status = ckca__fail(ctx, CKCA_EINVAL, "%s: no .jpg, .jpeg or .png in it", ckca__tail(folders.path[i]));
+    }
+    if (!status && (!desc.height || !desc.width)) {
+        status = ckca__read_file(ctx, files.path[0], CKCA__MAX_PICTURE_FILE, &bytes, &size);
+        if (!status) {
+            status = ckca__picture_size(ctx, files.path[0], bytes, size, &height, &width);
+            ckca__release(ctx, bytes);
+        }
+    }
+    if (!status && desc.class_names)
+        status = ckca__store_create(ctx, &store, files.count, height, width, 3, desc.classes, desc.class_names, &desc);
+    else if (!status)
+        status = ckca__store_create(ctx, &store, files.count, height, width, 3, (int)folders.count, names, &desc);
+    for (i = 0; !status && i < folders.count; i++)
+        for (j = i ? end[i - 1] : 0; j < end[i]; j++)
+            store->labels[j] =
+                desc.class_names ? ckca__find_name(desc.class_names, desc.classes, names[i]) : (int)i;
+    if (!status) status = ckca__decode_all(ctx, &files, store);
+    if (!status) status = ckca__view(data, store, NULL, store->count);
+    ckca__store_release(store);
+    ckca__release(ctx, names);
+    ckca__release(ctx, end);
+    ckca__files_free(ctx, &folders);
+    ckca__files_free(ctx, &files);
+    return status;
+}
+
+#else
+
+CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const char *dir,
+                                      const ckca_data_desc *desc_or_null) {
+    ckca_data_desc desc;
+    ckca_status status = ckca__open(ctx, data, dir, CKCA_TRAIN, desc_or_null, &desc);
+    return status ? status : ckca__fail(ctx, CKCA_EIO, "%s: listing folders needs POSIX", ckca__tail(dir));
+}
+
+#endif /* CKCA__POSIX */
+#endif /* CKCA_NO_STB_IMAGE */
+#endif /* CKCA_NO_STDIO */
+
+/* --- Splitting ---------------------------------------------------------------------------------------------------- */
+
+/* The Fisher-Yates shuffle: every order is as likely as any other. */
+static void ckca__shuffle_split(uint64_t seed, int *index, int n) {
+    int i;
+    for (i = n - 1; i > 0; i--) {
+        int j = (int)(ckca__random(seed, CKCA__STREAM_SPLIT, (uint64_t)i) % ((uint64_t)i + 1)), other = index[j];
+        index[j] = index[i];
+        index[i] = other;
+    }
+}
+
+/* How many pictures of each class a stratified choice of `total` of n has: total * have[k] / n rounded down, and one more
+   for the classes with the largest remainders. */
+static void ckca__quota(const int *have, int classes, int n, int total, int *quota) {
+    int k, given = 0;
+    for (k = 0; k < classes; k++) given += quota[k] = (int)((int64_t)total * have[k] / n);
+    for (; given < total; given++) {
+        int best = -1;
+        int64_t most = -1;
+        for (k = 0; k < classes; k++) {
+            int64_t remainder = (int64_t)total * have[k] - (int64_t)quota[k] * n;
+            if (remainder > most) {
+                most = remainder;
+                best = k;
+            }
+        }
+        quota[best]++; /* its remainder is negative from here on */
+    }
+}
+
+CKCA_API ckca_status ckca_split(const ckca_data *data, int n, const ckca_split_desc *desc, ckca_data **parts) {
+    ckca_split_desc none;
+    ckca_context *ctx;
+    int *order, *dealt, *have, *quota; /* the pictures shuffled; part after part; per class */
+    int i, j, k, count, total, classes;
+    ckca_status status = CKCA_OK;
+    memset(&none, 0, sizeof none);
+    for (i = 0; parts && i < n; i++) parts[i] = NULL;
+    if (!data) return CKCA_EINVAL;
+    ctx = data->store->ctx;
+    count = data->count;
+    classes = data->store->classes;
+    if (!desc) desc = &none;
+    if (!parts || n < 1 || desc->size < 0)
+        return ckca__fail(ctx, CKCA_EINVAL, "ckca_split into %d parts of %d pictures", n, desc->size);
+    if ((int64_t)n * (desc->size ? desc->size : 1) > count)
+        return ckca__fail(ctx, CKCA_EINVAL, "%d parts of %d pictures need %.0f pictures, there are %d", n,
+                          desc->size ? desc->size : 1, (double)n * (desc->size ? desc->size : 1), count);
+    total = desc->size ? n * desc->size : count;
+    order = (int *)ckca__alloc(ctx, ckca__mul(sizeof(int), 2 * (size_t)count + 2 * (size_t)classes));
+    if (!order) return ckca__fail(ctx, CKCA_ENOMEM, "no memory to split %d pictures", count);
+    dealt = order + count;
+    have = dealt + count;
+    quota = have + classes;
+    for (i = 0; i < count; i++) order[i] = data->index[i];
+    ckca__shuffle_split(desc->seed, order, count);
+    if (desc->stratified) { /* the chosen ones of each class together */
+        for (i = 0; i < count; i++) have[data->store->labels[order[i]]]++;
+        ckca__quota(have, classes, count, total, quota);
+        for (k = 0, j = 0; k < classes; j += quota[k++]) have[k] = j; /* where class k begins */
+        for (i = 0; i < count; i++) {
+            k = data->store->labels[order[i]];
+            if (quota[k]-- > 0) dealt[have[k]++] = order[i];
+        }
+        memcpy(order, dealt, (size_t)total * sizeof *order);
+    }
+    /* dealt out like cards: sizes, and each class's share, differ by at most one between parts */
+    for (i = 0, j = 0; i < n; i++)
+        for (k = i; k < total; k += n) dealt[j++] = order[k];
+    for (i = 0, j = 0; i < n && !status; i++) {
+        int size = total / n + (i < total % n);
+        status = ckca__view(&parts[i], data->store, dealt + j, size);
+        j += size;
+    }
+    for (i = 0; i < n && status; i++) {
+        ckca_data_free(parts[i]);
+        parts[i] = NULL;
+    }
+    ckca__release(ctx, order);
+    return status;
+}
+
+CKCA_API ckca_status ckca_subset(ckca_data **subset, const ckca_data *data, const int *index, int n) {
+    ckca_context *ctx;
+    ckca_status status;
+    int i;
+    if (subset) *subset = NULL;
+    if (!data) return CKCA_EINVAL;
+    ctx = data->store->ctx;
+    if (!subset || !index || n < 1) return ckca__fail(ctx, CKCA_EINVAL, "a subset of %d pictures", n);
+    for (i = 0; i < n; i++)
+        if (index[i] < 0 || index[i] >= data->count)
+            return ckca__fail(ctx, CKCA_EINVAL, "index[%d] is %d, there are %d pictures", i, index[i], data->count);
+    status = ckca__view(subset, data->store, index, n);
+    for (i = 0; !status && i < n; i++) (*subset)->index[i] = data->index[index[i]];
+    return status;
+}
+
+CKCA_API ckca_status ckca_join(ckca_data **joined, ckca_data *const *parts, int n) {
+    ckca_context *ctx;
+    ckca__store *first, *store;
+    ckca_data_desc desc;
+    size_t total = 0, bytes;
+    int i, j, k, at = 0, shared = 1;
+    ckca_status status;
+    if (joined) *joined = NULL;
+    if (!parts || n < 1 || !parts[0]) return CKCA_EINVAL;
+    first = parts[0]->store;
+    ctx = first->ctx;
+    if (!joined) return ckca__fail(ctx, CKCA_EINVAL, "ckca_join needs joined");
+    for (i = 0; i < n; i++) {
+        if (!parts[i]) return ckca__fail(ctx, CKCA_EINVAL, "parts[%d] is NULL", i);
+        store = parts[i]->store;
+        total += (size_t)parts[i]->count;
+        shared = shared && store == first;
+        if (store->height != first->height || store->width != first->width || store->channels != first->channels)
+            return ckca__fail(ctx, CKCA_ESHAPE, "parts[%d] has pictures of %d x %d x %d, parts[0] of %d x %d x %d", i,
+                              store->height, store->width, store->channels, first->height, first->width,
+                              first->channels);
+        if (store->classes != first->classes)
+            return ckca__fail(ctx, CKCA_ESHAPE, "parts[%d] has %d classes, parts[0] %d", i, store->classes,
+                              first->classes);
+        for (k = 0; store != first && k < first->classes; k++)
+            if (strcmp(store->class_names[k], first->class_names[k]))
+                return ckca__fail(ctx, CKCA_EINVAL, "class %d is \"%.100s\" in parts[%d], \"%.100s\" in parts[0]", k,
+                                  store->class_names[k], i, first->class_names[k]);
+    }
+    if (total > INT_MAX)
+        return ckca__fail(ctx, CKCA_EINVAL, "%.0f pictures, a set has at most %d", (double)total, INT_MAX);
+    memset(&desc, 0, sizeof desc);
+    store = first;
+    if (shared) first->refs++;
+    else {
+        status = ckca__store_create(ctx, &store, total, first->height, first->width, first->channels, first->classes,
+                                    (const char *const *)first->class_names, &desc);
+        if (status) return status;
+    }
+    status = ckca__view(joined, store, NULL, (int)total);
+    bytes = ckca__picture_bytes(store);
+    for (i = 0; !status && i < n; i++) {
+        for (j = 0; j < parts[i]->count; j++, at++) {
+            if (shared) (*joined)->index[at] = parts[i]->index[j];
+            else {
+                store->labels[at] = ckca_label(parts[i], j);
+                memcpy(store->pixels + (size_t)at * bytes, ckca_pixels(parts[i], j), bytes);
+            }
+        }
+    }
+    ckca__store_release(store);
+    return status;
+}
+
+#endif /* CKCA__DATA */
+#endif /* CKCA_IMPLEMENTATION */
+#endif /* CKCA__PASS */
+#ifndef CKCA__PASS
+#ifdef CKCA_IMPLEMENTATION
+#ifndef CKCA__SAFETENSORS
+#define CKCA__SAFETENSORS
+
+/* ------------------------------------------------------------------------------------------------------------------
+   FILES: SAFETENSORS
+
+   A safetensors file is 8 bytes of header length (least first), a header in JSON, and the tensors' bytes:
+   {"__metadata__":{"key":"text"},"conv1.weight":{"dtype":"F32","shape":[16,3,3,3],"data_offsets":[0,1728]}}
+   Values are little-endian, as the machines are that this library runs on.
+   ------------------------------------------------------------------------------------------------------------------ */
+
+/* --- JSON, as much of it as such headers have ---------------------------------------------------------------------- */
+
+/* Text under the eyes of a parser. Strings are unescaped in place: they only get shorter. */
+typedef struct ckca__json {
+    ckca_context *ctx;
+    const char *path; /* for messages */
+    char *text;       /* size bytes and a zero */
+    size_t at, size;
+} ckca__json;
+
+static ckca_status ckca__json_fail(const ckca__json *json, const char *expected) {
+    return ckca__fail(json->ctx, CKCA_EFORMAT, "%s: %s at byte %.0f of %.0f of its JSON", ckca__tail(json->path),
+                      expected, (double)json->at, (double)json->size);
+}
+
+static void ckca__json_space(ckca__json *json) {
+    while (json->at < json->size && strchr(" \t\r\n", json->text[json->at]) && json->text[json->at]) json->at++;
+}
+
+/* Takes the character if it is the next one behind white space. */
+static int ckca__json_take(ckca__json *json, char c) {
+    ckca__json_space(json);
+    if (json->at >= json->size || json->text[json->at] != c) return 0;
+    json->at++;
+    return 1;
+}
+
+/* Four hexadecimal digits of an escape, or -1. */
+static int ckca__json_hex(ckca__json *json) {
+    int value = 0, i;
+    if (json->size - json->at < 4) return -1;
+    for (i = 0; i < 4; i++) {
+        static const char digits[] = "0123456789abcdefABCDEF";
+        char c = json->text[json->at + (size_t)i];
+        const char *digit = c ? strchr(digits, c) : NULL;
+        if (!digit) return -1;
+        value = value * 16 + (int)(digit - digits) - (digit - digits > 15 ? 6 : 0);
+    }
+    json->at += 4;
+    return value;
+}
+
+/* A string, without its quotes, unescaped, ended by a zero. */
+static ckca_status ckca__json_string(ckca__json *json, char **string) {
+    char *out;
+    if (!ckca__json_take(json, '"')) return ckca__json_fail(json, "no string");
+    *string = out = json->text + json->at;
+    for (;;) {
+        static const char escapes[] = "\"\\/bfnrt", meant[] = "\"\\/\b\f\n\r\t";
+        unsigned char c;
+        const char *escape;
+        int code, low;
+        if (json->at >= json->size) return ckca__json_fail(json, "a string without an end");
+        c = (unsigned char)json->text[json->at];
+        if (c < 0x20) return ckca__json_fail(json, "a control character in a string");
+        json->at++;
+        if (c == '"') break;
+        if (c != '\\') {
+            *out++ = (char)c;
+            continue;
+        }
+        c = json->at < json->size ? (unsigned char)json->text[json->at++] : 0;
+        escape = c ? strchr(escapes, c) : NULL;
+        if (escape) {
+            *out++ = meant[escape - escapes];
+            continue;
+        }
+        code = c == 'u' ? ckca__json_hex(json) : -1;
+        if (code >= 0xd800 && code < 0xdc00) { /* half of a character beyond 65535; the other half follows */
+            low = -1;
+            if (json->size - json->at >= 2 && json->text[json->at] == '\\' && json->text[json->at + 1] == 'u') {
+                json->at += 2;
+                low = ckca__json_hex(json);
+            }
+            code = low >= 0xdc00 && low < 0xe000 ? 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00) : -1;
+        } else if (code >= 0xdc00 && code < 0xe000) code = -1;
+        if (code <= 0) return ckca__json_fail(json, "an escape that cannot be used"); /* nor can \u0000 in a C string */
+        if (code < 0x80) *out++ = (char)code;
+        else if (code < 0x800) *out++ = (char)(0xc0 | code >> 6);
+        else if (code < 0x10000) *out++ = (char)(0xe0 | code >> 12);
+        else *out++ = (char)(0xf0 | code >> 18);
+        if (code >= 0x10000) *out++ = (char)(0x80 | (code >> 12 & 63));
+        if (code >= 0x800) *out++ = (char)(0x80 | (code >> 6 & 63));
+        if (code >= 0x80) *out++ = (char)(0x80 | (code & 63));
+    }
+    *out = 0;
+    return CKCA_OK;
+}
+
+/* A whole number from 0 to 2^63 - 1. */
+static ckca_status ckca__json_whole(ckca__json *json, int64_t *value) {
+    size_t first;
+    ckca__json_space(json);
+    first = json->at;
+    *value = 0;
+    while (json->at < json->size && json->text[json->at] >= '0' && json->text[json->at] <= '9') {
+        int digit = json->text[json->at] - '0';
+        if (*value > (INT64_MAX - digit) / 10) return ckca__json_fail(json, "a number beyond 2^63 - 1");
+        *value = *value * 10 + digit;
+        json->at++;
+    }
+    if (json->at == first || (json->at > first + 1 && json->text[first] == '0'))
+        return ckca__json_fail(json, "no whole number");
+    return CKCA_OK;
+}
+
+/* Up to most whole numbers in brackets. */
+static ckca_status ckca__json_wholes(ckca__json *json, int64_t *values, int most, int *count) {
+    ckca_status status = CKCA_OK;
+    *count = 0;
+    if (!ckca__json_take(json, '[')) return ckca__json_fail(json, "no list");
+    if (ckca__json_take(json, ']')) return CKCA_OK;
+    do {
+        if (*count == most) return ckca__json_fail(json, "too long a list");
+        status = ckca__json_whole(json, &values[(*count)++]);
+    } while (!status && ckca__json_take(json, ','));
+    if (!status && !ckca__json_take(json, ']')) return ckca__json_fail(json, "no , or ]");
+    return status;
+}
+
+/* The place of the first byte that is not UTF-8 (Unicode 15, table 3-7), or size. */
+static size_t ckca__utf8_flaw(const unsigned char *text, size_t size) {
+    size_t i = 0, n, k;
+    for (; i < size; i += n) {
+        unsigned char c = text[i], low = 0x80, high = 0xbf; /* bounds of the second byte */
+        n = c < 0x80 ? 1 : c < 0xc2 ? 0 : c < 0xe0 ? 2 : c < 0xf0 ? 3 : c < 0xf5 ? 4 : 0;
+        if (n == 0 || n > size - i) return i;
+        if (c == 0xe0) low = 0xa0;
+        if (c == 0xed) high = 0x9f; /* no surrogates */
+        if (c == 0xf0) low = 0x90;
+        if (c == 0xf4) high = 0x8f;
+        for (k = 1; k < n; k++, low = 0x80, high = 0xbf)
+            if (text[i + k] < low || text[i + k] > high) return i;
+    }
+    return size;
+}
+
+/* Text that grows. After a failed allocation it stays as it is, and failed says so. */
+typedef struct ckca__text {
+    ckca_context *ctx;
+    char *at; /* length bytes and a zero */
+    size_t length, capacity;
+    int failed;
+} ckca__text;
+
+static void ckca__text_add(ckca__text *text, const char *bytes, size_t n) {
+    size_t need = ckca__sum(ckca__sum(text->length, n), 1);
+    if (need > text->capacity && !text->failed) {
+        size_t capacity = need > 256 ? ckca__mul(need, 2) : 512;
+        char *grown = (char *)ckca__alloc(text->ctx, capacity);
+        if (grown && text->length) memcpy(grown, text->at, text->length);
+        if (grown) {
+            ckca__release(text->ctx, text->at);
+            text->at = grown;
+            text->capacity = capacity;
+        } else text->failed = 1;
+    }
+    if (text->failed) return;
+    memcpy(text->at + text->length, bytes, n);
+    text->length += n;
+    text->at[text->length] = 0;
+}
+
+static void ckca__text_puts(ckca__text *text, const char *string) { ckca__text_add(text, string, strlen(string)); }
+
+static void ckca__text_number(ckca__text *text, uint64_t value) {
+    char digits[24];
+    int i = sizeof digits;
+    do digits[--i] = (char)('0' + value % 10);
+    while (value /= 10);
+    ckca__text_add(text, digits + i, sizeof digits - (size_t)i);
+}
+
+/* A JSON string, quoted and escaped. What is not UTF-8 (a folder's name may be anything) becomes U+FFFD. */
+static void ckca__text_json(ckca__text *text, const char *string) {
+    const unsigned char *s = (const unsigned char *)string;
+    size_t i, n = strlen(string), good = ckca__utf8_flaw(s, n);
+    char escape[8];
+    ckca__text_add(text, "\"", 1);
+    for (i = 0; i < n; i++) {
+        if (i == good) {
+            ckca__text_puts(text, "\xef\xbf\xbd");
+            good = i + 1 + ckca__utf8_flaw(s + i + 1, n - i - 1);
+        } else if (s[i] == '"' || s[i] == '\\') {
+            escape[0] = '\\';
+            escape[1] = (char)s[i];
+            ckca__text_add(text, escape, 2);
+        } else if (s[i] < 0x20) {
+            snprintf(escape, sizeof escape, "\\u%04x", s[i]);
+            ckca__text_add(text, escape, 6);
+        } else ckca__text_add(text, string + i, 1);
+    }
+    ckca__text_add(text, "\"", 1);
+}
+
+/* n strings as a JSON list, ["cat","dog"], the caller's to release. NULL if there is no memory. */
+static char *ckca__names_to_json(ckca_context *ctx, const char *const *names, int n) {
+    ckca__text text;
+    int i;
+    memset(&text, 0, sizeof text);
+    text.ctx = ctx;
+    ckca__text_add(&text, "[", 1);
+    for (i = 0; i < n; i++) {
+        if (i) ckca__text_add(&text, ",", 1);
+        ckca__text_json(&text, names[i]);
+    }
+    ckca__text_add(&text, "]", 1);
+    if (!text.failed) return text.at;
+    ckca__release(ctx, text.at);
+    return NULL;
+}
+
+/* The other way round: *names are the caller's, to be freed with ckca__free_names. path is for messages. */
+static ckca_status ckca__names_from_json(ckca_context *ctx, const char *path, const char *text, char ***names, int *n) {
+    ckca__json json;
+    char **found = NULL, *string;
+    const char **view = NULL;
+    size_t count = 0, capacity = 0;
+    ckca_status status = CKCA_OK;
+    *names = NULL;
+    *n = 0;
+    json.ctx = ctx;
+    json.path = path;
+    json.at = 0;
+    json.size = strlen(text);
+    json.text = (char *)ckca__alloc(ctx, json.size + 1);
+    if (!json.text) return ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for its class names", ckca__tail(path));
+    memcpy(json.text, text, json.size);
+    if (ckca__utf8_flaw((unsigned char *)json.text, json.size) < json.size)
+        status = ckca__json_fail(&json, "not UTF-8");
+    else if (!ckca__json_take(&json, '[')) status = ckca__json_fail(&json, "no list of class names");
+    else if (!ckca__json_take(&json, ']')) {
+        do {
+            status = ckca__json_string(&json, &string);
+            if (!status && (count >= INT_MAX || !ckca__grow(ctx, (void **)&view, count, &capacity, sizeof *view)))
+                status = ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for its class names", ckca__tail(path));
+            if (!status) view[count++] = string;
+        } while (!status && ckca__json_take(&json, ','));
+        if (!status && !ckca__json_take(&json, ']')) status = ckca__json_fail(&json, "no , or ]");
+    }
+    ckca__json_space(&json);
+    if (!status && json.at != json.size) status = ckca__json_fail(&json, "something behind the list");
+    if (!status) {
+        found = ckca__copy_names(ctx, view, (int)count);
+        if (!found) status = ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for its class names", ckca__tail(path));
+    }
+    ckca__release(ctx, view);
+    ckca__release(ctx, json.text);
+    *names = found;
+    *n = found ? (int)count : 0;
+    return status;
+}
+
+/* --- Reading ------------------------------------------------------------------------------------------------------ */
+
+typedef struct ckca__st_tensor {
+    const char *name;
+    char dtype[8]; /* "F32", "I64", ... */
+    int dims;
+    int64_t shape[8];
+    size_t begin, end; /* bytes[begin..end) of the file */
+} ckca__st_tensor;
+
+typedef struct ckca__st_pair {
+    const char *key, *value;
+} ckca__st_pair;
+
+typedef struct ckca__st_file {
+    ckca_context *ctx;
+    const char *path; /* for messages */
+    const unsigned char *bytes;
+    unsigned char *owned; /* what ckca__st_close releases: bytes, if ckca__st_open read them */
+    char *text;           /* the header, where names and metadata point */
+    ckca__st_tensor *tensor; /* by name */
+    ckca__st_pair *meta;     /* by key */
+    size_t tensors, metas;
+} ckca__st_file;
+
+static void ckca__st_close(ckca__st_file *file) {
+    ckca__release(file->ctx, file->tensor);
+    ckca__release(file->ctx, file->meta);
+    ckca__release(file->ctx, file->text);
+    ckca__release(file->ctx, file->owned);
+    file->tensor = NULL;
+    file->meta = NULL;
+    file->text = NULL;
+    file->owned = NULL;
+    file->tensors = file->metas = 0;
+}
+
+/* Bytes of one value, 0 for a type we do not know. */
+static size_t ckca__st_value_bytes(const char *dtype) {
+    static const struct { char name[8]; size_t bytes; } known[] = {
+        {"F32", 4}, {"F64", 8}, {"F16", 2}, {"BF16", 2}, {"I64", 8}, {"U64", 8}, {"I32", 4}, {"U32", 4}, {"I16", 2},
+        {"U16", 2}, {"I8", 1}, {"U8", 1}, {"BOOL", 1}, {"C64", 8}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
+    size_t i;
+    for (i = 0; i < sizeof known / sizeof *known; i++)
+        if (!strcmp(known[i].name, dtype)) return known[i].bytes;
+    return 0;
+}
+
+static int ckca__st_by_name(const void *a, const void *b) {
+    return strcmp(((const ckca__st_tensor *)a)->name, ((const ckca__st_tensor *)b)->name);
+}
+
+static int ckca__st_by_place(const void *a, const void *b) {
+    const ckca__st_tensor *x = (const ckca__st_tensor *)a, *y = (const ckca__st_tensor *)b;
+    if (x->begin != y->begin) return x->begin < y->begin ? -1 : 1;
+    return x->end < y->end ? -1 : x->end > y->end;
+}
+
+static int ckca__st_by_key(const void *a, const void *b) {
+    return strcmp(((const ckca__st_pair *)a)->key, ((const ckca__st_pair *)b)->key);
+}
+
+/* {"key":"value",...} behind "__metadata__": */
+static ckca_status ckca__st_parse_meta(ckca__json *json, ckca__st_file *file, size_t *capacity) {
+    ckca_status status = CKCA_OK;
+    if (!ckca__json_take(json, '{')) return ckca__json_fail(json, "__metadata__ is no object");
+    if (ckca__json_take(json, '}')) return CKCA_OK;
+    do {
+        char *key, *value;
+        status = ckca__json_string(json, &key);
+        if (!status && !ckca__json_take(json, ':')) status = ckca__json_fail(json, "no :");
+        if (!status) status = ckca__json_string(json, &value);
+        if (!status && !ckca__grow(json->ctx, (void **)&file->meta, file->metas, capacity, sizeof *file->meta))
+            status = ckca__fail(json->ctx, CKCA_ENOMEM, "%s: no memory for its metadata", ckca__tail(json->path));
+        if (status) return status;
+        file->meta[file->metas].key = key;
+        file->meta[file->metas++].value = value;
+    } while (ckca__json_take(json, ','));
+    return ckca__json_take(json, '}') ? CKCA_OK : ckca__json_fail(json, "no , or }");
+}
+
+/* {"dtype":...,"shape":[...],"data_offsets":[begin,end]}, in any order, behind a tensor's name. */
+static ckca_status ckca__st_parse_tensor(ckca__json *json, ckca__st_tensor *tensor) {
+    int64_t offset[2];
+    int offsets = 0, have_dtype = 0, have_shape = 0, i;
+    size_t value_bytes, bytes;
+    ckca_status status = CKCA_OK;
+    if (!ckca__json_take(json, '{')) return ckca__json_fail(json, "a tensor that is no object");
+    do {
+        char *key, *dtype;
+        status = ckca__json_string(json, &key);
+        if (!status && !ckca__json_take(json, ':')) status = ckca__json_fail(json, "no :");
+        if (status) return status;
+        if (!strcmp(key, "dtype") && !have_dtype) {
+            have_dtype = 1;
+            status = ckca__json_string(json, &dtype);
+            if (!status && !ckca__st_value_bytes(dtype))
+                status = ckca__fail(json->ctx, CKCA_EFORMAT, "%s: %.100s has the unknown type \"%.20s\"",
+                                    ckca__tail(json->path), tensor->name, dtype);
+            if (!status) memcpy(tensor->dtype, dtype, strlen(dtype) + 1);
+        } else if (!strcmp(key, "shape") && !have_shape) {
+            have_shape = 1;
+            status = ckca__json_wholes(json, tensor->shape, 8, &tensor->dims);
+        } else if (!strcmp(key, "data_offsets") && !offsets) {
+            status = ckca__json_wholes(json, offset, 2, &offsets);
+        } else status = ckca__json_fail(json, "a field of a tensor that is unknown or there twice");
+        if (status) return status;
+    } while (ckca__json_take(json, ','));
+    if (!ckca__json_take(json, '}')) return ckca__json_fail(json, "no , or }");
+    if (!have_dtype || !have_shape || offsets != 2)
+        return ckca__fail(json->ctx, CKCA_EFORMAT, "%s: %.100s lacks its dtype, shape or two data_offsets",
+                          ckca__tail(json->path), tensor->name);
+    bytes = value_bytes = ckca__st_value_bytes(tensor->dtype);
+    for (i = 0; i < tensor->dims; i++)
+        bytes = (uint64_t)tensor->shape[i] > SIZE_MAX ? SIZE_MAX : ckca__mul(bytes, (size_t)tensor->shape[i]);
+    if (offset[1] < offset[0] || bytes == SIZE_MAX || (uint64_t)(offset[1] - offset[0]) != bytes)
+        return ckca__fail(json->ctx, CKCA_EFORMAT,
+                          "%s: %.100s is at bytes %.0f to %.0f, its shape and type (%.0f bytes a value) need %.0f",
+                          ckca__tail(json->path), tensor->name, (double)offset[0], (double)offset[1],
+                          (double)value_bytes, (double)bytes);
+    tensor->begin = (size_t)offset[0];
+    tensor->end = (size_t)offset[1];
+    return CKCA_OK;
+}
+
+/* The header as text, from its first brace to its last. */
+static ckca_status ckca__st_parse_header(ckca__json *json, ckca__st_file *file) {
+    size_t tensor_capacity = 0, meta_capacity = 0;
+    int have_meta = 0;
+    ckca_status status;
+    if (!json->size || json->text[0] != '{') return ckca__json_fail(json, "no {");
+    json->at = 1;
+    if (!ckca__json_take(json, '}')) {
+        do {
+            char *name;
+            status = ckca__json_string(json, &name);
+            if (!status && !ckca__json_take(json, ':')) status = ckca__json_fail(json, "no :");
+            if (status) return status;
+            if (!strcmp(name, "__metadata__")) {
+                if (have_meta++) return ckca__json_fail(json, "a second __metadata__");
+                status = ckca__st_parse_meta(json, file, &meta_capacity);
+            } else if (!ckca__grow(json->ctx, (void **)&file->tensor, file->tensors, &tensor_capacity,
+                                   sizeof *file->tensor)) {
+                status = ckca__fail(json->ctx, CKCA_ENOMEM, "%s: no memory for its header", ckca__tail(json->path));
+            } else {
+                file->tensor[file->tensors].name = name;
+                status = ckca__st_parse_tensor(json, &file->tensor[file->tensors++]);
+            }
+            if (status) return status;
+        } while (ckca__json_take(json, ','));
+        if (!ckca__json_take(json, '}')) return ckca__json_fail(json, "no , or }");
+    }
+    ckca__json_space(json);
+    return json->at == json->size ? CKCA_OK : ckca__json_fail(json, "something behind the last }");
+}
+
+/* Tensors lie one behind the other without a hole from the header to the file's end; names and keys are there once. */
+static ckca_status ckca__st_check(ckca__st_file *file, size_t data, size_t size) {
+    size_t i, at = 0;
+    if (file->tensors) qsort(file->tensor, file->tensors, sizeof *file->tensor, ckca__st_by_place);
+    for (i = 0; i < file->tensors; i++) {
+        ckca__st_tensor *tensor = &file->tensor[i];
+        if (tensor->begin != at || tensor->end > size - data)
+            return ckca__fail(file->ctx, CKCA_EFORMAT,
+                              "%s: %.100s is at bytes %.0f to %.0f of %.0f, the tensor before it ends at %.0f%s",
+                              ckca__tail(file->path), tensor->name, (double)tensor->begin, (double)tensor->end,
+                              (double)(size - data), (double)at, tensor->begin == at ? " (truncated?)" : "");
+        at = tensor->end;
+        tensor->begin += data;
+        tensor->end += data;
+    }
+    if (at != size - data)
+        return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: its tensors have %.0f bytes, the file has %.0f for them",
+                          ckca__tail(file->path), (double)at, (double)(size - data));
+    if (file->tensors) qsort(file->tensor, file->tensors, sizeof *file->tensor, ckca__st_by_name);
+    for (i = 1; i < file->tensors; i++)
+        if (!strcmp(file->tensor[i - 1].name, file->tensor[i].name))
+            return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: %.100s is in it twice", ckca__tail(file->path),
+                              file->tensor[i].name);
+    if (file->metas) qsort(file->meta, file->metas, sizeof *file->meta, ckca__st_by_key);
+    for (i = 1; i < file->metas; i++)
+        if (!strcmp(file->meta[i - 1].key, file->meta[i].key))
+            return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: the metadata \"%.100s\" is in it twice",
+                              ckca__tail(file->path), file->meta[i].key);
+    return CKCA_OK;
+}
+
+/* A file in memory, which must stay while *file is used. path is for messages and must stay too. Whatever comes back,
+   ckca__st_close may be called. */
+static ckca_status ckca__st_parse(ckca_context *ctx, const char *path, const unsigned char *bytes, size_t size,
+                                  ckca__st_file *file) {
+    uint64_t header = 0;
+    size_t flaw;
+    ckca__json json;
+    ckca_status status;
+    int i;
+    memset(file, 0, sizeof *file);
+    file->ctx = ctx;
+    file->path = path;
+    file->bytes = bytes;
+    if (size < 8)
+        return ckca__fail(ctx, CKCA_EFORMAT, "%s: %.0f bytes, a safetensors file has at least 10", ckca__tail(path),
+                          (double)size);
+    for (i = 7; i >= 0; i--) header = header << 8 | bytes[i];
+    if (header > 100000000 || header > size - 8)
+        return ckca__fail(ctx, CKCA_EFORMAT, "%s: a header of %.0f bytes in a file of %.0f: %s", ckca__tail(path),
+                          (double)header, (double)size,
+                          header > 100000000 ? "not a safetensors file" : "truncated, or not a safetensors file");
+    memset(&json, 0, sizeof json);
+    json.ctx = ctx;
+    json.path = path;
+    json.size = (size_t)header;
+    json.text = file->text = (char *)ckca__alloc(ctx, json.size + 1);
+    if (!json.text)
+        return ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for its header of %.0f bytes", ckca__tail(path),
+                          (double)header);
+    memcpy(json.text, bytes + 8, json.size);
+    flaw = ckca__utf8_flaw(bytes + 8, json.size);
+    if (flaw < json.size) {
+        json.at = flaw;
+        status = ckca__json_fail(&json, "not UTF-8");
+    } else status = ckca__st_parse_header(&json, file);
+    if (!status) status = ckca__st_check(file, 8 + json.size, size);
+    return status;
+}
+
+static const ckca__st_tensor *ckca__st_find(const ckca__st_file *file, const char *name) {
+    ckca__st_tensor wanted;
+    wanted.name = name;
+    if (!file->tensors) return NULL;
+    return (const ckca__st_tensor *)bsearch(&wanted, file->tensor, file->tensors, sizeof wanted, ckca__st_by_name);
+}
+
+/* The text behind a key of the metadata, or NULL. */
+static const char *ckca__st_meta(const ckca__st_file *file, const char *key) {
+    ckca__st_pair wanted, *found;
+    wanted.key = key;
+    if (!file->metas) return NULL;
+    found = (ckca__st_pair *)bsearch(&wanted, file->meta, file->metas, sizeof wanted, ckca__st_by_key);
+    return found ? found->value : NULL;
+}
+
+/* A half-precision number (IEEE 754 binary16). */
+static float ckca__half(unsigned bits) {
+    unsigned exponent = bits >> 10 & 31, fraction = bits & 1023;
+    float value;
+    if (exponent == 31) value = fraction ? NAN : INFINITY;
+    else if (exponent) value = ldexpf((float)(1024 + fraction), (int)exponent - 25);
+    else value = ldexpf((float)fraction, -24);
+    return bits >> 15 ? -value : value;
+}
+
+/* A tensor of F32, F16, BF16 or F64 as floats: out has as many as its shape says. */
+static ckca_status ckca__st_read_floats(const ckca__st_file *file, const ckca__st_tensor *tensor, float *out) {
+    const unsigned char *in = file->bytes + tensor->begin;
+    size_t size = tensor->end - tensor->begin, i;
+    if (!strcmp(tensor->dtype, "F32")) {
+        if (size) memcpy(out, in, size);
+    } else if (!strcmp(tensor->dtype, "F64")) {
+        for (i = 0; i < size / 8; i++) {
+            double value;
+            memcpy(&value, in + i * 8, 8);
+            out[i] = (float)value;
+        }
+    } else if (!strcmp(tensor->dtype, "F16")) {
+        for (i = 0; i < size / 2; i++) out[i] = ckca__half(in[2 * i] | (unsigned)in[2 * i + 1] << 8);
+    } else if (!strcmp(tensor->dtype, "BF16")) { /* the upper half of a float */
+        for (i = 0; i < size / 2; i++) {
+            uint32_t bits = (uint32_t)in[2 * i] << 16 | (uint32_t)in[2 * i + 1] << 24;
+            memcpy(&out[i], &bits, 4);
+        }
+    } else {
+        return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: %.100s is of type %s, not of floats", ckca__tail(file->path),
+                          tensor->name, tensor->dtype);
+    }
+    return CKCA_OK;
+}
+
+#ifndef CKCA_NO_STDIO
+
+/* Reads a file whole, 16 GiB at most, and parses it. ckca__st_close it whatever comes back; path must stay so long. */
+static ckca_status ckca__st_open(ckca_context *ctx, const char *path, ckca__st_file *file) {
+    unsigned char *bytes;
+    size_t size;
+    ckca_status status;
+    memset(file, 0, sizeof *file);
+    file->ctx = ctx;
+    status = ckca__read_file(ctx, path, SIZE_MAX >> (sizeof(size_t) > 4 ? 30 : 1), &bytes, &size);
+    if (status) return status;
+    status = ckca__st_parse(ctx, path, bytes, size, file);
+    file->owned = bytes;
+    return status;
+}
+
+/* --- Writing ------------------------------------------------------------------------------------------------------ */
+
+#ifdef CKCA__POSIX /* strict C99 hides these two of POSIX */
+#ifndef __cplusplus
+extern int fileno(FILE *);
+extern int fsync(int);
+#endif
+#endif
+
+typedef struct ckca__st_item {
+    const char *name, *dtype;
+    int dims;
+    int64_t shape[8];
+    const void *data; /* NULL: ask */
+} ckca__st_item;
+
+static size_t ckca__st_item_bytes(const ckca__st_item *item) {
+    size_t bytes = ckca__st_value_bytes(item->dtype);
+    int i;
+    for (i = 0; i < item->dims; i++) bytes *= (size_t)item->shape[i];
+    return bytes;
+}
+
+/* The header, padded with spaces to a multiple of 8. Tensors of wider values come first, so that each is aligned. */
+static void ckca__st_header(ckca__text *text, const ckca__st_item *items, int count, const ckca__st_pair *meta,
+                            int metas) {
+    size_t at = 0, width;
+    int i, k, written = 0;
+    ckca__text_puts(text, "{");
+    for (i = 0; i < metas; i++) {
+        ckca__text_puts(text, i ? "," : "\"__metadata__\":{");
+        ckca__text_json(text, meta[i].key);
+        ckca__text_puts(text, ":");
+        ckca__text_json(text, meta[i].value);
+        if (i == metas - 1) ckca__text_puts(text, "}");
+    }
+    for (width = 8; width; width /= 2) {
+        for (i = 0; i < count; i++) {
+            if (ckca__st_value_bytes(items[i].dtype) != width) continue;
+            if (metas || written++) ckca__text_puts(text, ",");
+            ckca__text_json(text, items[i].name);
+            ckca__text_puts(text, ":{\"dtype\":");
+            ckca__text_json(text, items[i].dtype);
+            ckca__text_puts(text, ",\"shape\":[");
+            for (k = 0; k < items[i].dims; k++) {
+                if (k) ckca__text_puts(text, ",");
+                ckca__text_number(text, (uint64_t)items[i].shape[k]);
+            }
+            ckca__text_puts(text, "],\"data_offsets\":[");
+            ckca__text_number(text, at);
+            ckca__text_puts(text, ",");
+            ckca__text_number(text, at += ckca__st_item_bytes(&items[i]));
+            ckca__text_puts(text, "]}");
+        }
+    }
+    ckca__text_puts(text, "}");
+    while (text->length % 8 && !text->failed) ckca__text_puts(text, " ");
+}
+
+/* Writes a file: into PATH.tmp-<process>, which replaces path when it is on the disk whole. Metadata and, as far as their
+   types' widths allow, tensors keep their order. Where an item has no data, ask(user, i) gives a pointer to it that is
+   valid until the next call, so that whoever must rearrange tensors first needs room for one only. */
+static ckca_status ckca__st_write(ckca_context *ctx, const char *path, const ckca__st_item *items, int count,
+                                  const ckca__st_pair *meta, int metas, const void *(*ask)(void *user, int i),
+                                  void *user) {
+    ckca__text header, temporary;
+    const char *failed = NULL; /* what could not be done */
+    unsigned char length[8];
+    size_t width;
+    FILE *file = NULL;
+    ckca_status status = CKCA_OK;
+    int i, error = 0;
+    memset(&header, 0, sizeof header);
+    header.ctx = ctx;
+    temporary = header;
+    ckca__st_header(&header, items, count, meta, metas);
+    ckca__text_puts(&temporary, path);
+    ckca__text_puts(&temporary, ".tmp-");
+#ifdef CKCA__POSIX
+    ckca__text_number(&temporary, (uint64_t)getpid());
+#endif
+    if (header.failed || temporary.failed) {
+        status = ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for its header", ckca__tail(path));
+    } else {
+        file = fopen(temporary.at, "wb");
+        if (!file) {
+            failed = "created";
+            error = errno;
+        }
+    }
+    for (i = 0; i < 8; i++) length[i] = (unsigned char)((uint64_t)header.length >> 8 * i);
+    if (file) {
+        int ok = fwrite(length, 1, 8, file) == 8 && fwrite(header.at, 1, header.length, file) == header.length;
+        for (width = 8; width; width /= 2) {
+            for (i = 0; i < count && ok; i++) {
+                size_t bytes = ckca__st_item_bytes(&items[i]);
+                if (ckca__st_value_bytes(items[i].dtype) != width || !bytes) continue;
+                ok = fwrite(items[i].data ? items[i].data : ask(user, i), 1, bytes, file) == bytes;
+            }
+        }
+        ok = ok && fflush(file) == 0;
+#ifdef CKCA__POSIX
+        ok = ok && fsync(fileno(file)) == 0;
+#endif
+        if (!ok) error = errno;
+        if (fclose(file) != 0 && ok) {
+            ok = 0;
+            error = errno;
+        }
+        if (!ok) failed = "written";
+#ifdef _WIN32
+        if (ok) remove(path); /* rename does not replace there */
+#endif
+        if (ok && rename(temporary.at, path) != 0) {
+            failed = "put in place";
+            error = errno;
+        }
+        if (failed) remove(temporary.at);
+    }
+    if (failed)
+        status = ckca__fail(ctx, CKCA_EIO, "%s: cannot be %s: %s", ckca__tail(path), failed, strerror(error));
+#ifdef CKCA__POSIX
+    if (!status) { /* the folder's entry too; some file systems have no such call, and the file is there already */
+        char *slash = strrchr(temporary.at, '/');
+        int folder;
+        if (slash) slash[slash == temporary.at] = 0;
+        folder = open(slash ? temporary.at : ".", O_RDONLY);
+        if (folder >= 0) {
+            fsync(folder);
+            close(folder);
+        }
+    }
+#endif
+    ckca__release(ctx, header.at);
+    ckca__release(ctx, temporary.at);
+    return status;
+}
+
+#endif /* CKCA_NO_STDIO */
+
+#endif /* CKCA__SAFETENSORS */
+#endif /* CKCA_IMPLEMENTATION */
+#endif /* CKCA__PASS */
+#ifndef CKCA__PASS
+#ifdef CKCA_IMPLEMENTATION
+#ifndef CKCA__CHECKPOINT
+#define CKCA__CHECKPOINT
+
+/* ------------------------------------------------------------------------------------------------------------------
+   FILES: CHECKPOINTS and training states
+
+   A checkpoint is a safetensors file with PyTorch's names and orders, and in its metadata, as text: ckca.graph (see
+   ckca__graph_write), ckca.input "height width channels", ckca.classes, ckca.class_names (a JSON list), ckca.mean and
+   ckca.std, ckca.step, ckca.arch. A training state is a checkpoint with momentum.* and ckca.state beside them.
+   ------------------------------------------------------------------------------------------------------------------ */
+
+/* A non-negative number as %.9g writes it, whatever the locale; *text moves behind it. 1: it was one. */
+static int ckca__parse_decimal(const char **text, double *value) {
+    const char *p = *text;
+    double mantissa = 0;
+    int digits = 0, exponent = 0, sign = 1, shift = 0, point = 0;
+    for (;; p++) {
+        if (*p == '.' && !point) point = 1;
+        else if (*p >= '0' && *p <= '9' && digits < 17) {
+            mantissa = mantissa * 10 + (*p - '0');
+            shift -= point;
+            digits++;
+        } else break;
+    }
+    if (!digits) return 0;
+    if (*p == 'e') {
+        p++;
+        if (*p == '-' || *p == '+') sign = *p++ == '-' ? -1 : 1;
+        if (*p < '0' || *p > '9') return 0;
+        while (*p >= '0' && *p <= '9' && exponent < 100) exponent = exponent * 10 + (*p++ - '0');
+    }
+    exponent = sign * exponent + shift;
+    if (exponent < -40 || exponent > 40) return 0;
+    *value = exponent < 0 ? mantissa / pow(10, -exponent) : mantissa * pow(10, exponent);
+    *text = p;
+    return 1;
+}
+
+/* count whole numbers from 0 to INT_MAX, separated by single spaces, and nothing else. */
+static int ckca__parse_wholes(const char *text, int *value, int count) {
+    int i;
+    for (i = 0; text && i < count; i++) {
+        int64_t v = 0;
+        if (i && *text++ != ' ') return 0;
+        if (*text < '0' || *text > '9') return 0;
+        while (*text >= '0' && *text <= '9' && v <= INT_MAX) v = v * 10 + (*text++ - '0');
+        if (v > INT_MAX) return 0;
+        value[i] = (int)v;
+    }
+    return text && !*text;
+}
+
+/* count floats, separated by single spaces. */
+static int ckca__parse_floats(const char *text, float *value, int count) {
+    int i;
+    for (i = 0; text && i < count; i++) {
+        double v;
+        if ((i && *text++ != ' ') || !ckca__parse_decimal(&text, &v) || !(v < 1e6)) return 0;
+        value[i] = (float)v;
+    }
+    return text && !*text;
+}
+
+/* Takes what a file's metadata says of classes, normalisation and step. */
+static ckca_status ckca__read_metadata(ckca_model *m, const ckca__st_file *file) {
+    const char *names = ckca__st_meta(file, "ckca.class_names"), *mean = ckca__st_meta(file, "ckca.mean");
+    const char *std = ckca__st_meta(file, "ckca.std"), *step = ckca__st_meta(file, "ckca.step");
+    const char *path = ckca__tail(file->path);
+    const size_t channels = (size_t)m->channels;
+    char **list = NULL;
+    float *normalization = NULL;
+    int count = 0, t = 1; /* weights without a step come from a training elsewhere */
+    ckca_status status = CKCA_OK;
+    if (step && !ckca__parse_wholes(step, &t, 1))
+        return ckca__fail(m->ctx, CKCA_EFORMAT, "%s: ckca.step \"%.20s\" is not a whole number", path, step);
+    if (names && (status = ckca__names_from_json(m->ctx, file->path, names, &list, &count))) return status;
+    if (names && count != m->classes)
+        status = ckca__fail(m->ctx, CKCA_EFORMAT, "%s: %d class names for %d classes", path, count, m->classes);
+    if (!status && (mean || std)) {
+        size_t i;
+        normalization = (float *)ckca__alloc(m->ctx, channels * 2 * sizeof(float));
+        if (!normalization)
+            status = ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for the mean of %d channels", path, m->channels);
+        else if (!ckca__parse_floats(mean, normalization, m->channels) ||
+                 !ckca__parse_floats(std, normalization + channels, m->channels))
+            status = ckca__fail(m->ctx, CKCA_EFORMAT, "%s: ckca.mean and ckca.std are not %d numbers each", path, m->channels);
+        for (i = channels; !status && i < 2 * channels; i++)
+            if (!(normalization[i] > 0)) status = ckca__fail(m->ctx, CKCA_EFORMAT, "%s: ckca.std has a zero", path);
+    }
+    if (status) {
+        ckca__free_names(m->ctx, list, count);
+        ckca__release(m->ctx, normalization);
+        return status;
+    }
+    if (list) {
+        ckca__free_names(m->ctx, m->class_names, m->classes);
+        m->class_names = list;
+    }
+    if (normalization) {
+        ckca__release(m->ctx, m->normalization);
+        m->normalization = normalization;
+        m->normalized = 1;
+    }
+    m->step = t;
+    return CKCA_OK;
+}
+
+/* The tensor for parameter p, whose name in the file is prefix and its own; NULL after a failure. */
+static const ckca__st_tensor *ckca__find_parameter(const ckca__st_file *file, const ckca__parameter *p, const char *prefix) {
+    char name[CKCA__NAME_MAX + 32];
+    const ckca__st_tensor *tensor;
+    int i, fits;
+    snprintf(name, sizeof name, "%s%s", prefix, p->name);
+    tensor = ckca__st_find(file, name);
+    if (!tensor) {
+        ckca__fail(file->ctx, CKCA_EFORMAT, "%s: it has no tensor %s", ckca__tail(file->path), name);
+        return NULL;
+    }
+    fits = tensor->dims == p->dims;
+    for (i = 0; fits && i < p->dims; i++) fits = tensor->shape[i] == p->shape[i];
+    if (fits) return tensor;
+    {
+        char has[100] = "", wants[100] = "";
+        size_t h = 0, w = 0;
+        for (i = 0; i < tensor->dims && i < 4; i++)
+            h += (size_t)snprintf(has + h, sizeof has - h, "%s%.0f", i ? "x" : "", (double)tensor->shape[i]);
+        for (i = 0; i < p->dims; i++) w += (size_t)snprintf(wants + w, sizeof wants - w, "%s%d", i ? "x" : "", p->shape[i]);
+        ckca__fail(file->ctx, CKCA_ESHAPE, "%s: %s is %s in the file, %s in the model", ckca__tail(file->path), name, has, wants);
+    }
+    return NULL;
+}
+
+/* All parameters of a file (momentum: momentum.*) into host, in the arenas' layout. */
+static ckca_status ckca__read_parameters(const ckca_model *m, const ckca__st_file *file, const char *prefix, int momentum,
+                                         float *host) {
+    float *file_order = NULL;
+    size_t most = 0;
+    int i;
+    ckca_status status = CKCA_OK;
+    for (i = 0; i < m->parameters; i++)
+        if (m->parameter[i].count > most) most = m->parameter[i].count;
+    file_order = (float *)ckca__alloc(m->ctx, most * sizeof(float));
+    if (!file_order)
+        return ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for %.1f MB", ckca__tail(file->path), (double)most * 4e-6);
+    for (i = 0; !status && i < m->parameters; i++) {
+        const ckca__parameter *p = &m->parameter[i];
+        const ckca__st_tensor *tensor;
+        if (momentum && p->role >= CKCA__MEAN) continue;
+        tensor = ckca__find_parameter(file, p, prefix);
+        if (!tensor) {
+            status = CKCA_EFORMAT;
+            break;
+        }
+        if (!(status = ckca__st_read_floats(file, tensor, file_order))) ckca__reorder(p, file_order, host + p->offset, 0);
+    }
+    ckca__release(m->ctx, file_order);
+    return status;
+}
+
+/* A file's tensors that the model has no place for would mean that it is another network's. */
+static ckca_status ckca__check_tensors(const ckca_model *m, const ckca__st_file *file) {
+    size_t i;
+    int j;
+    for (i = 0; i < (size_t)m->parameters; i++)
+        if (!ckca__find_parameter(file, &m->parameter[i], "")) return CKCA_EFORMAT;
+    for (i = 0; i < file->tensors; i++) {
+        const char *name = file->tensor[i].name, *suffix = strrchr(name, '.');
+        if ((suffix && !strcmp(suffix, ".num_batches_tracked")) || !strncmp(name, "momentum.", 9)) continue;
+        for (j = 0; j < m->parameters; j++)
+            if (!strcmp(m->parameter[j].name, name)) break;
+        if (j == m->parameters)
+            return ckca__fail(m->ctx, CKCA_EFORMAT, "%s: its tensor %.80s is not of this network", ckca__tail(file->path), name);
+    }
+    return CKCA_OK;
+}
+
+/* PyTorch's count of training forwards, from the first batch norm that has one. */
+static void ckca__read_tracked(ckca_model *m, const ckca__st_file *file) {
+    int i;
+    for (i = 0; i < m->nodes; i++) {
+        const ckca__st_tensor *tracked;
+        char name[CKCA__NAME_MAX + 32];
+        if (m->node[i].kind != CKCA__BATCHNORM) continue;
+        snprintf(name, sizeof name, "%s.num_batches_tracked", m->node[i].name);
+        tracked = ckca__st_find(file, name);
+        if (tracked && !strcmp(tracked->dtype, "I64") && tracked->end - tracked->begin == 8)
+            memcpy(&m->batches_tracked, file->bytes + tracked->begin, 8);
+        return;
+    }
+}
+
+/* Weights and what the metadata says, from an open file into a finished model; all or nothing. */
+static ckca_status ckca__take_weights(ckca_model *m, const ckca__st_file *file) {
+    float *host;
+    ckca_status status;
+    if ((status = ckca__check_tensors(m, file))) return status;
+    host = (float *)ckca__alloc(m->ctx, m->all * sizeof(float));
+    if (!host)
+        return ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for %.1f MB", ckca__tail(file->path), (double)m->all * 4e-6);
+    status = ckca__read_parameters(m, file, "", 0, host);
+    if (!status) status = ckca__read_metadata(m, file);
+    if (!status) {
+        ckca__device_upload(m->ctx, m->values, host, m->all * sizeof(float));
+        m->folded_valid = 0;
+        ckca__read_tracked(m, file);
+    }
+    ckca__release(m->ctx, host);
+    return status;
+}
+
+/* A model from the bytes of a checkpoint. */
+static ckca_status ckca__load_file(ckca_context *ctx, ckca_model **out, const ckca__st_file *file) {
+    const char *graph = ckca__st_meta(file, "ckca.graph"), *arch = ckca__st_meta(file, "ckca.arch");
+    const char *path = ckca__tail(file->path);
+    int input[3], classes, i;
+    ckca_model_desc desc;
+    ckca_model *m;
+    ckca_status status;
+    if (!graph)
+        return ckca__fail(ctx, CKCA_EFORMAT, "%s: no network in its metadata (ckca.graph): build the model, then "
+                          "ckca_load_weights", path);
+    if (!ckca__parse_wholes(ckca__st_meta(file, "ckca.input"), input, 3) ||
+        !ckca__parse_wholes(ckca__st_meta(file, "ckca.classes"), &classes, 1) || classes < 1)
+        return ckca__fail(ctx, CKCA_EFORMAT, "%s: ckca.input or ckca.classes cannot be read", path);
+    memset(&desc, 0, sizeof desc);
+    desc.height = input[0];
+    desc.width = input[1];
+    desc.channels = input[2];
+    desc.classes = classes;
+    if ((status = ckca_model_create(ctx, &m, &desc))) return status;
+    for (i = 0; arch && arch[i] && i < (int)sizeof m->arch - 1; i++) m->arch[i] = arch[i];
+    if (arch) m->arch[i] = 0;
+    if (!(status = ckca__graph_read(m, graph)) && !(status = ckca__check_tensors(m, file)) &&
+        !(status = ckca__allocate_values(m)))
+        status = ckca__take_weights(m, file);
+    if (status) {
+        ckca_model_free(m);
+        return status;
+    }
+    *out = m;
+    return CKCA_OK;
+}
+
+#ifndef CKCA_NO_STDIO
+
+/* What ckca__st_write asks for: parameter i's values, then its momentum, in PyTorch's order. */
+typedef struct ckca__export {
+    ckca_model *m;
+    const int *parameter;   /* of item i: a parameter, or parameters + one for its momentum */
+    float *host, *ordered;
+} ckca__export;
+
+static const void *ckca__export_item(void *user, int i) {
+    const ckca__export *e = (const ckca__export *)user;
+    const int momentum = e->parameter[i] >= e->m->parameters;
+    const ckca__parameter *p = &e->m->parameter[e->parameter[i] - (momentum ? e->m->parameters : 0)];
+    ckca__device_download(e->m->ctx, e->host, (momentum ? e->m->momentum : e->m->values) + p->offset, p->count * sizeof(float));
+    ckca__reorder(p, e->host, e->ordered, 1);
+    return e->ordered;
+}
+
+/* "%.9g" of count values, whatever the locale. */
+static void ckca__text_floats(ckca__text *text, const float *value, int count) {
+    char number[32], *comma;
+    int i;
+    for (i = 0; i < count; i++) {
+        snprintf(number, sizeof number, "%s%.9g", i ? " " : "", (double)value[i]);
+        if ((comma = strchr(number, ',')) != NULL) *comma = '.';
+        ckca__text_puts(text, number);
+    }
+}
+
+/* Writes a checkpoint; with state (ckca.state's text) a training state. */
+static ckca_status ckca__export_model(ckca_model *m, const char *path, const char *state) {
+    ckca_context *ctx = m->ctx;
+    const int room = m->parameters * 2 + m->nodes;
+    const size_t graph_length = ckca__graph_write(m, NULL, 0) + 1;
+    ckca__st_pair meta[12];
+    ckca__st_item *item = (ckca__st_item *)ckca__alloc(ctx, (size_t)room * sizeof *item);
+    char(*tracked)[CKCA__NAME_MAX + 32] = (char(*)[CKCA__NAME_MAX + 32]) ckca__alloc(ctx, (size_t)room * sizeof *tracked);
+    int *parameter = (int *)ckca__alloc(ctx, (size_t)room * sizeof *parameter);
+    char *graph = (char *)ckca__alloc(ctx, graph_length), *names = NULL;
+    char input[64], classes[16], step[16];
+    ckca__text mean, std;
+    ckca__export export_;
+    size_t most = 0;
+    int i, k, items = 0, metas = 0;
+    ckca_status status = CKCA_OK;
+    memset(&mean, 0, sizeof mean);
+    mean.ctx = ctx;
+    std = mean;
+    for (i = 0; i < m->parameters; i++)
+        if (m->parameter[i].count > most) most = m->parameter[i].count;
+    export_.m = m;
+    export_.parameter = parameter;
+    export_.host = (float *)ckca__alloc(ctx, most * sizeof(float));
+    export_.ordered = (float *)ckca__alloc(ctx, most * sizeof(float));
+    if (m->class_names) names = ckca__names_to_json(ctx, (const char *const *)m->class_names, m->classes);
+    if (m->normalized) {
+        ckca__text_floats(&mean, m->normalization, m->channels);
+        ckca__text_floats(&std, m->normalization + m->channels, m->channels);
+    }
+    if (!item || !tracked || !parameter || !graph || !export_.host || !export_.ordered || (m->class_names && !names) ||
+        mean.failed || std.failed) {
+        status = ckca__fail(ctx, CKCA_ENOMEM, "%s: out of memory for writing it", ckca__tail(path));
+    } else {
+        ckca__graph_write(m, graph, graph_length);
+        snprintf(input, sizeof input, "%d %d %d", m->height, m->width, m->channels);
+        snprintf(classes, sizeof classes, "%d", m->classes);
+        snprintf(step, sizeof step, "%d", m->step);
+#define CKCA__META(k, v) (meta[metas].key = k, meta[metas++].value = v)
+        CKCA__META("format", "pt"); /* PyTorch's readers ask for it */
+        CKCA__META("ckca.version", CKCA_VERSION);
+        CKCA__META("ckca.arch", m->arch);
+        CKCA__META("ckca.input", input);
+        CKCA__META("ckca.classes", classes);
+        CKCA__META("ckca.step", step);
+        if (names) CKCA__META("ckca.class_names", names);
+        if (m->normalized) CKCA__META("ckca.mean", mean.at);
+        if (m->normalized) CKCA__META("ckca.std", std.at);
+        if (state) CKCA__META("ckca.state", state);
+        CKCA__META("ckca.graph", graph);
+#undef CKCA__META
+        for (i = 0; i < m->parameters * (state ? 2 : 1); i++) {
+            const ckca__parameter *p = &m->parameter[i % m->parameters];
+            const int momentum = i >= m->parameters;
+            if (momentum && p->role >= CKCA__MEAN) continue;
+            snprintf(tracked[items], sizeof *tracked, "%s%s", momentum ? "momentum." : "", p->name);
+            item[items].name = tracked[items];
+            item[items].dtype = "F32";
+            item[items].dims = p->dims;
+            for (k = 0; k < p->dims; k++) item[items].shape[k] = p->shape[k];
+            parameter[items++] = i;
+            if (p->role == CKCA__VAR) { /* PyTorch counts batches in every batch norm, and load_state_dict asks for it */
+                snprintf(tracked[items], sizeof *tracked, "%s.num_batches_tracked", m->node[p->node].name);
+                item[items].name = tracked[items];
+                item[items].dtype = "I64";
+                item[items++].data = &m->batches_tracked;
+            }
+        }
+        status = ckca__st_write(ctx, path, item, items, meta, metas, ckca__export_item, &export_);
+    }
+    ckca__release(ctx, mean.at);
+    ckca__release(ctx, std.at);
+    ckca__release(ctx, names);
+    ckca__release(ctx, export_.host);
+    ckca__release(ctx, export_.ordered);
+    ckca__release(ctx, graph);
+    ckca__release(ctx, parameter);
+    ckca__release(ctx, tracked);
+    ckca__release(ctx, item);
+    return status;
+}
+
+CKCA_API ckca_status ckca_save(ckca_model *m, const char *path) {
+    if (!m) return CKCA_EINVAL;
+    if (!m->finished || !path) return ckca__fail(m->ctx, CKCA_EINVAL, "save: needs a finished model and a path");
+    return ckca__export_model(m, path, NULL);
+}
+
+CKCA_API ckca_status ckca_load(ckca_context *ctx, ckca_model **out, const char *path) {
+    ckca__st_file file;
+    ckca_status status;
+    if (!ctx) return CKCA_EINVAL;
+    if (out) *out = NULL;
+    if (!out || !path) return ckca__fail(ctx, CKCA_EINVAL, "load: needs a path and a place for the result");
+    status = ckca__st_open(ctx, path, &file);
+    if (!status) status = ckca__load_file(ctx, out, &file);
+    ckca__st_close(&file);
+    return status;
+}
+
+CKCA_API ckca_status ckca_load_weights(ckca_model *m, const char *path) {
+    ckca__st_file file;
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    if (!m->finished || !path) return ckca__fail(m->ctx, CKCA_EINVAL, "load: needs a finished model and a path");
+    status = ckca__st_open(m->ctx, path, &file);
+    if (!status) status = ckca__take_weights(m, &file);
+    ckca__st_close(&file);
+    return status;
+}
+
+/* ckca.state: fingerprint, epoch, batch, hits, and the three sums' bits, each as 16 hexadecimal digits. */
+static ckca_status ckca__state_save(ckca__update *u) {
+    uint64_t field[7];
+    char text[7 * 17 + 1];
+    int i;
+    field[0] = u->fingerprint;
+    field[1] = (uint64_t)u->epoch;
+    field[2] = (uint64_t)u->batch;
+    field[3] = (uint64_t)u->hits;
+    memcpy(field + 4, u->sums, sizeof u->sums);
+    for (i = 0; i < 7; i++)
+        snprintf(text + 17 * i, 18, "%08lx%08lx ", (unsigned long)(field[i] >> 32), (unsigned long)(field[i] & 0xffffffffu));
+    return ckca__export_model(u->m, u->d.state, text);
+}
+
+static ckca_status ckca__state_load(ckca__update *u, int *found) {
+    ckca_model *m = u->m;
+    const char *path = ckca__tail(u->d.state), *text;
+    uint64_t field[7] = {0, 0, 0, 0, 0, 0, 0};
+    float *host = NULL;
+    ckca__st_file file;
+    FILE *probe = fopen(u->d.state, "rb");
+    int i;
+    ckca_status status;
+    *found = 0;
+    if (!probe) {
+        if (errno == ENOENT) return CKCA_OK;
+        return ckca__fail(u->ctx, CKCA_EIO, "%s: cannot be opened: %s", path, strerror(errno));
+    }
+    fclose(probe);
+    status = ckca__st_open(u->ctx, u->d.state, &file);
+    text = status ? NULL : ckca__st_meta(&file, "ckca.state");
+    if (!status && (!text || strlen(text) != 7 * 17))
+        status = ckca__fail(u->ctx, CKCA_EFORMAT, "%s: it is no training state", path);
+    for (i = 0; !status && i < 7 * 17; i++) {
+        static const char digits[] = "0123456789abcdef";
+        const char *digit = strchr(digits, text[i]);
+        if (i % 17 < 16 && digit) field[i / 17] = field[i / 17] << 4 | (uint64_t)(digit - digits);
+        else if (i % 17 < 16 || text[i] != ' ') status = ckca__fail(u->ctx, CKCA_EFORMAT, "%s: ckca.state cannot be read", path);
+    }
+    if (!status && field[0] != u->fingerprint)
+        status = ckca__fail(u->ctx, CKCA_EINVAL, "%s: a training state of another update (other pictures, weights or settings): "
+                            "remove it to start anew", path);
+    if (!status && (field[1] >= (uint64_t)u->d.epochs || field[2] > (uint64_t)u->batches || field[3] > (uint64_t)u->data->count))
+        status = ckca__fail(u->ctx, CKCA_EFORMAT, "%s: it is at epoch %.0f, batch %.0f; there are %d and %d", path,
+                            (double)field[1], (double)field[2], u->d.epochs, u->batches);
+    if (!status) {
+        host = (float *)ckca__alloc(u->ctx, (m->all + m->trainable) * sizeof(float));
+        if (!host) status = ckca__fail(u->ctx, CKCA_ENOMEM, "%s: out of memory for %.1f MB", path, (double)m->all * 8e-6);
+    }
+    if (!status) status = ckca__read_parameters(m, &file, "", 0, host);
+    if (!status) status = ckca__read_parameters(m, &file, "momentum.", 1, host + m->all);
+    if (!status) {
+        ckca__device_upload(u->ctx, m->values, host, m->all * sizeof(float));
+        ckca__device_upload(u->ctx, m->momentum, host + m->all, m->trainable * sizeof(float));
+        m->folded_valid = 0;
+        ckca__read_tracked(m, &file);
+        u->epoch = (int)field[1];
+        u->batch = (int)field[2];
+        u->hits = (int)field[3];
+        memcpy(u->sums, field + 4, sizeof u->sums);
+        *found = 1;
+    }
+    ckca__release(u->ctx, host);
+    ckca__st_close(&file);
+    return status;
+}
+
+static void ckca__state_remove(ckca__update *u) { remove(u->d.state); }
+
+#else /* CKCA_NO_STDIO: an update cannot be resumed */
+
+static ckca_status ckca__state_save(ckca__update *u) { (void)u; return CKCA_OK; }
+static ckca_status ckca__state_load(ckca__update *u, int *found) {
+    *found = 0;
+    return ckca__fail(u->ctx, CKCA_EINVAL, "update: built without files (CKCA_NO_STDIO), so there is no training state");
+}
+static void ckca__state_remove(ckca__update *u) { (void)u; }
+
+#endif
+
+#endif /* CKCA__CHECKPOINT */
+#endif /* CKCA_IMPLEMENTATION */
+#endif /* CKCA__PASS */

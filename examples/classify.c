@@ -1,0 +1,65 @@
+/* classify.c: what a checkpoint sees in pictures: the five likeliest classes of each, with their probabilities.
+
+       cc -O2 -fopenmp -I. examples/classify.c -o classify -lm
+       ./classify resnet20.safetensors cat.jpg dog.png */
+#define CKCA_IMPLEMENTATION
+#include "ckca.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+int main(int argc, char **argv) {
+    ckca_context *ctx = NULL;
+    ckca_model *model = NULL;
+    ckca_model_info info;
+    ckca_data_desc like;
+    unsigned char *pixels;
+    float *probability;
+    int i, k, best, shown, failed = 0;
+
+    if (argc > 1 && (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h"))) {
+        printf("classify CHECKPOINT.safetensors PICTURE...: the five likeliest classes of each picture (JPEG or PNG)\n");
+        return 0;
+    }
+    if (argc < 3) {
+        fprintf(stderr, "classify: usage: classify CHECKPOINT.safetensors PICTURE...\n");
+        return 2;
+    }
+    if (ckca_init(&ctx, NULL) != CKCA_OK || ckca_load(ctx, &model, argv[1]) != CKCA_OK) {
+        fprintf(stderr, "classify: %s\n", ckca_error(ctx));
+        ckca_free(ctx);
+        return 1;
+    }
+    ckca_model_info_get(model, &info);
+    like = ckca_data_like(model); /* the size and channels that the network takes */
+    pixels = (unsigned char *)malloc((size_t)like.height * (size_t)like.width * (size_t)like.channels);
+    probability = (float *)malloc((size_t)info.classes * sizeof *probability);
+
+    for (i = 2; i < argc && pixels && probability; i++) {
+        if (ckca_read_picture(ctx, argv[i], &like, pixels) != CKCA_OK ||
+            ckca_predict(model, pixels, 1, probability) != CKCA_OK) {
+            fprintf(stderr, "classify: %s\n", ckca_error(ctx));
+            failed = 1;
+            continue;
+        }
+        printf("%s\n", argv[i]);
+        for (shown = 0; shown < 5 && shown < info.classes; shown++) {
+            for (best = 0, k = 1; k < info.classes; k++)
+                if (probability[k] > probability[best]) best = k;
+            if (info.class_names) printf("  %6.2f%%  %s\n", 100 * probability[best], info.class_names[best]);
+            else printf("  %6.2f%%  class %d\n", 100 * probability[best], best);
+            probability[best] = -1; /* shown */
+        }
+    }
+    if (!pixels || !probability) {
+        fprintf(stderr, "classify: out of memory\n");
+        failed = 1;
+    }
+
+    free(pixels);
+    free(probability);
+    ckca_model_free(model);
+    ckca_free(ctx);
+    return failed;
+}

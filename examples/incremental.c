@@ -1,0 +1,569 @@
+/* incremental.c: the question that ckca.h answers, as an experiment. A data set is cut into chunks that arrive one after
+   another; after each, every method improves its own checkpoint from that chunk alone (scratch-all: from all so far) and
+   is tested on pictures that none has seen.
+
+       cc -O2 -fopenmp -I. examples/incremental.c -o incremental -lm
+       ./incremental                                    ten classes of drawn shapes, about a minute on two cores
+       ./incremental --cifar10 cifar-10-batches-bin --chunks 10 --chunk-size 500 --out run
+       ./incremental ... --out run --resume             goes on after a kill, to the same bits
+
+   With --out DIR, that folder holds the last checkpoint of every method, results.csv, results.svg and, while a network
+   is being trained, state.safetensors. The table of results is the truth: a row is there if and only if the checkpoint
+   it speaks of is. */
+#define CKCA_IMPLEMENTATION
+#include "ckca.h"
+
+#include "tool.h"
+
+#include <sys/stat.h>
+
+typedef struct method {
+    const char *name;
+    ckca_method method;
+    int joined;         /* 1: trained on all chunks so far */
+    const char *colour; /* Okabe and Ito's palette: told apart by colour-blind eyes, too */
+    const char *dash;
+} method;
+
+static const method methods[] = {{"scratch-chunk", CKCA_METHOD_SCRATCH, 0, "#8a8a8a", "2 4"},
+                                 {"scratch-all", CKCA_METHOD_SCRATCH, 1, "#4d4d4d", "7 4"},
+                                 {"warm", CKCA_METHOD_WARM, 0, "#d98b00", ""},
+                                 {"shrink-perturb", CKCA_METHOD_SHRINK_PERTURB, 0, "#009e73", ""},
+                                 {"lwf", CKCA_METHOD_LWF, 0, "#c25e9a", ""},
+                                 {"ckca", CKCA_METHOD_CKCA, 0, "#0068ad", ""}};
+enum { METHODS = sizeof methods / sizeof *methods };
+
+/* What is known of a method after a chunk. Accuracies are fractions. */
+typedef struct row {
+    int done, pictures;
+    double accuracy, top5, loss;                                   /* on the test part */
+    double train_loss, train_accuracy, kd, feat, teacher, seconds; /* of the update's last epoch */
+} row;
+
+typedef struct run {
+    /* what was asked for */
+    tool_source source;
+    const char *arch, *method_list, *out;
+    int projection, width, chunks, chunk_size, stratified, resume, threads, augment;
+    uint64_t seed;
+    float w_lwf;
+    ckca_update_desc update;
+    /* what came of it */
+    const method *method[METHODS];
+    int columns; /* methods in use */
+    row *rows;   /* chunks x columns */
+    const tool_flag *flags;
+    char pictures[32], title[256]; /* the pictures' hash; what was trained on what, for people */
+    char path[4096];
+    /* the progress line */
+    char label[64];
+    double cost, cost_done, cost_left; /* picture visits: of this job, before it and after it, in this process */
+    double seconds, shown;             /* of the jobs before this one; when the line was last drawn */
+} run;
+
+static row *at(const run *r, int chunk, int column) { return r->rows + chunk * r->columns + column; }
+
+/* DIR/name, or DIR/name-chunkNN.safetensors. The first chunk's checkpoint is common to all methods. */
+static const char *path(run *r, const char *name) {
+    int n = snprintf(r->path, sizeof r->path, "%s/%s", r->out, name);
+    if (n < 0 || (size_t)n >= sizeof r->path) tool_fail(2, "--out: the path is too long");
+    return r->path;
+}
+
+static const char *checkpoint(run *r, int chunk, int column) {
+    char name[64];
+    snprintf(name, sizeof name, "%s-chunk%02d.safetensors", chunk ? r->method[column]->name : "first", chunk + 1);
+    return path(r, name);
+}
+
+/* ---- results.csv ---------------------------------------------------------------------------------------------- */
+
+static const char columns_line[] = "method,chunk,pictures,accuracy,top5,loss,train_loss,train_accuracy,kd,feat,"
+                                   "teacher_accuracy,seconds";
+
+/* Every setting that the results depend on, as " --name=value", so that a run is only continued as it was begun. */
+static void settings(const run *r, char *line, size_t size) {
+    const tool_flag *flag;
+    char value[512];
+    size_t length = 0;
+    for (flag = r->flags; flag->help; flag++) {
+        if (flag->kind == TOOL_HEADING || flag->free || length >= size) continue;
+        tool_print_value(flag, value, sizeof value);
+        length += (size_t)snprintf(line + length, size - length, " %s=%s", flag->name, value);
+    }
+    if (length >= size) tool_fail(2, "the names in the flags are too long");
+}
+
+static void write_csv(const run *r, FILE *file) {
+    char line[2048];
+    int t, m;
+    settings(r, line, sizeof line);
+    fprintf(file, "# incremental, ckca.h %s, pictures %s\n#%s\n%s\n", CKCA_VERSION, r->pictures, line, columns_line);
+    for (t = 0; t < r->chunks; t++)
+        for (m = 0; m < r->columns; m++) {
+            const row *a = at(r, t, m);
+            if (a->done)
+                fprintf(file, "%s,%d,%d,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.2f\n", r->method[m]->name, t + 1,
+                        a->pictures, a->accuracy, a->top5, a->loss, a->train_loss, a->train_accuracy, a->kd, a->feat,
+                        a->teacher, a->seconds);
+        }
+}
+
+/* Takes the rows of an earlier run, if there is one. Refuses it if its settings were others. */
+static void read_csv(run *r) {
+    char line[2048], mine[2048], name[32];
+    const char *csv = path(r, "results.csv"), *a = line + 1, *b = mine;
+    FILE *file = fopen(csv, "rb");
+    int i = 3, t, m, known = 0;
+    if (!file) {
+        if (errno != ENOENT) tool_fail(1, "%s: %s", csv, strerror(errno));
+        return;
+    }
+    if (!r->resume) tool_fail(2, "%s is there already: add --resume to go on with it, or name another folder", csv);
+    snprintf(mine, sizeof mine, "# incremental, ckca.h %s, pictures %s\n", CKCA_VERSION, r->pictures);
+    if (!fgets(line, sizeof line, file) || strncmp(line, mine, 14)) tool_fail(1, "%s was not written by this program", csv);
+    if (strcmp(line, mine))
+        tool_fail(2, "%s was begun with another ckca.h or other pictures: \"%.*s\" there, \"%.*s\" now", csv,
+                  (int)strcspn(line, "\n") - 2, line + 2, (int)strcspn(mine, "\n") - 2, mine + 2);
+    settings(r, mine, sizeof mine);
+    if (!fgets(line, sizeof line, file) || line[0] != '#') tool_fail(1, "%s, line 2: not the settings", csv);
+    line[strcspn(line, "\r\n")] = 0;
+    while (*a || *b) { /* setting by setting */
+        size_t n = *a ? 1 + strcspn(a + 1, " ") : 0, k = *b ? 1 + strcspn(b + 1, " ") : 0;
+        if (n != k || strncmp(a, b, n))
+            tool_fail(2, "%s was begun with%.*s, this command has%.*s", csv, (int)n, a, (int)k, b);
+        a += n;
+        b += k;
+    }
+    if (!fgets(line, sizeof line, file) || strncmp(line, columns_line, strlen(columns_line)))
+        tool_fail(1, "%s, line 3: not the names of its columns", csv);
+    while (i++, fgets(line, sizeof line, file)) {
+        row now;
+        memset(&now, 0, sizeof now);
+        if (sscanf(line, "%31[^,],%d,%d,%lf,%lf,%lf,%lf,%lf,%lf,%lf,%lf,%lf", name, &t, &now.pictures, &now.accuracy, &now.top5,
+                   &now.loss, &now.train_loss, &now.train_accuracy, &now.kd, &now.feat, &now.teacher, &now.seconds) != 12)
+            tool_fail(1, "%s, line %d: not a row of this table", csv, i);
+        for (m = 0; m < r->columns && strcmp(r->method[m]->name, name); m++) continue;
+        if (m == r->columns || t < 1 || t > r->chunks) tool_fail(1, "%s, line %d: no such method and chunk", csv, i);
+        now.done = 1;
+        *at(r, t - 1, m) = now;
+        known++;
+    }
+    fclose(file);
+    printf("%s: %d of %d rows are there already\n", csv, known, r->chunks * r->columns);
+}
+
+/* ---- results.svg ---------------------------------------------------------------------------------------------- */
+
+/* A step of 1, 2 or 5 times a power of ten that cuts range into at most count pieces. */
+static double tick_step(double range, int count) {
+    double step = pow(10, floor(log10(range / count)));
+    if (range / step > count) step *= 2;
+    if (range / step > count) step *= 2.5;
+    if (range / step > count) step *= 2;
+    return step;
+}
+
+static void put_escaped(FILE *file, const char *text) {
+    for (; *text; text++) {
+        if (*text == '<') fputs("&lt;", file);
+        else if (*text == '>') fputs("&gt;", file);
+        else if (*text == '&') fputs("&amp;", file);
+        else fputc(*text, file);
+    }
+}
+
+/* Accuracy against chunks: a line per method, named at its end. Colours and background are its own, so that it looks
+   the same in a light and in a dark viewer. */
+static void write_svg(const run *r, FILE *file) {
+    const double left = 62, right = 690, top = 96, bottom = 448, gap = 19;
+    double low = 100, high = 0, step, y_of[METHODS], label[METHODS];
+    int last[METHODS], order[METHODS], lines = 0, t, m, i, tick, ticks;
+    for (m = 0; m < r->columns; m++) {
+        for (last[m] = -1, t = 0; t < r->chunks && at(r, t, m)->done; t++) {
+            low = fmin(low, 100 * at(r, t, m)->accuracy);
+            high = fmax(high, 100 * at(r, t, m)->accuracy);
+            last[m] = t;
+        }
+        if (last[m] >= 0) order[lines++] = m;
+    }
+    if (!lines) low = 0, high = 100;
+    step = tick_step(fmax(high - low, 4), 6);
+    low = step * floor(low / step);
+    high = fmin(100, step * ceil(high / step + 0.1));
+    if (high - low < 3 * step) low = fmax(0, low - 2 * step);
+    ticks = (int)((high - low) / step + 0.5);
+#define X(chunk) (r->chunks < 2 ? (left + right) / 2 : left + 14 + (right - left - 28) * (chunk) / (r->chunks - 1.0))
+#define Y(percent) (bottom - (bottom - top) * ((percent) - low) / (high - low))
+
+    fprintf(file, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 860 510\" width=\"860\" height=\"510\" "
+                  "font-family=\"system-ui, 'Segoe UI', 'Helvetica Neue', 'DejaVu Sans', sans-serif\">\n"
+                  "<rect width=\"860\" height=\"510\" rx=\"10\" fill=\"#fcfcfa\"/>\n"
+                  "<text x=\"28\" y=\"38\" font-size=\"20\" font-weight=\"600\" fill=\"#1c1c1c\">"
+                  "Accuracy while pictures keep arriving</text>\n"
+                  "<text x=\"28\" y=\"60\" font-size=\"13\" fill=\"#5c5c5c\">");
+    put_escaped(file, r->title);
+    fprintf(file, "</text>\n<text x=\"28\" y=\"84\" font-size=\"12\" fill=\"#5c5c5c\">test accuracy, %%</text>\n"
+                  "<g font-size=\"12\" fill=\"#5c5c5c\" text-anchor=\"end\">\n");
+    for (tick = 0; tick <= ticks; tick++)
+        fprintf(file, "<path d=\"M%g %.1fH%g\" stroke=\"%s\"/><text x=\"%g\" y=\"%.1f\">%g</text>\n", left,
+                Y(low + tick * step), right, tick ? "#e4e4df" : "#8a8a8a", left - 9, Y(low + tick * step) + 4,
+                low + tick * step);
+    fprintf(file, "</g>\n<g font-size=\"12\" fill=\"#5c5c5c\" text-anchor=\"middle\">\n");
+    ticks = r->chunks <= 16 ? 1 : (int)tick_step(r->chunks, 10);
+    for (t = 0; t < r->chunks; t++)
+        if ((t + 1) % ticks == 0 || t == 0)
+            fprintf(file, "<path d=\"M%.1f %gv5\" stroke=\"#8a8a8a\"/><text x=\"%.1f\" y=\"%g\">%d</text>\n", X(t), bottom,
+                    X(t), bottom + 20, t + 1);
+    fprintf(file, "<text x=\"%g\" y=\"%g\">chunks seen</text>\n</g>\n", (left + right) / 2, bottom + 44);
+
+    /* Labels in the order of their line's ends, pushed apart where they would overlap, then kept on the paper. */
+    for (i = 0; i < lines; i++) y_of[order[i]] = Y(100 * at(r, last[order[i]], order[i])->accuracy);
+    for (i = 1; i < lines; i++)
+        for (t = i; t > 0 && y_of[order[t]] < y_of[order[t - 1]]; t--) {
+            m = order[t];
+            order[t] = order[t - 1];
+            order[t - 1] = m;
+        }
+    for (i = 0; i < lines; i++) label[i] = y_of[order[i]];
+    for (t = 0; t < 100; t++)
+        for (i = 1; i < lines; i++)
+            if (label[i] - label[i - 1] < gap) {
+                double push = (gap - (label[i] - label[i - 1])) / 2;
+                label[i - 1] -= push;
+                label[i] += push;
+            }
+    if (lines && label[lines - 1] > bottom - 4)
+        for (label[lines - 1] = bottom - 4, i = lines - 2; i >= 0; i--) label[i] = fmin(label[i], label[i + 1] - gap);
+
+    for (i = 0; i < lines; i++) { /* the best at the end is drawn last, on top */
+        const method *a = r->method[m = order[lines - 1 - i]];
+        double y = label[lines - 1 - i];
+        fprintf(file, "<g stroke=\"%s\" fill=\"none\" stroke-width=\"%s\" stroke-linejoin=\"round\" "
+                      "stroke-linecap=\"round\"><path stroke-dasharray=\"%s\" d=\"", a->colour,
+                a->method == CKCA_METHOD_CKCA ? "3" : "2", *a->dash ? a->dash : "none");
+        for (t = 0; t <= last[m]; t++)
+            fprintf(file, "%c%.1f %.1f", t ? 'L' : 'M', X(t), Y(100 * at(r, t, m)->accuracy));
+        fprintf(file, "\"/>");
+        fprintf(file, "<path stroke-width=\"1\" stroke-opacity=\"0.5\" d=\"M%.1f %.1fL%g %.1f\"/></g>\n",
+                X(last[m]) + 7, y_of[m], right + 10, y);
+        fprintf(file, "<g fill=\"%s\">", a->colour);
+        for (t = r->chunks > 40 ? last[m] : 0; t <= last[m]; t++) /* points, unless they would hide the line */
+            fprintf(file, "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"%s\" stroke=\"#fcfcfa\"/>", X(t),
+                    Y(100 * at(r, t, m)->accuracy), a->method == CKCA_METHOD_CKCA ? "4.2" : "3.4");
+        fprintf(file, "<text x=\"%g\" y=\"%.1f\" font-size=\"13\" font-weight=\"%s\">%s %.1f</text></g>\n", right + 15,
+                y + 4.5, a->method == CKCA_METHOD_CKCA ? "700" : "500", a->name, 100 * at(r, last[m], m)->accuracy);
+    }
+    fprintf(file, "</svg>\n");
+#undef X
+#undef Y
+}
+
+/* Writes beside the file and renames, so that a kill leaves the old file or the new one, never half of one. */
+static void write_file(run *r, const char *name, void (*write)(const run *, FILE *)) {
+    char temporary[sizeof r->path + 8];
+    FILE *file;
+    int good;
+    snprintf(temporary, sizeof temporary, "%s.tmp", path(r, name));
+    file = fopen(temporary, "wb");
+    if (!file) tool_fail(1, "%s: %s", temporary, strerror(errno));
+    write(r, file);
+    good = !ferror(file);
+    if (fclose(file) || !good) tool_fail(1, "%s: %s", temporary, strerror(errno));
+    if (rename(temporary, r->path)) tool_fail(1, "%s: %s", r->path, strerror(errno));
+}
+
+static void write_results(run *r) {
+    if (!r->out) return;
+    write_file(r, "results.csv", write_csv);
+    write_file(r, "results.svg", write_svg);
+}
+
+/* ---- The experiment ------------------------------------------------------------------------------------------- */
+
+static int show_progress(const ckca_progress *p, void *user) {
+    run *r = (run *)user;
+    double part = ((double)p->epoch * p->batches + p->batch) / ((double)p->epochs * p->batches);
+    double done = r->cost_done + part * r->cost, left = (1 - part) * r->cost + r->cost_left;
+    char line[256], now[32], all[32];
+    if (p->seconds - r->shown < 0.1 && p->seconds > r->shown && part < 1) return 0;
+    r->shown = p->seconds;
+    snprintf(line, sizeof line, "%s  epoch %d/%d  loss %.3f  accuracy %.1f%%  %s left, %s in all", r->label, p->epoch + 1,
+             p->epochs, p->loss, 100 * p->accuracy, tool_duration(p->seconds_left, now, sizeof now),
+             tool_duration((r->seconds + p->seconds) * left / done, all, sizeof all));
+    tool_status(line);
+    return 0;
+}
+
+/* How long an update takes, in visits of a picture. A frozen teacher's forward pass costs about a third of a step; it is
+   needed once per picture, or on every visit if they differ. */
+static double job_cost(const run *r, int chunk, int column, int pictures) {
+    const method *a = r->method[column];
+    double visits = (double)pictures * r->update.epochs * (a->joined ? chunk + 1 : 1);
+    if (chunk == 0) return column && r->out ? 0 : visits;
+    if (a->method != CKCA_METHOD_CKCA && a->method != CKCA_METHOD_LWF) return visits;
+    return visits + (r->augment ? visits : pictures) / 3.0;
+}
+
+/* One update of one method, tested. model comes in as it was after the chunk before. */
+static void do_job(ckca_context *ctx, run *r, ckca_model *model, ckca_data *const *chunks, const ckca_data *test, int t,
+                   int m) {
+    const method *a = r->method[m];
+    ckca_update_desc desc = r->update;
+    ckca_data *joined = NULL;
+    ckca_report report;
+    ckca_score score;
+    ckca_data_info info;
+    char state[sizeof r->path];
+    row *result = at(r, t, m);
+
+    desc.method = a->method;
+    if (a->method == CKCA_METHOD_LWF) desc.w_kd = r->w_lwf;
+    desc.seed = r->seed * 1000 + (uint64_t)t;
+    if (r->augment) desc.augment.pad = 4, desc.augment.flip = 1;
+    if (isatty(2)) desc.progress = show_progress, desc.user = r;
+    if (r->out) desc.state = strcpy(state, path(r, "state.safetensors"));
+    if (a->joined && t) tool_check(ctx, ckca_join(&joined, chunks, t + 1));
+    ckca_data_info_get(joined ? joined : chunks[t], &info);
+
+    snprintf(r->label, sizeof r->label, "chunk %d/%d  %s", t + 1, r->chunks, t ? a->name : "first");
+    r->shown = 0;
+    tool_check(ctx, ckca_update(model, joined ? joined : chunks[t], &desc, &report));
+    tool_status(NULL);
+    tool_check(ctx, ckca_evaluate(model, test, &score, NULL));
+    ckca_data_free(joined);
+
+    result->done = 1;
+    result->pictures = info.count;
+    result->accuracy = score.top1;
+    result->top5 = score.top5;
+    result->loss = score.loss;
+    result->train_loss = report.loss;
+    result->train_accuracy = report.accuracy;
+    result->kd = report.kd;
+    result->feat = report.feat;
+    result->teacher = report.teacher_accuracy;
+    result->seconds = report.seconds;
+    r->seconds += report.seconds;
+}
+
+static void print_row(const run *r, int t, int m) {
+    const row *a = at(r, t, m);
+    printf("chunk %2d  %-15s test %5.1f%%  top-5 %5.1f%%  loss %6.3f    training loss %6.4f  accuracy %5.1f%%  %6.1f s\n",
+           t + 1, r->method[m]->name, 100 * a->accuracy, 100 * a->top5, a->loss, a->train_loss, 100 * a->train_accuracy,
+           a->seconds);
+    fflush(stdout);
+}
+
+static void print_table(const run *r) {
+    int t, m;
+    printf("\nTest accuracy after each chunk, %%\n\nchunk");
+    for (m = 0; m < r->columns; m++) printf("  %14s", r->method[m]->name);
+    for (t = 0; t < r->chunks; t++)
+        for (printf("\n%5d", t + 1), m = 0; m < r->columns; m++) printf("  %14.1f", 100 * at(r, t, m)->accuracy);
+    for (printf("\n mean"), m = 0; m < r->columns; m++) {
+        double sum = 0;
+        for (t = 0; t < r->chunks; t++) sum += at(r, t, m)->accuracy;
+        printf("  %14.1f", 100 * sum / r->chunks);
+    }
+    printf("\n");
+}
+
+/* "warm,ckca" to the columns. */
+static void choose_methods(run *r) {
+    const char *text = r->method_list;
+    while (*text || text == r->method_list) {
+        int length = (int)strcspn(text, ","), i, m;
+        for (m = 0; m < METHODS; m++)
+            if ((int)strlen(methods[m].name) == length && !strncmp(methods[m].name, text, (size_t)length)) break;
+        if (m == METHODS) {
+            fprintf(stderr, "%s: --methods: \"%.*s\" is none of", tool_name, length, text);
+            for (m = 0; m < METHODS; m++) fprintf(stderr, " %s", methods[m].name);
+            fprintf(stderr, "\n");
+            exit(2);
+        }
+        for (i = 0; i < r->columns; i++)
+            if (r->method[i] == &methods[m]) tool_fail(2, "--methods: %s is there twice", methods[m].name);
+        r->method[r->columns++] = &methods[m];
+        text += length + (text[length] == ',' && text[length + 1]);
+    }
+}
+
+/* A number that changes when a picture or a label does (FNV-1a). */
+static uint64_t data_hash(uint64_t hash, const ckca_data *data) {
+    ckca_data_info info;
+    size_t bytes, k;
+    int i;
+    ckca_data_info_get(data, &info);
+    bytes = (size_t)info.height * (size_t)info.width * (size_t)info.channels;
+    for (i = 0; i < info.count; i++) {
+        const unsigned char *pixels = ckca_pixels(data, i);
+        for (k = 0; k < bytes; k++) hash = (hash ^ pixels[k]) * UINT64_C(0x100000001b3);
+        hash = (hash ^ (uint64_t)ckca_label(data, i)) * UINT64_C(0x100000001b3);
+    }
+    return hash;
+}
+
+int main(int argc, char **argv) {
+    static run r; /* zeroed */
+    static const char usage[] =
+        "incremental [flags]: improves a checkpoint chunk by chunk with several methods and compares them.\n"
+        "Flags are --name value or --name=value; [defaults in brackets].\n";
+    const tool_flag flags[] = {
+        TOOL_SOURCE_FLAGS(r.source),
+        {"--chunks", TOOL_INT, &r.chunks, 1, 1000, "N", "chunks that arrive", 0},
+        {"--chunk-size", TOOL_INT, &r.chunk_size, 1, 1e6, "N", "pictures in each [all there are; of the shapes 250]", 0},
+        {"--stratified", TOOL_SWITCH, &r.stratified, 0, 0, NULL, "the same share of every class in each chunk", 0},
+        {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Network", 0},
+        {"--arch", TOOL_TEXT, &r.arch, 0, 0, "NAME", "resnet8, 20, 32, 44, 56, 110, 18, 34, 50, 18-cifar ... 50-cifar", 0},
+        {"--width", TOOL_INT, &r.width, 1, 1024, "N", "channels of its first stage [16; resnet18 and larger 64]", 0},
+        {"--projection", TOOL_SWITCH, &r.projection, 0, 0, NULL, "1x1 convolutions as shortcuts (resnet8 ... 110)", 0},
+        {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Methods", 0},
+        {"--methods", TOOL_TEXT, &r.method_list, 0, 0, "A,B", "scratch-chunk, scratch-all, warm, shrink-perturb, lwf, ckca",
+         0},
+        {"--adakd", TOOL_CHOICE, &r.update.adakd, 0, 0, "class|constant|truth|doubt", "ckca's distillation weight", 0},
+        {"--w-kd", TOOL_FLOAT, &r.update.w_kd, 0, 1000, "X", "weight of ckca's distillation, 0: off [2]", 0},
+        {"--w-lwf", TOOL_FLOAT, &r.w_lwf, 0, 1000, "X", "weight of lwf's distillation, 0: off [1]", 0},
+        {"--temperature", TOOL_FLOAT, &r.update.temperature, 0.1, 100, "X", "of both distillations [2]", 0},
+        {"--featreg", TOOL_CHOICE, &r.update.featreg, 0, 0, "cosine|l2|relation|stages", "ckca's feature distance", 0},
+        {"--w-feat", TOOL_FLOAT, &r.update.w_feat, 0, 1000, "X", "weight of ckca's feature term, 0: off [the library's]", 0},
+        {"--shrink", TOOL_FLOAT, &r.update.shrink, 0.001, 1, "X", "of shrink-perturb: old weights times this [0.4]", 0},
+        {"--perturb", TOOL_FLOAT, &r.update.perturb, 0.001, 1, "X", "of shrink-perturb: plus fresh ones times this [0.1]", 0},
+        {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Training on each chunk", 0},
+        {"--epochs", TOOL_INT, &r.update.epochs, 1, 100000, "N", "[40; on the shapes 20]", 0},
+        {"--batch", TOOL_INT, &r.update.batch, 1, 65536, "N", "pictures a step [64; on the shapes 32]", 0},
+        {"--lr", TOOL_FLOAT, &r.update.lr, 1e-9, 1000, "X", "peak learning rate [0.1]", 0},
+        {"--schedule", TOOL_CHOICE, &r.update.schedule, 0, 0, "cosine|constant|step", "of the learning rate", 0},
+        {"--warmup", TOOL_FLOAT, &r.update.warmup_epochs, 0, 100000, "X", "epochs of linear warm-up [1]", 0},
+        {"--weight-decay", TOOL_FLOAT, &r.update.weight_decay, 0, 10, "X", "[0.0005]", 0},
+        {"--momentum", TOOL_FLOAT, &r.update.momentum, 0, 0.9999, "X", "Nesterov's [0.9]", 0},
+        {"--label-smoothing", TOOL_FLOAT, &r.update.label_smoothing, 1e-6, 0.99, "X", "[off]", 0},
+        {"--clip", TOOL_FLOAT, &r.update.clip_norm, 1e-6, 1e6, "X", "greatest norm of a gradient [off]", 0},
+        {"--augment", TOOL_SWITCH, &r.augment, 0, 0, NULL, "shift by up to 4 pixels, mirror half of the time", 0},
+        {"--seed", TOOL_SEED, &r.seed, 0, 0, "N", "of chunks, weights, order (and of the shapes)", 0},
+        {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Running", 0},
+        {"--threads", TOOL_INT, &r.threads, 0, 1024, "N", "[one per processor]; results do not depend on it", 1},
+        {"--out", TOOL_TEXT, &r.out, 0, 0, "DIR", "folder for checkpoints, results.csv and results.svg [none written]", 1},
+        {"--resume", TOOL_SWITCH, &r.resume, 0, 0, NULL, "go on with the run in --out, which may have been killed", 1},
+        {"--state-seconds", TOOL_FLOAT, &r.update.state_seconds, 0.001, 1e6, "X",
+         "between two states that a killed run resumes from [30]", 1},
+        {NULL, TOOL_HEADING, NULL, 0, 0, NULL, NULL, 0}};
+    const char *folder;
+    ckca_context *ctx = NULL;
+    ckca_desc desc;
+    ckca_data *train, *test, **chunks;
+    ckca_data_info info;
+    ckca_model_desc model_desc;
+    ckca_model_info model_info;
+    ckca_model *model[METHODS] = {0};
+    ckca_split_desc split;
+    int t, m, drawn, jobs = 0, best = 0;
+
+    tool_name = "incremental";
+    r.flags = flags;
+    r.arch = "resnet8";
+    r.method_list = "warm,shrink-perturb,lwf,ckca";
+    r.chunks = 8;
+    r.seed = 1;
+    if (tool_parse(argc, argv, usage, flags)) tool_fail(2, "what is \"%s\"? (--help lists the flags)", argv[0]);
+    tool_check_source(&r.source);
+    choose_methods(&r);
+    if (r.resume && !r.out) tool_fail(2, "--resume needs --out, the folder of the run to go on with");
+    drawn = !r.source.folder && !r.source.cifar10 && !r.source.cifar100 && !r.source.idx;
+    if (drawn && !r.chunk_size) r.chunk_size = 250;
+    if (drawn && (double)r.chunk_size * r.chunks > 1e6) tool_fail(2, "--chunks times --chunk-size: at most 1000000 shapes");
+    if (!r.update.epochs) r.update.epochs = drawn ? 20 : 40;
+    if (!r.update.batch) r.update.batch = drawn ? 32 : 64;
+
+    /* The pictures, in chunks. */
+    memset(&desc, 0, sizeof desc);
+    desc.threads = r.threads;
+    tool_check(ctx, ckca_init(&ctx, &desc));
+    tool_open(ctx, &r.source, r.chunks * r.chunk_size, r.seed, &train, &test);
+    ckca_data_info_get(test, &info);
+    t = info.count;
+    ckca_data_info_get(train, &info);
+    chunks = (ckca_data **)calloc((size_t)r.chunks, sizeof *chunks);
+    r.rows = (row *)calloc((size_t)(r.chunks * r.columns), sizeof *r.rows);
+    if (!chunks || !r.rows) tool_fail(1, "out of memory");
+    memset(&split, 0, sizeof split);
+    split.size = r.chunk_size;
+    split.stratified = r.stratified;
+    split.seed = r.seed;
+    tool_check(ctx, ckca_split(train, r.chunks, &split, chunks));
+
+    /* The network, as it is before the first chunk. */
+    memset(&model_desc, 0, sizeof model_desc);
+    model_desc.height = info.height;
+    model_desc.width = info.width;
+    model_desc.channels = info.channels;
+    model_desc.classes = info.classes;
+    model_desc.class_names = info.class_names;
+    model_desc.width_base = r.width;
+    model_desc.projection = r.projection;
+    model_desc.seed = r.seed;
+    for (m = 0; m < (r.out ? 1 : r.columns); m++) tool_check(ctx, ckca_resnet(ctx, &model[m], r.arch, &model_desc));
+    ckca_model_info_get(model[0], &model_info);
+    printf("%s: %lld parameters, on %s\n%d training pictures, %d test pictures, %dx%dx%d, %d classes; ", r.arch,
+           (long long)model_info.parameters, ckca_device(ctx), info.count, t, info.height, info.width, info.channels,
+           info.classes);
+
+    /* What an earlier run left. */
+    folder = r.source.folder ? r.source.folder : r.source.cifar10 ? "CIFAR-10" : r.source.cifar100 ? "CIFAR-100" : r.source.idx;
+    for (m = folder ? (int)strlen(folder) : 0; m > 1 && folder[m - 1] == '/';) m--;
+    for (t = m; folder && t > 0 && folder[t - 1] != '/';) t--;
+    ckca_data_info_get(chunks[0], &info);
+    printf("%d chunks of %d\n", r.chunks, info.count);
+    snprintf(r.title, sizeof r.title, "%s on %.*s: %d chunks of %d pictures, %d epochs each", r.arch, folder ? m - t : 12,
+             folder ? folder + t : "drawn shapes", r.chunks, info.count, r.update.epochs);
+    if (r.out) {
+        if (mkdir(r.out, 0777) && errno != EEXIST) tool_fail(1, "%s: %s", r.out, strerror(errno));
+        snprintf(r.pictures, sizeof r.pictures, "%016llx",
+                 (unsigned long long)data_hash(data_hash(UINT64_C(0xcbf29ce484222325), train), test));
+        read_csv(&r);
+        write_results(&r);
+    }
+
+    /* Chunk by chunk. With --out the checkpoints live on disk, one network at a time in memory; else all in memory. */
+    for (t = 0; t < r.chunks; t++)
+        for (m = 0; m < r.columns; m++)
+            if (!at(&r, t, m)->done) r.cost_left += job_cost(&r, t, m, info.count);
+    for (t = 0; t < r.chunks; t++) {
+        for (m = 0; m < r.columns; m++) {
+            if (at(&r, t, m)->done) continue;
+            r.cost_left -= r.cost = job_cost(&r, t, m, info.count);
+            if (t == 0 && m > 0 && r.out) {
+                *at(&r, t, m) = *at(&r, t, 0); /* the first chunk is trained on from scratch, whatever the method */
+            } else {
+                if (r.out && t) tool_check(ctx, ckca_load(ctx, &model[m], checkpoint(&r, t - 1, m)));
+                do_job(ctx, &r, model[m], chunks, test, t, m);
+                if (r.out) {
+                    tool_check(ctx, ckca_save(model[m], checkpoint(&r, t, m)));
+                    ckca_model_free(model[m]);
+                    model[m] = NULL;
+                }
+            }
+            r.cost_done += r.cost;
+            write_results(&r);
+            if (r.out && t > 1) remove(checkpoint(&r, t - 1, m));
+            print_row(&r, t, m);
+            jobs++;
+        }
+    }
+
+    print_table(&r);
+    for (m = 1; m < r.columns; m++)
+        if (at(&r, r.chunks - 1, m)->accuracy > at(&r, r.chunks - 1, best)->accuracy) best = m;
+    printf("\nBest at the end: %s, %.1f%%.", r.method[best]->name, 100 * at(&r, r.chunks - 1, best)->accuracy);
+    if (r.out) printf(" Plot: %s", path(&r, "results.svg"));
+    printf("\n");
+
+    for (m = 0; m < r.columns; m++) ckca_model_free(model[m]);
+    for (t = 0; t < r.chunks; t++) ckca_data_free(chunks[t]);
+    ckca_data_free(train);
+    ckca_data_free(test);
+    free(chunks);
+    free(r.rows);
+    ckca_free(ctx);
+    return 0;
+}

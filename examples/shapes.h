@@ -1,0 +1,181 @@
+/* shapes.h: ten classes of 32x32 colour pictures, drawn by arithmetic alone, for examples and tests that must work
+   without a download. One shape per picture: any pose, size, tilt and colour, partly hidden, among clutter, in noise.
+
+   A picture is a pure function of (seed, i), so a set can be made in any order, in parts, on any machine. Every class
+   is a signed distance: a function of a point, negative inside the shape, whose value over a pixel's size gives the
+   share of that pixel that the shape covers. Include it after ckca.h to get shapes_open too. */
+#ifndef SHAPES_H
+#define SHAPES_H
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+#define SHAPES_SIZE 32
+#define SHAPES_CLASSES 10
+#define SHAPES_BYTES (SHAPES_SIZE * SHAPES_SIZE * 3)
+
+static const char *const shapes_names[SHAPES_CLASSES] = {"cross",  "crescent", "disc",  "ell", "ring",
+                                                         "square", "star",     "stripes", "tee", "triangle"};
+
+/* Draw number counter of a stream: SplitMix64 (Steele, Lea, Flood 2014). */
+typedef struct shapes_random {
+    uint64_t key, counter;
+} shapes_random;
+
+static inline float shapes_uniform(shapes_random *random, float low, float high) {
+    uint64_t z = random->key + ++random->counter * UINT64_C(0x9e3779b97f4a7c15);
+    z = (z ^ (z >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
+    z = (z ^ (z >> 27)) * UINT64_C(0x94d049bb133111eb);
+    z ^= z >> 31;
+    return low + (high - low) * (float)(z >> 40) * (1.0f / 16777216.0f);
+}
+
+/* Rectangle with half sides a and b around (cx, cy). */
+static inline float shapes_box(float x, float y, float cx, float cy, float a, float b) {
+    return fmaxf(fabsf(x - cx) - a, fabsf(y - cy) - b);
+}
+
+/* n tips at distance 1, valleys between them at distance inner: 3, 0.5 is a triangle; 4, 0.71 a square; 5, 0.45 a star.
+   The angle is folded into half a tip, where the outline is one straight line. */
+static inline float shapes_spikes(float x, float y, int n, float inner) {
+    float half = 3.14159265f / (float)n, r = sqrtf(x * x + y * y), a = atan2f(y, x);
+    float ix = inner * cosf(half), iy = inner * sinf(half), length = sqrtf((1 - ix) * (1 - ix) + iy * iy);
+    a = fabsf(a - 2 * half * floorf(a / (2 * half) + 0.5f));
+    return ((r * cosf(a) - 1) * iy + r * sinf(a) * (1 - ix)) / length;
+}
+
+/* Signed distance of (x, y) from the outline of a class, the shape within about 1 of the origin. */
+static inline float shapes_distance(int label, float x, float y) {
+    float r = sqrtf(x * x + y * y);
+    switch (label) {
+    case 0: return fminf(shapes_box(x, y, 0, 0, 0.95f, 0.3f), shapes_box(x, y, 0, 0, 0.3f, 0.95f));
+    case 1: return fmaxf(r - 0.9f, 0.72f - sqrtf((x - 0.42f) * (x - 0.42f) + y * y));
+    case 2: return r - 0.85f;
+    case 3: return fminf(shapes_box(x, y, -0.35f, 0, 0.25f, 0.85f), shapes_box(x, y, 0.1f, 0.6f, 0.7f, 0.25f));
+    case 4: return fabsf(r - 0.65f) - 0.23f;
+    case 5: return shapes_spikes(x, y, 4, 0.7071f);
+    case 6: return shapes_spikes(x, y, 5, 0.45f);
+    case 7: return fmaxf(r - 0.95f, 0.16f - fabsf(x / 0.62f - floorf(x / 0.62f) - 0.5f) * 0.62f);
+    case 8: return fminf(shapes_box(x, y, 0, -0.55f, 0.85f, 0.25f), shapes_box(x, y, 0, 0.15f, 0.25f, 0.75f));
+    default: return shapes_spikes(x, y, 3, 0.5f);
+    }
+}
+
+/* A colour that runs from one to another across the picture: value c at (x, y) is base[c] + x along[c] + y across[c]. */
+typedef struct shapes_paint {
+    float base[3], along[3], across[3];
+} shapes_paint;
+
+static inline shapes_paint shapes_mix(shapes_random *random, float low, float high, float slope) {
+    shapes_paint paint;
+    int c;
+    for (c = 0; c < 3; c++) {
+        paint.base[c] = shapes_uniform(random, low, high);
+        paint.along[c] = shapes_uniform(random, -slope, slope);
+        paint.across[c] = shapes_uniform(random, -slope, slope);
+    }
+    return paint;
+}
+
+/* Blends paint over picture (32 x 32 x 3 floats) where the shape lies: centre (cx, cy) and radius in pixels, stretched
+   along its own axes by stretch and 1 / stretch, turned by angle. label -1 is a bar of half width 0.2 (clutter). */
+static inline void shapes_stamp(float *picture, int label, float cx, float cy, float radius, float stretch, float angle,
+                         int mirror, const shapes_paint *paint, float opacity) {
+    float co = cosf(angle), si = sinf(angle);
+    int px, py, c;
+    for (py = 0; py < SHAPES_SIZE; py++) {
+        for (px = 0; px < SHAPES_SIZE; px++) {
+            float dx = ((float)px - cx) / radius, dy = ((float)py - cy) / radius;
+            float x = (co * dx + si * dy) / stretch, y = (co * dy - si * dx) * stretch, d, cover;
+            if (x * x + y * y > 2.5f) continue;
+            d = label < 0 ? shapes_box(x, y, 0, 0, 1.2f, 0.2f) : shapes_distance(label, mirror ? -x : x, y);
+            cover = opacity * fminf(fmaxf(0.5f - d * radius, 0), 1);
+            for (c = 0; c < 3 && cover > 0; c++) {
+                float u = (float)px / SHAPES_SIZE - 0.5f, v = (float)py / SHAPES_SIZE - 0.5f;
+                float value = paint->base[c] + u * paint->along[c] + v * paint->across[c];
+                float *out = picture + (py * SHAPES_SIZE + px) * 3 + c;
+                *out += cover * (value - *out);
+            }
+        }
+    }
+}
+
+/* Picture i of the set that seed names: writes 32 x 32 x 3 bytes and returns its label, i % 10. */
+static inline int shapes_draw(uint64_t seed, int i, unsigned char *pixels) {
+    float picture[SHAPES_BYTES], wave[4], gap = 0, noise, radius;
+    int label = i % SHAPES_CLASSES, clutter, hiding, k, c;
+    shapes_random random;
+    shapes_paint ground, figure;
+    random.key = (seed * UINT64_C(0xd1342543de82ef95) + (uint64_t)i) * UINT64_C(0x2545f4914f6cdd1d) + 1;
+    random.counter = 0;
+
+    /* The ground: a gradient with a soft wave in it. */
+    ground = shapes_mix(&random, 0.25f, 0.75f, 0.3f);
+    wave[0] = shapes_uniform(&random, -0.6f, 0.6f);
+    wave[1] = shapes_uniform(&random, -0.6f, 0.6f);
+    wave[2] = shapes_uniform(&random, 0, 6.2831853f);
+    wave[3] = shapes_uniform(&random, 0, 0.12f);
+    for (k = 0; k < SHAPES_SIZE * SHAPES_SIZE; k++) {
+        float x = (float)(k % SHAPES_SIZE), y = (float)(k / SHAPES_SIZE);
+        for (c = 0; c < 3; c++)
+            picture[3 * k + c] = ground.base[c] + (x / SHAPES_SIZE - 0.5f) * ground.along[c] +
+                                 (y / SHAPES_SIZE - 0.5f) * ground.across[c] +
+                                 wave[3] * sinf(wave[0] * x + wave[1] * y + wave[2]);
+    }
+
+    /* Clutter lies under the figure (small shapes of any class, and bars), and some of it over it. */
+    clutter = (int)shapes_uniform(&random, 0, 4);
+    hiding = (int)shapes_uniform(&random, 0, 1.6f);
+    radius = shapes_uniform(&random, 10, 15);
+    for (k = 0; k < clutter + 1 + hiding; k++) {
+        float angle = shapes_uniform(&random, 0, 6.2831853f);
+        float x = shapes_uniform(&random, 0, SHAPES_SIZE - 1), y = shapes_uniform(&random, 0, SHAPES_SIZE - 1);
+        if (k == clutter) {
+            /* The figure itself, of a colour that differs enough from the ground's to be seen. */
+            do {
+                figure = shapes_mix(&random, 0, 1, 0.3f);
+                for (gap = 0, c = 0; c < 3; c++) gap += fabsf(figure.base[c] - ground.base[c]);
+            } while (gap < 0.8f);
+            shapes_stamp(picture, label, shapes_uniform(&random, 13, 18), shapes_uniform(&random, 13, 18), radius,
+                         shapes_uniform(&random, 0.85f, 1.18f), shapes_uniform(&random, -0.4f, 0.4f), 0, &figure, 1);
+        } else {
+            shapes_paint paint = shapes_mix(&random, 0, 1, 0.2f);
+            int bar = shapes_uniform(&random, 0, 1) < 0.5f, other = (int)shapes_uniform(&random, 0, 9.999f);
+            float size = bar ? shapes_uniform(&random, 4, 8) : shapes_uniform(&random, 2, 4.5f);
+            if (k > clutter) size *= 0.7f;
+            shapes_stamp(picture, bar ? -1 : other, x, y, size, 1, angle, 0, &paint, 0.9f);
+        }
+    }
+
+    /* Noise: the sum of three uniform draws is near enough to a bell. */
+    noise = shapes_uniform(&random, 0.01f, 0.08f);
+    for (k = 0; k < SHAPES_BYTES; k++) {
+        float bell = shapes_uniform(&random, -1, 1) + shapes_uniform(&random, -1, 1) + shapes_uniform(&random, -1, 1);
+        pixels[k] = (unsigned char)(255 * fminf(fmaxf(picture[k] + noise * bell, 0), 1) + 0.5f);
+    }
+    return label;
+}
+
+#ifdef CKCA_H
+/* Pictures [first, first + count) of the set as data of the library; desc may be NULL. */
+static inline ckca_status shapes_open(ckca_context *ctx, ckca_data **data, uint64_t seed, int first, int count,
+                               const ckca_data_desc *desc) {
+    ckca_array array = {NULL, NULL, count, SHAPES_SIZE, SHAPES_SIZE, 3, SHAPES_CLASSES, shapes_names};
+    unsigned char *pixels = (unsigned char *)malloc((size_t)count * SHAPES_BYTES);
+    int *labels = (int *)malloc((size_t)count * sizeof *labels), i;
+    ckca_status status = CKCA_ENOMEM;
+    *data = NULL;
+    if (pixels && labels) {
+        for (i = 0; i < count; i++) labels[i] = shapes_draw(seed, first + i, pixels + (size_t)i * SHAPES_BYTES);
+        array.pixels = pixels;
+        array.labels = labels;
+        status = ckca_open_array(ctx, data, &array, desc);
+    }
+    free(pixels);
+    free(labels);
+    return status;
+}
+#endif
+
+#endif /* SHAPES_H */

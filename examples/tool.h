@@ -1,0 +1,247 @@
+/* tool.h: what the command-line examples share: strict flags with a help text, opening the pictures that flags name,
+   a line of progress. Include it after ckca.h. None of it is needed to use the library. */
+#ifndef TOOL_H
+#define TOOL_H
+
+#include <errno.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h> /* isatty */
+
+#include "shapes.h"
+
+static const char *tool_name = "tool"; /* goes in front of every message */
+
+/* One line on stderr; 2 for a mistake on the command line, 1 for anything that went wrong later. */
+#define tool_fail(code, ...)                                                                                           \
+    do {                                                                                                               \
+        fflush(stdout);                                                                                                \
+        fprintf(stderr, "%s: ", tool_name);                                                                            \
+        fprintf(stderr, __VA_ARGS__);                                                                                  \
+        fputc('\n', stderr);                                                                                           \
+        exit(code);                                                                                                    \
+    } while (0)
+
+static inline void tool_check(const ckca_context *ctx, ckca_status status) {
+    if (status != CKCA_OK)
+        tool_fail(1, "%s", ctx && *ckca_error(ctx) ? ckca_error(ctx) : ckca_status_name(status));
+}
+
+/* ---- Flags ---------------------------------------------------------------------------------------------------- */
+
+typedef enum tool_kind {
+    TOOL_HEADING, /* a line of the help text */
+    TOOL_SWITCH,  /* int: 1 if given */
+    TOOL_INT,     /* int in low..high */
+    TOOL_SEED,    /* uint64_t */
+    TOOL_FLOAT,   /* float in low..high; a given 0 becomes CKCA_OFF (0 in a descriptor means the default) */
+    TOOL_CHOICE,  /* an enum: which of the words in arg, "this|that" */
+    TOOL_TEXT     /* const char *, points into argv */
+} tool_kind;
+
+typedef struct tool_flag {
+    const char *name; /* with its dashes */
+    tool_kind kind;
+    void *value; /* holds the default */
+    double low, high;
+    const char *arg, *help; /* a default is printed unless help has one of its own in brackets */
+    int free;               /* 1: may differ when a run is resumed */
+} tool_flag;
+
+/* Which word of "a|b|c" text is, or -1. */
+static inline int tool_choice(const char *words, const char *text) {
+    size_t length = strlen(text);
+    int i;
+    for (i = 0; *words; i++) {
+        size_t word = strcspn(words, "|");
+        if (word == length && !strncmp(words, text, word)) return i;
+        words += word + (words[word] == '|');
+    }
+    return -1;
+}
+
+/* The value of a flag as it would be typed; "" where it is the library's default or a text that was not given. */
+static inline void tool_print_value(const tool_flag *flag, char *out, size_t size) {
+    const char *words = flag->arg, *text;
+    int i;
+    out[0] = 0;
+    switch (flag->kind) {
+    case TOOL_SWITCH:
+    case TOOL_INT: snprintf(out, size, "%d", *(const int *)flag->value); break;
+    case TOOL_SEED: snprintf(out, size, "%llu", (unsigned long long)*(const uint64_t *)flag->value); break;
+    case TOOL_FLOAT:
+        if (*(const float *)flag->value == CKCA_OFF) snprintf(out, size, "0");
+        else if (*(const float *)flag->value != 0) snprintf(out, size, "%.9g", *(const float *)flag->value);
+        break;
+    case TOOL_CHOICE:
+        for (i = *(const int *)flag->value; i > 0; i--) words = strchr(words, '|') + 1;
+        snprintf(out, size, "%.*s", (int)strcspn(words, "|"), words);
+        break;
+    case TOOL_TEXT:
+        text = *(const char *const *)flag->value;
+        if (text) snprintf(out, size, "%s", text);
+        break;
+    default: break;
+    }
+}
+
+static inline void tool_help(const char *usage, const tool_flag *flags) {
+    char left[80], value[512];
+    printf("%s", usage);
+    for (; flags->help; flags++) {
+        if (flags->kind == TOOL_HEADING) {
+            printf("\n%s\n", flags->help);
+            continue;
+        }
+        snprintf(left, sizeof left, "%s %s", flags->name, flags->kind == TOOL_CHOICE ? "WORD" : flags->arg ? flags->arg : "");
+        tool_print_value(flags, value, sizeof value);
+        printf("  %-22s %s", left, flags->help);
+        if (flags->kind == TOOL_CHOICE) printf(": %s", flags->arg);
+        if (*value && flags->kind != TOOL_SWITCH && !strchr(flags->help, '[')) printf(" [%s]", value);
+        putchar('\n');
+    }
+    printf("  %-22s %s\n", "--help", "this text");
+}
+
+static inline void tool_set(const tool_flag *flag, const char *text) {
+    char *end = NULL;
+    double number;
+    size_t i;
+    errno = 0;
+    switch (flag->kind) {
+    case TOOL_CHOICE:
+        *(int *)flag->value = tool_choice(flag->arg, text);
+        if (*(int *)flag->value < 0) tool_fail(2, "%s %s: it must be one of %s", flag->name, text, flag->arg);
+        break;
+    case TOOL_TEXT:
+        for (i = 0; text[i]; i++)
+            if ((unsigned char)text[i] < 32) tool_fail(2, "%s: a control character in its value", flag->name);
+        if (!*text) tool_fail(2, "%s: its value is empty", flag->name);
+        *(const char **)flag->value = text;
+        break;
+    case TOOL_SEED:
+        *(uint64_t *)flag->value = strtoull(text, &end, 10);
+        if (!*text || *end || errno || *text == '-')
+            tool_fail(2, "%s %s: it must be a whole number of 0 or more, below 2^64", flag->name, text);
+        break;
+    default:
+        number = strtod(text, &end);
+        if (!*text || *end || !isfinite(number)) tool_fail(2, "%s %s: it is not a number", flag->name, text);
+        if (flag->kind == TOOL_INT && number != floor(number))
+            tool_fail(2, "%s %s: it must be a whole number", flag->name, text);
+        if (number < flag->low || number > flag->high)
+            tool_fail(2, "%s %s: it must lie in %.9g to %.9g", flag->name, text, flag->low, flag->high);
+        if (flag->kind == TOOL_INT) *(int *)flag->value = (int)number;
+        else *(float *)flag->value = number == 0 ? CKCA_OFF : (float)number;
+    }
+}
+
+/* Reads argv (--flag value or --flag=value) into the flags' values, moves what is no flag to the front of argv and
+   returns how many there are. flags ends with an entry whose help is NULL. */
+static inline int tool_parse(int argc, char **argv, const char *usage, const tool_flag *flags) {
+    int i, words = 0;
+    for (i = 1; i < argc; i++) {
+        const char *text = argv[i];
+        size_t length = strcspn(text, "=");
+        const tool_flag *flag = flags;
+        if (text[0] != '-' || !text[1]) {
+            argv[words++] = argv[i];
+            continue;
+        }
+        if (!strcmp(text, "--help") || !strcmp(text, "-h")) {
+            tool_help(usage, flags);
+            exit(0);
+        }
+        while (flag->help && (!flag->name || strlen(flag->name) != length || strncmp(flag->name, text, length))) flag++;
+        if (!flag->help) tool_fail(2, "unknown flag %s (--help lists them)", text);
+        if (flag->kind == TOOL_SWITCH) {
+            if (text[length]) tool_fail(2, "%s takes no value", flag->name);
+            *(int *)flag->value = 1;
+        } else if (text[length]) {
+            tool_set(flag, text + length + 1);
+        } else {
+            if (i + 1 == argc || !strncmp(argv[i + 1], "--", 2)) tool_fail(2, "%s needs a value", flag->name);
+            tool_set(flag, argv[++i]);
+        }
+    }
+    return words;
+}
+
+/* ---- Pictures ------------------------------------------------------------------------------------------------- */
+
+typedef struct tool_source {
+    const char *folder, *cifar10, *cifar100, *idx; /* at most one; none: the shapes */
+    int size;                                      /* 0: as they are */
+} tool_source;
+
+#define TOOL_SOURCE_FLAGS(source)                                                                                      \
+    {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Pictures (without one of the first four: ten classes of drawn shapes)", 0},  \
+    {"--data", TOOL_TEXT, &(source).folder, 0, 0, "DIR", "folders DIR/train/CLASS and DIR/test/CLASS of JPEG or PNG", 1}, \
+    {"--cifar10", TOOL_TEXT, &(source).cifar10, 0, 0, "DIR", "CIFAR-10, binary version, unpacked", 1},                   \
+    {"--cifar100", TOOL_TEXT, &(source).cifar100, 0, 0, "DIR", "CIFAR-100, binary version, unpacked", 1},                \
+    {"--idx", TOOL_TEXT, &(source).idx, 0, 0, "DIR", "MNIST's or Fashion-MNIST's four files, unpacked", 1},              \
+    {"--size", TOOL_INT, &(source).size, 8, 1024, "N", "pictures are resized to N x N [as they are]", 0}
+
+static inline void tool_check_source(const tool_source *source) {
+    if (!!source->folder + !!source->cifar10 + !!source->cifar100 + !!source->idx > 1)
+        tool_fail(2, "only one of --data, --cifar10, --cifar100 and --idx can be given");
+}
+
+/* Opens the training and the test part; shapes, training and test, says how many shapes to draw. The test part is made
+   to fit the training part: the same size, the same classes in the same order. */
+static inline void tool_open(ckca_context *ctx, const tool_source *source, int shapes, uint64_t seed, ckca_data **train,
+                      ckca_data **test) {
+    ckca_data_desc desc;
+    ckca_data **data[2];
+    int part;
+    memset(&desc, 0, sizeof desc);
+    desc.height = desc.width = source->size;
+    data[0] = train;
+    data[1] = test;
+    for (part = 0; part < 2; part++) {
+        ckca_part which = part ? CKCA_TEST : CKCA_TRAIN;
+        ckca_data_info info;
+        if (source->folder) {
+            static char path[4096];
+            int n = snprintf(path, sizeof path, "%s/%s", source->folder, part ? "test" : "train");
+            if (n < 0 || (size_t)n >= sizeof path) tool_fail(2, "--data: the path is too long");
+            tool_check(ctx, ckca_open_folder(ctx, data[part], path, &desc));
+        } else if (source->cifar10) {
+            tool_check(ctx, ckca_open_cifar10(ctx, data[part], source->cifar10, which, &desc));
+        } else if (source->cifar100) {
+            tool_check(ctx, ckca_open_cifar100(ctx, data[part], source->cifar100, which, &desc));
+        } else if (source->idx) {
+            tool_check(ctx, ckca_open_idx(ctx, data[part], source->idx, which, &desc));
+        } else {
+            tool_check(ctx, shapes_open(ctx, data[part], seed + (uint64_t)part * 1000003, 0, part ? 1000 : shapes, &desc));
+        }
+        ckca_data_info_get(*train, &info);
+        desc.height = info.height;
+        desc.width = info.width;
+        desc.channels = info.channels;
+        desc.classes = info.classes;
+        desc.class_names = info.class_names;
+    }
+}
+
+/* ---- Progress ------------------------------------------------------------------------------------------------- */
+
+/* "12 s", "3 min 05 s", "2 h 10 min". */
+static inline const char *tool_duration(double seconds, char *out, size_t size) {
+    long s = seconds < 0 || seconds > 1e8 ? 0 : (long)(seconds + 0.5);
+    if (s < 60) snprintf(out, size, "%ld s", s);
+    else if (s < 3600) snprintf(out, size, "%ld min %02ld s", s / 60, s % 60);
+    else snprintf(out, size, "%ld h %02ld min", s / 3600, s / 60 % 60);
+    return out;
+}
+
+/* A line that the next one overwrites; nothing unless stderr is a terminal. NULL clears it. */
+static inline void tool_status(const char *line) {
+    if (!isatty(2)) return;
+    fprintf(stderr, "\r%s\033[K", line ? line : "");
+    fflush(stderr);
+}
+
+#endif /* TOOL_H */

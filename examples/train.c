@@ -1,0 +1,117 @@
+/* train.c: trains a ResNet from nothing, tests it, saves it. Plain training is the library's first update.
+
+       cc -O2 -fopenmp -I. examples/train.c -o train -lm
+       ./train                                            ResNet-8 on drawn shapes
+       ./train --cifar10 cifar-10-batches-bin --arch resnet20 --projection --augment --epochs 100 --save resnet20.safetensors
+
+   With --save FILE, FILE.state is written twice a minute and removed at the end; a run that was killed goes on from it, to
+   bitwise the same weights, when the same command is given again with --resume. */
+#define CKCA_IMPLEMENTATION
+#include "ckca.h"
+
+#include "tool.h"
+
+/* After every SGD step: a line per epoch, and on a terminal the state of the one under way. */
+static int report_epoch(const ckca_progress *p, void *user) {
+    double *epoch_start = (double *)user;
+    char line[160], left[32];
+    if (p->batch == p->batches) {
+        tool_status(NULL);
+        printf("epoch %3d/%d  loss %.4f  accuracy %5.1f%%  lr %.4f  %.1f s\n", p->epoch + 1, p->epochs, p->loss,
+               100 * p->accuracy, p->lr, p->seconds - *epoch_start);
+        fflush(stdout);
+        *epoch_start = p->seconds;
+    } else {
+        snprintf(line, sizeof line, "epoch %3d/%d  step %d/%d  loss %.4f  %s left", p->epoch + 1, p->epochs, p->batch,
+                 p->batches, p->loss, tool_duration(p->seconds_left, left, sizeof left));
+        tool_status(line);
+    }
+    return 0;
+}
+
+int main(int argc, char **argv) {
+    static tool_source source; /* static: zeroed */
+    static ckca_update_desc update;
+    static ckca_model_desc model_desc;
+    static ckca_desc desc;
+    static char state[4096];
+    const char *arch = "resnet8", *save = NULL;
+    int augment = 0, resume = 0, count = 3000;
+    uint64_t seed = 1;
+    const tool_flag flags[] = {
+        TOOL_SOURCE_FLAGS(source),
+        {"--count", TOOL_INT, &count, 1, 1e6, "N", "shapes to draw for training", 0},
+        {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Network", 0},
+        {"--arch", TOOL_TEXT, &arch, 0, 0, "NAME", "resnet8, 20, 32, 44, 56, 110, 18, 34, 50, 18-cifar ... 50-cifar", 0},
+        {"--width", TOOL_INT, &model_desc.width_base, 1, 1024, "N", "channels of its first stage [16; resnet18 and larger 64]", 0},
+        {"--projection", TOOL_SWITCH, &model_desc.projection, 0, 0, NULL, "1x1 convolutions as shortcuts (resnet8 ... 110)", 0},
+        {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Training", 0},
+        {"--epochs", TOOL_INT, &update.epochs, 1, 100000, "N", "", 0},
+        {"--batch", TOOL_INT, &update.batch, 1, 65536, "N", "pictures a step", 0},
+        {"--lr", TOOL_FLOAT, &update.lr, 1e-9, 1000, "X", "peak learning rate [0.1]", 0},
+        {"--schedule", TOOL_CHOICE, &update.schedule, 0, 0, "cosine|constant|step", "of the learning rate", 0},
+        {"--warmup", TOOL_FLOAT, &update.warmup_epochs, 0, 100000, "X", "epochs of linear warm-up [1]", 0},
+        {"--weight-decay", TOOL_FLOAT, &update.weight_decay, 0, 10, "X", "[0.0005]", 0},
+        {"--label-smoothing", TOOL_FLOAT, &update.label_smoothing, 1e-6, 0.99, "X", "[off]", 0},
+        {"--augment", TOOL_SWITCH, &augment, 0, 0, NULL, "shift by up to 4 pixels, mirror half of the time", 0},
+        {"--seed", TOOL_SEED, &seed, 0, 0, "N", "of weights, order and augmentation (and of the shapes)", 0},
+        {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Running", 0},
+        {"--threads", TOOL_INT, &desc.threads, 0, 1024, "N", "[one per processor]; results do not depend on it", 0},
+        {"--save", TOOL_TEXT, &save, 0, 0, "FILE", "checkpoint to write (safetensors) [none]", 0},
+        {"--resume", TOOL_SWITCH, &resume, 0, 0, NULL, "go on from FILE.state, which a killed run left", 0},
+        {"--state-seconds", TOOL_FLOAT, &update.state_seconds, 0.001, 1e6, "X", "between two such states [30]", 0},
+        {NULL, TOOL_HEADING, NULL, 0, 0, NULL, NULL, 0}};
+    ckca_context *ctx = NULL;
+    ckca_data *train, *test;
+    ckca_data_info info;
+    ckca_model *model;
+    ckca_model_info model_info;
+    ckca_report report;
+    ckca_score score;
+    double epoch_start = 0;
+    FILE *file;
+
+    tool_name = "train";
+    update.epochs = 20;
+    update.batch = 128;
+    if (tool_parse(argc, argv, "train [flags]: trains a ResNet and tests it. [Defaults in brackets.]\n", flags))
+        tool_fail(2, "what is \"%s\"? (--help lists the flags)", argv[0]);
+    tool_check_source(&source);
+    if (resume && !save) tool_fail(2, "--resume needs --save, whose FILE.state holds the run to go on with");
+    if (save) {
+        if ((size_t)snprintf(state, sizeof state, "%s.state", save) >= sizeof state) tool_fail(2, "--save: too long");
+        if (!resume && (file = fopen(state, "rb")) != NULL)
+            tool_fail(2, "%s is there: --resume goes on with that run; remove it to begin anew", state);
+        update.state = state;
+    }
+
+    tool_check(ctx, ckca_init(&ctx, &desc));
+    tool_open(ctx, &source, count, seed, &train, &test);
+    ckca_data_info_get(train, &info);
+    model_desc.height = info.height;
+    model_desc.width = info.width;
+    model_desc.channels = info.channels;
+    model_desc.classes = info.classes;
+    model_desc.seed = seed;
+    tool_check(ctx, ckca_resnet(ctx, &model, arch, &model_desc));
+    ckca_model_info_get(model, &model_info);
+    printf("%s: %lld parameters, on %s; %d pictures of %dx%dx%d, %d classes\n", arch, (long long)model_info.parameters,
+           ckca_device(ctx), info.count, info.height, info.width, info.channels, info.classes);
+
+    update.seed = seed;
+    update.progress = report_epoch;
+    update.user = &epoch_start;
+    if (augment) update.augment.pad = 4, update.augment.flip = 1;
+    tool_check(ctx, ckca_update(model, train, &update, &report));
+    if (save) tool_check(ctx, ckca_save(model, save));
+    tool_check(ctx, ckca_evaluate(model, test, &score, NULL));
+    printf("test: accuracy %.2f%%, top-5 %.2f%%, loss %.4f on %d pictures; trained in %.1f s (%.0f pictures/s)\n",
+           100 * score.top1, 100 * score.top5, score.loss, score.count, report.seconds,
+           (double)info.count * update.epochs / report.seconds);
+
+    ckca_model_free(model);
+    ckca_data_free(train);
+    ckca_data_free(test);
+    ckca_free(ctx);
+    return 0;
+}

@@ -1,0 +1,181 @@
+#!/usr/bin/env bash
+# The examples as a person runs them: help, mistakes, tiny runs, kill -9 and resume. Binaries from $BUILD (build).
+set -u
+build=$(cd "${BUILD:-build}" && pwd) || exit 1
+tmp=$(mktemp -d "$build/examples.XXXXXX") || exit 1
+trap 'rm -rf "$tmp"' EXIT
+cd "$tmp" || exit 1
+export OMP_WAIT_POLICY=passive
+passed=0 failed=0
+
+check() { # check WHAT COMMAND...: the command succeeds
+    local what=$1
+    shift
+    if "$@"; then passed=$((passed + 1)); else
+        failed=$((failed + 1))
+        echo "FAILED: $what: $*"
+        sed 's/^/    stderr: /' err 2>/dev/null | head -3
+    fi
+}
+refuses() { # refuses STATUS TEXT COMMAND...: that exit status, one line on stderr, and TEXT in it
+    local status=$1 text=$2
+    shift 2
+    "$@" >out 2>err
+    local rc=$?
+    check "exit status of '$*' is $rc" [ $rc -eq "$status" ]
+    check "one line on stderr from '$*'" [ "$(wc -l <err)" -eq 1 ]
+    check "'$*' says why" grep -qF -- "$text" err
+}
+works() { # works COMMAND...: exit status 0, nothing on stderr; its output is in out
+    "$@" >out 2>err
+    local rc=$?
+    check "exit status of '$*' is $rc" [ $rc -eq 0 ]
+    check "'$*' is quiet on stderr" [ ! -s err ]
+}
+rows() { grep -v '^#' "$1/results.csv" 2>/dev/null | tail -n +2 | wc -l; }
+results() { cut -d, -f1-11 "$1/results.csv"; } # all but the seconds
+kill_when() { # kill_when TEST COMMAND...: kill -9 as soon as the shell test holds; fails if the command ends before
+    local test=$1 i
+    shift
+    "$@" >out 2>err &
+    local pid=$!
+    for ((i = 0; i < 3000; i++)); do
+        if eval "$test"; then break; fi
+        kill -0 $pid 2>/dev/null || break
+        sleep 0.01
+    done
+    kill -9 $pid 2>/dev/null
+    wait $pid 2>/dev/null
+    [ $? -eq 137 ]
+}
+
+# ---- help and mistakes -----------------------------------------------------------------------------------------------
+for program in incremental train update classify; do
+    works "$build/$program" --help
+    check "$program --help says something" [ "$(wc -l <out)" -ge 1 ]
+done
+"$build/incremental" --help >out 2>err
+for flag in --data --cifar10 --cifar100 --idx --arch --width --size --projection --chunks --chunk-size --stratified --methods \
+    --epochs --batch --lr --weight-decay --seed --threads --out --resume --adakd --w-kd --temperature --featreg --w-feat \
+    --shrink --perturb --augment --schedule --warmup; do
+    check "incremental --help knows $flag" grep -q -- "^  $flag " out
+done
+inc=$build/incremental
+refuses 2 "unknown flag --foo" "$inc" --foo
+refuses 2 "unknown flag --chunk" "$inc" --chunk 3
+refuses 2 "--lr needs a value" "$inc" --lr
+refuses 2 "--lr needs a value" "$inc" --lr --augment
+refuses 2 "--lr abc: it is not a number" "$inc" --lr abc
+refuses 2 "--lr 0.1x: it is not a number" "$inc" --lr 0.1x
+refuses 2 "--lr nan: it is not a number" "$inc" --lr nan
+refuses 2 "--lr -1: it must lie in" "$inc" --lr -1
+refuses 2 "--epochs 2.5: it must be a whole number" "$inc" --epochs 2.5
+refuses 2 "--epochs 0: it must lie in 1 to" "$inc" --epochs=0
+refuses 2 "--seed -1" "$inc" --seed -1
+refuses 2 "--augment takes no value" "$inc" --augment=1
+refuses 2 "must be one of class|constant|truth|doubt" "$inc" --adakd clas
+refuses 2 "--methods: \"warn\" is none of" "$inc" --methods warm,warn
+refuses 2 "warm is there twice" "$inc" --methods warm,warm
+refuses 2 "only one of" "$inc" --data a --idx b
+refuses 2 "--resume needs --out" "$inc" --resume
+refuses 2 "what is \"word\"" "$inc" word
+refuses 1 "nowhere" "$inc" --data nowhere
+refuses 1 "nowhere" "$inc" --cifar10 nowhere
+refuses 1 "resnet9" "$inc" --arch resnet9 --chunk-size 20
+refuses 1 "file/x: Not a directory" "$inc" --chunk-size 20 --out "$(touch file && echo file)/x"
+refuses 2 "--resume needs --save" "$build/train" --resume
+refuses 2 "usage: update" "$build/update" a b
+refuses 1 "nowhere.safetensors" "$build/update" nowhere.safetensors b c
+refuses 2 "usage: classify" "$build/classify" a
+refuses 1 "nowhere.safetensors" "$build/classify" nowhere.safetensors a
+
+# ---- incremental: all methods, files, resume -------------------------------------------------------------------------
+tiny="--width 4 --size 8 --chunks 3 --chunk-size 60 --epochs 3 --batch 5"
+all=scratch-chunk,scratch-all,warm,shrink-perturb,lwf,ckca
+works "$inc" $tiny --methods $all --out whole --threads 1
+check "a row per method and chunk" [ "$(rows whole)" -eq 18 ]
+check "the first chunk is common" [ "$(grep -v '^#' whole/results.csv | grep ',1,60,' | cut -d, -f4- | sort -u | wc -l)" -eq 1 ]
+check "no file left over" [ "$(ls whole | grep -c -e state -e tmp)" -eq 0 ]
+check "the last checkpoint of every method" [ "$(ls whole/*-chunk03.safetensors | wc -l)" -eq 6 ]
+check "and none in between" [ ! -e whole/warm-chunk02.safetensors ]
+check "svg begins" grep -q '^<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 [0-9]* [0-9]*"' whole/results.svg
+check "svg ends" [ "$(tail -n 1 whole/results.svg)" = "</svg>" ]
+for tag in g text; do
+    check "svg: every <$tag> is closed" [ "$(grep -o "<$tag[ >]" whole/results.svg | wc -l)" -eq \
+        "$(grep -o "</$tag>" whole/results.svg | wc -l)" ]
+done
+check "svg: a path for each of 6 lines" [ "$(grep -c 'stroke-dasharray' whole/results.svg)" -eq 6 ]
+for method in ${all//,/ }; do check "svg names $method" grep -q ">$method [0-9.]*</text>" whole/results.svg; done
+check "svg: no number went wrong" [ "$(grep -c -i -e 'nan' -e '[^a-z]inf' whole/results.svg)" -eq 0 ]
+"$inc" $tiny --methods $all --threads 2 >memory 2>err # without --out: the same figures, nothing written
+grep -A 20 '^Test accuracy' memory | grep -v '^Best' >a
+works "$inc" $tiny --methods $all --out whole --resume
+grep -A 20 '^Test accuracy' out | grep -v '^Best' >b
+check "in memory and through files, with 1 thread and 2: the same table" cmp a b
+refuses 2 "is there already" "$inc" $tiny --methods $all --out whole
+refuses 2 "was begun with --lr=, this command has --lr=0.2" "$inc" $tiny --methods $all --out whole --resume --lr 0.2
+refuses 2 "was begun with --w-kd=, this command has --w-kd=0" "$inc" $tiny --methods $all --out whole --resume --w-kd 0
+cp -r whole cut && head -c -30 whole/results.csv >cut/results.csv
+refuses 1 "line 21: not a row" "$inc" $tiny --methods $all --out cut --resume
+cp whole/results.csv cut/results.csv && echo "warm,9,60,0,0,0,0,0,0,0,0,0" >>cut/results.csv
+refuses 1 "no such method and chunk" "$inc" $tiny --methods $all --out cut --resume
+
+killed="$inc $tiny --methods $all --out killed --resume --state-seconds 0.001"
+check "killed in the first chunk" kill_when '[ -e killed/state.safetensors ]' $killed
+check "killed in the second" kill_when '[ $(rows killed) -ge 8 ] && [ -e killed/state.safetensors ]' $killed
+check "killed in the third" kill_when '[ $(rows killed) -ge 13 ] && [ -e killed/state.safetensors ]' $killed
+check "killed before the end" [ "$(rows killed)" -lt 18 ]
+works $killed
+check "the same results after three kills" [ "$(results whole)" = "$(results killed)" ]
+for file in whole/*.safetensors; do check "bitwise the same checkpoint" cmp $file killed/${file#whole/}; done
+
+# ---- train, classify, update -----------------------------------------------------------------------------------------
+train="$build/train --width 4 --size 8 --count 400 --epochs 4 --batch 32"
+works $train --save a.safetensors
+check "a line per epoch and one for the test" [ "$(grep -c -e '^epoch ' -e '^test: ' out)" -eq 5 ]
+check "train: no state left" [ ! -e a.safetensors.state ]
+check "train is killed" kill_when '[ -e b.safetensors.state ]' $train --save b.safetensors --state-seconds 0.001
+refuses 2 "--resume goes on with that run" $train --save b.safetensors
+refuses 1 "b.safetensors.state" $train --save b.safetensors --resume --lr 0.05
+works $train --save b.safetensors --resume
+check "train: bitwise the same after a kill" cmp a.safetensors b.safetensors
+
+mkdir -p new/disc new/square strange/dodo
+base64 -d >new/disc/1.png <<<iVBORw0KGgoAAAANSUhEUgAAAAwAAAAKCAIAAAAPTiitAAAAOklEQVR42mPUsFnAQAiwIHP29XTA2U4lFXA2E1YVaFwmrCrQBJkYiABUV4TsF0wPMmH1MxqXkZjABAAVaREdOCsa7gAAAABJRU5ErkJggg==
+base64 -d >new/square/1.png <<<iVBORw0KGgoAAAANSUhEUgAAAAwAAAAKCAIAAAAPTiitAAAAKUlEQVR42mPUsFnAQAgwMRABWOCsLVxz0OR8vqWQYNJgVMSC6RcyTQIAKXMFwonw+n0AAAAASUVORK5CYII=
+cp new/disc/1.png strange/dodo
+head -c 100 new/disc/1.png >cut.png
+"$build/classify" a.safetensors new/disc/1.png >out 2>err
+if grep -q CKCA_NO_STB_IMAGE err; then
+    echo "classify and update were built without stb_image: not tested"
+else
+    works "$build/classify" a.safetensors new/disc/1.png new/square/1.png
+    check "classify: two pictures, five classes each" [ "$(grep -c '%' out)" -eq 10 ]
+    check "classify names the classes" grep -qE '^ +[0-9.]+%  (cross|crescent|disc|ell|ring|square|star|stripes|tee|triangle)$' out
+    check "the likeliest first" sort -c -n -r <(sed -n '2,6s/%.*//p' out)
+    refuses 1 "cut.png" "$build/classify" a.safetensors cut.png new/disc/1.png
+    check "classify goes on behind a bad picture" [ "$(grep -c '%' out)" -eq 5 ]
+    refuses 1 "1.png" "$build/classify" new/disc/1.png new/disc/1.png
+
+    update="$build/update a.safetensors new"
+    works $update c.safetensors --epochs 200 --batch 1 --test new
+    check "update says what it did" grep -q 'update 2, 400 steps' out
+    check "update: no state left" [ ! -e c.safetensors.state ]
+    check "update makes another checkpoint" [ "$(cmp a.safetensors c.safetensors >/dev/null; echo $?)" -eq 1 ]
+    check "update is killed" kill_when '[ -e d.safetensors.state ]' $update d.safetensors --epochs 200 --batch 1 --state-seconds 0.001
+    check "the new checkpoint is not there yet" [ ! -e d.safetensors ]
+    works $update d.safetensors --epochs 200 --batch 1
+    check "update: bitwise the same after a kill" cmp c.safetensors d.safetensors
+    refuses 1 "dodo" "$build/update" a.safetensors strange e.safetensors
+    refuses 1 "empty" "$build/update" a.safetensors "$(mkdir empty && echo empty)" e.safetensors
+    mkdir -p set && cp -r new set/train && cp -r new set/test
+    works "$inc" --data set --size 8 --width 4 --chunks 1 --epochs 2 --methods warm,ckca --out fromfolder
+    check "incremental on a folder" [ "$(rows fromfolder)" -eq 2 ]
+    refuses 1 "need 27 pictures, there are 2" "$inc" --data set --size 8 --width 4 --chunks 3 --chunk-size 9
+fi
+
+works "$build/custom_net" 1
+check "custom_net tests itself" grep -q '^epoch  1  focal loss [0-9.]*  test accuracy [0-9.]*%' out
+
+echo "$passed passed, $failed failed"
+[ $failed -eq 0 ]

@@ -1,0 +1,404 @@
+/* Whole networks against PyTorch: logits, loss, every gradient, running statistics and one SGD step of CIFAR and ImageNet
+   ResNets, from tests/reference/nets.safetensors (written by tests/torch_nets.py, which has the formula of the weights and
+   pictures). Then the architectures' sizes and initial weights.
+
+   Tolerances are relative to the norm of what is compared and stand about tenfold above the error of PyTorch's own
+   float32 against the float64 reference, which torch_nets.py prints. */
+#define CKCA_IMPLEMENTATION
+#include "ckca.h"
+
+#include "test.h"
+
+/* ---- the formula of torch_nets.py ---- */
+
+static uint32_t mix(uint32_t x) {
+    x ^= x >> 16;
+    x *= UINT32_C(0x7feb352d);
+    x ^= x >> 15;
+    x *= UINT32_C(0x846ca68b);
+    return x ^ (x >> 16);
+}
+
+static uint32_t key(const char *name, uint32_t seed) {
+    uint32_t h = UINT32_C(2166136261);
+    for (; *name; name++) h = (h ^ (unsigned char)*name) * UINT32_C(16777619);
+    return h + seed * UINT32_C(0x9e3779b1);
+}
+
+static uint32_t bits(uint32_t k, int64_t i) { return mix(k + (uint32_t)i * UINT32_C(0x9e3779b9)); }
+static double draw(uint32_t k, int64_t i) { return bits(k, i) / 2147483648.0 - 1.0; }
+
+static int ends_with(const char *s, const char *end) {
+    size_t n = strlen(s), m = strlen(end);
+    return n >= m && !strcmp(s + n - m, end);
+}
+
+static float formula(const ckca_tensor *t, uint32_t k, int64_t i) {
+    double u = draw(k, i);
+    if (ends_with(t->name, "running_var")) return (float)(1.0 + 0.3 * u);
+    if (ends_with(t->name, "running_mean")) return (float)(0.1 * u);
+    if (ends_with(t->name, "bias")) return (float)(0.2 * u);
+    if (t->dims == 1) return (float)((0.8 + 0.2 * u) * (ends_with(t->name, "bn3.weight") ? 0.25 : 1.0));
+    return (float)(sqrt((t->dims == 4 ? 6.0 : 3.0) / (double)(t->count / t->shape[0])) * u);
+}
+
+/* ---- a reader of just what is needed of the reference file, apart from the library's own ---- */
+
+static unsigned char *file_bytes;
+static uint64_t header_bytes;
+
+static int open_reference(const char *path) {
+    FILE *f = fopen(path, "rb");
+    long size;
+    int i, ok;
+    if (!f || fseek(f, 0, SEEK_END) || (size = ftell(f)) < 8) return 0;
+    rewind(f);
+    file_bytes = (unsigned char *)malloc((size_t)size + 1);
+    ok = file_bytes && fread(file_bytes, 1, (size_t)size, f) == (size_t)size;
+    fclose(f);
+    if (!ok) return 0;
+    for (i = 7; i >= 0; i--) header_bytes = header_bytes << 8 | file_bytes[i];
+    return header_bytes < (uint64_t)size;
+}
+
+/* The bytes of an entry and their number; a missing one is a failed check and an empty entry. */
+static const void *entry(const char *net, const char *what, size_t *bytes) {
+    char quoted[128];
+    const char *at, *header = (const char *)file_bytes + 8;
+    unsigned long from = 0, to = 0;
+    snprintf(quoted, sizeof quoted, "\"%s.%s\":{", net, what);
+    at = strstr(header, quoted);
+    if (at) at = strstr(at, "\"data_offsets\":[");
+    CHECK(at && sscanf(at, "\"data_offsets\":[%lu,%lu]", &from, &to) == 2, "reference has no %s.%s", net, what);
+    *bytes = to - from;
+    return header + header_bytes + from; /* safetensors 0.4 and later align this to 8 bytes */
+}
+
+/* ---- comparing ---- */
+
+static double norm_of(const float *a, const float *b, size_t n) {
+    double sum = 0;
+    size_t i;
+    for (i = 0; i < n; i++) {
+        double d = (double)a[i] - (b ? (double)b[i] : 0.0);
+        sum += d * d;
+    }
+    return sqrt(sum);
+}
+
+static double compare_whole(const char *net, const char *what, const float *got, size_t n, double tolerance) {
+    size_t bytes;
+    const float *want = (const float *)entry(net, what, &bytes);
+    double error;
+    CHECK(bytes == n * sizeof(float), "%s.%s: %zu values, reference %zu", net, what, n, bytes / sizeof(float));
+    if (bytes != n * sizeof(float)) return 0;
+    error = norm_of(got, want, n) / norm_of(want, NULL, n);
+    CHECK(error < tolerance, "%s.%s: relative error %.2e, allowed %.0e", net, what, error, tolerance);
+    return error;
+}
+
+/* Every tensor of a slot: the norm, and the values at the agreed places against the tensor's root mean square. Returns the
+   worst error. */
+static double compare_slot(ckca_model *model, const char *net, const char *what, ckca_slot slot, int64_t keep,
+                           double tolerance) {
+    char name[64];
+    size_t bytes, at = 0;
+    const char *names, *end;
+    const float *norms, *samples;
+    double worst = 0;
+    int trainable = 0, seen = 0, i;
+    snprintf(name, sizeof name, "%s.samples", what);
+    samples = (const float *)entry(net, name, &bytes);
+    snprintf(name, sizeof name, "%s.norms", what);
+    norms = (const float *)entry(net, name, &bytes);
+    snprintf(name, sizeof name, "%s.names", what);
+    names = (const char *)entry(net, name, &bytes);
+    for (end = names + bytes; names < end; names = strchr(names, '\n') + 1, seen++) {
+        ckca_tensor t;
+        float *got;
+        int64_t count, j;
+        double norm, rms, error;
+        snprintf(name, sizeof name, "%.*s", (int)(strchr(names, '\n') - names), names);
+        i = ckca_tensor_find(model, name);
+        CHECK(i >= 0, "%s: no tensor %s", net, name);
+        if (i < 0) return 1;
+        ckca_tensor_info(model, i, &t);
+        got = (float *)malloc((size_t)t.count * sizeof *got);
+        CHECK(got && ckca_tensor_read(model, i, slot, got) == CKCA_OK, "%s: %s unreadable", net, name);
+        norm = norms[seen];
+        rms = norm / sqrt((double)t.count);
+        error = fabs(norm_of(got, NULL, (size_t)t.count) - norm) / norm;
+        count = t.count <= keep ? t.count : keep;
+        for (j = 0; j < count; j++) {
+            int64_t place = t.count <= keep ? j : (int64_t)(bits(key(name, 77), j) % (uint64_t)t.count);
+            double d = fabs((double)got[place] - (double)samples[at++]) / rms;
+            if (!(d <= error)) error = d; /* a NaN gets through */
+        }
+        CHECK(error < tolerance, "%s: %s of %s: relative error %.2e, allowed %.0e", net, what, name, error, tolerance);
+        if (!(error <= worst)) worst = error;
+        free(got);
+    }
+    for (i = 0; i < ckca_tensors(model); i++) {
+        ckca_tensor t;
+        ckca_tensor_info(model, i, &t);
+        trainable += t.trainable || slot == CKCA_VALUE;
+    }
+    CHECK(seen == trainable, "%s: %d tensors, reference %d", net, trainable, seen);
+    return worst;
+}
+
+/* ---- one network ---- */
+
+typedef struct net_case {
+    const char *net, *arch; /* as in NETS of torch_nets.py */
+    int projection, width, classes, n, h, w;
+    int64_t keep_gradient, keep_other;
+    uint32_t seed;
+    double tolerance, tolerance_gradient; /* of outputs; of gradients and what follows from them */
+} net_case;
+
+/* Every tensor's values, or the momentum of the trainable ones, by the formula. */
+static void fill(ckca_model *model, ckca_slot slot, uint32_t seed) {
+    int i;
+    for (i = 0; i < ckca_tensors(model); i++) {
+        ckca_tensor t;
+        float *v;
+        int64_t j;
+        uint32_t k;
+        ckca_tensor_info(model, i, &t);
+        if (slot == CKCA_MOMENTUM && !t.trainable) continue;
+        k = key(t.name, seed);
+        v = (float *)malloc((size_t)t.count * sizeof *v);
+        for (j = 0; j < t.count; j++) v[j] = slot == CKCA_VALUE ? formula(&t, k, j) : (float)(0.01 * draw(k, j));
+        CHECK(ckca_tensor_write(model, i, slot, v) == CKCA_OK, "%s: not written", t.name);
+        free(v);
+    }
+}
+
+#define LR 0.1f
+#define FEATURES 0.5 /* weight of the mean square of the features in the loss */
+
+static void test_net(ckca_context *ctx, const net_case *c) {
+    ckca_model_desc desc;
+    ckca_model *model;
+    ckca_model_info info;
+    ckca_sgd_desc sgd;
+    float *x, *z, *f, *dz, *df, loss;
+    double before, logits, after, gradient, momentum, value, total = 0;
+    int64_t j, pixels = (int64_t)c->n * c->h * c->w * 3;
+    int i, k;
+    memset(&desc, 0, sizeof desc);
+    desc.height = c->h;
+    desc.width = c->w;
+    desc.classes = c->classes;
+    desc.width_base = c->width;
+    desc.projection = c->projection;
+    if (ckca_resnet(ctx, &model, c->arch, &desc) != CKCA_OK) {
+        CHECK(0, "%s: %s", c->net, ckca_error(ctx));
+        return;
+    }
+    ckca_model_info_get(model, &info);
+    fill(model, CKCA_VALUE, c->seed);
+    x = (float *)malloc((size_t)pixels * sizeof *x);
+    z = (float *)malloc((size_t)(c->n * c->classes) * sizeof *z);
+    dz = (float *)malloc((size_t)(c->n * c->classes) * sizeof *dz);
+    f = (float *)malloc((size_t)(c->n * info.features) * sizeof *f);
+    df = (float *)malloc((size_t)(c->n * info.features) * sizeof *df);
+    for (j = 0; j < pixels; j++) x[j] = (float)(1.7 * draw(key("pictures", c->seed), j));
+
+    CHECK(ckca_forward(model, x, c->n, 0) == CKCA_OK, "%s: %s", c->net, ckca_error(ctx));
+    CHECK(ckca_node_read(model, info.logits, z) == CKCA_OK, "%s: %s", c->net, ckca_error(ctx));
+    before = compare_whole(c->net, "eval_before", z, (size_t)(c->n * c->classes), c->tolerance);
+
+    CHECK(ckca_forward(model, x, c->n, 1) == CKCA_OK, "%s: %s", c->net, ckca_error(ctx));
+    CHECK(ckca_node_read(model, info.logits, z) == CKCA_OK, "%s: %s", c->net, ckca_error(ctx));
+    /* the builders' last nodes are the pooled features and the logits */
+    CHECK(ckca_node_read(model, info.logits - 1, f) == CKCA_OK, "%s: %s", c->net, ckca_error(ctx));
+    logits = compare_whole(c->net, "logits", z, (size_t)(c->n * c->classes), c->tolerance);
+
+    /* the loss of torch_nets.py: cross-entropy + FEATURES * mean of squared features */
+    for (i = 0; i < c->n; i++) {
+        const float *zi = z + i * c->classes;
+        double top = zi[0], sum = 0;
+        int label = (int)(bits(key("labels", c->seed), i) % (uint32_t)c->classes);
+        for (k = 0; k < c->classes; k++) top = zi[k] > top ? zi[k] : top;
+        for (k = 0; k < c->classes; k++) sum += exp(zi[k] - top);
+        for (k = 0; k < c->classes; k++) {
+            double p = exp(zi[k] - top) / sum;
+            dz[i * c->classes + k] = (float)((p - (k == label)) / c->n);
+        }
+        total += (log(sum) + top - zi[label]) / c->n;
+    }
+    for (i = 0; i < c->n * info.features; i++) {
+        double mean_of = (double)c->n * info.features;
+        total += FEATURES * (double)f[i] * (double)f[i] / mean_of;
+        df[i] = (float)(2 * FEATURES * (double)f[i] / mean_of);
+    }
+    loss = (float)total;
+    compare_whole(c->net, "loss", &loss, 1, c->tolerance);
+
+    CHECK(ckca_zero_gradients(model) == CKCA_OK, "%s: %s", c->net, ckca_error(ctx));
+    CHECK(ckca_backward(model, dz, df) == CKCA_OK, "%s: %s", c->net, ckca_error(ctx));
+    gradient = compare_slot(model, c->net, "gradient", CKCA_GRADIENT, c->keep_gradient, c->tolerance_gradient);
+
+    fill(model, CKCA_MOMENTUM, c->seed + 1);
+    memset(&sgd, 0, sizeof sgd);
+    sgd.lr = LR;
+    CHECK(ckca_sgd(model, &sgd) == CKCA_OK, "%s: %s", c->net, ckca_error(ctx));
+    momentum = compare_slot(model, c->net, "momentum", CKCA_MOMENTUM, c->keep_other, c->tolerance_gradient);
+    value = compare_slot(model, c->net, "value", CKCA_VALUE, c->keep_other, c->tolerance_gradient);
+
+    CHECK(ckca_forward(model, x, c->n, 0) == CKCA_OK, "%s: %s", c->net, ckca_error(ctx));
+    CHECK(ckca_node_read(model, info.logits, z) == CKCA_OK, "%s: %s", c->net, ckca_error(ctx));
+    after = compare_whole(c->net, "eval_after", z, (size_t)(c->n * c->classes), c->tolerance_gradient);
+    printf("%s on %s: errors: evaluation %.1e, training logits %.1e, gradients %.1e, momentum %.1e, weights and running "
+           "statistics %.1e, evaluation after the step %.1e\n",
+           c->net, ckca_device(ctx), before, logits, gradient, momentum, value, after);
+    free(x);
+    free(z);
+    free(f);
+    free(dz);
+    free(df);
+    ckca_model_free(model);
+}
+
+/* ---- sizes and initial weights ---- */
+
+static void test_structure(ckca_context *ctx) {
+    static const struct {
+        const char *arch;
+        int projection, classes, size, features;
+        int64_t parameters; /* He et al.'s and torchvision's counts */
+    } nets[] = {
+        {"resnet8", 1, 10, 32, 64, 78042},          {"resnet20", 1, 10, 32, 64, 272474},
+        {"resnet20", 0, 10, 32, 64, 269722},        {"resnet32", 0, 10, 32, 64, 464154},
+        {"resnet44", 0, 10, 32, 64, 658586},        {"resnet56", 0, 10, 32, 64, 853018},
+        {"resnet110", 0, 10, 32, 64, 1727962},      {"resnet18", 0, 1000, 224, 512, 11689512},
+        {"resnet34", 0, 1000, 224, 512, 21797672},  {"resnet50", 0, 1000, 224, 2048, 25557032},
+        {"resnet18-cifar", 0, 10, 32, 512, 11173962}, {"resnet34-cifar", 0, 10, 32, 512, 21282122},
+        {"resnet50-cifar", 0, 10, 32, 2048, 23520842},
+    };
+    size_t i;
+    for (i = 0; i < sizeof nets / sizeof *nets; i++) {
+        ckca_model_desc desc;
+        ckca_model *model;
+        ckca_model_info info;
+        memset(&desc, 0, sizeof desc);
+        desc.height = desc.width = nets[i].size;
+        desc.classes = nets[i].classes;
+        desc.projection = nets[i].projection;
+        if (ckca_resnet(ctx, &model, nets[i].arch, &desc) != CKCA_OK) {
+            CHECK(0, "%s: %s", nets[i].arch, ckca_error(ctx));
+            continue;
+        }
+        ckca_model_info_get(model, &info);
+        CHECK(info.parameters == nets[i].parameters, "%s: %lld parameters, not %lld", nets[i].arch,
+              (long long)info.parameters, (long long)nets[i].parameters);
+        CHECK(info.features == nets[i].features, "%s: %d features, not %d", nets[i].arch, info.features,
+              nets[i].features);
+        CHECK(!strcmp(info.arch, nets[i].arch), "%s says it is %s", nets[i].arch, info.arch);
+        CHECK(info.step == 0, "%s: step %d", nets[i].arch, info.step);
+        ckca_model_free(model);
+    }
+}
+
+/* Initial weights as torchvision's: convolutions normal with variance 2 / (K R S), batch norm 1 and 0, linear as
+   nn.Linear's uniform of half-width 1 / sqrt(D). The bounds are five standard errors. */
+static void test_initial(ckca_context *ctx, const char *arch, const char *last, int zero_residual) {
+    ckca_model_desc desc;
+    ckca_model *model, *other = NULL;
+    int i, differs = 0, zeroed = 0;
+    memset(&desc, 0, sizeof desc);
+    desc.classes = 10;
+    desc.seed = 7;
+    desc.projection = 1;
+    desc.zero_residual = zero_residual;
+    CHECK(ckca_resnet(ctx, &model, arch, &desc) == CKCA_OK, "%s", ckca_error(ctx));
+    desc.seed = 8;
+    CHECK(ckca_resnet(ctx, &other, arch, &desc) == CKCA_OK, "%s", ckca_error(ctx));
+    for (i = 0; i < ckca_tensors(model); i++) {
+        ckca_tensor t;
+        float *v, *w;
+        double sum = 0, squares = 0, n, widest = 0;
+        int64_t j;
+        ckca_tensor_info(model, i, &t);
+        v = (float *)malloc((size_t)t.count * sizeof *v);
+        w = (float *)malloc((size_t)t.count * sizeof *w);
+        ckca_tensor_read(model, i, CKCA_VALUE, v);
+        ckca_tensor_read(other, i, CKCA_VALUE, w);
+        n = (double)t.count;
+        for (j = 0; j < t.count; j++) {
+            sum += v[j];
+            squares += (double)v[j] * v[j];
+            widest = fabs(v[j]) > widest ? fabs(v[j]) : widest;
+            differs += v[j] != w[j];
+        }
+        if (t.dims == 4) {
+            double variance = 2.0 / ((double)t.shape[0] * t.shape[2] * t.shape[3]);
+            CHECK(fabs(sum / n) < 5 * sqrt(variance / n), "%s %s: mean %g", arch, t.name, sum / n);
+            CHECK(fabs(squares / n / variance - 1) < 5 * sqrt(2 / n), "%s %s: variance %g, not %g", arch, t.name,
+                  squares / n, variance);
+            CHECK(widest > sqrt(variance) * 2.5 && widest < sqrt(variance) * 7, "%s %s: greatest %g deviations", arch,
+                  t.name, widest / sqrt(variance));
+        } else if (!strncmp(t.name, "fc.", 3)) {
+            ckca_tensor weight;
+            double half;
+            ckca_tensor_info(model, ckca_tensor_find(model, "fc.weight"), &weight);
+            half = 1 / sqrt((double)weight.shape[1]);
+            CHECK(widest <= half * 1.0001 && widest > 0.5 * half, "%s %s: greatest %g, bound %g", arch, t.name, widest,
+                  half);
+            CHECK(t.dims == 1 || fabs(squares / n / (half * half / 3) - 1) < 5 / sqrt(n), "%s %s: variance %g", arch,
+                  t.name, squares / n);
+        } else {
+            int zero = ends_with(t.name, "bias") || ends_with(t.name, "running_mean");
+            if (ends_with(t.name, last) && strncmp(t.name, last, strlen(last))) { /* in a block, not the stem's */
+                zero = zero_residual;
+                zeroed++;
+            }
+            for (j = 0; j < t.count && v[j] == (zero ? 0.0f : 1.0f); j++) {
+            }
+            CHECK(j == t.count, "%s %s[%lld] starts as %g", arch, t.name, (long long)j, v[j]);
+        }
+        free(v);
+        free(w);
+    }
+    CHECK(differs > 1000, "%s: seeds 7 and 8 differ in %d weights only", arch, differs);
+    CHECK(zeroed >= 3, "%s: %d residual branches", arch, zeroed);
+    ckca_model_free(model);
+    ckca_model_free(other);
+}
+
+int main(void) {
+    static const net_case cases[] = {
+        {"resnet20-a", "resnet20", 0, 4, 10, 4, 12, 10, (int64_t)1 << 30, 16, 15, 1e-5, 1e-4},
+        {"resnet20-b", "resnet20", 1, 6, 10, 3, 16, 16, 64, 16, 10, 1e-5, 1e-4},
+        {"resnet18-cifar", "resnet18-cifar", 1, 64, 10, 4, 16, 16, 16, 8, 3, 2e-5, 1e-4},
+        {"resnet18", "resnet18", 1, 64, 37, 4, 48, 64, 16, 8, 3, 2e-5, 1e-4},
+        {"resnet50", "resnet50", 1, 64, 1000, 3, 33, 33, 16, 8, 23, 2e-5, 1e-4},
+    };
+    /* every instruction set the processor has, on the nets small enough for the plain ones */
+    static const ckca_isa isas[] = {CKCA_ISA_BEST, CKCA_ISA_PLAIN, CKCA_ISA_BASE, CKCA_ISA_AVX2};
+    ckca_context *ctx;
+    size_t i, j;
+    if (!open_reference("tests/reference/nets.safetensors")) {
+        CHECK(0, "tests/reference/nets.safetensors cannot be read (run from the repository's root)");
+        return test_summary();
+    }
+    for (i = 0; i < sizeof isas / sizeof *isas; i++) {
+        ckca_desc desc;
+        memset(&desc, 0, sizeof desc);
+        desc.isa = isas[i];
+        if (ckca_init(&ctx, &desc) != CKCA_OK) continue; /* the processor lacks it */
+        for (j = 0; j < sizeof cases / sizeof *cases; j++)
+            if (i == 0 || j < 2) test_net(ctx, &cases[j]);
+        ckca_free(ctx);
+    }
+    CHECK(ckca_init(&ctx, NULL) == CKCA_OK, "no context");
+    test_structure(ctx);
+    test_initial(ctx, "resnet20", "bn2.weight", 0);
+    test_initial(ctx, "resnet20", "bn2.weight", 1);
+    test_initial(ctx, "resnet50-cifar", "bn3.weight", 1);
+    ckca_free(ctx);
+    free(file_bytes);
+    return test_summary();
+}

@@ -1,0 +1,859 @@
+/* test_train.c: the graph (shapes, fusion, gradients through every kind of node), ckca_update in every method and form,
+   checkpoints, training states, failures injected at every allocation. Small nets on small pictures. */
+#define CKCA_IMPLEMENTATION
+#include "ckca.h"
+#include "test.h"
+
+#include <sys/stat.h>
+
+#define DIR "build/test_train"
+enum { SIZE = 8, CLASSES = 4, COUNT = 90 };
+
+/* Pictures whose class is a bright quarter, under noise. first: another part of the same distribution. */
+static ckca_data *pictures(ckca_context *ctx, int count, uint64_t seed) {
+    static unsigned char pixels[400 * SIZE * SIZE * 3];
+    static int labels[400];
+    static const char *const names[CLASSES] = {"north-west", "north-east", "south \"west\"", "south-\xc3\xb6st"};
+    ckca_array array;
+    ckca_data *data = NULL;
+    int i, y, x, c;
+    uint64_t draw = 0;
+    for (i = 0; i < count; i++) {
+        labels[i] = (int)(ckca__random(seed, 77, draw++) % CLASSES);
+        for (y = 0; y < SIZE; y++)
+            for (x = 0; x < SIZE; x++)
+                for (c = 0; c < 3; c++) {
+                    const int bright = y / (SIZE / 2) * 2 + x / (SIZE / 2) == labels[i];
+                    pixels[((i * SIZE + y) * SIZE + x) * 3 + c] =
+                        (unsigned char)(ckca__random(seed, 77, draw++) % 190 + (bright ? 60 : 0));
+                }
+    }
+    memset(&array, 0, sizeof array);
+    array.pixels = pixels;
+    array.labels = labels;
+    array.count = count;
+    array.height = array.width = SIZE;
+    array.channels = 3;
+    array.classes = CLASSES;
+    array.class_names = names;
+    ckca_open_array(ctx, &data, &array, NULL);
+    return data;
+}
+
+static ckca_model *small_net(ckca_context *ctx, const char *arch, uint64_t seed) {
+    ckca_model_desc desc;
+    ckca_model *m = NULL;
+    memset(&desc, 0, sizeof desc);
+    desc.height = desc.width = SIZE;
+    desc.classes = CLASSES;
+    desc.seed = seed;
+    desc.width_base = 4;
+    ckca_resnet(ctx, &m, arch, &desc);
+    return m;
+}
+
+static ckca_update_desc quick(ckca_method method) {
+    ckca_update_desc d;
+    memset(&d, 0, sizeof d);
+    d.method = method;
+    d.epochs = 3;
+    d.batch = 16; /* 90 pictures: the last batch of an epoch has 10 */
+    d.seed = 5;
+    return d;
+}
+
+static float *weights(ckca_model *m) { /* all values in one block, to be freed */
+    float *all = (float *)malloc(m->all * sizeof(float));
+    ckca__device_download(m->ctx, all, m->values, m->all * sizeof(float));
+    return all;
+}
+
+static double distance(const float *a, const float *b, size_t n) {
+    double sum = 0;
+    size_t i;
+    for (i = 0; i < n; i++) sum += ((double)a[i] - b[i]) * ((double)a[i] - b[i]);
+    return sqrt(sum);
+}
+
+static int same_weights(ckca_model *a, ckca_model *b) {
+    float *x = weights(a), *y = weights(b);
+    int same = a->all == b->all && !memcmp(x, y, a->all * sizeof(float));
+    free(x);
+    free(y);
+    return same;
+}
+
+/* ---- graph ---- */
+
+static ckca_conv_desc conv(int out, int kernel, int stride, int pad, int bias) {
+    ckca_conv_desc d;
+    d.out = out;
+    d.kernel = kernel;
+    d.stride = stride;
+    d.pad = pad;
+    d.bias = bias;
+    return d;
+}
+
+/* Every kind of node; batch norm alone, before a ReLU, an add, an add and ReLU; maps with several readers, an add of a
+   node to itself, a batch norm whose input others read, and one on a pooled map. */
+static ckca_model *strange_net(ckca_context *ctx) {
+    ckca_model_desc desc;
+    ckca_model *m = NULL;
+    int x, a, b, c, d;
+    memset(&desc, 0, sizeof desc);
+    desc.height = 9;
+    desc.width = 7;
+    desc.channels = 2;
+    desc.classes = 3;
+    desc.seed = 3;
+    ckca_model_create(ctx, &m, &desc);
+    x = ckca_input(m);
+    a = ckca_relu(m, ckca_batchnorm(m, "bn1", ckca_conv(m, "conv1", x, conv(5, 3, 1, 1, 1))));
+    b = ckca_maxpool(m, a, 3, 2, 1);
+    c = ckca_conv(m, "conv2", b, conv(6, 5, 1, 2, 0));
+    d = ckca_add(m, ckca_subsample(m, b, 1, 6), c);      /* plain add; c has two readers */
+    d = ckca_add(m, ckca_batchnorm(m, "bn2", c), d);     /* batch norm into an add, without ReLU */
+    d = ckca_stage(m, d);
+    c = ckca_relu(m, d);                                 /* the add is marked, so this ReLU stands alone */
+    d = ckca_batchnorm(m, "bn3", c);                     /* c is read by bn3 and the add */
+    d = ckca_relu(m, ckca_add(m, c, ckca_batchnorm(m, "bn4", ckca_conv(m, "conv3", d, conv(6, 1, 1, 0, 0)))));
+    d = ckca_add(m, d, d);
+    d = ckca_conv(m, "conv4", d, conv(4, 3, 3, 0, 1));
+    d = ckca_avgpool(m, d);
+    ckca_model_finish(m, ckca_linear(m, "head", d, 3));
+    return m;
+}
+
+/* sum of r * logits + q * features: a scalar whose gradient at the outputs is (r, q). */
+static double probe(ckca_model *m, const float *x, int n, const float *r, const float *q) {
+    float z[64], f[64];
+    double sum = 0;
+    int i;
+    ckca_forward(m, x, n, 1);
+    ckca_node_read(m, m->logits, z);
+    ckca_node_read(m, m->pooled, f);
+    for (i = 0; i < n * m->classes; i++) sum += (double)r[i] * z[i];
+    for (i = 0; i < n * m->features; i++) sum += (double)q[i] * f[i];
+    return sum;
+}
+
+static void test_graph_gradients(ckca_context *ctx) {
+    ckca_model *m = strange_net(ctx);
+    const int n = 5;
+    float x[5 * 9 * 7 * 2], r[15], q[20];
+    int i, t;
+    CHECK(m && m->finished, "the strange net builds: %s", ckca_error(ctx));
+    if (!m || !m->finished) return;
+    for (i = 0; i < n * 9 * 7 * 2; i++) x[i] = (float)(ckca__uniform(1, 9, (uint64_t)i) * 2 - 1);
+    for (i = 0; i < 15; i++) r[i] = (float)(ckca__uniform(2, 9, (uint64_t)i) * 2 - 1);
+    for (i = 0; i < 20; i++) q[i] = (float)(ckca__uniform(3, 9, (uint64_t)i) * 2 - 1);
+    probe(m, x, n, r, q);
+    ckca_zero_gradients(m);
+    CHECK(ckca_backward(m, r, q) == CKCA_OK, "backward: %s", ckca_error(ctx));
+    CHECK(ckca_backward(m, r, q) == CKCA_EINVAL, "a second backward without a forward is refused");
+    for (t = 0; t < ckca_tensors(m); t++) { /* along a random direction per tensor: central difference against g . d */
+        ckca_tensor info;
+        float w[800], v[800], g[800];
+        double expected = 0, seen, h = 2e-3, size = 0;
+        ckca_tensor_info(m, t, &info);
+        if (!info.trainable) continue;
+        ckca_tensor_read(m, t, CKCA_VALUE, w);
+        ckca_tensor_read(m, t, CKCA_GRADIENT, g);
+        for (i = 0; i < info.count; i++) {
+            const double d = ckca__uniform(4, (uint64_t)t, (uint64_t)i) * 2 - 1;
+            v[i] = (float)d;
+            expected += d * g[i];
+            size += fabs(d * g[i]);
+        }
+        {
+            float moved[800];
+            for (i = 0; i < info.count; i++) moved[i] = w[i] + (float)h * v[i];
+            ckca_tensor_write(m, t, CKCA_VALUE, moved);
+            seen = probe(m, x, n, r, q);
+            for (i = 0; i < info.count; i++) moved[i] = w[i] - (float)h * v[i];
+            ckca_tensor_write(m, t, CKCA_VALUE, moved);
+            seen = (seen - probe(m, x, n, r, q)) / (2 * h);
+            ckca_tensor_write(m, t, CKCA_VALUE, w);
+        }
+        CHECK(fabs(seen - expected) < 0.02 * size + 2e-2, "%s: directional derivative %g, by differences %g", info.name,
+              expected, seen);
+    }
+    { /* evaluation, folded and planned otherwise, agrees with training batch norm fed with the same statistics */
+        float z[15], e[15];
+        double worst = 0;
+        for (i = 0; i < 300; i++) ckca_forward(m, x, n, 1); /* running statistics settle on this batch's (unbiased) */
+        ckca_node_read(m, m->logits, z);
+        ckca_forward(m, x, n, 0);
+        CHECK(ckca_node_read(m, 1, e) == CKCA_EINVAL, "an inner node cannot be read after evaluation");
+        ckca_node_read(m, m->logits, e);
+        for (i = 0; i < 15; i++) if (fabs(z[i] - e[i]) > worst) worst = fabs(z[i] - e[i]);
+        CHECK(worst < 0.1, "evaluation with settled statistics is %g off training", worst);
+        for (i = 0; i < n; i++) { /* a picture's logits do not depend on its batch */
+            float one[3];
+            ckca_forward(m, x + i * 9 * 7 * 2, 1, 0);
+            ckca_node_read(m, m->logits, one);
+            CHECK(!memcmp(one, e + 3 * i, sizeof one), "picture %d alone gives %g, in a batch %g", i, (double)one[0],
+                  (double)e[3 * i]);
+        }
+    }
+    ckca_model_free(m);
+}
+
+static void test_graph_errors(ckca_context *ctx) {
+    ckca_model_desc desc;
+    ckca_model *m;
+    int x, y;
+    memset(&desc, 0, sizeof desc);
+    CHECK(ckca_model_create(ctx, &m, &desc) == CKCA_EINVAL && strstr(ckca_error(ctx), "0 classes"), "%s", ckca_error(ctx));
+    desc.classes = 3;
+#define BROKEN(build, status, words)                                                                                      \
+    do {                                                                                                                  \
+        ckca_model_create(ctx, &m, &desc);                                                                                \
+        x = ckca_input(m);                                                                                                \
+        y = build;                                                                                                        \
+        y = ckca_linear(m, "fc", ckca_avgpool(m, y), 3); /* what follows a failure passes it on */                        \
+        CHECK(ckca_model_finish(m, y) == status && strstr(ckca_error(ctx), words), #build ": \"%s\"", ckca_error(ctx)); \
+        ckca_model_free(m);                                                                                               \
+    } while (0)
+    BROKEN(ckca_conv(m, "c", x, conv(0, 3, 1, 1, 0)), CKCA_EINVAL, "conv c: out 0");
+    BROKEN(ckca_conv(m, "c", x, conv(4, 3, 1, 3, 0)), CKCA_EINVAL, "pad 3");
+    BROKEN(ckca_conv(m, "c", x, conv(4, 40, 1, 0, 0)), CKCA_ESHAPE, "kernel of 40");
+    BROKEN(ckca_conv(m, "c", 7, conv(4, 3, 1, 1, 0)), CKCA_EINVAL, "no node 7");
+    BROKEN(ckca_conv(m, "a b", x, conv(4, 3, 1, 1, 0)), CKCA_EINVAL, "\"a b\"");
+    BROKEN(ckca_conv(m, NULL, x, conv(4, 3, 1, 1, 0)), CKCA_EINVAL, "name");
+    BROKEN(ckca_conv(m, "c", ckca_conv(m, "c", x, conv(4, 3, 1, 1, 0)), conv(4, 3, 1, 1, 0)), CKCA_EINVAL, "node 1's already");
+    BROKEN(ckca_add(m, x, ckca_conv(m, "c", x, conv(4, 3, 1, 1, 0))), CKCA_ESHAPE, "32 x 32 x 4");
+    BROKEN(ckca_maxpool(m, x, 0, 1, 0), CKCA_EINVAL, "kernel 0");
+    BROKEN(ckca_subsample(m, x, 2, 1), CKCA_EINVAL, "1 channels out of 3");
+    BROKEN(ckca_conv(m, "c", x, conv(2000000000, 3, 1, 1, 0)), CKCA_ESHAPE, "too large");
+    BROKEN(ckca_input(m), CKCA_EINVAL, "input");
+    ckca_model_create(ctx, &m, &desc);
+    x = ckca_avgpool(m, ckca_input(m));
+    CHECK(ckca_model_finish(m, x) == CKCA_EINVAL, "logits have to come from a linear node");
+    y = ckca_linear(m, "fc", x, 4);
+    CHECK(ckca_model_finish(m, y) == CKCA_ESHAPE && strstr(ckca_error(ctx), "4 outputs"), "%s", ckca_error(ctx));
+    ckca_model_free(m);
+    CHECK(ckca_resnet(ctx, &m, "resnet21", &desc) == CKCA_EINVAL && strstr(ckca_error(ctx), "resnet21"), "%s", ckca_error(ctx));
+    CHECK(ckca_resnet(ctx, &m, "resnet20-cifar", &desc) == CKCA_EINVAL && !m, "resnet20 has that stem anyway");
+    CHECK(ckca_resnet(ctx, &m, NULL, &desc) == CKCA_EINVAL, "no name");
+}
+
+static void test_bytes(ckca_context *ctx) {
+    ckca_model *m = small_net(ctx, "resnet20", 1);
+    ckca_bytes one, two, eval;
+    ckca_model_bytes(m, 1, 1, &one);
+    ckca_model_bytes(m, 2, 1, &two);
+    ckca_model_bytes(m, 2, 0, &eval);
+    CHECK(two.activations == 2 * one.activations, "activations grow with the batch: %zu, %zu", one.activations,
+          two.activations);
+    CHECK(eval.activations * 5 < two.activations, "evaluation keeps a few maps only: %zu against %zu", eval.activations,
+          two.activations);
+    CHECK(ckca_model_bytes(m, 0, 1, &one) == CKCA_EINVAL, "a batch of 0");
+    CHECK(ckca_model_bytes(m, 1000000, 1, &one) == CKCA_OK, "sizes without allocating: %s", ckca_error(ctx));
+    ckca_model_free(m);
+}
+
+/* ---- updates ---- */
+
+static int never(const ckca_progress *p, void *user) {
+    int *at = (int *)user; /* at[0]: SGD steps to go before it stops */
+    CHECK(p->batch >= 1 && p->batch <= p->batches && p->epoch < p->epochs && isfinite(p->loss), "progress %d/%d of epoch %d",
+          p->batch, p->batches, p->epoch);
+    return --at[0] == 0;
+}
+
+/* The first step of a model on data, and what later tests start from. */
+static ckca_model *first_step(ckca_context *ctx, const ckca_data *data) {
+    ckca_model *m = small_net(ctx, "resnet8", 1);
+    ckca_update_desc d = quick(CKCA_METHOD_CKCA);
+    ckca_report report;
+    d.epochs = 12;
+    CHECK(ckca_update(m, data, &d, &report) == CKCA_OK, "first update: %s", ckca_error(ctx));
+    CHECK(report.step == 1 && report.teacher_accuracy == -1 && report.kd == 0 && report.sgd_steps == 72,
+          "a fresh model trains plainly: step %d, kd %g, %d SGD steps", report.step, report.kd, report.sgd_steps);
+    return m;
+}
+
+static ckca_model *copy_of(ckca_model *m) { return ckca__clone(m); }
+
+static void test_learning(ckca_context *ctx, ckca_model *m, const ckca_data *test) {
+    ckca_score score;
+    float per_class[CLASSES], p[COUNT * CLASSES];
+    double sum = 0, right = 0;
+    int i, k;
+    CHECK(ckca_evaluate(m, test, &score, per_class) == CKCA_OK, "%s", ckca_error(ctx));
+    CHECK(score.count == COUNT && score.top1 > 0.6 && score.top5 == 1, "after 12 epochs top-1 is %g, top-5 %g", score.top1,
+          score.top5);
+    CHECK(ckca_predict(m, test->store->pixels, COUNT, p) == CKCA_OK, "%s", ckca_error(ctx));
+    for (i = 0; i < COUNT; i++) {
+        int best = 0;
+        double total = 0;
+        for (k = 0; k < CLASSES; k++) {
+            total += p[i * CLASSES + k];
+            if (p[i * CLASSES + k] > p[i * CLASSES + best]) best = k;
+        }
+        CHECK(fabs(total - 1) < 1e-5, "probabilities of picture %d sum to %g", i, total);
+        sum -= log(p[i * CLASSES + ckca_label(test, i)]);
+        right += best == ckca_label(test, i);
+    }
+    CHECK(fabs(score.loss - sum / COUNT) < 1e-4 && fabs(score.top1 - right / COUNT) < 1e-9,
+          "evaluate says %g, %g; the probabilities %g, %g", score.loss, score.top1, sum / COUNT, right / COUNT);
+}
+
+static void test_methods(ckca_context *ctx, ckca_model *start, const ckca_data *data) {
+    static const char *const name[] = {"ckca", "scratch", "warm", "shrink-perturb", "lwf"};
+    ckca_model *result[5];
+    int i, j;
+    for (i = 0; i < 5; i++) {
+        ckca_update_desc d = quick((ckca_method)i);
+        ckca_report report;
+        result[i] = copy_of(start);
+        CHECK(ckca_update(result[i], data, &d, &report) == CKCA_OK, "%s: %s", name[i], ckca_error(ctx));
+        CHECK(report.step == 2 && report.loss > 0 && report.accuracy >= 0, "%s: step %d", name[i], report.step);
+        CHECK((report.teacher_accuracy >= 0) == (i == 0 || i == 4), "%s: teacher %g", name[i], report.teacher_accuracy);
+        CHECK((report.kd > 0) == (i == 0 || i == 4), "%s: AdaKD is %g", name[i], report.kd);
+    }
+    for (i = 0; i < 5; i++)
+        for (j = 0; j < i; j++) CHECK(!same_weights(result[i], result[j]), "%s and %s end differently", name[i], name[j]);
+    { /* from scratch: nothing of the model it came with is left */
+        ckca_model *other = copy_of(start);
+        ckca_update_desc d = quick(CKCA_METHOD_SCRATCH);
+        ckca__initialize(other, 99, other->values);
+        ckca_update(other, data, &d, NULL);
+        CHECK(same_weights(other, result[1]), "SCRATCH does not depend on the weights it finds");
+        ckca_model_free(other);
+    }
+    { /* LWF is CKCA with CONSTANT, weight 1, no FeatReg */
+        ckca_model *other = copy_of(start);
+        ckca_update_desc d = quick(CKCA_METHOD_CKCA);
+        d.adakd = CKCA_ADAKD_CONSTANT;
+        d.w_kd = 1;
+        d.w_feat = CKCA_OFF;
+        ckca_update(other, data, &d, NULL);
+        CHECK(same_weights(other, result[4]), "LWF is constant distillation");
+        ckca_model_free(other);
+    }
+    { /* and with both terms off it is a warm start */
+        ckca_model *other = copy_of(start);
+        ckca_update_desc d = quick(CKCA_METHOD_CKCA);
+        d.w_kd = d.w_feat = CKCA_OFF;
+        ckca_update(other, data, &d, NULL);
+        CHECK(same_weights(other, result[2]), "CKCA without terms is WARM");
+        ckca_model_free(other);
+    }
+    for (i = 0; i < 5; i++) ckca_model_free(result[i]);
+}
+
+/* Stronger terms keep the student closer to its teacher, on outputs (AdaKD) and features (FeatReg), in every form. */
+static void test_forms(ckca_context *ctx, ckca_model *start, const ckca_data *data) {
+    int form;
+    for (form = 0; form < 8; form++) {
+        double term[2];
+        int strong;
+        for (strong = 0; strong < 2; strong++) {
+            ckca_model *m = copy_of(start);
+            ckca_update_desc d = quick(CKCA_METHOD_CKCA);
+            ckca_report report;
+            d.w_kd = d.w_feat = CKCA_OFF;
+            if (form < 4) {
+                d.adakd = (ckca_adakd)form;
+                d.w_kd = strong ? 4.0f : 1e-4f;
+            } else {
+                d.featreg = (ckca_featreg)(form - 4);
+                d.w_feat = strong ? 10.0f : 1e-4f;
+            }
+            d.lr = 0.01f;
+            d.epochs = 8;
+            CHECK(ckca_update(m, data, &d, &report) == CKCA_OK, "form %d: %s", form, ckca_error(ctx));
+            term[strong] = form < 4 ? report.kd : report.feat;
+            ckca_model_free(m);
+        }
+        CHECK(term[0] > 0 && term[1] < 0.85 * term[0], "form %d: the term is %g with a strong weight, %g with next to none", form,
+              term[1], term[0]);
+    }
+}
+
+/* The teacher's answers kept from the survey are those it gives per batch (which augmentation forces; the least jitter
+   leaves pictures as they are, but for rounding). */
+static void test_live_teacher(ckca_context *ctx, ckca_model *start, const ckca_data *data) {
+    ckca_model *kept = copy_of(start), *live = copy_of(start);
+    float *a, *b, *w0 = weights(start);
+    double apart;
+    ckca_update_desc d = quick(CKCA_METHOD_CKCA);
+    d.w_feat = 1;
+    ckca_update(kept, data, &d, NULL);
+    d.teacher = start; /* the same weights under another name */
+    d.augment.jitter = 1e-30f;
+    CHECK(ckca_update(live, data, &d, NULL) == CKCA_OK, "%s", ckca_error(ctx));
+    a = weights(kept);
+    b = weights(live);
+    apart = distance(a, b, kept->all) / distance(a, w0, kept->all);
+    CHECK(apart < 1e-4, "kept and live answers end %g apart", apart);
+    free(a);
+    free(b);
+    free(w0);
+    ckca_model_free(kept);
+    ckca_model_free(live);
+}
+
+static void test_other_teacher(ckca_context *ctx, ckca_model *start, const ckca_data *data) {
+    ckca_model *big = small_net(ctx, "resnet20", 8), *m = copy_of(start), *wide;
+    ckca_model_desc desc;
+    ckca_update_desc d = quick(CKCA_METHOD_WARM);
+    ckca_report report;
+    ckca_update(big, data, &d, NULL);
+    d = quick(CKCA_METHOD_CKCA);
+    d.teacher = big;
+    CHECK(ckca_update(m, data, &d, &report) == CKCA_EINVAL && strstr(ckca_error(ctx), "mean of channel 0"), "%s", ckca_error(ctx));
+    memcpy(big->normalization, m->normalization, 6 * sizeof(float));
+    d.w_feat = 1;
+    CHECK(ckca_update(m, data, &d, &report) == CKCA_OK && report.feat > 0, "a resnet20 teaches a resnet8: %s", ckca_error(ctx));
+    d.featreg = CKCA_FEATREG_STAGES;
+    CHECK(ckca_update(m, data, &d, &report) == CKCA_OK && report.feat > 0, "stage by stage: %s", ckca_error(ctx));
+    memset(&desc, 0, sizeof desc);
+    desc.height = desc.width = SIZE;
+    desc.classes = CLASSES;
+    desc.width_base = 6;
+    ckca_resnet(ctx, &wide, "resnet8", &desc);
+    d.teacher = wide;
+    CHECK(ckca_update(m, data, &d, &report) == CKCA_ESHAPE && strstr(ckca_error(ctx), "stage"), "%s", ckca_error(ctx));
+    d.featreg = CKCA_FEATREG_COSINE;
+    CHECK(ckca_update(m, data, &d, &report) == CKCA_ESHAPE && strstr(ckca_error(ctx), "24 features, the model 16"), "%s",
+          ckca_error(ctx));
+    d.featreg = CKCA_FEATREG_RELATION;
+    CHECK(ckca_update(m, data, &d, &report) == CKCA_OK && report.feat > 0, "RELATION compares any: %s", ckca_error(ctx));
+    ckca_model_free(big);
+    ckca_model_free(wide);
+    ckca_model_free(m);
+}
+
+static void test_shrink_perturb(ckca_context *ctx, ckca_model *start, const ckca_data *data) {
+    ckca_model *m = copy_of(start), *fresh = small_net(ctx, "resnet8", 5);
+    ckca_update_desc d = quick(CKCA_METHOD_SHRINK_PERTURB);
+    float *w0 = weights(start), *p0 = weights(fresh), *w;
+    size_t i;
+    double worst = 0;
+    d.epochs = 1;
+    d.lr = 1e-30f;
+    d.shrink = 0.5f;
+    d.perturb = 0.25f;
+    ckca_update(m, data, &d, NULL);
+    w = weights(m);
+    for (i = 0; i < m->trainable; i++) {
+        const double expected = 0.5 * w0[i] + 0.25 * p0[i];
+        if (fabs(w[i] - expected) > worst) worst = fabs(w[i] - expected);
+    }
+    CHECK(worst < 1e-6, "shrink 0.5, perturb 0.25: off by %g", worst);
+    free(w0);
+    free(p0);
+    free(w);
+    ckca_model_free(m);
+    ckca_model_free(fresh);
+}
+
+static void test_schedule(void) {
+    ckca_update_desc d;
+    memset(&d, 0, sizeof d);
+    d.lr = 1;
+    d.epochs = 10;
+    d.warmup_epochs = 1;
+    CHECK(ckca__rate(&d, 0, 4) == 0.25f && ckca__rate(&d, 3, 4) == 1, "warm-up starts at %g, ends at %g",
+          (double)ckca__rate(&d, 0, 4), (double)ckca__rate(&d, 3, 4));
+    CHECK(ckca__rate(&d, 4, 4) == 1 && fabsf(ckca__rate(&d, 22, 4) - 0.5f) < 1e-6f && ckca__rate(&d, 39, 4) < 0.002f,
+          "cosine: %g half way, %g at the end", (double)ckca__rate(&d, 22, 4), (double)ckca__rate(&d, 39, 4));
+    d.schedule = CKCA_CONSTANT;
+    CHECK(ckca__rate(&d, 39, 4) == 1, "constant: %g", (double)ckca__rate(&d, 39, 4));
+    d.schedule = CKCA_STEP;
+    d.step_epochs = 3;
+    d.step_factor = 0.1f;
+    CHECK(fabsf(ckca__rate(&d, 12, 4) - 0.1f) < 1e-7f && fabsf(ckca__rate(&d, 36, 4) - 0.001f) < 1e-9f && ckca__rate(&d, 11, 4) == 1,
+          "step: %g, then %g", (double)ckca__rate(&d, 12, 4), (double)ckca__rate(&d, 36, 4));
+}
+
+static void test_shuffle(void) {
+    int order[100], again[100], seen[100] = {0}, i, fixed = 0;
+    ckca_shuffle(1, 0, 100, order);
+    ckca_shuffle(1, 0, 100, again);
+    CHECK(!memcmp(order, again, sizeof order), "an order is a function of seed and epoch");
+    ckca_shuffle(1, 1, 100, again);
+    CHECK(memcmp(order, again, sizeof order), "epochs differ");
+    ckca_shuffle(2, 0, 100, again);
+    CHECK(memcmp(order, again, sizeof order), "seeds differ");
+    for (i = 0; i < 100; i++) {
+        seen[order[i]]++;
+        fixed += order[i] == i;
+    }
+    for (i = 0; i < 100; i++) CHECK(seen[i] == 1, "%d occurs %d times", i, seen[i]);
+    CHECK(fixed < 10, "%d of 100 stayed in place", fixed);
+}
+
+/* ckca_forward, ckca_backward and ckca_sgd by hand are what ckca_update does. */
+static void test_by_hand(ckca_context *ctx, ckca_model *start, const ckca_data *data) {
+    ckca_model *a = copy_of(start), *b = copy_of(start);
+    ckca_update_desc d = quick(CKCA_METHOD_WARM);
+    ckca_sgd_desc sgd;
+    float x[16 * SIZE * SIZE * 3], z[16 * CLASSES], dz[16 * CLASSES], loss[16], *wa, *wb;
+    int order[COUNT], labels[16], hit[16], first;
+    double apart;
+    d.epochs = 1;
+    d.warmup_epochs = CKCA_OFF;
+    d.schedule = CKCA_CONSTANT;
+    d.label_smoothing = 0.1f;
+    d.clip_norm = 0.5f;
+    d.augment.pad = 1;
+    d.augment.flip = 1;
+    ckca_update(a, data, &d, NULL);
+    memset(&sgd, 0, sizeof sgd);
+    sgd.lr = 0.1f;
+    sgd.clip_norm = 0.5f;
+    ckca_shuffle(d.seed, 0, COUNT, order);
+    for (first = 0; first < COUNT; first += 16) {
+        const int n = COUNT - first < 16 ? COUNT - first : 16;
+        ckca_get_batch(b, data, order + first, n, &d.augment, d.seed, 0, x, labels);
+        ckca_forward(b, x, n, 1);
+        ckca_node_read(b, b->logits, z);
+        ckca__op_cross_entropy(ctx, n, CLASSES, z, labels, 0.1f, dz, loss, hit);
+        ckca_zero_gradients(b);
+        ckca_backward(b, dz, NULL);
+        CHECK(ckca_sgd(b, &sgd) == CKCA_OK, "%s", ckca_error(ctx));
+    }
+    wa = weights(a);
+    wb = weights(b);
+    apart = distance(wa, wb, a->all);
+    CHECK(apart == 0, "an epoch by hand is %g away from ckca_update's", apart);
+    free(wa);
+    free(wb);
+    ckca_model_free(a);
+    ckca_model_free(b);
+}
+
+static void test_update_errors(ckca_context *ctx, ckca_model *start, const ckca_data *data) {
+    ckca_model *m = copy_of(start), *other;
+    ckca_model_desc desc;
+    ckca_update_desc d = quick(CKCA_METHOD_CKCA);
+    ckca_report report;
+    int stop = 7;
+    d.lr = 1e20f;
+    CHECK(ckca_update(m, data, &d, NULL) == CKCA_EINVAL && strstr(ckca_error(ctx), "lr 1e+20"), "%s", ckca_error(ctx));
+    d.lr = 9e5f;
+    d.momentum = 0.99f;
+    d.epochs = 30;
+    CHECK(ckca_update(m, data, &d, NULL) == CKCA_ENAN && strstr(ckca_error(ctx), "update 2"), "%s", ckca_error(ctx));
+    CHECK(same_weights(m, start) && m->step == 1, "after a NaN the model is as it was");
+    d = quick(CKCA_METHOD_CKCA);
+    d.progress = never;
+    d.user = &stop;
+    CHECK(ckca_update(m, data, &d, &report) == CKCA_ESTOP && report.sgd_steps == 7 && m->step == 1, "stopped after %d steps: %s",
+          report.sgd_steps, ckca_error(ctx));
+    CHECK(ckca_update(NULL, data, &d, NULL) == CKCA_EINVAL, "no model");
+    CHECK(ckca_update(m, NULL, &d, NULL) == CKCA_EINVAL, "no data");
+    d.epochs = -1;
+    CHECK(ckca_update(m, data, &d, NULL) == CKCA_EINVAL && strstr(ckca_error(ctx), "-1 epochs"), "%s", ckca_error(ctx));
+    d = quick((ckca_method)9);
+    CHECK(ckca_update(m, data, &d, NULL) == CKCA_EINVAL && strstr(ckca_error(ctx), "method 9"), "%s", ckca_error(ctx));
+    d = quick(CKCA_METHOD_CKCA);
+    d.augment.crop_min = 2;
+    CHECK(ckca_update(m, data, &d, NULL) == CKCA_EINVAL && strstr(ckca_error(ctx), "crop_min 2"), "%s", ckca_error(ctx));
+    memset(&desc, 0, sizeof desc);
+    desc.classes = CLASSES;
+    ckca_resnet(ctx, &other, "resnet8", &desc);
+    CHECK(ckca_update(other, data, NULL, NULL) == CKCA_ESHAPE && strstr(ckca_error(ctx), "8 x 8 x 3, the model takes 32"), "%s",
+          ckca_error(ctx));
+    ckca_model_free(other);
+    desc.height = desc.width = SIZE;
+    desc.classes = 5;
+    ckca_resnet(ctx, &other, "resnet8", &desc);
+    CHECK(ckca_update(other, data, NULL, NULL) == CKCA_ESHAPE && strstr(ckca_error(ctx), "4 classes, the model has 5"), "%s",
+          ckca_error(ctx));
+    CHECK(ckca_predict(other, data->store->pixels, 1, NULL) == CKCA_EINVAL, "predict without a result");
+    ckca_model_free(other);
+    {
+        static const char *const names[CLASSES] = {"north-west", "north-east", "cat", "dog"};
+        desc.classes = CLASSES;
+        desc.class_names = names;
+        ckca_resnet(ctx, &other, "resnet8", &desc);
+        CHECK(ckca_update(other, data, NULL, NULL) == CKCA_EINVAL && strstr(ckca_error(ctx), "\"cat\" in the model"), "%s",
+              ckca_error(ctx));
+        ckca_model_free(other);
+    }
+    ckca_model_free(m);
+}
+
+/* ---- bitwise: threads, resuming, files ---- */
+
+static void test_threads(void) {
+    ckca_model *m[3];
+    ckca_context *ctx[3];
+    int i;
+    for (i = 0; i < 3; i++) {
+        ckca_desc desc;
+        ckca_update_desc d = quick(CKCA_METHOD_CKCA);
+        ckca_data *data;
+        memset(&desc, 0, sizeof desc);
+        desc.threads = i + 1;
+        ckca_init(&ctx[i], &desc);
+        data = pictures(ctx[i], COUNT, 1);
+        m[i] = small_net(ctx[i], "resnet20", 1);
+        d.w_feat = 1;
+        d.augment.pad = 1;
+        ckca_update(m[i], data, &d, NULL);
+        ckca_update(m[i], data, &d, NULL);
+        ckca_data_free(data);
+    }
+    CHECK(m[0]->step == 2 && same_weights(m[0], m[1]), "1 and 2 threads give the same bits");
+    CHECK(same_weights(m[0], m[2]), "1 and 3 threads give the same bits");
+    for (i = 0; i < 3; i++) {
+        ckca_model_free(m[i]);
+        ckca_free(ctx[i]);
+    }
+}
+
+static char *slurp(const char *path, size_t *size) {
+    FILE *f = fopen(path, "rb");
+    char *bytes = (char *)malloc(1 << 22);
+    *size = f ? fread(bytes, 1, 1 << 22, f) : 0;
+    if (f) fclose(f);
+    return bytes;
+}
+
+static void spill(const char *path, const char *bytes, size_t size) {
+    FILE *f = fopen(path, "wb");
+    if (f) {
+        fwrite(bytes, 1, size, f);
+        fclose(f);
+    }
+}
+
+/* Stopped after every number of SGD steps, also on the edge of an epoch, and resumed in a new model: the same bits. */
+static void test_resume(ckca_context *ctx, ckca_model *start, const ckca_data *data) {
+    ckca_model *whole = copy_of(start), *m;
+    ckca_update_desc d = quick(CKCA_METHOD_CKCA);
+    ckca_report expected, report;
+    int after, stop;
+    d.w_feat = 1;
+    d.augment.flip = 1;
+    CHECK(ckca_update(whole, data, &d, &expected) == CKCA_OK, "%s", ckca_error(ctx));
+    d.state = DIR "/state.safetensors";
+    d.progress = never;
+    d.user = &stop;
+    remove(d.state);
+    for (after = 1; after < 18; after++) {
+        FILE *left;
+        m = copy_of(start);
+        stop = after;
+        CHECK(ckca_update(m, data, &d, NULL) == CKCA_ESTOP, "stop after %d: %s", after, ckca_error(ctx));
+        ckca_model_free(m);
+        m = copy_of(start);
+        stop = 0;
+        CHECK(ckca_update(m, data, &d, &report) == CKCA_OK, "resume after %d: %s", after, ckca_error(ctx));
+        CHECK(same_weights(m, whole) && m->batches_tracked == whole->batches_tracked && m->step == 2,
+              "resumed after %d steps, the weights differ", after);
+        CHECK(report.loss == expected.loss && report.accuracy == expected.accuracy, "resumed after %d: loss %g, uninterrupted %g",
+              after, report.loss, expected.loss);
+        ckca_model_free(m);
+        left = fopen(d.state, "rb");
+        CHECK(!left, "the state is removed at the end");
+        if (left) fclose(left);
+    }
+    { /* a state of another run is refused, and so is a broken one; the model stays as it is */
+        size_t size;
+        char *bytes;
+        m = copy_of(start);
+        stop = 4;
+        ckca_update(m, data, &d, NULL);
+        ckca_model_free(m);
+        m = copy_of(start);
+        stop = 0;
+        d.lr = 0.05f;
+        CHECK(ckca_update(m, data, &d, NULL) == CKCA_EINVAL && strstr(ckca_error(ctx), "another update"), "%s", ckca_error(ctx));
+        d.lr = 0;
+        bytes = slurp(d.state, &size);
+        CHECK(size > 1000, "the state has %zu bytes", size);
+        spill(d.state, bytes, size - 1);
+        CHECK(ckca_update(m, data, &d, NULL) == CKCA_EFORMAT, "a truncated state: %s", ckca_error(ctx));
+        CHECK(same_weights(m, start) && m->step == 1, "the model is as it was");
+        free(bytes);
+        remove(d.state);
+        d.state = DIR "/no/such/folder/state";
+        d.state_seconds = 1e-9f;
+        CHECK(ckca_update(m, data, &d, NULL) == CKCA_EIO, "a state that cannot be written: %s", ckca_error(ctx));
+        CHECK(same_weights(m, start), "the model is as it was");
+        ckca_model_free(m);
+    }
+    ckca_model_free(whole);
+}
+
+static void test_files(ckca_context *ctx, ckca_model *m, const ckca_data *data) {
+    const char *one = DIR "/one.safetensors", *two = DIR "/two.safetensors";
+    ckca_model *back = NULL, *strange, *other;
+    size_t size, again, cut;
+    char *a, *b;
+    int i;
+    CHECK(ckca_save(m, one) == CKCA_OK, "%s", ckca_error(ctx));
+    CHECK(ckca_load(ctx, &back, one) == CKCA_OK, "%s", ckca_error(ctx));
+    if (!back) return;
+    CHECK(ckca_save(back, two) == CKCA_OK, "%s", ckca_error(ctx));
+    a = slurp(one, &size);
+    b = slurp(two, &again);
+    CHECK(size == again && !memcmp(a, b, size), "save, load, save: %zu and %zu bytes", size, again);
+    free(b);
+    CHECK(same_weights(m, back) && back->step == m->step && back->batches_tracked == m->batches_tracked, "step %d, %d batches",
+          back->step, (int)back->batches_tracked);
+    CHECK(!memcmp(m->normalization, back->normalization, 6 * sizeof(float)), "mean %.9g, loaded %.9g", (double)m->normalization[0],
+          (double)back->normalization[0]);
+    for (i = 0; i < CLASSES; i++)
+        CHECK(!strcmp(m->class_names[i], back->class_names[i]), "class %d is %s, loaded %s", i, m->class_names[i], back->class_names[i]);
+    { /* and goes on as the original would */
+        ckca_update_desc d = quick(CKCA_METHOD_CKCA);
+        ckca_model *on = copy_of(m);
+        CHECK(ckca_update(on, data, &d, NULL) == CKCA_OK && ckca_update(back, data, &d, NULL) == CKCA_OK, "%s", ckca_error(ctx));
+        CHECK(same_weights(on, back), "a loaded checkpoint trains to the same bits");
+        ckca_model_free(on);
+    }
+    for (cut = 0; cut < size; cut += cut < 600 ? 1 : 997) { /* truncated anywhere: refused */
+        ckca_model *none = m;
+        spill(two, a, cut);
+        CHECK(ckca_load(ctx, &none, two) != CKCA_OK && !none, "a file cut to %zu of %zu bytes loads", cut, size);
+        CHECK(ckca_load_weights(back, two) != CKCA_OK, "weights from a file cut to %zu bytes", cut);
+    }
+    ckca_model_free(back);
+    free(a);
+    strange = strange_net(ctx);
+    CHECK(ckca_save(strange, one) == CKCA_OK && ckca_load(ctx, &other, one) == CKCA_OK, "a net of one's own: %s", ckca_error(ctx));
+    CHECK(same_weights(strange, other) && !strcmp(other->arch, "custom"), "it comes back whole");
+    CHECK(ckca_load_weights(m, one) == CKCA_EFORMAT, "another network's weights: %s", ckca_error(ctx));
+    ckca_model_free(other);
+    ckca_model_free(strange);
+    other = small_net(ctx, "resnet20", 1);
+    ckca_save(other, one);
+    CHECK(ckca_load_weights(m, one) == CKCA_EFORMAT && strstr(ckca_error(ctx), "not of this network"), "%s", ckca_error(ctx));
+    ckca_model_free(other);
+    CHECK(ckca_load(ctx, &other, DIR "/nothing") == CKCA_EIO && !other, "%s", ckca_error(ctx));
+    CHECK(ckca_save(m, DIR "/no/such/folder/x") == CKCA_EIO, "%s", ckca_error(ctx));
+}
+
+static void test_graph_text(ckca_context *ctx) {
+    static const char *const bad[] = {
+        "", ";", "input", "input;", "logits 0", "input;logits 0", "input;input;logits 0", "input;relu;logits 1", "input;relu 0 0;x",
+        "input;relu -1;logits 1", "input;relu 99999999999;logits 1", "conv c 0 1 1 1 0 0", "input;conv c 0 1 1 1;avgpool 1;linear f 2 3;logits 3",
+        "input;conv c 0 2147483647 3 1 1 0;avgpool 1;linear f 2 3;logits 3", "input;avgpool 0;linear f 1 3;logits 2;relu 0",
+        "input;conv c 0 8 255 1 254 0;logits 1", "input;avgpool 0;linear f 1 2;logits 2", "input;stage 5;logits 0", "input;relu  0;logits 1",
+        "input;avgpool 0;linear a_name_of_more_than_sixty_three_bytes_that_does_not_fit_into_the_room_there_is 1 3;logits 2"};
+    size_t i;
+    for (i = 0; i <= sizeof bad / sizeof *bad; i++) {
+        const int good = i == sizeof bad / sizeof *bad;
+        const char *text = good ? "input;avgpool 0;linear 0.f 1 3;logits 2" : bad[i];
+        ckca_model_desc desc;
+        ckca_model *m;
+        ckca_status status;
+        memset(&desc, 0, sizeof desc);
+        desc.classes = 3;
+        ckca_model_create(ctx, &m, &desc);
+        status = ckca__graph_read(m, text);
+        CHECK((status == CKCA_OK) == good, "\"%s\": %s", text, status ? ckca_error(ctx) : "ok");
+        ckca_model_free(m);
+    }
+}
+
+/* ---- failing allocations ---- */
+
+static long alloc_left, alloc_open;
+static void *scarce(size_t bytes, void *user) {
+    (void)user;
+    if (alloc_left-- == 0) return NULL;
+    alloc_open++;
+    return malloc(bytes);
+}
+static void scarce_free(void *memory, size_t bytes, void *user) {
+    (void)bytes;
+    (void)user;
+    alloc_open--;
+    free(memory);
+}
+
+/* The whole job with allocation number k failing, for every k until none fails: an error each time, nothing left open. */
+static void test_allocations(void) {
+    long k, failures = 0;
+    ckca_status status = CKCA_ENOMEM;
+    for (k = 0; k < 100000 && status; k++) {
+        ckca_desc desc;
+        ckca_context *ctx = NULL;
+        ckca_data *data = NULL;
+        ckca_model *m = NULL, *back = NULL;
+        ckca_update_desc d = quick(CKCA_METHOD_CKCA);
+        ckca_model_desc model;
+        memset(&desc, 0, sizeof desc);
+        memset(&model, 0, sizeof model);
+        model.height = model.width = SIZE;
+        model.classes = CLASSES;
+        model.width_base = 2;
+        desc.threads = 1;
+        desc.alloc = scarce;
+        desc.release = scarce_free;
+        d.epochs = 1;
+        d.batch = 64;
+        d.w_feat = 1;
+        d.state = DIR "/scarce.state";
+        d.state_seconds = 1e-9f;
+        remove(d.state);
+        alloc_left = k;
+        status = ckca_init(&ctx, &desc);
+        if (!status && !(data = pictures(ctx, COUNT, 1))) status = CKCA_ENOMEM;
+        if (!status) status = ckca_resnet(ctx, &m, "resnet8", &model);
+        if (!status) status = ckca_update(m, data, &d, NULL);
+        if (!status) status = ckca_update(m, data, &d, NULL);
+        if (!status) status = ckca_evaluate(m, data, NULL, NULL);
+        if (!status) status = ckca_save(m, DIR "/scarce.safetensors");
+        if (!status) status = ckca_load(ctx, &back, DIR "/scarce.safetensors");
+        if (status) {
+            failures++;
+            CHECK(status == CKCA_ENOMEM, "allocation %ld fails with %s: %s", k, ckca_status_name(status), ckca_error(ctx));
+        }
+        ckca_model_free(back);
+        ckca_model_free(m);
+        ckca_data_free(data);
+        ckca_free(ctx);
+        CHECK(alloc_open == 0, "allocation %ld failing leaves %ld blocks", k, alloc_open);
+        alloc_open = 0;
+    }
+    CHECK(!status && failures > 100, "%ld allocations failed in turn", failures);
+    printf("%ld allocations failed one by one\n", failures);
+}
+
+int main(void) {
+    ckca_context *ctx;
+    ckca_data *data, *next, *test;
+    ckca_model *start;
+    mkdir("build", 0777);
+    mkdir(DIR, 0777);
+    ckca_init(&ctx, NULL);
+    data = pictures(ctx, COUNT, 1);
+    next = pictures(ctx, COUNT, 2);
+    test = pictures(ctx, COUNT, 3);
+    test_graph_gradients(ctx);
+    test_graph_errors(ctx);
+    test_graph_text(ctx);
+    test_bytes(ctx);
+    test_schedule();
+    test_shuffle();
+    start = first_step(ctx, data);
+    test_learning(ctx, start, test);
+    test_methods(ctx, start, next);
+    test_forms(ctx, start, next);
+    test_live_teacher(ctx, start, next);
+    test_other_teacher(ctx, start, next);
+    test_shrink_perturb(ctx, start, next);
+    test_by_hand(ctx, start, next);
+    test_update_errors(ctx, start, next);
+    test_threads();
+    test_resume(ctx, start, next);
+    test_files(ctx, start, next);
+    test_allocations();
+    ckca_model_free(start);
+    ckca_data_free(data);
+    ckca_data_free(next);
+    ckca_data_free(test);
+    ckca_free(ctx);
+    return test_summary();
+}
