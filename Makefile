@@ -2,7 +2,8 @@
 #
 #   make                    the examples, in build/
 #   make demo               the main example on the pictures it makes itself; checkpoints and plot in build/demo
-#   make test               every test, ending in "N passed, N failed"
+#   make test               every test, the ones below too, ending in "N passed, N failed"
+#   make check              the test programs only
 #   make bench              build/bench (see tests/bench.c)
 #   make asan               the test programs under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make fuzz TIME=60       libFuzzer on the file readers for so many seconds (needs clang)
@@ -10,6 +11,11 @@
 #   make clean
 #
 # Yours to set: CC, CFLAGS, LDFLAGS, OPENMP= (to build without), STB= (to build without pictures' files).
+
+# As many compilers at a time as there are processors, unless told otherwise.
+ifeq ($(filter -j%,$(MAKEFLAGS)),)
+MAKEFLAGS += -j$(or $(shell getconf _NPROCESSORS_ONLN 2>/dev/null),2)
+endif
 
 ifeq ($(origin CC),default)
 CC := $(firstword $(foreach c,cc gcc clang,$(if $(shell command -v $(c) 2>/dev/null),$(c))))
@@ -42,11 +48,11 @@ ASAN_CFLAGS = -std=c99 -D_DEFAULT_SOURCE -O1 -g -fsanitize=address,undefined -fn
 LIBS = -lm
 
 EXAMPLES := $(patsubst examples/%.c,build/%,$(wildcard examples/*.c))
-TESTS := $(patsubst tests/%.c,build/%,$(sort $(wildcard tests/test_*.c)))
+TESTS := $(patsubst tests/%.c,build/tests/%,$(sort $(wildcard tests/test_*.c)))
 SCRIPTS := $(sort $(wildcard tests/test_*.sh))
-ASAN := $(patsubst build/%,build/asan/%,$(TESTS))
+ASAN := $(patsubst build/tests/%,build/asan/%,$(TESTS))
 
-.PHONY: all demo test tests bench asan fuzz install clean help FORCE
+.PHONY: all demo test check bench asan fuzz install clean help FORCE
 .DELETE_ON_ERROR:
 
 all: $(EXAMPLES)
@@ -55,12 +61,11 @@ demo: build/incremental
 	mkdir -p build/demo
 	build/incremental --out build/demo
 
-# The scripts call make and the programs; they and the programs run one after another.
 test: $(EXAMPLES) $(TESTS) $(ASAN) build/bench
-	CC="$(CC)" MAKE="$(MAKE)" sh tests/run.sh $(TESTS) $(SCRIPTS) $(ASAN)
+	CC="$(CC)" sh tests/run.sh $(TESTS) $(SCRIPTS) $(ASAN)
 
-tests: $(TESTS)
-	CC="$(CC)" MAKE="$(MAKE)" sh tests/run.sh $(TESTS)
+check: $(TESTS)
+	sh tests/run.sh $(TESTS)
 
 asan: $(ASAN)
 	sh tests/run.sh $(ASAN)
@@ -69,7 +74,7 @@ bench: build/bench
 
 # Rewritten only when the flags change, so that everything is rebuilt then.
 build/flags: FORCE
-	@mkdir -p build/asan
+	@mkdir -p build/tests build/asan
 	@echo '$(CC) $(ALL_CFLAGS) $(LDFLAGS) $(LIBS) $(ASAN_CFLAGS)' > $@.new
 	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
@@ -77,6 +82,9 @@ build/%: examples/%.c ckca.h $(wildcard examples/*.h) build/flags
 	$(CC) $(ALL_CFLAGS) $< -o $@ $(LDFLAGS) $(LIBS)
 
 build/%: tests/%.c ckca.h $(wildcard tests/*.h) build/flags
+	$(CC) $(ALL_CFLAGS) $< -o $@ $(LDFLAGS) $(LIBS)
+
+build/tests/%: tests/%.c ckca.h $(wildcard tests/*.h) build/flags
 	$(CC) $(ALL_CFLAGS) $< -o $@ $(LDFLAGS) $(LIBS)
 
 build/asan/%: tests/%.c ckca.h $(wildcard tests/*.h) build/flags
@@ -88,7 +96,7 @@ build/fuzz: tests/fuzz.c ckca.h build/flags
 
 fuzz: build/fuzz
 	mkdir -p build/corpus
-	build/fuzz -max_total_time=$(TIME) -print_final_stats=1 -artifact_prefix=build/ build/corpus
+	FUZZ_SEEDS=build/corpus build/fuzz -max_len=6400 -max_total_time=$(TIME) -print_final_stats=1 -artifact_prefix=build/ build/corpus
 
 install:
 	install -d '$(DESTDIR)$(PREFIX)/include' '$(DESTDIR)$(PREFIX)/lib/pkgconfig'

@@ -1,3 +1,108 @@
+/* ckca.h - v0.1.0 - keeps an image classifier learning while data keeps arriving. MIT or public domain, your choice.
+
+   Each new batch of labelled pictures improves the checkpoint you have, at a fixed cost in time and storage, without the old
+   pictures. ResNets (or networks of your own), their training, loaders for pictures, and checkpoints that PyTorch reads, in
+   one C99 header without dependencies but stb_image, which decodes JPEG and PNG.
+
+   USE
+       In exactly one C or C++ file:                            Everywhere else:
+           #define CKCA_IMPLEMENTATION                               #include "ckca.h"
+           #include "ckca.h"
+
+   A WHOLE PROGRAM: new pictures (new_pictures/CLASS/x.jpg) have arrived; the checkpoint learns from them.
+
+       #define CKCA_IMPLEMENTATION
+       #include "ckca.h"
+
+       int main(void) {
+           ckca_context *ctx;
+           ckca_model *model = NULL;
+           ckca_data *pictures = NULL;
+           ckca_data_desc fit;
+           if (ckca_init(&ctx, NULL)) return 1;
+           if (ckca_load(ctx, &model, "model.safetensors")) goto failed;
+           fit = ckca_data_like(model);
+           if (ckca_open_folder(ctx, &pictures, "new_pictures", &fit)) goto failed;
+           if (ckca_update(model, pictures, NULL, NULL)) goto failed;
+           if (ckca_save(model, "model.safetensors")) goto failed;
+           return 0;
+       failed:
+           fprintf(stderr, "%s\n", ckca_error(ctx));
+           return 1;
+       }
+
+   The first checkpoint comes from the same calls, with a fresh network in the place of ckca_load:
+       ckca_model_desc net = {0};  net.classes = 10;  ckca_resnet(ctx, &model, "resnet20", &net);
+
+   BUILD
+       cc -O3 -fopenmp program.c -lm      (needs stb_image.h: Debian's libstb-dev)
+       cc -O3 program.c -lm               (one thread)
+   Any C99 or C++11 compiler will do. GCC and clang on x86-64 and AArch64 get vector kernels, chosen at run time; others get
+   plain loops, which are many times slower.
+
+   OPTIONS, defined before the implementation
+       CKCA_STATIC          every function static, so that several files can have an implementation of their own
+       CKCA_API             what to put before public declarations instead (dllexport, say)
+       CKCA_NO_STB_IMAGE    no JPEG and PNG: ckca_open_folder and ckca_read_picture say so and fail. (An stb_image.h of your
+                            own can be used: include it before this header)
+       CKCA_NO_STDIO        no files at all: pictures come from arrays, weights through ckca_tensor_read and _write
+       CKCA_NO_SIMD         plain loops only
+       CKCA_FILE            "its/name.h", if you rename this header (it includes itself once per instruction set)
+
+   CONTENTS, each a section under this name
+       public:   CONTEXT  DATA  MODELS  TRAINING  FILES
+       private:  PRIVATE (what the floors share)  OPS (the seam to the GPU)  CORE  SIMD  CONVOLUTION  the other OPS
+                 DATA TYPES  GRAPH  TRAINING  DATA  FILES: SAFETENSORS  FILES: CHECKPOINTS
+   A picture's way through all of it: ckca_open_* decodes it into the store's bytes; ckca_update picks it in
+   ckca__train; ckca__train_step follows it through ckca__load_batch (augmented, normalised), ckca__run_forward,
+   the loss, ckca__run_backward and ckca__run_sgd to the weights.
+
+   THE METHOD
+       CKCA (Knowledge Consolidation and Acquisition): "Step Out and Seek Around: On Warm-Start Training with Incremental
+       Data", Shen, Yin, Molchanov, Mao, Alvarez 2024, arXiv 2406.04484. Data arrives in chunks; classes and architecture
+       stay. Step 1 trains from scratch. Every later step starts from the last checkpoint with a fresh learning-rate
+       schedule, so that the weights leave the point they had converged to, while two terms keep what the checkpoint (the
+       teacher, frozen, with running batch-norm statistics) knew and let the new data correct it:
+
+           loss = cross-entropy + w_kd AdaKD + w_feat FeatReg
+           AdaKD   = T^2 mean_i a_i KL(softmax(zo_i / T) || softmax(z_i / T))      z, zo: student's, teacher's logits
+           FeatReg = mean_i d(f_i, fo_i)                                          f, fo: their pooled features
+
+       The paper's own equations were not at hand when this was written. Its abstract says what the two terms are for; the
+       forms of a_i and d here (ckca_adakd, ckca_featreg) are this project's reading and can be switched. Which defaults, and
+       why: see the README, which has the measurements.
+
+   DEFINITIONS
+       picture    height x width x channels bytes, row by row, channels innermost (NHWC), as stb_image gives them
+       N, K, D    pictures in a batch, classes (or output channels), features
+       step       one SGD update; epoch: one pass over a chunk; update: one whole time step, one call of ckca_update
+       chunk      the pictures of one time step
+       logits     the network's K outputs before the softmax; features: the input of the layer that makes them
+       student    the network in training; teacher: the checkpoint it started from
+       Tensors are float32. Files and ckca_tensor_* have PyTorch's orders (convolutions K x C x R x S); inside it is
+       K x R x S x C. A linear layer on a map larger than 1 x 1 takes it in NHWC order.
+
+   OWNERSHIP AND THREADS
+       You free what you create (ckca_*_free; NULL is allowed), data and models before their context. Strings, descriptors and
+       arrays you hand in are copied or not needed after the call; what a call says is owned by the library stays valid while
+       its owner lives. A context, and all that hangs on it, belongs to one thread at a time; contexts do not share anything.
+       Inside, OpenMP runs ckca_desc.threads threads, and results are the same bits for any number of them.
+
+   ERRORS
+       Every call that can fail returns a ckca_status, and ckca_error(ctx) then holds one sentence with the real names and
+       numbers in it. Nothing is printed, nothing exits. After a failure the objects are as they were before the call.
+       Files may be hostile: lengths are checked before they are used, and what is truncated or corrupt is refused. Files are
+       written beside their place and renamed over it: at any moment the old or the new one is there.
+
+   ZERO MEANS DEFAULT
+       memset a descriptor to 0 (or = {0}) and set what you care about. Where the default is not nothing and you want nothing,
+       set the field to CKCA_OFF.
+
+   FILE FORMATS
+       Checkpoints are safetensors with torchvision's parameter names; safetensors.torch.load_file and load_state_dict take
+       them. In the metadata: ckca.graph (the network, so that ckca_load needs nothing else), ckca.arch, ckca.input,
+       ckca.classes, ckca.class_names, ckca.mean, ckca.std, ckca.step. Training states have momentum and position besides.
+*/
 #ifndef CKCA__PASS
 #ifndef CKCA_H
 #define CKCA_H
@@ -48,7 +153,8 @@ typedef struct ckca_data ckca_data;       /* labelled pictures: a view of a shar
 typedef struct ckca_desc {
     int threads;  /* 0: as many as the machine has processors (without OpenMP always 1) */
     ckca_isa isa; /* kernels to use; one the processor lacks is an error */
-    /* Memory: both or neither. alloc returns NULL when it has none. 0: malloc (with huge pages asked for) and free. */
+    /* Memory: both or neither, called by one thread at a time (decoding calls them from its own threads). alloc returns
+       NULL when it has none. 0: malloc (with huge pages asked for) and free. stb_image uses calloc whatever is set. */
     void *(*alloc)(size_t bytes, void *user);
     void (*release)(void *memory, size_t bytes, void *user);
     void *user; /* handed to alloc and release */
@@ -76,8 +182,10 @@ typedef struct ckca_data_desc {
                                        centre-cropped */
     int channels;                   /* 1 or 3; 0: as they are (a folder: 3). Grey is copied to 3, colour averaged
                                        to 1 with the weights of ITU-R BT.601 */
-    int classes;                    /* length of class_names; 0: the classes found in the data */
-    const char *const *class_names; /* the labels' names in order; a picture of a class not in it is an error. Copied */
+    int classes;                    /* length of class_names; 0: the classes found in the data. Without class_names:
+                                       just so many there have to be */
+    const char *const *class_names; /* the labels' names in order; a picture of a class not in it is an error. Copied.
+                                       CIFAR's labels are found by name, IDX's (which has no names) by number */
 } ckca_data_desc;
 
 typedef enum ckca_part { CKCA_TRAIN = 0, CKCA_TEST = 1 } ckca_part;
@@ -87,8 +195,10 @@ typedef struct ckca_data_info {
     const char *const *class_names; /* classes names, owned by the data */
 } ckca_data_info;
 
+#ifndef CKCA_NO_STDIO
 /* DIR/CLASS/picture.{jpg,jpeg,png}, classes in the order of their bytes unless desc names them. Decoded by stb_image,
-   in parallel. Needs CKCA_NO_STB_IMAGE and CKCA_NO_STDIO unset. */
+   in parallel: pictures of at most 16384 pixels a side and 64 Mi in all, files of at most 256 MiB. With
+   CKCA_NO_STB_IMAGE it only fails. */
 CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const char *dir, const ckca_data_desc *desc);
 /* CIFAR-10's and CIFAR-100's binary versions as unpacked: data_batch_{1..5}.bin and test_batch.bin, or train.bin and
    test.bin (fine labels); names from batches.meta.txt or fine_label_names.txt where present. */
@@ -99,6 +209,7 @@ CKCA_API ckca_status ckca_open_cifar100(ckca_context *ctx, ckca_data **data, con
 /* MNIST's format: {train,t10k}-images-idx3-ubyte and -labels-idx1-ubyte in dir. */
 CKCA_API ckca_status ckca_open_idx(ckca_context *ctx, ckca_data **data, const char *dir, ckca_part part,
                                    const ckca_data_desc *desc);
+#endif
 /* Pictures of your own: pixels is count x height x width x channels bytes, labels is count ints below classes. Both are
    copied. names: classes strings, or NULL for "0", "1", ... desc as above (its classes are not used). */
 typedef struct ckca_array {
@@ -110,9 +221,11 @@ typedef struct ckca_array {
 CKCA_API ckca_status ckca_open_array(ckca_context *ctx, ckca_data **data, const ckca_array *array,
                                      const ckca_data_desc *desc);
 
+#ifndef CKCA_NO_STDIO
 /* One picture file decoded into out (height x width x channels bytes of desc, all three needed). */
 CKCA_API ckca_status ckca_read_picture(ckca_context *ctx, const char *path, const ckca_data_desc *desc,
                                        unsigned char *out);
+#endif
 
 /* Cuts data into n random disjoint parts of equal size (they differ by at most one where desc->size is 0). */
 typedef struct ckca_split_desc {
@@ -283,7 +396,7 @@ typedef struct ckca_update_desc {
     ckca_adakd adakd;
     ckca_featreg featreg;
     float w_kd;             /* 0: 2 (LWF: 1) */
-    float w_feat;           /* 0: see the manual */
+    float w_feat;           /* 0: none. In what was measured (see the README) no form earned a place by default */
     float temperature;      /* 0: 2 */
     float shrink, perturb;  /* 0: 0.4 and 0.1 */
     const ckca_model *teacher; /* NULL: the model itself as it came; else any with the same classes */
@@ -341,6 +454,7 @@ CKCA_API void ckca_shuffle(uint64_t seed, int epoch, int n, int *order);
    FILES
    ------------------------------------------------------------------------------------------------------------------ */
 
+#ifndef CKCA_NO_STDIO
 /* Writes a safetensors file by way of a temporary one beside it: at any moment path is the old file or the new. */
 CKCA_API ckca_status ckca_save(ckca_model *model, const char *path);
 /* A model from a file that ckca_save wrote (network, classes, normalisation and step come from its metadata). */
@@ -348,6 +462,7 @@ CKCA_API ckca_status ckca_load(ckca_context *ctx, ckca_model **model, const char
 /* Weights into a finished model from any safetensors file with its names and shapes (torchvision's, say). Classes,
    normalisation and step are taken if they are there. On failure the model is as it was. */
 CKCA_API ckca_status ckca_load_weights(ckca_model *model, const char *path);
+#endif
 
 #ifdef __cplusplus
 }
@@ -371,11 +486,15 @@ CKCA_API ckca_status ckca_load_weights(ckca_model *model, const char *path);
 #include <omp.h>
 #endif
 
+/* With CKCA_STATIC or fewer parts, not every function has a caller. The last section pops this. */
+#ifdef __GNUC__
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-function"
+#endif
+
 #if defined(__GNUC__) || defined(__clang__)
-#define CKCA__RESTRICT __restrict__
 #define CKCA__PRINTF(f, a) __attribute__((format(printf, f, a)))
 #else
-#define CKCA__RESTRICT
 #define CKCA__PRINTF(f, a)
 #endif
 
@@ -740,7 +859,7 @@ CKCA_API const char *ckca_device(const ckca_context *ctx) { return ctx ? ctx->de
 #define CKCA__SUB(a, b) _mm512_sub_ps(a, b)
 #define CKCA__MUL(a, b) _mm512_mul_ps(a, b)
 #define CKCA__FMA(a, b, c) _mm512_fmadd_ps(a, b, c) /* a b + c */
-#define CKCA__MAX(a, b) _mm512_max_ps(a, b)
+#define CKCA__MAX(a, b) _mm512_maskz_max_ps((__mmask16)-1, a, b) /* g++ 12 warns of _mm512_max_ps itself */
 /* a where y > 0, else 0 */
 #define CKCA__WHERE_POSITIVE(y, a) _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_GT_OQ), a)
 #elif CKCA__PASS == 256
@@ -792,7 +911,20 @@ CKCA_API const char *ckca_device(const ckca_context *ctx) { return ctx ? ctx->de
 #endif
 #endif
 /* ------------------------------------------------------------------------------------------------------------------
-   CONVOLUTION, what the fast passes share (the mathematics stands with the naive twins, further down)
+   CONVOLUTION, the fast passes (the mathematics stands with the naive twins, further down)
+
+   Numbers are those of one core of the machine this was tuned on, a Zen 4 with AVX-512: one multiply-add of 16 floats
+   per cycle (118 GFLOP/s), its result 4 cycles later, about one load per cycle, 32 KiB of L1, 1 MiB of L2 cache.
+
+   Forward pass and input gradient: a tile of 12 pixels x 32 output channels is 24 registers of sums (of 32). Each
+   source channel of each tap costs 2 loads of weights and 12 broadcast loads for its 24 multiply-adds, so loads hide
+   behind arithmetic. A task first copies its part of the source (to 256 KiB, so that it stays in L2) with zeros around
+   it: then nothing needs to look where the border is, and the S C values under a row of taps are neighbours, one loop.
+   Weights are packed in the order of that loop, 32 output channels at a time (3 x 3 x 64 of them: 72 KiB, 3 x 3 x 512:
+   576), and come from L2 at 128 bytes per 24 cycles, well below the 32 per cycle it can give.
+   Weight gradient: 8 rows x 32 lanes of dw are 16 registers of sums; a pixel costs 2 loads and 8 broadcast loads for 16
+   multiply-adds. x and dy are read where they are, every tap over the pixels it has, in regions of 256 pixels: 32
+   channels of x (32 KiB) and a few of dy serve all taps and tiles before the next ones come.
    ------------------------------------------------------------------------------------------------------------------ */
 #if defined(CKCA_IMPLEMENTATION) && defined(CKCA__SIMD) && !defined(CKCA__CONV_TYPES)
 #define CKCA__CONV_TYPES
@@ -806,11 +938,12 @@ CKCA_API const char *ckca_device(const ckca_context *ctx) { return ctx ? ctx->de
 
 enum {
     CKCA__CONV_PHASES = 8,        /* greatest stride of the fast passes */
-    CKCA__CONV_REGION = 1 << 16,  /* floats of source that a task works on: a quarter of a 1 MiB L2 cache */
-    CKCA__CONV_LIST = 240,        /* output pixels that meet all weights in turn */
-    CKCA__CONV_TASKS = 16,        /* tasks to cut a pass into at least, if it can be */
-    CKCA__CONV_PIXELS = 128,      /* weight gradient: pixels whose part of x and dy stays in a 32 KiB L1 cache */
-    CKCA__CONV_PARTIAL = 1 << 20  /* weight gradient: floats of partial sums, all groups together */
+    CKCA__CONV_REGION = 1 << 16,  /* floats of source in a task */
+    CKCA__CONV_TASKS = 16,        /* tasks to cut forward pass and input gradient into at least, if possible */
+    CKCA__CONV_LIST = 240,        /* output pixels that meet all weights in turn: whole tiles */
+    CKCA__CONV_PIXELS = 256,      /* weight gradient: output pixels in a region, and least in a group */
+    CKCA__CONV_GROUPS = 8,        /* weight gradient: tasks, if possible */
+    CKCA__CONV_PARTIAL = 1 << 19  /* weight gradient: floats of partial sums, all groups together */
 };
 
 /* Forward pass and input gradient are both a *correlation*: output i of an axis is the sum over t < taps of source
@@ -850,11 +983,15 @@ typedef struct ckca__block {
 } ckca__block;
 
 /* The weight gradient of a region of pixels: out[i][j] += the sum over pixels of a[pixel][i] b[pixel][j]. */
+typedef struct ckca__side {
+    const float *at;
+    size_t col, row, picture; /* floats from one to the next */
+} ckca__side;
 typedef struct ckca__outer {
-    const float *a, *b;
-    float *out;
-    size_t a_col, a_row, a_picture, b_col, b_row, b_picture, out_row; /* floats from one to the next */
+    ckca__side a, b;
     int cols, rows, pictures;
+    float *out;
+    size_t out_row;
 } ckca__outer;
 
 typedef struct ckca__wjob {
@@ -875,28 +1012,30 @@ typedef struct ckca__wjob {
 #endif
 #define CKCA__KB (2 * CKCA__VW) /* output channels in a block */
 
-/* Packs the weights of one block of output channels of one phase: taps x source channels x output channels, the last
-   zero-padded to whole vectors. */
+/* Where the packed weights of a phase start, in floats. */
+static size_t CKCA__NAME(ckca__conv_packed)(const ckca__job *job, const ckca__axis *y, const ckca__axis *x) {
+    return ((size_t)y->before * job->s + (size_t)y->taps * x->before) * job->c * ckca__round_up(job->k, CKCA__VW);
+}
+
+/* Packs the weights of one block of output channels of phase (a, b): taps x source channels x output channels, zeros
+   after the last up to a whole vector. */
 static void CKCA__NAME(ckca__conv_pack)(const ckca__job *job, int a, int b, int first) {
     const ckca__axis *y = &job->y[a], *x = &job->x[b];
-    int channels = job->k - first < CKCA__KB ? job->k - first : CKCA__KB, r, s, c, k, i;
+    int channels = job->k - first < CKCA__KB ? job->k - first : CKCA__KB, r, s, c, k, i, some;
     int wide = channels > CKCA__VW ? CKCA__KB : CKCA__VW;
-    float *to = job->packed + ((size_t)y->before * job->s + (size_t)y->taps * x->before) * job->c *
-                                  ckca__round_up(job->k, CKCA__VW) + (size_t)first * y->taps * x->taps * job->c;
+    float *to = job->packed + CKCA__NAME(ckca__conv_packed)(job, y, x) + (size_t)first * y->taps * x->taps * job->c;
     for (r = 0; r < y->taps; r++)
         for (s = 0; s < x->taps; s++) {
             const float *from = job->weights + first * job->out +
                 job->tap * ((y->first + r * job->tap_step) * job->s + x->first + s * job->tap_step);
-            for (c = 0; c < job->c; c += 16, to += i * wide) { /* in squares, so that lines of cache are used whole */
-                i = job->c - c < 16 ? job->c - c : 16;
+            for (c = 0; c < job->c; c += some, to += some * wide, from += some * job->in) {
+                some = job->c - c < 16 ? job->c - c : 16; /* a line of cache at a time */
                 if (job->out == 1)
-                    for (i = 0; i < 16 && c + i < job->c; i++)
-                        memcpy(to + i * wide, from + (c + i) * job->in, sizeof *to * channels);
+                    for (i = 0; i < some; i++) memcpy(to + i * wide, from + i * job->in, sizeof *to * channels);
                 else
                     for (k = 0; k < channels; k++)
-                        for (i = 0; i < 16 && c + i < job->c; i++) to[i * wide + k] = from[k * job->out + (c + i)];
-                for (k = channels; k < wide; k++)
-                    for (i = 0; i < 16 && c + i < job->c; i++) to[i * wide + k] = 0.0f;
+                        for (i = 0; i < some; i++) to[i * wide + k] = from[k * job->out + i];
+                for (i = 0; i < some; i++) memset(to + i * wide + channels, 0, sizeof *to * (wide - channels));
             }
         }
 }
@@ -924,7 +1063,8 @@ static void CKCA__NAME(ckca__conv_finish)(const ckca__block *b, int vectors, int
 }
 
 /* The inner loop of forward pass and input gradient: P pixels x V vectors of output channels stay in registers while
-   taps and source channels go by (P and V are constants once this is inlined). */
+   taps and source channels go by (P and V are constants once this is inlined). Where count is below P, the last pixel
+   stands in for the missing ones, whose sums are dropped. Whatever the tile, a sum is added up in the same order. */
 CKCA__INLINE void CKCA__NAME(ckca__conv_tile)(const int P, const int V, const ckca__block *b, int count,
                                               const float *const *from, float *const *to) {
     CKCA__V sum[3 * CKCA__TILE][2];
@@ -952,16 +1092,19 @@ CKCA__INLINE void CKCA__NAME(ckca__conv_tile)(const int P, const int V, const ck
     CKCA__NAME(ckca__conv_finish)(b, V, count < P ? count : P, tile, to);
 }
 
-#define CKCA__TILES(name, V)                                                                                       \
-    static void CKCA__NAME(name)(const ckca__block *b, int count, const float *const *from, float *const *to) {    \
-        for (; count > 2 * CKCA__TILE; count -= 3 * CKCA__TILE, from += 3 * CKCA__TILE, to += 3 * CKCA__TILE)      \
-            CKCA__NAME(ckca__conv_tile)(3 * CKCA__TILE, V, b, count, from, to);                                    \
-        if (count > CKCA__TILE) CKCA__NAME(ckca__conv_tile)(2 * CKCA__TILE, V, b, count, from, to);                \
-        else if (count > 0) CKCA__NAME(ckca__conv_tile)(CKCA__TILE, V, b, count, from, to);                        \
+/* Any number of pixels, in tiles. */
+static void CKCA__NAME(ckca__conv_tiles)(const ckca__block *b, int count, const float *const *from, float *const *to) {
+    int two = b->channels > CKCA__VW, p;
+    for (; count > 0; count -= p, from += p, to += p) {
+        p = count > 2 * CKCA__TILE ? 3 * CKCA__TILE : count > CKCA__TILE ? 2 * CKCA__TILE : CKCA__TILE;
+        if (p == 3 * CKCA__TILE && two) CKCA__NAME(ckca__conv_tile)(3 * CKCA__TILE, 2, b, count, from, to);
+        else if (p == 3 * CKCA__TILE) CKCA__NAME(ckca__conv_tile)(3 * CKCA__TILE, 1, b, count, from, to);
+        else if (p == 2 * CKCA__TILE && two) CKCA__NAME(ckca__conv_tile)(2 * CKCA__TILE, 2, b, count, from, to);
+        else if (p == 2 * CKCA__TILE) CKCA__NAME(ckca__conv_tile)(2 * CKCA__TILE, 1, b, count, from, to);
+        else if (two) CKCA__NAME(ckca__conv_tile)(CKCA__TILE, 2, b, count, from, to);
+        else CKCA__NAME(ckca__conv_tile)(CKCA__TILE, 1, b, count, from, to);
     }
-CKCA__TILES(ckca__conv_tiles_1, 1)
-CKCA__TILES(ckca__conv_tiles_2, 2)
-#undef CKCA__TILES
+}
 
 /* Output pixels in from (their sources) and to, through all blocks of output channels. */
 static void CKCA__NAME(ckca__conv_list)(const ckca__job *job, const ckca__axis *y, const ckca__axis *x, size_t pitch,
@@ -974,14 +1117,12 @@ static void CKCA__NAME(ckca__conv_list)(const ckca__job *job, const ckca__axis *
     b.j = x->taps * job->c;
     b.pitch = pitch;
     b.bias = bias;
-    b.weights = job->packed + ((size_t)y->before * job->s + (size_t)y->taps * x->before) * job->c *
-                                  ckca__round_up(job->k, CKCA__VW);
+    b.weights = job->packed + CKCA__NAME(ckca__conv_packed)(job, y, x);
     for (b.first = 0; b.first < job->k; b.first += CKCA__KB, b.weights += CKCA__KB * per) {
         b.channels = job->k - b.first < CKCA__KB ? job->k - b.first : CKCA__KB;
         memset(bias, 0, sizeof bias);
         if (job->bias) memcpy(bias, job->bias + b.first, sizeof *bias * b.channels);
-        if (b.channels > CKCA__VW) CKCA__NAME(ckca__conv_tiles_2)(&b, count, from, to);
-        else CKCA__NAME(ckca__conv_tiles_1)(&b, count, from, to);
+        CKCA__NAME(ckca__conv_tiles)(&b, count, from, to);
     }
 }
 
@@ -1038,8 +1179,9 @@ static void CKCA__NAME(ckca__conv_task)(const ckca__job *job, int task, float *s
         }
 }
 
-/* The inner loop of the weight gradient: A x V vectors of sums stay in registers while the pixels go by. The last of a
-   row's vectors reaches back over the one before it; skip lanes of it are there already. */
+/* The inner loop of the weight gradient: A x V vectors of sums stay in registers while the pixels go by. second is
+   where the second vector starts. Where the lanes fill no whole vectors, the last one starts earlier so that it ends
+   with them: its first skip lanes are the business of the vector before it and are not stored. */
 CKCA__INLINE void CKCA__NAME(ckca__outer_tile)(const int A, const int V, const ckca__outer *o, int second, int skip) {
     CKCA__V sum[2 * CKCA__TILE][2];
     float *out = o->out;
@@ -1049,12 +1191,11 @@ CKCA__INLINE void CKCA__NAME(ckca__outer_tile)(const int A, const int V, const c
     }
     for (n = 0; n < o->pictures; n++)
         for (row = 0; row < o->rows; row++) {
-            const float *a = o->a + n * o->a_picture + row * o->a_row;
-            const float *b = o->b + n * o->b_picture + row * o->b_row, *b2 = b + second;
-            for (col = 0; col < o->cols; col++, a += o->a_col, b += o->b_col, b2 += o->b_col) {
+            const float *a = o->a.at + n * o->a.picture + row * o->a.row;
+            const float *b = o->b.at + n * o->b.picture + row * o->b.row;
+            for (col = 0; col < o->cols; col++, a += o->a.col, b += o->b.col) {
                 CKCA__V value[2];
-                value[0] = CKCA__LOAD(b);
-                if (V > 1) value[1] = CKCA__LOAD(b2);
+                CKCA__UNROLL for (v = 0; v < V; v++) value[v] = CKCA__LOAD(b + (v ? second : 0));
                 CKCA__UNROLL for (i = 0; i < A; i++) {
                     CKCA__V factor = CKCA__SET(a[i]);
                     CKCA__UNROLL for (v = 0; v < V; v++) sum[i][v] = CKCA__FMA(factor, value[v], sum[i][v]);
@@ -1075,22 +1216,22 @@ CKCA__INLINE void CKCA__NAME(ckca__outer_tile)(const int A, const int V, const c
     }
 }
 
-#define CKCA__TILES(name, V)                                                                                       \
-    static void CKCA__NAME(name)(ckca__outer o, int count, int second, int skip) {                                 \
-        for (; count >= 2 * CKCA__TILE; count -= 2 * CKCA__TILE) {                                                 \
-            CKCA__NAME(ckca__outer_tile)(2 * CKCA__TILE, V, &o, second, skip);                                     \
-            o.a += 2 * CKCA__TILE;                                                                                 \
-            o.out += 2 * CKCA__TILE * o.out_row;                                                                   \
-        }                                                                                                          \
-        for (; count >= CKCA__TILE; count -= CKCA__TILE, o.a += CKCA__TILE, o.out += CKCA__TILE * o.out_row)       \
-            CKCA__NAME(ckca__outer_tile)(CKCA__TILE, V, &o, second, skip);                                         \
-        if (count == 3) CKCA__NAME(ckca__outer_tile)(3, V, &o, second, skip);                                      \
-        if (count == 2) CKCA__NAME(ckca__outer_tile)(2, V, &o, second, skip);                                      \
-        if (count == 1) CKCA__NAME(ckca__outer_tile)(1, V, &o, second, skip);                                      \
+/* Any number of rows of sums, in tiles. */
+static void CKCA__NAME(ckca__outer_tiles)(ckca__outer o, int count, int two, int second, int skip) {
+#define CKCA__TILES(A)                                                             \
+    for (; count >= A; count -= A, o.a.at += A, o.out += A * o.out_row) {          \
+        if (two) CKCA__NAME(ckca__outer_tile)(A, 2, &o, second, skip);             \
+        else CKCA__NAME(ckca__outer_tile)(A, 1, &o, 0, skip);                      \
     }
-CKCA__TILES(ckca__outer_tiles_1, 1)
-CKCA__TILES(ckca__outer_tiles_2, 2)
+    CKCA__TILES(2 * CKCA__TILE)
+#if CKCA__TILE == 4
+    CKCA__TILES(4)
+#endif
+    CKCA__TILES(3)
+    CKCA__TILES(2)
+    CKCA__TILES(1)
 #undef CKCA__TILES
+}
 
 /* The outputs [*begin, *end) of an axis whose tap lies inside the source. */
 static void CKCA__NAME(ckca__conv_inside)(int tap, int pad, int stride, int size, int *begin, int *end) {
@@ -1104,57 +1245,43 @@ static void CKCA__NAME(ckca__conv_inside)(int tap, int pad, int stride, int size
 static void CKCA__NAME(ckca__conv_weight_region)(const ckca__wjob *job, float *sums, int n0, int n1, int p0, int p1,
                                                  int k0, int k1) {
     const ckca__conv *s = &job->s;
-    int width = job->swap ? s->k : s->c, b, r, t;
-    for (b = 0; b < width; b += CKCA__KB)
+    int lanes = job->swap ? s->k : s->c, count = job->swap ? s->c : k1 - k0, b, r, t;
+    for (b = 0; b < lanes; b += CKCA__KB)
         for (r = 0; r < s->r; r++)
             for (t = 0; t < s->s; t++) {
-                int begin = p0, end = p1, left = 0, right = s->q, two = width - b > CKCA__VW;
-                int last = b + (two ? CKCA__VW : 0), skip = last + CKCA__VW > width ? last + CKCA__VW - width : 0;
-                int at = two ? b : b - skip, second = CKCA__VW - skip, tap = r * s->s + t;
-                const float *x, *dy;
+                int two = lanes - b > CKCA__VW, last = b + (two ? CKCA__VW : 0), tap = r * s->s + t;
+                int skip = last + CKCA__VW > lanes ? last + CKCA__VW - lanes : 0, second = CKCA__VW - skip;
+                int top = p0, bottom = p1, left = 0, right = s->q, at = two ? b : b - skip;
+                ckca__side x, dy;
                 ckca__outer o;
-                CKCA__NAME(ckca__conv_inside)(r, s->pad, s->stride, s->h, &begin, &end);
+                CKCA__NAME(ckca__conv_inside)(r, s->pad, s->stride, s->h, &top, &bottom);
                 CKCA__NAME(ckca__conv_inside)(t, s->pad, s->stride, s->w, &left, &right);
-                if (begin >= end || left >= right) continue;
-                x = job->x + (((size_t)n0 * s->h + begin * s->stride - s->pad + r) * s->w + left * s->stride - s->pad +
-                              t) * s->c;
-                dy = job->dy + (((size_t)n0 * s->p + begin) * s->q + left) * s->k;
+                if (top >= bottom || left >= right) continue;
+                x.at = job->x + (((size_t)n0 * s->h + top * s->stride - s->pad + r) * s->w + left * s->stride -
+                                 s->pad + t) * s->c;
+                x.col = (size_t)s->stride * s->c;
+                x.row = x.col * s->w;
+                x.picture = (size_t)s->h * s->w * s->c;
+                dy.at = job->dy + (((size_t)n0 * s->p + top) * s->q + left) * s->k;
+                dy.col = s->k;
+                dy.row = dy.col * s->q;
+                dy.picture = dy.row * s->p;
+                o.a = job->swap ? x : dy;
+                o.b = job->swap ? dy : x;
+                o.a.at += k0;
+                o.b.at += at;
+                o.out_row = job->swap ? (size_t)s->k : (size_t)s->r * s->s * s->c;
+                o.out = sums + k0 * o.out_row + (size_t)tap * s->c * (job->swap ? s->k : 1) + at;
                 o.pictures = n1 - n0;
-                o.rows = end - begin;
+                o.rows = bottom - top;
                 o.cols = right - left;
-                if (job->swap) {
-                    o.a = x;
-                    o.a_col = (size_t)s->stride * s->c;
-                    o.a_row = o.a_col * s->w;
-                    o.a_picture = (size_t)s->h * s->w * s->c;
-                    o.b = dy + at;
-                    o.b_col = s->k;
-                    o.b_row = o.b_col * s->q;
-                    o.b_picture = o.b_row * s->p;
-                    o.out = sums + (size_t)tap * s->c * s->k + at;
-                    o.out_row = s->k;
-                } else {
-                    o.b = x + at;
-                    o.b_col = (size_t)s->stride * s->c;
-                    o.b_row = o.b_col * s->w;
-                    o.b_picture = (size_t)s->h * s->w * s->c;
-                    o.a = dy + k0;
-                    o.a_col = s->k;
-                    o.a_row = o.a_col * s->q;
-                    o.a_picture = o.a_row * s->p;
-                    o.out_row = (size_t)s->r * s->s * s->c;
-                    o.out = sums + k0 * o.out_row + (size_t)tap * s->c + at;
-                }
-                if (o.cols == 1 || (o.a_row == o.cols * o.a_col && o.b_row == o.cols * o.b_col)) {
-                    if (o.cols == 1) {
-                        o.a_col = o.a_row;
-                        o.b_col = o.b_row;
-                    }
-                    o.cols *= o.rows;
+                if (o.cols == 1) { /* a pixel to a row: let the inner loop go down */
+                    o.cols = o.rows;
                     o.rows = 1;
+                    o.a.col = o.a.row;
+                    o.b.col = o.b.row;
                 }
-                if (two) CKCA__NAME(ckca__outer_tiles_2)(o, job->swap ? s->c : k1 - k0, second, skip);
-                else CKCA__NAME(ckca__outer_tiles_1)(o, job->swap ? s->c : k1 - k0, 0, skip);
+                CKCA__NAME(ckca__outer_tiles)(o, count, two, second, skip);
             }
 }
 
@@ -1201,9 +1328,9 @@ static void CKCA__NAME(ckca__conv_weight_task)(const ckca__wjob *job, int task) 
 
        y[n][p][q][k] = sum over r, s, c of x[n][p stride - pad + r][q stride - pad + s][c] w[k][r][s][c]
 
-   Pixels outside x count as zero. Each output is linear in x and in w, so both gradients are the same sum read from the
-   other ends: every product x w that went into y sends dy w back to x, and dy x back to w. The loops are ordered so that
-   the innermost one runs over neighbours in memory, which compilers turn into vector code.
+   Pixels outside x count as zero. Each output is linear in x and in w, so both gradients are the same sum read from
+   the other ends: every product x w that went into y sends dy w back to x, and dy x back to w. The loops are ordered so
+   that the innermost one runs over neighbours in memory, which compilers turn into vector code.
    ------------------------------------------------------------------------------------------------------------------ */
 
 /* y = relu?(conv(x, w) + bias + residual). ws: K R S C floats, for w turned to R x S x C x K. */
@@ -1399,20 +1526,17 @@ static void ckca__conv_run(ckca_context *ctx, ckca__job *job, void *ws) {
         CKCA__DISPATCH(ctx, ckca__conv_task, (job, task, job->scratch + CKCA__THREAD() * job->scratch_size));
 }
 
-/* The weight gradient's tasks: groups of pixels, each with sums of its own, while these stay small; then splits of the
-   output channels. */
+/* The weight gradient's tasks: groups of pixels, each with sums of its own, as long as these stay small; then splits of
+   the output channels. */
 static void ckca__conv_weight_plan(ckca__wjob *job, const ckca__conv *shape, int vector) {
-    size_t sums = (size_t)shape->r * shape->s * shape->c * shape->k, least = 128;
-    size_t pixels = (size_t)shape->n * shape->p * shape->q;
-    int most;
+    size_t sums = (size_t)shape->r * shape->s * shape->c * shape->k;
+    size_t most = (size_t)shape->n * shape->p * shape->q / CKCA__CONV_PIXELS;
     job->s = ckca__conv_flat(shape);
-    most = job->s.n > 1 ? job->s.n : job->s.p;
     job->swap = shape->c < vector;
-    job->groups = sums > CKCA__CONV_PARTIAL / CKCA__CONV_TASKS ? (int)(CKCA__CONV_PARTIAL / sums) : CKCA__CONV_TASKS;
-    if (job->groups > most) job->groups = most;
-    if (job->groups * least > pixels) job->groups = (int)(pixels / least);
-    if (job->groups < 1) job->groups = 1;
-    job->splits = job->swap ? 1 : (CKCA__CONV_TASKS + job->groups - 1) / job->groups;
+    if (most > CKCA__CONV_PARTIAL / sums) most = CKCA__CONV_PARTIAL / sums;
+    if (most > (size_t)(job->s.n > 1 ? job->s.n : job->s.p)) most = job->s.n > 1 ? job->s.n : job->s.p;
+    job->groups = most > CKCA__CONV_GROUPS ? CKCA__CONV_GROUPS : most ? (int)most : 1;
+    job->splits = job->swap ? 1 : (CKCA__CONV_GROUPS + job->groups - 1) / job->groups;
     if (job->splits > (shape->k + 7) / 8) job->splits = (shape->k + 7) / 8;
     job->partial = job->swap || job->groups > 1;
 }
@@ -1468,7 +1592,7 @@ CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *
     if (!ckca__conv_is_plain(ctx, s)) {
         ckca__job job;
         int gradient;
-        if (floats < CKCA__CONV_PARTIAL / CKCA__CONV_TASKS) floats *= CKCA__CONV_TASKS; /* partial sums */
+        if (floats < CKCA__CONV_PARTIAL / CKCA__CONV_GROUPS) floats *= CKCA__CONV_GROUPS; /* partial sums */
         else if (floats < CKCA__CONV_PARTIAL) floats = CKCA__CONV_PARTIAL;
         for (gradient = 0; gradient < 2; gradient++) {
             size_t packed;
@@ -1586,7 +1710,8 @@ CKCA__OP void ckca__op_linear_backward(ckca_context *ctx, int n, int d, int k, c
    ------------------------------------------------------------------------------------------------------------------ */
 
 /* sum[j] += d, square[j] += d^2 with d = x - shift[j], over some rows. The sums are too many for registers: taking four
-   rows at once reads and writes them (in cache) once for four. */
+   rows at once reads and writes them (in cache) once for four. Long rows are taken singly, since memory is read fastest
+   from front to back. */
 static inline void CKCA__NAME(ckca__moments_rows)(int rows, size_t cols, const float *x, const float *shift, float *sum,
                                                   float *square) {
     size_t j = 0;
@@ -1612,7 +1737,8 @@ static inline void CKCA__NAME(ckca__moments_rows)(int rows, size_t cols, const f
 static void CKCA__NAME(ckca__moments)(size_t count, size_t cols, const float *x, const float *shift, float *sum,
                                       float *square) {
     size_t i = 0;
-    for (; i + 4 * cols <= count; i += 4 * cols) CKCA__NAME(ckca__moments_rows)(4, cols, x + i, shift, sum, square);
+    for (; cols < 256 && i + 4 * cols <= count; i += 4 * cols)
+        CKCA__NAME(ckca__moments_rows)(4, cols, x + i, shift, sum, square);
     for (; i < count; i += cols)
         CKCA__NAME(ckca__moments_rows)(1, count - i < cols ? count - i : cols, x + i, shift, sum, square);
 }
@@ -1644,7 +1770,7 @@ static inline void CKCA__NAME(ckca__products_rows)(int rows, size_t cols, const 
 static void CKCA__NAME(ckca__products)(size_t count, size_t cols, const float *x, const float *y, const float *dy,
                                        const float *mean, float *sum, float *product) {
     size_t i = 0;
-    for (; i + 4 * cols <= count; i += 4 * cols)
+    for (; cols < 128 && i + 4 * cols <= count; i += 4 * cols)
         CKCA__NAME(ckca__products_rows)(4, cols, x + i, y ? y + i : NULL, dy + i, mean, sum, product);
     for (; i < count; i += cols)
         CKCA__NAME(ckca__products_rows)(1, count - i < cols ? count - i : cols, x + i, y ? y + i : NULL, dy + i, mean,
@@ -2010,7 +2136,7 @@ static void ckca__repeat(size_t cols, int c, const float *value, float *table) {
 static void ckca__fold_sums(size_t cols, int c, const float *wide, float *sum) {
     size_t i;
     int j;
-    memcpy(sum, wide, (size_t)c * sizeof *sum);
+    for (j = 0; j < c; j++) sum[j] = wide[j];
     for (i = (size_t)c; i < cols; i += (size_t)c)
         for (j = 0; j < c; j++) sum[j] += wide[i + j];
 }
@@ -2652,6 +2778,13 @@ static void ckca__op_clip(ckca_context *ctx, size_t count, const float *g, float
     *gscale = coefficient > 1 ? 1 : (float)coefficient;
 }
 
+static void ckca__op_gather(ckca_context *ctx, int n, int d, const float *rows, const int *index, float *out) {
+    const size_t size = (size_t)d;
+    int i;
+    (void)ctx;
+    for (i = 0; i < n; i++) memcpy(out + (size_t)i * size, rows + (size_t)index[i] * size, size * sizeof *out);
+}
+
 static void ckca__op_shrink_perturb(ckca_context *ctx, size_t count, float *w, const float *fresh, float shrink,
                                     float perturb) {
     size_t i;
@@ -2975,18 +3108,6 @@ static int ckca__file_exists(const char *path) {
 #endif /* CKCA__DATA_TYPES */
 #endif /* CKCA_IMPLEMENTATION */
 #endif /* CKCA__PASS */
-#ifndef CKCA__PASS
-#ifdef CKCA_IMPLEMENTATION
-#ifndef CKCA__GATHER
-#define CKCA__GATHER
-CKCA__OP void ckca__op_gather(ckca_context *ctx, int n, int d, const float *rows, const int *index, float *out) {
-    int i;
-    (void)ctx;
-    for (i = 0; i < n; i++) memcpy(out + (size_t)i * (size_t)d, rows + (size_t)index[i] * (size_t)d, (size_t)d * sizeof(float));
-}
-#endif
-#endif
-#endif
 #ifdef CKCA__PASS /* end of a pass */
 #if CKCA__PASS != 128
 #ifdef __clang__
@@ -4495,8 +4616,11 @@ static ckca_status ckca__survey(ckca_model *m, const ckca_model *like, const ckc
         if (!position || !seen) status = ckca__fail(ctx, CKCA_ENOMEM, "evaluate: out of memory for %d classes", m->classes);
     }
     for (first = 0; !status && first < data->count; first += n) {
-        float *input = ckca__input_buffer(m, n = data->count - first < batch ? data->count - first : batch, CKCA__EVALUATE);
         const size_t z = (size_t)m->classes, f = (size_t)m->features;
+        float *input;
+        n = data->count - first < batch ? data->count - first : batch;
+        if (n < 1) break; /* never; it tells the compiler so */
+        input = ckca__input_buffer(m, n, CKCA__EVALUATE);
         for (i = 0; i < n; i++) position[i] = first + i;
         ckca__load_batch(like, data, position, n, NULL, 0, 0, &b, input);
         ckca__run_forward(m, n, CKCA__EVALUATE, input);
@@ -5079,7 +5203,8 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
 
 enum { CKCA__MAX_SIDE = 16384 }; /* of a picture, in pixels */
 #ifndef CKCA__MAX_PIXELS
-#define CKCA__MAX_PIXELS ((int64_t)1 << 26) /* of a picture file: 8192 x 8192, so that a small file cannot ask for much */
+/* Of a picture file: 8192 x 8192, so that a small file cannot ask for much. */
+#define CKCA__MAX_PIXELS ((int64_t)1 << 26)
 #endif
 
 static void ckca__store_release(ckca__store *store) {
@@ -5093,8 +5218,7 @@ static void ckca__store_release(ckca__store *store) {
 /* An empty store of the size that desc asks for, where it does not say: of height x width x channels, and of classes
    names (NULL: "0", "1", ...). The caller holds the one reference. */
 static ckca_status ckca__store_create(ckca_context *ctx, ckca__store **out, size_t count, int height, int width,
-                                      int channels, int classes, const char *const *names,
-                                      const ckca_data_desc *desc) {
+                                      int channels, int classes, const char *const *names, const ckca_data_desc *desc) {
     ckca__store *store;
     size_t bytes;
     *out = NULL;
@@ -5228,17 +5352,19 @@ static void ckca__taps(int in, double from, double length, int out, int taps, in
     }
 }
 
-/* A pixel of c channels (grey, grey and alpha, RGB, RGB and alpha) as grey (m = 1) or RGB (m = 3). Alpha is dropped; the
-   weights of grey are those of ITU-R BT.601 in units of 2^-16, as Pillow has them. */
+/* A pixel of c channels (grey, grey and alpha, RGB, RGB and alpha) as grey (m = 1) or RGB (m = 3). Alpha is dropped;
+   the weights of grey are those of ITU-R BT.601 in units of 2^-16, as Pillow has them. */
 static void ckca__pixel(const unsigned char *in, int c, unsigned char *out, int m) {
     int i;
-    if (c < 3) for (i = 0; i < m; i++) out[i] = in[0];
-    else if (m == 3) for (i = 0; i < 3; i++) out[i] = in[i];
+    if (c < 3)
+        for (i = 0; i < m; i++) out[i] = in[0];
+    else if (m == 3)
+        for (i = 0; i < 3; i++) out[i] = in[i];
     else out[0] = (unsigned char)((in[0] * 19595 + in[1] * 38470 + in[2] * 7471 + 32768) >> 16);
 }
 
-/* A picture of h x w x c (c: 1 to 4) as height x width x channels (1 or 3): scaled to cover, centre-cropped. The same as
-   Pillow's ImageOps.fit(picture, (width, height), Image.BILINEAR). Zero if there is no memory. */
+/* A picture of h x w x c (c: 1 to 4) as height x width x channels (1 or 3): scaled to cover, centre-cropped. The same
+   as Pillow's ImageOps.fit(picture, (width, height), Image.BILINEAR). Zero if there is no memory. */
 static int ckca__fit(ckca_context *ctx, const unsigned char *in, int h, int w, int c, unsigned char *out, int height,
                      int width, int channels) {
     int m = c < 3 || channels == 1 ? 1 : 3, x, y, k, i, x_taps, y_taps;
@@ -5274,8 +5400,7 @@ static int ckca__fit(ckca_context *ctx, const unsigned char *in, int h, int w, i
         for (x = 0; x < width; x++) {
             for (k = 0; k < m; k++) {
                 int sum = 1 << 21; /* a half: at the end fractions are cut off. The weights sum to 1, so 255 is kept */
-                for (i = 0; i < x_used[x]; i++)
-                    sum += x_weight[x * x_taps + i] * row[(size_t)(x_first[x] + i) * m + k];
+                for (i = 0; i < x_used[x]; i++) sum += x_weight[x * x_taps + i] * row[(size_t)(x_first[x] + i) * m + k];
                 sum >>= 22;
                 wide[((size_t)y * width + x) * m + k] = (unsigned char)(sum > 255 ? 255 : sum);
             }
@@ -5408,7 +5533,8 @@ static ckca_status ckca__parse_lines(ckca_context *ctx, const char *path, char *
         if (length) found++;
         at = next;
     }
-    if (found != n) return ckca__fail(ctx, CKCA_EFORMAT, "%s: %d names, there are %d classes", ckca__tail(path), found, n);
+    if (found != n)
+        return ckca__fail(ctx, CKCA_EFORMAT, "%s: %d names, there are %d classes", ckca__tail(path), found, n);
     return CKCA_OK;
 }
 
@@ -5417,8 +5543,8 @@ static uint32_t ckca__big_endian(const unsigned char *b) {
     return (uint32_t)b[0] << 24 | (uint32_t)b[1] << 16 | (uint32_t)b[2] << 8 | b[3];
 }
 
-/* The header of an IDX file (LeCun's description of MNIST): 0, 0, type 8 (bytes), the number of dimensions, each of them in
-   4 bytes, greatest first; then that many bytes of data. */
+/* The header of an IDX file (LeCun's description of MNIST): 0, 0, type 8 (bytes), the number of dimensions, each of
+   them in 4 bytes, greatest first; then that many bytes of data. */
 static ckca_status ckca__parse_idx(ckca_context *ctx, const char *path, const unsigned char *bytes, size_t size,
                                    int dims, size_t *shape) {
     size_t total = 1, header = 4 + 4 * (size_t)dims;
@@ -5450,7 +5576,7 @@ static ckca_status ckca__parse_idx(ckca_context *ctx, const char *path, const un
 static ckca_status ckca__parse_idx_pair(ckca_context *ctx, ckca_data **data, const char *pictures_path,
                                         const unsigned char *pictures, size_t pictures_size, const char *labels_path,
                                         const unsigned char *labels, size_t labels_size, const ckca_data_desc *desc) {
-    size_t shape[3], label_shape[1], i;
+    size_t shape[3], label_shape[1] = {0}, i;
     int classes = 10; /* a set of digits that happens to lack the 9 is still one of ten classes */
     ckca__store *store;
     ckca_status status = ckca__parse_idx(ctx, pictures_path, pictures, pictures_size, 3, shape);
@@ -5466,11 +5592,12 @@ static ckca_status ckca__parse_idx_pair(ckca_context *ctx, ckca_data **data, con
         if (labels[8 + i] >= classes) classes = labels[8 + i] + 1;
     }
     if (desc->classes) classes = desc->classes;
-    status = ckca__store_create(ctx, &store, shape[0], (int)shape[1], (int)shape[2], 1, classes, desc->class_names, desc);
+    status =
+        ckca__store_create(ctx, &store, shape[0], (int)shape[1], (int)shape[2], 1, classes, desc->class_names, desc);
     if (status) return status;
     for (i = 0; i < shape[0]; i++) store->labels[i] = labels[8 + i];
-    status = ckca__fit_all(ctx, pictures + 16, shape[1] * shape[2], store->count, (int)shape[1], (int)shape[2], 1, store,
-                           0);
+    status =
+        ckca__fit_all(ctx, pictures + 16, shape[1] * shape[2], store->count, (int)shape[1], (int)shape[2], 1, store, 0);
     if (!status) status = ckca__view(data, store, NULL, store->count);
     ckca__store_release(store);
     return status;
@@ -5519,7 +5646,8 @@ static ckca_status ckca__open_cifar(ckca_context *ctx, ckca_data **data, const c
         status = ckca__fail(ctx, CKCA_EINVAL, "%s: %d classes, %d asked for", ckca__tail(dir), classes, desc->classes);
     /* where the data's names are known, the caller's order of them may be another */
     for (i = 0; i < classes; i++)
-        label[i] = named && desc->class_names && !status ? ckca__find_name(desc->class_names, desc->classes, names[i]) : i;
+        label[i] =
+            named && desc->class_names && !status ? ckca__find_name(desc->class_names, desc->classes, names[i]) : i;
     if (!status && desc->class_names)
         status = ckca__store_create(ctx, &store, total / record, 32, 32, 3, desc->classes, desc->class_names, desc);
     else if (!status)
@@ -5607,8 +5735,8 @@ CKCA_API ckca_status ckca_open_idx(ckca_context *ctx, ckca_data **data, const ch
 #ifndef CKCA_NO_STB_IMAGE
 
 /* stb_image (Debian: libstb-dev), static, JPEG and PNG only. A program that has its own includes it before this header;
-   then that one is used. Memory comes zeroed from calloc, or from a STBI_MALLOC of yours that zeroes too: a corrupt JPEG
-   can make stb_image before 2.29 read tables that the file never defined. */
+   then that one is used. Memory comes zeroed from calloc, or from a STBI_MALLOC of yours that zeroes too: a corrupt
+   JPEG can make stb_image before 2.29 read tables that the file never defined. */
 #ifndef STBI_INCLUDE_STB_IMAGE_H
 #define STB_IMAGE_IMPLEMENTATION
 #define STB_IMAGE_STATIC
@@ -5658,6 +5786,7 @@ CKCA_API ckca_status ckca_open_idx(ckca_context *ctx, ckca_data **data, const ch
 #undef stbi_set_unpremultiply_on_load_thread
 #endif
 
+#ifndef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION /* no fuzzer guesses a checksum */
 static uint32_t ckca__crc(const unsigned char *bytes, size_t size) { /* of a PNG's chunk (PNG specification, annex D) */
     uint32_t crc = 0xffffffffu;
     size_t i;
@@ -5668,9 +5797,10 @@ static uint32_t ckca__crc(const unsigned char *bytes, size_t size) { /* of a PNG
     }
     return ~crc;
 }
+#endif
 
-/* Whether a JPEG's segment of Huffman tables (ITU-R T.81, B.2.4.2) has no more codes than there are bytes for and than a table
-   may have, 256: stb_image before 2.29 writes beyond its tables otherwise. */
+/* Whether a JPEG's segment of Huffman tables (ITU-R T.81, B.2.4.2) has no more codes than there are bytes for and than
+   a table may have, 256: stb_image before 2.29 writes beyond its tables otherwise. */
 static int ckca__huffman_fits(const unsigned char *segment, size_t length) {
     while (length) {
         size_t codes = 0, i;
@@ -5682,8 +5812,9 @@ static int ckca__huffman_fits(const unsigned char *segment, size_t length) {
     return 1;
 }
 
-/* Height and width of a picture file; returns what is wrong with it, or NULL. stb_image takes truncated JPEGs, filling up
-   with grey, and does not look at a PNG's checksums, so the file is walked here from marker to marker, or chunk to chunk. */
+/* Height and width of a picture file; returns what is wrong with it, or NULL. stb_image takes truncated JPEGs, filling
+   up with grey, and does not look at a PNG's checksums, so the file is walked here from marker to marker, or chunk to
+   chunk. */
 static const char *ckca__walk_picture(const unsigned char *bytes, size_t size, int64_t *height, int64_t *width) {
     static const unsigned char png[] = {0x89, 'P', 'N', 'G', '\r', '\n', 0x1a, '\n'};
     static const char *const truncated = "truncated: it stops before its end marker";
@@ -5695,7 +5826,7 @@ static const char *ckca__walk_picture(const unsigned char *bytes, size_t size, i
             const unsigned char *chunk = bytes + at;
             length = ckca__big_endian(chunk);
             if (length > size - at - 12) return truncated;
-#ifndef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION /* no fuzzer guesses a checksum */
+#ifndef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION
             if (ckca__crc(chunk + 4, length + 4) != ckca__big_endian(chunk + 8 + length))
                 return "corrupt: a checksum is wrong";
 #endif
@@ -5762,7 +5893,8 @@ static ckca_status ckca__decode(ckca_context *ctx, const char *path, const unsig
     }
     fits = ckca__fit(ctx, pixels, h, w, c, out, height, width, channels);
     stbi_image_free(pixels);
-    if (!fits) return ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory to resize its %d x %d pixels", ckca__tail(path), h, w);
+    if (!fits)
+        return ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory to resize its %d x %d pixels", ckca__tail(path), h, w);
     return CKCA_OK;
 }
 
@@ -5812,15 +5944,14 @@ static int ckca__is_picture(const char *name) {
     for (i = 0; i < 3; i++) {
         size_t n = strlen(endings[i]);
         if (length <= n) continue;
-        for (j = 0; j < n && (name[length - n + j] | 0x20) == (endings[i][j] | 0x20); j++) {}
+        j = 0;
+        while (j < n && (name[length - n + j] | 0x20) == (endings[i][j] | 0x20)) j++;
         if (j == n) return 1;
     }
     return 0;
 }
 
-static int ckca__compare_paths(const void *a, const void *b) {
-    return strcmp(*(char *const *)a, *(char *const *)b);
-}
+static int ckca__compare_paths(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
 
 /* Adds dir's folders, or its pictures, to a list, in the order of their bytes. Hidden ones are left out. */
 static ckca_status ckca__list(ckca_context *ctx, const char *dir, int folders, ckca__files *files) {
@@ -5849,7 +5980,8 @@ static ckca_status ckca__list(ckca_context *ctx, const char *dir, int folders, c
         }
         files->path[files->count++] = path;
     }
-    if (!status && errno) status = ckca__fail(ctx, CKCA_EIO, "%s: cannot be read: %s", ckca__tail(dir), strerror(errno));
+    if (!status && errno)
+        status = ckca__fail(ctx, CKCA_EIO, "%s: cannot be read: %s", ckca__tail(dir), strerror(errno));
     closedir(open_dir);
     if (!status && files->count > first)
         qsort(files->path + first, files->count - first, sizeof *files->path, ckca__compare_paths);
@@ -5869,8 +6001,8 @@ static ckca_status ckca__decode_all(ckca_context *ctx, const ckca__files *files,
         CKCA__CRITICAL
         skip = i > failed;
         if (skip) continue;
-        status = ckca__read_picture(&own, files->path[i], store->pixels + (size_t)i * bytes, store->height, store->width,
-                                    store->channels);
+        status = ckca__read_picture(&own, files->path[i], store->pixels + (size_t)i * bytes, store->height,
+                                    store->width, store->channels);
         CKCA__CRITICAL
         if (status && i < failed) {
             failed = i;
@@ -5909,8 +6041,8 @@ CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const
     for (i = 0; !status && i < folders.count; i++) {
         names[i] = strrchr(folders.path[i], '/') + 1;
         if (desc.class_names && ckca__find_name(desc.class_names, desc.classes, names[i]) < 0)
-            status = ckca__fail(ctx, CKCA_EINVAL, "%s: not one of the %d classes asked for", ckca__tail(folders.path[i]),
-                                desc.classes);
+            status = ckca__fail(ctx, CKCA_EINVAL, "%s: not one of the %d classes asked for",
+                                ckca__tail(folders.path[i]), desc.classes);
         if (!status) status = ckca__list(ctx, folders.path[i], 0, &files);
         end[i] = files.count;
         if (!status && end[i] == (i ? end[i - 1] : 0))
@@ -5929,8 +6061,7 @@ CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const
         status = ckca__store_create(ctx, &store, files.count, height, width, 3, (int)folders.count, names, &desc);
     for (i = 0; !status && i < folders.count; i++)
         for (j = i ? end[i - 1] : 0; j < end[i]; j++)
-            store->labels[j] =
-                desc.class_names ? ckca__find_name(desc.class_names, desc.classes, names[i]) : (int)i;
+            store->labels[j] = desc.class_names ? ckca__find_name(desc.class_names, desc.classes, names[i]) : (int)i;
     if (!status) status = ckca__decode_all(ctx, &files, store);
     if (!status) status = ckca__view(data, store, NULL, store->count);
     ckca__store_release(store);
@@ -5951,6 +6082,23 @@ CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const
 }
 
 #endif /* CKCA__POSIX */
+
+#else /* CKCA_NO_STB_IMAGE: programs still link, and say what is missing */
+
+CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const char *dir, const ckca_data_desc *desc) {
+    (void)desc;
+    if (data) *data = NULL;
+    if (!ctx || !data || !dir) return CKCA_EINVAL;
+    return ckca__fail(ctx, CKCA_EINVAL, "%s: built without JPEG and PNG (CKCA_NO_STB_IMAGE)", ckca__tail(dir));
+}
+
+CKCA_API ckca_status ckca_read_picture(ckca_context *ctx, const char *path, const ckca_data_desc *desc, unsigned char *out) {
+    (void)desc;
+    (void)out;
+    if (!ctx || !path) return CKCA_EINVAL;
+    return ckca__fail(ctx, CKCA_EINVAL, "%s: built without JPEG and PNG (CKCA_NO_STB_IMAGE)", ckca__tail(path));
+}
+
 #endif /* CKCA_NO_STB_IMAGE */
 #endif /* CKCA_NO_STDIO */
 
@@ -5966,8 +6114,8 @@ static void ckca__shuffle_split(uint64_t seed, int *index, int n) {
     }
 }
 
-/* How many pictures of each class a stratified choice of `total` of n has: total * have[k] / n rounded down, and one more
-   for the classes with the largest remainders. */
+/* How many pictures of each class a stratified choice of `total` of n has: total * have[k] / n rounded down, and one
+   more for the classes with the largest remainders. */
 static void ckca__quota(const int *have, int classes, int n, int total, int *quota) {
     int k, given = 0;
     for (k = 0; k < classes; k++) given += quota[k] = (int)((int64_t)total * have[k] / n);
@@ -6123,7 +6271,8 @@ CKCA_API ckca_status ckca_join(ckca_data **joined, ckca_data *const *parts, int 
    Values are little-endian, as the machines are that this library runs on.
    ------------------------------------------------------------------------------------------------------------------ */
 
-/* --- JSON, as much of it as such headers have ---------------------------------------------------------------------- */
+/* --- JSON, as much of it as such headers have ----------------------------------------------------------------------
+ */
 
 /* Text under the eyes of a parser. Strings are unescaped in place: they only get shorter. */
 typedef struct ckca__json {
@@ -6394,8 +6543,8 @@ typedef struct ckca__st_file {
     ckca_context *ctx;
     const char *path; /* for messages */
     const unsigned char *bytes;
-    unsigned char *owned; /* what ckca__st_close releases: bytes, if ckca__st_open read them */
-    char *text;           /* the header, where names and metadata point */
+    unsigned char *owned;    /* what ckca__st_close releases: bytes, if ckca__st_open read them */
+    char *text;              /* the header, where names and metadata point */
     ckca__st_tensor *tensor; /* by name */
     ckca__st_pair *meta;     /* by key */
     size_t tensors, metas;
@@ -6415,9 +6564,12 @@ static void ckca__st_close(ckca__st_file *file) {
 
 /* Bytes of one value, 0 for a type we do not know. */
 static size_t ckca__st_value_bytes(const char *dtype) {
-    static const struct { char name[8]; size_t bytes; } known[] = {
-        {"F32", 4}, {"F64", 8}, {"F16", 2}, {"BF16", 2}, {"I64", 8}, {"U64", 8}, {"I32", 4}, {"U32", 4}, {"I16", 2},
-        {"U16", 2}, {"I8", 1}, {"U8", 1}, {"BOOL", 1}, {"C64", 8}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
+    static const struct {
+        char name[8];
+        size_t bytes;
+    } known[] = {{"F32", 4},  {"F64", 8}, {"F16", 2},     {"BF16", 2},   {"I64", 8}, {"U64", 8},
+                 {"I32", 4},  {"U32", 4}, {"I16", 2},     {"U16", 2},    {"I8", 1},  {"U8", 1},
+                 {"BOOL", 1}, {"C64", 8}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
     size_t i;
     for (i = 0; i < sizeof known / sizeof *known; i++)
         if (!strcmp(known[i].name, dtype)) return known[i].bytes;
@@ -6729,9 +6881,9 @@ static void ckca__st_header(ckca__text *text, const ckca__st_item *items, int co
     while (text->length % 8 && !text->failed) ckca__text_puts(text, " ");
 }
 
-/* Writes a file: into PATH.tmp-<process>, which replaces path when it is on the disk whole. Metadata and, as far as their
-   types' widths allow, tensors keep their order. Where an item has no data, ask(user, i) gives a pointer to it that is
-   valid until the next call, so that whoever must rearrange tensors first needs room for one only. */
+/* Writes a file: into PATH.tmp-<process>, which replaces path when it is on the disk whole. Metadata and, as far as
+   their types' widths allow, tensors keep their order. Where an item has no data, ask(user, i) gives a pointer to it
+   that is valid until the next call, so that whoever must rearrange tensors first needs room for one only. */
 static ckca_status ckca__st_write(ckca_context *ctx, const char *path, const ckca__st_item *items, int count,
                                   const ckca__st_pair *meta, int metas, const void *(*ask)(void *user, int i),
                                   void *user) {
@@ -6789,8 +6941,7 @@ static ckca_status ckca__st_write(ckca_context *ctx, const char *path, const ckc
         }
         if (failed) remove(temporary.at);
     }
-    if (failed)
-        status = ckca__fail(ctx, CKCA_EIO, "%s: cannot be %s: %s", ckca__tail(path), failed, strerror(error));
+    if (failed) status = ckca__fail(ctx, CKCA_EIO, "%s: cannot be %s: %s", ckca__tail(path), failed, strerror(error));
 #ifdef CKCA__POSIX
     if (!status) { /* the folder's entry too; some file systems have no such call, and the file is there already */
         char *slash = strrchr(temporary.at, '/');
@@ -7282,3 +7433,9 @@ static void ckca__state_remove(ckca__update *u) { (void)u; }
 #endif /* CKCA__CHECKPOINT */
 #endif /* CKCA_IMPLEMENTATION */
 #endif /* CKCA__PASS */
+#if !defined(CKCA__PASS) && defined(CKCA__PRIVATE) && !defined(CKCA__END)
+#define CKCA__END
+#ifdef __GNUC__
+#pragma GCC diagnostic pop
+#endif
+#endif

@@ -411,7 +411,7 @@ int main(int argc, char **argv) {
         "Flags are --name value or --name=value; [defaults in brackets].\n";
     const tool_flag flags[] = {
         TOOL_SOURCE_FLAGS(r.source),
-        {"--chunks", TOOL_INT, &r.chunks, 1, 1000, "N", "chunks that arrive", 0},
+        {"--chunks", TOOL_INT, &r.chunks, 1, 1000, "N", "chunks that arrive [10; of the shapes 6]", 0},
         {"--chunk-size", TOOL_INT, &r.chunk_size, 1, 1e6, "N", "pictures in each [all there are; of the shapes 250]", 0},
         {"--stratified", TOOL_SWITCH, &r.stratified, 0, 0, NULL, "the same share of every class in each chunk", 0},
         {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Network", 0},
@@ -431,8 +431,8 @@ int main(int argc, char **argv) {
         {"--perturb", TOOL_FLOAT, &r.update.perturb, 0.001, 1, "X", "of shrink-perturb: plus fresh ones times this [0.1]", 0},
         {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Training on each chunk", 0},
         {"--epochs", TOOL_INT, &r.update.epochs, 1, 100000, "N", "[40; on the shapes 20]", 0},
-        {"--batch", TOOL_INT, &r.update.batch, 1, 65536, "N", "pictures a step [64; on the shapes 32]", 0},
-        {"--lr", TOOL_FLOAT, &r.update.lr, 1e-9, 1000, "X", "peak learning rate [0.1]", 0},
+        {"--batch", TOOL_INT, &r.update.batch, 1, 65536, "N", "pictures a step [64; on the shapes 16]", 0},
+        {"--lr", TOOL_FLOAT, &r.update.lr, 1e-9, 1000, "X", "peak learning rate [0.1; on the shapes 0.05]", 0},
         {"--schedule", TOOL_CHOICE, &r.update.schedule, 0, 0, "cosine|constant|step", "of the learning rate", 0},
         {"--warmup", TOOL_FLOAT, &r.update.warmup_epochs, 0, 100000, "X", "epochs of linear warm-up [1]", 0},
         {"--weight-decay", TOOL_FLOAT, &r.update.weight_decay, 0, 10, "X", "[0.0005]", 0},
@@ -463,17 +463,18 @@ int main(int argc, char **argv) {
     r.flags = flags;
     r.arch = "resnet8";
     r.method_list = "warm,shrink-perturb,lwf,ckca";
-    r.chunks = 8;
     r.seed = 1;
     if (tool_parse(argc, argv, usage, flags)) tool_fail(2, "what is \"%s\"? (--help lists the flags)", argv[0]);
     tool_check_source(&r.source);
     choose_methods(&r);
     if (r.resume && !r.out) tool_fail(2, "--resume needs --out, the folder of the run to go on with");
     drawn = !r.source.folder && !r.source.cifar10 && !r.source.cifar100 && !r.source.idx;
+    if (!r.chunks) r.chunks = drawn ? 6 : 10;
     if (drawn && !r.chunk_size) r.chunk_size = 250;
     if (drawn && (double)r.chunk_size * r.chunks > 1e6) tool_fail(2, "--chunks times --chunk-size: at most 1000000 shapes");
     if (!r.update.epochs) r.update.epochs = drawn ? 20 : 40;
-    if (!r.update.batch) r.update.batch = drawn ? 32 : 64;
+    if (!r.update.batch) r.update.batch = drawn ? 16 : 64;
+    if (drawn && r.update.lr == 0) r.update.lr = 0.05f;
 
     /* The pictures, in chunks. */
     memset(&desc, 0, sizeof desc);

@@ -1,5 +1,7 @@
 /* shapes.h: ten classes of 32x32 colour pictures, drawn by arithmetic alone, for examples and tests that must work
-   without a download. One shape per picture: any pose, size, tilt and colour, partly hidden, among clutter, in noise.
+   without a download. As in photographs, no two of a class are alike: pose, size, colour, contrast and noise vary, the
+   outline leans towards another class's, and things lie about, some of them in front. A class has a favourite colour,
+   which helps a little.
 
    A picture is a pure function of (seed, i), so a set can be made in any order, in parts, on any machine. Every class
    is a signed distance: a function of a point, negative inside the shape, whose value over a pixel's size gives the
@@ -78,80 +80,111 @@ static inline shapes_paint shapes_mix(shapes_random *random, float low, float hi
     return paint;
 }
 
-/* Blends paint over picture (32 x 32 x 3 floats) where the shape lies: centre (cx, cy) and radius in pixels, stretched
-   along its own axes by stretch and 1 / stretch, turned by angle. label -1 is a bar of half width 0.2 (clutter). */
-static inline void shapes_stamp(float *picture, int label, float cx, float cy, float radius, float stretch, float angle,
-                         int mirror, const shapes_paint *paint, float opacity) {
-    float co = cosf(angle), si = sinf(angle);
+/* What is drawn: a class's outline with a share of other's in it; centre and radius in pixels; stretched along its own
+   axes by stretch and 1 / stretch, then turned by angle; opacity from 0 (unseen) to 1. Class -1 is a bar. */
+typedef struct shapes_figure {
+    int label, other;
+    float share, cx, cy, radius, stretch, angle, opacity;
+    shapes_paint paint;
+} shapes_figure;
+
+/* Draws a figure over picture (32 x 32 x 3 floats in 0..1). */
+static inline void shapes_stamp(float *picture, const shapes_figure *f) {
+    float co = cosf(f->angle), si = sinf(f->angle);
     int px, py, c;
     for (py = 0; py < SHAPES_SIZE; py++) {
         for (px = 0; px < SHAPES_SIZE; px++) {
-            float dx = ((float)px - cx) / radius, dy = ((float)py - cy) / radius;
-            float x = (co * dx + si * dy) / stretch, y = (co * dy - si * dx) * stretch, d, cover;
+            float dx = ((float)px - f->cx) / f->radius, dy = ((float)py - f->cy) / f->radius;
+            float x = (co * dx + si * dy) / f->stretch, y = (co * dy - si * dx) * f->stretch, d, cover;
             if (x * x + y * y > 2.5f) continue;
-            d = label < 0 ? shapes_box(x, y, 0, 0, 1.2f, 0.2f) : shapes_distance(label, mirror ? -x : x, y);
-            cover = opacity * fminf(fmaxf(0.5f - d * radius, 0), 1);
+            d = f->label < 0 ? shapes_box(x, y, 0, 0, 1.2f, 0.2f) : shapes_distance(f->label, x, y);
+            if (f->share > 0) d += f->share * (shapes_distance(f->other, x, y) - d);
+            cover = f->opacity * fminf(fmaxf(0.5f - d * f->radius, 0), 1);
             for (c = 0; c < 3 && cover > 0; c++) {
                 float u = (float)px / SHAPES_SIZE - 0.5f, v = (float)py / SHAPES_SIZE - 0.5f;
-                float value = paint->base[c] + u * paint->along[c] + v * paint->across[c];
                 float *out = picture + (py * SHAPES_SIZE + px) * 3 + c;
-                *out += cover * (value - *out);
+                *out += cover * (f->paint.base[c] + u * f->paint.along[c] + v * f->paint.across[c] - *out);
             }
         }
     }
 }
 
+/* The figure that gives a picture its label. */
+static inline shapes_figure shapes_subject(shapes_random *random, int label, const shapes_paint *ground) {
+    shapes_figure f;
+    float gap;
+    int c;
+    f.label = label;
+    f.other = (int)shapes_uniform(random, 0, 9.999f);
+    f.share = shapes_uniform(random, 0, 0.4f);
+    f.cx = shapes_uniform(random, 13, 18);
+    f.cy = shapes_uniform(random, 13, 18);
+    f.radius = shapes_uniform(random, 10, 15);
+    f.stretch = shapes_uniform(random, 0.85f, 1.18f);
+    f.angle = shapes_uniform(random, -0.4f, 0.4f);
+    f.opacity = shapes_uniform(random, 0.35f, 1);
+    do { /* a colour drawn towards the class's own, until it differs from the ground's */
+        f.paint = shapes_mix(random, 0, 1, 0.3f);
+        for (gap = 0, c = 0; c < 3; c++) {
+            float own = 0.5f + 0.5f * cosf(6.2831853f * ((float)label / SHAPES_CLASSES + (float)c / 3));
+            f.paint.base[c] += 0.4f * (own - f.paint.base[c]);
+            gap += fabsf(f.paint.base[c] - ground->base[c]);
+        }
+    } while (gap < 0.5f);
+    return f;
+}
+
+/* Something that lies about: a bar, or a small figure of any class. */
+static inline shapes_figure shapes_thing(shapes_random *random) {
+    shapes_figure f;
+    f.label = (int)fmaxf(-1, floorf(shapes_uniform(random, -10, 9.999f)));
+    f.other = 0;
+    f.share = 0;
+    f.cx = shapes_uniform(random, 0, SHAPES_SIZE - 1);
+    f.cy = shapes_uniform(random, 0, SHAPES_SIZE - 1);
+    f.radius = f.label < 0 ? shapes_uniform(random, 4, 8) : shapes_uniform(random, 2, 4.5f);
+    f.stretch = 1;
+    f.angle = shapes_uniform(random, 0, 6.2831853f);
+    f.opacity = 0.9f;
+    f.paint = shapes_mix(random, 0, 1, 0.2f);
+    return f;
+}
+
 /* Picture i of the set that seed names: writes 32 x 32 x 3 bytes and returns its label, i % 10. */
 static inline int shapes_draw(uint64_t seed, int i, unsigned char *pixels) {
-    float picture[SHAPES_BYTES], wave[4], gap = 0, noise, radius;
-    int label = i % SHAPES_CLASSES, clutter, hiding, k, c;
+    float picture[SHAPES_BYTES], slope_x, slope_y, phase, height, noise;
+    int label = i % SHAPES_CLASSES, behind, before, k, c;
     shapes_random random;
-    shapes_paint ground, figure;
+    shapes_paint ground;
+    shapes_figure figure;
     random.key = (seed * UINT64_C(0xd1342543de82ef95) + (uint64_t)i) * UINT64_C(0x2545f4914f6cdd1d) + 1;
     random.counter = 0;
 
     /* The ground: a gradient with a soft wave in it. */
     ground = shapes_mix(&random, 0.25f, 0.75f, 0.3f);
-    wave[0] = shapes_uniform(&random, -0.6f, 0.6f);
-    wave[1] = shapes_uniform(&random, -0.6f, 0.6f);
-    wave[2] = shapes_uniform(&random, 0, 6.2831853f);
-    wave[3] = shapes_uniform(&random, 0, 0.12f);
+    slope_x = shapes_uniform(&random, -0.6f, 0.6f);
+    slope_y = shapes_uniform(&random, -0.6f, 0.6f);
+    phase = shapes_uniform(&random, 0, 6.2831853f);
+    height = shapes_uniform(&random, 0, 0.12f);
     for (k = 0; k < SHAPES_SIZE * SHAPES_SIZE; k++) {
         float x = (float)(k % SHAPES_SIZE), y = (float)(k / SHAPES_SIZE);
-        for (c = 0; c < 3; c++)
-            picture[3 * k + c] = ground.base[c] + (x / SHAPES_SIZE - 0.5f) * ground.along[c] +
-                                 (y / SHAPES_SIZE - 0.5f) * ground.across[c] +
-                                 wave[3] * sinf(wave[0] * x + wave[1] * y + wave[2]);
+        float u = x / SHAPES_SIZE - 0.5f, v = y / SHAPES_SIZE - 0.5f, wave = height * sinf(slope_x * x + slope_y * y + phase);
+        for (c = 0; c < 3; c++) picture[3 * k + c] = ground.base[c] + u * ground.along[c] + v * ground.across[c] + wave;
     }
 
-    /* Clutter lies under the figure (small shapes of any class, and bars), and some of it over it. */
-    clutter = (int)shapes_uniform(&random, 0, 4);
-    hiding = (int)shapes_uniform(&random, 0, 1.6f);
-    radius = shapes_uniform(&random, 10, 15);
-    for (k = 0; k < clutter + 1 + hiding; k++) {
-        float angle = shapes_uniform(&random, 0, 6.2831853f);
-        float x = shapes_uniform(&random, 0, SHAPES_SIZE - 1), y = shapes_uniform(&random, 0, SHAPES_SIZE - 1);
-        if (k == clutter) {
-            /* The figure itself, of a colour that differs enough from the ground's to be seen. */
-            do {
-                figure = shapes_mix(&random, 0, 1, 0.3f);
-                for (gap = 0, c = 0; c < 3; c++) gap += fabsf(figure.base[c] - ground.base[c]);
-            } while (gap < 0.8f);
-            shapes_stamp(picture, label, shapes_uniform(&random, 13, 18), shapes_uniform(&random, 13, 18), radius,
-                         shapes_uniform(&random, 0.85f, 1.18f), shapes_uniform(&random, -0.4f, 0.4f), 0, &figure, 1);
-        } else {
-            shapes_paint paint = shapes_mix(&random, 0, 1, 0.2f);
-            int bar = shapes_uniform(&random, 0, 1) < 0.5f, other = (int)shapes_uniform(&random, 0, 9.999f);
-            float size = bar ? shapes_uniform(&random, 4, 8) : shapes_uniform(&random, 2, 4.5f);
-            if (k > clutter) size *= 0.7f;
-            shapes_stamp(picture, bar ? -1 : other, x, y, size, 1, angle, 0, &paint, 0.9f);
-        }
+    behind = (int)shapes_uniform(&random, 0, 4);
+    before = (int)shapes_uniform(&random, 0, 1.6f);
+    for (k = 0; k < behind + 1 + before; k++) {
+        figure = k == behind ? shapes_subject(&random, label, &ground) : shapes_thing(&random);
+        if (k > behind) figure.radius *= 0.7f; /* what lies in front hides little */
+        shapes_stamp(picture, &figure);
     }
 
     /* Noise: the sum of three uniform draws is near enough to a bell. */
     noise = shapes_uniform(&random, 0.01f, 0.08f);
     for (k = 0; k < SHAPES_BYTES; k++) {
-        float bell = shapes_uniform(&random, -1, 1) + shapes_uniform(&random, -1, 1) + shapes_uniform(&random, -1, 1);
+        float bell = 0;
+        for (c = 0; c < 3; c++) bell += shapes_uniform(&random, -1, 1);
         pixels[k] = (unsigned char)(255 * fminf(fmaxf(picture[k] + noise * bell, 0), 1) + 0.5f);
     }
     return label;

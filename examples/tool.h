@@ -65,6 +65,7 @@ static inline int tool_choice(const char *words, const char *text) {
 /* The value of a flag as it would be typed; "" where it is the library's default or a text that was not given. */
 static inline void tool_print_value(const tool_flag *flag, char *out, size_t size) {
     const char *words = flag->arg, *text;
+    float number;
     int i;
     out[0] = 0;
     switch (flag->kind) {
@@ -72,8 +73,10 @@ static inline void tool_print_value(const tool_flag *flag, char *out, size_t siz
     case TOOL_INT: snprintf(out, size, "%d", *(const int *)flag->value); break;
     case TOOL_SEED: snprintf(out, size, "%llu", (unsigned long long)*(const uint64_t *)flag->value); break;
     case TOOL_FLOAT:
-        if (*(const float *)flag->value == CKCA_OFF) snprintf(out, size, "0");
-        else if (*(const float *)flag->value != 0) snprintf(out, size, "%.9g", *(const float *)flag->value);
+        number = *(const float *)flag->value;
+        if (number == CKCA_OFF) snprintf(out, size, "0");
+        else if (number != 0) /* with as many digits as it takes to name this float and no other */
+            for (i = 6; i < 10 && (i == 6 || strtof(out, NULL) != number); i++) snprintf(out, size, "%.*g", i, number);
         break;
     case TOOL_CHOICE:
         for (i = *(const int *)flag->value; i > 0; i--) words = strchr(words, '|') + 1;

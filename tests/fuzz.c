@@ -1,8 +1,11 @@
-/* The parsers of files from outside, for libFuzzer. The first byte of an input chooses the parser, the rest is the file:
+/* The parsers of files from outside, for libFuzzer. The first byte of an input chooses the parser, the rest is the
+   file:
 
      clang -g -O1 -fsanitize=fuzzer,address,undefined -I. tests/fuzz.c -o build/fuzz -lm
-     FUZZ_SEEDS=build/seeds build/fuzz -runs=0            (writes seeds into that folder, which must exist)
-     build/fuzz -max_len=4096 build/seeds                 (FUZZ_TARGET=0 or more keeps to one parser)
+     mkdir -p build/corpus
+     FUZZ_SEEDS=build/corpus build/fuzz -max_len=6400 build/corpus
+
+   FUZZ_SEEDS names a folder for seeds to be written into first; FUZZ_TARGET=0 or more keeps to one parser.
 
    Checksums of PNGs are not checked here, for no fuzzer guesses one. */
 #define FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION
@@ -82,8 +85,12 @@ static void fuzz_idx(ckca_context *ctx, const unsigned char *bytes, size_t size)
 }
 
 static void fuzz_picture(ckca_context *ctx, const unsigned char *bytes, size_t size) {
+#ifndef CKCA_NO_STB_IMAGE
     unsigned char out[9 * 7 * 3];
     ckca__decode(ctx, "fuzz", bytes, size, out, 9, 7, size & 1 ? 3 : 1);
+#else
+    (void)ctx, (void)bytes, (void)size;
+#endif
 }
 
 static void fuzz_lines(ckca_context *ctx, char *text) {
@@ -181,16 +188,15 @@ static void seed(const char *folder, int target, int number, const void *bytes, 
 }
 
 static void write_seeds(const char *folder) {
-    static const char header[] =
-        "{\"__metadata__\":{\"classes\":\"[\\\"cat\\\",\\\"d\\u00e9\\ud83d\\ude00\\\"]\"},"
-        "\"a.weight\":{\"dtype\":\"F32\",\"shape\":[2,1],\"data_offsets\":[0,8]},"
-        "\"b\":{\"dtype\":\"F16\",\"shape\":[2],\"data_offsets\":[8,12]},"
-        "\"c\":{\"dtype\":\"BF16\",\"shape\":[1],\"data_offsets\":[12,14]},"
-        "\"d\":{\"dtype\":\"F64\",\"shape\":[1],\"data_offsets\":[14,22]},"
-        "\"e\":{\"dtype\":\"I64\",\"shape\":[],\"data_offsets\":[22,30]}}";
+    static const char header[] = "{\"__metadata__\":{\"classes\":\"[\\\"cat\\\",\\\"d\\u00e9\\ud83d\\ude00\\\"]\"},"
+                                 "\"a.weight\":{\"dtype\":\"F32\",\"shape\":[2,1],\"data_offsets\":[0,8]},"
+                                 "\"b\":{\"dtype\":\"F16\",\"shape\":[2],\"data_offsets\":[8,12]},"
+                                 "\"c\":{\"dtype\":\"BF16\",\"shape\":[1],\"data_offsets\":[12,14]},"
+                                 "\"d\":{\"dtype\":\"F64\",\"shape\":[1],\"data_offsets\":[14,22]},"
+                                 "\"e\":{\"dtype\":\"I64\",\"shape\":[],\"data_offsets\":[22,30]}}";
     static const char names[] = "[\"cat\", \"\\\"\\\\\\n\\u00e9\", \"\xf0\x9f\x98\x80\\ud83d\\ude00\"]";
-    static const unsigned char idx[] = {0, 28, 0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 2, 0, 0, 0, 3, 1, 2, 3,
-                                        4, 5,  6, 7, 8, 9, 9, 8, 7, 0, 0, 8, 1, 0, 0, 0, 2, 3, 11};
+    static const unsigned char idx[] = {0, 28, 0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 2, 0, 0, 0, 3, 1, 2,
+                                        3, 4,  5, 6, 7, 8, 9, 9, 8, 7, 0, 0, 8, 1, 0, 0, 0, 2, 3, 11};
     static unsigned char cifar[2 * 3074], file[1000];
     file[0] = (unsigned char)strlen(header);
     file[1] = (unsigned char)(strlen(header) >> 8);

@@ -3,12 +3,13 @@
 # "N passed, N failed" that they end with. One that crashes, or ends without that line, is one more failure.
 passed=0
 failed=0
+export OMP_WAIT_POLICY=passive # libgomp spins where cores are shared, and tests come to a crawl
 mkdir -p build/log
 for test in "$@"; do
     log=build/log/$(echo "$test" | tr / _).log
     start=$(date +%s)
     case $test in
-    *.sh) sh "$test" > "$log" 2>&1 ;;
+    *.sh) bash "$test" > "$log" 2>&1 ;;
     *) "$test" > "$log" 2>&1 ;;
     esac
     status=$?

@@ -112,8 +112,10 @@ for cc in $found; do
 done
 settle
 
-# The first program in the header's manual, as it stands there
-sed -n '/^ *#define CKCA_IMPLEMENTATION$/,/^ *}$/p;/^ *#define CKCA_IMPLEMENTATION$/,/^    }$/{/^    }$/q}' ckca.h > $dir/manual.c
+# The program in the header's manual, as it stands there
+awk '/^ *#define CKCA_IMPLEMENTATION$/ { inside = 1; text = ""; indent = $0; sub(/#.*/, "", indent) }
+     inside { text = text $0 "\n" }
+     inside && $0 == indent "}" && text ~ /int main/ { printf "%s", text; exit }' ckca.h > $dir/manual.c
 if grep -q 'int main' $dir/manual.c; then
     for cc in $found; do
         try manual_$cc $cc -I. -O0 -Wall -Wextra -Werror $dir/manual.c -o $dir/manual_$cc -lm

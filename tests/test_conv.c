@@ -140,8 +140,8 @@ static void passes_run(passes *t, ckca_context *ctx, int naive, int linear) {
     unguard(ws);
 }
 
-/* Values are sums of `terms` products of numbers below 1, so about sqrt(terms) large, rounded to float as many times: two
-   orders of summation differ by less than terms x 2^-23. One product forgotten or doubled makes about a third. */
+/* Values are sums of `terms` products of numbers below 1, so about sqrt(terms) large, rounded to float as many times:
+   two orders of summation differ by less than terms x 2^-23. One product forgotten or doubled makes about a third. */
 static void compare(const char *what, const ckca__conv *s, int isa, const float *got, const float *want, size_t count,
                     double terms) {
     double tolerance = 2e-6 + 1.2e-7 * terms, worst = 0;
@@ -200,8 +200,8 @@ static double weighted_output(const ckca__conv *s, const double *x, const double
     return total;
 }
 
-/* y[i] = the change of (sum of g y) with g[i]; dx and dw by central differences, exact here but for rounding: the sum is
-   linear in every single value. */
+/* y[i] is the change of (sum of g y) with g[i]; dx and dw by central differences, exact here but for rounding: the sum
+   is linear in every single value. */
 static void test_naive(ckca_context *ctx, const ckca__conv *s) {
     passes t;
     double *x, *w;
@@ -268,7 +268,7 @@ static ckca_context *context(ckca_isa isa, int threads) {
 }
 
 /* most: compare 1 thread with that many. */
-static void test_shape(ckca_context *const ctx[CKCA_ISA_AVX512 + 1][3], const ckca__conv *s, int most) {
+static void test_shape(ckca_context *ctx[CKCA_ISA_AVX512 + 1][3], const ckca__conv *s, int most) {
     passes naive;
     int isa, threads, linear = s->h * s->w == 1 && s->r * s->s == 1 && s->stride == 1 && s->pad == 0;
     passes_create(&naive, s);
@@ -318,33 +318,63 @@ static void test_shape(ckca_context *const ctx[CKCA_ISA_AVX512 + 1][3], const ck
     passes_free(&naive);
 }
 
+/* A NaN must come through ReLU, or a diverged model would look healthy. */
+static void test_nan(ckca_context *ctx, int k) {
+    ckca__conv s = shape(1, 4, 4, 2, k, 3, 3, 1, 1);
+    passes t;
+    int i, lost = 0;
+    passes_create(&t, &s);
+    t.x[0] = NAN;
+    passes_run(&t, ctx, 0, 0);
+    for (i = 0; i < k; i++) lost += !isnan(t.y[i]) || !isnan(t.y_relu[i]);
+    CHECK(!lost, "isa %d: %d of %d outputs of a NaN are numbers", (int)ctx->isa, lost, k);
+    passes_free(&t);
+}
+
 int main(void) {
     static const int small[][9] = {
         /* n  h  w  c  k  r  s stride pad */
-        {2, 5, 4, 3, 2, 3, 3, 1, 1}, {1, 6, 5, 2, 3, 3, 3, 2, 1}, {2, 4, 4, 3, 4, 1, 1, 1, 0}, {1, 5, 5, 2, 2, 1, 1, 2, 0},
-        {1, 7, 6, 1, 3, 5, 5, 2, 2}, {1, 4, 5, 2, 2, 2, 3, 1, 0}, {1, 5, 5, 1, 2, 3, 3, 3, 3}, {1, 3, 3, 2, 2, 7, 7, 2, 3},
+        {2, 5, 4, 3, 2, 3, 3, 1, 1}, {1, 6, 5, 2, 3, 3, 3, 2, 1}, {2, 4, 4, 3, 4, 1, 1, 1, 0},
+        {1, 5, 5, 2, 2, 1, 1, 2, 0},
+        {1, 7, 6, 1, 3, 5, 5, 2, 2}, {1, 4, 5, 2, 2, 2, 3, 1, 0}, {1, 5, 5, 1, 2, 3, 3, 3, 3},
+        {1, 3, 3, 2, 2, 7, 7, 2, 3},
     };
     static const int table[][9] = {
         /* the layers of ResNets, cut down */
-        {3, 8, 8, 3, 16, 3, 3, 1, 1}, {2, 8, 8, 16, 16, 3, 3, 1, 1}, {3, 8, 8, 16, 32, 3, 3, 2, 1}, {5, 4, 4, 64, 64, 3, 3, 1, 1},
-        {2, 8, 8, 32, 64, 1, 1, 2, 0}, {2, 7, 7, 64, 32, 1, 1, 1, 0}, {2, 7, 7, 24, 70, 1, 1, 1, 0}, {1, 20, 20, 3, 64, 7, 7, 2, 3},
+        {3, 8, 8, 3, 16, 3, 3, 1, 1}, {2, 8, 8, 16, 16, 3, 3, 1, 1}, {3, 8, 8, 16, 32, 3, 3, 2, 1},
+        {5, 4, 4, 64, 64, 3, 3, 1, 1},
+        {2, 8, 8, 32, 64, 1, 1, 2, 0}, {2, 7, 7, 64, 32, 1, 1, 1, 0}, {2, 7, 7, 24, 70, 1, 1, 1, 0},
+        {1, 20, 20, 3, 64, 7, 7, 2, 3},
         {1, 33, 31, 16, 16, 3, 3, 1, 1}, {1, 14, 14, 70, 24, 3, 3, 2, 1}, {1, 30, 30, 40, 48, 3, 3, 1, 1},
         {2, 1, 1, 512, 256, 3, 3, 1, 1}, {2, 2, 2, 200, 180, 3, 3, 1, 1},
         /* many pictures to a task, more than a list of pixels; a region larger than one task's */
-        {40, 4, 4, 20, 17, 3, 3, 1, 1}, {64, 2, 2, 8, 8, 3, 3, 1, 1}, {1, 40, 70, 64, 3, 3, 3, 1, 1}, {17, 17, 17, 2, 5, 1, 1, 1, 0},
+        {40, 4, 4, 20, 17, 3, 3, 1, 1}, {64, 2, 2, 8, 8, 3, 3, 1, 1}, {1, 40, 70, 64, 3, 3, 3, 1, 1},
+        {17, 17, 17, 2, 5, 1, 1, 1, 0},
+        {64, 6, 6, 40, 1, 3, 3, 1, 1},
         /* channels that fill no vector */
-        {2, 6, 5, 1, 1, 3, 3, 1, 1}, {2, 6, 5, 3, 3, 3, 3, 1, 1}, {3, 5, 6, 1, 7, 3, 3, 1, 1}, {3, 5, 6, 5, 1, 3, 3, 1, 1},
-        {2, 9, 7, 17, 33, 3, 3, 1, 1}, {2, 7, 9, 31, 15, 3, 3, 2, 1}, {1, 6, 6, 70, 70, 3, 3, 1, 1}, {2, 5, 5, 9, 13, 3, 3, 1, 1},
-        {2, 5, 5, 4, 4, 3, 3, 1, 1}, {2, 5, 5, 2, 19, 3, 3, 2, 1}, {2, 5, 5, 47, 2, 3, 3, 2, 1}, {4, 3, 3, 50, 61, 1, 1, 1, 0},
+        {2, 6, 5, 1, 1, 3, 3, 1, 1}, {2, 6, 5, 3, 3, 3, 3, 1, 1}, {3, 5, 6, 1, 7, 3, 3, 1, 1},
+        {3, 5, 6, 5, 1, 3, 3, 1, 1},
+        {2, 9, 7, 17, 33, 3, 3, 1, 1}, {2, 7, 9, 31, 15, 3, 3, 2, 1}, {1, 6, 6, 70, 70, 3, 3, 1, 1},
+        {2, 5, 5, 9, 13, 3, 3, 1, 1},
+        {2, 5, 5, 4, 4, 3, 3, 1, 1}, {2, 5, 5, 2, 19, 3, 3, 2, 1}, {2, 5, 5, 47, 2, 3, 3, 2, 1},
+        {4, 3, 3, 50, 61, 1, 1, 1, 0},
         /* kernels, strides and pads */
-        {2, 9, 8, 5, 6, 5, 5, 1, 2}, {2, 9, 8, 5, 6, 5, 5, 2, 2}, {2, 9, 8, 18, 6, 5, 5, 3, 1}, {1, 11, 13, 6, 20, 7, 7, 3, 3},
-        {2, 7, 7, 6, 9, 1, 1, 3, 0}, {2, 7, 7, 6, 9, 1, 1, 1, 2}, {2, 7, 7, 20, 9, 1, 1, 2, 3}, {2, 6, 6, 5, 18, 3, 3, 1, 3},
-        {2, 6, 6, 5, 18, 3, 3, 2, 3}, {2, 6, 6, 5, 18, 3, 3, 3, 3}, {2, 6, 6, 18, 5, 3, 3, 1, 0}, {2, 6, 6, 18, 5, 3, 3, 2, 0},
-        {2, 10, 9, 4, 6, 2, 3, 2, 1}, {2, 9, 10, 20, 6, 3, 1, 1, 1}, {1, 12, 12, 3, 5, 4, 4, 4, 0}, {1, 12, 12, 3, 5, 3, 3, 5, 0},
-        {1, 23, 20, 6, 20, 3, 3, 9, 1}, {1, 20, 20, 6, 20, 3, 3, 8, 1}, {1, 3, 3, 8, 8, 7, 7, 1, 3}, {1, 2, 1, 8, 8, 7, 7, 2, 3},
-        {1, 1, 1, 16, 16, 3, 3, 2, 1}, {1, 5, 5, 16, 16, 5, 5, 1, 0}, {2, 40, 3, 7, 8, 3, 3, 1, 1}, {2, 3, 300, 7, 8, 3, 3, 1, 1},
+        {2, 9, 8, 5, 6, 5, 5, 1, 2}, {2, 9, 8, 5, 6, 5, 5, 2, 2}, {2, 9, 8, 18, 6, 5, 5, 3, 1},
+        {1, 11, 13, 6, 20, 7, 7, 3, 3},
+        {2, 7, 7, 6, 9, 1, 1, 3, 0}, {2, 7, 7, 6, 9, 1, 1, 1, 2}, {2, 7, 7, 20, 9, 1, 1, 2, 3},
+        {2, 6, 6, 5, 18, 3, 3, 1, 3},
+        {2, 6, 6, 5, 18, 3, 3, 2, 3}, {2, 6, 6, 5, 18, 3, 3, 3, 3}, {2, 6, 6, 18, 5, 3, 3, 1, 0},
+        {2, 6, 6, 18, 5, 3, 3, 2, 0},
+        {2, 10, 9, 4, 6, 2, 3, 2, 1}, {2, 9, 10, 20, 6, 3, 1, 1, 1}, {1, 12, 12, 3, 5, 4, 4, 4, 0},
+        {1, 12, 12, 3, 5, 3, 3, 5, 0},
+        {1, 23, 20, 6, 20, 3, 3, 9, 1}, {1, 20, 20, 6, 20, 3, 3, 8, 1}, {1, 3, 3, 8, 8, 7, 7, 1, 3},
+        {1, 2, 1, 8, 8, 7, 7, 2, 3},
+        {1, 1, 1, 16, 16, 3, 3, 2, 1}, {1, 5, 5, 16, 16, 5, 5, 1, 0}, {2, 40, 3, 7, 8, 3, 3, 1, 1},
+        {2, 3, 300, 7, 8, 3, 3, 1, 1},
+        {2, 5, 5, 6, 7, 2, 2, 2, 0}, {1, 8, 8, 8, 8, 3, 3, 3, 0},
         /* linear layers */
-        {5, 1, 1, 64, 10, 1, 1, 1, 0}, {70, 1, 1, 33, 100, 1, 1, 1, 0}, {1, 1, 1, 20, 3, 1, 1, 1, 0}, {300, 1, 1, 3, 2, 1, 1, 1, 0},
+        {5, 1, 1, 64, 10, 1, 1, 1, 0}, {70, 1, 1, 33, 100, 1, 1, 1, 0}, {1, 1, 1, 20, 3, 1, 1, 1, 0},
+        {300, 1, 1, 3, 2, 1, 1, 1, 0},
     };
     ckca_context *ctx[CKCA_ISA_AVX512 + 1][3];
     ckca__conv s;
@@ -356,6 +386,7 @@ int main(void) {
             if (ctx[isa][threads]) best = isa;
         }
     printf("instruction sets up to %s\n", ckca_device(ctx[best][0]));
+    for (isa = CKCA_ISA_PLAIN; isa <= best; isa++) test_nan(ctx[isa][0], 21);
     for (i = 0; i < sizeof small / sizeof *small; i++) {
         const int *v = small[i];
         s = shape(v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8]);

@@ -113,7 +113,7 @@ works "$inc" $tiny --methods $all --out whole --resume
 grep -A 20 '^Test accuracy' out | grep -v '^Best' >b
 check "in memory and through files, with 1 thread and 2: the same table" cmp a b
 refuses 2 "is there already" "$inc" $tiny --methods $all --out whole
-refuses 2 "was begun with --lr=, this command has --lr=0.2" "$inc" $tiny --methods $all --out whole --resume --lr 0.2
+refuses 2 "was begun with --lr=0.05, this command has --lr=0.2" "$inc" $tiny --methods $all --out whole --resume --lr 0.2
 refuses 2 "was begun with --w-kd=, this command has --w-kd=0" "$inc" $tiny --methods $all --out whole --resume --w-kd 0
 cp -r whole cut && head -c -30 whole/results.csv >cut/results.csv
 refuses 1 "line 21: not a row" "$inc" $tiny --methods $all --out cut --resume

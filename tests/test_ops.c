@@ -29,11 +29,6 @@ static double *doubles(size_t count, const float *v) {
     for (i = 0; v && i < count; i++) d[i] = v[i];
     return d;
 }
-static float *copy(size_t count, const float *v) {
-    float *to = (float *)malloc((count + 1) * sizeof *to);
-    memcpy(to, v, count * sizeof *to);
-    return to;
-}
 
 /* The greatest |a - b| / (1 + |b|), and infinity for a NaN that is not in both. */
 static double difference(size_t count, const float *a, const double *b) {
@@ -228,13 +223,13 @@ static void test_norm_shape(size_t rows, int c, int with_residual, int relu, dou
 /* A smaller batch must fit where a greater one does. */
 static void test_workspace(void) {
     static const int channels[] = {1, 3, 16, 100, 2048};
-    size_t i, rows;
+    size_t i, rows, most, bytes;
     for (i = 0; i < 5; i++)
-        for (rows = 1; rows < 20000; rows += 1 + rows / 50) {
-            size_t less = ckca__op_workspace(any, rows, channels[i]),
-                   more = ckca__op_workspace(any, rows + 7, channels[i]);
-            CHECK(less <= more, "workspace of %d rows of %d is %d bytes, of 7 more only %d", (int)rows, channels[i],
-                  (int)less, (int)more);
+        for (rows = 1, most = 0; rows < 20000; rows += 1 + rows / 50) {
+            bytes = ckca__op_workspace(any, rows, channels[i]);
+            CHECK(bytes >= most, "workspace of %d rows of %d is %d bytes, of fewer %d", (int)rows, channels[i],
+                  (int)bytes, (int)most);
+            most = bytes;
         }
 }
 
@@ -561,21 +556,28 @@ static void test_pools(void) {
         check_op(what, pool_backward, &a, a.in, g, 1e-6);
         free((void *)a.x), free((void *)a.dy), free(x), free(y), free(g), free(at);
     }
-    { /* the first of equals wins; NaN wins over all; -inf is a value like any other */
-        float x[4] = {2, 2, 1, 2}, y[1], dx[4];
-        unsigned char at[1];
-        ckca__conv s = {1, 2, 2, 1, 1, 2, 2, 2, 0, 1, 1};
-        float one = 1;
-        ckca__op_maxpool_forward(any, &s, x, y, at);
-        CHECK(y[0] == 2 && at[0] == 0, "max of equals is %g at %d", y[0], at[0]);
-        ckca__op_maxpool_backward(any, &s, &one, at, dx, 0);
-        CHECK(dx[0] == 1 && dx[1] == 0 && dx[3] == 0, "its gradient is %g %g %g %g", dx[0], dx[1], dx[2], dx[3]);
-        x[1] = NAN;
-        ckca__op_maxpool_forward(any, &s, x, y, at);
-        CHECK(y[0] != y[0], "max with a NaN is %g", y[0]);
-        x[0] = x[1] = x[2] = x[3] = -INFINITY;
-        ckca__op_maxpool_forward(any, &s, x, y, NULL); /* no at is wanted in evaluation */
-        CHECK(y[0] == -INFINITY, "max of -inf is %g", y[0]);
+}
+
+/* The first of equals wins; NaN wins over all, wherever it is; -inf is a value like any other. */
+static void test_maxpool_edges(void) {
+    enum { C = 21 };
+    static const ckca__conv s = {1, 2, 2, C, C, 2, 2, 2, 0, 1, 1};
+    int isa, i, where;
+    for (isa = 0; isa < ISAS; isa++) {
+        float x[4 * C], y[C], dx[4 * C], one[C];
+        unsigned char at[C];
+        if (!contexts[isa][0]) continue;
+        for (where = -2; where < 4; where++) { /* -2: all -inf, -1: all equal, 0..3: NaN there */
+            int wrong = 0, first = where < 0 ? 0 : where;
+            for (i = 0; i < 4 * C; i++) x[i] = where == -2 ? -INFINITY : i / C == where ? NAN : 2;
+            for (i = 0; i < C; i++) one[i] = 1;
+            ckca__op_maxpool_forward(contexts[isa][0], &s, x, y, at);
+            ckca__op_maxpool_backward(contexts[isa][0], &s, one, at, dx, 0);
+            for (i = 0; i < C; i++) wrong += at[i] != first || (where < 0 ? y[i] != x[0] : y[i] == y[i]);
+            for (i = 0; i < 4 * C; i++) wrong += dx[i] != (i / C == first);
+            CHECK(!wrong, "max pooling on %s, case %d: %d of %d outputs, winners and gradients are wrong",
+                  isa_names[isa], where, wrong, 6 * C);
+        }
     }
 }
 
@@ -961,9 +963,23 @@ static void test_draws(void) {
         ckca__augment_framing(&crop, 1, 2, 3, 2, 50, &f);
         CHECK(f.height == 2 && f.width == 3 && f.left == 23 && f.top == 0, "fallback crop is %dx%d at %d,%d", f.height,
               f.width, f.top, f.left);
+        ckca__augment_framing(&crop, 1, 2, 3, 50, 2, &f);
+        CHECK(f.height == 3 && f.width == 2 && f.left == 0 && f.top == 23, "fallback crop is %dx%d at %d,%d", f.height,
+              f.width, f.top, f.left);
         ckca__augment_framing(&crop, 1, 2, 3, 1, 1, &f);
         CHECK(f.height == 1 && f.width == 1 && f.left == 0 && f.top == 0, "crop of one pixel is %dx%d", f.height,
               f.width);
+    }
+    for (i = 0; i < 200; i++) { /* what no descriptor should hold does no harm */
+        ckca__framing f, g;
+        pad.pad = INT_MAX;
+        ckca__augment_framing(&pad, 1, 2, i, 5, 9, &f);
+        CHECK(abs(f.top) <= 5 && abs(f.left) <= 9, "a pad of INT_MAX crops at %d,%d", f.top, f.left);
+        crop.crop_min = 7;
+        ckca__augment_framing(&crop, 1, 2, i, 9, 9, &f);
+        crop.crop_min = 1;
+        ckca__augment_framing(&crop, 1, 2, i, 9, 9, &g);
+        CHECK(!memcmp(&f, &g, sizeof f), "a crop_min of 7 is not taken for 1: %dx%d", f.height, f.width);
     }
 }
 
@@ -1171,6 +1187,7 @@ int main(int argc, char **argv) {
     test_nan_passes();
     test_device();
     test_pools();
+    test_maxpool_edges();
     test_class_losses();
     test_class_edges();
     test_features();

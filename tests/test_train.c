@@ -6,7 +6,7 @@
 
 #include <sys/stat.h>
 
-#define DIR "build/test_train"
+#define DIR "build/tmp_train"
 enum { SIZE = 8, CLASSES = 4, COUNT = 90 };
 
 /* Pictures whose class is a bright quarter, under noise. first: another part of the same distribution. */
