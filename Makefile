@@ -38,7 +38,7 @@ OPENMP ?= $(if $(call probe,<omp.h>,-fopenmp),-fopenmp)
 STB ?= $(or $(if $(call probe,<stb/stb_image.h>),yes),$(if $(call probe,<stb_image.h>),yes))
 ifeq ($(MAKELEVEL),0)
 $(info compiler: $(CC), $(shell $(CC) --version 2>/dev/null | head -n 1))
-$(info OpenMP: $(if $(OPENMP),$(OPENMP),not found (one thread)); stb_image: $(if $(STB),found,not found (no JPEG or PNG; Debian: libstb-dev)))
+$(info OpenMP: $(or $(OPENMP),none (one thread)); stb_image: $(if $(STB),found,none (no JPEG or PNG; Debian: libstb-dev)))
 endif
 endif
 
@@ -59,7 +59,7 @@ all: $(EXAMPLES)
 
 demo: build/incremental
 	mkdir -p build/demo
-	build/incremental --out build/demo
+	OMP_WAIT_POLICY=passive build/incremental --out build/demo
 
 test: $(EXAMPLES) $(TESTS) $(ASAN) build/bench
 	CC="$(CC)" sh tests/run.sh $(TESTS) $(SCRIPTS) $(ASAN)

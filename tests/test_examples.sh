@@ -152,6 +152,7 @@ else
     works "$build/classify" a.safetensors new/disc/1.png new/square/1.png
     check "classify: two pictures, five classes each" [ "$(grep -c '%' out)" -eq 10 ]
     check "classify names the classes" grep -qE '^ +[0-9.]+%  (cross|crescent|disc|ell|ring|square|star|stripes|tee|triangle)$' out
+    check "five different ones" [ "$(sed -n '2,6p' out | awk '{print $2}' | sort -u | wc -l)" -eq 5 ]
     check "the likeliest first" sort -c -n -r <(sed -n '2,6s/%.*//p' out)
     refuses 1 "cut.png" "$build/classify" a.safetensors cut.png new/disc/1.png
     check "classify goes on behind a bad picture" [ "$(grep -c '%' out)" -eq 5 ]
