@@ -34,8 +34,12 @@ endif
 HASH := \#
 probe = $(shell mkdir -p build && printf '%s\n' '$(HASH)include $(1)' 'int main(void) { return 0; }' | \
     $(CC) $(CFLAGS) $(2) -x c -o build/probe.$$$$ - 2>/dev/null && echo yes; rm -f build/probe.$$$$)
-OPENMP ?= $(if $(call probe,<omp.h>,-fopenmp),-fopenmp)
-STB ?= $(or $(if $(call probe,<stb/stb_image.h>),yes),$(if $(call probe,<stb_image.h>),yes))
+ifeq ($(origin OPENMP),undefined)
+OPENMP := $(if $(call probe,<omp.h>,-fopenmp),-fopenmp)
+endif
+ifeq ($(origin STB),undefined)
+STB := $(or $(call probe,<stb/stb_image.h>),$(call probe,<stb_image.h>))
+endif
 ifeq ($(MAKELEVEL),0)
 $(info compiler: $(CC), $(shell $(CC) --version 2>/dev/null | head -n 1))
 $(info OpenMP: $(or $(OPENMP),none (one thread)); stb_image: $(if $(STB),found,none (no JPEG or PNG; Debian: libstb-dev)))
@@ -58,6 +62,7 @@ ASAN := $(patsubst build/tests/%,build/asan/%,$(TESTS))
 all: $(EXAMPLES)
 
 demo: build/incremental
+	rm -rf build/demo
 	mkdir -p build/demo
 	OMP_WAIT_POLICY=passive build/incremental --out build/demo
 

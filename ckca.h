@@ -1,8 +1,8 @@
 /* ckca.h - v0.1.0 - keeps an image classifier learning while data keeps arriving. MIT or public domain, your choice.
 
-   Each new batch of labelled pictures improves the checkpoint you have, at a fixed cost in time and storage, without the old
-   pictures. ResNets (or networks of your own), their training, loaders for pictures, and checkpoints that PyTorch reads, in
-   one C99 header without dependencies but stb_image, which decodes JPEG and PNG.
+   Each new batch of labelled pictures improves the checkpoint you have, at a fixed cost in time and storage, without
+   the old pictures. ResNets (or networks of your own), their training, loaders for pictures, and checkpoints that
+   PyTorch reads, in one C99 header without dependencies but stb_image, which decodes JPEG and PNG.
 
    USE
        In exactly one C or C++ file:                            Everywhere else:
@@ -37,14 +37,14 @@
    BUILD
        cc -O3 -fopenmp program.c -lm      (needs stb_image.h: Debian's libstb-dev)
        cc -O3 program.c -lm               (one thread)
-   Any C99 or C++11 compiler will do. GCC and clang on x86-64 and AArch64 get vector kernels, chosen at run time; others get
-   plain loops, which are many times slower.
+   Any C99 or C++11 compiler will do. GCC and clang on x86-64 and AArch64 get vector kernels, chosen at run time;
+   others get plain loops, which are many times slower.
 
    OPTIONS, defined before the implementation
        CKCA_STATIC          every function static, so that several files can have an implementation of their own
        CKCA_API             what to put before public declarations instead (dllexport, say)
-       CKCA_NO_STB_IMAGE    no JPEG and PNG: ckca_open_folder and ckca_read_picture say so and fail. (An stb_image.h of your
-                            own can be used: include it before this header)
+       CKCA_NO_STB_IMAGE    no JPEG and PNG: ckca_open_folder and ckca_read_picture say so and fail. (To use an
+                            stb_image.h of your own, include it before this header)
        CKCA_NO_STDIO        no files at all: pictures come from arrays, weights through ckca_tensor_read and _write
        CKCA_NO_SIMD         plain loops only
        CKCA_FILE            "its/name.h", if you rename this header (it includes itself once per instruction set)
@@ -58,19 +58,20 @@
    the loss, ckca__run_backward and ckca__run_sgd to the weights.
 
    THE METHOD
-       CKCA (Knowledge Consolidation and Acquisition): "Step Out and Seek Around: On Warm-Start Training with Incremental
-       Data", Shen, Yin, Molchanov, Mao, Alvarez 2024, arXiv 2406.04484. Data arrives in chunks; classes and architecture
-       stay. Step 1 trains from scratch. Every later step starts from the last checkpoint with a fresh learning-rate
-       schedule, so that the weights leave the point they had converged to, while two terms keep what the checkpoint (the
-       teacher, frozen, with running batch-norm statistics) knew and let the new data correct it:
+       CKCA (Knowledge Consolidation and Acquisition): "Step Out and Seek Around: On Warm-Start Training with
+       Incremental Data", Shen, Yin, Molchanov, Mao, Alvarez 2024, arXiv 2406.04484. Data arrives in chunks; classes
+       and architecture stay. Step 1 trains from scratch. Every later step starts from the last checkpoint with a
+       fresh learning-rate schedule, so that the weights leave the point they had converged to, while two terms keep
+       what the checkpoint (the teacher, frozen, with running batch-norm statistics) knew and let the new data correct
+       it:
 
            loss = cross-entropy + w_kd AdaKD + w_feat FeatReg
            AdaKD   = T^2 mean_i a_i KL(softmax(zo_i / T) || softmax(z_i / T))      z, zo: student's, teacher's logits
            FeatReg = mean_i d(f_i, fo_i)                                          f, fo: their pooled features
 
-       The paper's own equations were not at hand when this was written. Its abstract says what the two terms are for; the
-       forms of a_i and d here (ckca_adakd, ckca_featreg) are this project's reading and can be switched. Which defaults, and
-       why: see the README, which has the measurements.
+       The paper's own equations were not at hand when this was written. Its abstract says what the two terms are for;
+       the forms of a_i and d here (ckca_adakd, ckca_featreg) are this project's reading and can be switched. Which
+       defaults, and why: see the README, which has the measurements.
 
    DEFINITIONS
        picture    height x width x channels bytes, row by row, channels innermost (NHWC), as stb_image gives them
@@ -83,25 +84,28 @@
        K x R x S x C. A linear layer on a map larger than 1 x 1 takes it in NHWC order.
 
    OWNERSHIP AND THREADS
-       You free what you create (ckca_*_free; NULL is allowed), data and models before their context. Strings, descriptors and
-       arrays you hand in are copied or not needed after the call; what a call says is owned by the library stays valid while
-       its owner lives. A context, and all that hangs on it, belongs to one thread at a time; contexts do not share anything.
-       Inside, OpenMP runs ckca_desc.threads threads, and results are the same bits for any number of them.
+       You free what you create (ckca_*_free; NULL is allowed), data and models before their context. Strings,
+       descriptors and arrays you hand in are copied or not needed after the call; what a call says is owned by the
+       library stays valid while its owner lives. A context, and all that hangs on it, belongs to one thread at a
+       time; contexts do not share anything. Inside, OpenMP runs ckca_desc.threads threads, and results are the same
+       bits for any number of them.
 
    ERRORS
-       Every call that can fail returns a ckca_status, and ckca_error(ctx) then holds one sentence with the real names and
-       numbers in it. Nothing is printed, nothing exits. After a failure the objects are as they were before the call.
-       Files may be hostile: lengths are checked before they are used, and what is truncated or corrupt is refused. Files are
-       written beside their place and renamed over it: at any moment the old or the new one is there.
+       Every call that can fail returns a ckca_status, and ckca_error(ctx) then holds one sentence with the real names
+       and numbers in it. Nothing is printed, nothing exits. After a failure the objects are as they were before the
+       call. Files may be hostile: lengths are checked before they are used, and what is truncated or corrupt is
+       refused. Files are written beside their place and renamed over it: at any moment the old or the new one is
+       there.
 
    ZERO MEANS DEFAULT
-       memset a descriptor to 0 (or = {0}) and set what you care about. Where the default is not nothing and you want nothing,
-       set the field to CKCA_OFF.
+       memset a descriptor to 0 (or = {0}) and set what you care about. Where the default is not nothing and you want
+       nothing, set the field to CKCA_OFF.
 
    FILE FORMATS
-       Checkpoints are safetensors with torchvision's parameter names; safetensors.torch.load_file and load_state_dict take
-       them. In the metadata: ckca.graph (the network, so that ckca_load needs nothing else), ckca.arch, ckca.input,
-       ckca.classes, ckca.class_names, ckca.mean, ckca.std, ckca.step. Training states have momentum and position besides.
+       Checkpoints are safetensors with torchvision's parameter names; safetensors.torch.load_file and load_state_dict
+       take them. In the metadata: ckca.graph (the network, so that ckca_load needs nothing else), ckca.arch,
+       ckca.input, ckca.classes, ckca.class_names, ckca.mean, ckca.std, ckca.step. Training states have momentum and
+       position besides.
 */
 #ifndef CKCA__PASS
 #ifndef CKCA_H
@@ -240,8 +244,8 @@ CKCA_API ckca_status ckca_join(ckca_data **joined, ckca_data *const *parts, int 
 CKCA_API ckca_status ckca_subset(ckca_data **subset, const ckca_data *data, const int *index, int n);
 
 CKCA_API void ckca_data_info_get(const ckca_data *data, ckca_data_info *info);
-CKCA_API int ckca_label(const ckca_data *data, int i);                      /* -1 if there is no picture i */
-CKCA_API const unsigned char *ckca_pixels(const ckca_data *data, int i);    /* height x width x channels, or NULL */
+CKCA_API int ckca_label(const ckca_data *data, int i);                   /* -1 if there is no picture i */
+CKCA_API const unsigned char *ckca_pixels(const ckca_data *data, int i); /* height x width x channels, or NULL */
 CKCA_API void ckca_data_free(ckca_data *data);
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -279,7 +283,7 @@ CKCA_API int ckca_relu(ckca_model *model, int input);
 CKCA_API int ckca_add(ckca_model *model, int a, int b);
 CKCA_API int ckca_maxpool(ckca_model *model, int input, int kernel, int stride, int pad);
 CKCA_API int ckca_avgpool(ckca_model *model, int input); /* global: N x H x W x C to N x 1 x 1 x C */
-CKCA_API int ckca_subsample(ckca_model *model, int input, int stride, int out); /* every stride-th pixel, zeros added
+CKCA_API int ckca_subsample(ckca_model *model, int input, int stride, int out);    /* every stride-th pixel, zeros added
                                                                                    in front and behind to out channels */
 CKCA_API int ckca_linear(ckca_model *model, const char *name, int input, int out); /* input flattened: H x W x C */
 CKCA_API int ckca_stage(ckca_model *model, int input); /* marks a map for FeatReg's STAGES; returns input */
@@ -288,7 +292,7 @@ CKCA_API ckca_status ckca_model_finish(ckca_model *model, int logits);
 CKCA_API void ckca_model_free(ckca_model *model);
 
 typedef struct ckca_model_info {
-    const char *arch;               /* the builder's name, or "custom" */
+    const char *arch; /* the builder's name, or "custom" */
     int height, width, channels, classes, features;
     const char *const *class_names; /* NULL before the first training where none were given */
     const float *mean, *std;        /* channels values; NULL likewise */
@@ -332,11 +336,11 @@ CKCA_API ckca_status ckca_backward(ckca_model *model, const float *dlogits, cons
 CKCA_API ckca_status ckca_zero_gradients(ckca_model *model);
 
 typedef struct ckca_sgd_desc {
-    float lr;             /* needed here; ckca_update's comes from its schedule */
-    float momentum;       /* 0: 0.9 */
-    float weight_decay;   /* 0: 5e-4; not on batch norm and biases */
-    int plain;            /* 1: no Nesterov */
-    float clip_norm;      /* 0: off. Else the global gradient norm is scaled down to this */
+    float lr;           /* needed here; ckca_update's comes from its schedule */
+    float momentum;     /* 0: 0.9 */
+    float weight_decay; /* 0: 5e-4; not on batch norm and biases */
+    int plain;          /* 1: no Nesterov */
+    float clip_norm;    /* 0: off. Else the global gradient norm is scaled down to this */
 } ckca_sgd_desc;
 /* v = m v + g + wd w; w -= lr (g + wd w + m v) with Nesterov, w -= lr v without (PyTorch's SGD). */
 CKCA_API ckca_status ckca_sgd(ckca_model *model, const ckca_sgd_desc *desc);
@@ -347,12 +351,12 @@ CKCA_API ckca_status ckca_sgd(ckca_model *model, const ckca_sgd_desc *desc);
 
 /* Augmentation: a pure function of (seed, epoch, picture). Everything off when zero. */
 typedef struct ckca_augment {
-    int pad;            /* zero-pad by this many pixels, crop at random */
-    int flip;           /* 1: mirror left and right half of the time */
-    int resized_crop;   /* 1: area 0.25..1 (see crop_min), aspect 3/4..4/3, resized bilinearly (torchvision's
+    int pad;          /* zero-pad by this many pixels, crop at random */
+    int flip;         /* 1: mirror left and right half of the time */
+    int resized_crop; /* 1: area 0.25..1 (see crop_min), aspect 3/4..4/3, resized bilinearly (torchvision's
                            RandomResizedCrop); instead of pad */
-    float crop_min;     /* least area of resized_crop; 0: 0.25 */
-    float jitter;       /* brightness, contrast, saturation each scaled by 1 -+ jitter */
+    float crop_min;   /* least area of resized_crop; 0: 0.25 */
+    float jitter;     /* brightness, contrast, saturation each scaled by 1 -+ jitter */
 } ckca_augment;
 
 typedef enum ckca_schedule { CKCA_COSINE = 0, CKCA_CONSTANT, CKCA_STEP } ckca_schedule;
@@ -382,12 +386,12 @@ typedef enum ckca_featreg {
 } ckca_featreg;
 
 typedef struct ckca_progress {
-    int step;                           /* the update under way: 1 is the first */
-    int epoch, epochs;                  /* 0-based */
-    int batch, batches;                 /* SGD steps done in this epoch; of how many */
+    int step;           /* the update under way: 1 is the first */
+    int epoch, epochs;  /* 0-based */
+    int batch, batches; /* SGD steps done in this epoch; of how many */
     float lr;
-    double loss, kd, feat, accuracy;    /* means over this epoch so far; kd and feat without their weights */
-    double seconds, seconds_left;       /* since the call; an estimate */
+    double loss, kd, feat, accuracy; /* means over this epoch so far; kd and feat without their weights */
+    double seconds, seconds_left;    /* since the call; an estimate */
 } ckca_progress;
 
 typedef struct ckca_update_desc {
@@ -395,33 +399,33 @@ typedef struct ckca_update_desc {
     /* the method's terms: loss = cross-entropy + w_kd AdaKD + w_feat FeatReg. CKCA_OFF for none */
     ckca_adakd adakd;
     ckca_featreg featreg;
-    float w_kd;             /* 0: 2 (LWF: 1) */
-    float w_feat;           /* 0: none. In what was measured (see the README) no form earned a place by default */
-    float temperature;      /* 0: 2 */
-    float shrink, perturb;  /* 0: 0.4 and 0.1 */
+    float w_kd;                /* 0: 2 (LWF: 1) */
+    float w_feat;              /* 0: none. In what was measured (see the README) no form earned a place by default */
+    float temperature;         /* 0: 2 */
+    float shrink, perturb;     /* 0: 0.4 and 0.1 */
     const ckca_model *teacher; /* NULL: the model itself as it came; else any with the same classes */
     /* the training */
-    int epochs, batch;      /* 0: 40 and 64 */
-    float lr;               /* 0: 0.1, the peak */
+    int epochs, batch; /* 0: 40 and 64 */
+    float lr;          /* 0: 0.1, the peak */
     ckca_schedule schedule;
-    float warmup_epochs;    /* 0: 1; linear from lr / steps. CKCA_OFF: none */
-    float step_epochs;      /* CKCA_STEP: lr is multiplied by step_factor every so many epochs; 0: a third of epochs */
-    float step_factor;      /* 0: 0.1 */
+    float warmup_epochs; /* 0: 1; linear from lr / steps. CKCA_OFF: none */
+    float step_epochs;   /* CKCA_STEP: lr is multiplied by step_factor every so many epochs; 0: a third of epochs */
+    float step_factor;   /* 0: 0.1 */
     float momentum, weight_decay, clip_norm; /* as ckca_sgd_desc */
     int plain;
     float label_smoothing;
     ckca_augment augment;
-    uint64_t seed;          /* of order and augmentation (and of SCRATCH's and SHRINK_PERTURB's fresh weights) */
+    uint64_t seed; /* of order and augmentation (and of SCRATCH's and SHRINK_PERTURB's fresh weights) */
     /* files and reports */
-    const char *state;      /* path of a training state, written every state_seconds and removed at the end. If it is
+    const char *state;   /* path of a training state, written every state_seconds and removed at the end. If it is
                                there at the start, training resumes from it, to bitwise the same weights */
-    float state_seconds;    /* 0: 30 */
+    float state_seconds; /* 0: 30 */
     int (*progress)(const ckca_progress *progress, void *user); /* after every SGD step; non-zero stops (CKCA_ESTOP) */
     void *user;
 } ckca_update_desc;
 
 typedef struct ckca_report {
-    int step;                        /* the model's time step now */
+    int step; /* the model's time step now */
     int sgd_steps;
     double loss, kd, feat, accuracy; /* means over the last epoch */
     double teacher_accuracy;         /* the old checkpoint's on the new pictures; -1 where there was none */
@@ -574,10 +578,10 @@ static double ckca__uniform(uint64_t seed, uint64_t stream, uint64_t index) { /*
    ------------------------------------------------------------------------------------------------------------------ */
 
 typedef struct ckca__conv {
-    int n, h, w, c;      /* input: N x H x W x C */
-    int k, r, s;         /* weight: K x R x S x C */
+    int n, h, w, c; /* input: N x H x W x C */
+    int k, r, s;    /* weight: K x R x S x C */
     int stride, pad;
-    int p, q;            /* output: N x P x Q x K; p = (h + 2 pad - r) / stride + 1 */
+    int p, q; /* output: N x P x Q x K; p = (h + 2 pad - r) / stride + 1 */
 } ckca__conv;
 
 /* Memory on the device. ckca__device_alloc returns zeroed memory or NULL. */
@@ -615,9 +619,9 @@ CKCA__OP void ckca__op_batchnorm_forward(ckca_context *ctx, size_t rows, int c, 
 /* dy is the gradient of y; where relu, it passes only where y > 0. Writes dx; writes (or adds to) dresidual unless it is
    NULL; adds to dgamma and dbeta. dx may be dy. */
 CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, size_t rows, int c, const float *x, const float *y,
-                                          const float *dy, const float *gamma, const float *mean,
-                                          const float *inv_std, int relu, float *dx, float *dresidual,
-                                          int accumulate_residual, float *dgamma, float *dbeta, void *ws);
+                                          const float *dy, const float *gamma, const float *mean, const float *inv_std,
+                                          int relu, float *dx, float *dresidual, int accumulate_residual, float *dgamma,
+                                          float *dbeta, void *ws);
 /* Evaluation: with running statistics. */
 CKCA__OP void ckca__op_batchnorm_eval(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
                                       const float *beta, const float *running_mean, const float *running_var,
@@ -683,8 +687,8 @@ CKCA__OP void ckca__op_shrink_perturb(ckca_context *ctx, size_t count, float *w,
    of (seed, epoch, index), then (v / 255 - mean) / std per channel. Augmentation reads black (0) outside the picture.
    augment may be NULL; mean and std (c values) are host memory. */
 CKCA__OP void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, const unsigned char *pixels,
-                             const int *index, const ckca_augment *augment, uint64_t seed, int epoch,
-                             const float *mean, const float *std, float *out);
+                             const int *index, const ckca_augment *augment, uint64_t seed, int epoch, const float *mean,
+                             const float *std, float *out);
 
 #endif /* CKCA__PRIVATE */
 #endif
@@ -713,8 +717,9 @@ static ckca_status ckca__fail(ckca_context *ctx, ckca_status status, const char 
 CKCA_API const char *ckca_error(const ckca_context *ctx) { return ctx ? ctx->error : "no context"; }
 
 CKCA_API const char *ckca_status_name(ckca_status status) {
-    static const char *const name[] = {"ok", "bad argument", "shapes do not fit", "out of memory", "input or output failed",
-                                       "bad file", "loss is not finite", "stopped", "CUDA failed"};
+    static const char *const name[] = {
+        "ok",       "bad argument",       "shapes do not fit", "out of memory", "input or output failed",
+        "bad file", "loss is not finite", "stopped",           "CUDA failed"};
     return (unsigned)status < sizeof name / sizeof *name ? name[status] : "unknown status";
 }
 
@@ -743,8 +748,10 @@ static void ckca__release(ckca_context *ctx, void *memory) {
     if (!memory) return;
     block = (char *)memory - ((size_t *)memory)[-1];
     size = ((size_t *)memory)[-2];
-    if (ctx->release) ctx->release(block, size, ctx->user);
-    else free(block);
+    if (ctx->release)
+        ctx->release(block, size, ctx->user);
+    else
+        free(block);
 }
 
 static ckca_isa ckca__best_isa(void) {
@@ -792,8 +799,10 @@ CKCA_API ckca_status ckca_init(ckca_context **out, const ckca_desc *desc) {
 
 CKCA_API void ckca_free(ckca_context *ctx) {
     if (!ctx) return;
-    if (ctx->release) ctx->release(ctx, sizeof *ctx, ctx->user);
-    else free(ctx);
+    if (ctx->release)
+        ctx->release(ctx, sizeof *ctx, ctx->user);
+    else
+        free(ctx);
 }
 
 CKCA_API const char *ckca_device(const ckca_context *ctx) { return ctx ? ctx->device : ""; }
@@ -3156,28 +3165,30 @@ typedef enum ckca__kind {
 } ckca__kind;
 
 /* The words of the graph's text (see ckca__graph_write), by kind. */
-static const char *const ckca__kind_name[] = {"input", "conv", "bn", "relu", "add", "maxpool", "avgpool", "subsample", "linear"};
+static const char *const ckca__kind_name[] = {"input",   "conv",    "bn",        "relu",  "add",
+                                              "maxpool", "avgpool", "subsample", "linear"};
 
 enum { CKCA__NAME_MAX = 64, CKCA__NODES_MAX = 10000, CKCA__BATCH_MAX = 1000000, CKCA__MODES = 4 };
 #define CKCA__VALUES_MAX ((size_t)1 << 30) /* of one picture's map, or of one parameter */
 
 typedef struct ckca__node {
     ckca__kind kind;
-    int in[2];                 /* nodes it reads, -1 for none */
-    int h, w, c;               /* output, per picture */
-    int kernel, stride, pad;   /* convolution, pooling; stride of subsample */
-    int bias;                  /* convolution */
-    int zero;                  /* batch norm: gamma starts at 0 */
-    int stage;                 /* marked by ckca_stage */
-    int readers;               /* nodes that read it, plus one if it is an output */
-    int last_reader;           /* the greatest tail that reads it */
-    int tensor;                /* its first parameter: weight (gamma), then bias (beta), running_mean, running_var */
-    int fused;                 /* 1: a later tail runs it */
-    int folded;                /* convolution: 1: in evaluation the batch norm's tail runs it */
-    int head, source, residual, relu; /* of a tail: its batch norm or -1; what it reads; what it adds or -1; ReLU last */
+    int in[2];               /* nodes it reads, -1 for none */
+    int h, w, c;             /* output, per picture */
+    int kernel, stride, pad; /* convolution, pooling; stride of subsample */
+    int bias;                /* convolution */
+    int zero;                /* batch norm: gamma starts at 0 */
+    int stage;               /* marked by ckca_stage */
+    int readers;             /* nodes that read it, plus one if it is an output */
+    int last_reader;         /* the greatest tail that reads it */
+    int tensor;              /* its first parameter: weight (gamma), then bias (beta), running_mean, running_var */
+    int fused;               /* 1: a later tail runs it */
+    int folded;              /* convolution: 1: in evaluation the batch norm's tail runs it */
+    int head, source, residual,
+        relu; /* of a tail: its batch norm or -1; what it reads; what it adds or -1; ReLU last */
     size_t value[CKCA__MODES], grad[CKCA__MODES], at[CKCA__MODES]; /* offsets per picture in the plan of each mode */
-    size_t saved;              /* batch norm: offset of mean, then inv_std, in model->saved */
-    int written;               /* in a backward pass: 1: its gradient holds something to add to */
+    size_t saved; /* batch norm: offset of mean, then inv_std, in model->saved */
+    int written;  /* in a backward pass: 1: its gradient holds something to add to */
     char name[CKCA__NAME_MAX];
 } ckca__node;
 
@@ -3192,16 +3203,16 @@ typedef struct ckca__parameter {
 
 struct ckca_model {
     ckca_context *ctx;
-    ckca_status failed;          /* the first failure of building; its sentence is kept below */
+    ckca_status failed; /* the first failure of building; its sentence is kept below */
     char failure[256];
     int finished;
     char arch[32];
     int height, width, channels, classes, features, step;
     uint64_t seed;
-    int64_t batches_tracked;     /* training forwards seen: PyTorch's num_batches_tracked */
-    char **class_names;          /* classes strings, or NULL */
-    float *normalization;        /* mean, then std: 2 channels values */
-    int normalized;              /* 1: normalization is known */
+    int64_t batches_tracked; /* training forwards seen: PyTorch's num_batches_tracked */
+    char **class_names;      /* classes strings, or NULL */
+    float *normalization;    /* mean, then std: 2 channels values */
+    int normalized;          /* 1: normalization is known */
 
     ckca__node *node;
     int nodes, logits, pooled; /* pooled: the node of the features */
@@ -3209,17 +3220,17 @@ struct ckca_model {
     int parameters;
     size_t node_room, parameter_room;
     size_t decayed, trainable, all, saved_count; /* floats: weights with decay come first, buffers last */
-    size_t plan_values[CKCA__MODES]; /* floats of activations per picture; 0: not planned yet */
+    size_t plan_values[CKCA__MODES];             /* floats of activations per picture; 0: not planned yet */
 
     float *values, *gradients, *momentum; /* arenas over the parameters; the latter two when training */
-    float *folded;               /* evaluation: weights with batch norm folded in, biases in the place of beta */
+    float *folded; /* evaluation: weights with batch norm folded in, biases in the place of beta */
     int folded_valid;
-    float *saved;                /* batch statistics of the last training forward */
+    float *saved; /* batch statistics of the last training forward */
     float *activations;
     size_t activation_bytes;
     void *workspace;
     size_t workspace_bytes;
-    const float *input;          /* the last forward's pictures, size and mode */
+    const float *input; /* the last forward's pictures, size and mode */
     int n, mode;
 };
 
@@ -3271,7 +3282,8 @@ static ckca__node *ckca__add_node(ckca_model *m, ckca__kind kind, const char *na
         }
         for (i = 0; i < m->nodes; i++) {
             if (!strcmp(m->node[i].name, name)) {
-                ckca__broken(m, CKCA_EINVAL, "%s: the name \"%s\" is node %d's already", ckca__kind_name[kind], name, i);
+                ckca__broken(m, CKCA_EINVAL, "%s: the name \"%s\" is node %d's already", ckca__kind_name[kind], name,
+                             i);
                 return NULL;
             }
         }
@@ -3336,7 +3348,8 @@ static ckca__parameter *ckca__add_parameter(ckca_model *m, const char *suffix, c
 
 CKCA_API int ckca_input(ckca_model *m) {
     ckca__node *node;
-    if (m && m->nodes && !m->failed) return ckca__broken(m, CKCA_EINVAL, "input: it is the first node, and there is one");
+    if (m && m->nodes && !m->failed)
+        return ckca__broken(m, CKCA_EINVAL, "input: it is the first node, and there is one");
     node = ckca__add_node(m, CKCA__INPUT, NULL, -1, -1, 0);
     if (!node) return -1;
     node->h = m->height;
@@ -3362,14 +3375,16 @@ CKCA_API int ckca_conv(ckca_model *m, const char *name, int input, ckca_conv_des
     node->bias = !!desc.bias;
     if (desc.out < 1 || node->kernel < 1 || node->kernel > 255 || node->stride < 1 || node->stride > 255 ||
         node->pad < 0 || node->pad >= node->kernel)
-        return ckca__broken(m, CKCA_EINVAL, "conv %s: out %d, kernel %d, stride %d, pad %d: out, kernel and stride are "
-                            "1 or more, pad 0 to kernel - 1", name, desc.out, node->kernel, node->stride, node->pad);
+        return ckca__broken(m, CKCA_EINVAL,
+                            "conv %s: out %d, kernel %d, stride %d, pad %d: out, kernel and stride are "
+                            "1 or more, pad 0 to kernel - 1",
+                            name, desc.out, node->kernel, node->stride, node->pad);
     node->h = ckca__window(x->h, node->kernel, node->stride, node->pad);
     node->w = ckca__window(x->w, node->kernel, node->stride, node->pad);
     node->c = desc.out;
     if (!node->h || !node->w)
-        return ckca__broken(m, CKCA_ESHAPE, "conv %s: a kernel of %d with pad %d does not fit the input of %d x %d", name,
-                            node->kernel, node->pad, x->h, x->w);
+        return ckca__broken(m, CKCA_ESHAPE, "conv %s: a kernel of %d with pad %d does not fit the input of %d x %d",
+                            name, node->kernel, node->pad, x->h, x->w);
     if (!ckca__add_parameter(m, "weight", CKCA__WEIGHT, 4, desc.out, x->c, node->kernel, node->kernel)) return -1;
     if (node->bias && !ckca__add_parameter(m, "bias", CKCA__BIAS, 1, desc.out, 1, 1, 1)) return -1;
     return ckca__accept(m, node);
@@ -3406,8 +3421,8 @@ CKCA_API int ckca_add(ckca_model *m, int a, int b) {
     x = &m->node[a];
     y = &m->node[b];
     if (x->h != y->h || x->w != y->w || x->c != y->c)
-        return ckca__broken(m, CKCA_ESHAPE, "add: node %d is %d x %d x %d, node %d is %d x %d x %d", a, x->h, x->w, x->c, b,
-                            y->h, y->w, y->c);
+        return ckca__broken(m, CKCA_ESHAPE, "add: node %d is %d x %d x %d, node %d is %d x %d x %d", a, x->h, x->w,
+                            x->c, b, y->h, y->w, y->c);
     node->h = x->h;
     node->w = x->w;
     node->c = x->c;
@@ -3420,8 +3435,10 @@ CKCA_API int ckca_maxpool(ckca_model *m, int input, int kernel, int stride, int 
     if (!node) return -1;
     x = &m->node[input];
     if (kernel < 1 || kernel > 15 || stride < 1 || stride > 255 || pad < 0 || pad > kernel / 2)
-        return ckca__broken(m, CKCA_EINVAL, "maxpool: kernel %d, stride %d, pad %d: the kernel is 1 to 15, pad at most half "
-                            "of it", kernel, stride, pad);
+        return ckca__broken(m, CKCA_EINVAL,
+                            "maxpool: kernel %d, stride %d, pad %d: the kernel is 1 to 15, pad at most half "
+                            "of it",
+                            kernel, stride, pad);
     node->kernel = kernel;
     node->stride = stride;
     node->pad = pad;
@@ -3429,8 +3446,8 @@ CKCA_API int ckca_maxpool(ckca_model *m, int input, int kernel, int stride, int 
     node->w = ckca__window(x->w, kernel, stride, pad);
     node->c = x->c;
     if (!node->h || !node->w)
-        return ckca__broken(m, CKCA_ESHAPE, "maxpool: a kernel of %d with pad %d does not fit the input of %d x %d", kernel,
-                            pad, x->h, x->w);
+        return ckca__broken(m, CKCA_ESHAPE, "maxpool: a kernel of %d with pad %d does not fit the input of %d x %d",
+                            kernel, pad, x->h, x->w);
     return ckca__accept(m, node);
 }
 
@@ -3448,8 +3465,10 @@ CKCA_API int ckca_subsample(ckca_model *m, int input, int stride, int out) {
     if (!node) return -1;
     x = &m->node[input];
     if (stride < 1 || stride > 255 || out < x->c)
-        return ckca__broken(m, CKCA_EINVAL, "subsample: stride %d, %d channels out of %d: the stride is 1 or more, channels "
-                            "are only added", stride, out, x->c);
+        return ckca__broken(m, CKCA_EINVAL,
+                            "subsample: stride %d, %d channels out of %d: the stride is 1 or more, channels "
+                            "are only added",
+                            stride, out, x->c);
     node->kernel = 1;
     node->stride = stride;
     node->h = (x->h - 1) / stride + 1;
@@ -3508,8 +3527,8 @@ CKCA_API ckca_status ckca_model_create(ckca_context *ctx, ckca_model **out, cons
         return ckca__fail(ctx, CKCA_EINVAL, "model: %d classes (1 to 1000000 can be)", desc->classes);
     if (desc->height < 0 || desc->height > 65536 || desc->width < 0 || desc->width > 65536 || desc->channels < 0 ||
         desc->channels > 65536)
-        return ckca__fail(ctx, CKCA_EINVAL, "model: an input of %d x %d x %d (each up to 65536)", desc->height, desc->width,
-                          desc->channels);
+        return ckca__fail(ctx, CKCA_EINVAL, "model: an input of %d x %d x %d (each up to 65536)", desc->height,
+                          desc->width, desc->channels);
     if (!desc->mean != !desc->std) return ckca__fail(ctx, CKCA_EINVAL, "model: mean and std come together");
     m = (ckca_model *)ckca__alloc(ctx, sizeof *m);
     if (!m) return ckca__fail(ctx, CKCA_ENOMEM, "out of memory for a model");
@@ -3531,7 +3550,8 @@ CKCA_API ckca_status ckca_model_create(ckca_context *ctx, ckca_model **out, cons
             if (!(desc->std[i] > 0) || !(desc->std[i] < 1e6f) || !(fabsf(desc->mean[i]) < 1e6f)) {
                 float mean = desc->mean[i], std = desc->std[i];
                 ckca_model_free(m);
-                return ckca__fail(ctx, CKCA_EINVAL, "model: channel %d has mean %g, std %g", i, (double)mean, (double)std);
+                return ckca__fail(ctx, CKCA_EINVAL, "model: channel %d has mean %g, std %g", i, (double)mean,
+                                  (double)std);
             }
             m->normalization[i] = desc->mean[i];
             m->normalization[m->channels + i] = desc->std[i];
@@ -3667,7 +3687,8 @@ static ckca_status ckca__allocate_values(ckca_model *m) {
 
 static ckca_status ckca__initialize(ckca_model *m, uint64_t seed, float *device) {
     float *host = (float *)ckca__alloc(m->ctx, m->all * sizeof(float));
-    if (!host) return ckca__fail(m->ctx, CKCA_ENOMEM, "out of memory for %.1f MB of initial weights", (double)m->all * 4e-6);
+    if (!host)
+        return ckca__fail(m->ctx, CKCA_ENOMEM, "out of memory for %.1f MB of initial weights", (double)m->all * 4e-6);
     ckca__draw_weights(m, seed, host);
     ckca__device_upload(m->ctx, device, host, m->all * sizeof(float));
     ckca__release(m->ctx, host);
@@ -3684,8 +3705,8 @@ CKCA_API ckca_status ckca_model_finish(ckca_model *m, int logits) {
 /* ---- ResNets ---- */
 
 /* conv + batch norm named CONV and BN below prefix ("layer1.0." or ""); ReLU where asked for. */
-static int ckca__conv_bn(ckca_model *m, const char *prefix, const char *conv, const char *bn, int x, int out, int kernel,
-                         int stride, int relu) {
+static int ckca__conv_bn(ckca_model *m, const char *prefix, const char *conv, const char *bn, int x, int out,
+                         int kernel, int stride, int relu) {
     char name[CKCA__NAME_MAX];
     ckca_conv_desc desc;
     memset(&desc, 0, sizeof desc);
@@ -3702,8 +3723,8 @@ static int ckca__conv_bn(ckca_model *m, const char *prefix, const char *conv, co
 
 /* One residual block (He et al. 2016, figure 5): basic (two 3x3) or bottleneck (1x1, 3x3, 1x1 with 4 times the channels;
    its stride on the 3x3, as torchvision). */
-static int ckca__residual_block(ckca_model *m, const char *prefix, int x, int width, int stride, int bottleneck, int projection,
-                       int zero) {
+static int ckca__residual_block(ckca_model *m, const char *prefix, int x, int width, int stride, int bottleneck,
+                                int projection, int zero) {
     int in, out = bottleneck ? width * 4 : width, y, shortcut = x;
     if (x < 0) return -1;
     in = m->node[x].c;
@@ -3727,9 +3748,9 @@ CKCA_API ckca_status ckca_resnet(ckca_context *ctx, ckca_model **out, const char
     static const struct {
         const char *name;
         int cifar, bottleneck, blocks[4]; /* blocks per stage */
-    } net[] = {{"resnet8", 1, 0, {1, 1, 1, 0}},     {"resnet20", 1, 0, {3, 3, 3, 0}},   {"resnet32", 1, 0, {5, 5, 5, 0}},
-               {"resnet44", 1, 0, {7, 7, 7, 0}},    {"resnet56", 1, 0, {9, 9, 9, 0}},   {"resnet110", 1, 0, {18, 18, 18, 0}},
-               {"resnet18", 0, 0, {2, 2, 2, 2}},    {"resnet34", 0, 0, {3, 4, 6, 3}},   {"resnet50", 0, 1, {3, 4, 6, 3}}};
+    } net[] = {{"resnet8", 1, 0, {1, 1, 1, 0}},  {"resnet20", 1, 0, {3, 3, 3, 0}}, {"resnet32", 1, 0, {5, 5, 5, 0}},
+               {"resnet44", 1, 0, {7, 7, 7, 0}}, {"resnet56", 1, 0, {9, 9, 9, 0}}, {"resnet110", 1, 0, {18, 18, 18, 0}},
+               {"resnet18", 0, 0, {2, 2, 2, 2}}, {"resnet34", 0, 0, {3, 4, 6, 3}}, {"resnet50", 0, 1, {3, 4, 6, 3}}};
     const int nets = (int)(sizeof net / sizeof *net);
     size_t length = arch ? strlen(arch) : 0;
     int i, stage, block, x, width, small_stem = 0;
@@ -3744,8 +3765,10 @@ CKCA_API ckca_status ckca_resnet(ckca_context *ctx, ckca_model **out, const char
     for (i = 0; i < nets; i++)
         if (length && strlen(net[i].name) == length && !memcmp(arch, net[i].name, length)) break;
     if (i == nets || (small_stem && net[i].cifar))
-        return ckca__fail(ctx, CKCA_EINVAL, "\"%.40s\" is none of resnet8, 20, 32, 44, 56, 110, 18, 34, 50, 18-cifar, "
-                          "34-cifar, 50-cifar", arch ? arch : "");
+        return ckca__fail(ctx, CKCA_EINVAL,
+                          "\"%.40s\" is none of resnet8, 20, 32, 44, 56, 110, 18, 34, 50, 18-cifar, "
+                          "34-cifar, 50-cifar",
+                          arch ? arch : "");
     if ((status = ckca_model_create(ctx, &m, desc))) return status;
     snprintf(m->arch, sizeof m->arch, "%s", arch);
     width = desc->width_base ? desc->width_base : net[i].cifar ? 16 : 64;
@@ -3762,7 +3785,7 @@ CKCA_API ckca_status ckca_resnet(ckca_context *ctx, ckca_model **out, const char
             char prefix[32];
             snprintf(prefix, sizeof prefix, "layer%d.%d.", stage + 1, block);
             x = ckca__residual_block(m, prefix, x, width << stage, stage && !block ? 2 : 1, net[i].bottleneck,
-                            !net[i].cifar || desc->projection, desc->zero_residual);
+                                     !net[i].cifar || desc->projection, desc->zero_residual);
         }
         if (block) ckca_stage(m, x);
     }
@@ -3781,7 +3804,8 @@ CKCA_API ckca_status ckca_resnet(ckca_context *ctx, ckca_model **out, const char
 static size_t ckca__graph_write(const ckca_model *m, char *out, size_t room) {
     size_t length = 0;
     int i;
-#define CKCA__PUT(...) length += (size_t)snprintf(length < room ? out + length : NULL, length < room ? room - length : 0, __VA_ARGS__)
+#define CKCA__PUT(...) \
+    length += (size_t)snprintf(length < room ? out + length : NULL, length < room ? room - length : 0, __VA_ARGS__)
     for (i = 0; i < m->nodes; i++) {
         const ckca__node *x = &m->node[i];
         CKCA__PUT("%s%s", i ? ";" : "", ckca__kind_name[x->kind]);
@@ -3828,7 +3852,8 @@ static ckca_status ckca__graph_read(ckca_model *m, const char *text) {
             if (!strcmp(kind, "input") && numbers == 0) done = ckca_input(m);
             if (!strcmp(kind, "relu") && numbers == 1) done = ckca_relu(m, number[0]);
             if (!strcmp(kind, "add") && numbers == 2) done = ckca_add(m, number[0], number[1]);
-            if (!strcmp(kind, "maxpool") && numbers == 4) done = ckca_maxpool(m, number[0], number[1], number[2], number[3]);
+            if (!strcmp(kind, "maxpool") && numbers == 4)
+                done = ckca_maxpool(m, number[0], number[1], number[2], number[3]);
             if (!strcmp(kind, "avgpool") && numbers == 1) done = ckca_avgpool(m, number[0]);
             if (!strcmp(kind, "subsample") && numbers == 3) done = ckca_subsample(m, number[0], number[1], number[2]);
             if (!strcmp(kind, "stage") && numbers == 1) done = ckca_stage(m, number[0]);
@@ -3850,7 +3875,8 @@ static ckca_status ckca__graph_read(ckca_model *m, const char *text) {
         if (m->failed)
             return ckca__fail(m->ctx, m->failed == CKCA_ENOMEM ? CKCA_ENOMEM : CKCA_EFORMAT, "graph: %s", m->failure);
         if (done < 0)
-            return ckca__fail(m->ctx, CKCA_EFORMAT, "graph: statement %d (\"%.20s\") cannot be read", statement + 1, word[0]);
+            return ckca__fail(m->ctx, CKCA_EFORMAT, "graph: statement %d (\"%.20s\") cannot be read", statement + 1,
+                              word[0]);
         statement++;
         text = *end ? end + 1 : end;
     }
@@ -3989,16 +4015,19 @@ static size_t ckca__workspace_bytes(const ckca_model *m, int n) {
 static ckca_status ckca__measure(const ckca_model *m, int n, int mode, ckca_bytes *bytes) {
     memset(bytes, 0, sizeof *bytes);
     bytes->parameters = m->all * sizeof(float);
-    if (mode & CKCA__TRAIN) bytes->gradients = bytes->momentum = m->trainable * sizeof(float);
-    else bytes->parameters += m->trainable * sizeof(float); /* folded */
+    if (mode & CKCA__TRAIN)
+        bytes->gradients = bytes->momentum = m->trainable * sizeof(float);
+    else
+        bytes->parameters += m->trainable * sizeof(float); /* folded */
     bytes->parameters += m->saved_count * sizeof(float);
     bytes->activations = ckca__mul(ckca__mul((size_t)n, m->plan_values[mode]), sizeof(float));
     bytes->workspace = ckca__workspace_bytes(m, n);
     bytes->total = ckca__sum(ckca__sum(bytes->parameters, bytes->gradients + bytes->momentum),
                              ckca__sum(bytes->activations, bytes->workspace));
     if (bytes->total > SIZE_MAX / 2)
-        return ckca__fail(m->ctx, CKCA_ENOMEM, "a batch of %d pictures of %d x %d needs more memory than can be addressed", n,
-                          m->height, m->width);
+        return ckca__fail(m->ctx, CKCA_ENOMEM,
+                          "a batch of %d pictures of %d x %d needs more memory than can be addressed", n, m->height,
+                          m->width);
     return CKCA_OK;
 }
 
@@ -4008,8 +4037,9 @@ CKCA_API ckca_status ckca_model_bytes(const ckca_model *model, int batch, int tr
     int mode = training ? CKCA__TRAIN : CKCA__EVALUATE;
     if (!m) return CKCA_EINVAL;
     if (!m->finished || batch < 1 || batch > CKCA__BATCH_MAX || !bytes)
-        return ckca__fail(m->ctx, CKCA_EINVAL, "bytes: needs a finished model, a batch of 1 to %d (not %d) and a result",
-                          CKCA__BATCH_MAX, batch);
+        return ckca__fail(m->ctx, CKCA_EINVAL,
+                          "bytes: needs a finished model, a batch of 1 to %d (not %d) and a result", CKCA__BATCH_MAX,
+                          batch);
     if (!m->plan_values[mode] && (status = ckca__plan(m, mode))) return status;
     return ckca__measure(m, batch, mode, bytes);
 }
@@ -4084,8 +4114,9 @@ static void ckca__fold(ckca_model *m) {
         p = &m->parameter[conv->tensor];
         ckca__op_fold(m->ctx, conv->c, p->count / (size_t)conv->c, ckca__param(m, conv, m->values, 0),
                       conv->bias ? ckca__param(m, conv, m->values, 1) : NULL, ckca__param(m, bn, m->values, 0),
-                      ckca__param(m, bn, m->values, 1), ckca__param(m, bn, m->values, 2), ckca__param(m, bn, m->values, 3),
-                      ckca__param(m, conv, m->folded, 0), ckca__param(m, bn, m->folded, 1));
+                      ckca__param(m, bn, m->values, 1), ckca__param(m, bn, m->values, 2),
+                      ckca__param(m, bn, m->values, 3), ckca__param(m, conv, m->folded, 0),
+                      ckca__param(m, bn, m->folded, 1));
     }
     m->folded_valid = 1;
 }
@@ -4120,8 +4151,8 @@ static void ckca__run_forward(ckca_model *m, int n, int mode, const float *input
                 ckca__op_conv_forward(ctx, &s, ckca__value(m, source->in[0]), ckca__param(m, source, m->folded, 0),
                                       ckca__param(m, bn, m->folded, 1), residual, x->relu, y, m->workspace);
             } else {
-                ckca__op_batchnorm_eval(ctx, rows, x->c, ckca__value(m, x->source), gamma, beta, mean, var, residual, x->relu,
-                                        y);
+                ckca__op_batchnorm_eval(ctx, rows, x->c, ckca__value(m, x->source), gamma, beta, mean, var, residual,
+                                        x->relu, y);
             }
             continue;
         }
@@ -4133,19 +4164,23 @@ static void ckca__run_forward(ckca_model *m, int n, int mode, const float *input
                                   x->bias ? ckca__param(m, x, m->values, 1) : NULL, NULL, 0, y, m->workspace);
             break;
         case CKCA__LINEAR:
-            ckca__op_linear_forward(ctx, n, source->h * source->w * source->c, x->c, in, ckca__param(m, x, m->values, 0),
-                                    ckca__param(m, x, m->values, 1), y, m->workspace);
+            ckca__op_linear_forward(ctx, n, source->h * source->w * source->c, x->c, in,
+                                    ckca__param(m, x, m->values, 0), ckca__param(m, x, m->values, 1), y, m->workspace);
             break;
         case CKCA__MAXPOOL:
             ckca__shape(m, x, n, &s);
             ckca__op_maxpool_forward(ctx, &s, in, y, training ? ckca__at(m, i) : NULL);
             break;
-        case CKCA__AVGPOOL: ckca__op_avgpool_forward(ctx, n, source->h * source->w, x->c, in, y); break;
+        case CKCA__AVGPOOL:
+            ckca__op_avgpool_forward(ctx, n, source->h * source->w, x->c, in, y);
+            break;
         case CKCA__SUBSAMPLE:
             ckca__shape(m, x, n, &s);
             ckca__op_subsample_forward(ctx, &s, in, y);
             break;
-        default: ckca__op_add(ctx, rows * (size_t)x->c, in, residual, x->relu, y); break; /* add and ReLU */
+        default:
+            ckca__op_add(ctx, rows * (size_t)x->c, in, residual, x->relu, y);
+            break; /* add and ReLU */
         }
     }
     if (training) {
@@ -4182,10 +4217,10 @@ static void ckca__run_backward(ckca_model *m) {
             add = x->source > 0 ? ckca__accumulates(m, x->source) : 1;
             /* Where its input has a gradient already (or needs none), dx takes the place of dy and is added from there. */
             dx = add ? dy : ckca__grad(m, x->source);
-            ckca__op_batchnorm_backward(ctx, rows, x->c, ckca__value(m, x->source), ckca__value(m, i), dy,
-                                        ckca__param(m, bn, m->values, 0), saved, saved + ckca__round_up((size_t)x->c, 16),
-                                        x->relu, dx, dresidual, add_residual, ckca__param(m, bn, m->gradients, 0),
-                                        ckca__param(m, bn, m->gradients, 1), m->workspace);
+            ckca__op_batchnorm_backward(
+                ctx, rows, x->c, ckca__value(m, x->source), ckca__value(m, i), dy, ckca__param(m, bn, m->values, 0),
+                saved, saved + ckca__round_up((size_t)x->c, 16), x->relu, dx, dresidual, add_residual,
+                ckca__param(m, bn, m->gradients, 0), ckca__param(m, bn, m->gradients, 1), m->workspace);
             if (add && x->source > 0) ckca__op_add_backward(ctx, count, NULL, dy, ckca__grad(m, x->source), 1);
             continue;
         }
@@ -4220,7 +4255,8 @@ static void ckca__run_backward(ckca_model *m) {
             if (dx) ckca__op_add_backward(ctx, count, x->relu ? ckca__value(m, i) : NULL, dy, dx, add);
             if (x->residual > 0) {
                 add = ckca__accumulates(m, x->residual);
-                ckca__op_add_backward(ctx, count, x->relu ? ckca__value(m, i) : NULL, dy, ckca__grad(m, x->residual), add);
+                ckca__op_add_backward(ctx, count, x->relu ? ckca__value(m, i) : NULL, dy, ckca__grad(m, x->residual),
+                                      add);
             }
             break;
         }
@@ -4238,7 +4274,8 @@ CKCA_API ckca_status ckca_forward(ckca_model *m, const float *pictures, int n, i
     float *input;
     if (!m) return CKCA_EINVAL;
     if (!m->finished || !pictures || n < 1 || n > CKCA__BATCH_MAX)
-        return ckca__fail(m->ctx, CKCA_EINVAL, "forward: needs a finished model and 1 to %d pictures (not %d)", CKCA__BATCH_MAX, n);
+        return ckca__fail(m->ctx, CKCA_EINVAL, "forward: needs a finished model and 1 to %d pictures (not %d)",
+                          CKCA__BATCH_MAX, n);
     if ((status = ckca__reserve(m, n, mode))) return status;
     input = ckca__input_buffer(m, n, mode);
     ckca__device_upload(m->ctx, input, pictures,
@@ -4300,8 +4337,8 @@ static void ckca__run_sgd(ckca_model *m, const ckca_sgd_desc *d, float *gscale) 
     if (d->clip_norm > 0) ckca__op_clip(ctx, m->trainable, m->gradients, d->clip_norm, gscale, m->workspace);
     if (!(d->clip_norm > 0)) gscale = NULL;
     ckca__op_sgd(ctx, k, m->values, m->gradients, m->momentum, d->lr, d->momentum, d->weight_decay, !d->plain, gscale);
-    ckca__op_sgd(ctx, m->trainable - k, m->values + k, m->gradients + k, m->momentum + k, d->lr, d->momentum, 0.0f, !d->plain,
-                 gscale);
+    ckca__op_sgd(ctx, m->trainable - k, m->values + k, m->gradients + k, m->momentum + k, d->lr, d->momentum, 0.0f,
+                 !d->plain, gscale);
     m->folded_valid = 0;
 }
 
@@ -4313,7 +4350,8 @@ CKCA_API ckca_status ckca_sgd(ckca_model *m, const ckca_sgd_desc *desc) {
     float *gscale;
     if (!m) return CKCA_EINVAL;
     if (!desc || !m->gradients || !(desc->lr >= 0) || !(desc->lr < 1e30f))
-        return ckca__fail(m->ctx, CKCA_EINVAL, "sgd: needs a backward before it and a learning rate of 0 or more (not %g)",
+        return ckca__fail(m->ctx, CKCA_EINVAL,
+                          "sgd: needs a backward before it and a learning rate of 0 or more (not %g)",
                           desc ? (double)desc->lr : 0.0);
     d = *desc;
     d.momentum = ckca__default(d.momentum, 0.9f);
@@ -4341,7 +4379,8 @@ static ckca_model *ckca__clone(const ckca_model *m) {
     copy->normalization = (float *)ckca__alloc(ctx, normalization);
     copy->class_names = m->class_names ? ckca__copy_names(ctx, (const char *const *)m->class_names, m->classes) : NULL;
     copy->values = (float *)ckca__device_alloc(ctx, m->all * sizeof(float));
-    if (!copy->node || !copy->parameter || !copy->normalization || !copy->values || (m->class_names && !copy->class_names)) {
+    if (!copy->node || !copy->parameter || !copy->normalization || !copy->values ||
+        (m->class_names && !copy->class_names)) {
         ckca_model_free(copy);
         return NULL;
     }
@@ -4400,7 +4439,8 @@ CKCA_API ckca_status ckca_tensor_info(const ckca_model *m, int i, ckca_tensor *t
     const ckca__parameter *p;
     if (!m) return CKCA_EINVAL;
     if (i < 0 || i >= m->parameters || !tensor)
-        return ckca__fail(m->ctx, CKCA_EINVAL, "tensor: there is no tensor %d (they are 0 to %d)", i, m->parameters - 1);
+        return ckca__fail(m->ctx, CKCA_EINVAL, "tensor: there is no tensor %d (they are 0 to %d)", i,
+                          m->parameters - 1);
     p = &m->parameter[i];
     tensor->name = p->name;
     tensor->dims = p->dims;
@@ -4421,8 +4461,10 @@ static void ckca__reorder(const ckca__parameter *p, const float *from, float *to
     for (k = 0; k < (size_t)p->shape[0]; k++, from += c * area, to += c * area)
         for (i = 0; i < area; i++)
             for (j = 0; j < c; j++) {
-                if (to_pytorch) to[j * area + i] = from[i * c + j];
-                else to[i * c + j] = from[j * area + i];
+                if (to_pytorch)
+                    to[j * area + i] = from[i * c + j];
+                else
+                    to[i * c + j] = from[j * area + i];
             }
 }
 
@@ -4432,7 +4474,8 @@ static ckca_status ckca__tensor_place(ckca_model *m, int i, ckca_slot slot, cons
     float *arena = slot == CKCA_VALUE ? m->values : slot == CKCA_GRADIENT ? m->gradients : m->momentum;
     const ckca__parameter *p = &m->parameter[i];
     if (i < 0 || i >= m->parameters || !memory || !m->finished)
-        return ckca__fail(m->ctx, CKCA_EINVAL, "tensor: there is no tensor %d (they are 0 to %d)", i, m->parameters - 1);
+        return ckca__fail(m->ctx, CKCA_EINVAL, "tensor: there is no tensor %d (they are 0 to %d)", i,
+                          m->parameters - 1);
     if (!arena || (slot != CKCA_VALUE && p->role >= CKCA__MEAN))
         return ckca__fail(m->ctx, CKCA_EINVAL, "%s: it has no gradient or momentum (yet)", p->name);
     *host = (float *)ckca__alloc(m->ctx, p->count * sizeof(float));
@@ -4482,7 +4525,8 @@ CKCA_API ckca_status ckca_tensor_write(ckca_model *m, int i, ckca_slot slot, con
 #include <time.h>
 
 #define CKCA__EVAL_BATCH 64
-#define CKCA__CACHE_BYTES ((size_t)256 << 20) /* most that the teacher's answers may take; beyond, it answers per batch */
+/* The most that the teacher's answers on a chunk may take; beyond, it answers per batch. */
+#define CKCA__CACHE_BYTES ((size_t)256 << 20)
 
 static double ckca__seconds(void) {
 #ifdef _OPENMP
@@ -4496,13 +4540,13 @@ static double ckca__seconds(void) {
 typedef struct ckca__small {
     void *block;
     size_t bytes;
-    int *index, *position, *labels, *hit;   /* n each: in the store, in the data set; hit as ckca__op_cross_entropy */
-    float *loss;                            /* n: a term's value per picture */
-    float *zo, *fo;                         /* the teacher's logits and features, n x classes and n x features */
-    float *class_weight;                    /* classes */
-    float *gscale;                          /* 1 */
-    double *sums;                           /* 3: of cross-entropy, AdaKD, FeatReg over an epoch */
-    int *host;                              /* n ints on the host, to put index, position and labels together */
+    int *index, *position, *labels, *hit; /* n each: in the store, in the data set; hit as ckca__op_cross_entropy */
+    float *loss;                          /* n: a term's value per picture */
+    float *zo, *fo;                       /* the teacher's logits and features, n x classes and n x features */
+    float *class_weight;                  /* classes */
+    float *gscale;                        /* 1 */
+    double *sums;                         /* 3: of cross-entropy, AdaKD, FeatReg over an epoch */
+    int *host;                            /* n ints on the host, to put index, position and labels together */
 } ckca__small;
 
 static void ckca__small_free(ckca_context *ctx, ckca__small *b) {
@@ -4570,16 +4614,17 @@ static ckca_status ckca__adopt(ckca_model *m, const ckca_data *data, const char 
                           m->classes);
     for (i = 0; m->class_names && i < m->classes; i++)
         if (strcmp(m->class_names[i], store->class_names[i]))
-            return ckca__fail(ctx, CKCA_EINVAL, "%s: class %d is \"%.60s\" in the pictures, \"%.60s\" in the model", what, i,
-                              store->class_names[i], m->class_names[i]);
+            return ckca__fail(ctx, CKCA_EINVAL, "%s: class %d is \"%.60s\" in the pictures, \"%.60s\" in the model",
+                              what, i, store->class_names[i], m->class_names[i]);
     if (!m->class_names) {
         m->class_names = ckca__copy_names(ctx, (const char *const *)store->class_names, m->classes);
-        if (!m->class_names) return ckca__fail(ctx, CKCA_ENOMEM, "%s: out of memory for %d class names", what, m->classes);
+        if (!m->class_names)
+            return ckca__fail(ctx, CKCA_ENOMEM, "%s: out of memory for %d class names", what, m->classes);
     }
     for (channel = 0; !m->normalized && channel < m->channels; channel++) {
         const size_t area = (size_t)m->height * (size_t)m->width, stride = (size_t)m->channels;
         const double count = (double)area * data->count;
-        uint64_t sum = 0, squares = 0; /* exact: bytes squared, and at most 2^31 x 2^32 of them would be needed to wrap */
+        uint64_t sum = 0, squares = 0; /* exact up to 2^48 bytes */
         double mean, variance;
         for (i = 0; i < data->count; i++) {
             const unsigned char *p = store->pixels + (size_t)data->index[i] * area * stride + channel;
@@ -4613,7 +4658,8 @@ static ckca_status ckca__survey(ckca_model *m, const ckca_model *like, const ckc
     if (!(status = ckca__reserve(m, batch, CKCA__EVALUATE))) {
         position = (int *)ckca__alloc(ctx, (size_t)batch * sizeof(int));
         seen = (int *)ckca__alloc(ctx, (size_t)m->classes * 2 * sizeof(int));
-        if (!position || !seen) status = ckca__fail(ctx, CKCA_ENOMEM, "evaluate: out of memory for %d classes", m->classes);
+        if (!position || !seen)
+            status = ckca__fail(ctx, CKCA_ENOMEM, "evaluate: out of memory for %d classes", m->classes);
     }
     for (first = 0; !status && first < data->count; first += n) {
         const size_t z = (size_t)m->classes, f = (size_t)m->features;
@@ -4627,9 +4673,11 @@ static ckca_status ckca__survey(ckca_model *m, const ckca_model *like, const ckc
         ckca__op_cross_entropy(ctx, n, m->classes, ckca__value(m, m->logits), b.labels, 0.0f, NULL, b.loss, b.hit);
         ckca__op_sum(ctx, n, b.loss, b.sums);
         if (cache_z)
-            ckca__device_copy(ctx, cache_z + (size_t)first * z, ckca__value(m, m->logits), (size_t)n * z * sizeof(float));
+            ckca__device_copy(ctx, cache_z + (size_t)first * z, ckca__value(m, m->logits),
+                              (size_t)n * z * sizeof(float));
         if (cache_f)
-            ckca__device_copy(ctx, cache_f + (size_t)first * f, ckca__value(m, m->pooled), (size_t)n * f * sizeof(float));
+            ckca__device_copy(ctx, cache_f + (size_t)first * f, ckca__value(m, m->pooled),
+                              (size_t)n * f * sizeof(float));
         ckca__device_download(ctx, b.host, b.hit, (size_t)n * sizeof(int));
         for (i = 0; i < n; i++) {
             int *of_class = seen + 2 * data->store->labels[data->index[first + i]];
@@ -4669,8 +4717,10 @@ CKCA_API ckca_status ckca_predict(ckca_model *m, const unsigned char *pixels, in
     ckca_status status;
     if (!m) return CKCA_EINVAL;
     if (!m->finished || !pixels || !out || n < 1)
-        return ckca__fail(m->ctx, CKCA_EINVAL, "predict: needs a finished model, pictures, a result and n of 1 or more "
-                          "(not %d)", n);
+        return ckca__fail(m->ctx, CKCA_EINVAL,
+                          "predict: needs a finished model, pictures, a result and n of 1 or more "
+                          "(not %d)",
+                          n);
     if (!m->normalized)
         return ckca__fail(m->ctx, CKCA_EINVAL, "predict: the model has no mean and std yet: train it or give them");
     batch = n < CKCA__EVAL_BATCH ? n : CKCA__EVAL_BATCH;
@@ -4681,8 +4731,8 @@ CKCA_API ckca_status ckca_predict(ckca_model *m, const unsigned char *pixels, in
     for (first = 0; !status && first < n; first += batch) {
         const int count = n - first < batch ? n - first : batch;
         float *input = ckca__input_buffer(m, count, CKCA__EVALUATE);
-        ckca__op_batch(m->ctx, count, m->height, m->width, m->channels, pixels + (size_t)first * picture, b.index, NULL, 0, 0,
-                       m->normalization, m->normalization + m->channels, input);
+        ckca__op_batch(m->ctx, count, m->height, m->width, m->channels, pixels + (size_t)first * picture, b.index, NULL,
+                       0, 0, m->normalization, m->normalization + m->channels, input);
         ckca__run_forward(m, count, CKCA__EVALUATE, input);
         ckca__op_softmax(m->ctx, count, m->classes, ckca__value(m, m->logits), b.zo);
         ckca__device_download(m->ctx, out + (size_t)first * (size_t)m->classes, b.zo,
@@ -4700,15 +4750,18 @@ static ckca_status ckca__check_augment(ckca_context *ctx, const ckca_augment *a)
 }
 
 CKCA_API ckca_status ckca_get_batch(ckca_model *m, const ckca_data *data, const int *index, int n,
-                                    const ckca_augment *augment, uint64_t seed, int epoch, float *pictures, int *labels) {
+                                    const ckca_augment *augment, uint64_t seed, int epoch, float *pictures,
+                                    int *labels) {
     const size_t values = m ? (size_t)m->height * (size_t)m->width * (size_t)m->channels : 0;
     float *device;
     int i;
     ckca__small b;
     ckca_status status;
     if (!m) return CKCA_EINVAL;
-    if ((status = ckca__adopt(m, data, "batch")) || (augment && (status = ckca__check_augment(m->ctx, augment)))) return status;
-    if (!index || n < 1 || !pictures) return ckca__fail(m->ctx, CKCA_EINVAL, "batch: needs indices and a result (n is %d)", n);
+    if ((status = ckca__adopt(m, data, "batch")) || (augment && (status = ckca__check_augment(m->ctx, augment))))
+        return status;
+    if (!index || n < 1 || !pictures)
+        return ckca__fail(m->ctx, CKCA_EINVAL, "batch: needs indices and a result (n is %d)", n);
     for (i = 0; i < n; i++)
         if (index[i] < 0 || index[i] >= data->count)
             return ckca__fail(m->ctx, CKCA_EINVAL, "batch: there is no picture %d (they are 0 to %d)", index[i],
@@ -4743,24 +4796,24 @@ CKCA_API void ckca_shuffle(uint64_t seed, int epoch, int n, int *order) {
 typedef struct ckca__update {
     ckca_context *ctx;
     ckca_model *m;
-    ckca_model *old;           /* the model as it came: what a failure goes back to, and the teacher */
-    ckca_model *teacher;       /* old, or desc->teacher, or NULL where no term needs one */
+    ckca_model *old;     /* the model as it came: what a failure goes back to, and the teacher */
+    ckca_model *teacher; /* old, or desc->teacher, or NULL where no term needs one */
     const ckca_data *data;
-    ckca_update_desc d;        /* every default filled in, terms that are not used at weight 0 */
-    int mode;                  /* of the student's forward */
-    float *cache_z, *cache_f;  /* the teacher's answers on every picture, where pictures are not augmented; else NULL */
+    ckca_update_desc d;       /* every default filled in, terms that are not used at weight 0 */
+    int mode;                 /* of the student's forward */
+    float *cache_z, *cache_f; /* the teacher's answers on every picture, where pictures are not augmented; else NULL */
     size_t cache_z_bytes, cache_f_bytes;
     ckca__small b;
     int *order;
-    int batches;               /* per epoch */
-    int epoch, batch;          /* position: the next SGD step */
-    int hits;                  /* of this epoch so far */
-    double sums[3];            /* likewise: cross-entropy, AdaKD, FeatReg */
+    int batches;      /* per epoch */
+    int epoch, batch; /* position: the next SGD step */
+    int hits;         /* of this epoch so far */
+    double sums[3];   /* likewise: cross-entropy, AdaKD, FeatReg */
     double teacher_accuracy;
-    uint64_t fingerprint;      /* of everything that decides the result */
+    uint64_t fingerprint; /* of everything that decides the result */
 } ckca__update;
 
-/* Provisional defaults, until the ablation has spoken. */
+/* Weights by default: see the README for what was measured. */
 #define CKCA__W_KD 2.0f
 #define CKCA__W_FEAT 0.0f
 
@@ -4773,7 +4826,8 @@ static float ckca__rate(const ckca_update_desc *d, int64_t s, int batches) {
     const double warm = floor((double)d->warmup_epochs * batches), total = (double)d->epochs * batches, at = (double)s;
     double rate = d->lr;
     if (at < warm) return (float)(rate * (at + 1) / warm);
-    if (d->schedule == CKCA_COSINE) rate *= 0.5 * (1 + cos(3.141592653589793 * (at - warm) / (total > warm ? total - warm : 1)));
+    if (d->schedule == CKCA_COSINE)
+        rate *= 0.5 * (1 + cos(3.141592653589793 * (at - warm) / (total > warm ? total - warm : 1)));
     if (d->schedule == CKCA_STEP) rate *= pow(d->step_factor, floor(at / (d->step_epochs * batches)));
     return (float)rate;
 }
@@ -4785,7 +4839,8 @@ static void ckca__ask_teacher(ckca__update *u, int n, const float *input) {
         ckca__op_gather(u->ctx, n, t->classes, u->cache_z, u->b.position, u->b.zo);
         ckca__op_gather(u->ctx, n, t->features, u->cache_f, u->b.position, u->b.fo);
     } else {
-        ckca__run_forward(t, n, u->d.w_feat > 0 && u->d.featreg == CKCA_FEATREG_STAGES ? CKCA__STAGES : CKCA__EVALUATE, input);
+        ckca__run_forward(t, n, u->d.w_feat > 0 && u->d.featreg == CKCA_FEATREG_STAGES ? CKCA__STAGES : CKCA__EVALUATE,
+                          input);
         ckca__device_copy(u->ctx, u->b.zo, ckca__value(t, t->logits), (size_t)n * (size_t)t->classes * sizeof(float));
         ckca__device_copy(u->ctx, u->b.fo, ckca__value(t, t->pooled), (size_t)n * (size_t)t->features * sizeof(float));
     }
@@ -4796,8 +4851,9 @@ static void ckca__feature_term(ckca__update *u, int n) {
     ckca_model *m = u->m, *t = u->teacher;
     int i, j = 0, stages = 0;
     if (u->d.featreg != CKCA_FEATREG_STAGES) {
-        ckca__op_featreg(u->ctx, u->d.featreg, n, m->features, t->features, ckca__value(m, m->pooled), u->b.fo, u->d.w_feat,
-                         ckca__grad(m, m->pooled), ckca__accumulates(m, m->pooled), u->b.loss, m->workspace);
+        ckca__op_featreg(u->ctx, u->d.featreg, n, m->features, t->features, ckca__value(m, m->pooled), u->b.fo,
+                         u->d.w_feat, ckca__grad(m, m->pooled), ckca__accumulates(m, m->pooled), u->b.loss,
+                         m->workspace);
         ckca__op_sum(u->ctx, n, u->b.loss, u->b.sums + 2);
         return;
     }
@@ -4807,8 +4863,9 @@ static void ckca__feature_term(ckca__update *u, int n) {
         const int d = x->h * x->w * x->c;
         if (!x->stage) continue;
         while (!t->node[j].stage) j++;
-        ckca__op_featreg(u->ctx, CKCA_FEATREG_COSINE, n, d, d, ckca__value(m, i), ckca__value(t, j), u->d.w_feat / (float)stages,
-                         ckca__grad(m, i), ckca__accumulates(m, i), u->b.loss, m->workspace);
+        ckca__op_featreg(u->ctx, CKCA_FEATREG_COSINE, n, d, d, ckca__value(m, i), ckca__value(t, j),
+                         u->d.w_feat / (float)stages, ckca__grad(m, i), ckca__accumulates(m, i), u->b.loss,
+                         m->workspace);
         ckca__op_sum(u->ctx, n, u->b.loss, u->b.sums + 2);
         j++;
     }
@@ -4836,8 +4893,8 @@ static ckca_status ckca__train_step(ckca__update *u, const int *position, int n)
     ckca__op_sum(ctx, n, u->b.loss, u->b.sums);
     if (u->teacher) ckca__ask_teacher(u, n, input);
     if (d->w_kd > 0) {
-        ckca__op_adakd(ctx, d->adakd, n, m->classes, z, u->b.zo, u->b.labels, u->b.class_weight, d->temperature, d->w_kd,
-                       ckca__grad(m, m->logits), u->b.loss);
+        ckca__op_adakd(ctx, d->adakd, n, m->classes, z, u->b.zo, u->b.labels, u->b.class_weight, d->temperature,
+                       d->w_kd, ckca__grad(m, m->logits), u->b.loss);
         ckca__op_sum(ctx, n, u->b.loss, u->b.sums + 1);
     }
     if (d->w_feat > 0) ckca__feature_term(u, n);
@@ -4855,7 +4912,8 @@ static ckca_status ckca__train_step(ckca__update *u, const int *position, int n)
     ckca__device_download(ctx, u->b.host, u->b.hit, (size_t)n * sizeof(int));
     for (i = 0; i < n; i++) u->hits += u->b.host[i] & 1;
     if (!isfinite(u->sums[0]) || !isfinite(u->sums[1]) || !isfinite(u->sums[2]))
-        return ckca__fail(ctx, CKCA_ENAN, "the loss is no longer finite: update %d, epoch %d, batch %d of %d, learning rate %g",
+        return ckca__fail(ctx, CKCA_ENAN,
+                          "the loss is no longer finite: update %d, epoch %d, batch %d of %d, learning rate %g",
                           m->step + 1, u->epoch + 1, u->batch + 1, u->batches, (double)sgd.lr);
     return CKCA_OK;
 }
@@ -4896,6 +4954,7 @@ static ckca_status ckca__fingerprint(ckca__update *u) {
         hash = ckca__hash(hash, &store->labels[u->data->index[i]], sizeof(int));
         hash = ckca__hash(hash, &u->data->index[i], sizeof(int)); /* augmentation draws by it */
     }
+    /* clang-format off */
     fields[k++] = d->method;        fields[k++] = d->adakd;           fields[k++] = d->featreg;     fields[k++] = d->w_kd;
     fields[k++] = d->w_feat;        fields[k++] = d->temperature;     fields[k++] = d->shrink;      fields[k++] = d->perturb;
     fields[k++] = d->epochs;        fields[k++] = d->batch;           fields[k++] = d->lr;          fields[k++] = d->schedule;
@@ -4905,6 +4964,7 @@ static ckca_status ckca__fingerprint(ckca__update *u) {
     fields[k++] = d->augment.pad;   fields[k++] = d->augment.flip;    fields[k++] = d->augment.resized_crop;
     fields[k++] = d->augment.crop_min;                                fields[k++] = d->augment.jitter;
     fields[k++] = u->m->step;
+    /* clang-format on */
     hash = ckca__hash(hash, fields, (size_t)k * sizeof *fields);
     if ((status = ckca__hash_weights(u->old, &hash))) return status;
     if (u->teacher && u->teacher != u->old && (status = ckca__hash_weights(u->teacher, &hash))) return status;
@@ -4920,20 +4980,23 @@ static ckca_status ckca__resolve(ckca__update *u, const ckca_update_desc *desc) 
     if (desc) *d = *desc;
     if ((unsigned)d->method > CKCA_METHOD_LWF || (unsigned)d->adakd > CKCA_ADAKD_DOUBT ||
         (unsigned)d->featreg > CKCA_FEATREG_STAGES || (unsigned)d->schedule > CKCA_STEP)
-        return ckca__fail(ctx, CKCA_EINVAL, "update: method %d, adakd %d, featreg %d, schedule %d: one of them does not exist",
+        return ckca__fail(ctx, CKCA_EINVAL,
+                          "update: method %d, adakd %d, featreg %d, schedule %d: one of them does not exist",
                           (int)d->method, (int)d->adakd, (int)d->featreg, (int)d->schedule);
     if (d->epochs < 0 || d->epochs > 1000000 || d->batch < 0 || d->batch > CKCA__BATCH_MAX)
-        return ckca__fail(ctx, CKCA_EINVAL, "update: %d epochs, batch %d (each 1 to 1000000; 0 is the default)", d->epochs,
-                          d->batch);
+        return ckca__fail(ctx, CKCA_EINVAL, "update: %d epochs, batch %d (each 1 to 1000000; 0 is the default)",
+                          d->epochs, d->batch);
     if (!(d->lr >= 0 && d->lr < 1e6f) || !(d->momentum < 1) || !(d->weight_decay < 1e6f) || !(d->clip_norm < 1e30f) ||
         !(d->label_smoothing >= 0 && d->label_smoothing < 1) || !(d->w_kd < 1e6f) || !(d->w_feat < 1e6f) ||
         !(d->temperature >= 0 && d->temperature < 1e6f) || !(d->shrink <= 1) || !(d->perturb < 1e6f) ||
         !(d->warmup_epochs < 1e6f) || !(d->step_epochs >= 0) || !(d->step_factor >= 0 && d->step_factor <= 1))
-        return ckca__fail(ctx, CKCA_EINVAL, "update: lr %g, momentum %g, weight_decay %g, clip_norm %g, label_smoothing %g, "
-                          "w_kd %g, w_feat %g, temperature %g, shrink %g, perturb %g, warmup_epochs %g: one is out of range",
-                          (double)d->lr, (double)d->momentum, (double)d->weight_decay, (double)d->clip_norm,
-                          (double)d->label_smoothing, (double)d->w_kd, (double)d->w_feat, (double)d->temperature,
-                          (double)d->shrink, (double)d->perturb, (double)d->warmup_epochs);
+        return ckca__fail(
+            ctx, CKCA_EINVAL,
+            "update: lr %g, momentum %g, weight_decay %g, clip_norm %g, label_smoothing %g, "
+            "w_kd %g, w_feat %g, temperature %g, shrink %g, perturb %g, warmup_epochs %g: one is out of range",
+            (double)d->lr, (double)d->momentum, (double)d->weight_decay, (double)d->clip_norm,
+            (double)d->label_smoothing, (double)d->w_kd, (double)d->w_feat, (double)d->temperature, (double)d->shrink,
+            (double)d->perturb, (double)d->warmup_epochs);
     if (d->method == CKCA_METHOD_LWF) d->adakd = CKCA_ADAKD_CONSTANT;
     d->w_kd = ckca__default(d->w_kd, d->method == CKCA_METHOD_LWF ? 1.0f : CKCA__W_KD);
     d->w_feat = ckca__default(d->w_feat, CKCA__W_FEAT);
@@ -4961,10 +5024,11 @@ static ckca_status ckca__resolve(ckca__update *u, const ckca_update_desc *desc) 
 static ckca_status ckca__check_teacher(ckca__update *u) {
     const ckca_model *m = u->m, *t = u->teacher;
     int i, j = 0;
-    if (!t->finished || t->ctx != m->ctx || t->classes != m->classes || t->height != m->height || t->width != m->width ||
-        t->channels != m->channels)
-        return ckca__fail(u->ctx, CKCA_ESHAPE, "teacher: it takes %d x %d x %d and has %d classes, the model %d x %d x %d and %d",
-                          t->height, t->width, t->channels, t->classes, m->height, m->width, m->channels, m->classes);
+    if (!t->finished || t->ctx != m->ctx || t->classes != m->classes || t->height != m->height ||
+        t->width != m->width || t->channels != m->channels)
+        return ckca__fail(u->ctx, CKCA_ESHAPE,
+                          "teacher: it takes %d x %d x %d and has %d classes, the model %d x %d x %d and %d", t->height,
+                          t->width, t->channels, t->classes, m->height, m->width, m->channels, m->classes);
     for (i = 0; t->normalized && i < 2 * m->channels; i++)
         if (fabsf(t->normalization[i] - m->normalization[i]) > 1e-5f)
             return ckca__fail(u->ctx, CKCA_EINVAL, "teacher: its %s of channel %d is %g, the model's is %g",
@@ -4984,8 +5048,8 @@ static ckca_status ckca__check_teacher(ckca__update *u) {
             return ckca__fail(u->ctx, CKCA_ESHAPE, "teacher: it and the model have different numbers of stages");
         }
         if (x->h != y->h || x->w != y->w || x->c != y->c)
-            return ckca__fail(u->ctx, CKCA_ESHAPE, "teacher: a stage is %d x %d x %d, in the model %d x %d x %d", y->h, y->w,
-                              y->c, x->h, x->w, x->c);
+            return ckca__fail(u->ctx, CKCA_ESHAPE, "teacher: a stage is %d x %d x %d, in the model %d x %d x %d", y->h,
+                              y->w, y->c, x->h, x->w, x->c);
         j++;
     }
     return CKCA_OK;
@@ -5011,7 +5075,8 @@ static ckca_status ckca__consult(ckca__update *u) {
         u->cache_f = (float *)ckca__device_alloc(ctx, u->cache_f_bytes);
         if (!u->cache_z || !u->cache_f) {
             ckca__release(ctx, by_class);
-            return ckca__fail(ctx, CKCA_ENOMEM, "update: out of memory for the teacher's answers on %d pictures", u->data->count);
+            return ckca__fail(ctx, CKCA_ENOMEM, "update: out of memory for the teacher's answers on %d pictures",
+                              u->data->count);
         }
     }
     status = ckca__survey(t, u->m, u->data, &score, by_class, u->cache_z, u->cache_f);
@@ -5020,7 +5085,8 @@ static ckca_status ckca__consult(ckca__update *u) {
         for (i = 0; i < t->classes; i++)
             if (by_class[i] < 0) by_class[i] = 0; /* a class without pictures is never asked for */
         ckca__device_upload(ctx, u->b.class_weight, by_class, (size_t)t->classes * sizeof(float));
-        status = ckca__reserve(t, u->d.batch, live && u->d.featreg == CKCA_FEATREG_STAGES ? CKCA__STAGES : CKCA__EVALUATE);
+        status =
+            ckca__reserve(t, u->d.batch, live && u->d.featreg == CKCA_FEATREG_STAGES ? CKCA__STAGES : CKCA__EVALUATE);
     }
     ckca__release(ctx, by_class);
     return status;
@@ -5034,7 +5100,9 @@ static ckca_status ckca__starting_weights(ckca__update *u) {
     if (u->d.method == CKCA_METHOD_SCRATCH) return ckca__initialize(m, u->d.seed, m->values);
     if (u->d.method != CKCA_METHOD_SHRINK_PERTURB) return CKCA_OK;
     fresh = (float *)ckca__device_alloc(u->ctx, m->all * sizeof(float));
-    if (!fresh) return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for %.1f MB of fresh weights", (double)m->all * 4e-6);
+    if (!fresh)
+        return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for %.1f MB of fresh weights",
+                          (double)m->all * 4e-6);
     if (!(status = ckca__initialize(m, u->d.seed, fresh)))
         ckca__op_shrink_perturb(u->ctx, m->trainable, m->values, fresh, u->d.shrink, u->d.perturb);
     ckca__device_release(u->ctx, fresh, m->all * sizeof(float));
@@ -5058,9 +5126,11 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
     u->mode = CKCA__TRAIN | (u->d.w_feat > 0 && u->d.featreg == CKCA_FEATREG_STAGES ? CKCA__STAGES : 0);
     u->batches = (u->data->count + u->d.batch - 1) / u->d.batch;
     u->order = (int *)ckca__alloc(u->ctx, (size_t)u->data->count * sizeof(int));
-    if (!u->order) return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for the order of %d pictures", u->data->count);
-    if ((status = ckca__small_alloc(u->ctx, &u->b, u->d.batch, m->classes,
-                                    u->teacher && u->teacher->features > m->features ? u->teacher->features : m->features)))
+    if (!u->order)
+        return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for the order of %d pictures", u->data->count);
+    if ((status =
+             ckca__small_alloc(u->ctx, &u->b, u->d.batch, m->classes,
+                               u->teacher && u->teacher->features > m->features ? u->teacher->features : m->features)))
         return status;
     if ((status = ckca__reserve(m, u->d.batch, u->mode))) return status;
     if (u->d.w_feat > 0) { /* RELATION's tables may need more room than the layers do */
@@ -5096,8 +5166,8 @@ static ckca_status ckca__tell(ckca__update *u, int seen, double seconds, int64_t
     p.seconds = seconds;
     p.seconds_left = seconds / (double)steps_here * (double)left;
     if (!u->d.progress(&p, u->d.user)) return CKCA_OK;
-    return ckca__fail(u->ctx, CKCA_ESTOP, "update %d was stopped in epoch %d, after batch %d of %d", p.step, p.epoch + 1, p.batch,
-                      p.batches);
+    return ckca__fail(u->ctx, CKCA_ESTOP, "update %d was stopped in epoch %d, after batch %d of %d", p.step,
+                      p.epoch + 1, p.batch, p.batches);
 }
 
 /* The epochs from u's position on. */
@@ -5147,7 +5217,8 @@ static void ckca__fill_report(const ckca__update *u, double seconds, ckca_report
     report->accuracy = (double)u->hits / seen;
 }
 
-CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckca_update_desc *desc, ckca_report *report) {
+CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckca_update_desc *desc,
+                                 ckca_report *report) {
     const double start = ckca__seconds();
     ckca__update update, *u = &update;
     ckca_status status;
@@ -5164,7 +5235,8 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     was_normalized = m->normalized;
     u->old = ckca__clone(m);
     if (!u->old)
-        return ckca__fail(m->ctx, CKCA_ENOMEM, "update: out of memory for a copy of the model's %.1f MB", (double)m->all * 4e-6);
+        return ckca__fail(m->ctx, CKCA_ENOMEM, "update: out of memory for a copy of the model's %.1f MB",
+                          (double)m->all * 4e-6);
     status = ckca__begin(u, desc);
     if (!status) status = ckca__train(u, start);
     if (!status) {
@@ -5345,8 +5417,10 @@ static void ckca__taps(int in, double from, double length, int out, int taps, in
             for (i = 0; i < used[x]; i++) {
                 double w = 1.0 - fabs((i + begin - center + 0.5) / support);
                 if (w < 0.0) w = 0.0;
-                if (pass == 0) total += w;
-                else weight[x * taps + i] = (int)(w / total * 4194304.0 + 0.5);
+                if (pass == 0)
+                    total += w;
+                else
+                    weight[x * taps + i] = (int)(w / total * 4194304.0 + 0.5);
             }
         }
     }
@@ -5360,7 +5434,8 @@ static void ckca__pixel(const unsigned char *in, int c, unsigned char *out, int 
         for (i = 0; i < m; i++) out[i] = in[0];
     else if (m == 3)
         for (i = 0; i < 3; i++) out[i] = in[i];
-    else out[0] = (unsigned char)((in[0] * 19595 + in[1] * 38470 + in[2] * 7471 + 32768) >> 16);
+    else
+        out[0] = (unsigned char)((in[0] * 19595 + in[1] * 38470 + in[2] * 7471 + 32768) >> 16);
 }
 
 /* A picture of h x w x c (c: 1 to 4) as height x width x channels (1 or 3): scaled to cover, centre-cropped. The same
@@ -5713,13 +5788,15 @@ CKCA_API ckca_status ckca_open_idx(ckca_context *ctx, ckca_data **data, const ch
             path[i] = ckca__path(ctx, dir, name[i]);
             if (!path[i] || ckca__file_exists(path[i])) break;
         }
-        if (!path[i]) status = ckca__fail(ctx, CKCA_ENOMEM, "no memory for a path");
+        if (!path[i])
+            status = ckca__fail(ctx, CKCA_ENOMEM, "no memory for a path");
         else if (form == 2 || form == 3)
             status = ckca__fail(ctx, CKCA_EIO, "%s: packed, unpack it with gunzip", ckca__tail(path[i]));
         else if (form == 4)
             status = ckca__fail(ctx, CKCA_EIO, "%s: no %s-%s in it", ckca__tail(dir),
                                 part == CKCA_TRAIN ? "train" : "t10k", what[i]);
-        else status = ckca__read_file(ctx, path[i], (size_t)1 << 31, &bytes[i], &size[i]);
+        else
+            status = ckca__read_file(ctx, path[i], (size_t)1 << 31, &bytes[i], &size[i]);
     }
     if (!status)
         status = ckca__parse_idx_pair(ctx, data, path[0], bytes[0], size[0], path[1], bytes[1], size[1], &desc);
@@ -5786,7 +5863,7 @@ CKCA_API ckca_status ckca_open_idx(ckca_context *ctx, ckca_data **data, const ch
 #undef stbi_set_unpremultiply_on_load_thread
 #endif
 
-#ifndef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION /* no fuzzer guesses a checksum */
+#ifndef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION                     /* no fuzzer guesses a checksum */
 static uint32_t ckca__crc(const unsigned char *bytes, size_t size) { /* of a PNG's chunk (PNG specification, annex D) */
     uint32_t crc = 0xffffffffu;
     size_t i;
@@ -6085,14 +6162,16 @@ CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const
 
 #else /* CKCA_NO_STB_IMAGE: programs still link, and say what is missing */
 
-CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const char *dir, const ckca_data_desc *desc) {
+CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const char *dir,
+                                      const ckca_data_desc *desc) {
     (void)desc;
     if (data) *data = NULL;
     if (!ctx || !data || !dir) return CKCA_EINVAL;
     return ckca__fail(ctx, CKCA_EINVAL, "%s: built without JPEG and PNG (CKCA_NO_STB_IMAGE)", ckca__tail(dir));
 }
 
-CKCA_API ckca_status ckca_read_picture(ckca_context *ctx, const char *path, const ckca_data_desc *desc, unsigned char *out) {
+CKCA_API ckca_status ckca_read_picture(ckca_context *ctx, const char *path, const ckca_data_desc *desc,
+                                       unsigned char *out) {
     (void)desc;
     (void)out;
     if (!ctx || !path) return CKCA_EINVAL;
@@ -6234,7 +6313,8 @@ CKCA_API ckca_status ckca_join(ckca_data **joined, ckca_data *const *parts, int 
         return ckca__fail(ctx, CKCA_EINVAL, "%.0f pictures, a set has at most %d", (double)total, INT_MAX);
     memset(&desc, 0, sizeof desc);
     store = first;
-    if (shared) first->refs++;
+    if (shared)
+        first->refs++;
     else {
         status = ckca__store_create(ctx, &store, total, first->height, first->width, first->channels, first->classes,
                                     (const char *const *)first->class_names, &desc);
@@ -6244,7 +6324,8 @@ CKCA_API ckca_status ckca_join(ckca_data **joined, ckca_data *const *parts, int 
     bytes = ckca__picture_bytes(store);
     for (i = 0; !status && i < n; i++) {
         for (j = 0; j < parts[i]->count; j++, at++) {
-            if (shared) (*joined)->index[at] = parts[i]->index[j];
+            if (shared)
+                (*joined)->index[at] = parts[i]->index[j];
             else {
                 store->labels[at] = ckca_label(parts[i], j);
                 memcpy(store->pixels + (size_t)at * bytes, ckca_pixels(parts[i], j), bytes);
@@ -6983,12 +7064,14 @@ static int ckca__parse_decimal(const char **text, double *value) {
     double mantissa = 0;
     int digits = 0, exponent = 0, sign = 1, shift = 0, point = 0;
     for (;; p++) {
-        if (*p == '.' && !point) point = 1;
+        if (*p == '.' && !point)
+            point = 1;
         else if (*p >= '0' && *p <= '9' && digits < 17) {
             mantissa = mantissa * 10 + (*p - '0');
             shift -= point;
             digits++;
-        } else break;
+        } else
+            break;
     }
     if (!digits) return 0;
     if (*p == 'e') {
@@ -7048,10 +7131,12 @@ static ckca_status ckca__read_metadata(ckca_model *m, const ckca__st_file *file)
         size_t i;
         normalization = (float *)ckca__alloc(m->ctx, channels * 2 * sizeof(float));
         if (!normalization)
-            status = ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for the mean of %d channels", path, m->channels);
+            status =
+                ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for the mean of %d channels", path, m->channels);
         else if (!ckca__parse_floats(mean, normalization, m->channels) ||
                  !ckca__parse_floats(std, normalization + channels, m->channels))
-            status = ckca__fail(m->ctx, CKCA_EFORMAT, "%s: ckca.mean and ckca.std are not %d numbers each", path, m->channels);
+            status = ckca__fail(m->ctx, CKCA_EFORMAT, "%s: ckca.mean and ckca.std are not %d numbers each", path,
+                                m->channels);
         for (i = channels; !status && i < 2 * channels; i++)
             if (!(normalization[i] > 0)) status = ckca__fail(m->ctx, CKCA_EFORMAT, "%s: ckca.std has a zero", path);
     }
@@ -7074,7 +7159,8 @@ static ckca_status ckca__read_metadata(ckca_model *m, const ckca__st_file *file)
 }
 
 /* The tensor for parameter p, whose name in the file is prefix and its own; NULL after a failure. */
-static const ckca__st_tensor *ckca__find_parameter(const ckca__st_file *file, const ckca__parameter *p, const char *prefix) {
+static const ckca__st_tensor *ckca__find_parameter(const ckca__st_file *file, const ckca__parameter *p,
+                                                   const char *prefix) {
     char name[CKCA__NAME_MAX + 32];
     const ckca__st_tensor *tensor;
     int i, fits;
@@ -7092,15 +7178,17 @@ static const ckca__st_tensor *ckca__find_parameter(const ckca__st_file *file, co
         size_t h = 0, w = 0;
         for (i = 0; i < tensor->dims && i < 4; i++)
             h += (size_t)snprintf(has + h, sizeof has - h, "%s%.0f", i ? "x" : "", (double)tensor->shape[i]);
-        for (i = 0; i < p->dims; i++) w += (size_t)snprintf(wants + w, sizeof wants - w, "%s%d", i ? "x" : "", p->shape[i]);
-        ckca__fail(file->ctx, CKCA_ESHAPE, "%s: %s is %s in the file, %s in the model", ckca__tail(file->path), name, has, wants);
+        for (i = 0; i < p->dims; i++)
+            w += (size_t)snprintf(wants + w, sizeof wants - w, "%s%d", i ? "x" : "", p->shape[i]);
+        ckca__fail(file->ctx, CKCA_ESHAPE, "%s: %s is %s in the file, %s in the model", ckca__tail(file->path), name,
+                   has, wants);
     }
     return NULL;
 }
 
 /* All parameters of a file (momentum: momentum.*) into host, in the arenas' layout. */
-static ckca_status ckca__read_parameters(const ckca_model *m, const ckca__st_file *file, const char *prefix, int momentum,
-                                         float *host) {
+static ckca_status ckca__read_parameters(const ckca_model *m, const ckca__st_file *file, const char *prefix,
+                                         int momentum, float *host) {
     float *file_order = NULL;
     size_t most = 0;
     int i;
@@ -7109,7 +7197,8 @@ static ckca_status ckca__read_parameters(const ckca_model *m, const ckca__st_fil
         if (m->parameter[i].count > most) most = m->parameter[i].count;
     file_order = (float *)ckca__alloc(m->ctx, most * sizeof(float));
     if (!file_order)
-        return ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for %.1f MB", ckca__tail(file->path), (double)most * 4e-6);
+        return ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for %.1f MB", ckca__tail(file->path),
+                          (double)most * 4e-6);
     for (i = 0; !status && i < m->parameters; i++) {
         const ckca__parameter *p = &m->parameter[i];
         const ckca__st_tensor *tensor;
@@ -7119,7 +7208,8 @@ static ckca_status ckca__read_parameters(const ckca_model *m, const ckca__st_fil
             status = CKCA_EFORMAT;
             break;
         }
-        if (!(status = ckca__st_read_floats(file, tensor, file_order))) ckca__reorder(p, file_order, host + p->offset, 0);
+        if (!(status = ckca__st_read_floats(file, tensor, file_order)))
+            ckca__reorder(p, file_order, host + p->offset, 0);
     }
     ckca__release(m->ctx, file_order);
     return status;
@@ -7137,7 +7227,8 @@ static ckca_status ckca__check_tensors(const ckca_model *m, const ckca__st_file 
         for (j = 0; j < m->parameters; j++)
             if (!strcmp(m->parameter[j].name, name)) break;
         if (j == m->parameters)
-            return ckca__fail(m->ctx, CKCA_EFORMAT, "%s: its tensor %.80s is not of this network", ckca__tail(file->path), name);
+            return ckca__fail(m->ctx, CKCA_EFORMAT, "%s: its tensor %.80s is not of this network",
+                              ckca__tail(file->path), name);
     }
     return CKCA_OK;
 }
@@ -7164,7 +7255,8 @@ static ckca_status ckca__take_weights(ckca_model *m, const ckca__st_file *file) 
     if ((status = ckca__check_tensors(m, file))) return status;
     host = (float *)ckca__alloc(m->ctx, m->all * sizeof(float));
     if (!host)
-        return ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for %.1f MB", ckca__tail(file->path), (double)m->all * 4e-6);
+        return ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for %.1f MB", ckca__tail(file->path),
+                          (double)m->all * 4e-6);
     status = ckca__read_parameters(m, file, "", 0, host);
     if (!status) status = ckca__read_metadata(m, file);
     if (!status) {
@@ -7185,8 +7277,10 @@ static ckca_status ckca__load_file(ckca_context *ctx, ckca_model **out, const ck
     ckca_model *m;
     ckca_status status;
     if (!graph)
-        return ckca__fail(ctx, CKCA_EFORMAT, "%s: no network in its metadata (ckca.graph): build the model, then "
-                          "ckca_load_weights", path);
+        return ckca__fail(ctx, CKCA_EFORMAT,
+                          "%s: no network in its metadata (ckca.graph): build the model, then "
+                          "ckca_load_weights",
+                          path);
     if (!ckca__parse_wholes(ckca__st_meta(file, "ckca.input"), input, 3) ||
         !ckca__parse_wholes(ckca__st_meta(file, "ckca.classes"), &classes, 1) || classes < 1)
         return ckca__fail(ctx, CKCA_EFORMAT, "%s: ckca.input or ckca.classes cannot be read", path);
@@ -7214,7 +7308,7 @@ static ckca_status ckca__load_file(ckca_context *ctx, ckca_model **out, const ck
 /* What ckca__st_write asks for: parameter i's values, then its momentum, in PyTorch's order. */
 typedef struct ckca__export {
     ckca_model *m;
-    const int *parameter;   /* of item i: a parameter, or parameters + one for its momentum */
+    const int *parameter; /* of item i: a parameter, or parameters + one for its momentum */
     float *host, *ordered;
 } ckca__export;
 
@@ -7222,7 +7316,8 @@ static const void *ckca__export_item(void *user, int i) {
     const ckca__export *e = (const ckca__export *)user;
     const int momentum = e->parameter[i] >= e->m->parameters;
     const ckca__parameter *p = &e->m->parameter[e->parameter[i] - (momentum ? e->m->parameters : 0)];
-    ckca__device_download(e->m->ctx, e->host, (momentum ? e->m->momentum : e->m->values) + p->offset, p->count * sizeof(float));
+    ckca__device_download(e->m->ctx, e->host, (momentum ? e->m->momentum : e->m->values) + p->offset,
+                          p->count * sizeof(float));
     ckca__reorder(p, e->host, e->ordered, 1);
     return e->ordered;
 }
@@ -7245,7 +7340,8 @@ static ckca_status ckca__export_model(ckca_model *m, const char *path, const cha
     const size_t graph_length = ckca__graph_write(m, NULL, 0) + 1;
     ckca__st_pair meta[12];
     ckca__st_item *item = (ckca__st_item *)ckca__alloc(ctx, (size_t)room * sizeof *item);
-    char(*tracked)[CKCA__NAME_MAX + 32] = (char(*)[CKCA__NAME_MAX + 32]) ckca__alloc(ctx, (size_t)room * sizeof *tracked);
+    char(*tracked)[CKCA__NAME_MAX + 32] =
+        (char(*)[CKCA__NAME_MAX + 32]) ckca__alloc(ctx, (size_t)room * sizeof *tracked);
     int *parameter = (int *)ckca__alloc(ctx, (size_t)room * sizeof *parameter);
     char *graph = (char *)ckca__alloc(ctx, graph_length), *names = NULL;
     char input[64], classes[16], step[16];
@@ -7299,7 +7395,8 @@ static ckca_status ckca__export_model(ckca_model *m, const char *path, const cha
             item[items].dims = p->dims;
             for (k = 0; k < p->dims; k++) item[items].shape[k] = p->shape[k];
             parameter[items++] = i;
-            if (p->role == CKCA__VAR) { /* PyTorch counts batches in every batch norm, and load_state_dict asks for it */
+            if (p->role ==
+                CKCA__VAR) { /* PyTorch counts batches in every batch norm, and load_state_dict asks for it */
                 snprintf(tracked[items], sizeof *tracked, "%s.num_batches_tracked", m->node[p->node].name);
                 item[items].name = tracked[items];
                 item[items].dtype = "I64";
@@ -7360,7 +7457,8 @@ static ckca_status ckca__state_save(ckca__update *u) {
     field[3] = (uint64_t)u->hits;
     memcpy(field + 4, u->sums, sizeof u->sums);
     for (i = 0; i < 7; i++)
-        snprintf(text + 17 * i, 18, "%08lx%08lx ", (unsigned long)(field[i] >> 32), (unsigned long)(field[i] & 0xffffffffu));
+        snprintf(text + 17 * i, 18, "%08lx%08lx ", (unsigned long)(field[i] >> 32),
+                 (unsigned long)(field[i] & 0xffffffffu));
     return ckca__export_model(u->m, u->d.state, text);
 }
 
@@ -7386,18 +7484,24 @@ static ckca_status ckca__state_load(ckca__update *u, int *found) {
     for (i = 0; !status && i < 7 * 17; i++) {
         static const char digits[] = "0123456789abcdef";
         const char *digit = strchr(digits, text[i]);
-        if (i % 17 < 16 && digit) field[i / 17] = field[i / 17] << 4 | (uint64_t)(digit - digits);
-        else if (i % 17 < 16 || text[i] != ' ') status = ckca__fail(u->ctx, CKCA_EFORMAT, "%s: ckca.state cannot be read", path);
+        if (i % 17 < 16 && digit)
+            field[i / 17] = field[i / 17] << 4 | (uint64_t)(digit - digits);
+        else if (i % 17 < 16 || text[i] != ' ')
+            status = ckca__fail(u->ctx, CKCA_EFORMAT, "%s: ckca.state cannot be read", path);
     }
     if (!status && field[0] != u->fingerprint)
-        status = ckca__fail(u->ctx, CKCA_EINVAL, "%s: a training state of another update (other pictures, weights or settings): "
-                            "remove it to start anew", path);
-    if (!status && (field[1] >= (uint64_t)u->d.epochs || field[2] > (uint64_t)u->batches || field[3] > (uint64_t)u->data->count))
+        status = ckca__fail(u->ctx, CKCA_EINVAL,
+                            "%s: a training state of another update (other pictures, weights or settings): "
+                            "remove it to start anew",
+                            path);
+    if (!status &&
+        (field[1] >= (uint64_t)u->d.epochs || field[2] > (uint64_t)u->batches || field[3] > (uint64_t)u->data->count))
         status = ckca__fail(u->ctx, CKCA_EFORMAT, "%s: it is at epoch %.0f, batch %.0f; there are %d and %d", path,
                             (double)field[1], (double)field[2], u->d.epochs, u->batches);
     if (!status) {
         host = (float *)ckca__alloc(u->ctx, (m->all + m->trainable) * sizeof(float));
-        if (!host) status = ckca__fail(u->ctx, CKCA_ENOMEM, "%s: out of memory for %.1f MB", path, (double)m->all * 8e-6);
+        if (!host)
+            status = ckca__fail(u->ctx, CKCA_ENOMEM, "%s: out of memory for %.1f MB", path, (double)m->all * 8e-6);
     }
     if (!status) status = ckca__read_parameters(m, &file, "", 0, host);
     if (!status) status = ckca__read_parameters(m, &file, "momentum.", 1, host + m->all);
@@ -7421,10 +7525,14 @@ static void ckca__state_remove(ckca__update *u) { remove(u->d.state); }
 
 #else /* CKCA_NO_STDIO: an update cannot be resumed */
 
-static ckca_status ckca__state_save(ckca__update *u) { (void)u; return CKCA_OK; }
+static ckca_status ckca__state_save(ckca__update *u) {
+    (void)u;
+    return CKCA_OK;
+}
 static ckca_status ckca__state_load(ckca__update *u, int *found) {
     *found = 0;
-    return ckca__fail(u->ctx, CKCA_EINVAL, "update: built without files (CKCA_NO_STDIO), so there is no training state");
+    return ckca__fail(u->ctx, CKCA_EINVAL,
+                      "update: built without files (CKCA_NO_STDIO), so there is no training state");
 }
 static void ckca__state_remove(ckca__update *u) { (void)u; }
 

@@ -19,7 +19,8 @@ int main(int argc, char **argv) {
     int i, k, best, shown, failed = 0;
 
     if (argc > 1 && (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h"))) {
-        printf("classify CHECKPOINT.safetensors PICTURE...: the five likeliest classes of each picture (JPEG or PNG)\n");
+        printf(
+            "classify CHECKPOINT.safetensors PICTURE...: the five likeliest classes of each picture (JPEG or PNG)\n");
         return 0;
     }
     if (argc < 3) {

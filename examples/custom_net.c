@@ -96,7 +96,8 @@ int main(int argc, char **argv) {
         }
         if (status == CKCA_OK) status = ckca_evaluate(net, test, &score, NULL);
         if (status == CKCA_OK)
-            printf("epoch %2d  focal loss %.4f  test accuracy %.1f%%\n", epoch + 1, loss / (COUNT / BATCH), 100 * score.top1);
+            printf("epoch %2d  focal loss %.4f  test accuracy %.1f%%\n", epoch + 1, loss / (COUNT / BATCH),
+                   100 * score.top1);
         fflush(stdout);
     }
     if (status != CKCA_OK) fprintf(stderr, "custom_net: %s: %s\n", ckca_status_name(status), ckca_error(ctx));

@@ -1,6 +1,6 @@
-/* incremental.c: the question that ckca.h answers, as an experiment. A data set is cut into chunks that arrive one after
-   another; after each, every method improves its own checkpoint from that chunk alone (scratch-all: from all so far) and
-   is tested on pictures that none has seen.
+/* incremental.c: the question that ckca.h answers, as an experiment. A data set is cut into chunks that arrive one
+   after another; after each, every method improves its own checkpoint from that chunk alone (scratch-all: from all so
+   far) and is tested on pictures that none has seen.
 
        cc -O2 -fopenmp -I. examples/incremental.c -o incremental -lm
        ./incremental                                    ten classes of drawn shapes, about a minute on two cores
@@ -121,7 +121,8 @@ static void read_csv(run *r) {
     }
     if (!r->resume) tool_fail(2, "%s is there already: add --resume to go on with it, or name another folder", csv);
     snprintf(mine, sizeof mine, "# incremental, ckca.h %s, pictures %s\n", CKCA_VERSION, r->pictures);
-    if (!fgets(line, sizeof line, file) || strncmp(line, mine, 14)) tool_fail(1, "%s was not written by this program", csv);
+    if (!fgets(line, sizeof line, file) || strncmp(line, mine, 14))
+        tool_fail(1, "%s was not written by this program", csv);
     if (strcmp(line, mine))
         tool_fail(2, "%s was begun with another ckca.h or other pictures: \"%.*s\" there, \"%.*s\" now", csv,
                   (int)strcspn(line, "\n") - 2, line + 2, (int)strcspn(mine, "\n") - 2, mine + 2);
@@ -140,8 +141,9 @@ static void read_csv(run *r) {
     while (i++, fgets(line, sizeof line, file)) {
         row now;
         memset(&now, 0, sizeof now);
-        if (sscanf(line, "%31[^,],%d,%d,%lf,%lf,%lf,%lf,%lf,%lf,%lf,%lf,%lf", name, &t, &now.pictures, &now.accuracy, &now.top5,
-                   &now.loss, &now.train_loss, &now.train_accuracy, &now.kd, &now.feat, &now.teacher, &now.seconds) != 12)
+        if (sscanf(line, "%31[^,],%d,%d,%lf,%lf,%lf,%lf,%lf,%lf,%lf,%lf,%lf", name, &t, &now.pictures, &now.accuracy,
+                   &now.top5, &now.loss, &now.train_loss, &now.train_accuracy, &now.kd, &now.feat, &now.teacher,
+                   &now.seconds) != 12)
             tool_fail(1, "%s, line %d: not a row of this table", csv, i);
         for (m = 0; m < r->columns && strcmp(r->method[m]->name, name); m++) continue;
         if (m == r->columns || t < 1 || t > r->chunks) tool_fail(1, "%s, line %d: no such method and chunk", csv, i);
@@ -213,8 +215,8 @@ static void write_svg(const run *r, FILE *file) {
     ticks = r->chunks <= 16 ? 1 : (int)tick_step(r->chunks, 10);
     for (t = 0; t < r->chunks; t++)
         if ((t + 1) % ticks == 0 || t == 0)
-            fprintf(file, "<path d=\"M%.1f %gv5\" stroke=\"#8a8a8a\"/><text x=\"%.1f\" y=\"%g\">%d</text>\n", X(t), bottom,
-                    X(t), bottom + 20, t + 1);
+            fprintf(file, "<path d=\"M%.1f %gv5\" stroke=\"#8a8a8a\"/><text x=\"%.1f\" y=\"%g\">%d</text>\n", X(t),
+                    bottom, X(t), bottom + 20, t + 1);
     fprintf(file, "<text x=\"%g\" y=\"%g\">chunks seen</text>\n</g>\n", (left + right) / 2, bottom + 44);
 
     /* Labels in the order of their line's ends, pushed apart where they would overlap, then kept on the paper. */
@@ -288,15 +290,15 @@ static int show_progress(const ckca_progress *p, void *user) {
     char line[256], now[32], all[32];
     if (p->seconds - r->shown < 0.1 && p->seconds > r->shown && part < 1) return 0;
     r->shown = p->seconds;
-    snprintf(line, sizeof line, "%s  epoch %d/%d  loss %.3f  accuracy %.1f%%  %s left, %s in all", r->label, p->epoch + 1,
-             p->epochs, p->loss, 100 * p->accuracy, tool_duration(p->seconds_left, now, sizeof now),
+    snprintf(line, sizeof line, "%s  epoch %d/%d  loss %.3f  accuracy %.1f%%  %s left, %s in all", r->label,
+             p->epoch + 1, p->epochs, p->loss, 100 * p->accuracy, tool_duration(p->seconds_left, now, sizeof now),
              tool_duration((r->seconds + p->seconds) * left / done, all, sizeof all));
     tool_status(line);
     return 0;
 }
 
-/* How long an update takes, in visits of a picture. A frozen teacher's forward pass costs about a third of a step; it is
-   needed once per picture, or on every visit if they differ. */
+/* How long an update takes, in visits of a picture. A frozen teacher's forward pass costs about a third of a step; it
+   is needed once per picture, or on every visit if they differ. */
 static double job_cost(const run *r, int chunk, int column, int pictures) {
     const method *a = r->method[column];
     double visits = (double)pictures * r->update.epochs * (a->joined ? chunk + 1 : 1);
@@ -349,9 +351,10 @@ static void do_job(ckca_context *ctx, run *r, ckca_model *model, ckca_data *cons
 
 static void print_row(const run *r, int t, int m) {
     const row *a = at(r, t, m);
-    printf("chunk %2d  %-15s test %5.1f%%  top-5 %5.1f%%  loss %6.3f    training loss %6.4f  accuracy %5.1f%%  %6.1f s\n",
-           t + 1, r->method[m]->name, 100 * a->accuracy, 100 * a->top5, a->loss, a->train_loss, 100 * a->train_accuracy,
-           a->seconds);
+    printf(
+        "chunk %2d  %-15s test %5.1f%%  top-5 %5.1f%%  loss %6.3f    training loss %6.4f  accuracy %5.1f%%  %6.1f s\n",
+        t + 1, r->method[m]->name, 100 * a->accuracy, 100 * a->top5, a->loss, a->train_loss, 100 * a->train_accuracy,
+        a->seconds);
     fflush(stdout);
 }
 
@@ -412,23 +415,27 @@ int main(int argc, char **argv) {
     const tool_flag flags[] = {
         TOOL_SOURCE_FLAGS(r.source),
         {"--chunks", TOOL_INT, &r.chunks, 1, 1000, "N", "chunks that arrive [10; of the shapes 6]", 0},
-        {"--chunk-size", TOOL_INT, &r.chunk_size, 1, 1e6, "N", "pictures in each [all there are; of the shapes 250]", 0},
+        {"--chunk-size", TOOL_INT, &r.chunk_size, 1, 1e6, "N", "pictures in each [all there are; of the shapes 250]",
+         0},
         {"--stratified", TOOL_SWITCH, &r.stratified, 0, 0, NULL, "the same share of every class in each chunk", 0},
         {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Network", 0},
-        {"--arch", TOOL_TEXT, &r.arch, 0, 0, "NAME", "resnet8, 20, 32, 44, 56, 110, 18, 34, 50, 18-cifar ... 50-cifar", 0},
+        {"--arch", TOOL_TEXT, &r.arch, 0, 0, "NAME", "resnet8, 20, 32, 44, 56, 110, 18, 34, 50, 18-cifar ... 50-cifar",
+         0},
         {"--width", TOOL_INT, &r.width, 1, 1024, "N", "channels of its first stage [16; resnet18 and larger 64]", 0},
         {"--projection", TOOL_SWITCH, &r.projection, 0, 0, NULL, "1x1 convolutions as shortcuts (resnet8 ... 110)", 0},
         {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Methods", 0},
-        {"--methods", TOOL_TEXT, &r.method_list, 0, 0, "A,B", "scratch-chunk, scratch-all, warm, shrink-perturb, lwf, ckca",
-         0},
+        {"--methods", TOOL_TEXT, &r.method_list, 0, 0, "A,B",
+         "scratch-chunk, scratch-all, warm, shrink-perturb, lwf, ckca", 0},
         {"--adakd", TOOL_CHOICE, &r.update.adakd, 0, 0, "class|constant|truth|doubt", "ckca's distillation weight", 0},
         {"--w-kd", TOOL_FLOAT, &r.update.w_kd, 0, 1000, "X", "weight of ckca's distillation, 0: off [2]", 0},
         {"--w-lwf", TOOL_FLOAT, &r.w_lwf, 0, 1000, "X", "weight of lwf's distillation, 0: off [1]", 0},
         {"--temperature", TOOL_FLOAT, &r.update.temperature, 0.1, 100, "X", "of both distillations [2]", 0},
         {"--featreg", TOOL_CHOICE, &r.update.featreg, 0, 0, "cosine|l2|relation|stages", "ckca's feature distance", 0},
-        {"--w-feat", TOOL_FLOAT, &r.update.w_feat, 0, 1000, "X", "weight of ckca's feature term, 0: off [the library's]", 0},
+        {"--w-feat", TOOL_FLOAT, &r.update.w_feat, 0, 1000, "X",
+         "weight of ckca's feature term, 0: off [the library's]", 0},
         {"--shrink", TOOL_FLOAT, &r.update.shrink, 0.001, 1, "X", "of shrink-perturb: old weights times this [0.4]", 0},
-        {"--perturb", TOOL_FLOAT, &r.update.perturb, 0.001, 1, "X", "of shrink-perturb: plus fresh ones times this [0.1]", 0},
+        {"--perturb", TOOL_FLOAT, &r.update.perturb, 0.001, 1, "X",
+         "of shrink-perturb: plus fresh ones times this [0.1]", 0},
         {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Training on each chunk", 0},
         {"--epochs", TOOL_INT, &r.update.epochs, 1, 100000, "N", "[40; on the shapes 20]", 0},
         {"--batch", TOOL_INT, &r.update.batch, 1, 65536, "N", "pictures a step [64; on the shapes 16]", 0},
@@ -443,7 +450,8 @@ int main(int argc, char **argv) {
         {"--seed", TOOL_SEED, &r.seed, 0, 0, "N", "of chunks, weights, order (and of the shapes)", 0},
         {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Running", 0},
         {"--threads", TOOL_INT, &r.threads, 0, 1024, "N", "[one per processor]; results do not depend on it", 1},
-        {"--out", TOOL_TEXT, &r.out, 0, 0, "DIR", "folder for checkpoints, results.csv and results.svg [none written]", 1},
+        {"--out", TOOL_TEXT, &r.out, 0, 0, "DIR", "folder for checkpoints, results.csv and results.svg [none written]",
+         1},
         {"--resume", TOOL_SWITCH, &r.resume, 0, 0, NULL, "go on with the run in --out, which may have been killed", 1},
         {"--state-seconds", TOOL_FLOAT, &r.update.state_seconds, 0.001, 1e6, "X",
          "between two states that a killed run resumes from [30]", 1},
@@ -471,7 +479,8 @@ int main(int argc, char **argv) {
     drawn = !r.source.folder && !r.source.cifar10 && !r.source.cifar100 && !r.source.idx;
     if (!r.chunks) r.chunks = drawn ? 6 : 10;
     if (drawn && !r.chunk_size) r.chunk_size = 250;
-    if (drawn && (double)r.chunk_size * r.chunks > 1e6) tool_fail(2, "--chunks times --chunk-size: at most 1000000 shapes");
+    if (drawn && (double)r.chunk_size * r.chunks > 1e6)
+        tool_fail(2, "--chunks times --chunk-size: at most 1000000 shapes");
     if (!r.update.epochs) r.update.epochs = drawn ? 20 : 40;
     if (!r.update.batch) r.update.batch = drawn ? 16 : 64;
     if (drawn && r.update.lr == 0) r.update.lr = 0.05f;
@@ -510,13 +519,16 @@ int main(int argc, char **argv) {
            info.classes);
 
     /* What an earlier run left. */
-    folder = r.source.folder ? r.source.folder : r.source.cifar10 ? "CIFAR-10" : r.source.cifar100 ? "CIFAR-100" : r.source.idx;
+    folder = r.source.folder     ? r.source.folder
+             : r.source.cifar10  ? "CIFAR-10"
+             : r.source.cifar100 ? "CIFAR-100"
+                                 : r.source.idx;
     for (m = folder ? (int)strlen(folder) : 0; m > 1 && folder[m - 1] == '/';) m--;
     for (t = m; folder && t > 0 && folder[t - 1] != '/';) t--;
     ckca_data_info_get(chunks[0], &info);
     printf("%d chunks of %d\n", r.chunks, info.count);
-    snprintf(r.title, sizeof r.title, "%s on %.*s: %d chunks of %d pictures, %d epochs each", r.arch, folder ? m - t : 12,
-             folder ? folder + t : "drawn shapes", r.chunks, info.count, r.update.epochs);
+    snprintf(r.title, sizeof r.title, "%s on %.*s: %d chunks of %d pictures, %d epochs each", r.arch,
+             folder ? m - t : 12, folder ? folder + t : "drawn shapes", r.chunks, info.count, r.update.epochs);
     if (r.out) {
         if (mkdir(r.out, 0777) && errno != EEXIST) tool_fail(1, "%s: %s", r.out, strerror(errno));
         snprintf(r.pictures, sizeof r.pictures, "%016llx",

@@ -64,7 +64,7 @@ static inline float shapes_distance(int label, float x, float y) {
     }
 }
 
-/* A colour that runs from one to another across the picture: value c at (x, y) is base[c] + x along[c] + y across[c]. */
+/* A colour that changes across the picture: value c at (x, y) is base[c] + x along[c] + y across[c]. */
 typedef struct shapes_paint {
     float base[3], along[3], across[3];
 } shapes_paint;
@@ -168,7 +168,8 @@ static inline int shapes_draw(uint64_t seed, int i, unsigned char *pixels) {
     height = shapes_uniform(&random, 0, 0.12f);
     for (k = 0; k < SHAPES_SIZE * SHAPES_SIZE; k++) {
         float x = (float)(k % SHAPES_SIZE), y = (float)(k / SHAPES_SIZE);
-        float u = x / SHAPES_SIZE - 0.5f, v = y / SHAPES_SIZE - 0.5f, wave = height * sinf(slope_x * x + slope_y * y + phase);
+        float u = x / SHAPES_SIZE - 0.5f, v = y / SHAPES_SIZE - 0.5f,
+              wave = height * sinf(slope_x * x + slope_y * y + phase);
         for (c = 0; c < 3; c++) picture[3 * k + c] = ground.base[c] + u * ground.along[c] + v * ground.across[c] + wave;
     }
 

@@ -98,7 +98,8 @@ static inline void tool_help(const char *usage, const tool_flag *flags) {
             printf("\n%s\n", flags->help);
             continue;
         }
-        snprintf(left, sizeof left, "%s %s", flags->name, flags->kind == TOOL_CHOICE ? "WORD" : flags->arg ? flags->arg : "");
+        snprintf(left, sizeof left, "%s %s", flags->name,
+                 flags->kind == TOOL_CHOICE ? "WORD" : flags->arg ? flags->arg : "");
         tool_print_value(flags, value, sizeof value);
         printf("  %-22s %s", left, flags->help);
         if (flags->kind == TOOL_CHOICE) printf(": %s", flags->arg);
@@ -180,11 +181,11 @@ typedef struct tool_source {
 } tool_source;
 
 #define TOOL_SOURCE_FLAGS(source)                                                                                      \
-    {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Pictures (without one of the first four: ten classes of drawn shapes)", 0},  \
-    {"--data", TOOL_TEXT, &(source).folder, 0, 0, "DIR", "folders DIR/train/CLASS and DIR/test/CLASS of JPEG or PNG", 1}, \
-    {"--cifar10", TOOL_TEXT, &(source).cifar10, 0, 0, "DIR", "CIFAR-10, binary version, unpacked", 1},                   \
-    {"--cifar100", TOOL_TEXT, &(source).cifar100, 0, 0, "DIR", "CIFAR-100, binary version, unpacked", 1},                \
-    {"--idx", TOOL_TEXT, &(source).idx, 0, 0, "DIR", "MNIST's or Fashion-MNIST's four files, unpacked", 1},              \
+    {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Pictures (without one of the first four: drawn shapes of ten classes)", 0},\
+    {"--data", TOOL_TEXT, &(source).folder, 0, 0, "DIR", "folders DIR/{train,test}/CLASS of JPEG or PNG files", 1},    \
+    {"--cifar10", TOOL_TEXT, &(source).cifar10, 0, 0, "DIR", "CIFAR-10, binary version, unpacked", 1},                 \
+    {"--cifar100", TOOL_TEXT, &(source).cifar100, 0, 0, "DIR", "CIFAR-100, binary version, unpacked", 1},              \
+    {"--idx", TOOL_TEXT, &(source).idx, 0, 0, "DIR", "MNIST's or Fashion-MNIST's four files, unpacked", 1},            \
     {"--size", TOOL_INT, &(source).size, 8, 1024, "N", "pictures are resized to N x N [as they are]", 0}
 
 static inline void tool_check_source(const tool_source *source) {
@@ -218,7 +219,8 @@ static inline void tool_open(ckca_context *ctx, const tool_source *source, int s
         } else if (source->idx) {
             tool_check(ctx, ckca_open_idx(ctx, data[part], source->idx, which, &desc));
         } else {
-            tool_check(ctx, shapes_open(ctx, data[part], seed + (uint64_t)part * 1000003, 0, part ? 1000 : shapes, &desc));
+            seed += (uint64_t)part * 1000003;
+            tool_check(ctx, shapes_open(ctx, data[part], seed, 0, part ? 1000 : shapes, &desc));
         }
         ckca_data_info_get(*train, &info);
         desc.height = info.height;

@@ -2,10 +2,10 @@
 
        cc -O2 -fopenmp -I. examples/train.c -o train -lm
        ./train                                            ResNet-8 on drawn shapes
-       ./train --cifar10 cifar-10-batches-bin --arch resnet20 --projection --augment --epochs 100 --save resnet20.safetensors
+       ./train --cifar10 cifar-10-batches-bin --arch resnet20 --projection --augment --save net.safetensors
 
-   With --save FILE, FILE.state is written twice a minute and removed at the end; a run that was killed goes on from it, to
-   bitwise the same weights, when the same command is given again with --resume. */
+   With --save FILE, FILE.state is written twice a minute and removed at the end; a run that was killed goes on from
+   it, to bitwise the same weights, when the same command is given again with --resume. */
 #define CKCA_IMPLEMENTATION
 #include "ckca.h"
 
@@ -42,9 +42,12 @@ int main(int argc, char **argv) {
         TOOL_SOURCE_FLAGS(source),
         {"--count", TOOL_INT, &count, 1, 1e6, "N", "shapes to draw for training", 0},
         {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Network", 0},
-        {"--arch", TOOL_TEXT, &arch, 0, 0, "NAME", "resnet8, 20, 32, 44, 56, 110, 18, 34, 50, 18-cifar ... 50-cifar", 0},
-        {"--width", TOOL_INT, &model_desc.width_base, 1, 1024, "N", "channels of its first stage [16; resnet18 and larger 64]", 0},
-        {"--projection", TOOL_SWITCH, &model_desc.projection, 0, 0, NULL, "1x1 convolutions as shortcuts (resnet8 ... 110)", 0},
+        {"--arch", TOOL_TEXT, &arch, 0, 0, "NAME", "resnet8, 20, 32, 44, 56, 110, 18, 34, 50, 18-cifar ... 50-cifar",
+         0},
+        {"--width", TOOL_INT, &model_desc.width_base, 1, 1024, "N",
+         "channels of its first stage [16; resnet18 and larger 64]", 0},
+        {"--projection", TOOL_SWITCH, &model_desc.projection, 0, 0, NULL,
+         "1x1 convolutions as shortcuts (resnet8 ... 110)", 0},
         {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Training", 0},
         {"--epochs", TOOL_INT, &update.epochs, 1, 100000, "N", "", 0},
         {"--batch", TOOL_INT, &update.batch, 1, 65536, "N", "pictures a step", 0},

@@ -5,8 +5,8 @@
        ./update in-use.safetensors new-pictures better.safetensors
 
    new-pictures holds a folder per class, named as the checkpoint names them (some may be missing). While it works,
-   better.safetensors.state is written now and then; if the program is killed, the same command goes on from there, to the
-   same bits. The old checkpoint is only read. */
+   better.safetensors.state is written now and then; if the program is killed, the same command goes on from there, to
+   the same bits. The old checkpoint is only read. */
 #define CKCA_IMPLEMENTATION
 #include "ckca.h"
 
@@ -37,7 +37,8 @@ int main(int argc, char **argv) {
         {"--augment", TOOL_SWITCH, &augment, 0, 0, NULL, "shift by up to 4 pixels, mirror half of the time", 0},
         {"--seed", TOOL_SEED, &update.seed, 0, 0, "N", "of order and augmentation", 0},
         {"--threads", TOOL_INT, &desc.threads, 0, 1024, "N", "[one per processor]", 0},
-        {"--state-seconds", TOOL_FLOAT, &update.state_seconds, 0.001, 1e6, "X", "between states for a killed run [30]", 0},
+        {"--state-seconds", TOOL_FLOAT, &update.state_seconds, 0.001, 1e6, "X", "between states for a killed run [30]",
+         0},
         {"--test", TOOL_TEXT, &test_folder, 0, 0, "DIR", "labelled pictures to test both checkpoints on [none]", 0},
         {NULL, TOOL_HEADING, NULL, 0, 0, NULL, NULL, 0}};
     ckca_context *ctx = NULL;
@@ -52,9 +53,12 @@ int main(int argc, char **argv) {
     tool_name = "update";
     words = tool_parse(argc, argv,
                        "update CHECKPOINT.safetensors NEW_PICTURES_DIR OUT.safetensors [flags]\n"
-                       "improves a checkpoint from new pictures (NEW_PICTURES_DIR/CLASS/*.jpg or png) alone.\n\n", flags);
-    if (words != 3) tool_fail(2, "usage: update CHECKPOINT.safetensors NEW_PICTURES_DIR OUT.safetensors (--help has more)");
-    if ((size_t)snprintf(state, sizeof state, "%s.state", argv[2]) >= sizeof state) tool_fail(2, "the path is too long");
+                       "improves a checkpoint from new pictures (NEW_PICTURES_DIR/CLASS/*.jpg or png) alone.\n\n",
+                       flags);
+    if (words != 3)
+        tool_fail(2, "usage: update CHECKPOINT.safetensors NEW_PICTURES_DIR OUT.safetensors (--help has more)");
+    if ((size_t)snprintf(state, sizeof state, "%s.state", argv[2]) >= sizeof state)
+        tool_fail(2, "the path is too long");
 
     tool_check(ctx, ckca_init(&ctx, &desc));
     tool_check(ctx, ckca_load(ctx, &model, argv[0]));
@@ -75,11 +79,13 @@ int main(int argc, char **argv) {
     tool_check(ctx, ckca_update(model, pictures, &update, &report));
     tool_check(ctx, ckca_save(model, argv[2]));
     tool_status(NULL);
-    printf("%s: update %d, %d steps in %.1f s; on the new pictures the old checkpoint had %.1f%%, training ended at %.1f%%\n",
-           argv[2], report.step, report.sgd_steps, report.seconds, 100 * report.teacher_accuracy, 100 * report.accuracy);
+    printf(
+        "%s: update %d, %d steps in %.1f s; accuracy on the new pictures was %.1f%%, in training %.1f%%\n",
+        argv[2], report.step, report.sgd_steps, report.seconds, 100 * report.teacher_accuracy, 100 * report.accuracy);
     if (test) {
         tool_check(ctx, ckca_evaluate(model, test, &after, NULL));
-        printf("%s: %.2f%% before, %.2f%% now (%d pictures)\n", test_folder, 100 * before.top1, 100 * after.top1, after.count);
+        printf("%s: %.2f%% before, %.2f%% now (%d pictures)\n", test_folder, 100 * before.top1, 100 * after.top1,
+               after.count);
     }
 
     ckca_model_free(model);
