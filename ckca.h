@@ -37,8 +37,8 @@
    BUILD
        cc -O3 -fopenmp program.c -lm      (needs stb_image.h: Debian's libstb-dev)
        cc -O3 program.c -lm               (one thread)
-   Any C99 or C++11 compiler will do. GCC and clang on x86-64 and AArch64 get vector kernels, chosen at run time;
-   others get plain loops, which are many times slower.
+   Built and tested with GCC and clang on x86-64 Linux, as C99 and C++11, where the vector kernels are chosen at run time.
+   The AArch64 kernels are written but have not been run; other compilers get plain loops, many times slower.
 
    OPTIONS, defined before the implementation
        CKCA_STATIC          every function static, so that several files can have an implementation of their own
@@ -4472,10 +4472,11 @@ static void ckca__reorder(const ckca__parameter *p, const float *from, float *to
 static ckca_status ckca__tensor_place(ckca_model *m, int i, ckca_slot slot, const void *memory, float **place,
                                       float **host) {
     float *arena = slot == CKCA_VALUE ? m->values : slot == CKCA_GRADIENT ? m->gradients : m->momentum;
-    const ckca__parameter *p = &m->parameter[i];
+    const ckca__parameter *p;
     if (i < 0 || i >= m->parameters || !memory || !m->finished)
         return ckca__fail(m->ctx, CKCA_EINVAL, "tensor: there is no tensor %d (they are 0 to %d)", i,
                           m->parameters - 1);
+    p = &m->parameter[i];
     if (!arena || (slot != CKCA_VALUE && p->role >= CKCA__MEAN))
         return ckca__fail(m->ctx, CKCA_EINVAL, "%s: it has no gradient or momentum (yet)", p->name);
     *host = (float *)ckca__alloc(m->ctx, p->count * sizeof(float));
