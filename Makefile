@@ -5,6 +5,9 @@
 #   make test               every test, the ones below too, ending in "N passed, N failed"
 #   make check              the test programs only
 #   make bench              build/bench (see tests/bench.c)
+#   make bench-peers        ours against PyTorch, in turn, and against this machine's floors: a table. Installs PyTorch
+#                           into build/peers if need be. ROWS="train resnet20", ROUNDS=3, PYTHON=, PEERS=DIR and more:
+#                           see tests/bench_peers.py
 #   make asan               the test programs under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make fuzz TIME=60       libFuzzer on the file readers for so many seconds (needs clang)
 #   make install PREFIX=    the header and ckca.pc; DESTDIR is honoured
@@ -56,7 +59,7 @@ TESTS := $(patsubst tests/%.c,build/tests/%,$(sort $(wildcard tests/test_*.c)))
 SCRIPTS := $(sort $(wildcard tests/test_*.sh))
 ASAN := $(patsubst build/tests/%,build/asan/%,$(TESTS))
 
-.PHONY: all demo test check bench asan fuzz install clean help FORCE
+.PHONY: all demo test check bench bench-peers asan fuzz install clean help FORCE
 .DELETE_ON_ERROR:
 
 all: $(EXAMPLES)
@@ -76,6 +79,10 @@ asan: $(ASAN)
 	sh tests/run.sh $(ASAN)
 
 bench: build/bench
+
+# The variables reach the script through the environment.
+bench-peers: build/bench
+	python3 tests/bench_peers.py build/bench
 
 # Rewritten only when the flags change, so that everything is rebuilt then.
 build/flags: FORCE
