@@ -179,25 +179,25 @@ static void cost(const ckca_model *m, int batch, int training, double *gflop, do
 enum { CHAINS = 12, TRIAD = 32 << 20 /* floats: arrays of 128 MiB, beyond any cache */, WINDOWS = 6 };
 static volatile float sink; /* so that results are wanted */
 
-#define CHAINS_OF(name, target, vector, lanes, set, fma)                                   \
-    target static double name(int rounds) {                                                \
-        const vector factor = set(0.999f), term = set(0.001f);                             \
-        vector chain[CHAINS];                                                              \
-        int i, r;                                                                          \
-        CKCA__UNROLL for (i = 0; i < CHAINS; i++) chain[i] = set((float)i);                \
-        for (r = 0; r < rounds; r++) {                                                     \
-            CKCA__UNROLL for (i = 0; i < CHAINS; i++) chain[i] = fma(chain[i], factor, term); \
-        }                                                                                  \
-        for (i = 0; i < CHAINS; i++) {                                                     \
-            float value[lanes];                                                            \
-            memcpy(value, &chain[i], sizeof value);                                        \
-            sink = value[0];                                                               \
-        }                                                                                  \
-        return 2.0 * lanes * CHAINS * rounds;                                              \
-    }
 #ifndef CKCA__UNROLL
 #define CKCA__UNROLL
 #endif
+#define CHAINS_OF(name, target, vector, lanes, set, fma)                                      \
+    target static double name(int rounds) {                                                   \
+        const vector factor = set(0.999f), term = set(0.001f);                                \
+        vector chain[CHAINS];                                                                 \
+        int i, r;                                                                             \
+        CKCA__UNROLL for (i = 0; i < CHAINS; i++) chain[i] = set((float)i);                   \
+        for (r = 0; r < rounds; r++) {                                                        \
+            CKCA__UNROLL for (i = 0; i < CHAINS; i++) chain[i] = fma(chain[i], factor, term); \
+        }                                                                                     \
+        for (i = 0; i < CHAINS; i++) {                                                        \
+            float value[lanes];                                                               \
+            memcpy(value, &chain[i], sizeof value);                                           \
+            sink = value[0];                                                                  \
+        }                                                                                     \
+        return 2.0 * lanes * CHAINS * rounds;                                                 \
+    }
 #if defined(CKCA__SIMD) && defined(__x86_64__)
 #define SSE_MULTIPLY_ADD(a, b, c) _mm_add_ps(_mm_mul_ps(a, b), c)
 CHAINS_OF(chains_base, , __m128, 4, _mm_set1_ps, SSE_MULTIPLY_ADD)
@@ -229,7 +229,8 @@ static double triad(float *a, const float *b, const float *c) { /* bytes moved *
 }
 
 /* Processes rather than threads, so that this owes nothing to the library's threading: each works through the same
-   windows of time and reports its rates; the best window's sum counts. The first WINDOWS are for chains, the rest triad. */
+   windows of time and reports its rates; the best window's sum counts. The first WINDOWS are for chains, the others for
+   triad. */
 static void peak(ckca_context *ctx, int threads) {
     double total[2 * WINDOWS] = {0}, start = now() + 300 + 100 * threads, best[2] = {0, 0};
     int reports[2], i, w;
@@ -269,8 +270,9 @@ static void peak(ckca_context *ctx, int threads) {
 
 int main(int argc, char **argv) {
     static const char *const isa_name[] = {"best", "plain", "base", "avx2", "avx512"};
-    int peaks = argc > 1 && !strcmp(argv[1], "peak"), distill = argc > 1 && !strcmp(argv[1], "distill"), inference = argc > 1 && !strcmp(argv[1], "infer");
-    int known = peaks || distill || inference || (argc > 1 && !strcmp(argv[1], "train"));
+    const char *mode = argc > 1 ? argv[1] : "";
+    int peaks = !strcmp(mode, "peak"), distill = !strcmp(mode, "distill"), inference = !strcmp(mode, "infer");
+    int known = peaks || distill || inference || !strcmp(mode, "train");
     int numbers = peaks ? 2 : 3 + distill, count = peaks ? 1 : 4; /* where the numbers start; how many */
     int batch = 1, size = 1, steps = 1, i;
     ckca_desc desc;

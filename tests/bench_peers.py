@@ -17,11 +17,11 @@ parts, and a run that was killed loses nothing. Set by environment variables, or
     ROUNDS=3       how often A B; 0 only prints the table
     STEPS=N        timed steps in a run; otherwise about ten seconds' worth, 5 to 50
     SETTINGS="W ..."  of PyTorch: tuned, tcmalloc, channels-last, default (see torch_bench.py). All named are run in
-                   each round and the fastest counts. Default: tuned, and tcmalloc if it is here
+                   each round, have a column each, and the fastest counts. Default: tuned, and tcmalloc if it is here
 
-The ratio is of adjacent runs: median [min, max]. Floors are the step's nominal flops over the rate of multiply-adds, and
-the bytes it cannot do without over the memory's rate (bench.c, cost), both rates measured here and now with the same
-number of threads. Leave the machine alone meanwhile: whatever else runs is in the figures.
+The ratio is of adjacent runs: median [min, max]. Floors are the step's nominal flops over the rate of multiply-adds,
+and the bytes it cannot do without over the memory's rate (bench.c, cost), both rates measured here and now with the
+same number of threads. Leave the machine alone meanwhile: whatever else runs is in the figures.
 """
 import csv, ctypes.util, hashlib, os, statistics, subprocess, sys, time
 from collections import defaultdict
@@ -74,7 +74,7 @@ def rows():
     for net, batch, size, ms, _ in NETS:
         out.append(Row(f"scaling {net}", "train", [net], batch, size, 2, ms, "1 thread", at_least=1.85, threads_b=1))
     for net, batch, size, ms, _ in NETS:
-        out.append(Row(f"isa {net}", "train", [net], batch, size, 2, ms, "AVX-512 (A: AVX2)", at_least=0.8,
+        out.append(Row(f"isa {net}", "train", [net], batch, size, 2, ms, "AVX-512 (A is AVX2)", at_least=0.8,
                        isa=("avx2", "avx512")))
     out.append(Row("busy resnet20", "train", ["resnet20"], 128, 32, 2, 400, "beside a busy process", at_most=2.5,
                    busy=True))
@@ -99,8 +99,10 @@ def install(peers):
     given = os.environ.get("PYTHON")
     python = given or os.path.join(peers, "venv", "bin", "python")
     version = works(python)
-    if version or given:
-        return (python, version) if version else sys.exit(f"bench-peers: {given} cannot import torch, torchvision, numpy")
+    if given and not version:
+        sys.exit(f"bench-peers: {given} cannot import torch, torchvision and numpy")
+    if version:
+        return python, version
     say(f"bench-peers: installing PyTorch into {peers}/venv: a virtual environment, then pip install torch torchvision "
         "numpy. A few minutes; several GB where the index holds the CUDA build.")
     start = time.time()
@@ -146,8 +148,26 @@ def race(row, bench, python, settings, rounds, append):
             append(row=row.name, round=mark, side=side, setting=setting, **found)
 
 
-def spread(values, digits=0):
-    return f"{statistics.median(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+def spread(values, digits):
+    """The median; where it is of several values, the least and the greatest too."""
+    middle = f"{statistics.median(values):.{digits}f}"
+    return middle + (f" [{min(values):.{digits}f}, {max(values):.{digits}f}]" if len(values) > 1 else "")
+
+
+def show(lines):
+    """A table, as Markdown reads it; the first line is its head."""
+    width = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    lines.insert(1, ["-" * w for w in width])
+    for line in lines:
+        print("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, width)) + " |")
+    print()
+
+
+def judge(value, at_least, at_most):
+    """A bar, and whether it is met."""
+    if at_least:
+        return f">= {at_least:g}", "yes" if value >= at_least else "NO"
+    return (f"<= {at_most:g}", "yes" if value <= at_most else "NO") if at_most else ("", "")
 
 
 def table(all_rows, records, settings, torch):
@@ -156,13 +176,13 @@ def table(all_rows, records, settings, torch):
         if r["row"] == "peak":
             seen = peak.setdefault(int(r["threads"]), {"fma_gflops": 0.0, "triad_gbps": 0.0})
             peak[int(r["threads"])] = {k: max(v, float(r[k])) for k, v in seen.items()}
-    head = ["row", "batch", "size", "ours (A), ms", "other (B)", "B, ms", "B / A", "bar", "met", "floor, ms: flops",
-            "bytes", "share", "peak MB: ours", "other", "bar", "met"]
-    lines = [head]
+    times = [["row", "batch, size", "threads", "A, ms", "B", "B, ms", "B / A", "bar", "met"]]
+    if len(settings) > 1:
+        times[0] += [f"PyTorch {s}, ms" for s in settings]
+    floors = [["row", "A, ms", "flops' floor, ms", "bytes' floor, ms", "A reaches", "A's peak MB", "bar", "met",
+               "B's peak MB"]]
     for row in all_rows:
         mine = [r for r in records if r["row"] == row.name]
-        if not any(r["side"] == "B" for r in mine):
-            continue
         by_setting = defaultdict(list)
         for r in mine:
             if r["side"] == "B" and (row.other != "PyTorch" or r["setting"] in settings):
@@ -175,36 +195,29 @@ def table(all_rows, records, settings, torch):
         a = {r["round"]: r for r in mine if r["side"] == "A" and r["round"] in b}
         ours, other = ([float(r["median_ms"]) for r in side.values()] for side in (a, b))
         ratios = [float(b[k]["median_ms"]) / float(a[k]["median_ms"]) for k in a]
-        ratio = statistics.median(ratios)
-        bar = f">= {row.at_least}" if row.at_least else f"<= {row.at_most}" if row.at_most else ""
-        met = ratio >= row.at_least if row.at_least else ratio <= row.at_most
-        one = next(iter(a.values()))
-        rate = peak.get(int(one["threads"]))
-        flops = byte = share = ""
-        if rate:
-            flops = float(one["gflop"]) / rate["fma_gflops"] * 1000
-            byte = f'{float(one["mbyte"]) / rate["triad_gbps"]:.1f}'
-            share, flops = f"{100 * flops / statistics.median(ours):.0f}%", f"{flops:.1f}"
-        memory = [max(float(r["peak_rss_mb"]) for r in side.values()) for side in (a, b)]
-        lines.append([row.name, str(row.batch), str(row.size), spread(ours, 1),
-                      f"{row.other} {setting}".strip(), spread(other, 1), spread(ratios, 2), bar, "yes" if met else "NO",
-                      flops, byte, share, f"{memory[0]:.0f}", f"{memory[1]:.0f}",
-                      f"<= {row.memory:.0f}" if row.memory else "",
-                      ("yes" if memory[0] <= row.memory else "NO") if row.memory else ""])
-    processor = next((l.split(":", 1)[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), "?") \
-        if os.path.exists("/proc/cpuinfo") else "?"
-    print(f"\n{processor}, {os.cpu_count()} processors; PyTorch {torch}")
+        times.append([row.name, f"{row.batch}, {row.size}", str(row.threads), spread(ours, 1),
+                      f"{row.other} {setting}".strip(), spread(other, 1), spread(ratios, 2),
+                      *judge(statistics.median(ratios), row.at_least, row.at_most)])
+        if len(settings) > 1:
+            times[-1] += [spread([float(r["median_ms"]) for r in by_setting[s]], 1) if s in by_setting else ""
+                          for s in settings]
+        one, rate = next(iter(a.values())), peak.get(row.threads)
+        if row.other == "PyTorch" and rate:
+            middle = statistics.median(ours)
+            flops, moved = (float(one[k]) / rate[r] for k, r in (("gflop", "fma_gflops"), ("mbyte", "triad_gbps")))
+            memory = [max(float(r["peak_rss_mb"]) for r in side.values()) for side in (a, b)]
+            floors.append([row.name, f"{middle:.1f}", f"{1000 * flops:.1f}", f"{moved:.1f}",
+                           f"{100000 * flops / middle:.0f}%", f"{memory[0]:.0f}", *judge(memory[0], None, row.memory),
+                           f"{memory[1]:.0f}"])
+    model = [line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    print(f"\n{model[0] if model else 'processor unnamed'}, {os.cpu_count()} processors; PyTorch {torch}. Medians of "
+          "runs in turn [least, greatest]; A is ours.\n")
+    show(times)
     for threads, r in sorted(peak.items()):
         print(f"{threads} thread{'s' * (threads > 1)}: {r['fma_gflops']} GFLOP/s of multiply-adds, "
               f"{r['triad_gbps']} GB/s of triad")
-    print()
-    width = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    for i, line in enumerate(lines):
-        print("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, width)) + " |")
-        if i == 0:
-            print("| " + " | ".join("-" * w for w in width) + " |")
-    print("\nTimes and ratios are medians over the runs [min, max]; share is the flops' floor over our time (Winograd may "
-          "pass 100%).")
+    print("Floors are of direct convolution; what A reaches is of the flops' floor, which Winograd may pass.\n")
+    show(floors)
 
 
 def main():
