@@ -1,8 +1,8 @@
 #!/bin/sh
 # test_neon.sh [TEST...]: the AArch64 kernels, on any machine: test programs (test_conv, test_ops and test_files unless
-# others are named; test_train and test_nets pass too and take one and three minutes) cross-compiled and run by qemu-user.
-# Where Debian's gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user are not here it says so and tests nothing. Run
-# from the repository's root.
+# others are named; test_train and test_nets pass too and take one minute and three) cross-compiled and run by
+# qemu-user. Where Debian's gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user are not here it says so and tests
+# nothing. Run from the repository's root.
 dir=build/neon
 rm -rf $dir
 mkdir -p $dir
