@@ -27,7 +27,7 @@ import csv, ctypes.util, hashlib, os, statistics, subprocess, sys, time
 from collections import defaultdict
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-BUSY = [sys.executable, "-c", "while True: pass"]
+BUSY = [sys.executable, "-c", "import os; p = os.getppid()\nwhile os.getppid() == p:\n    for _ in range(10**6): pass"]
 FIELDS = ("when build torch row round side setting median_ms min_ms max_ms images_per_s peak_rss_mb gflop mbyte "
           "threads fma_gflops triad_gbps").split()
 
@@ -56,7 +56,7 @@ class Row:
         return [str(w) for w in words if w != ""]
 
     def estimate(self, settings):
-        runs = 1 + (settings if self.other == "PyTorch" else 1)
+        runs = 1 + (settings if self.other == "PyTorch" else self.threads / self.threads_b)
         return runs * (4 + (self.steps + 3) * self.ms / 1000)
 
 
