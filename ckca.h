@@ -292,6 +292,9 @@ CKCA_API int ckca_stage(ckca_model *model, int input); /* marks a map for FeatRe
 /* logits is the output (N x 1 x 1 x classes, of a linear node); its input are the pooled features. */
 CKCA_API ckca_status ckca_model_finish(ckca_model *model, int logits);
 CKCA_API void ckca_model_free(ckca_model *model);
+/* A second finished model of the same context: the same graph, weights, names and time step; gradients and momentum
+   start anew. */
+CKCA_API ckca_status ckca_model_copy(ckca_model **copy, const ckca_model *model);
 
 typedef struct ckca_model_info {
     const char *arch; /* the builder's name, or "custom" */
@@ -4877,11 +4880,17 @@ CKCA_API ckca_status ckca_sgd(ckca_model *m, const ckca_sgd_desc *desc) {
 }
 
 /* A model of the same network and weights, with arenas of its own: the teacher, and what a failed update goes back to. */
-static ckca_model *ckca__clone(const ckca_model *m) {
-    ckca_context *ctx = m->ctx;
-    ckca_model *copy = (ckca_model *)ckca__alloc(ctx, sizeof *copy);
-    const size_t normalization = (size_t)m->channels * 2 * sizeof(float);
-    if (!copy) return NULL;
+CKCA_API ckca_status ckca_model_copy(ckca_model **out, const ckca_model *m) {
+    ckca_context *ctx;
+    ckca_model *copy;
+    size_t normalization;
+    if (!m) return CKCA_EINVAL;
+    ctx = m->ctx;
+    if (!out || !m->finished) return ckca__fail(ctx, CKCA_EINVAL, "copy: needs a finished model and a place for it");
+    *out = NULL;
+    normalization = (size_t)m->channels * 2 * sizeof(float);
+    copy = (ckca_model *)ckca__alloc(ctx, sizeof *copy);
+    if (!copy) return ckca__fail(ctx, CKCA_ENOMEM, "copy: out of memory for the model");
     *copy = *m;
     copy->gradients = copy->momentum = copy->folded = copy->saved = copy->activations = NULL;
     copy->activation_bytes = copy->workspace_bytes = 0;
@@ -4895,13 +4904,14 @@ static ckca_model *ckca__clone(const ckca_model *m) {
     if (!copy->node || !copy->parameter || !copy->normalization || !copy->values ||
         (m->class_names && !copy->class_names)) {
         ckca_model_free(copy);
-        return NULL;
+        return ckca__fail(ctx, CKCA_ENOMEM, "copy: out of memory for the model's %.1f MB", (double)m->all * 4e-6);
     }
     memcpy(copy->node, m->node, (size_t)m->nodes * sizeof *m->node);
     memcpy(copy->parameter, m->parameter, (size_t)m->parameters * sizeof *m->parameter);
     memcpy(copy->normalization, m->normalization, normalization);
     ckca__device_copy(ctx, copy->values, m->values, m->all * sizeof(float));
-    return copy;
+    *out = copy;
+    return CKCA_OK;
 }
 
 /* ---- what a caller can see of a model ---- */
@@ -5747,10 +5757,7 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     u->teacher_accuracy = -1;
     had_names = m->class_names != NULL;
     was_normalized = m->normalized;
-    u->old = ckca__clone(m);
-    if (!u->old)
-        return ckca__fail(m->ctx, CKCA_ENOMEM, "update: out of memory for a copy of the model's %.1f MB",
-                          (double)m->all * 4e-6);
+    if ((status = ckca_model_copy(&u->old, m))) return status;
     status = ckca__begin(u, desc);
     if (!status) status = ckca__train(u, start);
     if (!status) {

@@ -302,7 +302,7 @@ static int show_progress(const ckca_progress *p, void *user) {
 static double job_cost(const run *r, int chunk, int column, int pictures) {
     const method *a = r->method[column];
     double visits = (double)pictures * r->update.epochs * (a->joined ? chunk + 1 : 1);
-    if (chunk == 0) return column && r->out ? 0 : visits;
+    if (chunk == 0) return column ? 0 : visits;
     if (a->method != CKCA_METHOD_CKCA && a->method != CKCA_METHOD_LWF) return visits;
     return visits + (r->augment ? visits : pictures) / 3.0;
 }
@@ -512,7 +512,7 @@ int main(int argc, char **argv) {
     model_desc.width_base = r.width;
     model_desc.projection = r.projection;
     model_desc.seed = r.seed;
-    for (m = 0; m < (r.out ? 1 : r.columns); m++) tool_check(ctx, ckca_resnet(ctx, &model[m], r.arch, &model_desc));
+    tool_check(ctx, ckca_resnet(ctx, &model[0], r.arch, &model_desc));
     ckca_model_info_get(model[0], &model_info);
     printf("%s: %lld parameters, on %s\n%d training pictures, %d test pictures, %dx%dx%d, %d classes; ", r.arch,
            (long long)model_info.parameters, ckca_device(ctx), info.count, t, info.height, info.width, info.channels,
@@ -545,8 +545,9 @@ int main(int argc, char **argv) {
         for (m = 0; m < r.columns; m++) {
             if (at(&r, t, m)->done) continue;
             r.cost_left -= r.cost = job_cost(&r, t, m, info.count);
-            if (t == 0 && m > 0 && r.out) {
-                *at(&r, t, m) = *at(&r, t, 0); /* the first chunk is trained on from scratch, whatever the method */
+            if (t == 0 && m > 0) { /* the first chunk is trained on from scratch, whatever the method */
+                *at(&r, t, m) = *at(&r, t, 0);
+                if (!r.out) tool_check(ctx, ckca_model_copy(&model[m], model[0]));
             } else {
                 if (r.out && t) tool_check(ctx, ckca_load(ctx, &model[m], checkpoint(&r, t - 1, m)));
                 do_job(ctx, &r, model[m], chunks, test, t, m);

@@ -275,7 +275,11 @@ static ckca_model *first_step(ckca_context *ctx, const ckca_data *data) {
     return m;
 }
 
-static ckca_model *copy_of(ckca_model *m) { return ckca__clone(m); }
+static ckca_model *copy_of(ckca_model *m) {
+    ckca_model *copy = NULL;
+    CHECK(ckca_model_copy(&copy, m) == CKCA_OK, "%s", ckca_error(m->ctx));
+    return copy;
+}
 
 static void test_learning(ckca_context *ctx, ckca_model *m, const ckca_data *test) {
     ckca_score score;
@@ -526,6 +530,31 @@ static void test_by_hand(ckca_context *ctx, ckca_model *start, const ckca_data *
     free(wb);
     ckca_model_free(a);
     ckca_model_free(b);
+}
+
+/* A copy gives the same logits, and goes its own way. */
+static void test_copy(ckca_context *ctx, ckca_model *start, const ckca_data *data) {
+    ckca_model *copy;
+    ckca_update_desc desc;
+    ckca_score before, same, after;
+    float *w;
+    ckca_tensor tensor;
+    CHECK(ckca_model_copy(&copy, start) == CKCA_OK, "%s", ckca_error(ctx));
+    CHECK(ckca_evaluate(start, data, &before, NULL) == CKCA_OK && ckca_evaluate(copy, data, &same, NULL) == CKCA_OK &&
+              !memcmp(&before, &same, sizeof same), "a copy scores %g, its model %g", same.loss, before.loss);
+    memset(&desc, 0, sizeof desc);
+    desc.epochs = 1;
+    CHECK(ckca_update(copy, data, &desc, NULL) == CKCA_OK, "%s", ckca_error(ctx));
+    CHECK(ckca_evaluate(start, data, &after, NULL) == CKCA_OK && !memcmp(&before, &after, sizeof after),
+          "training a copy moved its model from %g to %g", before.loss, after.loss);
+    CHECK(ckca_evaluate(copy, data, &after, NULL) == CKCA_OK && after.loss != before.loss, "the copy learnt nothing");
+    ckca_tensor_info(copy, 0, &tensor);
+    w = (float *)malloc((size_t)tensor.count * sizeof *w);
+    if (!w) exit(2);
+    ckca_model_free(copy);
+    CHECK(ckca_tensor_read(start, 0, CKCA_VALUE, w) == CKCA_OK, "%s", ckca_error(ctx));
+    CHECK(ckca_model_copy(NULL, start) == CKCA_EINVAL && ckca_model_copy(&copy, NULL) == CKCA_EINVAL, "no error");
+    free(w);
 }
 
 static void test_update_errors(ckca_context *ctx, ckca_model *start, const ckca_data *data) {
@@ -845,6 +874,7 @@ int main(void) {
     test_other_teacher(ctx, start, next);
     test_shrink_perturb(ctx, start, next);
     test_by_hand(ctx, start, next);
+    test_copy(ctx, start, next);
     test_update_errors(ctx, start, next);
     test_threads();
     test_resume(ctx, start, next);
