@@ -7,6 +7,7 @@
 #define CKCA_STATIC
 #include "ckca.h"
 #include "test.h"
+#include "device.h"
 
 #if defined(__GNUC__)
 #pragma GCC diagnostic ignored "-Wunused-function"

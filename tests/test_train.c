@@ -3,6 +3,7 @@
 #define CKCA_IMPLEMENTATION
 #include "ckca.h"
 #include "test.h"
+#include "device.h"
 
 #include <sys/stat.h>
 
