@@ -54,7 +54,7 @@ $(info OpenMP: $(or $(OPENMP),none (one thread)); stb_image: $(if $(STB),found,n
 endif
 endif
 
-ALL_CFLAGS = -std=c99 -D_DEFAULT_SOURCE $(WARNINGS) $(CFLAGS) $(OPENMP) $(if $(STB),,-DCKCA_NO_STB_IMAGE) -I.
+ALL_CFLAGS = -std=c99 -D_DEFAULT_SOURCE $(if $(CUDA),-DCKCA_CUDA) $(WARNINGS) $(CFLAGS) $(OPENMP) $(if $(STB),,-DCKCA_NO_STB_IMAGE) -I.
 ASAN_CFLAGS = -std=c99 -D_DEFAULT_SOURCE -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined \
     -fno-omit-frame-pointer $(if $(STB),,-DCKCA_NO_STB_IMAGE) -I.
 LIBS = -lm
@@ -64,7 +64,6 @@ CUDA_ARCH ?= 75 80 86 89 90
 ifneq ($(CUDA),)
 CUDA_HOME := $(patsubst %/bin/,%,$(dir $(realpath $(NVCC))))
 CUDA_OBJECT = build/ckca_cuda.o
-CFLAGS += -DCKCA_CUDA
 LIBS += -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcublas -lcudart -lstdc++
 NVCC_FLAGS = -O3 -std=c++17 -ccbin $(or $(firstword $(CXX)),c++) $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$a,code=sm_$a) \
     -gencode arch=compute_$(lastword $(CUDA_ARCH)),code=compute_$(lastword $(CUDA_ARCH))

@@ -197,14 +197,17 @@ static char *arena;
 static std::map<size_t, size_t> blocks; /* offset, bytes */
 static size_t in_use, high;
 static int opened, closings;
-static bool fresh; /* high has risen */
+static bool is_open; /* its pages, up to high */
 
+/* Pages are closed to the host one time in so many: it is a slow call, and a mistake will come again. */
 static void open_arena() {
-    if (!opened++ && high && (closings % 8 == 1 || fresh)) mprotect(arena, high, PROT_READ | PROT_WRITE);
-    fresh = false;
+    if (!opened++ && !is_open && high) mprotect(arena, high, PROT_READ | PROT_WRITE);
+    is_open = true;
 }
-static void close_arena() { /* one time in eight: it is a slow call, and a mistake will come again */
-    if (!--opened && high && closings++ % 8 == 0) mprotect(arena, high, PROT_NONE);
+static void close_arena() {
+    if (--opened || !high || ++closings % (high < (size_t)32 << 20 ? 8 : 64)) return;
+    mprotect(arena, high, PROT_NONE);
+    is_open = false;
 }
 static bool on_device(const void *p) { return arena && (const char *)p >= arena && (const char *)p < arena + ARENA; }
 
@@ -294,7 +297,7 @@ static cudaError_t cudaMalloc(void **memory, size_t bytes) {
     if (at + room > ARENA) return shim_last = cudaErrorMemoryAllocation;
     blocks[at] = room;
     in_use += bytes;
-    if (high < at + room) high = (at + room + PAGE - 1) / PAGE * PAGE, fresh = true;
+    if (high < at + room) high = (at + room + PAGE - 1) / PAGE * PAGE, is_open = false;
     if (bytes < (size_t)8 << 20) { /* cuBLAS's workspace is never touched: its pages stay away */
         open_arena();
         memset(arena + at, 0xff, room);
