@@ -9,7 +9,9 @@
 #   make fuzz TIME=60       libFuzzer on the file readers for so many seconds (needs clang)
 #   make install PREFIX=    the header and ckca.pc; DESTDIR is honoured
 #   make clean
+#   make shim               the GPU's kernels tested on the CPU (tests/cuda_shim.h); make test does it too
 #   make CUDA=1 ...         any of these on a GPU: the same programs, linked with ckca_cuda.cu (needs the CUDA toolkit)
+#   make CUDA=1 sanitize    the op tests under compute-sanitizer's four tools
 #
 # Yours to set: CC, CFLAGS, LDFLAGS, OPENMP= (to build without), STB= (to build without pictures' files);
 # NVCC, CUDA_ARCH= (the GPUs to compile for, as in CUDA_ARCH="80 90"; the last one's PTX serves newer ones).
@@ -81,7 +83,7 @@ ASAN :=
 SHIM :=
 endif
 
-.PHONY: all demo test check bench asan shim fuzz install clean help FORCE
+.PHONY: all demo test check bench asan shim sanitize fuzz install clean help FORCE
 .DELETE_ON_ERROR:
 
 all: $(EXAMPLES)
@@ -102,6 +104,11 @@ asan: $(ASAN)
 
 shim: $(SHIM)
 	sh tests/run.sh $(SHIM)
+
+SANITIZE = compute-sanitizer --error-exitcode 1
+sanitize: build/tests/test_conv build/tests/test_ops build/tests/test_cuda
+	for test in $^; do for tool in "memcheck --leak-check full" racecheck initcheck synccheck; do \
+	    echo "$$tool $$test" && $(SANITIZE) --tool $$tool $$test || exit 1; done; done
 
 bench: build/bench
 

@@ -48,6 +48,7 @@
                             stb_image.h of your own, include it before this header)
        CKCA_NO_STDIO        no files at all: pictures come from arrays, weights through ckca_tensor_read and _write
        CKCA_NO_SIMD         plain loops only
+       CKCA_CUDA            the ops of ckca_cuda.cu in place of the host's
        CKCA_FILE            "its/name.h", if you rename this header (it includes itself once per instruction set)
 
    CONTENTS, each a section under this name

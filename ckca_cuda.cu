@@ -345,11 +345,12 @@ __device__ __forceinline__ int ckca__quotient(int n, ckca__divisor d) {
    its own, so nothing is multiplied by zeros. In WEIGHT blockIdx.z walks splits of the pixels, whose sums
    ckca__add_splits adds in their order.
 
-   A block computes 128 rows x COLUMNS columns in slabs of 16 words of k. While the slab in one of two shared buffers is
+   A block computes 128 rows x COLUMNS (16, 32, 64 or 128) columns in slabs of 16 words of k. While the slab in one of two shared buffers is
    multiplied, the next one's values are under way to registers; they are rounded to words as they are put into the other
    buffer. Buffers are k x rows, 8 words longer than the rows they hold: then the 32 lanes of a fragment's load (4 k, 8
    rows) meet 32 banks. A quad, 4 floats fetched at once, lies along whatever is contiguous in memory: along k in
-   FORWARD (both) and DATA (A), along rows or columns else. Channels that are no multiple of 4 are fetched one by one.
+   FORWARD (both) and DATA (A), along rows or columns else. Channels that are no multiple of 4 are fetched one by one; where
+   they are a multiple of the slab's depth, a slab lies under one tap, and where that is is found once for all its quads.
    ------------------------------------------------------------------------------------------------------------------ */
 
 enum { CKCA__FORWARD, CKCA__DATA, CKCA__WEIGHT };
@@ -360,7 +361,7 @@ typedef struct ckca__gemm {
     const float *a, *b;            /* as in the table */
     const float *bias, *residual;  /* FORWARD; or NULL */
     float *out;
-    int relu, accumulate;          /* DATA: adds to out */
+    int relu, accumulate;          /* adds to out */
     int split;                     /* WEIGHT: pixels of a split */
     ckca__divisor channels, q, p;  /* of A's tensor (C or K); WEIGHT: of the output */
 } ckca__gemm;
@@ -397,7 +398,9 @@ __device__ ckca__phase ckca__phase_of(int pass, int phase, int taps, int stride,
 /* FORWARD and DATA's A: one row, an output pixel of the phase, along k = (tap y, tap x, channel). */
 struct ckca__window {
     const float *picture; /* NULL: no such row */
+    const float *under;   /* the slab's one tap; NULL: outside */
     int h, w, c, y, x, k; /* the source; the first tap's pixel; how many k */
+    int begin, one_tap;   /* of the slab */
     ckca__divisor by_c, by_taps;
 
     __device__ ckca__window(const ckca__gemm &g, int pass, const ckca__phase &py, const ckca__phase &px, int row) {
@@ -418,8 +421,14 @@ struct ckca__window {
         if (!picture || i >= k || sy < 0 || sy >= h || sx < 0 || sx >= w) return NULL;
         return picture + ((size_t)sy * w + sx) * c + (i - tap * c);
     }
+    __device__ void start(int k_, int depth) {
+        begin = k_;
+        one_tap = c % depth == 0;
+        if (one_tap) under = at(k_);
+    }
     __device__ float4 quad(int i) const {
         float v[4];
+        if (one_tap) return under ? *(const float4 *)(under + (i - begin)) : make_float4(0, 0, 0, 0);
         if (c % 4 == 0) {
             const float *from = at(i);
             return from ? *(const float4 *)from : make_float4(0, 0, 0, 0);
@@ -441,6 +450,7 @@ struct ckca__filter {
         k = g.s.r * g.s.s * c;
         from = column < g.s.k ? g.b + (size_t)column * k : NULL;
     }
+    __device__ void start(int, int) {}
     __device__ float4 quad(int i) const {
         if (from && c % 4 == 0) return i < k ? *(const float4 *)(from + i) : make_float4(0, 0, 0, 0);
         if (!from) i = k;
@@ -458,7 +468,9 @@ __device__ __forceinline__ float4 ckca__some(const float *from, int left, int to
 /* DATA's B: four input channels from c on, at k = (tap y, tap x, output channel). */
 struct ckca__filter_across {
     const float *w;
+    const float *under; /* the slab's one tap, first output channel */
     int c, channels, k, r, s, kernels, first_y, first_x, step;
+    int begin, one_tap; /* of the slab */
     ckca__divisor by_k, by_taps;
     __device__ ckca__filter_across(const ckca__gemm &g, const ckca__phase &py, const ckca__phase &px, int column) {
         w = g.b;
@@ -474,11 +486,18 @@ struct ckca__filter_across {
         by_k = g.channels;
         by_taps = ckca__divide_by(px.taps > 0 ? px.taps : 1);
     }
-    __device__ float4 quad(int i) const {
+    __device__ const float *at(int i) const {
         const int tap = ckca__quotient(i, by_k), ty = ckca__quotient(tap, by_taps), tx = tap - ty * (int)by_taps.by;
-        const size_t at = (((size_t)(i - tap * kernels) * r + (first_y + step * ty)) * s + (first_x + step * tx));
+        return w + (((size_t)(i - tap * kernels) * r + (first_y + step * ty)) * s + (first_x + step * tx)) * channels + c;
+    }
+    __device__ void start(int k_, int depth) {
+        begin = k_;
+        one_tap = kernels % depth == 0;
+        if (one_tap) under = at(k_);
+    }
+    __device__ float4 quad(int i) const {
         if (i >= k || c >= channels) return make_float4(0, 0, 0, 0);
-        return ckca__some(w + at * channels + c, channels - c, channels % 4 == 0);
+        return ckca__some(one_tap ? under + (size_t)(i - begin) * r * s * channels : at(i), channels - c, channels % 4 == 0);
     }
 };
 
@@ -498,6 +517,7 @@ struct ckca__window_across {
             tap_x[j] = tap % s.s - s.pad;
         }
     }
+    __device__ void start(int, int) {}
     __device__ float4 quad(int i) const {
         const int line = ckca__quotient(i, by_q), n = ckca__quotient(line, by_p);
         const int y = (line - n * s.p) * s.stride, x = (i - line * s.q) * s.stride;
@@ -519,6 +539,7 @@ struct ckca__pixel_across {
     int k, end, column;
     __device__ ckca__pixel_across(const ckca__gemm &g, int column_, int end_)
         : dy(g.b), k(g.s.k), end(end_), column(column_) {}
+    __device__ void start(int, int) {}
     __device__ float4 quad(int i) const {
         if (i >= end || column >= k) return make_float4(0, 0, 0, 0);
         return ckca__some(dy + (size_t)i * k + column, k - column, k % 4 == 0);
@@ -547,7 +568,8 @@ template <int PRECISION, int LINES, int ALONG_K> struct ckca__slab {
 
     __device__ static int line() { return ALONG_K ? threadIdx.x % LINES : threadIdx.x % (LINES / 4) * 4; }
 
-    template <class SOURCE> __device__ void fetch(const SOURCE &source, int k) {
+    template <class SOURCE> __device__ void fetch(SOURCE &source, int k) {
+        source.start(k, CKCA__WORDS * PER);
 #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
             const int item = (int)threadIdx.x + i * CKCA__THREADS;
@@ -562,16 +584,17 @@ template <int PRECISION, int LINES, int ALONG_K> struct ckca__slab {
         for (int i = 0; i < ITEMS; i++) {
             const int item = (int)threadIdx.x + i * CKCA__THREADS;
             if (QUADS % CKCA__THREADS && item >= QUADS) continue;
+            unsigned word[4];
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                const float4 &one = v[i * PER + (ALONG_K ? j * PER / 4 : 0)];
-                if (ALONG_K)
-                    words[(item / LINES * 4 + j) * LENGTH + item % LINES] =
-                        ckca__word<PRECISION>(ckca__part(one, j * PER % 4), PER == 2 ? ckca__part(one, j * PER % 4 + 1) : 0);
-                else
-                    words[item / (LINES / 4) * LENGTH + item % (LINES / 4) * 4 + j] =
-                        ckca__word<PRECISION>(ckca__part(one, j), ckca__part(v[i * PER + PER - 1], j));
+                const float4 &one = v[i * PER + (ALONG_K ? j * PER / 4 : 0)], &other = v[i * PER + PER - 1];
+                word[j] = ALONG_K ? ckca__word<PRECISION>(ckca__part(one, j * PER % 4), ckca__part(one, j * PER % 4 + PER - 1))
+                                  : ckca__word<PRECISION>(ckca__part(one, j), ckca__part(other, j));
+                if (ALONG_K) words[(item / LINES * 4 + j) * LENGTH + item % LINES] = word[j];
             }
+            if (!ALONG_K) /* 4 neighbours at once */
+                *(uint4 *)(words + item / (LINES / 4) * LENGTH + item % (LINES / 4) * 4) =
+                    make_uint4(word[0], word[1], word[2], word[3]);
         }
     }
 };
@@ -589,9 +612,10 @@ __device__ __forceinline__ ptrdiff_t ckca__gemm_pixel(const ckca__gemm &g, int p
 template <int PASS>
 __device__ __forceinline__ void ckca__gemm_store(const ckca__gemm &g, const ckca__phase &py, const ckca__phase &px, int row,
                                                  int column, float v) {
-    if (PASS == CKCA__WEIGHT) { /* a split's own K x R S C */
+    if (PASS == CKCA__WEIGHT) { /* a split's own K x R S C, or all there is of dw */
         const int rows = g.s.r * g.s.s * g.s.c;
-        if (row < rows && column < g.s.k) g.out[((size_t)blockIdx.z * g.s.k + column) * rows + row] = v;
+        float *to = g.out + ((size_t)blockIdx.z * g.s.k + column) * rows + row;
+        if (row < rows && column < g.s.k) *to = g.accumulate ? *to + v : v;
     } else {
         const int columns = PASS == CKCA__FORWARD ? g.s.k : g.s.c;
         const ptrdiff_t pixel = ckca__gemm_pixel(g, PASS, py, px, row);
@@ -639,11 +663,11 @@ template <int PRECISION, int PASS, int COLUMNS> __global__ void __launch_bounds_
     int buffer = 0;
 
     /* One of each of these is used; the compiler drops the others. */
-    const ckca__window window(g, PASS, py, px, row0 + slab_a::line());
-    const ckca__window_across window_across(g, row0 + slab_a::line(), end);
-    const ckca__filter filter(g, column0 + slab_b::line());
-    const ckca__filter_across filter_across(g, py, px, column0 + slab_b::line());
-    const ckca__pixel_across pixel_across(g, column0 + slab_b::line(), end);
+    ckca__window window(g, PASS, py, px, row0 + slab_a::line());
+    ckca__window_across window_across(g, row0 + slab_a::line(), end);
+    ckca__filter filter(g, column0 + slab_b::line());
+    ckca__filter_across filter_across(g, py, px, column0 + slab_b::line());
+    ckca__pixel_across pixel_across(g, column0 + slab_b::line(), end);
 #define CKCA__FETCH(k)                                                        \
     do {                                                                      \
         if constexpr (PASS == CKCA__WEIGHT) a.fetch(window_across, k);        \
@@ -668,7 +692,10 @@ template <int PRECISION, int PASS, int COLUMNS> __global__ void __launch_bounds_
 #pragma unroll 4
             for (int word = 0; word < CKCA__WORDS; word++) {
                 float x[8], y[EACH];
-                for (int i = 0; i < 8; i++) x[i] = __uint_as_float(wa[word * slab_a::LENGTH + my_row + i]);
+                for (int i = 0; i < 8; i += 4) {
+                    const float4 four = *(const float4 *)(wa + word * slab_a::LENGTH + my_row + i);
+                    x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
+                }
                 for (int j = 0; j < EACH; j++) y[j] = __uint_as_float(wb[word * slab_b::LENGTH + my_column + j]);
                 for (int i = 0; i < 8; i++)
                     for (int j = 0; j < EACH; j++) sums[i * EACH + j] += x[i] * y[j];
@@ -1046,14 +1073,19 @@ CKCA__OP void ckca__op_fold(ckca_context *ctx, int k, size_t per, const float *w
    the order of sums, and so the bits, would change. */
 enum { CKCA__WEIGHT_BLOCKS = 264, CKCA__LEAST_SPLIT = 512 };
 
-static int ckca__columns(int columns) { return columns <= 16 ? 16 : columns <= 32 ? 32 : 64; }
+/* Columns of a block: no more than there are; 128 only on tensor cores, which are so fast that every fetch should serve
+   as many sums as registers hold. */
+static int ckca__columns(const ckca_context *ctx, int columns) {
+    if (columns > 64 && ctx->precision != CKCA_FLOAT32) return 128;
+    return columns <= 16 ? 16 : columns <= 32 ? 32 : 64;
+}
 static int ckca__ceil(int a, int b) { return (a + b - 1) / b; }
 
 /* A 1 x 1 convolution is a plain matrix product, which cuBLAS knows best. */
 static int ckca__is_product(const ckca__conv *s) { return s->r == 1 && s->s == 1 && s->stride == 1 && !s->pad; }
 
-static int ckca__weight_splits(const ckca__conv *s) {
-    const int blocks = ckca__ceil(s->r * s->s * s->c, CKCA__ROWS) * ckca__ceil(s->k, ckca__columns(s->k));
+static int ckca__weight_splits(const ckca_context *ctx, const ckca__conv *s) {
+    const int blocks = ckca__ceil(s->r * s->s * s->c, CKCA__ROWS) * ckca__ceil(s->k, ckca__columns(ctx, s->k));
     const int most = s->n * s->p * s->q / CKCA__LEAST_SPLIT, wanted = CKCA__WEIGHT_BLOCKS / blocks;
     const int splits = most < wanted ? most : wanted;
     return splits > 1 ? splits : 1;
@@ -1063,8 +1095,7 @@ CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *
     const double pixels = (double)s->n * s->p * s->q;
     const size_t weights = ckca__mul(ckca__mul((size_t)s->r * s->s, (size_t)s->c), (size_t)s->k);
     const size_t bias = (size_t)ckca__parts(pixels < 1e9 ? (size_t)pixels : 1000000000) * s->k;
-    size_t floats = ckca__is_product(s) || pixels > INT_MAX ? 0 : ckca__mul(weights, (size_t)ckca__weight_splits(s));
-    (void)ctx;
+    size_t floats = ckca__is_product(s) || pixels > INT_MAX ? 0 : ckca__mul(weights, (size_t)ckca__weight_splits(ctx, s));
     if (floats < bias) floats = bias;
     return ckca__mul(floats, sizeof(float));
 }
@@ -1081,12 +1112,13 @@ static int ckca__conv_fits(ckca_context *ctx, const ckca__conv *s) {
 template <int PRECISION, int PASS> static void ckca__launch_gemm(ckca_context *ctx, dim3 grid, int columns, const ckca__gemm *g) {
     if (columns == 16) CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 16>), grid, *g);
     else if (columns == 32) CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 32>), grid, *g);
-    else CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 64>), grid, *g);
+    else if (columns == 64) CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 64>), grid, *g);
+    else if constexpr (PRECISION != CKCA_FLOAT32) CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 128>), grid, *g);
 }
 
 template <int PASS> static void ckca__run_gemm(ckca_context *ctx, ckca__gemm *g) {
     const ckca__conv *s = &g->s;
-    const int columns = PASS == CKCA__DATA ? s->c : s->k, width = ckca__columns(columns);
+    const int columns = PASS == CKCA__DATA ? s->c : s->k, width = ckca__columns(ctx, columns);
     int rows = s->n * s->p * s->q, layers = 1;
     if (PASS == CKCA__DATA) { /* phase 0 has the most pixels */
         rows = s->n * ckca__ceil(s->h, s->stride) * ckca__ceil(s->w, s->stride);
@@ -1094,7 +1126,7 @@ template <int PASS> static void ckca__run_gemm(ckca_context *ctx, ckca__gemm *g)
     }
     if (PASS == CKCA__WEIGHT) {
         rows = s->r * s->s * s->c;
-        layers = ckca__weight_splits(s);
+        layers = ckca__weight_splits(ctx, s);
         g->split = ckca__ceil(s->n * s->p * s->q, layers);
     }
     g->channels = ckca__divide_by(PASS == CKCA__DATA ? s->k : s->c);
@@ -1174,16 +1206,20 @@ CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv 
                                             float *dw, float *dbias, void *ws) {
     const size_t weights = (size_t)s->r * s->s * s->c * s->k;
     ckca__gemm g = {};
+    int splits;
     if (!ckca__conv_fits(ctx, s)) return;
+    splits = ckca__weight_splits(ctx, s);
     if (ckca__is_product(s)) {
         ckca__product(ctx, s->k, s->c, s->n * s->p * s->q, dy, 1, x, 0, dw, 1);
     } else {
         g.s = *s;
         g.a = x;
         g.b = dy;
-        g.out = (float *)ws;
+        g.accumulate = splits == 1;
+        g.out = splits == 1 ? dw : (float *)ws;
         ckca__run_gemm<CKCA__WEIGHT>(ctx, &g);
-        CKCA__LAUNCH(ctx, ckca__add_splits, ckca__grid(ctx, weights, 1), weights, ckca__weight_splits(s), (const float *)ws, dw);
+        if (splits > 1)
+            CKCA__LAUNCH(ctx, ckca__add_splits, ckca__grid(ctx, weights, 1), weights, splits, (const float *)ws, dw);
     }
     if (dbias) {
         ckca__moments m = {};
