@@ -152,8 +152,8 @@ typedef enum ckca_status {
 /* Instruction sets of the host kernels; the best the processor has is taken unless another is asked for. */
 typedef enum ckca_isa { CKCA_ISA_BEST = 0, CKCA_ISA_PLAIN, CKCA_ISA_BASE, CKCA_ISA_AVX2, CKCA_ISA_AVX512 } ckca_isa;
 
-/* What convolutions and linear layers multiply in on the GPU; weights, activations, sums, statistics, losses and SGD are
-   float32 in all three. The host has FLOAT32 alone: there another is an error, like an instruction set it lacks. */
+/* What convolutions and linear layers multiply in on the GPU; weights, activations, sums, statistics, losses and SGD
+   are float32 in all three. The host has FLOAT32 alone: there another is an error, like an instruction set it lacks. */
 typedef enum ckca_precision {
     CKCA_FLOAT32 = 0,
     CKCA_TF32, /* tensor cores, factors rounded to 10 bits of mantissa (needs compute capability 8.0) */
@@ -610,12 +610,13 @@ typedef struct ckca__conv {
 /* The device behind a new context, and its end. */
 CKCA__OP ckca_status ckca__device_init(ckca_context *ctx);
 CKCA__OP void ckca__device_free(ckca_context *ctx);
-/* Ops return nothing: the first call that the GPU refused waits here, as CKCA_ECUDA and its sentence, to be reported once. */
+/* Ops return nothing: the first call that the GPU refused waits here, to be reported once: CKCA_ECUDA with its name and
+   message in ckca_error. */
 CKCA__OP ckca_status ckca__device_status(ckca_context *ctx);
 
 /* Work that repeats, except for values it finds in device memory, is recorded once and then replayed:
        if (ckca__device_record(ctx, &recording)) { the ops; ckca__device_recorded(ctx, &recording); }
-   *recording starts as NULL and ends with ckca__device_forget. The host has nothing to record: it always runs the ops. */
+   *recording starts as NULL and ends with ckca__device_forget. On the host the ops always run. */
 CKCA__OP int ckca__device_record(ckca_context *ctx, void **recording);
 CKCA__OP void ckca__device_recorded(ckca_context *ctx, void **recording);
 CKCA__OP void ckca__device_forget(ckca_context *ctx, void **recording);
@@ -4914,7 +4915,8 @@ CKCA_API ckca_status ckca_get_batch(ckca_model *m, const ckca_data *data, const 
         if (index[i] < 0 || index[i] >= data->count)
             return ckca__fail(m->ctx, CKCA_EINVAL, "batch: there is no picture %d (they are 0 to %d)", index[i],
                               data->count - 1);
-    if ((status = ckca__reside(m->ctx, data->store)) || (status = ckca__small_alloc(m->ctx, &b, n, 1, 1))) return status;
+    if ((status = ckca__reside(m->ctx, data->store))) return status;
+    if ((status = ckca__small_alloc(m->ctx, &b, n, 1, 1))) return status;
     device = (float *)ckca__device_alloc(m->ctx, ckca__mul((size_t)n, values * sizeof(float)));
     if (device) {
         ckca__send_batch(m->ctx, data, index, n, epoch, 0, &b);
@@ -5069,6 +5071,8 @@ static ckca_status ckca__train_step(ckca__update *u, const int *position, int n)
         ckca__device_recorded(u->ctx, recording);
     } else { /* replayed; what ckca__run_forward notes on the host */
         u->m->n = n;
+        u->m->mode = u->mode;
+        u->m->input = ckca__input_buffer(u->m, n, u->mode);
         u->m->batches_tracked++;
         u->m->folded_valid = 0;
     }
@@ -5306,7 +5310,8 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
              ckca__small_alloc(u->ctx, &u->b, u->d.batch, m->classes,
                                u->teacher && u->teacher->features > m->features ? u->teacher->features : m->features)))
         return status;
-    if ((status = ckca__reside(u->ctx, u->data->store)) || (status = ckca__reserve(m, u->d.batch, u->mode))) return status;
+    if ((status = ckca__reside(u->ctx, u->data->store))) return status;
+    if ((status = ckca__reserve(m, u->d.batch, u->mode))) return status;
     if (u->d.w_feat > 0) { /* RELATION's tables may need more room than the layers do */
         const int widest = u->teacher->features > m->features ? u->teacher->features : m->features;
         if (!ckca__arena(u->ctx, &m->workspace, &m->workspace_bytes,

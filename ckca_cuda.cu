@@ -1,7 +1,7 @@
 /* ckca_cuda.cu - the GPU path of ckca.h: its ops as CUDA kernels and cuBLAS calls. MIT or public domain, your choice.
 
-   ckca.h declares the ops (section OPS, the seam) and has them for the host; this file has them for a GPU, with the same
-   names and arguments. A program chooses when it is compiled, and changes nothing else:
+   ckca.h declares the ops (section OPS, the seam) and has them for the host; this file has them for a GPU, with the
+   same names and arguments. A program chooses when it is compiled, and changes nothing else:
 
        nvcc -O3 -std=c++17 -arch=native -c ckca_cuda.cu
        cc -O3 -DCKCA_CUDA -c program.c                        (program.c defines CKCA_IMPLEMENTATION as ever)
@@ -23,14 +23,14 @@
 
    HOW KERNELS ARE LAID OUT
        Everything runs in one stream, in order. Blocks are of 256 threads. Element-wise kernels are grids of at most 16
-       blocks a multiprocessor whose threads walk the array in strides; where channels matter the stride is a multiple of
-       the channels, so that each thread meets one channel (or one float4 of channels) and loads its constants once.
+       blocks a multiprocessor whose threads walk the array in strides; where channels matter the stride is a multiple
+       of the channels, so that each thread meets one channel (or one float4 of channels) and loads its constants once.
        Sums are taken in two stages of fixed shape: a block sums its part in an order that depends on the sizes alone,
        then one block or warp adds the parts in theirs. There are no atomics: the same machine gives the same bits.
 
    FLOORS, what no kernel can beat: bytes through memory at its bandwidth, or multiply-adds at the peak of the unit used
-       GEMM           2 N P Q K R S C flops on tensor cores (FLOAT32: on the FFMA units), or the bytes of x, w and y once.
-                      With 16 channels an output costs 18 C = 288 flops and 8 bytes: memory is the floor there.
+       GEMM           2 N P Q K R S C flops on tensor cores (FLOAT32: on the FFMA units), or the bytes of x, w and y
+                      once. 3 x 3 on 16 channels costs 288 flops and 8 bytes an output: memory is the floor there.
        batch norm     forward: read x twice, write y (12 bytes a value, 4 more with a residual); backward: read x and dy
                       twice, y twice where ReLU, write dx (20 to 28 bytes), dresidual 4 to 8 more.
        element-wise   the bytes of its arguments once; SGD 20 bytes a parameter.
@@ -38,9 +38,10 @@
        losses         small; latency.
 
    PRECISION (ckca_desc.precision) concerns the factors in the products of convolutions and linear layers: FLOAT32
-   multiplies floats on the FFMA units; TF32 and BF16 round both factors as they enter shared memory (cuBLAS does the like
-   in its COMPUTE_32F_FAST modes) and multiply on tensor cores, summing in float32. Everything in memory is float32:
-   weights, activations, gradients, statistics. So BF16 saves arithmetic and shared memory here, not memory traffic.
+   multiplies floats on the FFMA units; TF32 and BF16 round both factors as they enter shared memory (cuBLAS does the
+   like in its COMPUTE_32F_FAST modes) and multiply on tensor cores, summing in float32. Everything in memory is
+   float32: weights, activations, gradients, statistics. So BF16 saves arithmetic and shared memory here, not memory
+   traffic.
 
    No GPU was at hand when this was written: it has been run on the CPU only, by tests/cuda_shim.h. */
 #ifndef CKCA_CUDA
@@ -59,22 +60,22 @@
    ------------------------------------------------------------------------------------------------------------------ */
 
 enum {
-    CKCA__THREADS = 256,          /* in every block */
-    CKCA__SLOTS = 4,              /* pinned buffers that uploads go through, in turn */
+    CKCA__THREADS = 256, /* in every block */
+    CKCA__SLOTS = 4,     /* pinned buffers that uploads go through, in turn */
     CKCA__SLOT_BYTES = 1 << 18,
-    CKCA__BLAS_BYTES = 32 << 20   /* cuBLAS's workspace: what it is advised to have on Hopper, and fixed for graphs */
+    CKCA__BLAS_BYTES = 32 << 20 /* cuBLAS's workspace: what it is advised to have on Hopper, and fixed for graphs */
 };
 
 typedef struct ckca__cuda {
     cudaStream_t stream;
     cublasHandle_t blas;
     void *blas_workspace;
-    int blocks;                        /* of an element-wise kernel, at most */
-    double *scratch;                   /* on the device: one double */
-    char *slot[CKCA__SLOTS];           /* pinned host memory */
-    cudaEvent_t sent[CKCA__SLOTS];     /* the slot's last upload is through */
-    int next;                          /* slot */
-    unsigned releases;                 /* memory given back so far: what was recorded before may point to it */
+    int blocks;                    /* of an element-wise kernel, at most */
+    double *scratch;               /* on the device: one double */
+    char *slot[CKCA__SLOTS];       /* pinned host memory */
+    cudaEvent_t sent[CKCA__SLOTS]; /* the slot's last upload is through */
+    int next;                      /* slot */
+    unsigned releases;             /* memory given back so far: what was recorded before may point to it */
     int failed;
     char error[400];
 } ckca__cuda;
@@ -101,10 +102,10 @@ static int ckca__blas_check(ckca__cuda *cuda, const char *call, cublasStatus_t s
 
 /* Every kernel starts here: CKCA__LAUNCH(ctx, kernel, blocks, arguments...). tests/cuda_shim.h has its own. */
 #ifndef CKCA__LAUNCH
-#define CKCA__LAUNCH(ctx, kernel, grid, ...)                                                 \
-    do {                                                                                     \
-        kernel<<<(grid), CKCA__THREADS, 0, ckca__cuda_of(ctx)->stream>>>(__VA_ARGS__);       \
-        ckca__cuda_check(ckca__cuda_of(ctx), #kernel, cudaGetLastError());                   \
+#define CKCA__LAUNCH(ctx, kernel, grid, ...)                                           \
+    do {                                                                               \
+        kernel<<<(grid), CKCA__THREADS, 0, ckca__cuda_of(ctx)->stream>>>(__VA_ARGS__); \
+        ckca__cuda_check(ckca__cuda_of(ctx), #kernel, cudaGetLastError());             \
     } while (0)
 #endif
 
@@ -248,7 +249,8 @@ CKCA__OP int ckca__device_record(ckca_context *ctx, void **recording) {
     }
     ckca__cuda_drop(cuda, r);
     r->releases = cuda->releases;
-    if (r->seen++) r->capturing = CKCA__CUDA(cuda, cudaStreamBeginCapture(cuda->stream, cudaStreamCaptureModeThreadLocal));
+    if (r->seen++)
+        r->capturing = CKCA__CUDA(cuda, cudaStreamBeginCapture(cuda->stream, cudaStreamCaptureModeThreadLocal));
     return 1;
 }
 
@@ -265,7 +267,8 @@ CKCA__OP void ckca__device_recorded(ckca_context *ctx, void **recording) {
     if (!CKCA__CUDA(cuda, cudaStreamEndCapture(cuda->stream, &graph))) return;
     if (CKCA__CUDA(cuda, cudaGraphInstantiate(&r->graph, graph, 0)))
         CKCA__CUDA(cuda, cudaGraphLaunch(r->graph, cuda->stream));
-    else r->graph = NULL;
+    else
+        r->graph = NULL;
     CKCA__CUDA(cuda, cudaGraphDestroy(graph));
 }
 
@@ -283,9 +286,9 @@ CKCA__OP void ckca__device_forget(ckca_context *ctx, void **recording) {
    A *word* is 32 bits of a factor in shared memory: one float (FLOAT32, or TF32 with its low bits rounded off) or two
    BF16 that are neighbours along the summed dimension, the first in the low half. In words, the fragments of the two
    tensor core instructions are laid out alike (PTX ISA, "Matrix Fragments for mma.m16n8k8" and "m16n8k16"): with
-   g = lane / 4 and t = lane % 4, of a 16 x 8 words A: a0 = (g, t), a1 = (g + 8, t), a2 = (g, t + 4), a3 = (g + 8, t + 4); of
-   an 8 words x 8 B: b0 = (t, g), b1 = (t + 4, g); of the 16 x 8 sums: c0 = (g, 2t), c1 = (g, 2t + 1), c2 and c3 eight rows
-   below. So one kernel does for both.
+   g = lane / 4 and t = lane % 4, of a 16 x 8 words A: a0 = (g, t), a1 = (g + 8, t), a2 = (g, t + 4), a3 = (g + 8, t +
+   4); of an 8 words x 8 B: b0 = (t, g), b1 = (t + 4, g); of the 16 x 8 sums: c0 = (g, 2t), c1 = (g, 2t + 1), c2 and c3
+   eight rows below. So one kernel does for both.
    ------------------------------------------------------------------------------------------------------------------ */
 
 #ifndef CKCA_CUDA_SHIM
@@ -302,16 +305,18 @@ __device__ __forceinline__ unsigned ckca__to_bf16x2(float low, float high) {
 }
 __device__ __forceinline__ void ckca__mma_tf32(float c[4], const unsigned a[4], const unsigned b[2]) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
 __device__ __forceinline__ void ckca__mma_bf16(float c[4], const unsigned a[4], const unsigned b[2]) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
 #endif
@@ -324,7 +329,8 @@ typedef struct ckca__divisor {
 CKCA__BOTH ckca__divisor ckca__divide_by(int by) {
     ckca__divisor d;
     d.by = (unsigned)by;
-    for (d.shift = 0; (1u << d.shift) < d.by; d.shift++) {}
+    for (d.shift = 0; (1u << d.shift) < d.by; d.shift++) {
+    }
     d.magic = (unsigned)(((((uint64_t)1 << d.shift) - d.by) << 32) / d.by + 1);
     return d;
 }
@@ -341,16 +347,17 @@ __device__ __forceinline__ int ckca__quotient(int n, ckca__divisor d) {
        WEIGHT     R S C                K         output pixels   x under tap and pixel        dy
 
    A is never stored: its elements are fetched from x or dy as they are needed (implicit GEMM). An input pixel of a
-   convolution of stride s meets only the taps of its phase (every s-th); blockIdx.z walks the s x s phases, each a GEMM of
-   its own, so nothing is multiplied by zeros. In WEIGHT blockIdx.z walks splits of the pixels, whose sums
+   convolution of stride s meets only the taps of its phase (every s-th); blockIdx.z walks the s x s phases, each a GEMM
+   of its own, so nothing is multiplied by zeros. In WEIGHT blockIdx.z walks splits of the pixels, whose sums
    ckca__add_splits adds in their order.
 
-   A block computes 128 rows x COLUMNS (16, 32, 64 or 128) columns in slabs of 16 words of k. While the slab in one of two shared buffers is
-   multiplied, the next one's values are under way to registers; they are rounded to words as they are put into the other
-   buffer. Buffers are k x rows, 8 words longer than the rows they hold: then the 32 lanes of a fragment's load (4 k, 8
-   rows) meet 32 banks. A quad, 4 floats fetched at once, lies along whatever is contiguous in memory: along k in
-   FORWARD (both) and DATA (A), along rows or columns else. Channels that are no multiple of 4 are fetched one by one; where
-   they are a multiple of the slab's depth, a slab lies under one tap, and where that is is found once for all its quads.
+   A block computes 128 rows x COLUMNS (16, 32, 64 or 128) columns in slabs of 16 words of k. While the slab in one of
+   two shared buffers is multiplied, the next one's values are under way to registers; they are rounded to words as they
+   are put into the other buffer. Buffers are k x rows, 8 words longer than the rows they hold: then the 32 lanes of a
+   fragment's load (4 k, 8 rows) meet 32 banks. A quad, 4 floats fetched at once, lies along whatever is contiguous in
+   memory: along k in FORWARD (both) and DATA (A), along rows or columns else. Channels that are no multiple of 4 are
+   fetched one by one; where they are a multiple of the slab's depth, a slab lies under one tap, and where that is is
+   found once for all its quads.
    ------------------------------------------------------------------------------------------------------------------ */
 
 enum { CKCA__FORWARD, CKCA__DATA, CKCA__WEIGHT };
@@ -358,12 +365,12 @@ enum { CKCA__ROWS = 128, CKCA__WORDS = 16 }; /* of a block; of a slab */
 
 typedef struct ckca__gemm {
     ckca__conv s;
-    const float *a, *b;            /* as in the table */
-    const float *bias, *residual;  /* FORWARD; or NULL */
+    const float *a, *b;           /* as in the table */
+    const float *bias, *residual; /* FORWARD; or NULL */
     float *out;
-    int relu, accumulate;          /* adds to out */
-    int split;                     /* WEIGHT: pixels of a split */
-    ckca__divisor channels, q, p;  /* of A's tensor (C or K); WEIGHT: of the output */
+    int relu, accumulate;         /* adds to out */
+    int split;                    /* WEIGHT: pixels of a split */
+    ckca__divisor channels, q, p; /* of A's tensor (C or K); WEIGHT: of the output */
 } ckca__gemm;
 
 /* One axis of a phase: output i of count lies at at + spread i and meets tap first + step t of w, t < taps, in source
@@ -488,7 +495,8 @@ struct ckca__filter_across {
     }
     __device__ const float *at(int i) const {
         const int tap = ckca__quotient(i, by_k), ty = ckca__quotient(tap, by_taps), tx = tap - ty * (int)by_taps.by;
-        return w + (((size_t)(i - tap * kernels) * r + (first_y + step * ty)) * s + (first_x + step * tx)) * channels + c;
+        return w + (((size_t)(i - tap * kernels) * r + (first_y + step * ty)) * s + (first_x + step * tx)) * channels +
+               c;
     }
     __device__ void start(int k_, int depth) {
         begin = k_;
@@ -497,7 +505,8 @@ struct ckca__filter_across {
     }
     __device__ float4 quad(int i) const {
         if (i >= k || c >= channels) return make_float4(0, 0, 0, 0);
-        return ckca__some(one_tap ? under + (size_t)(i - begin) * r * s * channels : at(i), channels - c, channels % 4 == 0);
+        return ckca__some(one_tap ? under + (size_t)(i - begin) * r * s * channels : at(i), channels - c,
+                          channels % 4 == 0);
     }
 };
 
@@ -507,7 +516,8 @@ struct ckca__window_across {
     ckca__conv s;
     ckca__divisor by_p, by_q;
     int end, row, tap_y[4], tap_x[4], c[4]; /* with channels in fours the first of each says it all */
-    __device__ ckca__window_across(const ckca__gemm &g, int row_, int end_) : source(g.a), s(g.s), by_p(g.p), by_q(g.q) {
+    __device__ ckca__window_across(const ckca__gemm &g, int row_, int end_)
+        : source(g.a), s(g.s), by_p(g.p), by_q(g.q) {
         end = end_;
         row = row_;
         for (int j = 0; j < 4; j++) {
@@ -546,7 +556,9 @@ struct ckca__pixel_across {
     }
 };
 
-__device__ __forceinline__ float ckca__part(const float4 &v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+__device__ __forceinline__ float ckca__part(const float4 &v, int i) {
+    return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
 
 /* The word of one value, or of two neighbours along k. */
 template <int PRECISION> __device__ __forceinline__ unsigned ckca__word(float v, float next) {
@@ -561,7 +573,7 @@ template <int PRECISION, int LINES, int ALONG_K> struct ckca__slab {
     enum {
         PER = PRECISION == CKCA_BF16 ? 2 : 1, /* values to a word */
         LENGTH = LINES + 8,
-        QUADS = CKCA__WORDS * LINES / 4,      /* of words */
+        QUADS = CKCA__WORDS * LINES / 4, /* of words */
         ITEMS = (QUADS + CKCA__THREADS - 1) / CKCA__THREADS
     };
     float4 v[ITEMS * PER];
@@ -576,7 +588,8 @@ template <int PRECISION, int LINES, int ALONG_K> struct ckca__slab {
             if (QUADS % CKCA__THREADS && item >= QUADS) continue;
 #pragma unroll
             for (int j = 0; j < PER; j++) /* ALONG_K: 4 words are PER quads one after the other; else PER rows of k */
-                v[i * PER + j] = source.quad(ALONG_K ? k + (item / LINES * PER + j) * 4 : k + item / (LINES / 4) * PER + j);
+                v[i * PER + j] =
+                    source.quad(ALONG_K ? k + (item / LINES * PER + j) * 4 : k + item / (LINES / 4) * PER + j);
         }
     }
     __device__ void put(unsigned *words) const {
@@ -588,7 +601,8 @@ template <int PRECISION, int LINES, int ALONG_K> struct ckca__slab {
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 const float4 &one = v[i * PER + (ALONG_K ? j * PER / 4 : 0)], &other = v[i * PER + PER - 1];
-                word[j] = ALONG_K ? ckca__word<PRECISION>(ckca__part(one, j * PER % 4), ckca__part(one, j * PER % 4 + PER - 1))
+                word[j] = ALONG_K ? ckca__word<PRECISION>(ckca__part(one, j * PER % 4),
+                                                          ckca__part(one, j * PER % 4 + PER - 1))
                                   : ckca__word<PRECISION>(ckca__part(one, j), ckca__part(other, j));
                 if (ALONG_K) words[(item / LINES * 4 + j) * LENGTH + item % LINES] = word[j];
             }
@@ -610,8 +624,8 @@ __device__ __forceinline__ ptrdiff_t ckca__gemm_pixel(const ckca__gemm &g, int p
 
 /* One finished sum on its way out. */
 template <int PASS>
-__device__ __forceinline__ void ckca__gemm_store(const ckca__gemm &g, const ckca__phase &py, const ckca__phase &px, int row,
-                                                 int column, float v) {
+__device__ __forceinline__ void ckca__gemm_store(const ckca__gemm &g, const ckca__phase &py, const ckca__phase &px,
+                                                 int row, int column, float v) {
     if (PASS == CKCA__WEIGHT) { /* a split's own K x R S C, or all there is of dw */
         const int rows = g.s.r * g.s.s * g.s.c;
         float *to = g.out + ((size_t)blockIdx.z * g.s.k + column) * rows + row;
@@ -631,7 +645,8 @@ __device__ __forceinline__ void ckca__gemm_store(const ckca__gemm &g, const ckca
     }
 }
 
-template <int PRECISION, int PASS, int COLUMNS> __global__ void __launch_bounds__(CKCA__THREADS) ckca__gemm_kernel(ckca__gemm g) {
+template <int PRECISION, int PASS, int COLUMNS>
+__global__ void __launch_bounds__(CKCA__THREADS) ckca__gemm_kernel(ckca__gemm g) {
     enum {
         A_ALONG_K = PASS != CKCA__WEIGHT,
         B_ALONG_K = PASS == CKCA__FORWARD,
@@ -646,17 +661,21 @@ template <int PRECISION, int PASS, int COLUMNS> __global__ void __launch_bounds_
     };
     typedef ckca__slab<PRECISION, CKCA__ROWS, A_ALONG_K> slab_a;
     typedef ckca__slab<PRECISION, COLUMNS, B_ALONG_K> slab_b;
-    __shared__ __align__(16) unsigned words_a[2][CKCA__WORDS * slab_a::LENGTH], words_b[2][CKCA__WORDS * slab_b::LENGTH];
+    __shared__ __align__(16) unsigned words_a[2][CKCA__WORDS * slab_a::LENGTH],
+        words_b[2][CKCA__WORDS * slab_b::LENGTH];
     const int row0 = (int)blockIdx.x * CKCA__ROWS, column0 = (int)blockIdx.y * COLUMNS, z = (int)blockIdx.z;
     const int warp = (int)threadIdx.x / 32, group = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4;
     const int warp_row = warp / ACROSS * TALL * 16, warp_column = warp % ACROSS * WIDE * 8;
     const int my_row = (int)threadIdx.x / 16 * 8, my_column = (int)threadIdx.x % 16 * EACH;
-    const ckca__phase py = ckca__phase_of(PASS, z / g.s.stride, g.s.r, g.s.stride, g.s.pad, PASS == CKCA__DATA ? g.s.h : g.s.p);
-    const ckca__phase px = ckca__phase_of(PASS, z % g.s.stride, g.s.s, g.s.stride, g.s.pad, PASS == CKCA__DATA ? g.s.w : g.s.q);
+    const ckca__phase py =
+        ckca__phase_of(PASS, z / g.s.stride, g.s.r, g.s.stride, g.s.pad, PASS == CKCA__DATA ? g.s.h : g.s.p);
+    const ckca__phase px =
+        ckca__phase_of(PASS, z % g.s.stride, g.s.s, g.s.stride, g.s.pad, PASS == CKCA__DATA ? g.s.w : g.s.q);
     const int pixels = g.s.n * g.s.p * g.s.q;
     const int begin = PASS == CKCA__WEIGHT ? z * g.split : 0;
-    const int end = PASS != CKCA__WEIGHT ? py.taps * px.taps * (int)g.channels.by
-                                         : pixels - begin < g.split ? pixels : begin + g.split;
+    const int end = PASS != CKCA__WEIGHT       ? py.taps * px.taps * (int)g.channels.by
+                    : pixels - begin < g.split ? pixels
+                                               : begin + g.split;
     slab_a a;
     slab_b b;
     float sums[SUMS];
@@ -668,13 +687,18 @@ template <int PRECISION, int PASS, int COLUMNS> __global__ void __launch_bounds_
     ckca__filter filter(g, column0 + slab_b::line());
     ckca__filter_across filter_across(g, py, px, column0 + slab_b::line());
     ckca__pixel_across pixel_across(g, column0 + slab_b::line(), end);
-#define CKCA__FETCH(k)                                                        \
-    do {                                                                      \
-        if constexpr (PASS == CKCA__WEIGHT) a.fetch(window_across, k);        \
-        else a.fetch(window, k);                                              \
-        if constexpr (PASS == CKCA__FORWARD) b.fetch(filter, k);              \
-        else if constexpr (PASS == CKCA__DATA) b.fetch(filter_across, k);     \
-        else b.fetch(pixel_across, k);                                        \
+#define CKCA__FETCH(k)                         \
+    do {                                       \
+        if constexpr (PASS == CKCA__WEIGHT)    \
+            a.fetch(window_across, k);         \
+        else                                   \
+            a.fetch(window, k);                \
+        if constexpr (PASS == CKCA__FORWARD)   \
+            b.fetch(filter, k);                \
+        else if constexpr (PASS == CKCA__DATA) \
+            b.fetch(filter_across, k);         \
+        else                                   \
+            b.fetch(pixel_across, k);          \
     } while (0)
 
     for (int i = 0; i < SUMS; i++) sums[i] = 0;
@@ -712,8 +736,10 @@ template <int PRECISION, int PASS, int COLUMNS> __global__ void __launch_bounds_
                         y[i][j] = wb[(word + t + j * 4) * slab_b::LENGTH + warp_column + i * 8 + group];
                 for (int i = 0; i < TALL; i++)
                     for (int j = 0; j < WIDE; j++)
-                        if constexpr (PRECISION == CKCA_TF32) ckca__mma_tf32(sums + (i * WIDE + j) * 4, x[i], y[j]);
-                        else ckca__mma_bf16(sums + (i * WIDE + j) * 4, x[i], y[j]);
+                        if constexpr (PRECISION == CKCA_TF32)
+                            ckca__mma_tf32(sums + (i * WIDE + j) * 4, x[i], y[j]);
+                        else
+                            ckca__mma_bf16(sums + (i * WIDE + j) * 4, x[i], y[j]);
             }
         }
         if (more) {
@@ -772,8 +798,8 @@ typedef struct ckca__moments {
     float *part;                    /* parts x KIND x c */
 } ckca__moments;
 
-/* Per part, KIND 3: a shift (its first row), the sums of d and of d^2 with d = x - shift, so that a mean far from 0 costs no
-   digits. KIND 2: the sums of g and of g (x - mean), g being dy where y > 0. KIND 1: the sum of dy. */
+/* Per part, KIND 3: a shift (its first row), the sums of d and of d^2 with d = x - shift, so that a mean far from 0
+   costs no digits. KIND 2: the sums of g and of g (x - mean), g being dy where y > 0. KIND 1: the sum of dy. */
 template <int KIND> __global__ void __launch_bounds__(CKCA__THREADS) ckca__channel_sums(ckca__moments m) {
     __shared__ float first[CKCA__THREADS], second[CKCA__THREADS];
     const int lane = (int)threadIdx.x % m.lanes, at_once = CKCA__THREADS / m.lanes;
@@ -830,7 +856,8 @@ __global__ void ckca__batchnorm_finish(ckca__moments m, int parts, float *runnin
         const float *p = m.part + (size_t)i * 3 * m.c + c;
         const size_t begin = (size_t)i * m.per;
         if (begin >= m.rows) continue;
-        const double n = (double)(m.rows - begin < m.per ? m.rows - begin : m.per), d = p[m.c] / n, e = p[0] + d - total;
+        const double n = (double)(m.rows - begin < m.per ? m.rows - begin : m.per), d = p[m.c] / n,
+                     e = p[0] + d - total;
         square += p[2 * m.c] - n * d * d + n * e * e;
     }
     square = ckca__warp_sum(square);
@@ -843,8 +870,8 @@ __global__ void ckca__batchnorm_finish(ckca__moments m, int parts, float *runnin
     running_var[c] += (float)(0.1 * (unbiased - running_var[c]));
 }
 
-/* Adds the parts of KIND 2 to dbeta and dgamma, and leaves in table (2 x c) what the last pass needs of them; or those of
-   KIND 1 to dbeta alone (dgamma NULL). */
+/* Adds the parts of KIND 2 to dbeta and dgamma, and leaves in table (2 x c) what the last pass needs of them; or those
+   of KIND 1 to dbeta alone (dgamma NULL). */
 __global__ void ckca__channel_gradients(ckca__moments m, int parts, const float *inv_std, float *dgamma, float *dbeta,
                                         float *table) {
     const int c = (int)(blockIdx.x * (CKCA__THREADS / 32) + threadIdx.x / 32), lane = (int)threadIdx.x % 32;
@@ -876,11 +903,14 @@ template <int WIDTH> struct ckca__lane {
         if constexpr (WIDTH == 4) {
             const float4 q = *(const float4 *)from;
             v[0] = q.x, v[1] = q.y, v[2] = q.z, v[3] = q.w;
-        } else v[0] = *from;
+        } else
+            v[0] = *from;
     }
     __device__ __forceinline__ void store(float *to) const {
-        if constexpr (WIDTH == 4) *(float4 *)to = make_float4(v[0], v[1], v[2], v[3]);
-        else *to = v[0];
+        if constexpr (WIDTH == 4)
+            *(float4 *)to = make_float4(v[0], v[1], v[2], v[3]);
+        else
+            *to = v[0];
     }
 };
 
@@ -936,8 +966,8 @@ template <int WIDTH> __global__ void ckca__batchnorm_backward(ckca__norm n) {
             to.store(n.dresidual + i);
         }
         for (int j = 0; j < WIDTH; j++)
-            to.v[j] = gamma.v[j] * inv_std.v[j] *
-                      (g.v[j] - mean_g.v[j] - (x.v[j] - mean.v[j]) * inv_std.v[j] * mean_gx.v[j]);
+            to.v[j] =
+                gamma.v[j] * inv_std.v[j] * (g.v[j] - mean_g.v[j] - (x.v[j] - mean.v[j]) * inv_std.v[j] * mean_gx.v[j]);
         to.store(n.out + i);
     }
 }
@@ -955,21 +985,27 @@ static void ckca__run_channel_sums(ckca_context *ctx, int kind, ckca__moments *m
     m->per = ckca__part_rows(m->rows);
     m->lanes = ckca__lanes(m->c);
     const dim3 grid((m->c + m->lanes - 1) / m->lanes, parts);
-    if (kind == 3) CKCA__LAUNCH(ctx, ckca__channel_sums<3>, grid, *m);
-    else if (kind == 2) CKCA__LAUNCH(ctx, ckca__channel_sums<2>, grid, *m);
-    else CKCA__LAUNCH(ctx, ckca__channel_sums<1>, grid, *m);
+    if (kind == 3)
+        CKCA__LAUNCH(ctx, ckca__channel_sums<3>, grid, *m);
+    else if (kind == 2)
+        CKCA__LAUNCH(ctx, ckca__channel_sums<2>, grid, *m);
+    else
+        CKCA__LAUNCH(ctx, ckca__channel_sums<1>, grid, *m);
 }
 
 static unsigned ckca__warps(int c) { return (unsigned)((c + CKCA__THREADS / 32 - 1) / (CKCA__THREADS / 32)); }
 
 CKCA__OP size_t ckca__op_workspace(const ckca_context *ctx, size_t rows, int c) {
     (void)ctx; /* batch norm's parts and table; clipping's sums; RELATION asks for channels enough for its norms */
-    return ckca__sum(CKCA__PARTS * sizeof(double), ckca__mul((size_t)c, (3 * (size_t)ckca__parts(rows) + 4) * sizeof(float)));
+    return ckca__sum(CKCA__PARTS * sizeof(double),
+                     ckca__mul((size_t)c, (3 * (size_t)ckca__parts(rows) + 4) * sizeof(float)));
 }
 
 static void ckca__run_apply(ckca_context *ctx, const ckca__norm *n) {
-    if (n->c % 4 == 0) CKCA__LAUNCH(ctx, ckca__batchnorm_apply<4>, ckca__grid(ctx, n->count / 4, (size_t)n->c / 4), *n);
-    else CKCA__LAUNCH(ctx, ckca__batchnorm_apply<1>, ckca__grid(ctx, n->count, (size_t)n->c), *n);
+    if (n->c % 4 == 0)
+        CKCA__LAUNCH(ctx, ckca__batchnorm_apply<4>, ckca__grid(ctx, n->count / 4, (size_t)n->c / 4), *n);
+    else
+        CKCA__LAUNCH(ctx, ckca__batchnorm_apply<1>, ckca__grid(ctx, n->count, (size_t)n->c), *n);
 }
 
 CKCA__OP void ckca__op_batchnorm_forward(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
@@ -983,7 +1019,8 @@ CKCA__OP void ckca__op_batchnorm_forward(ckca_context *ctx, size_t rows, int c, 
     m.x = x;
     m.part = (float *)ws;
     ckca__run_channel_sums(ctx, 3, &m);
-    CKCA__LAUNCH(ctx, ckca__batchnorm_finish, ckca__warps(c), m, ckca__parts(rows), running_mean, running_var, mean, inv_std);
+    CKCA__LAUNCH(ctx, ckca__batchnorm_finish, ckca__warps(c), m, ckca__parts(rows), running_mean, running_var, mean,
+                 inv_std);
     n.count = rows * (size_t)c;
     n.c = c;
     n.x = x;
@@ -1043,12 +1080,15 @@ CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, size_t rows, int c,
     n.out = dx;
     n.dresidual = dresidual;
     n.accumulate = accumulate_residual;
-    if (c % 4 == 0) CKCA__LAUNCH(ctx, ckca__batchnorm_backward<4>, ckca__grid(ctx, n.count / 4, (size_t)c / 4), n);
-    else CKCA__LAUNCH(ctx, ckca__batchnorm_backward<1>, ckca__grid(ctx, n.count, (size_t)c), n);
+    if (c % 4 == 0)
+        CKCA__LAUNCH(ctx, ckca__batchnorm_backward<4>, ckca__grid(ctx, n.count / 4, (size_t)c / 4), n);
+    else
+        CKCA__LAUNCH(ctx, ckca__batchnorm_backward<1>, ckca__grid(ctx, n.count, (size_t)c), n);
 }
 
-__global__ void ckca__fold_kernel(int k, size_t per, const float *w, const float *bias, const float *gamma, const float *beta,
-                                  const float *mean, const float *var, float *w_out, float *bias_out) {
+__global__ void ckca__fold_kernel(int k, size_t per, const float *w, const float *bias, const float *gamma,
+                                  const float *beta, const float *mean, const float *var, float *w_out,
+                                  float *bias_out) {
     const size_t stride = (size_t)gridDim.x * blockDim.x, id = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     for (size_t i = id; i < (size_t)k * per; i += stride) {
         const size_t c = i / per;
@@ -1061,16 +1101,16 @@ __global__ void ckca__fold_kernel(int k, size_t per, const float *w, const float
 CKCA__OP void ckca__op_fold(ckca_context *ctx, int k, size_t per, const float *w, const float *bias, const float *gamma,
                             const float *beta, const float *running_mean, const float *running_var, float *w_out,
                             float *bias_out) {
-    CKCA__LAUNCH(ctx, ckca__fold_kernel, ckca__grid(ctx, (size_t)k * per, 1), k, per, w, bias, gamma, beta, running_mean,
-                 running_var, w_out, bias_out);
+    CKCA__LAUNCH(ctx, ckca__fold_kernel, ckca__grid(ctx, (size_t)k * per, 1), k, per, w, bias, gamma, beta,
+                 running_mean, running_var, w_out, bias_out);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
    CONVOLUTION
    ------------------------------------------------------------------------------------------------------------------ */
 
-/* Blocks that WEIGHT is cut into, if possible: two for each multiprocessor of a large GPU. Not the one at hand's: with it
-   the order of sums, and so the bits, would change. */
+/* Blocks that WEIGHT is cut into, if possible: two for each multiprocessor of a large GPU. Not the one at hand's: with
+   it the order of sums, and so the bits, would change. */
 enum { CKCA__WEIGHT_BLOCKS = 264, CKCA__LEAST_SPLIT = 512 };
 
 /* Columns of a block: no more than there are; 128 only on tensor cores, which are so fast that every fetch should serve
@@ -1095,7 +1135,8 @@ CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *
     const double pixels = (double)s->n * s->p * s->q;
     const size_t weights = ckca__mul(ckca__mul((size_t)s->r * s->s, (size_t)s->c), (size_t)s->k);
     const size_t bias = (size_t)ckca__parts(pixels < 1e9 ? (size_t)pixels : 1000000000) * s->k;
-    size_t floats = ckca__is_product(s) || pixels > INT_MAX ? 0 : ckca__mul(weights, (size_t)ckca__weight_splits(ctx, s));
+    size_t floats =
+        ckca__is_product(s) || pixels > INT_MAX ? 0 : ckca__mul(weights, (size_t)ckca__weight_splits(ctx, s));
     if (floats < bias) floats = bias;
     return ckca__mul(floats, sizeof(float));
 }
@@ -1109,11 +1150,16 @@ static int ckca__conv_fits(ckca_context *ctx, const ckca__conv *s) {
     return ckca__cuda_note(ckca__cuda_of(ctx), "convolution", "more than 2^31 pixels or weights to an output");
 }
 
-template <int PRECISION, int PASS> static void ckca__launch_gemm(ckca_context *ctx, dim3 grid, int columns, const ckca__gemm *g) {
-    if (columns == 16) CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 16>), grid, *g);
-    else if (columns == 32) CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 32>), grid, *g);
-    else if (columns == 64) CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 64>), grid, *g);
-    else if constexpr (PRECISION != CKCA_FLOAT32) CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 128>), grid, *g);
+template <int PRECISION, int PASS>
+static void ckca__launch_gemm(ckca_context *ctx, dim3 grid, int columns, const ckca__gemm *g) {
+    if (columns == 16)
+        CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 16>), grid, *g);
+    else if (columns == 32)
+        CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 32>), grid, *g);
+    else if (columns == 64)
+        CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 64>), grid, *g);
+    else if constexpr (PRECISION != CKCA_FLOAT32)
+        CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 128>), grid, *g);
 }
 
 template <int PASS> static void ckca__run_gemm(ckca_context *ctx, ckca__gemm *g) {
@@ -1133,23 +1179,27 @@ template <int PASS> static void ckca__run_gemm(ckca_context *ctx, ckca__gemm *g)
     g->p = ckca__divide_by(s->p);
     g->q = ckca__divide_by(s->q);
     const dim3 grid(ckca__ceil(rows, CKCA__ROWS), ckca__ceil(columns, width), layers);
-    if (ctx->precision == CKCA_FLOAT32) ckca__launch_gemm<CKCA_FLOAT32, PASS>(ctx, grid, width, g);
-    else if (ctx->precision == CKCA_TF32) ckca__launch_gemm<CKCA_TF32, PASS>(ctx, grid, width, g);
-    else ckca__launch_gemm<CKCA_BF16, PASS>(ctx, grid, width, g);
+    if (ctx->precision == CKCA_FLOAT32)
+        ckca__launch_gemm<CKCA_FLOAT32, PASS>(ctx, grid, width, g);
+    else if (ctx->precision == CKCA_TF32)
+        ckca__launch_gemm<CKCA_TF32, PASS>(ctx, grid, width, g);
+    else
+        ckca__launch_gemm<CKCA_BF16, PASS>(ctx, grid, width, g);
 }
 
 /* c (rows x columns) = (or +=) a b, all row-major; a is stored transposed (summed x rows) where turn_a, b (columns x
    summed) where turn_b. cuBLAS counts columns first, so it is asked for c^T = b^T a^T. */
-static void ckca__product(ckca_context *ctx, int rows, int columns, int summed, const float *a, int turn_a, const float *b,
-                          int turn_b, float *c, int accumulate) {
+static void ckca__product(ckca_context *ctx, int rows, int columns, int summed, const float *a, int turn_a,
+                          const float *b, int turn_b, float *c, int accumulate) {
     const float one = 1, beta = accumulate ? 1.0f : 0.0f;
     const cublasComputeType_t compute = ctx->precision == CKCA_FLOAT32 ? CUBLAS_COMPUTE_32F
                                         : ctx->precision == CKCA_TF32  ? CUBLAS_COMPUTE_32F_FAST_TF32
                                                                        : CUBLAS_COMPUTE_32F_FAST_16BF;
     CKCA__BLAS(ckca__cuda_of(ctx),
-               cublasGemmEx(ckca__cuda_of(ctx)->blas, turn_b ? CUBLAS_OP_T : CUBLAS_OP_N, turn_a ? CUBLAS_OP_T : CUBLAS_OP_N,
-                            columns, rows, summed, &one, b, CUDA_R_32F, turn_b ? summed : columns, a, CUDA_R_32F,
-                            turn_a ? rows : summed, &beta, c, CUDA_R_32F, columns, compute, CUBLAS_GEMM_DEFAULT));
+               cublasGemmEx(ckca__cuda_of(ctx)->blas, turn_b ? CUBLAS_OP_T : CUBLAS_OP_N,
+                            turn_a ? CUBLAS_OP_T : CUBLAS_OP_N, columns, rows, summed, &one, b, CUDA_R_32F,
+                            turn_b ? summed : columns, a, CUDA_R_32F, turn_a ? rows : summed, &beta, c, CUDA_R_32F,
+                            columns, compute, CUBLAS_GEMM_DEFAULT));
 }
 
 /* y = relu?(y + bias + residual): what cuBLAS leaves to do. */
@@ -1171,8 +1221,8 @@ CKCA__OP void ckca__op_conv_forward(ckca_context *ctx, const ckca__conv *s, cons
         const int rows = s->n * s->p * s->q;
         ckca__product(ctx, rows, s->k, s->c, x, 0, w, 1, y, 0);
         if (bias || residual || relu)
-            CKCA__LAUNCH(ctx, ckca__bias_kernel, ckca__grid(ctx, (size_t)rows * s->k, 1), (size_t)rows * s->k, s->k, bias,
-                         residual, relu, y);
+            CKCA__LAUNCH(ctx, ckca__bias_kernel, ckca__grid(ctx, (size_t)rows * s->k, 1), (size_t)rows * s->k, s->k,
+                         bias, residual, relu, y);
         return;
     }
     g.s = *s;
@@ -1257,8 +1307,9 @@ CKCA__OP void ckca__op_linear_backward(ckca_context *ctx, int n, int d, int k, c
    ------------------------------------------------------------------------------------------------------------------ */
 
 /* for (every i below count that is this thread's) */
-#define CKCA__EACH(i, count)                                                                          \
-    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < (size_t)(count); i += (size_t)gridDim.x * blockDim.x)
+#define CKCA__EACH(i, count)                                                            \
+    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < (size_t)(count); \
+         i += (size_t)gridDim.x * blockDim.x)
 
 __global__ void ckca__add_kernel(size_t count, const float *a, const float *b, int relu, float *y) {
     CKCA__EACH(i, count) {
@@ -1283,7 +1334,8 @@ CKCA__OP void ckca__op_add_backward(ckca_context *ctx, size_t count, const float
 /* One output each. The first of equals wins, NaN over all. */
 __global__ void ckca__maxpool_kernel(ckca__conv s, const float *x, float *y, unsigned char *at) {
     CKCA__EACH(i, (size_t)s.n * s.p * s.q * s.c) {
-        const int c = (int)(i % s.c), q = (int)(i / s.c % s.q), p = (int)(i / s.c / s.q % s.p), n = (int)(i / s.c / s.q / s.p);
+        const int c = (int)(i % s.c), q = (int)(i / s.c % s.q), p = (int)(i / s.c / s.q % s.p),
+                  n = (int)(i / s.c / s.q / s.p);
         float most = -INFINITY;
         int where = -1;
         for (int r = 0; r < s.r; r++)
@@ -1298,7 +1350,8 @@ __global__ void ckca__maxpool_kernel(ckca__conv s, const float *x, float *y, uns
     }
 }
 /* One input each: it collects from the few windows that cover it. */
-__global__ void ckca__maxpool_backward_kernel(ckca__conv s, const float *dy, const unsigned char *at, float *dx, int accumulate) {
+__global__ void ckca__maxpool_backward_kernel(ckca__conv s, const float *dy, const unsigned char *at, float *dx,
+                                              int accumulate) {
     CKCA__EACH(i, (size_t)s.n * s.h * s.w * s.c) {
         const int c = (int)(i % s.c), w = (int)(i / s.c % s.w) + s.pad, h = (int)(i / s.c / s.w % s.h) + s.pad;
         const int n = (int)(i / s.c / s.w / s.h); /* w and h in the padded input, where window p starts at p stride */
@@ -1319,8 +1372,8 @@ CKCA__OP void ckca__op_maxpool_forward(ckca_context *ctx, const ckca__conv *s, c
 }
 CKCA__OP void ckca__op_maxpool_backward(ckca_context *ctx, const ckca__conv *s, const float *dy,
                                         const unsigned char *at, float *dx, int accumulate) {
-    CKCA__LAUNCH(ctx, ckca__maxpool_backward_kernel, ckca__grid(ctx, (size_t)s->n * s->h * s->w * s->c, 1), *s, dy, at, dx,
-                 accumulate);
+    CKCA__LAUNCH(ctx, ckca__maxpool_backward_kernel, ckca__grid(ctx, (size_t)s->n * s->h * s->w * s->c, 1), *s, dy, at,
+                 dx, accumulate);
 }
 
 /* One mean each, of values c apart: neighbouring threads read neighbouring channels. */
@@ -1343,20 +1396,24 @@ CKCA__OP void ckca__op_avgpool_forward(ckca_context *ctx, int n, int area, int c
 }
 CKCA__OP void ckca__op_avgpool_backward(ckca_context *ctx, int n, int area, int c, const float *dy, float *dx,
                                         int accumulate) {
-    CKCA__LAUNCH(ctx, ckca__avgpool_backward_kernel, ckca__grid(ctx, (size_t)n * area * c, 1), n, area, c, dy, dx, accumulate);
+    CKCA__LAUNCH(ctx, ckca__avgpool_backward_kernel, ckca__grid(ctx, (size_t)n * area * c, 1), n, area, c, dy, dx,
+                 accumulate);
 }
 
 __global__ void ckca__subsample_kernel(ckca__conv s, const float *x, float *y) {
     CKCA__EACH(i, (size_t)s.n * s.p * s.q * s.k) {
-        const int k = (int)(i % s.k), q = (int)(i / s.k % s.q), p = (int)(i / s.k / s.q % s.p), n = (int)(i / s.k / s.q / s.p);
+        const int k = (int)(i % s.k), q = (int)(i / s.k % s.q), p = (int)(i / s.k / s.q % s.p),
+                  n = (int)(i / s.k / s.q / s.p);
         const int c = k - (s.k - s.c) / 2;
         y[i] = c < 0 || c >= s.c ? 0 : x[(((size_t)n * s.h + p * s.stride) * s.w + q * s.stride) * s.c + c];
     }
 }
 __global__ void ckca__subsample_backward_kernel(ckca__conv s, const float *dy, float *dx, int accumulate) {
     CKCA__EACH(i, (size_t)s.n * s.h * s.w * s.c) {
-        const int c = (int)(i % s.c), w = (int)(i / s.c % s.w), h = (int)(i / s.c / s.w % s.h), n = (int)(i / s.c / s.w / s.h);
-        const int p = h / s.stride, q = w / s.stride, seen = h % s.stride == 0 && w % s.stride == 0 && p < s.p && q < s.q;
+        const int c = (int)(i % s.c), w = (int)(i / s.c % s.w), h = (int)(i / s.c / s.w % s.h),
+                  n = (int)(i / s.c / s.w / s.h);
+        const int p = h / s.stride, q = w / s.stride,
+                  seen = h % s.stride == 0 && w % s.stride == 0 && p < s.p && q < s.q;
         const float g = seen ? dy[(((size_t)n * s.p + p) * s.q + q) * s.k + (s.k - s.c) / 2 + c] : 0;
         dx[i] = accumulate ? dx[i] + g : g;
     }
@@ -1366,8 +1423,8 @@ CKCA__OP void ckca__op_subsample_forward(ckca_context *ctx, const ckca__conv *s,
 }
 CKCA__OP void ckca__op_subsample_backward(ckca_context *ctx, const ckca__conv *s, const float *dy, float *dx,
                                           int accumulate) {
-    CKCA__LAUNCH(ctx, ckca__subsample_backward_kernel, ckca__grid(ctx, (size_t)s->n * s->h * s->w * s->c, 1), *s, dy, dx,
-                 accumulate);
+    CKCA__LAUNCH(ctx, ckca__subsample_backward_kernel, ckca__grid(ctx, (size_t)s->n * s->h * s->w * s->c, 1), *s, dy,
+                 dx, accumulate);
 }
 
 __global__ void ckca__gather_kernel(int n, int d, const float *rows, const int *index, float *out) {
@@ -1395,9 +1452,7 @@ __device__ double ckca__log_sum_exp(int k, const float *z, double t) {
 }
 
 /* This warp's picture; its lanes go over the classes. */
-__device__ __forceinline__ int ckca__warp_row() {
-    return (int)(blockIdx.x * (CKCA__THREADS / 32) + threadIdx.x / 32);
-}
+__device__ __forceinline__ int ckca__warp_row() { return (int)(blockIdx.x * (CKCA__THREADS / 32) + threadIdx.x / 32); }
 
 __global__ void ckca__cross_entropy_kernel(int n, int k, const float *z, const int *labels, float smoothing, float *dz,
                                            float *loss, int *hit) {
@@ -1467,8 +1522,8 @@ CKCA__OP void ckca__op_count(ckca_context *ctx, int n, const int *hit, double *s
     CKCA__LAUNCH(ctx, ckca__count_kernel, 1, n, hit, sum);
 }
 
-/* AdaKD's a_i for TRUTH and DOUBT, before division by their mean, into weight. 1 - p_o[y] is summed from the other classes:
-   near 0 a difference from 1 has no digits left. */
+/* AdaKD's a_i for TRUTH and DOUBT, before division by their mean, into weight. 1 - p_o[y] is summed from the other
+   classes: near 0 a difference from 1 has no digits left. */
 __global__ void ckca__adakd_weights(ckca_adakd form, int n, int k, const float *zo, const int *labels, float *weight) {
     const int i = ckca__warp_row(), lane = (int)threadIdx.x % 32;
     if (i >= n) return;
@@ -1490,8 +1545,10 @@ __global__ void ckca__adakd_kernel(ckca_adakd form, int n, int k, const float *z
     const float *s = z + (size_t)i * k, *o = zo + (size_t)i * k;
     const double lse_s = ckca__log_sum_exp(k, s, t), lse_o = ckca__log_sum_exp(k, o, t);
     double kl = 0, a = 1;
-    if (form == CKCA_ADAKD_CLASS) a = class_weight[labels[i]];
-    else if (form != CKCA_ADAKD_CONSTANT && *mean != 0) a = loss[i] / *mean; /* all weights 0: 1 each */
+    if (form == CKCA_ADAKD_CLASS)
+        a = class_weight[labels[i]];
+    else if (form != CKCA_ADAKD_CONSTANT && *mean != 0)
+        a = loss[i] / *mean; /* all weights 0: 1 each */
     for (int j = lane; j < k; j += 32) {
         const double log_s = s[j] / t - lse_s, log_o = o[j] / t - lse_o, p_o = exp(log_o);
         kl += p_o * (log_o - log_s);
@@ -1508,8 +1565,8 @@ CKCA__OP void ckca__op_adakd(ckca_context *ctx, ckca_adakd form, int n, int k, c
         CKCA__LAUNCH(ctx, ckca__adakd_weights, ckca__warps(n), form, n, k, zo, labels, loss);
         CKCA__LAUNCH(ctx, ckca__sum_kernel, 1, n, (const float *)loss, 1, mean);
     }
-    CKCA__LAUNCH(ctx, ckca__adakd_kernel, ckca__warps(n), form, n, k, z, zo, labels, class_weight, (double)temperature, scale,
-                 (const double *)mean, dz, loss);
+    CKCA__LAUNCH(ctx, ckca__adakd_kernel, ckca__warps(n), form, n, k, z, zo, labels, class_weight, (double)temperature,
+                 scale, (const double *)mean, dz, loss);
 }
 
 /* a . b by the whole block. */
@@ -1533,7 +1590,8 @@ __global__ void ckca__cosine_kernel(int d, const float *f, const float *fo, doub
     if (threadIdx.x == 0) loss[blockIdx.x] = (float)(1 - cosine);
 }
 
-__global__ void ckca__l2_kernel(int d, const float *f, const float *fo, double scale, float *df, int accumulate, float *loss) {
+__global__ void ckca__l2_kernel(int d, const float *f, const float *fo, double scale, float *df, int accumulate,
+                                float *loss) {
     const size_t row = (size_t)blockIdx.x * d;
     double sum = 0;
     for (size_t j = row + threadIdx.x; j < row + d; j += CKCA__THREADS) {
@@ -1552,8 +1610,8 @@ __global__ void ckca__norms_kernel(int d, const float *f, double *inverse) {
     if (threadIdx.x == 0) inverse[blockIdx.x] = ckca__inverse_norm(square);
 }
 
-/* A block per picture i, which meets the others j in tiles: first each warp takes j's of its own and finds what f_j counts
-   for, then the threads go over the features. Formulas as on the host (ckca__featreg_relation). */
+/* A block per picture i, which meets the others j in tiles: first each warp takes j's of its own and finds what f_j
+   counts for, then the threads go over the features. Formulas as on the host (ckca__featreg_relation). */
 __global__ void ckca__relation_kernel(int n, int d, int d_teacher, const float *f, const float *fo, const double *inv_f,
                                       const double *inv_o, double scale, float *df, int accumulate, float *loss) {
     enum { TILE = CKCA__THREADS };
@@ -1597,8 +1655,8 @@ CKCA__OP void ckca__op_featreg(ckca_context *ctx, ckca_featreg form, int n, int 
         double *inv_f = (double *)ws, *inv_o = inv_f + n;
         CKCA__LAUNCH(ctx, ckca__norms_kernel, n, d, f, inv_f);
         CKCA__LAUNCH(ctx, ckca__norms_kernel, n, d_teacher, fo, inv_o);
-        CKCA__LAUNCH(ctx, ckca__relation_kernel, n, n, d, d_teacher, f, fo, (const double *)inv_f, (const double *)inv_o,
-                     (double)scale, df, accumulate, loss);
+        CKCA__LAUNCH(ctx, ckca__relation_kernel, n, n, d, d_teacher, f, fo, (const double *)inv_f,
+                     (const double *)inv_o, (double)scale, df, accumulate, loss);
     } else if (form == CKCA_FEATREG_L2) {
         CKCA__LAUNCH(ctx, ckca__l2_kernel, n, d, f, fo, scale * 2 / ((double)n * d), df, accumulate, loss);
     } else {
@@ -1668,10 +1726,10 @@ typedef struct ckca__pictures {
     float *out;
 } ckca__pictures;
 
-/* The framed picture's byte values at (y, x), of m channels from channel j on: shifted and mirrored, black outside; or the
-   framed rectangle enlarged, bilinearly between pixel centres. */
-__device__ void ckca__look(const ckca__pictures &p, const ckca__framing &f, const unsigned char *pixels, int y, int x, int j,
-                           int m, float *v) {
+/* The framed picture's byte values at (y, x), of m channels from channel j on: shifted and mirrored, black outside; or
+   the framed rectangle enlarged, bilinearly between pixel centres. */
+__device__ void ckca__look(const ckca__pictures &p, const ckca__framing &f, const unsigned char *pixels, int y, int x,
+                           int j, int m, float *v) {
     if (f.flip) x = p.w - 1 - x;
     if (f.height == p.h && f.width == p.w) {
         const int at_y = f.top + y, at_x = f.left + x, inside = at_y >= 0 && at_y < p.h && at_x >= 0 && at_x < p.w;
@@ -1700,7 +1758,8 @@ __global__ void ckca__pictures_kernel(ckca__pictures p) {
     const int jitter = p.augmented && p.augment.jitter > 0;
     float mean = 0;
     if (threadIdx.x == 0)
-        ckca__augment_framing(p.augmented ? &p.augment : NULL, p.seed, p.epoch ? *p.epoch : 0, picture, p.h, p.w, &framing);
+        ckca__augment_framing(p.augmented ? &p.augment : NULL, p.seed, p.epoch ? *p.epoch : 0, picture, p.h, p.w,
+                              &framing);
     __syncthreads();
     const ckca__framing f = framing;
     if (jitter) {
@@ -1718,7 +1777,8 @@ __global__ void ckca__pictures_kernel(ckca__pictures p) {
         ckca__look(p, f, pixels, i / p.w, i % p.w, p.first, p.channels, v);
         if (jitter) {
             for (int j = 0; j < p.channels; j++)
-                v[j] = ckca__augment_clamp(f.contrast * ckca__augment_clamp(v[j] * f.brightness) + (1 - f.contrast) * mean);
+                v[j] = ckca__augment_clamp(f.contrast * ckca__augment_clamp(v[j] * f.brightness) +
+                                           (1 - f.contrast) * mean);
             if (p.c == 3) {
                 const float grey = ckca__augment_grey(3, v);
                 for (int j = 0; j < 3; j++) v[j] = ckca__augment_clamp(f.saturation * v[j] + (1 - f.saturation) * grey);

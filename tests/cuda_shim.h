@@ -3,13 +3,13 @@
        g++ -std=c++17 -O2 -x c++ -include tests/cuda_shim.h -I. -c ckca_cuda.cu
 
    Blocks run one after the other. A block's threads are fibres: one runs until it waits at a barrier (or for its warp),
-   then the next. Tensor-core instructions are functions that take and give the fragments of PTX's documentation, cuBLAS's
-   call is three loops. Slow, for small shapes.
+   then another, of the same warp if it can. Tensor-core instructions are functions that take and give the fragments of
+   PTX's documentation, cuBLAS's call is three loops. Slow, for small shapes.
 
-   It is stricter than a GPU where that finds mistakes: device memory cannot be touched by the host (outside of kernels and
-   copies its pages are closed), starts as NaN and has closed pages or NaN around it; pointers among a kernel's arguments
-   must be device memory; a captured graph keeps the arguments' values, and copies from the host, allocations and waiting
-   are refused while capturing; threads that wait for each other forever end the program with a message. */
+   It is stricter than a GPU where that finds mistakes: device memory cannot be touched by the host (outside of kernels
+   and copies its pages are closed), starts as NaN and has closed pages or NaN around it; pointers among a kernel's
+   arguments must be device memory; a captured graph keeps the arguments' values, and copies from the host, allocations
+   and waiting are refused while capturing; threads that wait for each other forever end the program with a message. */
 #ifndef CUDA_SHIM_H
 #define CUDA_SHIM_H
 #ifndef CKCA_CUDA_SHIM
@@ -91,7 +91,7 @@ typedef void *place;
 static inline void go(place *from, place *to) { shim_switch(from, *to); }
 static void prepare(place *p, char *stack, void (*start)()) {
     void **top = (void **)(stack + STACK - 64);
-    *--top = nullptr;         /* start must not return; keeps the stack aligned as after a call */
+    *--top = nullptr; /* start must not return; keeps the stack aligned as after a call */
     *--top = (void *)start;
     for (int i = 0; i < 6; i++) *--top = nullptr;
     *p = top;
@@ -120,7 +120,11 @@ struct lane_data { /* what lanes show each other; two, in turn, so that one meet
 static place home, fibre[THREADS];
 static char *stacks;
 static bool done[THREADS];
-static int current, idle;
+static struct {
+    const struct meeting *at; /* NULL: it can run */
+    unsigned turn;
+} waits[THREADS];
+static int current, onward; /* warps are tried in this direction, which alternates between blocks */
 static meeting block, warp[WARPS];
 static lane_data shown[WARPS];
 static unsigned parity[THREADS];
@@ -128,13 +132,26 @@ static const std::function<void()> *body;
 static struct { unsigned x; } thread;
 static dim3 block_index, block_count;
 
-static void next() { /* the next fibre that is not done; home if there is none */
+static bool can_run(int i) { return !done[i] && (!waits[i].at || waits[i].at->turn != waits[i].turn); }
+
+/* Goes on with another fibre: of the same warp while one can run, so that warps run ahead of each other as far as barriers
+   let them; home when all are done. */
+static void next() {
     const int from = current;
-    int to = from;
-    do to = (to + 1) % THREADS;
-    while (done[to] && to != from);
-    if (to == from) {
-        if (done[from]) go(&fibre[from], &home);
+    int to = -1, i, left = 0;
+    for (i = 1; i < 32 && to < 0; i++)
+        if (can_run(from / 32 * 32 + (from + i) % 32)) to = from / 32 * 32 + (from + i) % 32;
+    for (i = 0; i < THREADS && to < 0; i++) {
+        const int other = ((from / 32 + onward * (1 + i / 32) + 2 * WARPS) % WARPS) * 32 + i % 32;
+        if (can_run(other)) to = other;
+        left += !done[other];
+    }
+    if (to < 0 && left) {
+        fprintf(stderr, "cuda_shim: the threads of a block wait for each other forever\n");
+        abort();
+    }
+    if (to < 0) {
+        go(&fibre[from], &home);
         return;
     }
     current = to;
@@ -145,21 +162,15 @@ static void next() { /* the next fibre that is not done; home if there is none *
 static void release(meeting &m) {
     m.arrived = 0;
     m.turn++;
-    idle = 0;
 }
 static void meet(meeting &m) {
-    const unsigned turn = m.turn;
     if (++m.arrived == m.alive) {
         release(m);
         return;
     }
-    while (m.turn == turn) {
-        if (idle++ > 4 * THREADS) {
-            fprintf(stderr, "cuda_shim: the threads of a block wait for each other forever\n");
-            abort();
-        }
-        next();
-    }
+    waits[current] = {&m, m.turn};
+    next();
+    waits[current].at = nullptr;
 }
 static void leave(meeting &m) {
     if (--m.alive && m.arrived == m.alive) release(m);
@@ -167,7 +178,6 @@ static void leave(meeting &m) {
 static void start() {
     (*body)();
     done[current] = true;
-    idle = 0;
     leave(block);
     leave(warp[current / 32]);
     next();
@@ -175,7 +185,9 @@ static void start() {
 }
 
 static void run(dim3 grid, const std::function<void()> &kernel) {
-    if (!stacks) stacks = (char *)mmap(nullptr, (size_t)THREADS * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (!stacks)
+        stacks =
+            (char *)mmap(nullptr, (size_t)THREADS * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     body = &kernel;
     block_count = grid;
     for (block_index.z = 0; block_index.z < grid.z; block_index.z++)
@@ -185,12 +197,13 @@ static void run(dim3 grid, const std::function<void()> &kernel) {
                 for (auto &w : warp) w = meeting{32, 0, 0};
                 for (int i = 0; i < THREADS; i++) {
                     done[i] = false;
+                    waits[i].at = nullptr;
                     prepare(&fibre[i], stacks + (size_t)i * STACK, start);
                 }
-                current = 0;
-                idle = 0;
-                thread.x = 0;
-                go(&home, &fibre[0]);
+                onward = onward == 1 ? -1 : 1;
+                current = onward == 1 ? 0 : THREADS - 32;
+                thread.x = (unsigned)current;
+                go(&home, &fibre[current]);
             }
 }
 
@@ -241,8 +254,13 @@ static void submit(std::function<void()> work) {
 } // namespace shim
 
 typedef int cudaError_t;
-enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorStreamCaptureUnsupported = 900,
-       cudaErrorUnknown = 999 };
+enum {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorMemoryAllocation = 2,
+    cudaErrorStreamCaptureUnsupported = 900,
+    cudaErrorUnknown = 999
+};
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaStreamCaptureModeThreadLocal = 1 };
 typedef struct shim_stream *cudaStream_t;
@@ -256,8 +274,8 @@ struct cudaDeviceProp {
 static cudaError_t shim_last;
 /* Counts a call; true where the test wants it to fail. */
 static bool shim_fails() { return cuda_shim_fail && --cuda_shim_fail == 0; }
-#define SHIM_CALL()                                       \
-    do {                                                  \
+#define SHIM_CALL()                                            \
+    do {                                                       \
         if (shim_fails()) return shim_last = cudaErrorUnknown; \
     } while (0)
 
@@ -267,8 +285,10 @@ static cudaError_t cudaGetLastError() {
     return last;
 }
 static const char *cudaGetErrorString(cudaError_t e) {
-    return e == cudaErrorMemoryAllocation ? "out of memory" : e == cudaErrorInvalidValue ? "invalid argument"
-         : e == cudaErrorStreamCaptureUnsupported ? "operation not permitted when stream is capturing" : "unknown error";
+    return e == cudaErrorMemoryAllocation           ? "out of memory"
+           : e == cudaErrorInvalidValue             ? "invalid argument"
+           : e == cudaErrorStreamCaptureUnsupported ? "operation not permitted when stream is capturing"
+                                                    : "unknown error";
 }
 static cudaError_t cudaGetDevice(int *device) {
     SHIM_CALL();
@@ -310,7 +330,9 @@ static cudaError_t cudaMalloc(void **memory, size_t bytes) {
     *memory = arena + at;
     return cudaSuccess;
 }
-template <class T> static cudaError_t cudaMalloc(T **memory, size_t bytes) { return cudaMalloc((void **)memory, bytes); }
+template <class T> static cudaError_t cudaMalloc(T **memory, size_t bytes) {
+    return cudaMalloc((void **)memory, bytes);
+}
 static cudaError_t cudaFree(void *memory) {
     using namespace shim;
     SHIM_CALL();
@@ -441,11 +463,13 @@ template <class... P, class... A> static void shim_launch(void (*kernel)(P...), 
     cuda_shim_launches++;
     shim::submit([=] { shim::run(grid, [&] { std::apply(kernel, values); }); });
 }
-#define CKCA__LAUNCH(ctx, kernel, grid, ...)                                                                  \
-    do {                                                                                                      \
-        if (shim_fails()) shim_last = cudaErrorUnknown;                                                       \
-        else shim_launch(kernel, grid, __VA_ARGS__);                                                          \
-        ckca__cuda_check(ckca__cuda_of(ctx), #kernel, cudaGetLastError());                                    \
+#define CKCA__LAUNCH(ctx, kernel, grid, ...)                               \
+    do {                                                                   \
+        if (shim_fails())                                                  \
+            shim_last = cudaErrorUnknown;                                  \
+        else                                                               \
+            shim_launch(kernel, grid, __VA_ARGS__);                        \
+        ckca__cuda_check(ckca__cuda_of(ctx), #kernel, cudaGetLastError()); \
     } while (0)
 
 static void __syncthreads() { shim::meet(shim::block); }
@@ -472,9 +496,10 @@ static unsigned shim_bf16(float v) { /* round to nearest even */
 }
 static unsigned ckca__to_bf16x2(float low, float high) { return shim_bf16(low) | shim_bf16(high) << 16; }
 
-/* D = A B + C by a warp. The fragments (PTX ISA, mma.m16n8k8 with .tf32 and mma.m16n8k16 with .bf16): A(row, k) is in lane
-   row % 8 * 4 + K % 4, register row / 8 + K / 4 * 2; B(k, column) in lane column * 4 + K % 4, register K / 4; C(row, column)
-   in lane row % 8 * 4 + column / 2, register column % 2 + row / 8 * 2. K is k for tf32, k / 2 for bf16. */
+/* D = A B + C by a warp. The fragments (PTX ISA, mma.m16n8k8 with .tf32 and mma.m16n8k16 with .bf16): A(row, k) is in
+   lane row % 8 * 4 + K % 4, register row / 8 + K / 4 * 2; B(k, column) in lane column * 4 + K % 4, register K / 4;
+   C(row, column) in lane row % 8 * 4 + column / 2, register column % 2 + row / 8 * 2. K is k for tf32, k / 2 for bf16.
+   */
 template <int BF16> static void shim_mma(float c[4], const unsigned a[4], const unsigned b[2]) {
     const int t = shim::current, lane = t % 32, turn = (int)(shim::parity[t]++ & 1);
     shim::lane_data &d = shim::shown[t / 32];
@@ -485,11 +510,13 @@ template <int BF16> static void shim_mma(float c[4], const unsigned a[4], const 
         const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
         double sum = c[i];
         for (int k = 0; k < 8; k++) {
-            const unsigned x = d.a[turn][row % 8 * 4 + k % 4][row / 8 + k / 4 * 2], y = d.b[turn][column * 4 + k % 4][k / 4];
+            const unsigned x = d.a[turn][row % 8 * 4 + k % 4][row / 8 + k / 4 * 2],
+                           y = d.b[turn][column * 4 + k % 4][k / 4];
             if (BF16)
                 sum += (double)__uint_as_float(x << 16) * __uint_as_float(y << 16) +
                        (double)__uint_as_float(x & 0xffff0000) * __uint_as_float(y & 0xffff0000);
-            else sum += (double)__uint_as_float(x & ~0x1fffu) * __uint_as_float(y & ~0x1fffu);
+            else
+                sum += (double)__uint_as_float(x & ~0x1fffu) * __uint_as_float(y & ~0x1fffu);
         }
         c[i] = (float)sum;
     }
@@ -520,17 +547,19 @@ static cublasStatus_t cublasDestroy(cublasHandle_t blas) {
 static cublasStatus_t cublasSetStream(cublasHandle_t, cudaStream_t) { return shim_blas_call(); }
 static cublasStatus_t cublasSetWorkspace(cublasHandle_t, void *, size_t) { return shim_blas_call(); }
 /* c (m x n) = alpha op(a) (m x k) op(b) (k x n) + beta c, column by column. */
-static cublasStatus_t cublasGemmEx(cublasHandle_t, cublasOperation_t turn_a, cublasOperation_t turn_b, int m, int n, int k,
-                                   const float *alpha, const void *a_, int, int lda, const void *b_, int, int ldb,
-                                   const float *beta, void *c_, int, int ldc, cublasComputeType_t compute, int) {
+static cublasStatus_t cublasGemmEx(cublasHandle_t, cublasOperation_t turn_a, cublasOperation_t turn_b, int m, int n,
+                                   int k, const float *alpha, const void *a_, int, int lda, const void *b_, int,
+                                   int ldb, const float *beta, void *c_, int, int ldc, cublasComputeType_t compute,
+                                   int) {
     if (shim_blas_call()) return CUBLAS_STATUS_EXECUTION_FAILED;
     const float one = *alpha, add = *beta, *a = (const float *)a_, *b = (const float *)b_;
     float *c = (float *)c_;
     shim::check_argument(a), shim::check_argument(b), shim::check_argument(c);
     shim::submit([=] {
         const auto round = [=](float v) {
-            return compute == CUBLAS_COMPUTE_32F ? v : compute == CUBLAS_COMPUTE_32F_FAST_TF32
-                       ? __uint_as_float(ckca__to_tf32(v)) : __uint_as_float(shim_bf16(v) << 16);
+            return compute == CUBLAS_COMPUTE_32F             ? v
+                   : compute == CUBLAS_COMPUTE_32F_FAST_TF32 ? __uint_as_float(ckca__to_tf32(v))
+                                                             : __uint_as_float(shim_bf16(v) << 16);
         };
         for (int j = 0; j < n; j++)
             for (int i = 0; i < m; i++) {

@@ -44,7 +44,9 @@ static void *device_place(ckca_context *ctx, const void *host, size_t bytes, int
 }
 
 /* What the op reads; what it writes (or reads and writes). */
-static const void *device_in(ckca_context *ctx, const void *host, size_t bytes) { return device_place(ctx, host, bytes, 0); }
+static const void *device_in(ckca_context *ctx, const void *host, size_t bytes) {
+    return device_place(ctx, host, bytes, 0);
+}
 static void *device_out(ckca_context *ctx, void *host, size_t bytes) { return device_place(ctx, host, bytes, 1); }
 
 static void device_done(ckca_context *ctx, const char *op) {
@@ -55,7 +57,8 @@ static void device_done(ckca_context *ctx, const char *op) {
         const size_t bytes = device_argument[i].bytes;
         unsigned char *copy = (unsigned char *)malloc(bytes + 2 * DEVICE_MARGIN);
         ckca__device_download(ctx, copy, device_argument[i].device, bytes + 2 * DEVICE_MARGIN);
-        for (j = 0; j < DEVICE_MARGIN; j++) beyond += copy[j] != 0xff || copy[DEVICE_MARGIN + bytes + (size_t)j] != 0xff;
+        for (j = 0; j < DEVICE_MARGIN; j++)
+            beyond += copy[j] != 0xff || copy[DEVICE_MARGIN + bytes + (size_t)j] != 0xff;
         if (beyond) CHECK(0, "%s wrote beyond argument %d", op, i);
         if (device_argument[i].writable) {
             if (bytes) memcpy((void *)(uintptr_t)device_argument[i].host, copy + DEVICE_MARGIN, bytes);
@@ -81,32 +84,32 @@ static size_t device_linear_workspace(ckca_context *ctx, int n, int d, int k) {
     return ckca__conv_workspace(ctx, &s);
 }
 
-static void device_conv_forward(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w, const float *bias,
-                                const float *residual, int relu, float *y, void *ws) {
-    ckca__op_conv_forward(ctx, s, FI(x, device_x(s)), FI(w, device_w(s)), FI(bias, s->k), FI(residual, device_y(s)), relu,
-                          FO(y, device_y(s)), device_out(ctx, ws, ckca__conv_workspace(ctx, s)));
+static void device_conv_forward(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w,
+                                const float *bias, const float *residual, int relu, float *y, void *ws) {
+    ckca__op_conv_forward(ctx, s, FI(x, device_x(s)), FI(w, device_w(s)), FI(bias, s->k), FI(residual, device_y(s)),
+                          relu, FO(y, device_y(s)), device_out(ctx, ws, ckca__conv_workspace(ctx, s)));
     device_done(ctx, "conv_forward");
 }
-static void device_conv_backward_data(ckca_context *ctx, const ckca__conv *s, const float *dy, const float *w, float *dx,
-                                      int accumulate, void *ws) {
+static void device_conv_backward_data(ckca_context *ctx, const ckca__conv *s, const float *dy, const float *w,
+                                      float *dx, int accumulate, void *ws) {
     ckca__op_conv_backward_data(ctx, s, FI(dy, device_y(s)), FI(w, device_w(s)), FO(dx, device_x(s)), accumulate,
                                 device_out(ctx, ws, ckca__conv_workspace(ctx, s)));
     device_done(ctx, "conv_backward_data");
 }
-static void device_conv_backward_weight(ckca_context *ctx, const ckca__conv *s, const float *x, const float *dy, float *dw,
-                                        float *dbias, void *ws) {
+static void device_conv_backward_weight(ckca_context *ctx, const ckca__conv *s, const float *x, const float *dy,
+                                        float *dw, float *dbias, void *ws) {
     ckca__op_conv_backward_weight(ctx, s, FI(x, device_x(s)), FI(dy, device_y(s)), FO(dw, device_w(s)), FO(dbias, s->k),
                                   device_out(ctx, ws, ckca__conv_workspace(ctx, s)));
     device_done(ctx, "conv_backward_weight");
 }
-static void device_linear_forward(ckca_context *ctx, int n, int d, int k, const float *x, const float *w, const float *bias,
-                                  float *y, void *ws) {
+static void device_linear_forward(ckca_context *ctx, int n, int d, int k, const float *x, const float *w,
+                                  const float *bias, float *y, void *ws) {
     ckca__op_linear_forward(ctx, n, d, k, FI(x, n * d), FI(w, k * d), FI(bias, k), FO(y, n * k),
                             device_out(ctx, ws, device_linear_workspace(ctx, n, d, k)));
     device_done(ctx, "linear_forward");
 }
-static void device_linear_backward(ckca_context *ctx, int n, int d, int k, const float *x, const float *w, const float *dy,
-                                   float *dx, int accumulate, float *dw, float *dbias, void *ws) {
+static void device_linear_backward(ckca_context *ctx, int n, int d, int k, const float *x, const float *w,
+                                   const float *dy, float *dx, int accumulate, float *dw, float *dbias, void *ws) {
     ckca__op_linear_backward(ctx, n, d, k, FI(x, n * d), FI(w, k * d), FI(dy, n * k), FO(dx, n * d), accumulate,
                              FO(dw, k * d), FO(dbias, k), device_out(ctx, ws, device_linear_workspace(ctx, n, d, k)));
     device_done(ctx, "linear_backward");
@@ -151,7 +154,8 @@ static void device_add_backward(ckca_context *ctx, size_t count, const float *y,
     ckca__op_add_backward(ctx, count, FI(y, count), FI(dy, count), FO(dx, count), accumulate);
     device_done(ctx, "add_backward");
 }
-static void device_maxpool_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y, unsigned char *at) {
+static void device_maxpool_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y,
+                                   unsigned char *at) {
     ckca__op_maxpool_forward(ctx, s, FI(x, device_x(s)), FO(y, device_y(s)),
                              (unsigned char *)device_out(ctx, at, device_y(s)));
     device_done(ctx, "maxpool_forward");
@@ -214,7 +218,8 @@ static void device_sgd(ckca_context *ctx, size_t count, size_t decayed, float *w
     device_done(ctx, "sgd");
 }
 static void device_clip(ckca_context *ctx, size_t count, const float *g, float clip, float *gscale, void *ws) {
-    ckca__op_clip(ctx, count, FI(g, count), clip, FO(gscale, 1), device_out(ctx, ws, ckca__op_workspace(ctx, count, 1)));
+    ckca__op_clip(ctx, count, FI(g, count), clip, FO(gscale, 1),
+                  device_out(ctx, ws, ckca__op_workspace(ctx, count, 1)));
     device_done(ctx, "clip");
 }
 static void device_shrink_perturb(ckca_context *ctx, size_t count, float *w, const float *fresh, float shrink,

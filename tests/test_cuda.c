@@ -1,7 +1,8 @@
-/* test_cuda.c: what only the GPU path has. Without CKCA_CUDA: that it is refused in words. With it, on a device or on the
-   shim: TF32 and BF16 convolutions against the naive twins on factors that these formats hold exactly, so that nothing but
-   the order of sums may differ; recorded steps against steps that run as they come; ops that no other test calls. On the
-   shim also: every call of CUDA failing in turn; device memory running out; no waiting inside an epoch. */
+/* test_cuda.c: what only the GPU path has. Without CKCA_CUDA: that it is refused in words. With it, on a device or on
+   the shim: TF32 and BF16 convolutions against the naive twins on factors that these formats hold exactly, so that
+   nothing but the order of sums may differ; recorded steps against steps that run as they come; ops that no other test
+   calls. On the shim also: every call of CUDA failing in turn; device memory running out; no waiting inside an epoch.
+   */
 #define CKCA_IMPLEMENTATION
 #include "ckca.h"
 #include "test.h"
@@ -53,8 +54,8 @@ static void compare(const char *what, const ckca__conv *s, int precision, const 
         double error = fabs((double)got[i] - want[i]);
         if (!(error <= worst)) worst = error == error ? error : INFINITY;
     }
-    CHECK(worst <= 2e-6 + 1.2e-7 * terms, "%s of %dx%dx%dx%d, %d of %dx%d, stride %d, pad %d, precision %d: off by %g", what,
-          s->n, s->h, s->w, s->c, s->k, s->r, s->s, s->stride, s->pad, precision, worst);
+    CHECK(worst <= 2e-6 + 1.2e-7 * terms, "%s of %dx%dx%dx%d, %d of %dx%d, stride %d, pad %d, precision %d: off by %g",
+          what, s->n, s->h, s->w, s->c, s->k, s->r, s->s, s->stride, s->pad, precision, worst);
 }
 
 static void test_conv(ckca_context *ctx, const ckca__conv *s) {
@@ -84,19 +85,20 @@ static void test_conv(ckca_context *ctx, const ckca__conv *s) {
 static void test_convs(ckca_context *ctx) {
     static const int table[][9] = {
         /* n  h  w  c  k  r  s stride pad */
-        {3, 8, 8, 3, 16, 3, 3, 1, 1},   {2, 8, 8, 16, 16, 3, 3, 1, 1}, {3, 8, 8, 16, 32, 3, 3, 2, 1},
-        {2, 6, 6, 32, 64, 3, 3, 1, 1},  {2, 8, 8, 32, 64, 1, 1, 2, 0}, {2, 7, 7, 20, 70, 1, 1, 1, 0},
-        {1, 20, 20, 3, 64, 7, 7, 2, 3}, {2, 5, 5, 70, 24, 3, 3, 2, 1}, {2, 6, 5, 1, 1, 3, 3, 1, 1},
-        {2, 9, 7, 17, 33, 3, 3, 1, 1},  {2, 7, 9, 31, 15, 3, 3, 2, 1}, {2, 9, 8, 18, 6, 5, 5, 3, 1},
-        {2, 10, 9, 4, 6, 2, 3, 2, 1},   {1, 8, 8, 8, 8, 3, 3, 3, 0},   {1, 3, 3, 8, 8, 7, 7, 1, 3},
+        {3, 8, 8, 3, 16, 3, 3, 1, 1},   {2, 8, 8, 16, 16, 3, 3, 1, 1},  {3, 8, 8, 16, 32, 3, 3, 2, 1},
+        {2, 6, 6, 32, 64, 3, 3, 1, 1},  {2, 8, 8, 32, 64, 1, 1, 2, 0},  {2, 7, 7, 20, 70, 1, 1, 1, 0},
+        {1, 20, 20, 3, 64, 7, 7, 2, 3}, {2, 5, 5, 70, 24, 3, 3, 2, 1},  {2, 6, 5, 1, 1, 3, 3, 1, 1},
+        {2, 9, 7, 17, 33, 3, 3, 1, 1},  {2, 7, 9, 31, 15, 3, 3, 2, 1},  {2, 9, 8, 18, 6, 5, 5, 3, 1},
+        {2, 10, 9, 4, 6, 2, 3, 2, 1},   {1, 8, 8, 8, 8, 3, 3, 3, 0},    {1, 3, 3, 8, 8, 7, 7, 1, 3},
         {1, 4, 4, 64, 130, 3, 3, 1, 1}, {1, 3, 3, 160, 96, 3, 3, 2, 1}, {1, 4, 4, 48, 80, 3, 3, 1, 1},
-        {3, 24, 24, 4, 8, 3, 3, 1, 1},  {5, 1, 1, 64, 10, 1, 1, 1, 0}, {1, 2, 1, 8, 8, 7, 7, 2, 3},
+        {3, 24, 24, 4, 8, 3, 3, 1, 1},  {5, 1, 1, 64, 10, 1, 1, 1, 0},  {1, 2, 1, 8, 8, 7, 7, 2, 3},
     };
     size_t i;
     for (i = 0; i < sizeof table / sizeof *table; i++) {
         const int *v = table[i];
         ckca__conv s;
-        s.n = v[0], s.h = v[1], s.w = v[2], s.c = v[3], s.k = v[4], s.r = v[5], s.s = v[6], s.stride = v[7], s.pad = v[8];
+        s.n = v[0], s.h = v[1], s.w = v[2], s.c = v[3], s.k = v[4], s.r = v[5], s.s = v[6], s.stride = v[7],
+        s.pad = v[8];
         s.p = (s.h + 2 * s.pad - s.r) / s.stride + 1, s.q = (s.w + 2 * s.pad - s.s) / s.stride + 1;
         test_conv(ctx, &s);
     }
@@ -223,13 +225,15 @@ static ckca_status plain_update(ckca_model *m, const ckca_data *data, const ckca
     return status ? status : ckca__device_status(m->ctx);
 }
 
-static int look(const ckca_progress *p, void *user) { /* in the middle of it, memory the recorded steps used moves */
-    if (p->epoch == 2 && p->batch == 1) ckca_evaluate((ckca_model *)user, NULL, NULL, NULL);
-    if (p->epoch == 2 && p->batch == 1) {
-        ckca_model *m = (ckca_model *)user;
-        const size_t bytes = m->workspace_bytes;
-        ckca__arena(m->ctx, &m->workspace, &m->workspace_bytes, bytes + 4096);
-    }
+typedef struct {
+    ckca_model *m;
+    const ckca_data *data;
+} watched;
+static int look(const ckca_progress *p, void *user) { /* halfway, what the recorded steps used is used and moved */
+    const watched *w = (const watched *)user;
+    if (p->epoch != 2 || p->batch != 1) return 0;
+    CHECK(!ckca_evaluate(w->m, w->data, NULL, NULL), "evaluated in an update: %s", ckca_error(w->m->ctx));
+    ckca__arena(w->m->ctx, &w->m->workspace, &w->m->workspace_bytes, w->m->workspace_bytes + 4096);
     return 0;
 }
 
@@ -238,6 +242,7 @@ static void test_recording(ckca_context *ctx) {
     ckca_model *a = net(ctx), *b = net(ctx), *c = net(ctx);
     ckca_update_desc d = recipe();
     ckca_report report;
+    watched w;
     float *x, *y, *z;
     int update;
     for (update = 0; update < 2; update++) {
@@ -257,7 +262,9 @@ static void test_recording(ckca_context *ctx) {
 #endif
         CHECK(!plain_update(b, data, &d), "plain update: %s", ckca_error(ctx));
         d.progress = look;
-        d.user = c;
+        w.m = c;
+        w.data = data;
+        d.user = &w;
         CHECK(!ckca_update(c, data, &d, NULL), "update with reports: %s", ckca_error(ctx));
         d.progress = NULL;
         x = weights(a), y = weights(b), z = weights(c);
@@ -351,9 +358,11 @@ static void test_failures(void) {
         if (status) {
             failed++;
             CHECK(status == CKCA_ECUDA || status == CKCA_ENOMEM, "call %d fails: %s", k, ckca_status_name(status));
-            if (ctx) CHECK(strchr(ckca_error(ctx), ':') || strstr(ckca_error(ctx), "memory"), "call %d fails: \"%s\"", k,
-                           ckca_error(ctx));
-        } else if (!done && m) silent++;
+            if (ctx)
+                CHECK(strchr(ckca_error(ctx), ':') || strstr(ckca_error(ctx), "memory"), "call %d fails: \"%s\"", k,
+                      ckca_error(ctx));
+        } else if (!done && m)
+            silent++;
         ckca_model_free(m);
         ckca_data_free(data);
         ckca_free(ctx);
