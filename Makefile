@@ -5,6 +5,9 @@
 #   make test               every test, the ones below too, ending in "N passed, N failed"
 #   make check              the test programs only
 #   make bench              build/bench (see tests/bench.c)
+#   make bench-peers        ours against PyTorch, in turn, and against this machine's floors: a table. Installs PyTorch
+#                           into build/peers if need be. ROWS="train resnet20", ROUNDS=3, PYTHON=, PEERS=DIR and more:
+#                           see tests/bench_peers.py
 #   make asan               the test programs under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make fuzz TIME=60       libFuzzer on the file readers for so many seconds (needs clang)
 #   make install PREFIX=    the header and ckca.pc; DESTDIR is honoured
@@ -83,7 +86,7 @@ ASAN :=
 SHIM :=
 endif
 
-.PHONY: all demo test check bench asan shim sanitize fuzz install clean help FORCE
+.PHONY: all demo test check bench bench-peers asan shim sanitize fuzz install clean help FORCE
 .DELETE_ON_ERROR:
 
 all: $(EXAMPLES)
@@ -111,6 +114,10 @@ sanitize: build/tests/test_conv build/tests/test_ops build/tests/test_cuda
 	    echo "$$tool $$test" && $(SANITIZE) --tool $$tool $$test || exit 1; done; done
 
 bench: build/bench
+
+# The variables reach the script through the environment.
+bench-peers: build/bench
+	python3 tests/bench_peers.py build/bench
 
 # Rewritten only when the flags change, so that everything is rebuilt then.
 build/flags: FORCE

@@ -167,6 +167,8 @@ typedef struct ckca_data ckca_data;       /* labelled pictures: a view of a shar
 typedef struct ckca_desc {
     int threads;  /* 0: as many as the machine has processors (without OpenMP always 1) */
     ckca_isa isa; /* kernels to use; one the processor lacks is an error */
+    int direct;   /* 1: no Winograd: every convolution sums its products one by one (2 to 3 times slower, and closer:
+                     about 3e-7 of the output's rms instead of 1e-6) */
     ckca_precision precision; /* of the GPU's convolutions */
     /* Memory: both or neither, called by one thread at a time (decoding calls them from its own threads). alloc returns
        NULL when it has none. 0: malloc (with huge pages asked for) and free. stb_image uses calloc whatever is set. */
@@ -551,6 +553,7 @@ enum { CKCA__DEVICE_IS_HOST = 1 };
 struct ckca_context {
     int threads;
     ckca_isa isa;
+    int direct; /* no Winograd */
     ckca_precision precision;
     void *cuda;           /* what ckca_cuda.cu keeps */
     size_t refused, room; /* bytes that the GPU's memory did not have when last asked, and what it had */
@@ -834,6 +837,7 @@ CKCA_API ckca_status ckca_init(ckca_context **out, const ckca_desc *desc) {
     ctx->release = desc->release;
     ctx->user = desc->user;
     ctx->isa = desc->isa ? desc->isa : ckca__best_isa();
+    ctx->direct = desc->direct;
     ctx->precision = desc->precision;
 #ifdef _OPENMP
     ctx->threads = desc->threads ? desc->threads : omp_get_max_threads(); /* OMP_NUM_THREADS, or all processors */
@@ -991,8 +995,10 @@ CKCA_API const char *ckca_device(const ckca_context *ctx) { return ctx ? ctx->de
 #define CKCA__INLINE static inline __attribute__((always_inline))
 #ifdef __clang__
 #define CKCA__UNROLL _Pragma("clang loop unroll(full)")
+#define CKCA__ROLL _Pragma("clang loop unroll(disable)")
 #else
 #define CKCA__UNROLL _Pragma("GCC unroll 16")
+#define CKCA__ROLL _Pragma("GCC unroll 1")
 #endif
 
 enum {
@@ -1061,6 +1067,40 @@ typedef struct ckca__wjob {
     const float *x, *dy;
     float *sums;        /* groups x K x R x S x C; swapped: groups x R x S x C x K */
 } ckca__wjob;
+
+/* Winograd's algorithm. Pixels (and dy) turned to points lie [point][group of tiles][vector of channels][tile], a vector
+   each, so that products read them in a row. */
+enum {
+    CKCA__WINO_POINTS = 36,
+    CKCA__WINO_BLOCK = 160 << 10, /* floats that a block of tiles should take, at the points */
+    CKCA__WINO_TASKS = 16,        /* tasks to cut a pass into, if possible */
+    CKCA__WINO_SUMS = 5 << 18     /* weight gradient: floats of a task's sums, at the points */
+};
+typedef struct ckca__maps {
+    const float *at;
+    int h, w, c;  /* of N x H x W x C values */
+    int pad;      /* tile (0, 0) begins so far outside */
+    int channels; /* from at on, that are meant */
+} ckca__maps;
+typedef struct ckca__wino {
+    ckca__maps source, dy;   /* dy: in the weight gradient */
+    int c, oh, ow, k;        /* channels of the source; output: N x OH x OW x K */
+    int turned;              /* 1: input gradient: weights read from their other end */
+    int across, down, tiles; /* tiles of 4 x 4 outputs: in a row, in a column, in all */
+    int parts, ranges;       /* tasks: parts of the tiles times ranges of output channels */
+    int block;               /* tiles that pass the three steps together */
+    const float *weights, *bias, *residual;
+    float *output;
+    float *sums;             /* weight gradient: parts x K x 3 x 3 x C, or dw itself if there is one part */
+    float *packed;           /* weights at the points, [block of channels][point][c][channels]; NULL: each task's own */
+    float *scratch;
+    size_t scratch_size;     /* floats per thread */
+    int relu;
+} ckca__wino;
+
+/* Floats from one point of a block of tiles to the next: no multiple of 4 KiB, where all points would compete for the
+   same lines of L1. */
+static size_t ckca__wino_point(int block, int channels) { return (size_t)block * channels + 16; }
 #endif
 
 #ifdef CKCA__PASS
@@ -1373,6 +1413,318 @@ static void CKCA__NAME(ckca__conv_weight_task)(const ckca__wjob *job, int task) 
                                                  p + rows < p1 ? p + rows : p1, k0, k1);
 }
 
+/* Winograd's F(4 x 4, 3 x 3): what it does is told further down, where its tasks are cut. The five maps along one axis,
+   between pixels, weights or outputs and values at the points 0, a, -a, b, -b and infinity: */
+#define CKCA__WA 0.70710678f /* a a = 1/2 */
+#define CKCA__WB 1.41421356f /* b b = 2 */
+#define CKCA__GROUP (3 * CKCA__TILE) /* tiles whose products are summed side by side */
+
+/* u = B^T d: six pixels of the source at the six points. */
+CKCA__INLINE void CKCA__NAME(ckca__wino_source)(const CKCA__V *d, CKCA__V *u) {
+    CKCA__V even_a = CKCA__FMA(CKCA__SET(-2.0f), d[2], d[4]), odd_a = CKCA__FMA(CKCA__SET(-2.0f), d[1], d[3]);
+    CKCA__V even_b = CKCA__FMA(CKCA__SET(-0.5f), d[2], d[4]), odd_b = CKCA__FMA(CKCA__SET(-0.5f), d[1], d[3]);
+    u[0] = CKCA__ADD(d[0], CKCA__FMA(CKCA__SET(-2.5f), d[2], d[4]));
+    u[1] = CKCA__FMA(CKCA__SET(CKCA__WA), odd_a, even_a);
+    u[2] = CKCA__FMA(CKCA__SET(-CKCA__WA), odd_a, even_a);
+    u[3] = CKCA__FMA(CKCA__SET(CKCA__WB), odd_b, even_b);
+    u[4] = CKCA__FMA(CKCA__SET(-CKCA__WB), odd_b, even_b);
+    u[5] = CKCA__ADD(d[1], CKCA__FMA(CKCA__SET(-2.5f), d[3], d[5]));
+}
+
+/* u = G g: three weights at the six points. */
+CKCA__INLINE void CKCA__NAME(ckca__wino_weight)(const CKCA__V *g, CKCA__V *u) {
+    CKCA__V even_a = CKCA__MUL(CKCA__SET(-2.0f / 3), CKCA__FMA(CKCA__SET(0.5f), g[2], g[0]));
+    CKCA__V even_b = CKCA__MUL(CKCA__SET(1.0f / 6), CKCA__FMA(CKCA__SET(2.0f), g[2], g[0]));
+    u[0] = g[0];
+    u[1] = CKCA__FMA(CKCA__SET(-2 * CKCA__WA / 3), g[1], even_a);
+    u[2] = CKCA__FMA(CKCA__SET(2 * CKCA__WA / 3), g[1], even_a);
+    u[3] = CKCA__FMA(CKCA__SET(CKCA__WB / 6), g[1], even_b);
+    u[4] = CKCA__FMA(CKCA__SET(-CKCA__WB / 6), g[1], even_b);
+    u[5] = g[2];
+}
+
+/* y = A^T m: from the six points back to four outputs. */
+CKCA__INLINE void CKCA__NAME(ckca__wino_output)(const CKCA__V *m, CKCA__V *y) {
+    CKCA__V sum_a = CKCA__ADD(m[1], m[2]), dif_a = CKCA__MUL(CKCA__SET(CKCA__WA), CKCA__SUB(m[1], m[2]));
+    CKCA__V sum_b = CKCA__ADD(m[3], m[4]), dif_b = CKCA__MUL(CKCA__SET(CKCA__WB), CKCA__SUB(m[3], m[4]));
+    y[0] = CKCA__ADD(m[0], CKCA__ADD(sum_a, sum_b));
+    y[1] = CKCA__ADD(dif_a, dif_b);
+    y[2] = CKCA__FMA(CKCA__SET(2.0f), sum_b, CKCA__MUL(CKCA__SET(0.5f), sum_a));
+    y[3] = CKCA__FMA(CKCA__SET(2.0f), dif_b, CKCA__FMA(CKCA__SET(0.5f), dif_a, m[5]));
+}
+
+/* m = A y: its transpose, for gradients. */
+CKCA__INLINE void CKCA__NAME(ckca__wino_output_turned)(const CKCA__V *y, CKCA__V *m) {
+    CKCA__V even_a = CKCA__FMA(CKCA__SET(0.5f), y[2], y[0]), odd_a = CKCA__FMA(CKCA__SET(0.5f), y[3], y[1]);
+    CKCA__V even_b = CKCA__FMA(CKCA__SET(2.0f), y[2], y[0]), odd_b = CKCA__FMA(CKCA__SET(2.0f), y[3], y[1]);
+    m[0] = y[0];
+    m[1] = CKCA__FMA(CKCA__SET(CKCA__WA), odd_a, even_a);
+    m[2] = CKCA__FMA(CKCA__SET(-CKCA__WA), odd_a, even_a);
+    m[3] = CKCA__FMA(CKCA__SET(CKCA__WB), odd_b, even_b);
+    m[4] = CKCA__FMA(CKCA__SET(-CKCA__WB), odd_b, even_b);
+    m[5] = y[3];
+}
+
+/* g = G^T u: the gradient of three weights. */
+CKCA__INLINE void CKCA__NAME(ckca__wino_weight_turned)(const CKCA__V *u, CKCA__V *g) {
+    CKCA__V sum_a = CKCA__MUL(CKCA__SET(-2.0f / 3), CKCA__ADD(u[1], u[2]));
+    CKCA__V sum_b = CKCA__MUL(CKCA__SET(1.0f / 6), CKCA__ADD(u[3], u[4]));
+    g[0] = CKCA__ADD(u[0], CKCA__ADD(sum_a, sum_b));
+    g[1] = CKCA__FMA(CKCA__SET(-2 * CKCA__WA / 3), CKCA__SUB(u[1], u[2]),
+                     CKCA__MUL(CKCA__SET(CKCA__WB / 6), CKCA__SUB(u[3], u[4])));
+    g[2] = CKCA__ADD(CKCA__FMA(CKCA__SET(0.5f), sum_a, u[5]), CKCA__MUL(CKCA__SET(2.0f), sum_b));
+}
+
+/* Turns tiles [first, first + count) of some channels of maps to points: size x size values each (6: the source's,
+   4: dy's), zeros outside. */
+CKCA__INLINE void CKCA__NAME(ckca__wino_gather)(const int size, const ckca__wino *job, const ckca__maps *maps,
+                                                int first, int count, const float *zeros, float *to) {
+    size_t point = ckca__wino_point(job->block, maps->channels);
+    const float *pixel[CKCA__GROUP][6 * 6];
+    int t, i, j, k;
+    for (; count > 0; count -= CKCA__GROUP, first += CKCA__GROUP, to += CKCA__GROUP * maps->channels) {
+        int tiles = count < CKCA__GROUP ? count : CKCA__GROUP;
+        for (t = 0; t < tiles; t++) {
+            int tile = first + t, picture = tile / (job->across * job->down), rest = tile % (job->across * job->down);
+            int y = rest / job->across * 4 - maps->pad, x = rest % job->across * 4 - maps->pad;
+            for (i = 0; i < size; i++)
+                for (j = 0; j < size; j++) {
+                    ptrdiff_t at = (((ptrdiff_t)picture * maps->h + y + i) * maps->w + x + j) * maps->c;
+                    int inside = ((unsigned)(y + i) < (unsigned)maps->h) & ((unsigned)(x + j) < (unsigned)maps->w);
+                    pixel[t][i * size + j] = inside ? maps->at + at : zeros;
+                }
+        }
+        for (t = 0; t < tiles; t++)
+            for (k = 0; k < maps->channels; k += CKCA__VW) {
+                const float *const *here = pixel[t], *const *next = pixel[t + 1 < tiles ? t + 1 : t];
+                float *at = to + k * CKCA__GROUP + t * CKCA__VW;
+                CKCA__V d[6], u[6], half[6][6];
+                CKCA__ROLL for (j = 0; j < size; j++) {
+                    CKCA__UNROLL for (i = 0; i < size; i++) {
+                        d[i] = CKCA__LOAD(here[i * size + j] + k);
+                        __builtin_prefetch(next[i * size + j] + k);
+                    }
+                    if (size == 6) CKCA__NAME(ckca__wino_source)(d, u);
+                    else CKCA__NAME(ckca__wino_output_turned)(d, u);
+                    CKCA__UNROLL for (i = 0; i < 6; i++) half[i][j] = u[i];
+                }
+                CKCA__ROLL for (i = 0; i < 6; i++) {
+                    if (size == 6) CKCA__NAME(ckca__wino_source)(half[i], u);
+                    else CKCA__NAME(ckca__wino_output_turned)(half[i], u);
+                    CKCA__UNROLL for (j = 0; j < 6; j++) CKCA__STORE(at + (i * 6 + j) * point, u[j]);
+                }
+            }
+    }
+}
+
+static int CKCA__NAME(ckca__wino_channels)(const ckca__wino *job, int block) { /* in a block of output channels */
+    return job->k - block * CKCA__KB < CKCA__KB ? CKCA__VW : CKCA__KB;
+}
+
+/* Turns the weights of a block of output channels to points: [point][c][channels]. */
+static void CKCA__NAME(ckca__wino_pack)(const ckca__wino *job, int block, float *to) {
+    size_t in_step = job->turned ? (size_t)9 * job->k : 1, out_step = job->turned ? 1 : (size_t)9 * job->c;
+    size_t tap_step = job->turned ? job->k : job->c;
+    int first = block * CKCA__KB, channels = CKCA__NAME(ckca__wino_channels)(job, block);
+    float taps[9][16][CKCA__KB];
+    int c, i, k, t;
+    for (c = 0; c < job->c; c += 16) {
+        for (t = 0; t < 9; t++) { /* the input gradient meets the taps backwards */
+            const float *from = job->weights + first * out_step + c * in_step + (job->turned ? 8 - t : t) * tap_step;
+            if (job->turned)
+                for (i = 0; i < 16; i++) memcpy(taps[t][i], from + i * in_step, sizeof(float) * channels);
+            else
+                for (k = 0; k < channels; k++)
+                    for (i = 0; i < 16; i++) taps[t][i][k] = from[k * out_step + i];
+        }
+        for (i = 0; i < 16; i++)
+            for (k = 0; k < channels; k += CKCA__VW) {
+                CKCA__V g[3], u[6], half[6][3];
+                int a, b;
+                CKCA__ROLL for (b = 0; b < 3; b++) {
+                    CKCA__UNROLL for (a = 0; a < 3; a++) g[a] = CKCA__LOAD(taps[a * 3 + b][i] + k);
+                    CKCA__NAME(ckca__wino_weight)(g, u);
+                    CKCA__UNROLL for (a = 0; a < 6; a++) half[a][b] = u[a];
+                }
+                CKCA__ROLL for (a = 0; a < 6; a++) {
+                    CKCA__NAME(ckca__wino_weight)(half[a], u);
+                    CKCA__UNROLL for (b = 0; b < 6; b++)
+                        CKCA__STORE(to + ((size_t)(a * 6 + b) * job->c + c + i) * channels + k, u[b]);
+                }
+            }
+    }
+}
+
+/* to[tile][V vectors] = the sum over channels of x[tile][c] w[c][V vectors], P tiles of a group. */
+CKCA__INLINE void CKCA__NAME(ckca__wino_product)(const int P, const int V, int c, const float *x, const float *w,
+                                                 float *to) {
+    CKCA__V sum[CKCA__GROUP][2];
+    int p, v, j;
+    CKCA__UNROLL for (p = 0; p < P; p++) {
+        CKCA__UNROLL for (v = 0; v < V; v++) sum[p][v] = CKCA__SET(0.0f);
+    }
+    for (; c > 0; c -= CKCA__VW, x += (CKCA__GROUP - 1) * CKCA__VW)
+        for (j = 0; j < CKCA__VW; j++, x++, w += V * CKCA__VW) {
+            CKCA__V weight[2];
+            CKCA__UNROLL for (v = 0; v < V; v++) weight[v] = CKCA__LOAD(w + v * CKCA__VW);
+            CKCA__UNROLL for (p = 0; p < P; p++) {
+                CKCA__V value = CKCA__SET(x[p * CKCA__VW]);
+                CKCA__UNROLL for (v = 0; v < V; v++) sum[p][v] = CKCA__FMA(value, weight[v], sum[p][v]);
+            }
+        }
+    CKCA__UNROLL for (p = 0; p < P; p++) {
+        CKCA__UNROLL for (v = 0; v < V; v++) CKCA__STORE(to + (p * V + v) * CKCA__VW, sum[p][v]);
+    }
+}
+
+/* All tiles of a block at one point. */
+static void CKCA__NAME(ckca__wino_products)(int count, int two, int c, const float *x, const float *w, float *to) {
+    int size = two ? CKCA__KB : CKCA__VW;
+    for (; count > 0; count -= CKCA__GROUP, x += CKCA__GROUP * c, to += CKCA__GROUP * size) {
+        if (count > 2 * CKCA__TILE && two) CKCA__NAME(ckca__wino_product)(CKCA__GROUP, 2, c, x, w, to);
+        else if (count > 2 * CKCA__TILE) CKCA__NAME(ckca__wino_product)(CKCA__GROUP, 1, c, x, w, to);
+        else if (count > CKCA__TILE && two) CKCA__NAME(ckca__wino_product)(2 * CKCA__TILE, 2, c, x, w, to);
+        else if (count > CKCA__TILE) CKCA__NAME(ckca__wino_product)(2 * CKCA__TILE, 1, c, x, w, to);
+        else if (two) CKCA__NAME(ckca__wino_product)(CKCA__TILE, 2, c, x, w, to);
+        else CKCA__NAME(ckca__wino_product)(CKCA__TILE, 1, c, x, w, to);
+    }
+}
+
+/* Sums at the points, [point][tile of the block][channels], become outputs: bias, residual, ReLU. */
+static void CKCA__NAME(ckca__wino_scatter)(const ckca__wino *job, int k0, int channels, int first, int count,
+                                           const float *from) {
+    size_t point = ckca__wino_point(job->block, channels);
+    int t, k, i, j;
+    for (t = 0; t < count; t++) {
+        int tile = first + t, picture = tile / (job->across * job->down), rest = tile % (job->across * job->down);
+        int top = rest / job->across * 4, left = rest % job->across * 4;
+        int rows = job->oh - top < 4 ? job->oh - top : 4, cols = job->ow - left < 4 ? job->ow - left : 4;
+        size_t at = (((size_t)picture * job->oh + top) * job->ow + left) * job->k + k0;
+        for (k = 0; k < channels; k += CKCA__VW, at += CKCA__VW) {
+            CKCA__V m[6], y[4], half[4][6], bias = job->bias ? CKCA__LOAD(job->bias + k0 + k) : CKCA__SET(0.0f);
+            CKCA__ROLL for (j = 0; j < 6; j++) {
+                CKCA__UNROLL for (i = 0; i < 6; i++)
+                    m[i] = CKCA__LOAD(from + (i * 6 + j) * point + (size_t)t * channels + k);
+                CKCA__NAME(ckca__wino_output)(m, y);
+                CKCA__UNROLL for (i = 0; i < 4; i++) half[i][j] = y[i];
+            }
+            CKCA__ROLL for (i = 0; i < rows; i++) {
+                size_t to = at + (size_t)i * job->ow * job->k;
+                CKCA__NAME(ckca__wino_output)(half[i], y);
+                CKCA__UNROLL for (j = 0; j < 4; j++) {
+                    if (j < cols) {
+                        CKCA__V sum = CKCA__ADD(y[j], bias);
+                        if (job->residual) sum = CKCA__ADD(sum, CKCA__LOAD(job->residual + to));
+                        if (job->relu) sum = CKCA__MAX(CKCA__SET(0.0f), sum); /* in this order NaN comes through */
+                        CKCA__STORE(job->output + to, sum);
+                        to += job->k;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/* One task of the forward pass or the input gradient. */
+static void CKCA__NAME(ckca__wino_task)(const ckca__wino *job, int task, float *scratch) {
+    int part = task % job->parts, range = task / job->parts, blocks = (job->k + CKCA__KB - 1) / CKCA__KB, tile, b, i;
+    int begin = (int)((long long)job->tiles * part / job->parts);
+    int end = (int)((long long)job->tiles * (part + 1) / job->parts);
+    int from = blocks * range / job->ranges, to = blocks * (range + 1) / job->ranges;
+    float *zeros = scratch, *pixels = zeros + job->c;
+    float *sums = pixels + CKCA__WINO_POINTS * ckca__wino_point(job->block, job->c);
+    float *own = sums + CKCA__WINO_POINTS * ckca__wino_point(job->block, CKCA__KB);
+    size_t per = (size_t)CKCA__WINO_POINTS * job->c * CKCA__KB;
+    const float *weights = job->packed ? job->packed + from * per : own;
+    memset(zeros, 0, sizeof *zeros * job->c);
+    if (!job->packed)
+        for (b = from; b < to; b++) CKCA__NAME(ckca__wino_pack)(job, b, own + (b - from) * per);
+    for (tile = begin; tile < end; tile += job->block) {
+        int count = end - tile < job->block ? end - tile : job->block;
+        CKCA__NAME(ckca__wino_gather)(6, job, &job->source, tile, count, zeros, pixels);
+        for (b = from; b < to; b++) {
+            int channels = CKCA__NAME(ckca__wino_channels)(job, b);
+            for (i = 0; i < CKCA__WINO_POINTS; i++)
+                CKCA__NAME(ckca__wino_products)(count, channels > CKCA__VW, job->c,
+                                                pixels + i * ckca__wino_point(job->block, job->c),
+                                                weights + (b - from) * per + (size_t)i * job->c * channels,
+                                                sums + i * ckca__wino_point(job->block, channels));
+            CKCA__NAME(ckca__wino_scatter)(job, b * CKCA__KB, channels, tile, count, sums);
+        }
+    }
+}
+
+/* to[2 CKCA__TILE rows of k][V vectors of c] += the sum over a block's tiles of dy[tile][k] x[tile][c], at one point. */
+CKCA__INLINE void CKCA__NAME(ckca__wino_outer)(const int V, int c, int k, int count, const float *dy, const float *x,
+                                               float *to) {
+    CKCA__V sum[2 * CKCA__TILE][2];
+    int i, v, t;
+    CKCA__UNROLL for (i = 0; i < 2 * CKCA__TILE; i++) {
+        CKCA__UNROLL for (v = 0; v < V; v++) sum[i][v] = CKCA__LOAD(to + i * c + v * CKCA__VW);
+    }
+    for (; count > 0; count -= CKCA__GROUP, dy += CKCA__GROUP * k, x += CKCA__GROUP * c) {
+        int tiles = count < CKCA__GROUP ? count : CKCA__GROUP;
+        for (t = 0; t < tiles; t++) {
+            CKCA__V value[2];
+            CKCA__UNROLL for (v = 0; v < V; v++) value[v] = CKCA__LOAD(x + (v * CKCA__GROUP + t) * CKCA__VW);
+            CKCA__UNROLL for (i = 0; i < 2 * CKCA__TILE; i++) { /* rows may go on in the next vector of dy */
+                CKCA__V factor = CKCA__SET(dy[(i / CKCA__VW * CKCA__GROUP + t) * CKCA__VW + i % CKCA__VW]);
+                CKCA__UNROLL for (v = 0; v < V; v++) sum[i][v] = CKCA__FMA(factor, value[v], sum[i][v]);
+            }
+        }
+    }
+    CKCA__UNROLL for (i = 0; i < 2 * CKCA__TILE; i++) {
+        CKCA__UNROLL for (v = 0; v < V; v++) CKCA__STORE(to + i * c + v * CKCA__VW, sum[i][v]);
+    }
+}
+
+/* One task of the weight gradient: what its tiles add to dw of a range of output channels. */
+static void CKCA__NAME(ckca__wino_weight_task)(const ckca__wino *job, int task, float *scratch) {
+    int part = task % job->parts, range = task / job->parts, tile, i, j, k, c;
+    int begin = (int)((long long)job->tiles * part / job->parts);
+    int end = (int)((long long)job->tiles * (part + 1) / job->parts);
+    int k0 = job->k / 16 * range / job->ranges * 16, channels = job->k / 16 * (range + 1) / job->ranges * 16 - k0;
+    size_t c_point = ckca__wino_point(job->block, job->c), k_point = ckca__wino_point(job->block, channels);
+    float *zeros = scratch, *x = zeros + (job->c > job->k ? job->c : job->k);
+    float *dy = x + CKCA__WINO_POINTS * c_point, *sums = dy + CKCA__WINO_POINTS * k_point;
+    ckca__maps range_dy = job->dy;
+    range_dy.at += k0;
+    range_dy.channels = channels;
+    memset(zeros, 0, sizeof *zeros * (x - zeros));
+    memset(sums, 0, sizeof *sums * CKCA__WINO_POINTS * channels * job->c);
+    for (tile = begin; tile < end; tile += job->block) {
+        int count = end - tile < job->block ? end - tile : job->block;
+        CKCA__NAME(ckca__wino_gather)(6, job, &job->source, tile, count, zeros, x);
+        CKCA__NAME(ckca__wino_gather)(4, job, &range_dy, tile, count, zeros, dy);
+        for (i = 0; i < CKCA__WINO_POINTS; i++)
+            for (c = 0; c < job->c; c += CKCA__KB)
+                for (k = 0; k < channels; k += 2 * CKCA__TILE) {
+                    const float *a = dy + i * k_point + k / CKCA__VW * CKCA__GROUP * CKCA__VW + k % CKCA__VW;
+                    const float *b = x + i * c_point + c * CKCA__GROUP;
+                    float *to = sums + ((size_t)i * channels + k) * job->c + c;
+                    if (job->c - c > CKCA__VW) CKCA__NAME(ckca__wino_outer)(2, job->c, channels, count, a, b, to);
+                    else CKCA__NAME(ckca__wino_outer)(1, job->c, channels, count, a, b, to);
+                }
+    }
+    for (k = 0; k < channels; k++)
+        for (c = 0; c < job->c; c += CKCA__VW) {
+            CKCA__V u[6], g[3], half[3][6];
+            float *to = job->sums + (((size_t)part * job->k + k0 + k) * 9) * job->c + c;
+            CKCA__ROLL for (j = 0; j < 6; j++) {
+                CKCA__UNROLL for (i = 0; i < 6; i++)
+                    u[i] = CKCA__LOAD(sums + ((size_t)(i * 6 + j) * channels + k) * job->c + c);
+                CKCA__NAME(ckca__wino_weight_turned)(u, g);
+                CKCA__UNROLL for (i = 0; i < 3; i++) half[i][j] = g[i];
+            }
+            CKCA__ROLL for (i = 0; i < 3; i++) {
+                CKCA__NAME(ckca__wino_weight_turned)(half[i], g);
+                CKCA__UNROLL for (j = 0; j < 3; j++, to += job->c)
+                    CKCA__STORE(to, job->parts > 1 ? g[j] : CKCA__ADD(CKCA__LOAD(to), g[j]));
+            }
+        }
+}
+#undef CKCA__GROUP
+
 #undef CKCA__TILE
 #undef CKCA__KB
 #endif /* CKCA__PASS */
@@ -1643,6 +1995,138 @@ static void ckca__conv_bias_gradient(ckca_context *ctx, size_t rows, int k, cons
 static int ckca__conv_is_plain(const ckca_context *ctx, const ckca__conv *s) {
     return ctx->isa == CKCA_ISA_PLAIN || s->stride > CKCA__CONV_PHASES;
 }
+
+/* ------------------------------------------------------------------------------------------------------------------
+   CONVOLUTION, Winograd's algorithm for 3 x 3 kernels of stride 1 (Winograd 1980; Lavin and Gray 2016)
+
+   Four outputs along an axis are 12 products of six pixels d with three weights g. Seen as polynomials they are given by
+   their values at six points, and values multiply one by one: y = A^T ((G g) (B^T d)) needs 6 products; on both axes,
+   for a tile of 4 x 4 outputs, 36 instead of 144. With the points 0, a, -a, b, -b, infinity and a a = 1/2, b b = 2:
+
+             1    0  -5/2    0   1   0           1     0      0
+             0   -2a  -2     a   1   0         -2/3  -2a/3  -1/3          1   1   1    1    1   0
+     B^T =   0    2a  -2    -a   1   0     G = -2/3   2a/3  -1/3    A^T = 0   a  -a    b   -b   0
+             0  -b/2 -1/2    b   1   0          1/6   b/6    1/3          0  1/2 1/2   2    2   0
+             0   b/2 -1/2   -b   1   0          1/6  -b/6    1/3          0  a/2 -a/2  2b  -2b  1
+             0    1    0   -5/2  0   1           0     0      1
+
+   (The usual points 0, 1, -1, 2, -2 make errors twice as large, at worst six times: measured.) The sum over channels is
+   taken at the points: 36 products of matrices, tiles x C by C x K. The input gradient is the same with the weights
+   turned round and C and K exchanged; the weight gradient runs backwards through it, G^T ((A dy) (B^T d)), its matrices
+   summed over tiles. What is saved in products is partly spent on turning pixels and outputs, 270 operations on vectors
+   per tile of 36 C: the fewer channels, the less is won. On the machine above, in units of direct products, the forward
+   pass makes 150 GFLOP/s with 16 channels, 226 with 32, 280 to 340 with 64 and more.
+
+   Each task takes some of the tiles, in blocks that stay in L2: turn the pixels, multiply at each point, turn the
+   outputs, with no memory of its own but scratch. Where there are few tiles and many weights, tasks are ranges of output
+   channels, each of which turns its own weights; else they are turned once for all.
+   ------------------------------------------------------------------------------------------------------------------ */
+
+/* Plans the forward pass (0), the input gradient (1) or the weight gradient (2) of a shape; 0 if it is better off
+   direct: too few tiles to pay for turning the weights, tiles that are mostly margin, channels that fill no vectors. */
+static int ckca__wino_plan(const ckca_context *ctx, ckca__wino *job, const ckca__conv *s, int pass) {
+    int lanes = 2 * ckca__conv_vector(ctx->isa), blocks, channels;
+    if (ctx->direct || ckca__conv_is_plain(ctx, s) || s->r != 3 || s->s != 3 || s->stride != 1 || s->pad > 2 ||
+        s->c % 16 || s->k % 16)
+        return 0;
+    memset(job, 0, sizeof *job);
+    job->turned = pass == 1;
+    job->source.h = job->turned ? s->p : s->h;
+    job->source.w = job->turned ? s->q : s->w;
+    job->source.c = job->source.channels = job->c = job->turned ? s->k : s->c;
+    job->source.pad = job->turned ? 2 - s->pad : s->pad;
+    job->dy.h = s->p;
+    job->dy.w = s->q;
+    job->dy.c = job->dy.channels = s->k;
+    job->oh = job->turned ? s->h : s->p;
+    job->ow = job->turned ? s->w : s->q;
+    job->k = job->turned ? s->c : s->k;
+    job->across = (job->ow + 3) / 4;
+    job->down = (job->oh + 3) / 4;
+    if ((double)s->n * job->across * job->down > INT_MAX / 2) return 0;
+    job->tiles = s->n * job->across * job->down;
+    if (job->tiles < 16 || 8.0 * job->across * job->down > (double)job->oh * job->ow) return 0;
+
+    blocks = (job->k + lanes - 1) / lanes;
+    job->ranges = 1;
+    job->parts = CKCA__WINO_TASKS;
+    if (pass == 2) {
+        double sums = (double)CKCA__WINO_POINTS * job->c * job->k / CKCA__WINO_SUMS;
+        job->ranges = sums > job->k / 16 ? job->k / 16 : (int)ceil(sums);
+        job->parts = (CKCA__WINO_TASKS + job->ranges - 1) / job->ranges;
+    }
+    if (job->parts > job->tiles / 48) job->parts = job->tiles < 48 ? 1 : job->tiles / 48;
+    if (pass < 2 && job->parts < 4) {
+        job->parts = 1;
+        job->ranges = blocks < 8 ? blocks : 8;
+    }
+
+    /* The greatest range of output channels, then the scratch: zeros, pixels, then sums and perhaps weights; or dy and
+       sums. */
+    channels = pass == 2 ? (job->k / 16 + job->ranges - 1) / job->ranges * 16 : lanes;
+    job->block = CKCA__WINO_BLOCK / (CKCA__WINO_POINTS * (job->c + channels)) / 12 * 12;
+    if (job->block > 96) job->block = 96;
+    if (job->block < 48) job->block = 48;
+    if (job->block > job->tiles) job->block = (job->tiles + 11) / 12 * 12;
+    job->scratch_size = (job->c > job->k ? job->c : job->k) +
+                        CKCA__WINO_POINTS * (ckca__wino_point(job->block, job->c) + ckca__wino_point(job->block, channels));
+    if (pass == 2) job->scratch_size += (size_t)CKCA__WINO_POINTS * channels * job->c;
+    else if (job->ranges > 1)
+        job->scratch_size += (size_t)CKCA__WINO_POINTS * job->c * ((blocks + job->ranges - 1) / job->ranges * lanes);
+    job->scratch_size = ckca__round_up(job->scratch_size, 16);
+    return 1;
+}
+
+/* Floats that all three passes can do with: what tasks share, and each thread's scratch. */
+static size_t ckca__wino_workspace(const ckca_context *ctx, const ckca__conv *s) {
+    size_t most = 0;
+    int pass;
+    for (pass = 0; pass < 3; pass++) {
+        ckca__wino job;
+        size_t floats;
+        if (!ckca__wino_plan(ctx, &job, s, pass)) continue;
+        floats = job.scratch_size * ctx->threads;
+        if (pass == 2) floats += (size_t)job.parts * 9 * job.c * job.k;
+        else if (job.ranges == 1) floats += (size_t)CKCA__WINO_POINTS * job.c * ckca__round_up(job.k, 32);
+        if (floats > most) most = floats;
+    }
+    return most;
+}
+
+static void ckca__wino_run(ckca_context *ctx, ckca__wino *job, void *ws) {
+    int lanes = 2 * ckca__conv_vector(ctx->isa), blocks = (job->k + lanes - 1) / lanes, b, task;
+    job->scratch = (float *)ws;
+    if (job->ranges == 1) {
+        job->packed = job->scratch;
+        job->scratch += (size_t)CKCA__WINO_POINTS * job->c * ckca__round_up(job->k, 32);
+        CKCA__PARALLEL_FOR(ctx)
+        for (b = 0; b < blocks; b++)
+            CKCA__DISPATCH(ctx, ckca__wino_pack,
+                           (job, b, job->packed + (size_t)b * CKCA__WINO_POINTS * job->c * lanes));
+    }
+    CKCA__PARALLEL_FOR(ctx)
+    for (task = 0; task < job->parts * job->ranges; task++)
+        CKCA__DISPATCH(ctx, ckca__wino_task, (job, task, job->scratch + CKCA__THREAD() * job->scratch_size));
+}
+
+/* dw += the parts' sums. */
+static void ckca__wino_weight_run(ckca_context *ctx, ckca__wino *job, float *dw, void *ws) {
+    size_t per = (size_t)9 * job->c, all = per * job->k;
+    int task, k;
+    job->sums = job->parts > 1 ? (float *)ws : dw;
+    job->scratch = (float *)ws + (job->parts > 1 ? job->parts * all : 0);
+    CKCA__PARALLEL_FOR(ctx)
+    for (task = 0; task < job->parts * job->ranges; task++)
+        CKCA__DISPATCH(ctx, ckca__wino_weight_task, (job, task, job->scratch + CKCA__THREAD() * job->scratch_size));
+    if (job->parts == 1) return;
+    CKCA__PARALLEL_FOR(ctx)
+    for (k = 0; k < job->k; k++) {
+        int part;
+        size_t i;
+        for (part = 0; part < job->parts; part++)
+            for (i = 0; i < per; i++) dw[k * per + i] += job->sums[part * all + k * per + i];
+    }
+}
 #endif /* CKCA__SIMD */
 
 CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *s) {
@@ -1660,6 +2144,7 @@ CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *
             packed = ckca__sum(packed, ckca__mul(job.scratch_size, ctx->threads));
             if (packed > floats) floats = packed;
         }
+        if (ckca__wino_workspace(ctx, s) > floats) floats = ckca__wino_workspace(ctx, s);
     }
 #endif
     (void)ctx;
@@ -1669,6 +2154,17 @@ CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *
 CKCA__OP void ckca__op_conv_forward(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w,
                                     const float *bias, const float *residual, int relu, float *y, void *ws) {
 #ifdef CKCA__SIMD
+    ckca__wino wino;
+    if (ckca__wino_plan(ctx, &wino, s, 0)) {
+        wino.source.at = x;
+        wino.weights = w;
+        wino.bias = bias;
+        wino.residual = residual;
+        wino.relu = relu;
+        wino.output = y;
+        ckca__wino_run(ctx, &wino, ws);
+        return;
+    }
     if (!ckca__conv_is_plain(ctx, s)) {
         ckca__job job;
         ckca__conv_plan(&job, s, 0);
@@ -1688,6 +2184,15 @@ CKCA__OP void ckca__op_conv_forward(ckca_context *ctx, const ckca__conv *s, cons
 CKCA__OP void ckca__op_conv_backward_data(ckca_context *ctx, const ckca__conv *s, const float *dy, const float *w,
                                           float *dx, int accumulate, void *ws) {
 #ifdef CKCA__SIMD
+    ckca__wino wino;
+    if (ckca__wino_plan(ctx, &wino, s, 1)) {
+        wino.source.at = dy;
+        wino.weights = w;
+        wino.residual = accumulate ? dx : NULL;
+        wino.output = dx;
+        ckca__wino_run(ctx, &wino, ws);
+        return;
+    }
     if (!ckca__conv_is_plain(ctx, s)) {
         ckca__job job;
         ckca__conv_plan(&job, s, 1);
@@ -1707,6 +2212,14 @@ CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv 
                                             float *dw, float *dbias, void *ws) {
 #ifdef CKCA__SIMD
     int channels = s->c > s->k ? s->c : s->k;
+    ckca__wino wino;
+    if (ckca__wino_plan(ctx, &wino, s, 2)) {
+        wino.source.at = x;
+        wino.dy.at = dy;
+        ckca__wino_weight_run(ctx, &wino, dw, ws);
+        if (dbias) ckca__conv_bias_gradient(ctx, (size_t)s->n * s->p * s->q, s->k, dy, dbias);
+        return;
+    }
     if (!ckca__conv_is_plain(ctx, s) && channels >= 4) {
         struct { ckca_isa isa; } narrow; /* no vectors longer than the channels */
         ckca__wjob job;

@@ -4,14 +4,19 @@
        bench infer NET BATCH SIZE THREADS STEPS [ISA]                evaluation: logits of a batch
        bench distill STUDENT TEACHER BATCH SIZE THREADS STEPS [ISA]  CKCA steps, the teacher running live on
                                                                      augmented pictures
+       bench peak THREADS [ISA]                                      what the machine can do at all: multiply-adds in
+                                                                     registers, a[i] = b[i] + s c[i] in memory
 
    NET is any name ckca_resnet knows; ISA one of plain, base, avx2, avx512. Three steps warm up, STEPS are timed.
-   tests/torch_bench.py is the same in PyTorch. */
+   gflop and mbyte are what a step asks for at least when convolutions are direct (see cost below); over bench peak's
+   rates they give the floor of its time. tests/torch_bench.py is the same in PyTorch; tests/bench_peers.py compares. */
 #define CKCA_IMPLEMENTATION
 #include "ckca.h"
 
 #include <sys/resource.h>
+#include <sys/wait.h>
 #include <time.h>
+#include <unistd.h>
 
 enum { WARM_UP = 3 };
 
@@ -147,35 +152,156 @@ static void infer(ckca_context *ctx, ckca_model *model, int batch, int size, clo
     free(logits);
 }
 
+/* Adds what one forward pass (training: with backward and SGD) costs at least. Nominal flops: 2 per multiply-add, three
+   passes in training. Bytes: a convolution's output is written and read once; in training 4 passes over it are enough
+   (8 for a block of two: it, then its normalised form, then the two gradients on the way back); a weight is read once,
+   in training 7 times counting its gradient and momentum. */
+static void cost(const ckca_model *m, int batch, int training, double *gflop, double *mbyte) {
+    ckca_model_info info;
+    double macs = 0, outputs = 0;
+    int i;
+    ckca_model_info_get(m, &info);
+    for (i = 0; i < m->nodes; i++) {
+        const ckca__node *node = &m->node[i], *in = node->in[0] >= 0 ? &m->node[node->in[0]] : NULL;
+        double values = (double)node->h * node->w * node->c;
+        if (node->kind == CKCA__LINEAR) macs += values * in->h * in->w * in->c;
+        if (node->kind != CKCA__CONV) continue;
+        macs += values * node->kernel * node->kernel * in->c;
+        outputs += values;
+    }
+    *gflop += 2e-9 * macs * batch * (training ? 3 : 1);
+    *mbyte += 4e-6 * (outputs * batch * (training ? 4 : 2) + (double)info.parameters * (training ? 7 : 1));
+}
+
+/* ---- what the machine can do ---- */
+
+/* Twelve independent chains hide the latency of a multiply-add (4 cycles, two units at most) and fit 16 registers. */
+enum { CHAINS = 12, TRIAD = 32 << 20 /* floats: arrays of 128 MiB, beyond any cache */, WINDOWS = 6 };
+static volatile float sink; /* so that results are wanted */
+
+#ifndef CKCA__UNROLL
+#define CKCA__UNROLL
+#endif
+#define CHAINS_OF(name, target, vector, lanes, set, fma)                                      \
+    target static double name(int rounds) {                                                   \
+        const vector factor = set(0.999f), term = set(0.001f);                                \
+        vector chain[CHAINS];                                                                 \
+        int i, r;                                                                             \
+        CKCA__UNROLL for (i = 0; i < CHAINS; i++) chain[i] = set((float)i);                   \
+        for (r = 0; r < rounds; r++) {                                                        \
+            CKCA__UNROLL for (i = 0; i < CHAINS; i++) chain[i] = fma(chain[i], factor, term); \
+        }                                                                                     \
+        for (i = 0; i < CHAINS; i++) {                                                        \
+            float value[lanes];                                                               \
+            memcpy(value, &chain[i], sizeof value);                                           \
+            sink = value[0];                                                                  \
+        }                                                                                     \
+        return 2.0 * lanes * CHAINS * rounds;                                                 \
+    }
+#if defined(CKCA__SIMD) && defined(__x86_64__)
+#define SSE_MULTIPLY_ADD(a, b, c) _mm_add_ps(_mm_mul_ps(a, b), c)
+CHAINS_OF(chains_base, , __m128, 4, _mm_set1_ps, SSE_MULTIPLY_ADD)
+CHAINS_OF(chains_avx2, __attribute__((target("avx2,fma"))), __m256, 8, _mm256_set1_ps, _mm256_fmadd_ps)
+CHAINS_OF(chains_avx512, __attribute__((target("avx512f"))), __m512, 16, _mm512_set1_ps, _mm512_fmadd_ps)
+#elif defined(CKCA__SIMD)
+#define NEON_MULTIPLY_ADD(a, b, c) vfmaq_f32(c, a, b)
+CHAINS_OF(chains_base, , float32x4_t, 4, vdupq_n_f32, NEON_MULTIPLY_ADD)
+#else
+#define SAME(x) (x)
+#define MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
+CHAINS_OF(chains_base, , float, 1, SAME, MULTIPLY_ADD)
+#endif
+
+static double chains(ckca_isa isa) { /* flops done */
+#if defined(CKCA__SIMD) && defined(__x86_64__)
+    if (isa == CKCA_ISA_AVX512) return chains_avx512(100000);
+    if (isa == CKCA_ISA_AVX2) return chains_avx2(100000);
+#endif
+    (void)isa;
+    return chains_base(100000);
+}
+
+static double triad(float *a, const float *b, const float *c) { /* bytes moved */
+    int i;
+    for (i = 0; i < TRIAD; i++) a[i] = b[i] + 0.5f * c[i];
+    sink = a[TRIAD / 2];
+    return 12.0 * TRIAD;
+}
+
+/* Processes rather than threads, so that this owes nothing to the library's threading: each works through the same
+   windows of time and reports its rates; the best window's sum counts. The first WINDOWS are for chains, the others for
+   triad. */
+static void peak(ckca_context *ctx, int threads) {
+    double total[2 * WINDOWS] = {0}, start = now() + 300 + 100 * threads, best[2] = {0, 0};
+    int reports[2], i, w;
+    if (pipe(reports)) die("pipe", ctx);
+    for (i = 0; i < threads; i++) {
+        pid_t child = fork();
+        if (child < 0) die("fork", ctx);
+        if (!child) {
+            double rate[2 * WINDOWS];
+            float *memory = (float *)ckca__alloc(ctx, sizeof(float) * 3 * TRIAD); /* zeroed: touched */
+            if (!memory) _exit(1);
+            for (w = 0; w < 2 * WINDOWS; w++) {
+                double begin = start + 250 * w, work = 0;
+                while (now() < begin) {
+                }
+                begin = now();
+                while (now() < start + 250 * (w + 1) - 10)
+                    work += w < WINDOWS ? chains(ctx->isa) : triad(memory, memory + TRIAD, memory + 2 * TRIAD);
+                rate[w] = work / (now() - begin);
+            }
+            _exit(write(reports[1], rate, sizeof rate) != (ssize_t)sizeof rate);
+        }
+    }
+    for (i = 0; i < threads; i++) {
+        double rate[2 * WINDOWS];
+        int status;
+        if (wait(&status) < 0 || status || read(reports[0], rate, sizeof rate) != (ssize_t)sizeof rate) {
+            fprintf(stderr, "bench: a process of peak failed\n");
+            exit(1);
+        }
+        for (w = 0; w < 2 * WINDOWS; w++) total[w] += rate[w];
+    }
+    for (w = 0; w < 2 * WINDOWS; w++)
+        if (total[w] > best[w / WINDOWS]) best[w / WINDOWS] = total[w];
+    printf("threads=%d fma_gflops=%.1f triad_gbps=%.1f\n", threads, best[0] * 1e-6, best[1] * 1e-6);
+}
+
 int main(int argc, char **argv) {
     static const char *const isa_name[] = {"best", "plain", "base", "avx2", "avx512"};
-    int distill = argc > 1 && !strcmp(argv[1], "distill"), inference = argc > 1 && !strcmp(argv[1], "infer");
-    int known = distill || inference || (argc > 1 && !strcmp(argv[1], "train")), numbers = 3 + distill;
     static const char *const precision_name[] = {"float32", "tf32", "bf16"};
-    int batch, size, steps, i;
+    const char *mode = argc > 1 ? argv[1] : "";
+    int peaks = !strcmp(mode, "peak"), distill = !strcmp(mode, "distill"), inference = !strcmp(mode, "infer");
+    int known = peaks || distill || inference || !strcmp(mode, "train");
+    int numbers = peaks ? 2 : 3 + distill, count = peaks ? 1 : 4; /* where the numbers start; how many */
+    int batch = 1, size = 1, steps = 1, i;
     char device[64], *blank;
     ckca_desc desc;
     ckca_context *ctx;
     ckca_model *model, *teacher = NULL;
     clock_marks marks;
     struct rusage usage;
-    double median;
-    if (!known || argc < numbers + 4 || argc > numbers + 5) {
+    double median, gflop = 0, mbyte = 0;
+    if (!known || argc < numbers + count || argc > numbers + count + 1) {
         fprintf(stderr, "usage: bench train|infer NET BATCH SIZE THREADS STEPS [ISA or PRECISION]\n"
-                        "       bench distill STUDENT TEACHER BATCH SIZE THREADS STEPS [ISA or PRECISION]\n");
+                        "       bench distill STUDENT TEACHER BATCH SIZE THREADS STEPS [ISA or PRECISION]\n"
+                        "       bench peak THREADS [ISA]\n");
         return 2;
     }
     memset(&desc, 0, sizeof desc);
-    batch = atoi(argv[numbers]);
-    size = atoi(argv[numbers + 1]);
-    desc.threads = atoi(argv[numbers + 2]);
-    steps = atoi(argv[numbers + 3]);
-    if (argc > numbers + 4) {
-        for (i = 0; i < 5 && strcmp(argv[numbers + 4], isa_name[i]); i++) {
+    if (!peaks) {
+        batch = atoi(argv[numbers]);
+        size = atoi(argv[numbers + 1]);
+        steps = atoi(argv[numbers + 3]);
+    }
+    desc.threads = atoi(argv[numbers + (peaks ? 0 : 2)]);
+    if (argc > numbers + count) {
+        for (i = 0; i < 5 && strcmp(argv[numbers + count], isa_name[i]); i++) {
         }
         if (i < 5) desc.isa = (ckca_isa)i;
         else {
-            for (i = 0; i < 3 && strcmp(argv[numbers + 4], precision_name[i]); i++) {
+            for (i = 0; i < 3 && strcmp(argv[numbers + count], precision_name[i]); i++) {
             }
             desc.precision = (ckca_precision)i;
         }
@@ -184,12 +310,19 @@ int main(int argc, char **argv) {
         fprintf(stderr, "bench: a number is out of range, or this machine lacks the instruction set, precision or GPU\n");
         return 2;
     }
+    if (peaks) {
+        peak(ctx, desc.threads > 0 ? desc.threads : 1);
+        ckca_free(ctx);
+        return 0;
+    }
     marks.steps = WARM_UP + steps;
     marks.seen = 0;
     marks.ms = (double *)malloc((size_t)(steps + 1) * sizeof *marks.ms);
     if (!marks.ms) die("no memory", ctx);
     model = make_net(ctx, argv[2], size);
     if (distill) teacher = make_net(ctx, argv[3], size);
+    cost(model, batch, !inference, &gflop, &mbyte);
+    if (distill) cost(teacher, batch, 0, &gflop, &mbyte);
     if (inference) infer(ctx, model, batch, size, &marks);
     else train(ctx, model, teacher, batch, size, &marks);
 
@@ -202,9 +335,9 @@ int main(int argc, char **argv) {
     printf("net=%s ", argv[2]);
     if (distill) printf("teacher=%s ", argv[3]);
     printf("batch=%d size=%d threads=%d steps=%d median_ms=%.2f min_ms=%.2f max_ms=%.2f images_per_s=%.1f "
-           "peak_rss_mb=%.0f device=%s\n",
+           "peak_rss_mb=%.0f gflop=%.3f mbyte=%.0f device=%s\n",
            batch, size, desc.threads, steps, median, marks.ms[0], marks.ms[steps - 1], batch * 1e3 / median,
-           (double)usage.ru_maxrss / 1024, device);
+           (double)usage.ru_maxrss / 1024, gflop, mbyte, device);
     ckca_model_free(teacher);
     ckca_model_free(model);
     ckca_free(ctx);

@@ -1,7 +1,8 @@
 /* test_conv.c: the convolution and linear ops.
      1. the naive twins against central differences of a convolution in double (they are the reference for the rest);
      2. every op on every instruction set of this machine against the naive twins, on shapes picked to be awkward;
-     3. the same bits for 1, 2 and 3 threads; for a picture alone and in a batch.
+     3. the same bits for 1, 2 and 3 threads; for a picture alone and in a batch (if both take the same algorithm);
+     4. Winograd's algorithm against sums in double.
    Inputs lie between NaNs, outputs and scratch between sentinels: reading or writing beyond them shows. */
 #define CKCA_IMPLEMENTATION
 #define CKCA_STATIC
@@ -268,6 +269,19 @@ static ckca_context *context(ckca_isa isa, int threads) {
     return ckca_init(&ctx, &desc) == CKCA_OK ? ctx : NULL;
 }
 
+/* Whether the forward pass and the gradients take Winograd's algorithm: then a batch need not be what its pictures are
+   alone, which may be too few tiles for it. */
+static int winograd(const ckca_context *ctx, const ckca__conv *s) {
+#ifdef CKCA__SIMD
+    ckca__wino job;
+    return ckca__wino_plan(ctx, &job, s, 0) && ckca__wino_plan(ctx, &job, s, 1) && ckca__wino_plan(ctx, &job, s, 2);
+#else
+    (void)ctx;
+    (void)s;
+    return 0;
+#endif
+}
+
 /* most: compare 1 thread with that many. */
 static void test_shape(ckca_context *ctx[CKCA_ISA_AVX512 + 1][3], const ckca__conv *s, int most) {
     passes naive;
@@ -294,7 +308,7 @@ static void test_shape(ckca_context *ctx[CKCA_ISA_AVX512 + 1][3], const ckca__co
             compare_passes(&other, &naive, isa);
             passes_free(&other);
         }
-        if (s->n > 1) { /* the first and the last picture by themselves, in scratch of no more than the batch's */
+        if (s->n > 1 && !(ctx[isa][0]->isa > CKCA_ISA_PLAIN && winograd(ctx[isa][0], s))) { /* the first and the last picture by themselves, in scratch of no more than the batch's */
             int n, different = 0, larger = 0;
             for (n = 0; n < s->n; n += s->n > 2 ? s->n - 1 : 1) {
                 size_t x = x_count(s) / s->n, y = y_count(s) / s->n;
@@ -321,9 +335,97 @@ static void test_shape(ckca_context *ctx[CKCA_ISA_AVX512 + 1][3], const ckca__co
     passes_free(&naive);
 }
 
+/* Root mean square of got - want over that of want, and the greatest difference over it. */
+static void errors(const float *got, const double *want, size_t count, double *rms, double *worst) {
+    double square = 0, wanted = 0;
+    size_t i;
+    *worst = 0;
+    for (i = 0; i < count; i++) {
+        double e = got[i] - want[i];
+        square += e * e;
+        wanted += want[i] * want[i];
+        if (!(fabs(e) <= *worst)) *worst = fabs(e);
+    }
+    *rms = sqrt(square / wanted);
+    *worst /= sqrt(wanted / (double)count);
+}
+
+/* Winograd's passes against the definition in double; beside them the direct ones, which must do better. */
+static void test_winograd(ckca_context *ctx[CKCA_ISA_AVX512 + 1][3], const ckca__conv *s) {
+    passes in;
+    double *y = (double *)calloc(y_count(s), sizeof *y), *y_relu = (double *)calloc(y_count(s), sizeof *y);
+    double *dx = (double *)calloc(x_count(s), sizeof *y), *dx_added = (double *)calloc(x_count(s), sizeof *y);
+    double *dw = (double *)calloc(w_count(s), sizeof *y), rms[2][5], worst[2][5];
+    int n, p, q, k, r, t, c, isa, direct, threads, i;
+    size_t at;
+    if (!y || !y_relu || !dx || !dx_added || !dw) exit(2);
+    passes_create(&in, s);
+    for (n = 0; n < s->n; n++)
+        for (p = 0; p < s->p; p++)
+            for (q = 0; q < s->q; q++)
+                for (k = 0; k < s->k; k++) {
+                    double dy = in.dy[at = (((size_t)n * s->p + p) * s->q + q) * s->k + k], sum = 0;
+                    for (r = 0; r < 3; r++)
+                        for (t = 0; t < 3; t++) {
+                            int iy = p - s->pad + r, ix = q - s->pad + t;
+                            size_t x = (((size_t)n * s->h + iy) * s->w + ix) * s->c, w = (((size_t)k * 3 + r) * 3 + t) * s->c;
+                            if (iy < 0 || iy >= s->h || ix < 0 || ix >= s->w) continue;
+                            for (c = 0; c < s->c; c++) {
+                                sum += (double)in.x[x + c] * in.w[w + c];
+                                dx[x + c] += dy * in.w[w + c];
+                                dw[w + c] += dy * in.x[x + c];
+                            }
+                        }
+                    y[at] = sum;
+                    sum += (double)in.bias[k] + in.residual[at];
+                    y_relu[at] = sum > 0 ? sum : 0;
+                }
+    for (at = 0; at < x_count(s); at++) dx_added[at] = dx[at] + in.dx_added[at];
+    for (at = 0; at < w_count(s); at++) dw[at] += in.dw[at];
+    passes_free(&in);
+    for (isa = CKCA_ISA_BASE; isa <= CKCA_ISA_AVX512; isa++) {
+        if (!ctx[isa][0]) continue;
+        CHECK(winograd(ctx[isa][0], s), "%s, isa %d: not by Winograd's algorithm", describe(s), isa);
+        for (direct = 0; direct < 2; direct++) {
+            passes got;
+            passes_create(&got, s);
+            ctx[isa][0]->direct = direct;
+            passes_run(&got, ctx[isa][0], 0, 0);
+            ctx[isa][0]->direct = 0;
+            errors(got.y, y, y_count(s), &rms[direct][0], &worst[direct][0]);
+            errors(got.y_relu, y_relu, y_count(s), &rms[direct][1], &worst[direct][1]);
+            errors(got.dx, dx, x_count(s), &rms[direct][2], &worst[direct][2]);
+            errors(got.dx_added, dx_added, x_count(s), &rms[direct][3], &worst[direct][3]);
+            errors(got.dw, dw, w_count(s), &rms[direct][4], &worst[direct][4]);
+            for (threads = 1; threads < 3 && !direct; threads++) {
+                passes other;
+                passes_create(&other, s);
+                passes_run(&other, ctx[isa][threads], 0, 0);
+                CHECK(same_passes(&got, &other), "%s, isa %d: %d threads and 1 differ", describe(s), isa, threads + 1);
+                passes_free(&other);
+            }
+            passes_free(&got);
+        }
+        for (i = 0; i < 5; i++) {
+            static const char *const pass[] = {"y", "y with bias, residual, ReLU", "dx", "dx accumulated", "dw"};
+            CHECK(rms[0][i] < 3e-6 && worst[0][i] < 3e-5, "%s of %s, isa %d: error %.3g rms, %.3g at worst", pass[i],
+                  describe(s), isa, rms[0][i], worst[0][i]);
+            CHECK(rms[1][i] < rms[0][i], "%s of %s, isa %d: direct is no closer, %.3g and %.3g", pass[i], describe(s), isa,
+                  rms[1][i], rms[0][i]);
+        }
+        printf("%s, isa %d: errors of y %.1e, dx %.1e, dw %.1e (direct %.1e, %.1e, %.1e)\n", describe(s), isa, rms[0][0],
+               rms[0][2], rms[0][4], rms[1][0], rms[1][2], rms[1][4]);
+    }
+    free(y);
+    free(y_relu);
+    free(dx);
+    free(dx_added);
+    free(dw);
+}
+
 /* A NaN must come through ReLU, or a diverged model would look healthy. */
-static void test_nan(ckca_context *ctx, int k) {
-    ckca__conv s = shape(1, 4, 4, 2, k, 3, 3, 1, 1);
+static void test_nan(ckca_context *ctx, int n, int c, int k) {
+    ckca__conv s = shape(n, 4, 4, c, k, 3, 3, 1, 1);
     passes t;
     int i, lost = 0;
     passes_create(&t, &s);
@@ -379,6 +481,11 @@ int main(void) {
         {5, 1, 1, 64, 10, 1, 1, 1, 0}, {70, 1, 1, 33, 100, 1, 1, 1, 0}, {1, 1, 1, 20, 3, 1, 1, 1, 0},
         {300, 1, 1, 3, 2, 1, 1, 1, 0},
     };
+    static const int winograds[][9] = {
+        {16, 8, 8, 16, 16, 3, 3, 1, 1}, {4, 9, 11, 32, 48, 3, 3, 1, 1}, {4, 10, 12, 16, 32, 3, 3, 1, 0},
+        {4, 7, 6, 48, 16, 3, 3, 1, 2}, {13, 32, 32, 16, 16, 3, 3, 1, 1}, {20, 4, 4, 64, 96, 3, 3, 1, 1},
+        {3, 21, 14, 96, 80, 3, 3, 1, 1}, {5, 7, 7, 192, 208, 3, 3, 1, 1},
+    };
     ckca_context *ctx[CKCA_ISA_AVX512 + 1][3];
     ckca__conv s;
     size_t i;
@@ -389,7 +496,10 @@ int main(void) {
             if (ctx[isa][threads]) best = isa;
         }
     printf("instruction sets up to %s\n", ckca_device(ctx[best][0]));
-    for (isa = CKCA_ISA_PLAIN; isa <= best; isa++) test_nan(ctx[isa][0], 21);
+    for (isa = CKCA_ISA_PLAIN; isa <= best; isa++) {
+        test_nan(ctx[isa][0], 1, 2, 21);
+        test_nan(ctx[isa][0], 16, 16, 32);
+    }
     for (i = 0; i < sizeof small / sizeof *small; i++) {
         const int *v = small[i];
         s = shape(v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8]);
@@ -400,6 +510,13 @@ int main(void) {
         s = shape(v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8]);
         test_shape(ctx, &s, i % 4 ? 2 : 3);
     }
+#ifdef CKCA__SIMD
+    for (i = 0; i < sizeof winograds / sizeof *winograds; i++) {
+        const int *v = winograds[i];
+        s = shape(v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8]);
+        test_winograd(ctx, &s);
+    }
+#endif
     for (i = 0; i < 40; i++) { /* and at random */
         int n = 1 + (int)(ckca__random(1, 1, i) % 5), r = 1 + (int)(ckca__random(1, 2, i) % 5);
         int t = 1 + (int)(ckca__random(1, 3, i) % 5), pad = (int)(ckca__random(1, 4, i) % 4);

@@ -1,22 +1,51 @@
 #!/usr/bin/env python3
 """tests/bench.c in PyTorch: the same command line, the same line of figures.
 
-    python3 tests/torch_bench.py train NET BATCH SIZE THREADS STEPS
-    python3 tests/torch_bench.py infer NET BATCH SIZE THREADS STEPS
-    python3 tests/torch_bench.py distill STUDENT TEACHER BATCH SIZE THREADS STEPS
+    python3 tests/torch_bench.py train NET BATCH SIZE THREADS STEPS [SETTING]
+    python3 tests/torch_bench.py infer NET BATCH SIZE THREADS STEPS [SETTING]
+    python3 tests/torch_bench.py distill STUDENT TEACHER BATCH SIZE THREADS STEPS [SETTING]
 
-Eager, channels-last, and with the malloc settings that suit it best on Linux (huge pages, memory kept); set
-GLIBC_TUNABLES yourself, empty even, to run with others.
+SETTING is one of
+    tuned          channels-last, and glibc's malloc set to huge pages that are kept (Linux): the default
+    tcmalloc       channels-last, and tcmalloc in malloc's place
+    channels-last  channels-last alone
+    default        PyTorch as it comes
+
+Eager mode throughout. SGD is the fused one; a net that only evaluates (infer, and the teacher of distill) has its batch
+norms folded into its convolutions, as ours has. Pictures are ready in memory, where bench distill augments its own.
 """
-import os, resource, statistics, sys, time
+import ctypes.util, os, resource, statistics, sys, time
 
-TUNED = ("glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:"
-         "glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=67108864")
-if "GLIBC_TUNABLES" not in os.environ:
-    os.execve(sys.executable, [sys.executable] + sys.argv, dict(os.environ, GLIBC_TUNABLES=TUNED))
+MALLOC = ("glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:"
+          "glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=67108864")
+SETTINGS = ("tuned", "tcmalloc", "channels-last", "default")
+
+
+def tcmalloc():
+    """The library's name, None where there is none."""
+    return ctypes.util.find_library("tcmalloc_minimal") or ctypes.util.find_library("tcmalloc")
+
+
+def arguments():
+    """mode, nets, numbers, setting; the process starts anew if its allocator must be another."""
+    argv = sys.argv[1:]
+    nets = 2 if argv[:1] == ["distill"] else 1
+    setting = argv.pop() if argv and argv[-1] in SETTINGS else "tuned"
+    if argv[:1] not in (["train"], ["infer"], ["distill"]) or len(argv) != 1 + nets + 4:
+        sys.exit(__doc__)
+    wanted = {"tuned": {"GLIBC_TUNABLES": MALLOC}, "tcmalloc": {"LD_PRELOAD": tcmalloc() or ""}}.get(setting, {})
+    if wanted.get("LD_PRELOAD") == "":
+        sys.exit("torch_bench: no tcmalloc here (Debian: libtcmalloc-minimal4)")
+    if any(os.environ.get(k) != v for k, v in wanted.items()):
+        os.execve(sys.executable, [sys.executable] + sys.argv, dict(os.environ, **wanted))
+    return argv[0], argv[1:1 + nets], [int(v) for v in argv[1 + nets:]], setting
+
+
+MODE, NETS, NUMBERS, SETTING = arguments()
 
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.optimization import fuse
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from torch_nets import build
@@ -24,34 +53,33 @@ from torch_nets import build
 WARM_UP = 3
 
 
-def make(name):
+def make(name, layout, evaluate):
     classes = 1000 if name in ("resnet18", "resnet34", "resnet50") else 10
-    net = build(name, classes).to(memory_format=torch.channels_last)
+    net = build(name, classes)
     last = ".bn3.weight" if "50" in name else ".bn2.weight"
     for key, p in net.named_parameters():
         if key.startswith("layer") and key.endswith(last):
             torch.nn.init.constant_(p, 0.2)
-    return net, classes
+    if evaluate:
+        net = fuse(net.eval())
+    return net.to(memory_format=layout), classes
 
 
 def main():
-    if len(sys.argv) < 3 or sys.argv[1] not in ("train", "infer", "distill") or \
-            len(sys.argv) != (8 if sys.argv[1] == "distill" else 7):
-        sys.exit(__doc__)
-    mode, name = sys.argv[1:3]
-    batch, size, threads, steps = map(int, sys.argv[-4:])
+    mode, name = MODE, NETS[0]
+    batch, size, threads, steps = NUMBERS
+    layout = torch.contiguous_format if SETTING == "default" else torch.channels_last
     torch.manual_seed(1)
     torch.set_num_threads(threads)
-    net, classes = make(name)
-    x = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
+    net, classes = make(name, layout, mode == "infer")
+    x = torch.randn(batch, 3, size, size).to(memory_format=layout)
     y = torch.randint(0, classes, (batch,))
     decay = [p for p in net.parameters() if p.ndim > 1]
     plain = [p for p in net.parameters() if p.ndim <= 1]
     opt = torch.optim.SGD([{"params": decay, "weight_decay": 5e-4}, {"params": plain, "weight_decay": 0.0}],
-                          lr=0.01, momentum=0.9, nesterov=True)
+                          lr=0.01, momentum=0.9, nesterov=True, fused=True)
     if mode == "distill":
-        teacher, _ = make(sys.argv[3])
-        teacher.eval()
+        teacher, _ = make(NETS[1], layout, True)
         features = {}
         net.fc.register_forward_pre_hook(lambda _, args: features.update(student=args[0]))
         teacher.fc.register_forward_pre_hook(lambda _, args: features.update(teacher=args[0]))
@@ -75,7 +103,8 @@ def main():
         loss.backward()
         opt.step()
 
-    net.train(mode != "infer")
+    if mode != "infer":
+        net.train()
     step = infer if mode == "infer" else train
     ms = []
     for i in range(WARM_UP + steps):
@@ -84,7 +113,7 @@ def main():
         ms.append(1e3 * (time.perf_counter() - start))
     ms = sorted(ms[WARM_UP:])
     median = statistics.median(ms)
-    other = f"teacher={sys.argv[3]} " if mode == "distill" else ""
+    other = f"teacher={NETS[1]} " if mode == "distill" else ""
     print(f"net={name} {other}batch={batch} size={size} threads={threads} steps={steps} median_ms={median:.2f} "
           f"min_ms={ms[0]:.2f} max_ms={ms[-1]:.2f} images_per_s={1e3 * batch / median:.1f} "
           f"peak_rss_mb={resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}")
