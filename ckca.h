@@ -5134,7 +5134,7 @@ CKCA_API ckca_status ckca_tensor_write(ckca_model *m, int i, ckca_slot slot, con
 
 #include <time.h>
 
-#define CKCA__EVAL_BATCH 64
+#define CKCA__EVAL_BATCH (CKCA__DEVICE_IS_HOST ? 64 : 256) /* a GPU wants more work at a time */
 /* The most that the teacher's answers on a chunk may take; beyond, it answers per batch. */
 #define CKCA__CACHE_BYTES ((size_t)256 << 20)
 
