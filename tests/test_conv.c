@@ -510,13 +510,11 @@ int main(void) {
         s = shape(v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8]);
         test_shape(ctx, &s, i % 4 ? 2 : 3);
     }
-#ifdef CKCA__SIMD
-    for (i = 0; i < sizeof winograds / sizeof *winograds; i++) {
+    for (i = 0; best > CKCA_ISA_PLAIN && i < sizeof winograds / sizeof *winograds; i++) {
         const int *v = winograds[i];
         s = shape(v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8]);
         test_winograd(ctx, &s);
     }
-#endif
     for (i = 0; i < 40; i++) { /* and at random */
         int n = 1 + (int)(ckca__random(1, 1, i) % 5), r = 1 + (int)(ckca__random(1, 2, i) % 5);
         int t = 1 + (int)(ckca__random(1, 3, i) % 5), pad = (int)(ckca__random(1, 4, i) % 4);

@@ -356,8 +356,8 @@ static void element_sgd(ckca_context *ctx, const void *args, float *out) {
     memcpy(out, a->a, a->count * sizeof *out);
     memset(out + a->count, 0, a->count * sizeof *out);
     for (step = 0; step < 3; step++)
-        ckca__op_sgd(ctx, a->count, a->count, out, step % 2 ? a->b : a->c, out + a->count, &a->lr, a->momentum, a->decay, a->flag,
-                     a->second ? &a->gscale : NULL);
+        ckca__op_sgd(ctx, a->count, a->count / 2, out, step % 2 ? a->b : a->c, out + a->count, &a->lr, a->momentum,
+                     a->decay, a->flag, a->second ? &a->gscale : NULL);
 }
 static void element_clip(ckca_context *ctx, const void *args, float *out) {
     const element *a = (const element *)args;
@@ -401,7 +401,7 @@ static void test_elements(void) {
             for (i = 0; i < n; i++) {
                 double w = a.a[i], v = 0;
                 for (step = 0; step < 3; step++) {
-                    double d = (step % 2 ? a.b : a.c)[i] * (a.second ? 0.5 : 1) + 0.01 * w;
+                    double d = (step % 2 ? a.b : a.c)[i] * (a.second ? 0.5 : 1) + (i < n / 2 ? 0.01 * w : 0);
                     v = 0.9 * v + d;
                     w -= 0.1 * (a.flag ? d + 0.9 * v : v);
                 }
