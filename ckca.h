@@ -95,7 +95,7 @@
    ERRORS
        Every call that can fail returns a ckca_status, and ckca_error(ctx) then holds one sentence with the real names
        and numbers in it. Nothing is printed, nothing exits. After a failure the objects are as they were before the
-       call. Files may be hostile: lengths are checked before they are used, and what is truncated or corrupt is
+       call. (What a GPU refuses is found when it is next waited for: CKCA_ECUDA, with the CUDA call's name.) Files may be hostile: lengths are checked before they are used, and what is truncated or corrupt is
        refused. Files are written beside their place and renamed over it: at any moment the old or the new one is
        there.
 
@@ -433,7 +433,8 @@ typedef struct ckca_update_desc {
     const char *state;   /* path of a training state, written every state_seconds and removed at the end. If it is
                                there at the start, training resumes from it, to bitwise the same weights */
     float state_seconds; /* 0: 30 */
-    int (*progress)(const ckca_progress *progress, void *user); /* after every SGD step; non-zero stops (CKCA_ESTOP) */
+    int (*progress)(const ckca_progress *progress, void *user); /* after every SGD step; non-zero stops (CKCA_ESTOP).
+                                                                   A GPU stops for every report; without, once an epoch */
     void *user;
 } ckca_update_desc;
 

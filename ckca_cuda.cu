@@ -7,7 +7,8 @@
        cc -O3 -DCKCA_CUDA -c program.c                        (program.c defines CKCA_IMPLEMENTATION as ever)
        nvcc program.o ckca_cuda.o -lcublas -o program         (-Xcompiler -fopenmp if program.c has it)
 
-   The context takes the CUDA device that is current when it is created (CUDA_VISIBLE_DEVICES chooses).
+   A context lives on the CUDA device that is current when it is created (CUDA_VISIBLE_DEVICES chooses), which must be
+   current when it is used. CUDA 12 or newer; GPUs from Turing (sm_75) on, TF32 and BF16 from Ampere (sm_80).
 
    CONTENTS, each a section under this name
        CONTEXT        stream, cuBLAS handle, errors that wait to be reported, launching
@@ -135,7 +136,8 @@ CKCA__OP ckca_status ckca__device_init(ckca_context *ctx) {
     if (!cuda) return CKCA_ENOMEM;
     ctx->cuda = cuda;
     ok = CKCA__CUDA(cuda, cudaGetDevice(&device)) && CKCA__CUDA(cuda, cudaGetDeviceProperties(&gpu, device));
-    if (!ok || (ctx->precision != CKCA_FLOAT32 && gpu.major < 8)) return CKCA_ECUDA;
+    if (!ok) return CKCA_ECUDA;
+    if (ctx->precision != CKCA_FLOAT32 && gpu.major < 8) return CKCA_EINVAL; /* as an instruction set it lacks */
     ok = CKCA__CUDA(cuda, cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking)) &&
          CKCA__CUDA(cuda, cudaMalloc((void **)&cuda->scratch, sizeof *cuda->scratch)) &&
          CKCA__CUDA(cuda, cudaMalloc(&cuda->blas_workspace, CKCA__BLAS_BYTES)) &&

@@ -12,6 +12,13 @@ check() { # check NAME CONDITION...
         echo "FAIL $name"
     fi
 }
+# The header with CKCA_CUDA, in both languages (needs no nvcc).
+mkdir -p $dir
+echo '#define CKCA_IMPLEMENTATION
+#include "ckca.h"' > $dir/header.c
+flags="-Wall -Wextra -Wpedantic -Werror -DCKCA_CUDA -D_DEFAULT_SOURCE -I. -c -o /dev/null"
+check "C99 with CKCA_CUDA" ${CC:-cc} -std=c99 $flags $dir/header.c
+check "C++11 with CKCA_CUDA" ${CXX:-c++} -x c++ -std=c++11 $flags $dir/header.c
 if ! command -v nvcc > /dev/null && [ ! -x /usr/local/cuda/bin/nvcc ]; then
     echo "note: no nvcc here: ckca_cuda.cu is not compiled for a GPU"
     check "make CUDA=1 without nvcc names what is missing" sh -c 'make CUDA=1 all 2>&1 | grep -q "there is no nvcc"'
@@ -19,7 +26,6 @@ if ! command -v nvcc > /dev/null && [ ! -x /usr/local/cuda/bin/nvcc ]; then
     [ $failed -eq 0 ]
     exit
 fi
-mkdir -p $dir
 for file in ckca.h ckca_cuda.cu Makefile examples tests; do
     [ -e $dir/$file ] || ln -s ../../$file $dir/$file
 done
