@@ -95,9 +95,9 @@
    ERRORS
        Every call that can fail returns a ckca_status, and ckca_error(ctx) then holds one sentence with the real names
        and numbers in it. Nothing is printed, nothing exits. After a failure the objects are as they were before the
-       call. (What a GPU refuses is found when it is next waited for: CKCA_ECUDA, with the CUDA call's name.) Files may be hostile: lengths are checked before they are used, and what is truncated or corrupt is
-       refused. Files are written beside their place and renamed over it: at any moment the old or the new one is
-       there.
+       call. (What a GPU refuses is found when it is next waited for: CKCA_ECUDA, with the CUDA call's name.)
+       Files may be hostile: lengths are checked before they are used, and what is truncated or corrupt is refused.
+       Files are written beside their place and renamed over it: at any moment the old or the new one is there.
 
    ZERO MEANS DEFAULT
        memset a descriptor to 0 (or = {0}) and set what you care about. Where the default is not nothing and you want

@@ -228,12 +228,16 @@ static ckca_status plain_update(ckca_model *m, const ckca_data *data, const ckca
 typedef struct {
     ckca_model *m;
     const ckca_data *data;
+    unsigned char *squatter; /* takes the place of the workspace that moved; nobody may write to it */
+    size_t bytes;
 } watched;
 static int look(const ckca_progress *p, void *user) { /* halfway, what the recorded steps used is used and moved */
-    const watched *w = (const watched *)user;
+    watched *w = (watched *)user;
     if (p->epoch != 2 || p->batch != 1) return 0;
     CHECK(!ckca_evaluate(w->m, w->data, NULL, NULL), "evaluated in an update: %s", ckca_error(w->m->ctx));
-    ckca__arena(w->m->ctx, &w->m->workspace, &w->m->workspace_bytes, w->m->workspace_bytes + 4096);
+    w->bytes = w->m->workspace_bytes;
+    ckca__arena(w->m->ctx, &w->m->workspace, &w->m->workspace_bytes, w->bytes + 4096);
+    w->squatter = (unsigned char *)ckca__device_alloc(w->m->ctx, w->bytes);
     return 0;
 }
 
@@ -243,7 +247,9 @@ static void test_recording(ckca_context *ctx) {
     ckca_update_desc d = recipe();
     ckca_report report;
     watched w;
+    unsigned char *all;
     float *x, *y, *z;
+    size_t i;
     int update;
     for (update = 0; update < 2; update++) {
         ckca_status status;
@@ -267,6 +273,13 @@ static void test_recording(ckca_context *ctx) {
         d.user = &w;
         CHECK(!ckca_update(c, data, &d, NULL), "update with reports: %s", ckca_error(ctx));
         d.progress = NULL;
+        all = (unsigned char *)malloc(w.bytes);
+        ckca__device_download(ctx, all, w.squatter, w.bytes);
+        for (i = 0; i < w.bytes && !all[i]; i++) {
+        }
+        CHECK(i == w.bytes, "update %d: recorded steps write to memory that was given back", update);
+        ckca__device_release(ctx, w.squatter, w.bytes);
+        free(all);
         x = weights(a), y = weights(b), z = weights(c);
         CHECK(!memcmp(x, y, a->all * sizeof *x), "update %d: recorded and plain steps differ", update);
         CHECK(!memcmp(x, z, a->all * sizeof *x), "update %d: steps recorded twice differ from once", update);
