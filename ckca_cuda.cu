@@ -810,7 +810,8 @@ template <int KIND> __global__ void __launch_bounds__(CKCA__THREADS) ckca__chann
     const int there = c < m.c && begin < m.rows;
     const float shift = !there ? 0 : KIND == 3 ? m.x[begin * m.c + c] : KIND == 2 ? m.mean[c] : 0;
     float a = 0, b = 0;
-    for (size_t row = begin + threadIdx.x / m.lanes; there && row < end; row += at_once) {
+#pragma unroll 4
+    for (size_t row = there ? begin + threadIdx.x / m.lanes : end; row < end; row += at_once) {
         const size_t i = row * m.c + c;
         if (KIND == 3) {
             const float d = m.x[i] - shift;
@@ -1313,24 +1314,48 @@ CKCA__OP void ckca__op_linear_backward(ckca_context *ctx, int n, int d, int k, c
     for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < (size_t)(count); \
          i += (size_t)gridDim.x * blockDim.x)
 
-__global__ void ckca__add_kernel(size_t count, const float *a, const float *b, int relu, float *y) {
-    CKCA__EACH(i, count) {
-        const float v = b ? a[i] + b[i] : a[i];
-        y[i] = relu && v <= 0 ? 0 : v;
+/* The same of a function that is written for WIDTH neighbours: in fours, then what is left. */
+#define CKCA__IN_FOURS(count, function, ...)                                      \
+    do {                                                                          \
+        CKCA__EACH(i, (count) / 4) function<4>(i * 4, __VA_ARGS__);               \
+        CKCA__EACH(i, (count) % 4) function<1>((count) / 4 * 4 + i, __VA_ARGS__); \
+    } while (0)
+
+template <int WIDTH>
+__device__ __forceinline__ void ckca__add_at(size_t i, const float *a, const float *b, int relu, float *y) {
+    ckca__lane<WIDTH> v(a + i), other;
+    if (b) other = ckca__lane<WIDTH>(b + i);
+    for (int j = 0; j < WIDTH; j++) {
+        if (b) v.v[j] += other.v[j];
+        if (relu && v.v[j] <= 0) v.v[j] = 0; /* NaN stays NaN */
     }
+    v.store(y + i);
+}
+__global__ void ckca__add_kernel(size_t count, const float *a, const float *b, int relu, float *y) {
+    CKCA__IN_FOURS(count, ckca__add_at, a, b, relu, y);
+}
+
+template <int WIDTH>
+__device__ __forceinline__ void ckca__add_backward_at(size_t i, const float *y, const float *dy, float *dx,
+                                                      int accumulate) {
+    ckca__lane<WIDTH> g(dy + i), other;
+    if (y) other = ckca__lane<WIDTH>(y + i);
+    for (int j = 0; j < WIDTH; j++)
+        if (y && !(other.v[j] > 0)) g.v[j] = 0;
+    if (accumulate) other = ckca__lane<WIDTH>(dx + i);
+    for (int j = 0; j < WIDTH; j++)
+        if (accumulate) g.v[j] += other.v[j];
+    g.store(dx + i);
 }
 __global__ void ckca__add_backward_kernel(size_t count, const float *y, const float *dy, float *dx, int accumulate) {
-    CKCA__EACH(i, count) {
-        const float g = y && !(y[i] > 0) ? 0 : dy[i];
-        dx[i] = accumulate ? dx[i] + g : g;
-    }
+    CKCA__IN_FOURS(count, ckca__add_backward_at, y, dy, dx, accumulate);
 }
 CKCA__OP void ckca__op_add(ckca_context *ctx, size_t count, const float *a, const float *b, int relu, float *y) {
-    CKCA__LAUNCH(ctx, ckca__add_kernel, ckca__grid(ctx, count, 1), count, a, b, relu, y);
+    CKCA__LAUNCH(ctx, ckca__add_kernel, ckca__grid(ctx, count / 4, 1), count, a, b, relu, y);
 }
 CKCA__OP void ckca__op_add_backward(ckca_context *ctx, size_t count, const float *y, const float *dy, float *dx,
                                     int accumulate) {
-    CKCA__LAUNCH(ctx, ckca__add_backward_kernel, ckca__grid(ctx, count, 1), count, y, dy, dx, accumulate);
+    CKCA__LAUNCH(ctx, ckca__add_backward_kernel, ckca__grid(ctx, count / 4, 1), count, y, dy, dx, accumulate);
 }
 
 /* One output each. The first of equals wins, NaN over all. */
@@ -1670,20 +1695,28 @@ CKCA__OP void ckca__op_featreg(ckca_context *ctx, ckca_featreg form, int n, int 
    WEIGHTS
    ------------------------------------------------------------------------------------------------------------------ */
 
+template <int WIDTH>
+__device__ __forceinline__ void ckca__sgd_at(size_t i, size_t decayed, float *w, const float *g, float *v, float rate,
+                                             float momentum, float weight_decay, int nesterov, float scale) {
+    const ckca__lane<WIDTH> gradient(g + i);
+    ckca__lane<WIDTH> weight(w + i), velocity(v + i);
+    for (int j = 0; j < WIDTH; j++) {
+        const float d = gradient.v[j] * scale + (i + j < decayed ? weight_decay * weight.v[j] : 0);
+        velocity.v[j] = momentum * velocity.v[j] + d;
+        weight.v[j] -= rate * (nesterov ? d + momentum * velocity.v[j] : velocity.v[j]);
+    }
+    velocity.store(v + i);
+    weight.store(w + i);
+}
 __global__ void ckca__sgd_kernel(size_t count, size_t decayed, float *w, const float *g, float *v, const float *lr,
                                  float momentum, float weight_decay, int nesterov, const float *gscale) {
     const float rate = *lr, scale = gscale ? *gscale : 1;
-    CKCA__EACH(i, count) {
-        const float d = g[i] * scale + (i < decayed ? weight_decay * w[i] : 0);
-        const float velocity = momentum * v[i] + d;
-        v[i] = velocity;
-        w[i] -= rate * (nesterov ? d + momentum * velocity : velocity);
-    }
+    CKCA__IN_FOURS(count, ckca__sgd_at, decayed, w, g, v, rate, momentum, weight_decay, nesterov, scale);
 }
 CKCA__OP void ckca__op_sgd(ckca_context *ctx, size_t count, size_t decayed, float *w, const float *g, float *v,
                            const float *lr, float momentum, float weight_decay, int nesterov, const float *gscale) {
-    CKCA__LAUNCH(ctx, ckca__sgd_kernel, ckca__grid(ctx, count, 1), count, decayed, w, g, v, lr, momentum, weight_decay,
-                 nesterov, gscale);
+    CKCA__LAUNCH(ctx, ckca__sgd_kernel, ckca__grid(ctx, count / 4, 1), count, decayed, w, g, v, lr, momentum,
+                 weight_decay, nesterov, gscale);
 }
 
 /* sums[block] = the block's share of g . g, of 256 blocks. */
