@@ -12,8 +12,12 @@
 #   make fuzz TIME=60       libFuzzer on the file readers for so many seconds (needs clang)
 #   make install PREFIX=    the header and ckca.pc; DESTDIR is honoured
 #   make clean
+#   make shim               the GPU's kernels tested on the CPU (tests/cuda_shim.h); make test does it too
+#   make CUDA=1 ...         any of these on a GPU: the same programs, linked with ckca_cuda.cu (needs the CUDA toolkit)
+#   make CUDA=1 sanitize    the op tests under compute-sanitizer's four tools
 #
-# Yours to set: CC, CFLAGS, LDFLAGS, OPENMP= (to build without), STB= (to build without pictures' files).
+# Yours to set: CC, CFLAGS, LDFLAGS, OPENMP= (to build without), STB= (to build without pictures' files);
+# NVCC, CUDA_ARCH= (the GPUs to compile for, as in CUDA_ARCH="80 90"; the last one's PTX serves newer ones).
 
 # As many compilers at a time as there are processors, unless told otherwise.
 ifeq ($(filter -j%,$(MAKEFLAGS)),)
@@ -43,23 +47,46 @@ endif
 ifeq ($(origin STB),undefined)
 STB := $(or $(call probe,<stb/stb_image.h>),$(call probe,<stb_image.h>))
 endif
+ifneq ($(CUDA),)
+NVCC ?= $(or $(shell command -v nvcc 2>/dev/null),$(wildcard /usr/local/cuda/bin/nvcc))
+ifeq ($(NVCC),)
+$(error CUDA=1, but there is no nvcc: install the CUDA toolkit, put it in PATH, or set NVCC)
+endif
+endif
 ifeq ($(MAKELEVEL),0)
 $(info compiler: $(CC), $(shell $(CC) --version 2>/dev/null | head -n 1))
 $(info OpenMP: $(or $(OPENMP),none (one thread)); stb_image: $(if $(STB),found,none (no JPEG or PNG; Debian: libstb-dev)))
 endif
 endif
 
-ALL_CFLAGS = -std=c99 -D_DEFAULT_SOURCE $(WARNINGS) $(CFLAGS) $(OPENMP) $(if $(STB),,-DCKCA_NO_STB_IMAGE) -I.
+ALL_CFLAGS = -std=c99 -D_DEFAULT_SOURCE $(if $(CUDA),-DCKCA_CUDA) $(WARNINGS) $(CFLAGS) $(OPENMP) $(if $(STB),,-DCKCA_NO_STB_IMAGE) -I.
 ASAN_CFLAGS = -std=c99 -D_DEFAULT_SOURCE -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined \
     -fno-omit-frame-pointer $(if $(STB),,-DCKCA_NO_STB_IMAGE) -I.
 LIBS = -lm
+
+# The GPU path: one object more, and CKCA_CUDA for everything that includes ckca.h.
+CUDA_ARCH ?= 75 80 86 89 90
+ifneq ($(CUDA),)
+CUDA_HOME := $(patsubst %/bin/,%,$(dir $(realpath $(NVCC))))
+CUDA_OBJECT = build/ckca_cuda.o
+LIBS += -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcublas -lcudart -lstdc++
+NVCC_FLAGS = -O3 -std=c++17 -ccbin $(or $(firstword $(CXX)),c++) $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$a,code=sm_$a) \
+    -gencode arch=compute_$(lastword $(CUDA_ARCH)),code=compute_$(lastword $(CUDA_ARCH))
+endif
 
 EXAMPLES := $(patsubst examples/%.c,build/%,$(wildcard examples/*.c))
 TESTS := $(patsubst tests/%.c,build/tests/%,$(sort $(wildcard tests/test_*.c)))
 SCRIPTS := $(sort $(wildcard tests/test_*.sh))
 ASAN := $(patsubst build/tests/%,build/asan/%,$(TESTS))
+# The GPU's kernels on the CPU, see tests/cuda_shim.h.
+SHIM := $(patsubst %,build/shim/test_%,conv cuda nets ops train)
+ifneq ($(CUDA),) # sanitizers, compilers and the shim are the host build's business
+SCRIPTS := tests/test_examples.sh
+ASAN :=
+SHIM :=
+endif
 
-.PHONY: all demo test check bench bench-peers asan fuzz install clean help FORCE
+.PHONY: all demo test check bench bench-peers asan shim sanitize fuzz install clean help FORCE
 .DELETE_ON_ERROR:
 
 all: $(EXAMPLES)
@@ -69,14 +96,22 @@ demo: build/incremental
 	mkdir -p build/demo
 	OMP_WAIT_POLICY=passive build/incremental --out build/demo
 
-test: $(EXAMPLES) $(TESTS) $(ASAN) build/bench
-	CC="$(CC)" sh tests/run.sh $(TESTS) $(SCRIPTS) $(ASAN)
+test: $(EXAMPLES) $(TESTS) $(ASAN) $(SHIM) build/bench
+	CC="$(CC)" sh tests/run.sh $(TESTS) $(SCRIPTS) $(ASAN) $(SHIM)
 
 check: $(TESTS)
 	sh tests/run.sh $(TESTS)
 
 asan: $(ASAN)
 	sh tests/run.sh $(ASAN)
+
+shim: $(SHIM)
+	sh tests/run.sh $(SHIM)
+
+SANITIZE = compute-sanitizer --error-exitcode 1
+sanitize: build/tests/test_conv build/tests/test_ops build/tests/test_cuda
+	for test in $^; do for tool in "memcheck --leak-check full" racecheck initcheck synccheck; do \
+	    echo "$$tool $$test" && $(SANITIZE) --tool $$tool $$test || exit 1; done; done
 
 bench: build/bench
 
@@ -86,21 +121,32 @@ bench-peers: build/bench
 
 # Rewritten only when the flags change, so that everything is rebuilt then.
 build/flags: FORCE
-	@mkdir -p build/tests build/asan
-	@echo '$(CC) $(ALL_CFLAGS) $(LDFLAGS) $(LIBS) $(ASAN_CFLAGS)' > $@.new
+	@mkdir -p build/tests build/asan build/shim
+	@echo '$(CC) $(ALL_CFLAGS) $(LDFLAGS) $(LIBS) $(ASAN_CFLAGS) $(NVCC_FLAGS)' > $@.new
 	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
-build/%: examples/%.c ckca.h $(wildcard examples/*.h) build/flags
-	$(CC) $(ALL_CFLAGS) $< -o $@ $(LDFLAGS) $(LIBS)
+build/%: examples/%.c ckca.h $(wildcard examples/*.h) build/flags $(CUDA_OBJECT)
+	$(CC) $(ALL_CFLAGS) $< $(CUDA_OBJECT) -o $@ $(LDFLAGS) $(LIBS)
 
-build/%: tests/%.c ckca.h $(wildcard tests/*.h) build/flags
-	$(CC) $(ALL_CFLAGS) $< -o $@ $(LDFLAGS) $(LIBS)
+build/%: tests/%.c ckca.h $(wildcard tests/*.h) build/flags $(CUDA_OBJECT)
+	$(CC) $(ALL_CFLAGS) $< $(CUDA_OBJECT) -o $@ $(LDFLAGS) $(LIBS)
 
-build/tests/%: tests/%.c ckca.h $(wildcard tests/*.h) build/flags
-	$(CC) $(ALL_CFLAGS) $< -o $@ $(LDFLAGS) $(LIBS)
+build/tests/%: tests/%.c ckca.h $(wildcard tests/*.h) build/flags $(CUDA_OBJECT)
+	$(CC) $(ALL_CFLAGS) $< $(CUDA_OBJECT) -o $@ $(LDFLAGS) $(LIBS)
 
 build/asan/%: tests/%.c ckca.h $(wildcard tests/*.h) build/flags
 	$(CC) $(ASAN_CFLAGS) $(WARNINGS) $< -o $@ $(LDFLAGS) $(LIBS)
+
+build/ckca_cuda.o: ckca_cuda.cu ckca.h build/flags
+	$(NVCC) $(NVCC_FLAGS) -c $< -o $@
+
+SHIM_FLAGS = -O2 -g -Wall -Wextra -I. -DCKCA_CUDA -DCKCA_CUDA_SHIM
+build/shim/ckca_cuda.o: ckca_cuda.cu ckca.h tests/cuda_shim.h build/flags
+	$(CXX) -std=c++17 $(SHIM_FLAGS) -Wno-unknown-pragmas -Wno-maybe-uninitialized -include tests/cuda_shim.h -x c++ -c $< -o $@
+
+build/shim/test_%: tests/test_%.c build/shim/ckca_cuda.o ckca.h $(wildcard tests/*.h) build/flags
+	$(CC) -std=c99 -D_DEFAULT_SOURCE $(SHIM_FLAGS) -O1 $(if $(STB),,-DCKCA_NO_STB_IMAGE) -c $< -o $@.o
+	$(CXX) $@.o build/shim/ckca_cuda.o -o $@ -lm
 
 build/fuzz: tests/fuzz.c ckca.h build/flags
 	clang -std=c99 -D_DEFAULT_SOURCE -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined \

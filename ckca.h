@@ -37,6 +37,7 @@
    BUILD
        cc -O3 -fopenmp program.c -lm      (needs stb_image.h: Debian's libstb-dev)
        cc -O3 program.c -lm               (one thread)
+       On a GPU: define CKCA_CUDA for program.c, compile ckca_cuda.cu with nvcc, link both (see ckca_cuda.cu).
    Built and tested with GCC and clang on x86-64 Linux, as C99 and C++11, where the vector kernels are chosen at run time.
    The AArch64 kernels are written but have not been run; other compilers get plain loops, many times slower.
 
@@ -47,6 +48,7 @@
                             stb_image.h of your own, include it before this header)
        CKCA_NO_STDIO        no files at all: pictures come from arrays, weights through ckca_tensor_read and _write
        CKCA_NO_SIMD         plain loops only
+       CKCA_CUDA            the ops of ckca_cuda.cu in place of the host's
        CKCA_FILE            "its/name.h", if you rename this header (it includes itself once per instruction set)
 
    CONTENTS, each a section under this name
@@ -54,7 +56,7 @@
        private:  PRIVATE (what the floors share)  OPS (the seam to the GPU)  CORE  SIMD  CONVOLUTION  the other OPS
                  DATA TYPES  GRAPH  TRAINING  DATA  FILES: SAFETENSORS  FILES: CHECKPOINTS
    A picture's way through all of it: ckca_open_* decodes it into the store's bytes; ckca_update picks it in
-   ckca__train; ckca__train_step follows it through ckca__load_batch (augmented, normalised), ckca__run_forward,
+   ckca__train; ckca__train_step follows it through ckca__make_batch (augmented, normalised), ckca__run_forward,
    the loss, ckca__run_backward and ckca__run_sgd to the weights.
 
    THE METHOD
@@ -93,9 +95,9 @@
    ERRORS
        Every call that can fail returns a ckca_status, and ckca_error(ctx) then holds one sentence with the real names
        and numbers in it. Nothing is printed, nothing exits. After a failure the objects are as they were before the
-       call. Files may be hostile: lengths are checked before they are used, and what is truncated or corrupt is
-       refused. Files are written beside their place and renamed over it: at any moment the old or the new one is
-       there.
+       call. (What a GPU refuses is found when it is next waited for: CKCA_ECUDA, with the CUDA call's name.)
+       Files may be hostile: lengths are checked before they are used, and what is truncated or corrupt is refused.
+       Files are written beside their place and renamed over it: at any moment the old or the new one is there.
 
    ZERO MEANS DEFAULT
        memset a descriptor to 0 (or = {0}) and set what you care about. Where the default is not nothing and you want
@@ -150,6 +152,14 @@ typedef enum ckca_status {
 /* Instruction sets of the host kernels; the best the processor has is taken unless another is asked for. */
 typedef enum ckca_isa { CKCA_ISA_BEST = 0, CKCA_ISA_PLAIN, CKCA_ISA_BASE, CKCA_ISA_AVX2, CKCA_ISA_AVX512 } ckca_isa;
 
+/* What convolutions and linear layers multiply in on the GPU; weights, activations, sums, statistics, losses and SGD
+   are float32 in all three. The host has FLOAT32 alone: there another is an error, like an instruction set it lacks. */
+typedef enum ckca_precision {
+    CKCA_FLOAT32 = 0,
+    CKCA_TF32, /* tensor cores, factors rounded to 10 bits of mantissa (needs compute capability 8.0) */
+    CKCA_BF16  /* tensor cores, factors rounded to 7 bits of mantissa (likewise) */
+} ckca_precision;
+
 typedef struct ckca_context ckca_context; /* threads, memory, errors; one per thread of your own */
 typedef struct ckca_model ckca_model;     /* a network, its weights, and what training it needs */
 typedef struct ckca_data ckca_data;       /* labelled pictures: a view of a shared store of bytes */
@@ -159,6 +169,7 @@ typedef struct ckca_desc {
     ckca_isa isa; /* kernels to use; one the processor lacks is an error */
     int direct;   /* 1: no Winograd: every convolution sums its products one by one (2 to 3 times slower, and closer:
                      about 3e-7 of the output's rms instead of 1e-6) */
+    ckca_precision precision; /* of the GPU's convolutions */
     /* Memory: both or neither, called by one thread at a time (decoding calls them from its own threads). alloc returns
        NULL when it has none. 0: malloc (with huge pages asked for) and free. stb_image uses calloc whatever is set. */
     void *(*alloc)(size_t bytes, void *user);
@@ -166,7 +177,7 @@ typedef struct ckca_desc {
     void *user; /* handed to alloc and release */
 } ckca_desc;
 
-/* Creates a context. desc may be NULL. On failure *ctx is NULL. */
+/* Creates a context. desc may be NULL. On failure *ctx is NULL (CKCA_ECUDA: no usable GPU). */
 CKCA_API ckca_status ckca_init(ckca_context **ctx, const ckca_desc *desc);
 /* Frees a context; free its models and data first. NULL is allowed, here and in every ckca_*_free. */
 CKCA_API void ckca_free(ckca_context *ctx);
@@ -174,7 +185,7 @@ CKCA_API void ckca_free(ckca_context *ctx);
 CKCA_API const char *ckca_error(const ckca_context *ctx);
 /* "ok", "bad argument", ... for any status. */
 CKCA_API const char *ckca_status_name(ckca_status status);
-/* What runs the kernels, for example "host avx512 x2". Owned by the context. */
+/* What runs the kernels, for example "host avx512 x2" or "cuda NVIDIA H100 tf32". Owned by the context. */
 CKCA_API const char *ckca_device(const ckca_context *ctx);
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -425,7 +436,8 @@ typedef struct ckca_update_desc {
     const char *state;   /* path of a training state, written every state_seconds and removed at the end. If it is
                                there at the start, training resumes from it, to bitwise the same weights */
     float state_seconds; /* 0: 30 */
-    int (*progress)(const ckca_progress *progress, void *user); /* after every SGD step; non-zero stops (CKCA_ESTOP) */
+    int (*progress)(const ckca_progress *progress, void *user); /* after every SGD step; non-zero stops (CKCA_ESTOP).
+                                                                   A GPU stops for every report; without, once an epoch */
     void *user;
 } ckca_update_desc;
 
@@ -508,19 +520,26 @@ CKCA_API ckca_status ckca_load_weights(ckca_model *model, const char *path);
 #endif
 
 /* Vector kernels need GNU C's pragmas and the intrinsics of x86-64 or AArch64; elsewhere the naive ops run. */
-#if !defined(CKCA_NO_SIMD) && defined(__GNUC__) && (defined(__x86_64__) || defined(__aarch64__))
+#if !defined(CKCA_NO_SIMD) && !defined(CKCA_CUDA) && defined(__GNUC__) && (defined(__x86_64__) || defined(__aarch64__))
 #define CKCA__SIMD
 #endif
 
-/* Ops are static on the host and cross a translation unit with CUDA. */
+/* Ops are static on the host and cross a translation unit with CUDA. What both sides of it compute is CKCA__BOTH. */
 #ifdef CKCA_CUDA
+enum { CKCA__DEVICE_IS_HOST = 0 };
 #ifdef __cplusplus
 #define CKCA__OP extern "C"
 #else
 #define CKCA__OP extern
 #endif
 #else
+enum { CKCA__DEVICE_IS_HOST = 1 };
 #define CKCA__OP static
+#endif
+#ifdef __CUDACC__
+#define CKCA__BOTH static __host__ __device__
+#else
+#define CKCA__BOTH static
 #endif
 
 #ifdef _OPENMP
@@ -539,6 +558,9 @@ struct ckca_context {
     int threads;
     ckca_isa isa;
     int direct; /* no Winograd */
+    ckca_precision precision;
+    void *cuda;           /* what ckca_cuda.cu keeps */
+    size_t refused, room; /* bytes that the GPU's memory did not have when last asked, and what it had */
     void *(*alloc)(size_t bytes, void *user);
     void (*release)(void *memory, size_t bytes, void *user);
     void *user;
@@ -546,12 +568,14 @@ struct ckca_context {
     char error[512];
 };
 
+#ifdef CKCA_IMPLEMENTATION
 /* Records the failure's sentence and hands its status back: return ckca__fail(ctx, CKCA_EINVAL, "...", ...). */
 static ckca_status ckca__fail(ckca_context *ctx, ckca_status status, const char *format, ...) CKCA__PRINTF(3, 4);
 
 /* Host memory: zeroed, 64-byte aligned; NULL when there is none. bytes may be 0. */
 static void *ckca__alloc(ckca_context *ctx, size_t bytes);
 static void ckca__release(ckca_context *ctx, void *memory); /* NULL is allowed */
+#endif
 
 /* a * b and a + b that stick at SIZE_MAX instead of wrapping (no allocation of SIZE_MAX succeeds). */
 static size_t ckca__mul(size_t a, size_t b) { return b && a > SIZE_MAX / b ? SIZE_MAX : a * b; }
@@ -561,17 +585,17 @@ static size_t ckca__round_up(size_t a, size_t to) { return a > SIZE_MAX - to ? S
 /* Counter-based random numbers: pure functions of (seed, stream, index), so a draw does not depend on who makes it
    when. Streams are below. Mixing as in SplitMix64 (Steele, Lea, Flood 2014). */
 enum { CKCA__STREAM_INIT = 1, CKCA__STREAM_SHUFFLE, CKCA__STREAM_AUGMENT, CKCA__STREAM_SPLIT };
-static uint64_t ckca__mix(uint64_t z) {
+CKCA__BOTH uint64_t ckca__mix(uint64_t z) {
     z = (z ^ (z >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
     z = (z ^ (z >> 27)) * UINT64_C(0x94d049bb133111eb);
     return z ^ (z >> 31);
 }
-static uint64_t ckca__random(uint64_t seed, uint64_t stream, uint64_t index) {
+CKCA__BOTH uint64_t ckca__random(uint64_t seed, uint64_t stream, uint64_t index) {
     uint64_t z = ckca__mix(seed + UINT64_C(0x9e3779b97f4a7c15));
     z = ckca__mix(z ^ (stream * UINT64_C(0xd1342543de82ef95) + 1));
     return ckca__mix(z + index * UINT64_C(0x9e3779b97f4a7c15));
 }
-static double ckca__uniform(uint64_t seed, uint64_t stream, uint64_t index) { /* in [0, 1) */
+CKCA__BOTH double ckca__uniform(uint64_t seed, uint64_t stream, uint64_t index) { /* in [0, 1) */
     return (double)(ckca__random(seed, stream, index) >> 11) * (1.0 / 9007199254740992.0);
 }
 
@@ -589,6 +613,20 @@ typedef struct ckca__conv {
     int stride, pad;
     int p, q; /* output: N x P x Q x K; p = (h + 2 pad - r) / stride + 1 */
 } ckca__conv;
+
+/* The device behind a new context, and its end. */
+CKCA__OP ckca_status ckca__device_init(ckca_context *ctx);
+CKCA__OP void ckca__device_free(ckca_context *ctx);
+/* Ops return nothing: the first call that the GPU refused waits here, to be reported once: CKCA_ECUDA with its name and
+   message in ckca_error. */
+CKCA__OP ckca_status ckca__device_status(ckca_context *ctx);
+
+/* Work that repeats, except for values it finds in device memory, is recorded once and then replayed:
+       if (ckca__device_record(ctx, &recording)) { the ops; ckca__device_recorded(ctx, &recording); }
+   *recording starts as NULL and ends with ckca__device_forget. On the host the ops always run. */
+CKCA__OP int ckca__device_record(ckca_context *ctx, void **recording);
+CKCA__OP void ckca__device_recorded(ckca_context *ctx, void **recording);
+CKCA__OP void ckca__device_forget(ckca_context *ctx, void **recording);
 
 /* Memory on the device. ckca__device_alloc returns zeroed memory or NULL. */
 CKCA__OP void *ckca__device_alloc(ckca_context *ctx, size_t bytes);
@@ -674,15 +712,18 @@ CKCA__OP void ckca__op_adakd(ckca_context *ctx, ckca_adakd form, int n, int k, c
    0 with zero gradient. */
 CKCA__OP void ckca__op_featreg(ckca_context *ctx, ckca_featreg form, int n, int d, int d_teacher, const float *f,
                                const float *fo, float scale, float *df, int accumulate, float *loss, void *ws);
-/* sums[i] += the sum of values[0..n), in order, in double. */
+/* *sum += the sum of values[0..n), in double. */
 CKCA__OP void ckca__op_sum(ckca_context *ctx, int n, const float *values, double *sum);
+/* *sum += how many of hit[0..n) are right (bit 0). */
+CKCA__OP void ckca__op_count(ckca_context *ctx, int n, const int *hit, double *sum);
 
 /* out[i] = rows[index[i]], d values each: the batch's part of what the teacher said about every picture. */
 CKCA__OP void ckca__op_gather(ckca_context *ctx, int n, int d, const float *rows, const int *index, float *out);
 
-/* One SGD step on count values (see ckca_sgd). g is scaled by *gscale first (NULL: 1). */
-CKCA__OP void ckca__op_sgd(ckca_context *ctx, size_t count, float *w, const float *g, float *v, float lr,
-                           float momentum, float weight_decay, int nesterov, const float *gscale);
+/* One SGD step on count values (see ckca_sgd), weight decay on the first decayed of them. *lr is on the device; so is
+   *gscale, by which g is scaled first (NULL: 1). */
+CKCA__OP void ckca__op_sgd(ckca_context *ctx, size_t count, size_t decayed, float *w, const float *g, float *v,
+                           const float *lr, float momentum, float weight_decay, int nesterov, const float *gscale);
 /* *gscale = min(1, clip / ||g||) over count values, as torch.nn.utils.clip_grad_norm_ (eps 1e-6). */
 CKCA__OP void ckca__op_clip(ckca_context *ctx, size_t count, const float *g, float clip, float *gscale, void *ws);
 /* w = shrink w + perturb fresh. */
@@ -690,11 +731,11 @@ CKCA__OP void ckca__op_shrink_perturb(ckca_context *ctx, size_t count, float *w,
                                       float perturb);
 
 /* Pictures index[0..n) of a store (pixels: bytes, h x w x c each) to floats (n x h x w x c): augmented as a pure function
-   of (seed, epoch, index), then (v / 255 - mean) / std per channel. Augmentation reads black (0) outside the picture.
-   augment may be NULL; mean and std (c values) are host memory. */
+   of (seed, *epoch, index), then (v / 255 - mean) / std per channel. Augmentation reads black (0) outside the picture.
+   augment may be NULL (then epoch too); it, mean and std (c values) are host memory. */
 CKCA__OP void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, const unsigned char *pixels,
-                             const int *index, const ckca_augment *augment, uint64_t seed, int epoch, const float *mean,
-                             const float *std, float *out);
+                             const int *index, const ckca_augment *augment, uint64_t seed, const int *epoch,
+                             const float *mean, const float *std, float *out);
 
 #endif /* CKCA__PRIVATE */
 #endif
@@ -717,6 +758,12 @@ static ckca_status ckca__fail(ckca_context *ctx, ckca_status status, const char 
     va_start(args, format);
     vsnprintf(ctx->error, sizeof ctx->error, format, args);
     va_end(args);
+    if (status == CKCA_ENOMEM && ctx->refused) { /* only ever set by the GPU */
+        size_t length = strlen(ctx->error);
+        snprintf(ctx->error + length, sizeof ctx->error - length, " (the GPU refused %.1f MB, %.1f MB are free)",
+                 (double)ctx->refused * 1e-6, (double)ctx->room * 1e-6);
+    }
+    ctx->refused = 0;
     return status;
 }
 
@@ -778,12 +825,13 @@ CKCA_API ckca_status ckca_init(ckca_context **out, const ckca_desc *desc) {
     static const char *const isa_name[] = {"best", "plain", "base", "avx2", "avx512"};
     ckca_desc none;
     ckca_context *ctx;
+    ckca_status status;
     if (!out) return CKCA_EINVAL;
     *out = NULL;
     memset(&none, 0, sizeof none);
     if (!desc) desc = &none;
     if (desc->threads < 0 || desc->threads > 4096 || (unsigned)desc->isa > CKCA_ISA_AVX512 ||
-        !desc->alloc != !desc->release)
+        (unsigned)desc->precision > (CKCA__DEVICE_IS_HOST ? CKCA_FLOAT32 : CKCA_BF16) || !desc->alloc != !desc->release)
         return CKCA_EINVAL;
     if (desc->isa > CKCA_ISA_PLAIN && desc->isa > ckca__best_isa()) return CKCA_EINVAL;
     ctx = (ckca_context *)(desc->alloc ? desc->alloc(sizeof *ctx, desc->user) : malloc(sizeof *ctx));
@@ -794,18 +842,21 @@ CKCA_API ckca_status ckca_init(ckca_context **out, const ckca_desc *desc) {
     ctx->user = desc->user;
     ctx->isa = desc->isa ? desc->isa : ckca__best_isa();
     ctx->direct = desc->direct;
+    ctx->precision = desc->precision;
 #ifdef _OPENMP
     ctx->threads = desc->threads ? desc->threads : omp_get_max_threads(); /* OMP_NUM_THREADS, or all processors */
 #else
     ctx->threads = 1;
 #endif
     snprintf(ctx->device, sizeof ctx->device, "host %s x%d", isa_name[ctx->isa], ctx->threads);
-    *out = ctx;
-    return CKCA_OK;
+    if (!(status = ckca__device_init(ctx))) *out = ctx;
+    else ckca_free(ctx);
+    return status;
 }
 
 CKCA_API void ckca_free(ckca_context *ctx) {
     if (!ctx) return;
+    ckca__device_free(ctx);
     if (ctx->release)
         ctx->release(ctx, sizeof *ctx, ctx->user);
     else
@@ -2497,7 +2548,22 @@ static void CKCA__NAME(ckca__maxpool_pixel_backward)(int c, int taps, const size
    OPS: all but convolution and linear
    ------------------------------------------------------------------------------------------------------------------ */
 
-/* On the host the device's memory is the host's own. */
+/* On the host the device's memory is the host's own, and nothing about it can fail later. */
+static ckca_status ckca__device_init(ckca_context *ctx) {
+    (void)ctx;
+    return CKCA_OK;
+}
+static void ckca__device_free(ckca_context *ctx) { (void)ctx; }
+static ckca_status ckca__device_status(ckca_context *ctx) {
+    (void)ctx;
+    return CKCA_OK;
+}
+static int ckca__device_record(ckca_context *ctx, void **recording) {
+    (void)ctx, (void)recording;
+    return 1;
+}
+static void ckca__device_recorded(ckca_context *ctx, void **recording) { (void)ctx, (void)recording; }
+static void ckca__device_forget(ckca_context *ctx, void **recording) { (void)ctx, (void)recording; }
 static void *ckca__device_alloc(ckca_context *ctx, size_t bytes) { return ckca__alloc(ctx, bytes); }
 static void ckca__device_release(ckca_context *ctx, void *memory, size_t bytes) {
     (void)bytes;
@@ -3258,6 +3324,12 @@ static void ckca__op_sum(ckca_context *ctx, int n, const float *values, double *
     for (i = 0; i < n; i++) *sum += values[i];
 }
 
+static void ckca__op_count(ckca_context *ctx, int n, const int *hit, double *sum) {
+    int i;
+    (void)ctx;
+    for (i = 0; i < n; i++) *sum += hit[i] & 1;
+}
+
 /* ---- weights ---- */
 
 static void ckca__naive_sgd(size_t count, float *w, const float *g, float *v, float lr, float momentum,
@@ -3270,9 +3342,8 @@ static void ckca__naive_sgd(size_t count, float *w, const float *g, float *v, fl
     }
 }
 
-static void ckca__op_sgd(ckca_context *ctx, size_t count, float *w, const float *g, float *v, float lr,
-                         float momentum, float weight_decay, int nesterov, const float *gscale) {
-    float scale = gscale ? *gscale : 1;
+static void ckca__sgd_part(ckca_context *ctx, size_t count, float *w, const float *g, float *v, float lr,
+                           float momentum, float weight_decay, int nesterov, float gscale) {
 #ifdef CKCA__SIMD
     if (ctx->isa != CKCA_ISA_PLAIN) {
         int i;
@@ -3280,13 +3351,20 @@ static void ckca__op_sgd(ckca_context *ctx, size_t count, float *w, const float 
         for (i = 0; i < ckca__blocks(count); i++) {
             size_t from = (size_t)i * CKCA__BLOCK;
             CKCA__DISPATCH(ctx, ckca__sgd, (ckca__block_size(count, i), w + from, g + from, v + from, lr, momentum,
-                                            weight_decay, nesterov, scale));
+                                            weight_decay, nesterov, gscale));
         }
         return;
     }
 #endif
     (void)ctx;
-    ckca__naive_sgd(count, w, g, v, lr, momentum, weight_decay, nesterov, scale);
+    ckca__naive_sgd(count, w, g, v, lr, momentum, weight_decay, nesterov, gscale);
+}
+
+static void ckca__op_sgd(ckca_context *ctx, size_t count, size_t decayed, float *w, const float *g, float *v,
+                         const float *lr, float momentum, float weight_decay, int nesterov, const float *gscale) {
+    float scale = gscale ? *gscale : 1;
+    ckca__sgd_part(ctx, decayed, w, g, v, *lr, momentum, weight_decay, nesterov, scale);
+    ckca__sgd_part(ctx, count - decayed, w + decayed, g + decayed, v + decayed, *lr, momentum, 0, nesterov, scale);
 }
 
 static void ckca__op_clip(ckca_context *ctx, size_t count, const float *g, float clip, float *gscale, void *ws) {
@@ -3317,7 +3395,13 @@ static void ckca__op_shrink_perturb(ckca_context *ctx, size_t count, float *w, c
     for (i = 0; i < count; i++) w[i] = shrink * w[i] + perturb * fresh[i];
 }
 
-/* ---- pictures ---- */
+#endif /* CKCA__OPS */
+#endif
+#ifndef CKCA__PASS
+#if defined(CKCA__PRIVATE) && !defined(CKCA__FRAMING)
+#define CKCA__FRAMING
+
+/* ---- pictures: what augmentation draws, the same on every device ---- */
 
 /* What augmentation does to one picture: which rectangle of it is shown, mirrored or not, in which colours. */
 typedef struct ckca__framing {
@@ -3329,17 +3413,17 @@ typedef struct ckca__framing {
 enum { CKCA__AUGMENT_FLIP, CKCA__AUGMENT_TOP, CKCA__AUGMENT_LEFT, CKCA__AUGMENT_BRIGHTNESS, CKCA__AUGMENT_CONTRAST,
        CKCA__AUGMENT_SATURATION, CKCA__AUGMENT_CROP };
 
-static double ckca__augment_uniform(uint64_t picture_seed, int draw) {
+CKCA__BOTH double ckca__augment_uniform(uint64_t picture_seed, int draw) {
     return ckca__uniform(picture_seed, CKCA__STREAM_AUGMENT, (uint64_t)draw);
 }
-static int ckca__augment_int(uint64_t picture_seed, int draw, int below) {
+CKCA__BOTH int ckca__augment_int(uint64_t picture_seed, int draw, int below) {
     int i = (int)(ckca__augment_uniform(picture_seed, draw) * below);
     return i < below ? i : below - 1;
 }
 
 /* torchvision's RandomResizedCrop.get_params: ten tries at an area of crop_min..1 and an aspect of 3/4..4/3 (uniform in
    its logarithm) that fits, else the largest centred rectangle of allowed aspect. */
-static void ckca__augment_crop(uint64_t seed, int h, int w, double crop_min, ckca__framing *f) {
+CKCA__BOTH void ckca__augment_crop(uint64_t seed, int h, int w, double crop_min, ckca__framing *f) {
     const double low = 3.0 / 4, high = 4.0 / 3;
     int attempt;
     if (!(crop_min > 0)) crop_min = 0.25;
@@ -3363,8 +3447,8 @@ static void ckca__augment_crop(uint64_t seed, int h, int w, double crop_min, ckc
     f->left = (w - f->width) / 2;
 }
 
-static void ckca__augment_framing(const ckca_augment *augment, uint64_t seed, int epoch, int index, int h, int w,
-                            ckca__framing *f) {
+CKCA__BOTH void ckca__augment_framing(const ckca_augment *augment, uint64_t seed, int epoch, int index, int h, int w,
+                                      ckca__framing *f) {
     memset(f, 0, sizeof *f);
     f->height = h;
     f->width = w;
@@ -3385,6 +3469,19 @@ static void ckca__augment_framing(const ckca_augment *augment, uint64_t seed, in
         f->saturation = (float)(low + range * ckca__augment_uniform(seed, CKCA__AUGMENT_SATURATION));
     }
 }
+
+CKCA__BOTH float ckca__augment_clamp(float v) { return v < 0 ? 0 : v > 255 ? 255 : v; }
+CKCA__BOTH float ckca__augment_grey(int c, const float *v) { /* luma of ITU-R BT.601, as torchvision's rgb_to_grayscale */
+    return c == 3 ? 0.2989f * v[0] + 0.587f * v[1] + 0.114f * v[2] : v[0];
+}
+
+#endif /* CKCA__FRAMING */
+#endif
+#if !defined(CKCA__PASS) && defined(CKCA_IMPLEMENTATION) && !defined(CKCA_CUDA)
+#ifndef CKCA__PICTURES
+#define CKCA__PICTURES
+
+/* ---- pictures: the op ---- */
 
 /* The framed pixels' channels 0..m (at most 4), scaled and shifted. */
 static void ckca__augment_look(const ckca__framing *f, int h, int w, int c, int m, const unsigned char *pixels,
@@ -3425,11 +3522,6 @@ static void ckca__augment_enlarge(const ckca__framing *f, int h, int w, int c, i
     }
 }
 
-static float ckca__augment_clamp(float v) { return v < 0 ? 0 : v > 255 ? 255 : v; }
-static float ckca__augment_grey(int c, const float *v) { /* luma of ITU-R BT.601, as torchvision's rgb_to_grayscale */
-    return c == 3 ? 0.2989f * v[0] + 0.587f * v[1] + 0.114f * v[2] : v[0];
-}
-
 /* torchvision's adjust_brightness, _contrast and _saturation, in this order: towards black, towards the picture's mean
    grey, towards each pixel's own grey. */
 static void ckca__augment_jitter(const ckca__framing *f, int area, int c, float *v) {
@@ -3448,7 +3540,7 @@ static void ckca__augment_jitter(const ckca__framing *f, int area, int c, float 
 }
 
 static void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, const unsigned char *pixels,
-                           const int *index, const ckca_augment *augment, uint64_t seed, int epoch,
+                           const int *index, const ckca_augment *augment, uint64_t seed, const int *epoch,
                            const float *mean, const float *std, float *out) {
     size_t size = (size_t)h * (size_t)w * (size_t)c;
     int i;
@@ -3459,7 +3551,7 @@ static void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, const 
         ckca__framing f;
         size_t at;
         int j, first, jitter = augment && augment->jitter > 0;
-        ckca__augment_framing(augment, seed, epoch, index[i], h, w, &f);
+        ckca__augment_framing(augment, seed, epoch ? *epoch : 0, index[i], h, w, &f);
         for (first = 0; first < c; first += 4) { /* four channels at a time; there are hardly ever more */
             int m = c - first < 4 ? c - first : 4;
             float scale[4], shift[4];
@@ -3477,7 +3569,7 @@ static void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, const 
     }
 }
 
-#endif /* CKCA__OPS */
+#endif /* CKCA__PICTURES */
 #endif
 #ifndef CKCA__PASS
 #ifdef CKCA_IMPLEMENTATION
@@ -3501,10 +3593,15 @@ typedef struct ckca__store {
     ckca_context *ctx;
     int refs;
     int count, height, width, channels, classes;
-    unsigned char *pixels; /* count x height x width x channels */
-    int *labels;           /* count, each below classes */
-    char **class_names;    /* classes */
+    unsigned char *pixels;   /* count x height x width x channels */
+    unsigned char *resident; /* the same on the device, from the first batch on; on the host pixels itself */
+    int *labels;             /* count, each below classes */
+    char **class_names;      /* classes */
 } ckca__store;
+
+static size_t ckca__store_bytes(const ckca__store *s) {
+    return (size_t)s->count * (size_t)s->height * (size_t)s->width * (size_t)s->channels;
+}
 
 struct ckca_data {
     ckca__store *store;
@@ -4208,7 +4305,7 @@ static ckca_status ckca__initialize(ckca_model *m, uint64_t seed, float *device)
     ckca__draw_weights(m, seed, host);
     ckca__device_upload(m->ctx, device, host, m->all * sizeof(float));
     ckca__release(m->ctx, host);
-    return CKCA_OK;
+    return ckca__device_status(m->ctx);
 }
 
 CKCA_API ckca_status ckca_model_finish(ckca_model *m, int logits) {
@@ -4797,7 +4894,7 @@ CKCA_API ckca_status ckca_forward(ckca_model *m, const float *pictures, int n, i
     ckca__device_upload(m->ctx, input, pictures,
                         (size_t)n * (size_t)m->height * (size_t)m->width * (size_t)m->channels * sizeof(float));
     ckca__run_forward(m, n, mode, input);
-    return CKCA_OK;
+    return ckca__device_status(m->ctx);
 }
 
 CKCA_API ckca_status ckca_node_shape(const ckca_model *m, int node, int *height, int *width, int *channels) {
@@ -4820,7 +4917,7 @@ CKCA_API ckca_status ckca_node_read(ckca_model *m, int node, float *out) {
                           ckca__kind_name[m->node[node].kind]);
     ckca__device_download(m->ctx, out, ckca__value(m, node),
                           ckca__rows(&m->node[node], m->n) * (size_t)m->node[node].c * sizeof(float));
-    return CKCA_OK;
+    return ckca__device_status(m->ctx);
 }
 
 CKCA_API ckca_status ckca_backward(ckca_model *m, const float *dlogits, const float *dfeatures) {
@@ -4837,23 +4934,22 @@ CKCA_API ckca_status ckca_backward(ckca_model *m, const float *dlogits, const fl
     }
     ckca__run_backward(m);
     m->n = 0; /* gradients took the activations' place: a second backward would read them */
-    return CKCA_OK;
+    return ckca__device_status(m->ctx);
 }
 
 CKCA_API ckca_status ckca_zero_gradients(ckca_model *m) {
     if (!m) return CKCA_EINVAL;
     if (m->gradients) ckca__device_zero(m->ctx, m->gradients, m->trainable * sizeof(float));
-    return CKCA_OK;
+    return ckca__device_status(m->ctx);
 }
 
-/* One SGD step over the arenas: decay on the first part only. gscale is one float on the device. */
-static void ckca__run_sgd(ckca_model *m, const ckca_sgd_desc *d, float *gscale) {
+/* One SGD step over the arenas: decay on the first part only. lr and gscale are a float each on the device; d's own lr
+   is not looked at. */
+static void ckca__run_sgd(ckca_model *m, const ckca_sgd_desc *d, const float *lr, float *gscale) {
     ckca_context *ctx = m->ctx;
-    const size_t k = m->decayed;
     if (d->clip_norm > 0) ckca__op_clip(ctx, m->trainable, m->gradients, d->clip_norm, gscale, m->workspace);
     if (!(d->clip_norm > 0)) gscale = NULL;
-    ckca__op_sgd(ctx, k, m->values, m->gradients, m->momentum, d->lr, d->momentum, d->weight_decay, !d->plain, gscale);
-    ckca__op_sgd(ctx, m->trainable - k, m->values + k, m->gradients + k, m->momentum + k, d->lr, d->momentum, 0.0f,
+    ckca__op_sgd(ctx, m->trainable, m->decayed, m->values, m->gradients, m->momentum, lr, d->momentum, d->weight_decay,
                  !d->plain, gscale);
     m->folded_valid = 0;
 }
@@ -4863,7 +4959,7 @@ static float ckca__default(float value, float otherwise) { return value == 0 ? o
 
 CKCA_API ckca_status ckca_sgd(ckca_model *m, const ckca_sgd_desc *desc) {
     ckca_sgd_desc d;
-    float *gscale;
+    float *device; /* lr and gscale */
     if (!m) return CKCA_EINVAL;
     if (!desc || !m->gradients || !(desc->lr >= 0) || !(desc->lr < 1e30f))
         return ckca__fail(m->ctx, CKCA_EINVAL,
@@ -4872,11 +4968,12 @@ CKCA_API ckca_status ckca_sgd(ckca_model *m, const ckca_sgd_desc *desc) {
     d = *desc;
     d.momentum = ckca__default(d.momentum, 0.9f);
     d.weight_decay = ckca__default(d.weight_decay, 5e-4f);
-    gscale = (float *)ckca__device_alloc(m->ctx, sizeof *gscale);
-    if (!gscale) return ckca__fail(m->ctx, CKCA_ENOMEM, "sgd: out of memory for one float");
-    ckca__run_sgd(m, &d, gscale);
-    ckca__device_release(m->ctx, gscale, sizeof *gscale);
-    return CKCA_OK;
+    device = (float *)ckca__device_alloc(m->ctx, 2 * sizeof *device);
+    if (!device) return ckca__fail(m->ctx, CKCA_ENOMEM, "sgd: out of memory for two floats");
+    ckca__device_upload(m->ctx, device, &d.lr, sizeof d.lr);
+    ckca__run_sgd(m, &d, device, device + 1);
+    ckca__device_release(m->ctx, device, 2 * sizeof *device);
+    return ckca__device_status(m->ctx);
 }
 
 /* A model of the same network and weights, with arenas of its own: the teacher, and what a failed update goes back to. */
@@ -5016,7 +5113,7 @@ CKCA_API ckca_status ckca_tensor_read(ckca_model *m, int i, ckca_slot slot, floa
     ckca__device_download(m->ctx, host, place, m->parameter[i].count * sizeof(float));
     ckca__reorder(&m->parameter[i], host, out, 1);
     ckca__release(m->ctx, host);
-    return CKCA_OK;
+    return ckca__device_status(m->ctx);
 }
 
 CKCA_API ckca_status ckca_tensor_write(ckca_model *m, int i, ckca_slot slot, const float *in) {
@@ -5028,7 +5125,7 @@ CKCA_API ckca_status ckca_tensor_write(ckca_model *m, int i, ckca_slot slot, con
     ckca__device_upload(m->ctx, place, host, m->parameter[i].count * sizeof(float));
     ckca__release(m->ctx, host);
     m->folded_valid = 0;
-    return CKCA_OK;
+    return ckca__device_status(m->ctx);
 }
 
 #endif /* CKCA__GRAPH */
@@ -5048,7 +5145,7 @@ CKCA_API ckca_status ckca_tensor_write(ckca_model *m, int i, ckca_slot slot, con
 
 #include <time.h>
 
-#define CKCA__EVAL_BATCH 64
+#define CKCA__EVAL_BATCH (CKCA__DEVICE_IS_HOST ? 64 : 256) /* a GPU wants more work at a time */
 /* The most that the teacher's answers on a chunk may take; beyond, it answers per batch. */
 #define CKCA__CACHE_BYTES ((size_t)256 << 20)
 
@@ -5064,13 +5161,20 @@ static double ckca__seconds(void) {
 typedef struct ckca__small {
     void *block;
     size_t bytes;
-    int *index, *position, *labels, *hit; /* n each: in the store, in the data set; hit as ckca__op_cross_entropy */
-    float *loss;                          /* n: a term's value per picture */
-    float *zo, *fo;                       /* the teacher's logits and features, n x classes and n x features */
-    float *class_weight;                  /* classes */
-    float *gscale;                        /* 1 */
-    double *sums;                         /* 3: of cross-entropy, AdaKD, FeatReg over an epoch */
-    int *host;                            /* n ints on the host, to put index, position and labels together */
+    /* What a step is made from. It starts the block, so that it goes to the device in one piece; host is put together
+       here first. */
+    void *host;
+    size_t sent;
+    float *lr;                     /* 1 */
+    int *epoch;                    /* 1 */
+    int *index, *position, *labels; /* n each: index is in the store, position in the data set */
+    /* What it leaves. */
+    int *hit;            /* n, see ckca__op_cross_entropy */
+    float *loss;         /* n: a term's value per picture */
+    float *zo, *fo;      /* the teacher's logits and features, n x classes and n x features */
+    float *class_weight; /* classes */
+    float *gscale;       /* 1 */
+    double *sums;        /* 4: of cross-entropy, AdaKD, FeatReg, pictures told right over an epoch */
 } ckca__small;
 
 static void ckca__small_free(ckca_context *ctx, ckca__small *b) {
@@ -5086,20 +5190,23 @@ static ckca_status ckca__small_alloc(ckca_context *ctx, ckca__small *b, int n, i
     const size_t k = ckca__round_up((size_t)classes * sizeof(float), CKCA__ALIGN);
     char *at;
     memset(b, 0, sizeof *b);
-    b->bytes = ckca__sum(ckca__sum(z, f), row * 5 + k + 2 * CKCA__ALIGN);
+    b->sent = CKCA__ALIGN + 3 * row;
+    b->bytes = ckca__sum(ckca__sum(z, f), row * 5 + k + 3 * CKCA__ALIGN);
     b->block = ckca__device_alloc(ctx, b->bytes);
-    b->host = (int *)ckca__alloc(ctx, (size_t)n * sizeof(int));
+    b->host = ckca__alloc(ctx, b->sent);
     if (!b->block || !b->host) {
         ckca__small_free(ctx, b);
         return ckca__fail(ctx, CKCA_ENOMEM, "out of memory for the labels and logits of a batch of %d", n);
     }
     at = (char *)b->block;
-    b->sums = (double *)(void *)at;
-    b->gscale = (float *)(void *)(at += CKCA__ALIGN);
+    b->lr = (float *)(void *)at;
+    b->epoch = (int *)(void *)(at + sizeof(float));
     b->index = (int *)(void *)(at += CKCA__ALIGN);
     b->position = (int *)(void *)(at += row);
     b->labels = (int *)(void *)(at += row);
-    b->hit = (int *)(void *)(at += row);
+    b->sums = (double *)(void *)(at += row);
+    b->gscale = (float *)(void *)(at += CKCA__ALIGN);
+    b->hit = (int *)(void *)(at += CKCA__ALIGN);
     b->loss = (float *)(void *)(at += row);
     b->class_weight = (float *)(void *)(at += row);
     b->zo = (float *)(void *)(at += k);
@@ -5107,20 +5214,46 @@ static ckca_status ckca__small_alloc(ckca_context *ctx, ckca__small *b, int n, i
     return CKCA_OK;
 }
 
-/* Puts pictures position[0..n) of data on the device as the network takes them, with their labels. */
-static void ckca__load_batch(const ckca_model *m, const ckca_data *data, const int *position, int n,
-                             const ckca_augment *augment, uint64_t seed, int epoch, ckca__small *b, float *input) {
-    ckca_context *ctx = m->ctx;
+/* Where something of the sent part is on the host. */
+static void *ckca__sent(const ckca__small *b, const void *device) {
+    return (char *)b->host + ((const char *)device - (const char *)b->block);
+}
+
+/* The store's pictures on the device, once: they stay there as long as the store lives. */
+static ckca_status ckca__reside(ckca_context *ctx, ckca__store *store) {
+    const size_t bytes = ckca__store_bytes(store);
+    if (store->resident) return CKCA_OK;
+    if (CKCA__DEVICE_IS_HOST) {
+        store->resident = store->pixels;
+        return CKCA_OK;
+    }
+    store->resident = (unsigned char *)ckca__device_alloc(ctx, bytes);
+    if (!store->resident)
+        return ckca__fail(ctx, CKCA_ENOMEM, "out of memory for %.1f MB of pictures", (double)bytes * 1e-6);
+    ckca__device_upload(ctx, store->resident, store->pixels, bytes);
+    return CKCA_OK;
+}
+
+/* Sends to the device what ckca__make_batch makes a batch of pictures position[0..n) of data from; reside first. */
+static void ckca__send_batch(ckca_context *ctx, const ckca_data *data, const int *position, int n, int epoch, float lr,
+                             ckca__small *b) {
+    int *index = (int *)ckca__sent(b, b->index), *labels = (int *)ckca__sent(b, b->labels), i;
+    *(float *)ckca__sent(b, b->lr) = lr;
+    *(int *)ckca__sent(b, b->epoch) = epoch;
+    memcpy(ckca__sent(b, b->position), position, (size_t)n * sizeof *position);
+    for (i = 0; i < n; i++) {
+        index[i] = data->index[position[i]];
+        labels[i] = data->store->labels[index[i]];
+    }
+    ckca__device_upload(ctx, b->block, b->host, b->sent);
+}
+
+/* The batch, as the network m takes it. */
+static void ckca__make_batch(const ckca_model *m, const ckca_data *data, int n, const ckca_augment *augment,
+                             uint64_t seed, const ckca__small *b, float *input) {
     const ckca__store *store = data->store;
-    const size_t bytes = (size_t)n * sizeof(int);
-    int i;
-    ckca__device_upload(ctx, b->position, position, bytes);
-    for (i = 0; i < n; i++) b->host[i] = store->labels[data->index[position[i]]];
-    ckca__device_upload(ctx, b->labels, b->host, bytes);
-    for (i = 0; i < n; i++) b->host[i] = data->index[position[i]];
-    ckca__device_upload(ctx, b->index, b->host, bytes);
-    ckca__op_batch(ctx, n, store->height, store->width, store->channels, store->pixels, b->index, augment, seed, epoch,
-                   m->normalization, m->normalization + m->channels, input);
+    ckca__op_batch(m->ctx, n, store->height, store->width, store->channels, store->resident, b->index, augment, seed,
+                   b->epoch, m->normalization, m->normalization + m->channels, input);
 }
 
 /* Checks that data is for this model; takes class names and normalisation from it where the model has none. */
@@ -5174,16 +5307,20 @@ static ckca_status ckca__survey(ckca_model *m, const ckca_model *like, const ckc
                                 float *per_class, float *cache_z, float *cache_f) {
     ckca_context *ctx = m->ctx;
     const int batch = data->count < CKCA__EVAL_BATCH ? data->count : CKCA__EVAL_BATCH;
-    int first, i, n, top1 = 0, top5 = 0, *seen = NULL, *position = NULL;
+    const size_t hits = (size_t)data->count * sizeof(int);
+    int first, i, n, top1 = 0, top5 = 0, *seen = NULL, *position = NULL, *hit = NULL, *device_hit = NULL;
     double loss = 0;
     ckca__small b;
     ckca_status status = ckca__small_alloc(ctx, &b, batch, m->classes, 1);
     if (status) return status;
-    if (!(status = ckca__reserve(m, batch, CKCA__EVALUATE))) {
+    if (!(status = ckca__reside(ctx, data->store)) && !(status = ckca__reserve(m, batch, CKCA__EVALUATE))) {
         position = (int *)ckca__alloc(ctx, (size_t)batch * sizeof(int));
         seen = (int *)ckca__alloc(ctx, (size_t)m->classes * 2 * sizeof(int));
-        if (!position || !seen)
-            status = ckca__fail(ctx, CKCA_ENOMEM, "evaluate: out of memory for %d classes", m->classes);
+        hit = (int *)ckca__alloc(ctx, hits);
+        device_hit = (int *)ckca__device_alloc(ctx, hits);
+        if (!position || !seen || !hit || !device_hit)
+            status = ckca__fail(ctx, CKCA_ENOMEM, "evaluate: out of memory for %d classes, %d pictures", m->classes,
+                                data->count);
     }
     for (first = 0; !status && first < data->count; first += n) {
         const size_t z = (size_t)m->classes, f = (size_t)m->features;
@@ -5192,9 +5329,11 @@ static ckca_status ckca__survey(ckca_model *m, const ckca_model *like, const ckc
         if (n < 1) break; /* never; it tells the compiler so */
         input = ckca__input_buffer(m, n, CKCA__EVALUATE);
         for (i = 0; i < n; i++) position[i] = first + i;
-        ckca__load_batch(like, data, position, n, NULL, 0, 0, &b, input);
+        ckca__send_batch(ctx, data, position, n, 0, 0, &b);
+        ckca__make_batch(like, data, n, NULL, 0, &b, input);
         ckca__run_forward(m, n, CKCA__EVALUATE, input);
-        ckca__op_cross_entropy(ctx, n, m->classes, ckca__value(m, m->logits), b.labels, 0.0f, NULL, b.loss, b.hit);
+        ckca__op_cross_entropy(ctx, n, m->classes, ckca__value(m, m->logits), b.labels, 0.0f, NULL, b.loss,
+                               device_hit + first);
         ckca__op_sum(ctx, n, b.loss, b.sums);
         if (cache_z)
             ckca__device_copy(ctx, cache_z + (size_t)first * z, ckca__value(m, m->logits),
@@ -5202,17 +5341,20 @@ static ckca_status ckca__survey(ckca_model *m, const ckca_model *like, const ckc
         if (cache_f)
             ckca__device_copy(ctx, cache_f + (size_t)first * f, ckca__value(m, m->pooled),
                               (size_t)n * f * sizeof(float));
-        ckca__device_download(ctx, b.host, b.hit, (size_t)n * sizeof(int));
-        for (i = 0; i < n; i++) {
-            int *of_class = seen + 2 * data->store->labels[data->index[first + i]];
-            of_class[0]++;
-            of_class[1] += b.host[i] & 1;
-            top1 += b.host[i] & 1;
-            top5 += b.host[i] >> 1 & 1;
-        }
     }
     if (!status) {
         ckca__device_download(ctx, &loss, b.sums, sizeof loss);
+        ckca__device_download(ctx, hit, device_hit, hits);
+        status = ckca__device_status(ctx);
+    }
+    if (!status) {
+        for (i = 0; i < data->count; i++) {
+            int *of_class = seen + 2 * data->store->labels[data->index[i]];
+            of_class[0]++;
+            of_class[1] += hit[i] & 1;
+            top1 += hit[i] & 1;
+            top5 += hit[i] >> 1 & 1;
+        }
         score->count = data->count;
         score->top1 = (double)top1 / data->count;
         score->top5 = (double)top5 / data->count;
@@ -5222,6 +5364,8 @@ static ckca_status ckca__survey(ckca_model *m, const ckca_model *like, const ckc
     }
     ckca__release(ctx, position);
     ckca__release(ctx, seen);
+    ckca__release(ctx, hit);
+    ckca__device_release(ctx, device_hit, hits);
     ckca__small_free(ctx, &b);
     return status;
 }
@@ -5238,6 +5382,7 @@ CKCA_API ckca_status ckca_predict(ckca_model *m, const unsigned char *pixels, in
     const size_t picture = m ? (size_t)m->height * (size_t)m->width * (size_t)m->channels : 0;
     int first, i, batch;
     ckca__small b;
+    unsigned char *device = NULL; /* a batch of pixels */
     ckca_status status;
     if (!m) return CKCA_EINVAL;
     if (!m->finished || !pixels || !out || n < 1)
@@ -5250,20 +5395,24 @@ CKCA_API ckca_status ckca_predict(ckca_model *m, const unsigned char *pixels, in
     batch = n < CKCA__EVAL_BATCH ? n : CKCA__EVAL_BATCH;
     if ((status = ckca__small_alloc(m->ctx, &b, batch, m->classes, 1))) return status;
     status = ckca__reserve(m, batch, CKCA__EVALUATE);
-    for (i = 0; i < batch; i++) b.host[i] = i;
-    ckca__device_upload(m->ctx, b.index, b.host, (size_t)batch * sizeof(int));
+    if (!status && !(device = (unsigned char *)ckca__device_alloc(m->ctx, (size_t)batch * picture)))
+        status = ckca__fail(m->ctx, CKCA_ENOMEM, "predict: out of memory for %d pictures", batch);
+    for (i = 0; i < batch; i++) ((int *)ckca__sent(&b, b.index))[i] = i;
+    ckca__device_upload(m->ctx, b.block, b.host, b.sent);
     for (first = 0; !status && first < n; first += batch) {
         const int count = n - first < batch ? n - first : batch;
         float *input = ckca__input_buffer(m, count, CKCA__EVALUATE);
-        ckca__op_batch(m->ctx, count, m->height, m->width, m->channels, pixels + (size_t)first * picture, b.index, NULL,
-                       0, 0, m->normalization, m->normalization + m->channels, input);
+        ckca__device_upload(m->ctx, device, pixels + (size_t)first * picture, (size_t)count * picture);
+        ckca__op_batch(m->ctx, count, m->height, m->width, m->channels, device, b.index, NULL, 0, NULL,
+                       m->normalization, m->normalization + m->channels, input);
         ckca__run_forward(m, count, CKCA__EVALUATE, input);
         ckca__op_softmax(m->ctx, count, m->classes, ckca__value(m, m->logits), b.zo);
         ckca__device_download(m->ctx, out + (size_t)first * (size_t)m->classes, b.zo,
                               (size_t)count * (size_t)m->classes * sizeof(float));
     }
+    ckca__device_release(m->ctx, device, (size_t)batch * picture);
     ckca__small_free(m->ctx, &b);
-    return status;
+    return status ? status : ckca__device_status(m->ctx);
 }
 
 static ckca_status ckca__check_augment(ckca_context *ctx, const ckca_augment *a) {
@@ -5290,12 +5439,15 @@ CKCA_API ckca_status ckca_get_batch(ckca_model *m, const ckca_data *data, const 
         if (index[i] < 0 || index[i] >= data->count)
             return ckca__fail(m->ctx, CKCA_EINVAL, "batch: there is no picture %d (they are 0 to %d)", index[i],
                               data->count - 1);
+    if ((status = ckca__reside(m->ctx, data->store))) return status;
     if ((status = ckca__small_alloc(m->ctx, &b, n, 1, 1))) return status;
     device = (float *)ckca__device_alloc(m->ctx, ckca__mul((size_t)n, values * sizeof(float)));
     if (device) {
-        ckca__load_batch(m, data, index, n, augment, seed, epoch, &b, device);
+        ckca__send_batch(m->ctx, data, index, n, epoch, 0, &b);
+        ckca__make_batch(m, data, n, augment, seed, &b, device);
         ckca__device_download(m->ctx, pictures, device, (size_t)n * values * sizeof(float));
         for (i = 0; labels && i < n; i++) labels[i] = ckca_label(data, index[i]);
+        status = ckca__device_status(m->ctx);
     } else {
         status = ckca__fail(m->ctx, CKCA_ENOMEM, "batch: out of memory for %d pictures", n);
     }
@@ -5331,8 +5483,9 @@ typedef struct ckca__update {
     int *order;
     int batches;      /* per epoch */
     int epoch, batch; /* position: the next SGD step */
-    int hits;         /* of this epoch so far */
+    int hits;         /* of this epoch so far, as last looked at */
     double sums[3];   /* likewise: cross-entropy, AdaKD, FeatReg */
+    void *recording[2]; /* of a whole batch's step and of a last, shorter one's */
     double teacher_accuracy;
     uint64_t fingerprint; /* of everything that decides the result */
 } ckca__update;
@@ -5395,18 +5548,17 @@ static void ckca__feature_term(ckca__update *u, int n) {
     }
 }
 
-/* One SGD step on pictures position[0..n): the picture's way from bytes to an update of the weights. */
-static ckca_status ckca__train_step(ckca__update *u, const int *position, int n) {
+/* The device's part of a step, with n pictures: the picture's way from bytes to an update of the weights. Which
+   pictures, which epoch and which learning rate is in u->b, so that it is the same work every time. */
+static void ckca__step_ops(ckca__update *u, int n) {
     ckca_context *ctx = u->ctx;
     ckca_model *m = u->m;
     const ckca_update_desc *d = &u->d;
-    const int64_t step = (int64_t)u->epoch * u->batches + u->batch;
     float *input = ckca__input_buffer(m, n, u->mode);
     const float *z;
     ckca_sgd_desc sgd;
-    int i;
 
-    ckca__load_batch(m, u->data, position, n, &d->augment, d->seed, u->epoch, &u->b, input);
+    ckca__make_batch(m, u->data, n, &d->augment, d->seed, &u->b, input);
     ckca__run_forward(m, n, u->mode, input);
     z = ckca__value(m, m->logits);
 
@@ -5415,6 +5567,7 @@ static ckca_status ckca__train_step(ckca__update *u, const int *position, int n)
                            u->b.hit);
     m->node[m->logits].written = 1;
     ckca__op_sum(ctx, n, u->b.loss, u->b.sums);
+    ckca__op_count(ctx, n, u->b.hit, u->b.sums + 3);
     if (u->teacher) ckca__ask_teacher(u, n, input);
     if (d->w_kd > 0) {
         ckca__op_adakd(ctx, d->adakd, n, m->classes, z, u->b.zo, u->b.labels, u->b.class_weight, d->temperature,
@@ -5425,20 +5578,45 @@ static ckca_status ckca__train_step(ckca__update *u, const int *position, int n)
 
     ckca__device_zero(ctx, m->gradients, m->trainable * sizeof(float));
     ckca__run_backward(m);
-    sgd.lr = ckca__rate(d, step, u->batches);
     sgd.momentum = d->momentum;
     sgd.weight_decay = d->weight_decay;
     sgd.plain = d->plain;
     sgd.clip_norm = d->clip_norm;
-    ckca__run_sgd(m, &sgd, u->b.gscale);
+    ckca__run_sgd(m, &sgd, u->b.lr, u->b.gscale);
+}
 
-    ckca__device_download(ctx, u->sums, u->b.sums, sizeof u->sums);
-    ckca__device_download(ctx, u->b.host, u->b.hit, (size_t)n * sizeof(int));
-    for (i = 0; i < n; i++) u->hits += u->b.host[i] & 1;
+/* One SGD step on pictures position[0..n). */
+static ckca_status ckca__train_step(ckca__update *u, const int *position, int n) {
+    const int64_t step = (int64_t)u->epoch * u->batches + u->batch;
+    void **recording = &u->recording[n < u->d.batch];
+    ckca__send_batch(u->ctx, u->data, position, n, u->epoch, ckca__rate(&u->d, step, u->batches), &u->b);
+    if (ckca__device_record(u->ctx, recording)) {
+        ckca__step_ops(u, n);
+        ckca__device_recorded(u->ctx, recording);
+    } else { /* replayed; what ckca__run_forward notes on the host */
+        u->m->n = n;
+        u->m->mode = u->mode;
+        u->m->input = ckca__input_buffer(u->m, n, u->mode);
+        u->m->batches_tracked++;
+        u->m->folded_valid = 0;
+    }
+    return ckca__device_status(u->ctx);
+}
+
+/* Fetches the sums of the epoch so far; the loss must be finite. On a GPU this waits for the steps under way. */
+static ckca_status ckca__look(ckca__update *u) {
+    const int64_t step = (int64_t)u->epoch * u->batches + u->batch;
+    double sums[4];
+    ckca_status status;
+    ckca__device_download(u->ctx, sums, u->b.sums, sizeof sums);
+    if ((status = ckca__device_status(u->ctx))) return status;
+    memcpy(u->sums, sums, sizeof u->sums);
+    u->hits = (int)sums[3];
     if (!isfinite(u->sums[0]) || !isfinite(u->sums[1]) || !isfinite(u->sums[2]))
-        return ckca__fail(ctx, CKCA_ENAN,
+        return ckca__fail(u->ctx, CKCA_ENAN,
                           "the loss is no longer finite: update %d, epoch %d, batch %d of %d, learning rate %g",
-                          m->step + 1, u->epoch + 1, u->batch + 1, u->batches, (double)sgd.lr);
+                          u->m->step + 1, u->epoch + 1, u->batch + 1, u->batches,
+                          (double)ckca__rate(&u->d, step, u->batches));
     return CKCA_OK;
 }
 
@@ -5656,6 +5834,7 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
              ckca__small_alloc(u->ctx, &u->b, u->d.batch, m->classes,
                                u->teacher && u->teacher->features > m->features ? u->teacher->features : m->features)))
         return status;
+    if ((status = ckca__reside(u->ctx, u->data->store))) return status;
     if ((status = ckca__reserve(m, u->d.batch, u->mode))) return status;
     if (u->d.w_feat > 0) { /* RELATION's tables may need more room than the layers do */
         const int widest = u->teacher->features > m->features ? u->teacher->features : m->features;
@@ -5666,7 +5845,12 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
     if (u->teacher && (status = ckca__consult(u))) return status;
     if (u->d.state) {
         if ((status = ckca__fingerprint(u)) || (status = ckca__state_load(u, &found))) return status;
-        if (found) ckca__device_upload(u->ctx, u->b.sums, u->sums, sizeof u->sums);
+        if (found) {
+            double sums[4];
+            memcpy(sums, u->sums, sizeof u->sums);
+            sums[3] = u->hits;
+            ckca__device_upload(u->ctx, u->b.sums, sums, sizeof sums);
+        }
     }
     if (found) return CKCA_OK;
     ckca__device_zero(u->ctx, m->momentum, m->trainable * sizeof(float));
@@ -5705,16 +5889,22 @@ static ckca_status ckca__train(ckca__update *u, double start) {
         if (u->batch == 0) {
             u->hits = 0;
             memset(u->sums, 0, sizeof u->sums);
-            ckca__device_zero(u->ctx, u->b.sums, sizeof u->sums);
+            ckca__device_zero(u->ctx, u->b.sums, 4 * sizeof *u->b.sums);
         }
         while (u->batch < u->batches) {
             const int first = u->batch * size, n = count - first < size ? count - first : size;
+            int save;
             if ((status = ckca__train_step(u, u->order + first, n))) return status;
+            save = u->d.state && ckca__seconds() - saved >= (double)u->d.state_seconds;
+            /* A look costs nothing on the host; a GPU would have to stop for it. */
+            if ((CKCA__DEVICE_IS_HOST || u->d.progress || save || u->batch + 1 == u->batches) &&
+                (status = ckca__look(u)))
+                return status;
             u->batch++;
             here++;
             now = ckca__seconds();
             if (u->d.progress) status = ckca__tell(u, first + n, now - start, here);
-            if (u->d.state && (status || now - saved >= (double)u->d.state_seconds)) {
+            if (u->d.state && (status || save)) {
                 ckca_status saving = ckca__state_save(u);
                 if (saving) return saving;
                 saved = ckca__seconds();
@@ -5760,6 +5950,8 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     if ((status = ckca_model_copy(&u->old, m))) return status;
     status = ckca__begin(u, desc);
     if (!status) status = ckca__train(u, start);
+    ckca__device_forget(u->ctx, &u->recording[0]);
+    ckca__device_forget(u->ctx, &u->recording[1]);
     if (!status) {
         m->step++;
         if (u->d.state) ckca__state_remove(u);
@@ -5804,6 +5996,7 @@ static void ckca__store_release(ckca__store *store) {
     if (!store || --store->refs) return;
     ckca__free_names(store->ctx, store->class_names, store->classes);
     ckca__release(store->ctx, store->labels);
+    if (!CKCA__DEVICE_IS_HOST) ckca__device_release(store->ctx, store->resident, ckca__store_bytes(store));
     ckca__release(store->ctx, store->pixels);
     ckca__release(store->ctx, store);
 }
@@ -7524,7 +7717,7 @@ static ckca_status ckca__st_write(ckca_context *ctx, const char *path, const ckc
                 ok = fwrite(items[i].data ? items[i].data : ask(user, i), 1, bytes, file) == bytes;
             }
         }
-        ok = ok && fflush(file) == 0;
+        if (ok) ok = !(status = ckca__device_status(ctx)) && fflush(file) == 0; /* were all items fetched? */
 #ifdef CKCA__POSIX
         ok = ok && fsync(fileno(file)) == 0;
 #endif
@@ -7543,7 +7736,8 @@ static ckca_status ckca__st_write(ckca_context *ctx, const char *path, const ckc
         }
         if (failed) remove(temporary.at);
     }
-    if (failed) status = ckca__fail(ctx, CKCA_EIO, "%s: cannot be %s: %s", ckca__tail(path), failed, strerror(error));
+    if (failed && !status)
+        status = ckca__fail(ctx, CKCA_EIO, "%s: cannot be %s: %s", ckca__tail(path), failed, strerror(error));
 #ifdef CKCA__POSIX
     if (!status) { /* the folder's entry too; some file systems have no such call, and the file is there already */
         char *slash = strrchr(temporary.at, '/');
@@ -7784,6 +7978,7 @@ static ckca_status ckca__take_weights(ckca_model *m, const ckca__st_file *file) 
         ckca__device_upload(m->ctx, m->values, host, m->all * sizeof(float));
         m->folded_valid = 0;
         ckca__read_tracked(m, file);
+        status = ckca__device_status(m->ctx);
     }
     ckca__release(m->ctx, host);
     return status;

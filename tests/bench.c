@@ -270,11 +270,13 @@ static void peak(ckca_context *ctx, int threads) {
 
 int main(int argc, char **argv) {
     static const char *const isa_name[] = {"best", "plain", "base", "avx2", "avx512"};
+    static const char *const precision_name[] = {"float32", "tf32", "bf16"};
     const char *mode = argc > 1 ? argv[1] : "";
     int peaks = !strcmp(mode, "peak"), distill = !strcmp(mode, "distill"), inference = !strcmp(mode, "infer");
     int known = peaks || distill || inference || !strcmp(mode, "train");
     int numbers = peaks ? 2 : 3 + distill, count = peaks ? 1 : 4; /* where the numbers start; how many */
     int batch = 1, size = 1, steps = 1, i;
+    char device[64], *blank;
     ckca_desc desc;
     ckca_context *ctx;
     ckca_model *model, *teacher = NULL;
@@ -282,8 +284,8 @@ int main(int argc, char **argv) {
     struct rusage usage;
     double median, gflop = 0, mbyte = 0;
     if (!known || argc < numbers + count || argc > numbers + count + 1) {
-        fprintf(stderr, "usage: bench train|infer NET BATCH SIZE THREADS STEPS [ISA]\n"
-                        "       bench distill STUDENT TEACHER BATCH SIZE THREADS STEPS [ISA]\n"
+        fprintf(stderr, "usage: bench train|infer NET BATCH SIZE THREADS STEPS [ISA or PRECISION]\n"
+                        "       bench distill STUDENT TEACHER BATCH SIZE THREADS STEPS [ISA or PRECISION]\n"
                         "       bench peak THREADS [ISA]\n");
         return 2;
     }
@@ -297,10 +299,15 @@ int main(int argc, char **argv) {
     if (argc > numbers + count) {
         for (i = 0; i < 5 && strcmp(argv[numbers + count], isa_name[i]); i++) {
         }
-        desc.isa = (ckca_isa)i;
+        if (i < 5) desc.isa = (ckca_isa)i;
+        else {
+            for (i = 0; i < 3 && strcmp(argv[numbers + count], precision_name[i]); i++) {
+            }
+            desc.precision = (ckca_precision)i;
+        }
     }
     if (batch < 1 || size < 1 || steps < 1 || ckca_init(&ctx, &desc) != CKCA_OK) {
-        fprintf(stderr, "bench: a number is out of range, or this processor lacks the instruction set asked for\n");
+        fprintf(stderr, "bench: a number is out of range, or this machine lacks the instruction set, precision or GPU\n");
         return 2;
     }
     if (peaks) {
@@ -323,12 +330,14 @@ int main(int argc, char **argv) {
     qsort(marks.ms, (size_t)steps, sizeof *marks.ms, by_size);
     median = 0.5 * (marks.ms[(steps - 1) / 2] + marks.ms[steps / 2]);
     getrusage(RUSAGE_SELF, &usage);
+    snprintf(device, sizeof device, "%s", ckca_device(ctx)); /* a word, as every value of the line is */
+    while ((blank = strchr(device, ' ')) != NULL) *blank = '_';
     printf("net=%s ", argv[2]);
     if (distill) printf("teacher=%s ", argv[3]);
     printf("batch=%d size=%d threads=%d steps=%d median_ms=%.2f min_ms=%.2f max_ms=%.2f images_per_s=%.1f "
-           "peak_rss_mb=%.0f gflop=%.3f mbyte=%.0f\n",
+           "peak_rss_mb=%.0f gflop=%.3f mbyte=%.0f device=%s\n",
            batch, size, desc.threads, steps, median, marks.ms[0], marks.ms[steps - 1], batch * 1e3 / median,
-           (double)usage.ru_maxrss / 1024, gflop, mbyte);
+           (double)usage.ru_maxrss / 1024, gflop, mbyte, device);
     ckca_model_free(teacher);
     ckca_model_free(model);
     ckca_free(ctx);

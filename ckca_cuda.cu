@@ -1,0 +1,1848 @@
+/* ckca_cuda.cu - the GPU path of ckca.h: its ops as CUDA kernels and cuBLAS calls. MIT or public domain, your choice.
+
+   ckca.h declares the ops (section OPS, the seam) and has them for the host; this file has them for a GPU, with the
+   same names and arguments. A program chooses when it is compiled, and changes nothing else:
+
+       nvcc -O3 -std=c++17 -arch=native -c ckca_cuda.cu
+       cc -O3 -DCKCA_CUDA -c program.c                        (program.c defines CKCA_IMPLEMENTATION as ever)
+       nvcc program.o ckca_cuda.o -lcublas -o program         (-Xcompiler -fopenmp if program.c has it)
+
+   A context lives on the CUDA device that is current when it is created (CUDA_VISIBLE_DEVICES chooses), which must be
+   current when it is used. CUDA 12 or newer; GPUs from Turing (sm_75) on, TF32 and BF16 from Ampere (sm_80).
+
+   CONTENTS, each a section under this name
+       CONTEXT        stream, cuBLAS handle, errors that wait to be reported, launching
+       MEMORY         device memory, copies, recorded work (CUDA graphs)
+       INSTRUCTIONS   the tensor cores' multiply-add and the roundings C++ has no name for
+       GEMM           the one kernel behind the three passes of every convolution larger than 1 x 1
+       CONVOLUTION    the ops that choose it, or cuBLAS
+       CHANNELS       sums over all pixels: batch norm, bias gradients
+       ELEMENTS       element-wise ops, pooling, gathering
+       LOSSES
+       WEIGHTS        SGD, clipping
+       PICTURES       bytes to augmented, normalised floats
+
+   HOW KERNELS ARE LAID OUT
+       Everything runs in one stream, in order. Blocks are of 256 threads. Element-wise kernels are grids of at most 16
+       blocks a multiprocessor whose threads walk the array in strides; where channels matter the stride is a multiple
+       of the channels, so that each thread meets one channel (or one float4 of channels) and loads its constants once.
+       Sums are taken in two stages of fixed shape: a block sums its part in an order that depends on the sizes alone,
+       then one block or warp adds the parts in theirs. There are no atomics: the same machine gives the same bits.
+
+   FLOORS, what no kernel can beat: bytes through memory at its bandwidth, or multiply-adds at the peak of the unit used
+       GEMM           2 N P Q K R S C flops on tensor cores (FLOAT32: on the FFMA units), or the bytes of x, w and y
+                      once. 3 x 3 on 16 channels costs 288 flops and 8 bytes an output: memory is the floor there.
+       batch norm     forward: read x twice, write y (12 bytes a value, 4 more with a residual); backward: read x and dy
+                      twice, y twice where ReLU, write dx (20 to 28 bytes), dresidual 4 to 8 more.
+       element-wise   the bytes of its arguments once; SGD 20 bytes a parameter.
+       pictures       a byte in, a float out.
+       losses         small; latency.
+
+   PRECISION (ckca_desc.precision) concerns the factors in the products of convolutions and linear layers: FLOAT32
+   multiplies floats on the FFMA units; TF32 and BF16 round both factors as they enter shared memory (cuBLAS does the
+   like in its COMPUTE_32F_FAST modes) and multiply on tensor cores, summing in float32. Everything in memory is
+   float32: weights, activations, gradients, statistics. So BF16 saves arithmetic and shared memory here, not memory
+   traffic.
+
+   No GPU was at hand when this was written: it has been run on the CPU only, by tests/cuda_shim.h. */
+#ifndef CKCA_CUDA
+#define CKCA_CUDA
+#endif
+#define CKCA_CUDA_IMPLEMENTATION
+#include "ckca.h"
+#ifndef CKCA_CUDA_SHIM
+#include <cublas_v2.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#endif
+
+/* ------------------------------------------------------------------------------------------------------------------
+   CONTEXT
+   ------------------------------------------------------------------------------------------------------------------ */
+
+enum {
+    CKCA__THREADS = 256, /* in every block */
+    CKCA__SLOTS = 4,     /* pinned buffers that uploads go through, in turn */
+    CKCA__SLOT_BYTES = 1 << 18,
+    CKCA__BLAS_BYTES = 32 << 20 /* cuBLAS's workspace: what it is advised to have on Hopper, and fixed for graphs */
+};
+
+typedef struct ckca__cuda {
+    cudaStream_t stream;
+    cublasHandle_t blas;
+    void *blas_workspace;
+    int blocks;                    /* of an element-wise kernel, at most */
+    double *scratch;               /* on the device: one double */
+    char *slot[CKCA__SLOTS];       /* pinned host memory */
+    cudaEvent_t sent[CKCA__SLOTS]; /* the slot's last upload is through */
+    int next;                      /* slot */
+    unsigned releases;             /* memory given back so far: what was recorded before may point to it */
+    int failed;
+    char error[400];
+} ckca__cuda;
+
+static ckca__cuda *ckca__cuda_of(const ckca_context *ctx) { return (ckca__cuda *)ctx->cuda; }
+
+/* Notes the first failure: call is the source text of what failed, up to its arguments. */
+static int ckca__cuda_note(ckca__cuda *cuda, const char *call, const char *message) {
+    int length;
+    call += *call == '('; /* around a kernel with template arguments */
+    length = (int)strcspn(call, "(<");
+    if (!cuda->failed) snprintf(cuda->error, sizeof cuda->error, "%.*s: %s", length, call, message);
+    cuda->failed = 1;
+    return 0;
+}
+static int ckca__cuda_check(ckca__cuda *cuda, const char *call, cudaError_t status) {
+    return status == cudaSuccess ? 1 : ckca__cuda_note(cuda, call, cudaGetErrorString(status));
+}
+static int ckca__blas_check(ckca__cuda *cuda, const char *call, cublasStatus_t status) {
+    return status == CUBLAS_STATUS_SUCCESS ? 1 : ckca__cuda_note(cuda, call, cublasGetStatusString(status));
+}
+#define CKCA__CUDA(cuda, call) ckca__cuda_check(cuda, #call, call)
+#define CKCA__BLAS(cuda, call) ckca__blas_check(cuda, #call, call)
+
+/* Every kernel starts here: CKCA__LAUNCH(ctx, kernel, blocks, arguments...). tests/cuda_shim.h has its own. */
+#ifndef CKCA__LAUNCH
+#define CKCA__LAUNCH(ctx, kernel, grid, ...)                                           \
+    do {                                                                               \
+        kernel<<<(grid), CKCA__THREADS, 0, ckca__cuda_of(ctx)->stream>>>(__VA_ARGS__); \
+        ckca__cuda_check(ckca__cuda_of(ctx), #kernel, cudaGetLastError());             \
+    } while (0)
+#endif
+
+CKCA__OP void ckca__device_free(ckca_context *ctx) {
+    ckca__cuda *cuda = ckca__cuda_of(ctx);
+    int i;
+    if (!cuda) return;
+    if (cuda->stream) cudaStreamSynchronize(cuda->stream);
+    if (cuda->blas) cublasDestroy(cuda->blas);
+    for (i = 0; i < CKCA__SLOTS; i++) {
+        if (cuda->sent[i]) cudaEventDestroy(cuda->sent[i]);
+        if (cuda->slot[i]) cudaFreeHost(cuda->slot[i]);
+    }
+    if (cuda->blas_workspace) cudaFree(cuda->blas_workspace);
+    if (cuda->scratch) cudaFree(cuda->scratch);
+    if (cuda->stream) cudaStreamDestroy(cuda->stream);
+    free(cuda);
+    ctx->cuda = NULL;
+}
+
+/* A failure here leaves no context and so no sentence: its status has to do. What was made is freed by the caller. */
+CKCA__OP ckca_status ckca__device_init(ckca_context *ctx) {
+    ckca__cuda *cuda = (ckca__cuda *)calloc(1, sizeof *cuda);
+    static const char *const precision[] = {"float32", "tf32", "bf16"};
+    cudaDeviceProp gpu;
+    int device, ok, i;
+    if (!cuda) return CKCA_ENOMEM;
+    ctx->cuda = cuda;
+    ok = CKCA__CUDA(cuda, cudaGetDevice(&device)) && CKCA__CUDA(cuda, cudaGetDeviceProperties(&gpu, device));
+    if (!ok) return CKCA_ECUDA;
+    if (ctx->precision != CKCA_FLOAT32 && gpu.major < 8) return CKCA_EINVAL; /* as an instruction set it lacks */
+    ok = CKCA__CUDA(cuda, cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking)) &&
+         CKCA__CUDA(cuda, cudaMalloc((void **)&cuda->scratch, sizeof *cuda->scratch)) &&
+         CKCA__CUDA(cuda, cudaMalloc(&cuda->blas_workspace, CKCA__BLAS_BYTES)) &&
+         CKCA__BLAS(cuda, cublasCreate(&cuda->blas)) && CKCA__BLAS(cuda, cublasSetStream(cuda->blas, cuda->stream)) &&
+         CKCA__BLAS(cuda, cublasSetWorkspace(cuda->blas, cuda->blas_workspace, CKCA__BLAS_BYTES));
+    for (i = 0; ok && i < CKCA__SLOTS; i++)
+        ok = CKCA__CUDA(cuda, cudaMallocHost((void **)&cuda->slot[i], CKCA__SLOT_BYTES)) &&
+             CKCA__CUDA(cuda, cudaEventCreateWithFlags(&cuda->sent[i], cudaEventDisableTiming));
+    cuda->blocks = 16 * gpu.multiProcessorCount;
+    snprintf(ctx->device, sizeof ctx->device, "cuda %.40s %s", gpu.name, precision[ctx->precision]);
+    return ok ? CKCA_OK : CKCA_ECUDA;
+}
+
+CKCA__OP ckca_status ckca__device_status(ckca_context *ctx) {
+    ckca__cuda *cuda = ckca__cuda_of(ctx);
+    if (!cuda->failed) return CKCA_OK;
+    cuda->failed = 0;
+    snprintf(ctx->error, sizeof ctx->error, "%s", cuda->error);
+    return CKCA_ECUDA;
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+   MEMORY
+   ------------------------------------------------------------------------------------------------------------------ */
+
+CKCA__OP void *ckca__device_alloc(ckca_context *ctx, size_t bytes) {
+    ckca__cuda *cuda = ckca__cuda_of(ctx);
+    void *memory = NULL;
+    size_t total;
+    cudaError_t status = cudaMalloc(&memory, bytes ? bytes : 1);
+    if (status == cudaSuccess) {
+        CKCA__CUDA(cuda, cudaMemsetAsync(memory, 0, bytes, cuda->stream));
+        return memory;
+    }
+    cudaGetLastError(); /* having no memory is no reason for later calls to fail */
+    if (status != cudaErrorMemoryAllocation && status != cudaErrorInvalidValue)
+        ckca__cuda_check(cuda, "cudaMalloc", status);
+    ctx->refused = bytes;
+    if (cudaMemGetInfo(&ctx->room, &total) != cudaSuccess) ctx->room = 0;
+    return NULL;
+}
+
+CKCA__OP void ckca__device_release(ckca_context *ctx, void *memory, size_t bytes) {
+    ckca__cuda *cuda = ckca__cuda_of(ctx);
+    (void)bytes;
+    if (!memory) return;
+    cuda->releases++;
+    CKCA__CUDA(cuda, cudaFree(memory));
+}
+
+/* Small things are copied to pinned memory first, so that the call returns while the GPU is still busy with the steps
+   before; large ones (weights, a store of pictures) are left to the driver. */
+CKCA__OP void ckca__device_upload(ckca_context *ctx, void *device, const void *host, size_t bytes) {
+    ckca__cuda *cuda = ckca__cuda_of(ctx);
+    const void *from = host;
+    const int slot = cuda->next, small = bytes <= CKCA__SLOT_BYTES;
+    if (!bytes) return;
+    if (small) {
+        CKCA__CUDA(cuda, cudaEventSynchronize(cuda->sent[slot]));
+        from = memcpy(cuda->slot[slot], host, bytes);
+        cuda->next = (slot + 1) % CKCA__SLOTS;
+    }
+    CKCA__CUDA(cuda, cudaMemcpyAsync(device, from, bytes, cudaMemcpyHostToDevice, cuda->stream));
+    if (small) CKCA__CUDA(cuda, cudaEventRecord(cuda->sent[slot], cuda->stream));
+}
+
+CKCA__OP void ckca__device_download(ckca_context *ctx, void *host, const void *device, size_t bytes) {
+    ckca__cuda *cuda = ckca__cuda_of(ctx);
+    if (!bytes) return;
+    CKCA__CUDA(cuda, cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, cuda->stream));
+    CKCA__CUDA(cuda, cudaStreamSynchronize(cuda->stream));
+}
+
+CKCA__OP void ckca__device_copy(ckca_context *ctx, void *to, const void *from, size_t bytes) {
+    ckca__cuda *cuda = ckca__cuda_of(ctx);
+    if (bytes) CKCA__CUDA(cuda, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, cuda->stream));
+}
+
+CKCA__OP void ckca__device_zero(ckca_context *ctx, void *device, size_t bytes) {
+    ckca__cuda *cuda = ckca__cuda_of(ctx);
+    if (bytes) CKCA__CUDA(cuda, cudaMemsetAsync(device, 0, bytes, cuda->stream));
+}
+
+/* ---- recorded work ---- */
+
+/* The first time, work runs as it comes (so that what loads lazily is loaded); the second time it is captured as a CUDA
+   graph, which is launched then and from then on. A graph whose memory may be gone is captured anew. */
+typedef struct ckca__recording {
+    cudaGraphExec_t graph; /* NULL: none yet */
+    unsigned releases;     /* cuda->releases when it was captured */
+    int seen, capturing;
+} ckca__recording;
+
+static void ckca__cuda_drop(ckca__cuda *cuda, ckca__recording *r) {
+    if (!r->graph) return;
+    CKCA__CUDA(cuda, cudaStreamSynchronize(cuda->stream)); /* it may be running */
+    CKCA__CUDA(cuda, cudaGraphExecDestroy(r->graph));
+    r->graph = NULL;
+}
+
+CKCA__OP int ckca__device_record(ckca_context *ctx, void **recording) {
+    ckca__cuda *cuda = ckca__cuda_of(ctx);
+    ckca__recording *r = (ckca__recording *)*recording;
+    if (!r) {
+        *recording = calloc(1, sizeof *r);
+        return 1;
+    }
+    if (r->graph && r->releases == cuda->releases) {
+        CKCA__CUDA(cuda, cudaGraphLaunch(r->graph, cuda->stream));
+        return 0;
+    }
+    ckca__cuda_drop(cuda, r);
+    r->releases = cuda->releases;
+    if (r->seen++)
+        r->capturing = CKCA__CUDA(cuda, cudaStreamBeginCapture(cuda->stream, cudaStreamCaptureModeThreadLocal));
+    return 1;
+}
+
+CKCA__OP void ckca__device_recorded(ckca_context *ctx, void **recording) {
+    ckca__cuda *cuda = ckca__cuda_of(ctx);
+    ckca__recording *r = (ckca__recording *)*recording;
+    cudaGraph_t graph = NULL;
+    if (!r) return;
+    if (!r->capturing) {
+        r->seen = 1;
+        return;
+    }
+    r->capturing = 0;
+    if (!CKCA__CUDA(cuda, cudaStreamEndCapture(cuda->stream, &graph))) return;
+    if (CKCA__CUDA(cuda, cudaGraphInstantiate(&r->graph, graph, 0)))
+        CKCA__CUDA(cuda, cudaGraphLaunch(r->graph, cuda->stream));
+    else
+        r->graph = NULL;
+    CKCA__CUDA(cuda, cudaGraphDestroy(graph));
+}
+
+CKCA__OP void ckca__device_forget(ckca_context *ctx, void **recording) {
+    ckca__recording *r = (ckca__recording *)*recording;
+    if (!r) return;
+    ckca__cuda_drop(ckca__cuda_of(ctx), r);
+    free(r);
+    *recording = NULL;
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+   INSTRUCTIONS
+
+   A *word* is 32 bits of a factor in shared memory: one float (FLOAT32, or TF32 with its low bits rounded off) or two
+   BF16 that are neighbours along the summed dimension, the first in the low half. In words, the fragments of the two
+   tensor core instructions are laid out alike (PTX ISA, "Matrix Fragments for mma.m16n8k8" and "m16n8k16"): with
+   g = lane / 4 and t = lane % 4, of a 16 x 8 words A: a0 = (g, t), a1 = (g + 8, t), a2 = (g, t + 4), a3 = (g + 8, t +
+   4); of an 8 words x 8 B: b0 = (t, g), b1 = (t + 4, g); of the 16 x 8 sums: c0 = (g, 2t), c1 = (g, 2t + 1), c2 and c3
+   eight rows below. So one kernel does for both.
+   ------------------------------------------------------------------------------------------------------------------ */
+
+#ifndef CKCA_CUDA_SHIM
+__device__ __forceinline__ unsigned ckca__to_tf32(float v) {
+    unsigned word = __float_as_uint(v);
+#if __CUDA_ARCH__ >= 800
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(word) : "f"(v));
+#endif
+    return word;
+}
+__device__ __forceinline__ unsigned ckca__to_bf16x2(float low, float high) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *(unsigned *)&pair;
+}
+__device__ __forceinline__ void ckca__mma_tf32(float c[4], const unsigned a[4], const unsigned b[2]) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+__device__ __forceinline__ void ckca__mma_bf16(float c[4], const unsigned a[4], const unsigned b[2]) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+#endif
+
+/* n / by for n below 2^31 by a multiplication (Granlund and Montgomery 1994). */
+typedef struct ckca__divisor {
+    unsigned by, magic, shift;
+} ckca__divisor;
+
+CKCA__BOTH ckca__divisor ckca__divide_by(int by) {
+    ckca__divisor d;
+    d.by = (unsigned)by;
+    for (d.shift = 0; (1u << d.shift) < d.by; d.shift++) {
+    }
+    d.magic = (unsigned)(((((uint64_t)1 << d.shift) - d.by) << 32) / d.by + 1);
+    return d;
+}
+__device__ __forceinline__ int ckca__quotient(int n, ckca__divisor d) {
+    return (int)((__umulhi((unsigned)n, d.magic) + (unsigned)n) >> d.shift);
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+   GEMM: out (rows x columns) = the sum over k of A (rows x k) B (k x columns)
+
+       pass       rows                 columns   k               A                            B
+       FORWARD    output pixels        K         R S C           x under the taps             w
+       DATA       input pixels         C         taps K          dy over the taps             w
+       WEIGHT     R S C                K         output pixels   x under tap and pixel        dy
+
+   A is never stored: its elements are fetched from x or dy as they are needed (implicit GEMM). An input pixel of a
+   convolution of stride s meets only the taps of its phase (every s-th); blockIdx.z walks the s x s phases, each a GEMM
+   of its own, so nothing is multiplied by zeros. In WEIGHT blockIdx.z walks splits of the pixels, whose sums
+   ckca__add_splits adds in their order.
+
+   A block computes 128 rows x COLUMNS (16, 32, 64 or 128) columns in slabs of 16 words of k. While the slab in one of
+   two shared buffers is multiplied, the next one's values are under way to registers; they are rounded to words as they
+   are put into the other buffer. Buffers are k x rows, 8 words longer than the rows they hold: then the 32 lanes of a
+   fragment's load (4 k, 8 rows) meet 32 banks. A quad, 4 floats fetched at once, lies along whatever is contiguous in
+   memory: along k in FORWARD (both) and DATA (A), along rows or columns else. Channels that are no multiple of 4 are
+   fetched one by one; where they are a multiple of the slab's depth, a slab lies under one tap, and where that is is
+   found once for all its quads.
+   ------------------------------------------------------------------------------------------------------------------ */
+
+enum { CKCA__FORWARD, CKCA__DATA, CKCA__WEIGHT };
+enum { CKCA__ROWS = 128, CKCA__WORDS = 16 }; /* of a block; of a slab */
+
+typedef struct ckca__gemm {
+    ckca__conv s;
+    const float *a, *b;           /* as in the table */
+    const float *bias, *residual; /* FORWARD; or NULL */
+    float *out;
+    int relu, accumulate;         /* adds to out */
+    int split;                    /* WEIGHT: pixels of a split */
+    ckca__divisor channels, q, p; /* of A's tensor (C or K); WEIGHT: of the output */
+} ckca__gemm;
+
+/* One axis of a phase: output i of count lies at at + spread i and meets tap first + step t of w, t < taps, in source
+   pixel i stride + from + t (DATA: i + from + t). */
+typedef struct ckca__phase {
+    int taps, first, step, from, at, spread, count, stride;
+} ckca__phase;
+
+__device__ ckca__phase ckca__phase_of(int pass, int phase, int taps, int stride, int pad, int outputs) {
+    ckca__phase v;
+    if (pass == CKCA__DATA) {
+        v.first = (phase + pad) % stride;
+        v.taps = v.first < taps ? (taps - v.first + stride - 1) / stride : 0;
+        v.first += stride * (v.taps - 1);
+        v.step = -stride;
+        v.from = (phase + pad) / stride - (v.taps - 1);
+        v.at = phase;
+        v.spread = stride;
+        v.count = outputs > phase ? (outputs - phase + stride - 1) / stride : 0;
+        v.stride = 1;
+    } else {
+        v.taps = taps;
+        v.first = v.at = 0;
+        v.step = v.spread = 1;
+        v.from = -pad;
+        v.count = outputs;
+        v.stride = stride;
+    }
+    return v;
+}
+
+/* FORWARD and DATA's A: one row, an output pixel of the phase, along k = (tap y, tap x, channel). */
+struct ckca__window {
+    const float *picture; /* NULL: no such row */
+    const float *under;   /* the slab's one tap; NULL: outside */
+    int h, w, c, y, x, k; /* the source; the first tap's pixel; how many k */
+    int begin, one_tap;   /* of the slab */
+    ckca__divisor by_c, by_taps;
+
+    __device__ ckca__window(const ckca__gemm &g, int pass, const ckca__phase &py, const ckca__phase &px, int row) {
+        const int area = py.count * px.count, n = area ? row / area : g.s.n;
+        h = pass == CKCA__DATA ? g.s.p : g.s.h;
+        w = pass == CKCA__DATA ? g.s.q : g.s.w;
+        c = (int)g.channels.by;
+        k = py.taps * px.taps * c;
+        by_c = g.channels;
+        by_taps = ckca__divide_by(px.taps > 0 ? px.taps : 1);
+        picture = n < g.s.n ? g.a + (size_t)n * h * w * c : NULL;
+        y = picture ? row % area / px.count * py.stride + py.from : 0;
+        x = picture ? row % area % px.count * px.stride + px.from : 0;
+    }
+    __device__ const float *at(int i) const { /* NULL: outside */
+        const int tap = ckca__quotient(i, by_c), ty = ckca__quotient(tap, by_taps);
+        const int sy = y + ty, sx = x + tap - ty * (int)by_taps.by;
+        if (!picture || i >= k || sy < 0 || sy >= h || sx < 0 || sx >= w) return NULL;
+        return picture + ((size_t)sy * w + sx) * c + (i - tap * c);
+    }
+    __device__ void start(int k_, int depth) {
+        begin = k_;
+        one_tap = c % depth == 0;
+        if (one_tap) under = at(k_);
+    }
+    __device__ float4 quad(int i) const {
+        float v[4];
+        if (one_tap) return under ? *(const float4 *)(under + (i - begin)) : make_float4(0, 0, 0, 0);
+        if (c % 4 == 0) {
+            const float *from = at(i);
+            return from ? *(const float4 *)from : make_float4(0, 0, 0, 0);
+        }
+        for (int j = 0; j < 4; j++) {
+            const float *from = at(i + j);
+            v[j] = from ? *from : 0;
+        }
+        return make_float4(v[0], v[1], v[2], v[3]);
+    }
+};
+
+/* FORWARD's B: one output channel's weights, along k. */
+struct ckca__filter {
+    const float *from; /* NULL: no such channel */
+    int k, c;
+    __device__ ckca__filter(const ckca__gemm &g, int column) {
+        c = g.s.c;
+        k = g.s.r * g.s.s * c;
+        from = column < g.s.k ? g.b + (size_t)column * k : NULL;
+    }
+    __device__ void start(int, int) {}
+    __device__ float4 quad(int i) const {
+        if (from && c % 4 == 0) return i < k ? *(const float4 *)(from + i) : make_float4(0, 0, 0, 0);
+        if (!from) i = k;
+        return make_float4(i < k ? from[i] : 0, i + 1 < k ? from[i + 1] : 0, i + 2 < k ? from[i + 2] : 0,
+                           i + 3 < k ? from[i + 3] : 0);
+    }
+};
+
+/* 4 neighbours at from, of which the first left ones exist. together: they can be fetched at once. */
+__device__ __forceinline__ float4 ckca__some(const float *from, int left, int together) {
+    if (together) return left > 0 ? *(const float4 *)from : make_float4(0, 0, 0, 0);
+    return make_float4(left > 0 ? from[0] : 0, left > 1 ? from[1] : 0, left > 2 ? from[2] : 0, left > 3 ? from[3] : 0);
+}
+
+/* DATA's B: four input channels from c on, at k = (tap y, tap x, output channel). */
+struct ckca__filter_across {
+    const float *w;
+    const float *under; /* the slab's one tap, first output channel */
+    int c, channels, k, r, s, kernels, first_y, first_x, step;
+    int begin, one_tap; /* of the slab */
+    ckca__divisor by_k, by_taps;
+    __device__ ckca__filter_across(const ckca__gemm &g, const ckca__phase &py, const ckca__phase &px, int column) {
+        w = g.b;
+        c = column;
+        channels = g.s.c;
+        kernels = g.s.k;
+        k = py.taps * px.taps * kernels;
+        r = g.s.r;
+        s = g.s.s;
+        first_y = py.first;
+        first_x = px.first;
+        step = py.step;
+        by_k = g.channels;
+        by_taps = ckca__divide_by(px.taps > 0 ? px.taps : 1);
+    }
+    __device__ const float *at(int i) const {
+        const int tap = ckca__quotient(i, by_k), ty = ckca__quotient(tap, by_taps), tx = tap - ty * (int)by_taps.by;
+        return w + (((size_t)(i - tap * kernels) * r + (first_y + step * ty)) * s + (first_x + step * tx)) * channels +
+               c;
+    }
+    __device__ void start(int k_, int depth) {
+        begin = k_;
+        one_tap = kernels % depth == 0;
+        if (one_tap) under = at(k_);
+    }
+    __device__ float4 quad(int i) const {
+        if (i >= k || c >= channels) return make_float4(0, 0, 0, 0);
+        return ckca__some(one_tap ? under + (size_t)(i - begin) * r * s * channels : at(i), channels - c,
+                          channels % 4 == 0);
+    }
+};
+
+/* WEIGHT's A: what four neighbours (tap, c) from row on see of x when the window is at output pixel i. */
+struct ckca__window_across {
+    const float *source;
+    ckca__conv s;
+    ckca__divisor by_p, by_q;
+    int end, row, tap_y[4], tap_x[4], c[4]; /* with channels in fours the first of each says it all */
+    __device__ ckca__window_across(const ckca__gemm &g, int row_, int end_)
+        : source(g.a), s(g.s), by_p(g.p), by_q(g.q) {
+        end = end_;
+        row = row_;
+        for (int j = 0; j < 4; j++) {
+            const int tap = (row + j) / s.c;
+            c[j] = (row + j) % s.c;
+            tap_y[j] = tap < s.r * s.s ? tap / s.s - s.pad : -(1 << 29); /* no such row: outside of everything */
+            tap_x[j] = tap % s.s - s.pad;
+        }
+    }
+    __device__ void start(int, int) {}
+    __device__ float4 quad(int i) const {
+        const int line = ckca__quotient(i, by_q), n = ckca__quotient(line, by_p);
+        const int y = (line - n * s.p) * s.stride, x = (i - line * s.q) * s.stride;
+        float v[4];
+        if (i >= end) return make_float4(0, 0, 0, 0);
+        for (int j = 0; j < 4; j++) {
+            const int sy = y + tap_y[j], sx = x + tap_x[j], inside = sy >= 0 && sy < s.h && sx >= 0 && sx < s.w;
+            const float *from = source + (((size_t)n * s.h + sy) * s.w + sx) * s.c + c[j];
+            if (s.c % 4 == 0) return inside ? *(const float4 *)from : make_float4(0, 0, 0, 0);
+            v[j] = inside ? *from : 0;
+        }
+        return make_float4(v[0], v[1], v[2], v[3]);
+    }
+};
+
+/* WEIGHT's B: four output channels from column on of dy, at pixel i. */
+struct ckca__pixel_across {
+    const float *dy;
+    int k, end, column;
+    __device__ ckca__pixel_across(const ckca__gemm &g, int column_, int end_)
+        : dy(g.b), k(g.s.k), end(end_), column(column_) {}
+    __device__ void start(int, int) {}
+    __device__ float4 quad(int i) const {
+        if (i >= end || column >= k) return make_float4(0, 0, 0, 0);
+        return ckca__some(dy + (size_t)i * k + column, k - column, k % 4 == 0);
+    }
+};
+
+__device__ __forceinline__ float ckca__part(const float4 &v, int i) {
+    return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+/* The word of one value, or of two neighbours along k. */
+template <int PRECISION> __device__ __forceinline__ unsigned ckca__word(float v, float next) {
+    if (PRECISION == CKCA_BF16) return ckca__to_bf16x2(v, next);
+    if (PRECISION == CKCA_TF32) return ckca__to_tf32(v);
+    return __float_as_uint(v);
+}
+
+/* One operand's way from memory to shared memory: a slab of WORDS words of k x LINES rows (or columns), of which each
+   thread carries ITEMS x PER quads. ALONG_K: quads lie along k, and a thread's are all of one line (ckca__line). */
+template <int PRECISION, int LINES, int ALONG_K> struct ckca__slab {
+    enum {
+        PER = PRECISION == CKCA_BF16 ? 2 : 1, /* values to a word */
+        LENGTH = LINES + 8,
+        QUADS = CKCA__WORDS * LINES / 4, /* of words */
+        ITEMS = (QUADS + CKCA__THREADS - 1) / CKCA__THREADS
+    };
+    float4 v[ITEMS * PER];
+
+    __device__ static int line() { return ALONG_K ? threadIdx.x % LINES : threadIdx.x % (LINES / 4) * 4; }
+
+    template <class SOURCE> __device__ void fetch(SOURCE &source, int k) {
+        source.start(k, CKCA__WORDS * PER);
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) {
+            const int item = (int)threadIdx.x + i * CKCA__THREADS;
+            if (QUADS % CKCA__THREADS && item >= QUADS) continue;
+#pragma unroll
+            for (int j = 0; j < PER; j++) /* ALONG_K: 4 words are PER quads one after the other; else PER rows of k */
+                v[i * PER + j] =
+                    source.quad(ALONG_K ? k + (item / LINES * PER + j) * 4 : k + item / (LINES / 4) * PER + j);
+        }
+    }
+    __device__ void put(unsigned *words) const {
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) {
+            const int item = (int)threadIdx.x + i * CKCA__THREADS;
+            if (QUADS % CKCA__THREADS && item >= QUADS) continue;
+            unsigned word[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const float4 &one = v[i * PER + (ALONG_K ? j * PER / 4 : 0)], &other = v[i * PER + PER - 1];
+                word[j] = ALONG_K ? ckca__word<PRECISION>(ckca__part(one, j * PER % 4),
+                                                          ckca__part(one, j * PER % 4 + PER - 1))
+                                  : ckca__word<PRECISION>(ckca__part(one, j), ckca__part(other, j));
+                if (ALONG_K) words[(item / LINES * 4 + j) * LENGTH + item % LINES] = word[j];
+            }
+            if (!ALONG_K) /* 4 neighbours at once */
+                *(uint4 *)(words + item / (LINES / 4) * LENGTH + item % (LINES / 4) * 4) =
+                    make_uint4(word[0], word[1], word[2], word[3]);
+        }
+    }
+};
+
+/* Where row of FORWARD or DATA is in the output, in pixels; -1: nowhere. */
+__device__ __forceinline__ ptrdiff_t ckca__gemm_pixel(const ckca__gemm &g, int pass, const ckca__phase &py,
+                                                      const ckca__phase &px, int row) {
+    const int area = py.count * px.count, n = area ? row / area : g.s.n, at = area ? row % area : 0;
+    if (n >= g.s.n) return -1;
+    if (pass == CKCA__FORWARD) return row;
+    return ((ptrdiff_t)n * g.s.h + py.at + at / px.count * py.spread) * g.s.w + px.at + at % px.count * px.spread;
+}
+
+/* One finished sum on its way out. */
+template <int PASS>
+__device__ __forceinline__ void ckca__gemm_store(const ckca__gemm &g, const ckca__phase &py, const ckca__phase &px,
+                                                 int row, int column, float v) {
+    if (PASS == CKCA__WEIGHT) { /* a split's own K x R S C, or all there is of dw */
+        const int rows = g.s.r * g.s.s * g.s.c;
+        float *to = g.out + ((size_t)blockIdx.z * g.s.k + column) * rows + row;
+        if (row < rows && column < g.s.k) *to = g.accumulate ? *to + v : v;
+    } else {
+        const int columns = PASS == CKCA__FORWARD ? g.s.k : g.s.c;
+        const ptrdiff_t pixel = ckca__gemm_pixel(g, PASS, py, px, row);
+        const size_t at = (size_t)pixel * columns + column;
+        if (pixel < 0 || column >= columns) return;
+        if (PASS == CKCA__DATA) {
+            g.out[at] = g.accumulate ? g.out[at] + v : v;
+        } else {
+            if (g.bias) v += g.bias[column];
+            if (g.residual) v += g.residual[at];
+            g.out[at] = g.relu && v <= 0 ? 0 : v; /* NaN stays NaN */
+        }
+    }
+}
+
+template <int PRECISION, int PASS, int COLUMNS>
+__global__ void __launch_bounds__(CKCA__THREADS) ckca__gemm_kernel(ckca__gemm g) {
+    enum {
+        A_ALONG_K = PASS != CKCA__WEIGHT,
+        B_ALONG_K = PASS == CKCA__FORWARD,
+        DEPTH = CKCA__WORDS * (PRECISION == CKCA_BF16 ? 2 : 1), /* k in a slab */
+        /* Tensor cores: 8 warps, each of TALL x WIDE tiles of 16 x 8 sums. */
+        ACROSS = COLUMNS >= 32 ? 2 : 1,
+        TALL = CKCA__ROWS / (8 / ACROSS) / 16,
+        WIDE = COLUMNS / ACROSS / 8,
+        /* FFMA: 16 x 16 threads, each of 8 x EACH sums. */
+        EACH = COLUMNS / 16,
+        SUMS = PRECISION == CKCA_FLOAT32 ? 8 * EACH : TALL * WIDE * 4
+    };
+    typedef ckca__slab<PRECISION, CKCA__ROWS, A_ALONG_K> slab_a;
+    typedef ckca__slab<PRECISION, COLUMNS, B_ALONG_K> slab_b;
+    __shared__ __align__(16) unsigned words_a[2][CKCA__WORDS * slab_a::LENGTH],
+        words_b[2][CKCA__WORDS * slab_b::LENGTH];
+    const int row0 = (int)blockIdx.x * CKCA__ROWS, column0 = (int)blockIdx.y * COLUMNS, z = (int)blockIdx.z;
+    const int warp = (int)threadIdx.x / 32, group = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4;
+    const int warp_row = warp / ACROSS * TALL * 16, warp_column = warp % ACROSS * WIDE * 8;
+    const int my_row = (int)threadIdx.x / 16 * 8, my_column = (int)threadIdx.x % 16 * EACH;
+    const ckca__phase py =
+        ckca__phase_of(PASS, z / g.s.stride, g.s.r, g.s.stride, g.s.pad, PASS == CKCA__DATA ? g.s.h : g.s.p);
+    const ckca__phase px =
+        ckca__phase_of(PASS, z % g.s.stride, g.s.s, g.s.stride, g.s.pad, PASS == CKCA__DATA ? g.s.w : g.s.q);
+    const int pixels = g.s.n * g.s.p * g.s.q;
+    const int begin = PASS == CKCA__WEIGHT ? z * g.split : 0;
+    const int end = PASS != CKCA__WEIGHT       ? py.taps * px.taps * (int)g.channels.by
+                    : pixels - begin < g.split ? pixels
+                                               : begin + g.split;
+    slab_a a;
+    slab_b b;
+    float sums[SUMS];
+    int buffer = 0;
+
+    /* One of each of these is used; the compiler drops the others. */
+    ckca__window window(g, PASS, py, px, row0 + slab_a::line());
+    ckca__window_across window_across(g, row0 + slab_a::line(), end);
+    ckca__filter filter(g, column0 + slab_b::line());
+    ckca__filter_across filter_across(g, py, px, column0 + slab_b::line());
+    ckca__pixel_across pixel_across(g, column0 + slab_b::line(), end);
+#define CKCA__FETCH(k)                         \
+    do {                                       \
+        if constexpr (PASS == CKCA__WEIGHT)    \
+            a.fetch(window_across, k);         \
+        else                                   \
+            a.fetch(window, k);                \
+        if constexpr (PASS == CKCA__FORWARD)   \
+            b.fetch(filter, k);                \
+        else if constexpr (PASS == CKCA__DATA) \
+            b.fetch(filter_across, k);         \
+        else                                   \
+            b.fetch(pixel_across, k);          \
+    } while (0)
+
+    for (int i = 0; i < SUMS; i++) sums[i] = 0;
+    if (begin < end) {
+        CKCA__FETCH(begin);
+        a.put(words_a[0]);
+        b.put(words_b[0]);
+    }
+    __syncthreads();
+    for (int k = begin; k < end; k += DEPTH, buffer ^= 1) {
+        const unsigned *wa = words_a[buffer], *wb = words_b[buffer];
+        const int more = k + DEPTH < end;
+        if (more) CKCA__FETCH(k + DEPTH);
+        if constexpr (PRECISION == CKCA_FLOAT32) {
+#pragma unroll 4
+            for (int word = 0; word < CKCA__WORDS; word++) {
+                float x[8], y[EACH];
+                for (int i = 0; i < 8; i += 4) {
+                    const float4 four = *(const float4 *)(wa + word * slab_a::LENGTH + my_row + i);
+                    x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
+                }
+                for (int j = 0; j < EACH; j++) y[j] = __uint_as_float(wb[word * slab_b::LENGTH + my_column + j]);
+                for (int i = 0; i < 8; i++)
+                    for (int j = 0; j < EACH; j++) sums[i * EACH + j] += x[i] * y[j];
+            }
+        } else {
+#pragma unroll
+            for (int word = 0; word < CKCA__WORDS; word += 8) {
+                unsigned x[TALL][4], y[WIDE][2];
+                for (int i = 0; i < TALL; i++)
+                    for (int j = 0; j < 4; j++)
+                        x[i][j] = wa[(word + t + j / 2 * 4) * slab_a::LENGTH + warp_row + i * 16 + group + j % 2 * 8];
+                for (int i = 0; i < WIDE; i++)
+                    for (int j = 0; j < 2; j++)
+                        y[i][j] = wb[(word + t + j * 4) * slab_b::LENGTH + warp_column + i * 8 + group];
+                for (int i = 0; i < TALL; i++)
+                    for (int j = 0; j < WIDE; j++)
+                        if constexpr (PRECISION == CKCA_TF32)
+                            ckca__mma_tf32(sums + (i * WIDE + j) * 4, x[i], y[j]);
+                        else
+                            ckca__mma_bf16(sums + (i * WIDE + j) * 4, x[i], y[j]);
+            }
+        }
+        if (more) {
+            a.put(words_a[buffer ^ 1]);
+            b.put(words_b[buffer ^ 1]);
+        }
+        __syncthreads();
+    }
+#undef CKCA__FETCH
+    if constexpr (PRECISION == CKCA_FLOAT32) {
+        for (int i = 0; i < 8; i++)
+            for (int j = 0; j < EACH; j++)
+                ckca__gemm_store<PASS>(g, py, px, row0 + my_row + i, column0 + my_column + j, sums[i * EACH + j]);
+    } else {
+        for (int i = 0; i < TALL; i++)
+            for (int j = 0; j < WIDE; j++)
+                for (int e = 0; e < 4; e++)
+                    ckca__gemm_store<PASS>(g, py, px, row0 + warp_row + i * 16 + group + e / 2 * 8,
+                                           column0 + warp_column + j * 8 + 2 * t + e % 2, sums[(i * WIDE + j) * 4 + e]);
+    }
+}
+
+/* dw += the splits' sums, in their order. */
+__global__ void ckca__add_splits(size_t count, int splits, const float *parts, float *dw) {
+    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < count; i += (size_t)gridDim.x * blockDim.x) {
+        float sum = 0;
+        for (int j = 0; j < splits; j++) sum += parts[j * count + i];
+        dw[i] += sum;
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+   CHANNELS: sums over all pixels of a tensor, channel by channel
+
+   Rows (pixels) are cut into at most 256 parts. A block takes one part of up to 32 neighbouring channels: its threads
+   walk rows, several at a time, and then add up in order. A warp per channel adds the parts.
+   ------------------------------------------------------------------------------------------------------------------ */
+
+enum { CKCA__PARTS = 256 };
+
+/* How many parts rows are cut into, and how many rows there are in each but the last. Never fewer for more rows. */
+static int ckca__parts(size_t rows) { return rows / 64 + 1 < CKCA__PARTS ? (int)(rows / 64 + 1) : CKCA__PARTS; }
+static size_t ckca__part_rows(size_t rows) { return (rows + ckca__parts(rows) - 1) / ckca__parts(rows); }
+
+/* Threads along channels: a power of two, so that few channels leave no thread idle. */
+static int ckca__lanes(int c) {
+    int lanes = 1;
+    while (lanes < 32 && lanes < c) lanes *= 2;
+    return lanes;
+}
+
+typedef struct ckca__moments {
+    size_t rows, per; /* in all, in a part */
+    int c, lanes;
+    const float *x, *y, *dy, *mean; /* see below; y NULL: no ReLU */
+    float *part;                    /* parts x KIND x c */
+} ckca__moments;
+
+/* Per part, KIND 3: a shift (its first row), the sums of d and of d^2 with d = x - shift, so that a mean far from 0
+   costs no digits. KIND 2: the sums of g and of g (x - mean), g being dy where y > 0. KIND 1: the sum of dy. */
+template <int KIND> __global__ void __launch_bounds__(CKCA__THREADS) ckca__channel_sums(ckca__moments m) {
+    __shared__ float first[CKCA__THREADS], second[CKCA__THREADS];
+    const int lane = (int)threadIdx.x % m.lanes, at_once = CKCA__THREADS / m.lanes;
+    const int c = (int)blockIdx.x * m.lanes + lane;
+    const size_t begin = blockIdx.y * m.per, end = m.rows - begin < m.per ? m.rows : begin + m.per;
+    const int there = c < m.c && begin < m.rows;
+    const float shift = !there ? 0 : KIND == 3 ? m.x[begin * m.c + c] : KIND == 2 ? m.mean[c] : 0;
+    float a = 0, b = 0;
+#pragma unroll 4
+    for (size_t row = there ? begin + threadIdx.x / m.lanes : end; row < end; row += at_once) {
+        const size_t i = row * m.c + c;
+        if (KIND == 3) {
+            const float d = m.x[i] - shift;
+            a += d;
+            b += d * d;
+        } else {
+            const float g = m.y && !(m.y[i] > 0) ? 0 : m.dy[i];
+            a += g;
+            if (KIND == 2) b += g * (m.x[i] - shift);
+        }
+    }
+    first[threadIdx.x] = a;
+    second[threadIdx.x] = b;
+    __syncthreads();
+    if ((int)threadIdx.x >= m.lanes || c >= m.c) return;
+    for (int i = 1; i < at_once; i++) {
+        a += first[i * m.lanes + lane];
+        b += second[i * m.lanes + lane];
+    }
+    float *to = m.part + (size_t)blockIdx.y * KIND * m.c + c;
+    if (KIND == 3) *to = shift, to += m.c;
+    to[0] = a;
+    if (KIND > 1) to[m.c] = b;
+}
+
+/* The sum of v over a warp, in a fixed order, in every lane. */
+template <class T> __device__ __forceinline__ T ckca__warp_sum(T v) {
+    for (int step = 16; step; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
+    return v;
+}
+
+/* Joins the parts of KIND 3 (Chan, Golub, LeVeque 1979) to mean and inv_std, and moves the running statistics. */
+__global__ void ckca__batchnorm_finish(ckca__moments m, int parts, float *running_mean, float *running_var, float *mean,
+                                       float *inv_std) {
+    const int c = (int)(blockIdx.x * (CKCA__THREADS / 32) + threadIdx.x / 32), lane = (int)threadIdx.x % 32;
+    double total = 0, square = 0;
+    if (c >= m.c) return; /* a whole warp */
+    for (int i = lane; i < parts; i += 32) {
+        const float *p = m.part + (size_t)i * 3 * m.c + c;
+        const size_t begin = (size_t)i * m.per;
+        if (begin < m.rows) total += (double)(m.rows - begin < m.per ? m.rows - begin : m.per) * p[0] + p[m.c];
+    }
+    total = ckca__warp_sum(total) / (double)m.rows;
+    for (int i = lane; i < parts; i += 32) {
+        const float *p = m.part + (size_t)i * 3 * m.c + c;
+        const size_t begin = (size_t)i * m.per;
+        if (begin >= m.rows) continue;
+        const double n = (double)(m.rows - begin < m.per ? m.rows - begin : m.per), d = p[m.c] / n,
+                     e = p[0] + d - total;
+        square += p[2 * m.c] - n * d * d + n * e * e;
+    }
+    square = ckca__warp_sum(square);
+    if (lane) return;
+    const double var = square < 0 ? 0 : square / (double)m.rows;
+    const double unbiased = m.rows > 1 ? var * (double)m.rows / (double)(m.rows - 1) : var;
+    mean[c] = (float)total;
+    inv_std[c] = (float)(1 / sqrt(var + 1e-5));
+    running_mean[c] += (float)(0.1 * (total - running_mean[c]));
+    running_var[c] += (float)(0.1 * (unbiased - running_var[c]));
+}
+
+/* Adds the parts of KIND 2 to dbeta and dgamma, and leaves in table (2 x c) what the last pass needs of them; or those
+   of KIND 1 to dbeta alone (dgamma NULL). */
+__global__ void ckca__channel_gradients(ckca__moments m, int parts, const float *inv_std, float *dgamma, float *dbeta,
+                                        float *table) {
+    const int c = (int)(blockIdx.x * (CKCA__THREADS / 32) + threadIdx.x / 32), lane = (int)threadIdx.x % 32;
+    const int kind = dgamma ? 2 : 1;
+    double sum = 0, product = 0;
+    if (c >= m.c) return;
+    for (int i = lane; i < parts; i += 32) {
+        if (i * m.per >= m.rows) continue;
+        sum += m.part[(size_t)i * kind * m.c + c];
+        if (dgamma) product += m.part[((size_t)i * 2 + 1) * m.c + c];
+    }
+    sum = ckca__warp_sum(sum);
+    product = ckca__warp_sum(product);
+    if (lane) return;
+    dbeta[c] += (float)sum;
+    if (!dgamma) return;
+    product *= inv_std[c];
+    dgamma[c] += (float)product;
+    table[c] = (float)(sum / (double)m.rows);
+    table[m.c + c] = (float)(product / (double)m.rows);
+}
+
+/* Four neighbours at once where channels allow it, one otherwise: the element-wise kernels below are written once for
+   both. */
+template <int WIDTH> struct ckca__lane {
+    float v[WIDTH];
+    __device__ __forceinline__ ckca__lane() {}
+    __device__ __forceinline__ explicit ckca__lane(const float *from) {
+        if constexpr (WIDTH == 4) {
+            const float4 q = *(const float4 *)from;
+            v[0] = q.x, v[1] = q.y, v[2] = q.z, v[3] = q.w;
+        } else
+            v[0] = *from;
+    }
+    __device__ __forceinline__ void store(float *to) const {
+        if constexpr (WIDTH == 4)
+            *(float4 *)to = make_float4(v[0], v[1], v[2], v[3]);
+        else
+            *to = v[0];
+    }
+};
+
+typedef struct ckca__norm {
+    size_t count; /* values */
+    int c;
+    const float *x, *y, *dy, *gamma, *beta, *mean, *inv_std, *var, *residual, *table; /* inv_std NULL: from var */
+    float *out, *dresidual;
+    int relu, accumulate;
+} ckca__norm;
+
+/* out = relu?((x - mean) gamma inv_std + beta + residual) */
+template <int WIDTH> __global__ void ckca__batchnorm_apply(ckca__norm n) {
+    const size_t c = (size_t)n.c / WIDTH, threads = (size_t)gridDim.x * blockDim.x, stride = threads / c * c;
+    const size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x, at = id % c * WIDTH;
+    if (id >= stride) return;
+    const ckca__lane<WIDTH> mean(n.mean + at), beta(n.beta + at);
+    ckca__lane<WIDTH> scale(n.gamma + at);
+    for (int j = 0; j < WIDTH; j++)
+        scale.v[j] *= n.inv_std ? n.inv_std[at + j] : (float)(1 / sqrt(n.var[at + j] + 1e-5));
+    for (size_t i = id * WIDTH; i < n.count; i += stride * WIDTH) {
+        ckca__lane<WIDTH> x(n.x + i), add;
+        if (n.residual) add = ckca__lane<WIDTH>(n.residual + i);
+        for (int j = 0; j < WIDTH; j++) {
+            float v = (x.v[j] - mean.v[j]) * scale.v[j] + beta.v[j];
+            if (n.residual) v += add.v[j];
+            x.v[j] = n.relu && v <= 0 ? 0 : v; /* NaN stays NaN */
+        }
+        x.store(n.out + i);
+    }
+}
+
+/* With g = dy where y > 0 and xhat = (x - mean) inv_std: out = gamma inv_std (g - mean of g - xhat mean of g xhat). */
+template <int WIDTH> __global__ void ckca__batchnorm_backward(ckca__norm n) {
+    const size_t c = (size_t)n.c / WIDTH, threads = (size_t)gridDim.x * blockDim.x, stride = threads / c * c;
+    const size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x, at = id % c * WIDTH;
+    if (id >= stride) return;
+    const ckca__lane<WIDTH> mean(n.mean + at), inv_std(n.inv_std + at), gamma(n.gamma + at);
+    const ckca__lane<WIDTH> mean_g(n.table + at), mean_gx(n.table + n.c + at);
+    for (size_t i = id * WIDTH; i < n.count; i += stride * WIDTH) {
+        const ckca__lane<WIDTH> x(n.x + i);
+        ckca__lane<WIDTH> g(n.dy + i), to;
+        if (n.relu) {
+            const ckca__lane<WIDTH> y(n.y + i);
+            for (int j = 0; j < WIDTH; j++) g.v[j] = y.v[j] > 0 ? g.v[j] : 0;
+        }
+        if (n.dresidual) {
+            to = g;
+            if (n.accumulate) {
+                const ckca__lane<WIDTH> was(n.dresidual + i);
+                for (int j = 0; j < WIDTH; j++) to.v[j] += was.v[j];
+            }
+            to.store(n.dresidual + i);
+        }
+        for (int j = 0; j < WIDTH; j++)
+            to.v[j] =
+                gamma.v[j] * inv_std.v[j] * (g.v[j] - mean_g.v[j] - (x.v[j] - mean.v[j]) * inv_std.v[j] * mean_gx.v[j]);
+        to.store(n.out + i);
+    }
+}
+
+/* Blocks for an element-wise kernel over count items, each of at least so many threads altogether. */
+static unsigned ckca__grid(const ckca_context *ctx, size_t count, size_t least) {
+    size_t blocks = (count + CKCA__THREADS - 1) / CKCA__THREADS, most = (size_t)ckca__cuda_of(ctx)->blocks;
+    least = (least + CKCA__THREADS - 1) / CKCA__THREADS;
+    if (blocks > most) blocks = most;
+    return (unsigned)(blocks < least ? least : blocks ? blocks : 1);
+}
+
+static void ckca__run_channel_sums(ckca_context *ctx, int kind, ckca__moments *m) {
+    const int parts = ckca__parts(m->rows);
+    m->per = ckca__part_rows(m->rows);
+    m->lanes = ckca__lanes(m->c);
+    const dim3 grid((m->c + m->lanes - 1) / m->lanes, parts);
+    if (kind == 3)
+        CKCA__LAUNCH(ctx, ckca__channel_sums<3>, grid, *m);
+    else if (kind == 2)
+        CKCA__LAUNCH(ctx, ckca__channel_sums<2>, grid, *m);
+    else
+        CKCA__LAUNCH(ctx, ckca__channel_sums<1>, grid, *m);
+}
+
+static unsigned ckca__warps(int c) { return (unsigned)((c + CKCA__THREADS / 32 - 1) / (CKCA__THREADS / 32)); }
+
+CKCA__OP size_t ckca__op_workspace(const ckca_context *ctx, size_t rows, int c) {
+    (void)ctx; /* batch norm's parts and table; clipping's sums; RELATION asks for channels enough for its norms */
+    return ckca__sum(CKCA__PARTS * sizeof(double),
+                     ckca__mul((size_t)c, (3 * (size_t)ckca__parts(rows) + 4) * sizeof(float)));
+}
+
+static void ckca__run_apply(ckca_context *ctx, const ckca__norm *n) {
+    if (n->c % 4 == 0)
+        CKCA__LAUNCH(ctx, ckca__batchnorm_apply<4>, ckca__grid(ctx, n->count / 4, (size_t)n->c / 4), *n);
+    else
+        CKCA__LAUNCH(ctx, ckca__batchnorm_apply<1>, ckca__grid(ctx, n->count, (size_t)n->c), *n);
+}
+
+CKCA__OP void ckca__op_batchnorm_forward(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
+                                         const float *beta, float *running_mean, float *running_var,
+                                         const float *residual, int relu, float *y, float *mean, float *inv_std,
+                                         void *ws) {
+    ckca__moments m = {};
+    ckca__norm n = {};
+    m.rows = rows;
+    m.c = c;
+    m.x = x;
+    m.part = (float *)ws;
+    ckca__run_channel_sums(ctx, 3, &m);
+    CKCA__LAUNCH(ctx, ckca__batchnorm_finish, ckca__warps(c), m, ckca__parts(rows), running_mean, running_var, mean,
+                 inv_std);
+    n.count = rows * (size_t)c;
+    n.c = c;
+    n.x = x;
+    n.gamma = gamma;
+    n.beta = beta;
+    n.mean = mean;
+    n.inv_std = inv_std;
+    n.residual = residual;
+    n.relu = relu;
+    n.out = y;
+    ckca__run_apply(ctx, &n);
+}
+
+CKCA__OP void ckca__op_batchnorm_eval(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
+                                      const float *beta, const float *running_mean, const float *running_var,
+                                      const float *residual, int relu, float *y) {
+    ckca__norm n = {};
+    n.count = rows * (size_t)c;
+    n.c = c;
+    n.x = x;
+    n.gamma = gamma;
+    n.beta = beta;
+    n.mean = running_mean;
+    n.var = running_var;
+    n.residual = residual;
+    n.relu = relu;
+    n.out = y;
+    ckca__run_apply(ctx, &n);
+}
+
+CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, size_t rows, int c, const float *x, const float *y,
+                                          const float *dy, const float *gamma, const float *mean, const float *inv_std,
+                                          int relu, float *dx, float *dresidual, int accumulate_residual, float *dgamma,
+                                          float *dbeta, void *ws) {
+    ckca__moments m = {};
+    ckca__norm n = {};
+    float *table = (float *)ws + (size_t)ckca__parts(rows) * 2 * c;
+    m.rows = rows;
+    m.c = c;
+    m.x = x;
+    m.y = relu ? y : NULL;
+    m.dy = dy;
+    m.mean = mean;
+    m.part = (float *)ws;
+    ckca__run_channel_sums(ctx, 2, &m);
+    CKCA__LAUNCH(ctx, ckca__channel_gradients, ckca__warps(c), m, ckca__parts(rows), inv_std, dgamma, dbeta, table);
+    n.count = rows * (size_t)c;
+    n.c = c;
+    n.x = x;
+    n.y = y;
+    n.dy = dy;
+    n.gamma = gamma;
+    n.mean = mean;
+    n.inv_std = inv_std;
+    n.table = table;
+    n.relu = relu;
+    n.out = dx;
+    n.dresidual = dresidual;
+    n.accumulate = accumulate_residual;
+    if (c % 4 == 0)
+        CKCA__LAUNCH(ctx, ckca__batchnorm_backward<4>, ckca__grid(ctx, n.count / 4, (size_t)c / 4), n);
+    else
+        CKCA__LAUNCH(ctx, ckca__batchnorm_backward<1>, ckca__grid(ctx, n.count, (size_t)c), n);
+}
+
+__global__ void ckca__fold_kernel(int k, size_t per, const float *w, const float *bias, const float *gamma,
+                                  const float *beta, const float *mean, const float *var, float *w_out,
+                                  float *bias_out) {
+    const size_t stride = (size_t)gridDim.x * blockDim.x, id = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    for (size_t i = id; i < (size_t)k * per; i += stride) {
+        const size_t c = i / per;
+        w_out[i] = (float)(w[i] * (gamma[c] / sqrt(var[c] + 1e-5)));
+    }
+    for (size_t c = id; c < (size_t)k; c += stride)
+        bias_out[c] = (float)(beta[c] + ((bias ? bias[c] : 0) - mean[c]) * (gamma[c] / sqrt(var[c] + 1e-5)));
+}
+
+CKCA__OP void ckca__op_fold(ckca_context *ctx, int k, size_t per, const float *w, const float *bias, const float *gamma,
+                            const float *beta, const float *running_mean, const float *running_var, float *w_out,
+                            float *bias_out) {
+    CKCA__LAUNCH(ctx, ckca__fold_kernel, ckca__grid(ctx, (size_t)k * per, 1), k, per, w, bias, gamma, beta,
+                 running_mean, running_var, w_out, bias_out);
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+   CONVOLUTION
+   ------------------------------------------------------------------------------------------------------------------ */
+
+/* Blocks that WEIGHT is cut into, if possible: two for each multiprocessor of a large GPU. Not the one at hand's: with
+   it the order of sums, and so the bits, would change. */
+enum { CKCA__WEIGHT_BLOCKS = 264, CKCA__LEAST_SPLIT = 512 };
+
+/* Columns of a block: no more than there are; 128 only on tensor cores, which are so fast that every fetch should serve
+   as many sums as registers hold. */
+static int ckca__columns(const ckca_context *ctx, int columns) {
+    if (columns > 64 && ctx->precision != CKCA_FLOAT32) return 128;
+    return columns <= 16 ? 16 : columns <= 32 ? 32 : 64;
+}
+static int ckca__ceil(int a, int b) { return (a + b - 1) / b; }
+
+/* A 1 x 1 convolution is a plain matrix product, which cuBLAS knows best. */
+static int ckca__is_product(const ckca__conv *s) { return s->r == 1 && s->s == 1 && s->stride == 1 && !s->pad; }
+
+static int ckca__weight_splits(const ckca_context *ctx, const ckca__conv *s) {
+    const int blocks = ckca__ceil(s->r * s->s * s->c, CKCA__ROWS) * ckca__ceil(s->k, ckca__columns(ctx, s->k));
+    const int most = s->n * s->p * s->q / CKCA__LEAST_SPLIT, wanted = CKCA__WEIGHT_BLOCKS / blocks;
+    const int splits = most < wanted ? most : wanted;
+    return splits > 1 ? splits : 1;
+}
+
+CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *s) {
+    const double pixels = (double)s->n * s->p * s->q;
+    const size_t weights = ckca__mul(ckca__mul((size_t)s->r * s->s, (size_t)s->c), (size_t)s->k);
+    const size_t bias = (size_t)ckca__parts(pixels < 1e9 ? (size_t)pixels : 1000000000) * s->k;
+    size_t floats =
+        ckca__is_product(s) || pixels > INT_MAX ? 0 : ckca__mul(weights, (size_t)ckca__weight_splits(ctx, s));
+    if (floats < bias) floats = bias;
+    return ckca__mul(floats, sizeof(float));
+}
+
+/* Pixels and taps are counted in ints. */
+static int ckca__conv_fits(ckca_context *ctx, const ckca__conv *s) {
+    const double most = INT_MAX - 4096;
+    if ((double)s->n * s->h * s->w < most && (double)s->n * s->p * s->q < most && (double)s->r * s->s * s->c < most &&
+        (double)s->r * s->s * s->k < most)
+        return 1;
+    return ckca__cuda_note(ckca__cuda_of(ctx), "convolution", "more than 2^31 pixels or weights to an output");
+}
+
+template <int PRECISION, int PASS>
+static void ckca__launch_gemm(ckca_context *ctx, dim3 grid, int columns, const ckca__gemm *g) {
+    if (columns == 16)
+        CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 16>), grid, *g);
+    else if (columns == 32)
+        CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 32>), grid, *g);
+    else if (columns == 64)
+        CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 64>), grid, *g);
+    else if constexpr (PRECISION != CKCA_FLOAT32)
+        CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 128>), grid, *g);
+}
+
+template <int PASS> static void ckca__run_gemm(ckca_context *ctx, ckca__gemm *g) {
+    const ckca__conv *s = &g->s;
+    const int columns = PASS == CKCA__DATA ? s->c : s->k, width = ckca__columns(ctx, columns);
+    int rows = s->n * s->p * s->q, layers = 1;
+    if (PASS == CKCA__DATA) { /* phase 0 has the most pixels */
+        rows = s->n * ckca__ceil(s->h, s->stride) * ckca__ceil(s->w, s->stride);
+        layers = s->stride * s->stride;
+    }
+    if (PASS == CKCA__WEIGHT) {
+        rows = s->r * s->s * s->c;
+        layers = ckca__weight_splits(ctx, s);
+        g->split = ckca__ceil(s->n * s->p * s->q, layers);
+    }
+    g->channels = ckca__divide_by(PASS == CKCA__DATA ? s->k : s->c);
+    g->p = ckca__divide_by(s->p);
+    g->q = ckca__divide_by(s->q);
+    const dim3 grid(ckca__ceil(rows, CKCA__ROWS), ckca__ceil(columns, width), layers);
+    if (ctx->precision == CKCA_FLOAT32)
+        ckca__launch_gemm<CKCA_FLOAT32, PASS>(ctx, grid, width, g);
+    else if (ctx->precision == CKCA_TF32)
+        ckca__launch_gemm<CKCA_TF32, PASS>(ctx, grid, width, g);
+    else
+        ckca__launch_gemm<CKCA_BF16, PASS>(ctx, grid, width, g);
+}
+
+/* c (rows x columns) = (or +=) a b, all row-major; a is stored transposed (summed x rows) where turn_a, b (columns x
+   summed) where turn_b. cuBLAS counts columns first, so it is asked for c^T = b^T a^T. */
+static void ckca__product(ckca_context *ctx, int rows, int columns, int summed, const float *a, int turn_a,
+                          const float *b, int turn_b, float *c, int accumulate) {
+    const float one = 1, beta = accumulate ? 1.0f : 0.0f;
+    const cublasComputeType_t compute = ctx->precision == CKCA_FLOAT32 ? CUBLAS_COMPUTE_32F
+                                        : ctx->precision == CKCA_TF32  ? CUBLAS_COMPUTE_32F_FAST_TF32
+                                                                       : CUBLAS_COMPUTE_32F_FAST_16BF;
+    CKCA__BLAS(ckca__cuda_of(ctx),
+               cublasGemmEx(ckca__cuda_of(ctx)->blas, turn_b ? CUBLAS_OP_T : CUBLAS_OP_N,
+                            turn_a ? CUBLAS_OP_T : CUBLAS_OP_N, columns, rows, summed, &one, b, CUDA_R_32F,
+                            turn_b ? summed : columns, a, CUDA_R_32F, turn_a ? rows : summed, &beta, c, CUDA_R_32F,
+                            columns, compute, CUBLAS_GEMM_DEFAULT));
+}
+
+/* y = relu?(y + bias + residual): what cuBLAS leaves to do. */
+__global__ void ckca__bias_kernel(size_t count, int k, const float *bias, const float *residual, int relu, float *y) {
+    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < count; i += (size_t)gridDim.x * blockDim.x) {
+        float v = y[i];
+        if (bias) v += bias[i % k];
+        if (residual) v += residual[i];
+        y[i] = relu && v <= 0 ? 0 : v;
+    }
+}
+
+CKCA__OP void ckca__op_conv_forward(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w,
+                                    const float *bias, const float *residual, int relu, float *y, void *ws) {
+    ckca__gemm g = {};
+    (void)ws;
+    if (!ckca__conv_fits(ctx, s)) return;
+    if (ckca__is_product(s)) {
+        const int rows = s->n * s->p * s->q;
+        ckca__product(ctx, rows, s->k, s->c, x, 0, w, 1, y, 0);
+        if (bias || residual || relu)
+            CKCA__LAUNCH(ctx, ckca__bias_kernel, ckca__grid(ctx, (size_t)rows * s->k, 1), (size_t)rows * s->k, s->k,
+                         bias, residual, relu, y);
+        return;
+    }
+    g.s = *s;
+    g.a = x;
+    g.b = w;
+    g.bias = bias;
+    g.residual = residual;
+    g.relu = relu;
+    g.out = y;
+    ckca__run_gemm<CKCA__FORWARD>(ctx, &g);
+}
+
+CKCA__OP void ckca__op_conv_backward_data(ckca_context *ctx, const ckca__conv *s, const float *dy, const float *w,
+                                          float *dx, int accumulate, void *ws) {
+    ckca__gemm g = {};
+    (void)ws;
+    if (!ckca__conv_fits(ctx, s)) return;
+    if (ckca__is_product(s)) {
+        ckca__product(ctx, s->n * s->p * s->q, s->c, s->k, dy, 0, w, 0, dx, accumulate);
+        return;
+    }
+    g.s = *s;
+    g.a = dy;
+    g.b = w;
+    g.out = dx;
+    g.accumulate = accumulate;
+    ckca__run_gemm<CKCA__DATA>(ctx, &g);
+}
+
+CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv *s, const float *x, const float *dy,
+                                            float *dw, float *dbias, void *ws) {
+    const size_t weights = (size_t)s->r * s->s * s->c * s->k;
+    ckca__gemm g = {};
+    int splits;
+    if (!ckca__conv_fits(ctx, s)) return;
+    splits = ckca__weight_splits(ctx, s);
+    if (ckca__is_product(s)) {
+        ckca__product(ctx, s->k, s->c, s->n * s->p * s->q, dy, 1, x, 0, dw, 1);
+    } else {
+        g.s = *s;
+        g.a = x;
+        g.b = dy;
+        g.accumulate = splits == 1;
+        g.out = splits == 1 ? dw : (float *)ws;
+        ckca__run_gemm<CKCA__WEIGHT>(ctx, &g);
+        if (splits > 1)
+            CKCA__LAUNCH(ctx, ckca__add_splits, ckca__grid(ctx, weights, 1), weights, splits, (const float *)ws, dw);
+    }
+    if (dbias) {
+        ckca__moments m = {};
+        m.rows = (size_t)s->n * s->p * s->q;
+        m.c = s->k;
+        m.dy = dy;
+        m.part = (float *)ws;
+        ckca__run_channel_sums(ctx, 1, &m);
+        CKCA__LAUNCH(ctx, ckca__channel_gradients, ckca__warps(s->k), m, ckca__parts(m.rows), (const float *)NULL,
+                     (float *)NULL, dbias, (float *)NULL);
+    }
+}
+
+/* A linear layer is a 1 x 1 convolution over n pictures of one pixel. */
+static ckca__conv ckca__linear_as_conv(int n, int d, int k) {
+    const ckca__conv s = {n, 1, 1, d, k, 1, 1, 1, 0, 1, 1};
+    return s;
+}
+
+CKCA__OP void ckca__op_linear_forward(ckca_context *ctx, int n, int d, int k, const float *x, const float *w,
+                                      const float *bias, float *y, void *ws) {
+    const ckca__conv s = ckca__linear_as_conv(n, d, k);
+    ckca__op_conv_forward(ctx, &s, x, w, bias, NULL, 0, y, ws);
+}
+
+CKCA__OP void ckca__op_linear_backward(ckca_context *ctx, int n, int d, int k, const float *x, const float *w,
+                                       const float *dy, float *dx, int accumulate, float *dw, float *dbias, void *ws) {
+    const ckca__conv s = ckca__linear_as_conv(n, d, k);
+    if (dx) ckca__op_conv_backward_data(ctx, &s, dy, w, dx, accumulate, ws);
+    ckca__op_conv_backward_weight(ctx, &s, x, dy, dw, dbias, ws);
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+   ELEMENTS
+   ------------------------------------------------------------------------------------------------------------------ */
+
+/* for (every i below count that is this thread's) */
+#define CKCA__EACH(i, count)                                                            \
+    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < (size_t)(count); \
+         i += (size_t)gridDim.x * blockDim.x)
+
+/* The same of a function that is written for WIDTH neighbours: in fours, then what is left. */
+#define CKCA__IN_FOURS(count, function, ...)                                      \
+    do {                                                                          \
+        CKCA__EACH(i, (count) / 4) function<4>(i * 4, __VA_ARGS__);               \
+        CKCA__EACH(i, (count) % 4) function<1>((count) / 4 * 4 + i, __VA_ARGS__); \
+    } while (0)
+
+template <int WIDTH>
+__device__ __forceinline__ void ckca__add_at(size_t i, const float *a, const float *b, int relu, float *y) {
+    ckca__lane<WIDTH> v(a + i), other;
+    if (b) other = ckca__lane<WIDTH>(b + i);
+    for (int j = 0; j < WIDTH; j++) {
+        if (b) v.v[j] += other.v[j];
+        if (relu && v.v[j] <= 0) v.v[j] = 0; /* NaN stays NaN */
+    }
+    v.store(y + i);
+}
+__global__ void ckca__add_kernel(size_t count, const float *a, const float *b, int relu, float *y) {
+    CKCA__IN_FOURS(count, ckca__add_at, a, b, relu, y);
+}
+
+template <int WIDTH>
+__device__ __forceinline__ void ckca__add_backward_at(size_t i, const float *y, const float *dy, float *dx,
+                                                      int accumulate) {
+    ckca__lane<WIDTH> g(dy + i), other;
+    if (y) other = ckca__lane<WIDTH>(y + i);
+    for (int j = 0; j < WIDTH; j++)
+        if (y && !(other.v[j] > 0)) g.v[j] = 0;
+    if (accumulate) other = ckca__lane<WIDTH>(dx + i);
+    for (int j = 0; j < WIDTH; j++)
+        if (accumulate) g.v[j] += other.v[j];
+    g.store(dx + i);
+}
+__global__ void ckca__add_backward_kernel(size_t count, const float *y, const float *dy, float *dx, int accumulate) {
+    CKCA__IN_FOURS(count, ckca__add_backward_at, y, dy, dx, accumulate);
+}
+CKCA__OP void ckca__op_add(ckca_context *ctx, size_t count, const float *a, const float *b, int relu, float *y) {
+    CKCA__LAUNCH(ctx, ckca__add_kernel, ckca__grid(ctx, count / 4, 1), count, a, b, relu, y);
+}
+CKCA__OP void ckca__op_add_backward(ckca_context *ctx, size_t count, const float *y, const float *dy, float *dx,
+                                    int accumulate) {
+    CKCA__LAUNCH(ctx, ckca__add_backward_kernel, ckca__grid(ctx, count / 4, 1), count, y, dy, dx, accumulate);
+}
+
+/* One output each. The first of equals wins, NaN over all. */
+__global__ void ckca__maxpool_kernel(ckca__conv s, const float *x, float *y, unsigned char *at) {
+    CKCA__EACH(i, (size_t)s.n * s.p * s.q * s.c) {
+        const int c = (int)(i % s.c), q = (int)(i / s.c % s.q), p = (int)(i / s.c / s.q % s.p),
+                  n = (int)(i / s.c / s.q / s.p);
+        float most = -INFINITY;
+        int where = -1;
+        for (int r = 0; r < s.r; r++)
+            for (int t = 0; t < s.s; t++) {
+                const int h = p * s.stride - s.pad + r, w = q * s.stride - s.pad + t;
+                if (h < 0 || h >= s.h || w < 0 || w >= s.w) continue;
+                const float v = x[(((size_t)n * s.h + h) * s.w + w) * s.c + c];
+                if (v > most || v != v) most = v, where = r * s.s + t;
+            }
+        y[i] = most;
+        if (at) at[i] = (unsigned char)(where < 0 ? 0 : where);
+    }
+}
+/* One input each: it collects from the few windows that cover it. */
+__global__ void ckca__maxpool_backward_kernel(ckca__conv s, const float *dy, const unsigned char *at, float *dx,
+                                              int accumulate) {
+    CKCA__EACH(i, (size_t)s.n * s.h * s.w * s.c) {
+        const int c = (int)(i % s.c), w = (int)(i / s.c % s.w) + s.pad, h = (int)(i / s.c / s.w % s.h) + s.pad;
+        const int n = (int)(i / s.c / s.w / s.h); /* w and h in the padded input, where window p starts at p stride */
+        const int p0 = h < s.r ? 0 : (h - s.r) / s.stride + 1, p1 = h / s.stride < s.p ? h / s.stride : s.p - 1;
+        const int q0 = w < s.s ? 0 : (w - s.s) / s.stride + 1, q1 = w / s.stride < s.q ? w / s.stride : s.q - 1;
+        float sum = accumulate ? dx[i] : 0;
+        for (int p = p0; p <= p1; p++)
+            for (int q = q0; q <= q1; q++) {
+                const size_t from = (((size_t)n * s.p + p) * s.q + q) * s.c + c;
+                if (at[from] == (h - p * s.stride) * s.s + w - q * s.stride) sum += dy[from];
+            }
+        dx[i] = sum;
+    }
+}
+CKCA__OP void ckca__op_maxpool_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y,
+                                       unsigned char *at) {
+    CKCA__LAUNCH(ctx, ckca__maxpool_kernel, ckca__grid(ctx, (size_t)s->n * s->p * s->q * s->c, 1), *s, x, y, at);
+}
+CKCA__OP void ckca__op_maxpool_backward(ckca_context *ctx, const ckca__conv *s, const float *dy,
+                                        const unsigned char *at, float *dx, int accumulate) {
+    CKCA__LAUNCH(ctx, ckca__maxpool_backward_kernel, ckca__grid(ctx, (size_t)s->n * s->h * s->w * s->c, 1), *s, dy, at,
+                 dx, accumulate);
+}
+
+/* One mean each, of values c apart: neighbouring threads read neighbouring channels. */
+__global__ void ckca__avgpool_kernel(int n, int area, int c, const float *x, float *y) {
+    CKCA__EACH(i, (size_t)n * c) {
+        const float *from = x + i / c * area * c + i % c;
+        float sum = 0;
+        for (int a = 0; a < area; a++) sum += from[(size_t)a * c];
+        y[i] = sum / (float)area;
+    }
+}
+__global__ void ckca__avgpool_backward_kernel(int n, int area, int c, const float *dy, float *dx, int accumulate) {
+    CKCA__EACH(i, (size_t)n * area * c) {
+        const float g = dy[i / c / area * c + i % c] / (float)area;
+        dx[i] = accumulate ? dx[i] + g : g;
+    }
+}
+CKCA__OP void ckca__op_avgpool_forward(ckca_context *ctx, int n, int area, int c, const float *x, float *y) {
+    CKCA__LAUNCH(ctx, ckca__avgpool_kernel, ckca__grid(ctx, (size_t)n * c, 1), n, area, c, x, y);
+}
+CKCA__OP void ckca__op_avgpool_backward(ckca_context *ctx, int n, int area, int c, const float *dy, float *dx,
+                                        int accumulate) {
+    CKCA__LAUNCH(ctx, ckca__avgpool_backward_kernel, ckca__grid(ctx, (size_t)n * area * c, 1), n, area, c, dy, dx,
+                 accumulate);
+}
+
+__global__ void ckca__subsample_kernel(ckca__conv s, const float *x, float *y) {
+    CKCA__EACH(i, (size_t)s.n * s.p * s.q * s.k) {
+        const int k = (int)(i % s.k), q = (int)(i / s.k % s.q), p = (int)(i / s.k / s.q % s.p),
+                  n = (int)(i / s.k / s.q / s.p);
+        const int c = k - (s.k - s.c) / 2;
+        y[i] = c < 0 || c >= s.c ? 0 : x[(((size_t)n * s.h + p * s.stride) * s.w + q * s.stride) * s.c + c];
+    }
+}
+__global__ void ckca__subsample_backward_kernel(ckca__conv s, const float *dy, float *dx, int accumulate) {
+    CKCA__EACH(i, (size_t)s.n * s.h * s.w * s.c) {
+        const int c = (int)(i % s.c), w = (int)(i / s.c % s.w), h = (int)(i / s.c / s.w % s.h),
+                  n = (int)(i / s.c / s.w / s.h);
+        const int p = h / s.stride, q = w / s.stride,
+                  seen = h % s.stride == 0 && w % s.stride == 0 && p < s.p && q < s.q;
+        const float g = seen ? dy[(((size_t)n * s.p + p) * s.q + q) * s.k + (s.k - s.c) / 2 + c] : 0;
+        dx[i] = accumulate ? dx[i] + g : g;
+    }
+}
+CKCA__OP void ckca__op_subsample_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y) {
+    CKCA__LAUNCH(ctx, ckca__subsample_kernel, ckca__grid(ctx, (size_t)s->n * s->p * s->q * s->k, 1), *s, x, y);
+}
+CKCA__OP void ckca__op_subsample_backward(ckca_context *ctx, const ckca__conv *s, const float *dy, float *dx,
+                                          int accumulate) {
+    CKCA__LAUNCH(ctx, ckca__subsample_backward_kernel, ckca__grid(ctx, (size_t)s->n * s->h * s->w * s->c, 1), *s, dy,
+                 dx, accumulate);
+}
+
+__global__ void ckca__gather_kernel(int n, int d, const float *rows, const int *index, float *out) {
+    CKCA__EACH(i, (size_t)n * d) out[i] = rows[(size_t)index[i / d] * d + i % d];
+}
+CKCA__OP void ckca__op_gather(ckca_context *ctx, int n, int d, const float *rows, const int *index, float *out) {
+    CKCA__LAUNCH(ctx, ckca__gather_kernel, ckca__grid(ctx, (size_t)n * d, 1), n, d, rows, index, out);
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+   LOSSES: a warp per picture, or a block where features are long. Exponentials and sums are in double, as on the host.
+   ------------------------------------------------------------------------------------------------------------------ */
+
+/* log sum_j exp(z_j / t), by the whole warp. NaN or +inf in z gives NaN. */
+__device__ double ckca__log_sum_exp(int k, const float *z, double t) {
+    double most = -INFINITY, sum = 0;
+    for (int j = (int)threadIdx.x % 32; j < k; j += 32)
+        if (z[j] > most) most = z[j];
+    for (int step = 16; step; step /= 2) {
+        const double other = __shfl_xor_sync(0xffffffffu, most, step);
+        if (other > most) most = other;
+    }
+    for (int j = (int)threadIdx.x % 32; j < k; j += 32) sum += exp((z[j] - most) / t);
+    return most / t + log(ckca__warp_sum(sum));
+}
+
+/* This warp's picture; its lanes go over the classes. */
+__device__ __forceinline__ int ckca__warp_row() { return (int)(blockIdx.x * (CKCA__THREADS / 32) + threadIdx.x / 32); }
+
+__global__ void ckca__cross_entropy_kernel(int n, int k, const float *z, const int *labels, float smoothing, float *dz,
+                                           float *loss, int *hit) {
+    const int i = ckca__warp_row(), lane = (int)threadIdx.x % 32;
+    if (i >= n) return;
+    const float *row = z + (size_t)i * k;
+    const double lse = ckca__log_sum_exp(k, row, 1);
+    const int label = labels[i];
+    double sum = 0;
+    int rank = 0;
+    for (int j = lane; j < k; j += 32) {
+        sum += row[j];
+        rank += row[j] > row[label] || (row[j] == row[label] && j < label);
+        if (dz)
+            dz[(size_t)i * k + j] = (float)((exp(row[j] - lse) - (j == label ? 1 - smoothing : 0) - smoothing / k) / n);
+    }
+    sum = ckca__warp_sum(sum);
+    rank = ckca__warp_sum(rank);
+    if (lane) return;
+    loss[i] = (float)(lse - (1 - smoothing) * row[label] - smoothing * (sum / k));
+    hit[i] = lse == lse ? (rank == 0) | (rank < 5) << 1 : 0;
+}
+CKCA__OP void ckca__op_cross_entropy(ckca_context *ctx, int n, int k, const float *z, const int *labels,
+                                     float smoothing, float *dz, float *loss, int *hit) {
+    CKCA__LAUNCH(ctx, ckca__cross_entropy_kernel, ckca__warps(n), n, k, z, labels, smoothing, dz, loss, hit);
+}
+
+__global__ void ckca__softmax_kernel(int n, int k, const float *z, float *p) {
+    const int i = ckca__warp_row();
+    if (i >= n) return;
+    const double lse = ckca__log_sum_exp(k, z + (size_t)i * k, 1);
+    for (int j = (int)threadIdx.x % 32; j < k; j += 32) p[(size_t)i * k + j] = (float)exp(z[(size_t)i * k + j] - lse);
+}
+CKCA__OP void ckca__op_softmax(ckca_context *ctx, int n, int k, const float *z, float *p) {
+    CKCA__LAUNCH(ctx, ckca__softmax_kernel, ckca__warps(n), n, k, z, p);
+}
+
+/* The sum of v over the block, in a fixed order, in every thread. */
+__device__ double ckca__block_sum(double v) {
+    __shared__ double sums[CKCA__THREADS / 32];
+    v = ckca__warp_sum(v);
+    __syncthreads(); /* whoever still reads the last call's sums */
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = v;
+    __syncthreads();
+    v = 0;
+    for (int i = 0; i < CKCA__THREADS / 32; i++) v += sums[i];
+    return v;
+}
+
+/* One block. *sum = (or +=) the sum of values, over n where mean. */
+__global__ void ckca__sum_kernel(int n, const float *values, int mean, double *sum) {
+    double v = 0;
+    for (int i = (int)threadIdx.x; i < n; i += CKCA__THREADS) v += values[i];
+    v = ckca__block_sum(v);
+    if (threadIdx.x == 0) *sum = mean ? v / n : *sum + v;
+}
+CKCA__OP void ckca__op_sum(ckca_context *ctx, int n, const float *values, double *sum) {
+    CKCA__LAUNCH(ctx, ckca__sum_kernel, 1, n, values, 0, sum);
+}
+__global__ void ckca__count_kernel(int n, const int *hit, double *sum) {
+    double v = 0;
+    for (int i = (int)threadIdx.x; i < n; i += CKCA__THREADS) v += hit[i] & 1;
+    v = ckca__block_sum(v);
+    if (threadIdx.x == 0) *sum += v;
+}
+CKCA__OP void ckca__op_count(ckca_context *ctx, int n, const int *hit, double *sum) {
+    CKCA__LAUNCH(ctx, ckca__count_kernel, 1, n, hit, sum);
+}
+
+/* AdaKD's a_i for TRUTH and DOUBT, before division by their mean, into weight. 1 - p_o[y] is summed from the other
+   classes: near 0 a difference from 1 has no digits left. */
+__global__ void ckca__adakd_weights(ckca_adakd form, int n, int k, const float *zo, const int *labels, float *weight) {
+    const int i = ckca__warp_row(), lane = (int)threadIdx.x % 32;
+    if (i >= n) return;
+    const float *row = zo + (size_t)i * k;
+    const double lse = ckca__log_sum_exp(k, row, 1);
+    double doubt = 0;
+    for (int j = lane; j < k; j += 32)
+        if (j != labels[i]) doubt += exp(row[j] - lse);
+    doubt = ckca__warp_sum(doubt);
+    if (!lane) weight[i] = (float)(form == CKCA_ADAKD_TRUTH ? exp(row[labels[i]] - lse) : doubt);
+}
+
+/* loss holds the weights of TRUTH and DOUBT when this starts; each warp reads its own and then replaces it. */
+__global__ void ckca__adakd_kernel(ckca_adakd form, int n, int k, const float *z, const float *zo, const int *labels,
+                                   const float *class_weight, double t, float scale, const double *mean, float *dz,
+                                   float *loss) {
+    const int i = ckca__warp_row(), lane = (int)threadIdx.x % 32;
+    if (i >= n) return;
+    const float *s = z + (size_t)i * k, *o = zo + (size_t)i * k;
+    const double lse_s = ckca__log_sum_exp(k, s, t), lse_o = ckca__log_sum_exp(k, o, t);
+    double kl = 0, a = 1;
+    if (form == CKCA_ADAKD_CLASS)
+        a = class_weight[labels[i]];
+    else if (form != CKCA_ADAKD_CONSTANT && *mean != 0)
+        a = loss[i] / *mean; /* all weights 0: 1 each */
+    for (int j = lane; j < k; j += 32) {
+        const double log_s = s[j] / t - lse_s, log_o = o[j] / t - lse_o, p_o = exp(log_o);
+        kl += p_o * (log_o - log_s);
+        dz[(size_t)i * k + j] += (float)(scale * t * a * (exp(log_s) - p_o) / n);
+    }
+    kl = ckca__warp_sum(kl);
+    if (!lane) loss[i] = (float)(t * t * a * kl);
+}
+CKCA__OP void ckca__op_adakd(ckca_context *ctx, ckca_adakd form, int n, int k, const float *z, const float *zo,
+                             const int *labels, const float *class_weight, float temperature, float scale, float *dz,
+                             float *loss) {
+    double *mean = ckca__cuda_of(ctx)->scratch;
+    if (form == CKCA_ADAKD_TRUTH || form == CKCA_ADAKD_DOUBT) {
+        CKCA__LAUNCH(ctx, ckca__adakd_weights, ckca__warps(n), form, n, k, zo, labels, loss);
+        CKCA__LAUNCH(ctx, ckca__sum_kernel, 1, n, (const float *)loss, 1, mean);
+    }
+    CKCA__LAUNCH(ctx, ckca__adakd_kernel, ckca__warps(n), form, n, k, z, zo, labels, class_weight, (double)temperature,
+                 scale, (const double *)mean, dz, loss);
+}
+
+/* a . b by the whole block. */
+__device__ double ckca__block_dot(int d, const float *a, const float *b) {
+    double sum = 0;
+    for (int j = (int)threadIdx.x; j < d; j += CKCA__THREADS) sum += (double)a[j] * b[j];
+    return ckca__block_sum(sum);
+}
+__device__ __forceinline__ double ckca__inverse_norm(double square) { return square > 0 ? 1 / sqrt(square) : square; }
+
+/* A block per picture: loss = 1 - cos; d cos / d f = (fo / |fo| - cos f / |f|) / |f|. */
+__global__ void ckca__cosine_kernel(int d, const float *f, const float *fo, double scale, float *df, int accumulate,
+                                    float *loss) {
+    const size_t row = (size_t)blockIdx.x * d;
+    const double inv_f = ckca__inverse_norm(ckca__block_dot(d, f + row, f + row));
+    const double inv_o = ckca__inverse_norm(ckca__block_dot(d, fo + row, fo + row));
+    const double cosine = ckca__block_dot(d, f + row, fo + row) * inv_f * inv_o;
+    const float alpha = (float)(scale * cosine * inv_f * inv_f), beta = (float)(-scale * inv_f * inv_o);
+    for (size_t j = row + threadIdx.x; j < row + d; j += CKCA__THREADS)
+        df[j] = alpha * f[j] + beta * fo[j] + (accumulate ? df[j] : 0);
+    if (threadIdx.x == 0) loss[blockIdx.x] = (float)(1 - cosine);
+}
+
+__global__ void ckca__l2_kernel(int d, const float *f, const float *fo, double scale, float *df, int accumulate,
+                                float *loss) {
+    const size_t row = (size_t)blockIdx.x * d;
+    double sum = 0;
+    for (size_t j = row + threadIdx.x; j < row + d; j += CKCA__THREADS) {
+        const double e = (double)f[j] - fo[j];
+        sum += e * e;
+        df[j] = (float)(scale * e) + (accumulate ? df[j] : 0);
+    }
+    sum = ckca__block_sum(sum);
+    if (threadIdx.x == 0) loss[blockIdx.x] = (float)(sum / d);
+}
+
+/* inverse[i] = 1 / |f_i|; a block per picture. */
+__global__ void ckca__norms_kernel(int d, const float *f, double *inverse) {
+    const float *row = f + (size_t)blockIdx.x * d;
+    const double square = ckca__block_dot(d, row, row);
+    if (threadIdx.x == 0) inverse[blockIdx.x] = ckca__inverse_norm(square);
+}
+
+/* A block per picture i, which meets the others j in tiles: first each warp takes j's of its own and finds what f_j
+   counts for, then the threads go over the features. Formulas as on the host (ckca__featreg_relation). */
+__global__ void ckca__relation_kernel(int n, int d, int d_teacher, const float *f, const float *fo, const double *inv_f,
+                                      const double *inv_o, double scale, float *df, int accumulate, float *loss) {
+    enum { TILE = CKCA__THREADS };
+    __shared__ double weight[TILE];
+    const int i = (int)blockIdx.x, lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+    const float *fi = f + (size_t)i * d, *oi = fo + (size_t)i * d_teacher;
+    float *to = df + (size_t)i * d;
+    double sum = 0, own = 0; /* of this warp: of e^2; of what f_i itself counts for */
+    for (int c = (int)threadIdx.x; c < d && !accumulate; c += CKCA__THREADS) to[c] = 0;
+    for (int first = 0; first < n; first += TILE) {
+        const int count = n - first < TILE ? n - first : TILE;
+        for (int j = warp; j < count; j += CKCA__THREADS / 32) {
+            const float *fj = f + (size_t)(first + j) * d, *oj = fo + (size_t)(first + j) * d_teacher;
+            double cosine = 0, other = 0;
+            for (int c = lane; c < d; c += 32) cosine += (double)fi[c] * fj[c];
+            for (int c = lane; c < d_teacher; c += 32) other += (double)oi[c] * oj[c];
+            cosine = ckca__warp_sum(cosine) * inv_f[i] * inv_f[first + j];
+            const double e = first + j == i ? 0 : cosine - ckca__warp_sum(other) * inv_o[i] * inv_o[first + j];
+            const double g = n > 1 ? scale * 4 / ((double)n * (n - 1)) * e * inv_f[i] : 0;
+            if (lane == 0) weight[j] = g * inv_f[first + j];
+            sum += e * e;
+            own -= g * cosine * inv_f[i];
+        }
+        __syncthreads();
+        for (int c = (int)threadIdx.x; c < d; c += CKCA__THREADS) {
+            double v = 0;
+            for (int j = 0; j < count; j++) v += weight[j] * f[(size_t)(first + j) * d + c];
+            to[c] += (float)v;
+        }
+        __syncthreads();
+    }
+    sum = ckca__block_sum(lane == 0 ? sum : 0);
+    own = ckca__block_sum(lane == 0 ? own : 0);
+    for (int c = (int)threadIdx.x; c < d; c += CKCA__THREADS) to[c] += (float)(own * fi[c]);
+    if (threadIdx.x == 0) loss[i] = (float)(n > 1 ? sum / (n - 1) : 0);
+}
+
+CKCA__OP void ckca__op_featreg(ckca_context *ctx, ckca_featreg form, int n, int d, int d_teacher, const float *f,
+                               const float *fo, float scale, float *df, int accumulate, float *loss, void *ws) {
+    if (form == CKCA_FEATREG_RELATION) {
+        double *inv_f = (double *)ws, *inv_o = inv_f + n;
+        CKCA__LAUNCH(ctx, ckca__norms_kernel, n, d, f, inv_f);
+        CKCA__LAUNCH(ctx, ckca__norms_kernel, n, d_teacher, fo, inv_o);
+        CKCA__LAUNCH(ctx, ckca__relation_kernel, n, n, d, d_teacher, f, fo, (const double *)inv_f,
+                     (const double *)inv_o, (double)scale, df, accumulate, loss);
+    } else if (form == CKCA_FEATREG_L2) {
+        CKCA__LAUNCH(ctx, ckca__l2_kernel, n, d, f, fo, scale * 2 / ((double)n * d), df, accumulate, loss);
+    } else {
+        CKCA__LAUNCH(ctx, ckca__cosine_kernel, n, d, f, fo, (double)scale / n, df, accumulate, loss);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+   WEIGHTS
+   ------------------------------------------------------------------------------------------------------------------ */
+
+template <int WIDTH>
+__device__ __forceinline__ void ckca__sgd_at(size_t i, size_t decayed, float *w, const float *g, float *v, float rate,
+                                             float momentum, float weight_decay, int nesterov, float scale) {
+    const ckca__lane<WIDTH> gradient(g + i);
+    ckca__lane<WIDTH> weight(w + i), velocity(v + i);
+    for (int j = 0; j < WIDTH; j++) {
+        const float d = gradient.v[j] * scale + (i + j < decayed ? weight_decay * weight.v[j] : 0);
+        velocity.v[j] = momentum * velocity.v[j] + d;
+        weight.v[j] -= rate * (nesterov ? d + momentum * velocity.v[j] : velocity.v[j]);
+    }
+    velocity.store(v + i);
+    weight.store(w + i);
+}
+__global__ void ckca__sgd_kernel(size_t count, size_t decayed, float *w, const float *g, float *v, const float *lr,
+                                 float momentum, float weight_decay, int nesterov, const float *gscale) {
+    const float rate = *lr, scale = gscale ? *gscale : 1;
+    CKCA__IN_FOURS(count, ckca__sgd_at, decayed, w, g, v, rate, momentum, weight_decay, nesterov, scale);
+}
+CKCA__OP void ckca__op_sgd(ckca_context *ctx, size_t count, size_t decayed, float *w, const float *g, float *v,
+                           const float *lr, float momentum, float weight_decay, int nesterov, const float *gscale) {
+    CKCA__LAUNCH(ctx, ckca__sgd_kernel, ckca__grid(ctx, count / 4, 1), count, decayed, w, g, v, lr, momentum,
+                 weight_decay, nesterov, gscale);
+}
+
+/* sums[block] = the block's share of g . g, of 256 blocks. */
+__global__ void ckca__squares_kernel(size_t count, const float *g, double *sums) {
+    double sum = 0;
+    CKCA__EACH(i, count) sum += (double)g[i] * g[i];
+    sum = ckca__block_sum(sum);
+    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+__global__ void ckca__clip_kernel(const double *sums, float clip, float *gscale) {
+    const double coefficient = clip / (sqrt(ckca__block_sum(sums[threadIdx.x])) + 1e-6);
+    if (threadIdx.x == 0) *gscale = coefficient > 1 ? 1 : (float)coefficient;
+}
+CKCA__OP void ckca__op_clip(ckca_context *ctx, size_t count, const float *g, float clip, float *gscale, void *ws) {
+    CKCA__LAUNCH(ctx, ckca__squares_kernel, CKCA__THREADS, count, g, (double *)ws);
+    CKCA__LAUNCH(ctx, ckca__clip_kernel, 1, (const double *)ws, clip, gscale);
+}
+
+__global__ void ckca__shrink_perturb_kernel(size_t count, float *w, const float *fresh, float shrink, float perturb) {
+    CKCA__EACH(i, count) w[i] = shrink * w[i] + perturb * fresh[i];
+}
+CKCA__OP void ckca__op_shrink_perturb(ckca_context *ctx, size_t count, float *w, const float *fresh, float shrink,
+                                      float perturb) {
+    CKCA__LAUNCH(ctx, ckca__shrink_perturb_kernel, ckca__grid(ctx, count, 1), count, w, fresh, shrink, perturb);
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+   PICTURES
+   ------------------------------------------------------------------------------------------------------------------ */
+
+/* At most this many channels in one launch: their mean and std travel as arguments. */
+enum { CKCA__PICTURE_CHANNELS = 8 };
+
+typedef struct ckca__pictures {
+    int h, w, c, first, channels; /* channels first, ... of c */
+    const unsigned char *pixels;
+    const int *index, *epoch;
+    int augmented;
+    ckca_augment augment;
+    uint64_t seed;
+    float mean[CKCA__PICTURE_CHANNELS], std[CKCA__PICTURE_CHANNELS];
+    float *out;
+} ckca__pictures;
+
+/* The framed picture's byte values at (y, x), of m channels from channel j on: shifted and mirrored, black outside; or
+   the framed rectangle enlarged, bilinearly between pixel centres. */
+__device__ void ckca__look(const ckca__pictures &p, const ckca__framing &f, const unsigned char *pixels, int y, int x,
+                           int j, int m, float *v) {
+    if (f.flip) x = p.w - 1 - x;
+    if (f.height == p.h && f.width == p.w) {
+        const int at_y = f.top + y, at_x = f.left + x, inside = at_y >= 0 && at_y < p.h && at_x >= 0 && at_x < p.w;
+        for (int i = 0; i < m; i++) v[i] = inside ? pixels[((size_t)at_y * p.w + at_x) * p.c + j + i] : 0;
+        return;
+    }
+    const double sy = (y + 0.5) * f.height / p.h - 0.5, sx = (x + 0.5) * f.width / p.w - 0.5;
+    const int y0 = sy > 0 ? (int)sy : 0, x0 = sx > 0 ? (int)sx : 0;
+    const float a = sy > 0 ? (float)(sy - y0) : 0, b = sx > 0 ? (float)(sx - x0) : 0;
+    const unsigned char *top = pixels + ((size_t)(f.top + y0) * p.w + f.left + x0) * p.c + j;
+    const unsigned char *bottom = y0 + 1 < f.height ? top + (size_t)p.w * p.c : top;
+    const int right = x0 + 1 < f.width ? p.c : 0;
+    for (int i = 0; i < m; i++) {
+        const float upper = top[i] + b * (float)(top[right + i] - top[i]);
+        const float lower = bottom[i] + b * (float)(bottom[right + i] - bottom[i]);
+        v[i] = upper + a * (lower - upper);
+    }
+}
+
+/* A block per picture. Jitter's contrast needs the picture's mean grey, so with it pixels are looked at twice. */
+__global__ void ckca__pictures_kernel(ckca__pictures p) {
+    __shared__ ckca__framing framing;
+    const int picture = p.index[blockIdx.x], area = p.h * p.w;
+    const unsigned char *pixels = p.pixels + (size_t)picture * area * p.c;
+    float *out = p.out + (size_t)blockIdx.x * area * p.c + p.first;
+    const int jitter = p.augmented && p.augment.jitter > 0;
+    float mean = 0;
+    if (threadIdx.x == 0)
+        ckca__augment_framing(p.augmented ? &p.augment : NULL, p.seed, p.epoch ? *p.epoch : 0, picture, p.h, p.w,
+                              &framing);
+    __syncthreads();
+    const ckca__framing f = framing;
+    if (jitter) {
+        double sum = 0;
+        for (int i = (int)threadIdx.x; i < area; i += CKCA__THREADS) {
+            float v[3];
+            ckca__look(p, f, pixels, i / p.w, i % p.w, 0, p.c == 3 ? 3 : 1, v);
+            for (int j = 0; j < (p.c == 3 ? 3 : 1); j++) v[j] = ckca__augment_clamp(v[j] * f.brightness);
+            sum += ckca__augment_grey(p.c, v);
+        }
+        mean = (float)(ckca__block_sum(sum) / area);
+    }
+    for (int i = (int)threadIdx.x; i < area; i += CKCA__THREADS) {
+        float v[CKCA__PICTURE_CHANNELS];
+        ckca__look(p, f, pixels, i / p.w, i % p.w, p.first, p.channels, v);
+        if (jitter) {
+            for (int j = 0; j < p.channels; j++)
+                v[j] = ckca__augment_clamp(f.contrast * ckca__augment_clamp(v[j] * f.brightness) +
+                                           (1 - f.contrast) * mean);
+            if (p.c == 3) {
+                const float grey = ckca__augment_grey(3, v);
+                for (int j = 0; j < 3; j++) v[j] = ckca__augment_clamp(f.saturation * v[j] + (1 - f.saturation) * grey);
+            }
+        }
+        for (int j = 0; j < p.channels; j++) out[(size_t)i * p.c + j] = (v[j] / 255 - p.mean[j]) / p.std[j];
+    }
+}
+
+CKCA__OP void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, const unsigned char *pixels,
+                             const int *index, const ckca_augment *augment, uint64_t seed, const int *epoch,
+                             const float *mean, const float *std, float *out) {
+    ckca__pictures p = {};
+    p.h = h;
+    p.w = w;
+    p.c = c;
+    p.pixels = pixels;
+    p.index = index;
+    p.epoch = epoch;
+    p.seed = seed;
+    p.out = out;
+    if (augment) {
+        p.augmented = 1;
+        p.augment = *augment;
+    }
+    for (p.first = 0; p.first < c; p.first += CKCA__PICTURE_CHANNELS) {
+        p.channels = c - p.first < CKCA__PICTURE_CHANNELS ? c - p.first : CKCA__PICTURE_CHANNELS;
+        memcpy(p.mean, mean + p.first, (size_t)p.channels * sizeof *mean);
+        memcpy(p.std, std + p.first, (size_t)p.channels * sizeof *std);
+        CKCA__LAUNCH(ctx, ckca__pictures_kernel, (unsigned)n, p);
+    }
+}

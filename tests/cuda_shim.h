@@ -1,0 +1,576 @@
+/* cuda_shim.h: what ckca_cuda.cu needs of CUDA, on the CPU, so that its kernels can be tested where there is no GPU.
+
+       g++ -std=c++17 -O2 -x c++ -include tests/cuda_shim.h -I. -c ckca_cuda.cu
+
+   Blocks run one after the other. A block's threads are fibres: one runs until it waits at a barrier (or for its warp),
+   then another, of the same warp if it can. Tensor-core instructions are functions that take and give the fragments of
+   PTX's documentation, cuBLAS's call is three loops. Slow, for small shapes.
+
+   It is stricter than a GPU where that finds mistakes: device memory cannot be touched by the host (outside of kernels
+   and copies its pages are closed), starts as NaN and has closed pages or NaN around it; pointers among a kernel's
+   arguments must be device memory; a captured graph keeps the arguments' values, and copies from the host, allocations
+   and waiting are refused while capturing; threads that wait for each other forever end the program with a message. */
+#ifndef CUDA_SHIM_H
+#define CUDA_SHIM_H
+#ifndef CKCA_CUDA_SHIM
+#define CKCA_CUDA_SHIM
+#endif
+#include <sys/mman.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+#ifndef __x86_64__
+#include <ucontext.h>
+#endif
+#if defined(__GNUC__)
+#pragma GCC diagnostic ignored "-Wunused-function"
+#endif
+
+#define __global__ static
+#define __device__
+#define __host__
+#define __shared__ static
+#define __forceinline__ inline
+#define __launch_bounds__(threads)
+#define __align__(n) __attribute__((aligned(n)))
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return uint4{x, y, z, w}; }
+static inline float4 make_float4(float x, float y, float z, float w) { return float4{x, y, z, w}; }
+
+static inline unsigned __float_as_uint(float v) {
+    unsigned u;
+    memcpy(&u, &v, 4);
+    return u;
+}
+static inline float __uint_as_float(unsigned u) {
+    float v;
+    memcpy(&v, &u, 4);
+    return v;
+}
+static inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
+
+/* What a test can ask for: the memory the "GPU" has, and the failure of a call (0: none, 1: the next one, ...). */
+extern "C" {
+size_t cuda_shim_memory = (size_t)1 << 30;
+int cuda_shim_fail = 0;
+long cuda_shim_launches = 0, cuda_shim_replays = 0, cuda_shim_waits = 0;
+}
+
+namespace shim {
+
+/* ---- fibres ---- */
+
+enum { THREADS = 256, WARPS = THREADS / 32, STACK = 1 << 16 };
+
+#ifdef __x86_64__
+/* Saves what a call must keep, changes the stack, and goes on where that one was left. */
+extern "C" void shim_switch(void **save, void *load);
+asm(".text\n.globl shim_switch\n.type shim_switch,@function\nshim_switch:\n"
+    "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
+    "movq %rsp, (%rdi)\nmovq %rsi, %rsp\n"
+    "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\nret\n.size shim_switch,.-shim_switch\n");
+typedef void *place;
+static inline void go(place *from, place *to) { shim_switch(from, *to); }
+static void prepare(place *p, char *stack, void (*start)()) {
+    void **top = (void **)(stack + STACK - 64);
+    *--top = nullptr; /* start must not return; keeps the stack aligned as after a call */
+    *--top = (void *)start;
+    for (int i = 0; i < 6; i++) *--top = nullptr;
+    *p = top;
+}
+#else
+typedef ucontext_t place;
+static inline void go(place *from, place *to) { swapcontext(from, to); }
+static void prepare(place *p, char *stack, void (*start)()) {
+    getcontext(p);
+    p->uc_stack.ss_sp = stack;
+    p->uc_stack.ss_size = STACK;
+    p->uc_link = nullptr;
+    makecontext(p, start, 0);
+}
+#endif
+
+struct meeting { /* a barrier: of the block, or of a warp */
+    int alive, arrived;
+    unsigned turn;
+};
+struct lane_data { /* what lanes show each other; two, in turn, so that one meeting is enough */
+    uint64_t value[2][32];
+    unsigned a[2][32][4], b[2][32][2];
+};
+
+static place home, fibre[THREADS];
+static char *stacks;
+static bool done[THREADS];
+static struct {
+    const struct meeting *at; /* NULL: it can run */
+    unsigned turn;
+} waits[THREADS];
+static int current, onward; /* warps are tried in this direction, which alternates between blocks */
+static meeting block, warp[WARPS];
+static lane_data shown[WARPS];
+static unsigned parity[THREADS];
+static const std::function<void()> *body;
+static struct { unsigned x; } thread;
+static dim3 block_index, block_count;
+
+static bool can_run(int i) { return !done[i] && (!waits[i].at || waits[i].at->turn != waits[i].turn); }
+
+/* Goes on with another fibre: of the same warp while one can run, so that warps run ahead of each other as far as barriers
+   let them; home when all are done. */
+static void next() {
+    const int from = current;
+    int to = -1, i, left = 0;
+    for (i = 1; i < 32 && to < 0; i++)
+        if (can_run(from / 32 * 32 + (from + i) % 32)) to = from / 32 * 32 + (from + i) % 32;
+    for (i = 0; i < THREADS && to < 0; i++) {
+        const int other = ((from / 32 + onward * (1 + i / 32) + 2 * WARPS) % WARPS) * 32 + i % 32;
+        if (can_run(other)) to = other;
+        left += !done[other];
+    }
+    if (to < 0 && left) {
+        fprintf(stderr, "cuda_shim: the threads of a block wait for each other forever\n");
+        abort();
+    }
+    if (to < 0) {
+        go(&fibre[from], &home);
+        return;
+    }
+    current = to;
+    thread.x = (unsigned)to;
+    go(&fibre[from], &fibre[to]);
+}
+
+static void release(meeting &m) {
+    m.arrived = 0;
+    m.turn++;
+}
+static void meet(meeting &m) {
+    if (++m.arrived == m.alive) {
+        release(m);
+        return;
+    }
+    waits[current] = {&m, m.turn};
+    next();
+    waits[current].at = nullptr;
+}
+static void leave(meeting &m) {
+    if (--m.alive && m.arrived == m.alive) release(m);
+}
+static void start() {
+    (*body)();
+    done[current] = true;
+    leave(block);
+    leave(warp[current / 32]);
+    next();
+    abort();
+}
+
+static void run(dim3 grid, const std::function<void()> &kernel) {
+    if (!stacks)
+        stacks =
+            (char *)mmap(nullptr, (size_t)THREADS * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    body = &kernel;
+    block_count = grid;
+    for (block_index.z = 0; block_index.z < grid.z; block_index.z++)
+        for (block_index.y = 0; block_index.y < grid.y; block_index.y++)
+            for (block_index.x = 0; block_index.x < grid.x; block_index.x++) {
+                block = meeting{THREADS, 0, 0};
+                for (auto &w : warp) w = meeting{32, 0, 0};
+                for (int i = 0; i < THREADS; i++) {
+                    done[i] = false;
+                    waits[i].at = nullptr;
+                    prepare(&fibre[i], stacks + (size_t)i * STACK, start);
+                }
+                onward = onward == 1 ? -1 : 1;
+                current = onward == 1 ? 0 : THREADS - 32;
+                thread.x = (unsigned)current;
+                go(&home, &fibre[current]);
+            }
+}
+
+/* ---- device memory ---- */
+
+enum : size_t { ARENA = (size_t)4 << 30, PAGE = 4096 };
+static char *arena;
+static std::map<size_t, size_t> blocks; /* offset, bytes */
+static size_t in_use, high;
+static int opened, closings;
+static bool is_open; /* its pages, up to high */
+
+/* Pages are closed to the host one time in so many: it is a slow call, and a mistake will come again. */
+static void open_arena() {
+    if (!opened++ && !is_open && high) mprotect(arena, high, PROT_READ | PROT_WRITE);
+    is_open = true;
+}
+static void close_arena() {
+    if (--opened || !high || ++closings % (high < (size_t)32 << 20 ? 8 : 64)) return;
+    mprotect(arena, high, PROT_NONE);
+    is_open = false;
+}
+static bool on_device(const void *p) { return arena && (const char *)p >= arena && (const char *)p < arena + ARENA; }
+
+template <class T> static void check_argument(const T &v) {
+    if constexpr (std::is_pointer_v<T>)
+        if (v && !on_device(v)) {
+            fprintf(stderr, "cuda_shim: a kernel is given a host pointer\n");
+            abort();
+        }
+}
+
+/* ---- streams and graphs ---- */
+
+typedef std::vector<std::function<void()>> graph;
+static graph *capturing;
+
+static void submit(std::function<void()> work) {
+    if (capturing) {
+        capturing->push_back(std::move(work));
+        return;
+    }
+    open_arena();
+    work();
+    close_arena();
+}
+
+} // namespace shim
+
+typedef int cudaError_t;
+enum {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorMemoryAllocation = 2,
+    cudaErrorStreamCaptureUnsupported = 900,
+    cudaErrorUnknown = 999
+};
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
+enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaStreamCaptureModeThreadLocal = 1 };
+typedef struct shim_stream *cudaStream_t;
+typedef struct shim_event *cudaEvent_t;
+typedef shim::graph *cudaGraph_t, *cudaGraphExec_t;
+struct cudaDeviceProp {
+    char name[256];
+    int major, minor, multiProcessorCount;
+};
+
+static cudaError_t shim_last;
+/* Counts a call; true where the test wants it to fail. */
+static bool shim_fails() { return cuda_shim_fail && --cuda_shim_fail == 0; }
+#define SHIM_CALL()                                            \
+    do {                                                       \
+        if (shim_fails()) return shim_last = cudaErrorUnknown; \
+    } while (0)
+
+static cudaError_t cudaGetLastError() {
+    cudaError_t last = shim_last;
+    shim_last = cudaSuccess;
+    return last;
+}
+static const char *cudaGetErrorString(cudaError_t e) {
+    return e == cudaErrorMemoryAllocation           ? "out of memory"
+           : e == cudaErrorInvalidValue             ? "invalid argument"
+           : e == cudaErrorStreamCaptureUnsupported ? "operation not permitted when stream is capturing"
+                                                    : "unknown error";
+}
+static cudaError_t cudaGetDevice(int *device) {
+    SHIM_CALL();
+    *device = 0;
+    return cudaSuccess;
+}
+static cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
+    SHIM_CALL();
+    strcpy(p->name, "shim");
+    p->major = 9;
+    p->minor = 0;
+    p->multiProcessorCount = 2;
+    return cudaSuccess;
+}
+static cudaError_t cudaMalloc(void **memory, size_t bytes) {
+    using namespace shim;
+    SHIM_CALL();
+    if (capturing) return shim_last = cudaErrorStreamCaptureUnsupported;
+    if (bytes > cuda_shim_memory || in_use + bytes > cuda_shim_memory) return shim_last = cudaErrorMemoryAllocation;
+    if (!arena) {
+        arena = (char *)mmap(nullptr, ARENA, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (arena == MAP_FAILED) abort();
+    }
+    const size_t room = (bytes + 255) / 256 * 256 + 256; /* 256 bytes of NaN behind it */
+    size_t at = 256;
+    for (const auto &b : blocks) {
+        if (at + room <= b.first) break;
+        at = b.first + b.second;
+    }
+    if (at + room > ARENA) return shim_last = cudaErrorMemoryAllocation;
+    blocks[at] = room;
+    in_use += bytes;
+    if (high < at + room) high = (at + room + PAGE - 1) / PAGE * PAGE, is_open = false;
+    if (bytes < (size_t)8 << 20) { /* cuBLAS's workspace is never touched: its pages stay away */
+        open_arena();
+        memset(arena + at, 0xff, room);
+        close_arena();
+    }
+    *memory = arena + at;
+    return cudaSuccess;
+}
+template <class T> static cudaError_t cudaMalloc(T **memory, size_t bytes) {
+    return cudaMalloc((void **)memory, bytes);
+}
+static cudaError_t cudaFree(void *memory) {
+    using namespace shim;
+    SHIM_CALL();
+    auto b = blocks.find((size_t)((char *)memory - arena));
+    if (b == blocks.end()) {
+        fprintf(stderr, "cuda_shim: cudaFree of what cudaMalloc did not give\n");
+        abort();
+    }
+    if (b->second < (size_t)8 << 20) {
+        open_arena();
+        memset(memory, 0xff, b->second);
+        close_arena();
+    }
+    in_use -= b->second - 256 < in_use ? b->second - 256 : in_use;
+    blocks.erase(b);
+    return cudaSuccess;
+}
+static cudaError_t cudaMallocHost(void **memory, size_t bytes) {
+    SHIM_CALL();
+    *memory = malloc(bytes);
+    return cudaSuccess;
+}
+static cudaError_t cudaFreeHost(void *memory) {
+    free(memory);
+    return cudaSuccess;
+}
+static cudaError_t cudaMemGetInfo(size_t *room, size_t *total) {
+    SHIM_CALL();
+    *total = cuda_shim_memory;
+    *room = cuda_shim_memory - (shim::in_use < cuda_shim_memory ? shim::in_use : cuda_shim_memory);
+    return cudaSuccess;
+}
+static cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+    using namespace shim;
+    SHIM_CALL();
+    if (on_device(to) != (kind != cudaMemcpyDeviceToHost) || on_device(from) != (kind != cudaMemcpyHostToDevice)) {
+        fprintf(stderr, "cuda_shim: a copy of kind %d from %p to %p\n", (int)kind, from, to);
+        abort();
+    }
+    if (capturing && kind != cudaMemcpyDeviceToDevice) return shim_last = cudaErrorStreamCaptureUnsupported;
+    submit([=] { memcpy(to, from, bytes); });
+    return cudaSuccess;
+}
+static cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t) {
+    SHIM_CALL();
+    if (bytes) shim::submit([=] { memset(to, value, bytes); });
+    return cudaSuccess;
+}
+static cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, int) {
+    SHIM_CALL();
+    *stream = (cudaStream_t)malloc(1);
+    return cudaSuccess;
+}
+static cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+    free(stream);
+    return cudaSuccess;
+}
+static cudaError_t cudaStreamSynchronize(cudaStream_t) {
+    SHIM_CALL();
+    if (shim::capturing) return shim_last = cudaErrorStreamCaptureUnsupported;
+    cuda_shim_waits++;
+    return cudaSuccess;
+}
+static cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, int) {
+    SHIM_CALL();
+    *event = (cudaEvent_t)malloc(1);
+    return cudaSuccess;
+}
+static cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    free(event);
+    return cudaSuccess;
+}
+static cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) {
+    SHIM_CALL();
+    return cudaSuccess;
+}
+static cudaError_t cudaEventSynchronize(cudaEvent_t) {
+    SHIM_CALL();
+    return shim::capturing ? shim_last = cudaErrorStreamCaptureUnsupported : cudaSuccess;
+}
+static cudaError_t cudaStreamBeginCapture(cudaStream_t, int) {
+    SHIM_CALL();
+    shim::capturing = new shim::graph;
+    return cudaSuccess;
+}
+static cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *graph) {
+    *graph = shim::capturing;
+    shim::capturing = nullptr;
+    if (shim_fails()) {
+        delete *graph;
+        *graph = nullptr;
+        return cudaErrorUnknown;
+    }
+    return cudaSuccess;
+}
+static cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, int) {
+    SHIM_CALL();
+    *exec = new shim::graph(*graph);
+    return cudaSuccess;
+}
+static cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
+    SHIM_CALL();
+    cuda_shim_replays++;
+    shim::open_arena();
+    for (auto &work : *exec) work();
+    shim::close_arena();
+    return cudaSuccess;
+}
+static cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+    delete graph;
+    return cudaSuccess;
+}
+static cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
+    delete exec;
+    return cudaSuccess;
+}
+
+/* ---- launching, and what a kernel sees ---- */
+
+#define threadIdx (shim::thread)
+#define blockIdx (shim::block_index)
+#define gridDim (shim::block_count)
+static const dim3 blockDim(shim::THREADS);
+
+template <class... P, class... A> static void shim_launch(void (*kernel)(P...), dim3 grid, A... arguments) {
+    std::tuple<P...> values(arguments...);
+    std::apply([](const auto &...v) { (shim::check_argument(v), ...); }, values);
+    cuda_shim_launches++;
+    shim::submit([=] { shim::run(grid, [&] { std::apply(kernel, values); }); });
+}
+#define CKCA__LAUNCH(ctx, kernel, grid, ...)                               \
+    do {                                                                   \
+        if (shim_fails())                                                  \
+            shim_last = cudaErrorUnknown;                                  \
+        else                                                               \
+            shim_launch(kernel, grid, __VA_ARGS__);                        \
+        ckca__cuda_check(ckca__cuda_of(ctx), #kernel, cudaGetLastError()); \
+    } while (0)
+
+static void __syncthreads() { shim::meet(shim::block); }
+
+template <class T> static T __shfl_xor_sync(unsigned, T v, int mask) {
+    const int t = shim::current, lane = t % 32, turn = (int)(shim::parity[t]++ & 1);
+    shim::lane_data &d = shim::shown[t / 32];
+    memcpy(&d.value[turn][lane], &v, sizeof v);
+    shim::meet(shim::warp[t / 32]);
+    memcpy(&v, &d.value[turn][lane ^ mask], sizeof v);
+    return v;
+}
+
+/* ---- tensor cores ---- */
+
+static unsigned ckca__to_tf32(float v) { /* round to nearest, ties away: 10 bits of mantissa are left */
+    const unsigned u = __float_as_uint(v);
+    return (u & 0x7f800000) == 0x7f800000 ? u : (u + 0x1000) & ~0x1fffu;
+}
+static unsigned shim_bf16(float v) { /* round to nearest even */
+    const unsigned u = __float_as_uint(v);
+    if ((u & 0x7fffffff) > 0x7f800000) return u >> 16 | 0x40;
+    return (u + 0x7fff + (u >> 16 & 1)) >> 16;
+}
+static unsigned ckca__to_bf16x2(float low, float high) { return shim_bf16(low) | shim_bf16(high) << 16; }
+
+/* D = A B + C by a warp. The fragments (PTX ISA, mma.m16n8k8 with .tf32 and mma.m16n8k16 with .bf16): A(row, k) is in
+   lane row % 8 * 4 + K % 4, register row / 8 + K / 4 * 2; B(k, column) in lane column * 4 + K % 4, register K / 4;
+   C(row, column) in lane row % 8 * 4 + column / 2, register column % 2 + row / 8 * 2. K is k for tf32, k / 2 for bf16.
+   */
+template <int BF16> static void shim_mma(float c[4], const unsigned a[4], const unsigned b[2]) {
+    const int t = shim::current, lane = t % 32, turn = (int)(shim::parity[t]++ & 1);
+    shim::lane_data &d = shim::shown[t / 32];
+    memcpy(d.a[turn][lane], a, 16);
+    memcpy(d.b[turn][lane], b, 8);
+    shim::meet(shim::warp[t / 32]);
+    for (int i = 0; i < 4; i++) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        double sum = c[i];
+        for (int k = 0; k < 8; k++) {
+            const unsigned x = d.a[turn][row % 8 * 4 + k % 4][row / 8 + k / 4 * 2],
+                           y = d.b[turn][column * 4 + k % 4][k / 4];
+            if (BF16)
+                sum += (double)__uint_as_float(x << 16) * __uint_as_float(y << 16) +
+                       (double)__uint_as_float(x & 0xffff0000) * __uint_as_float(y & 0xffff0000);
+            else
+                sum += (double)__uint_as_float(x & ~0x1fffu) * __uint_as_float(y & ~0x1fffu);
+        }
+        c[i] = (float)sum;
+    }
+}
+static void ckca__mma_tf32(float *c, const unsigned *a, const unsigned *b) { shim_mma<0>(c, a, b); }
+static void ckca__mma_bf16(float *c, const unsigned *a, const unsigned *b) { shim_mma<1>(c, a, b); }
+
+/* ---- cuBLAS ---- */
+
+typedef struct shim_blas *cublasHandle_t;
+typedef int cublasStatus_t;
+enum { CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_EXECUTION_FAILED = 13 };
+enum cublasOperation_t { CUBLAS_OP_N, CUBLAS_OP_T };
+enum cublasComputeType_t { CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32F_FAST_TF32, CUBLAS_COMPUTE_32F_FAST_16BF };
+enum { CUDA_R_32F, CUBLAS_GEMM_DEFAULT };
+static const char *cublasGetStatusString(cublasStatus_t) { return "CUBLAS_STATUS_EXECUTION_FAILED"; }
+static cublasStatus_t shim_blas_call() { return shim_fails() ? CUBLAS_STATUS_EXECUTION_FAILED : CUBLAS_STATUS_SUCCESS; }
+static cublasStatus_t cublasCreate(cublasHandle_t *blas) {
+    *blas = nullptr;
+    if (shim_blas_call()) return CUBLAS_STATUS_EXECUTION_FAILED;
+    *blas = (cublasHandle_t)malloc(1);
+    return CUBLAS_STATUS_SUCCESS;
+}
+static cublasStatus_t cublasDestroy(cublasHandle_t blas) {
+    free(blas);
+    return CUBLAS_STATUS_SUCCESS;
+}
+static cublasStatus_t cublasSetStream(cublasHandle_t, cudaStream_t) { return shim_blas_call(); }
+static cublasStatus_t cublasSetWorkspace(cublasHandle_t, void *, size_t) { return shim_blas_call(); }
+/* c (m x n) = alpha op(a) (m x k) op(b) (k x n) + beta c, column by column. */
+static cublasStatus_t cublasGemmEx(cublasHandle_t, cublasOperation_t turn_a, cublasOperation_t turn_b, int m, int n,
+                                   int k, const float *alpha, const void *a_, int, int lda, const void *b_, int,
+                                   int ldb, const float *beta, void *c_, int, int ldc, cublasComputeType_t compute,
+                                   int) {
+    if (shim_blas_call()) return CUBLAS_STATUS_EXECUTION_FAILED;
+    const float one = *alpha, add = *beta, *a = (const float *)a_, *b = (const float *)b_;
+    float *c = (float *)c_;
+    shim::check_argument(a), shim::check_argument(b), shim::check_argument(c);
+    shim::submit([=] {
+        const auto round = [=](float v) {
+            return compute == CUBLAS_COMPUTE_32F             ? v
+                   : compute == CUBLAS_COMPUTE_32F_FAST_TF32 ? __uint_as_float(ckca__to_tf32(v))
+                                                             : __uint_as_float(shim_bf16(v) << 16);
+        };
+        for (int j = 0; j < n; j++)
+            for (int i = 0; i < m; i++) {
+                double sum = 0;
+                for (int l = 0; l < k; l++)
+                    sum += (double)round(turn_a ? a[l + (size_t)i * lda] : a[i + (size_t)l * lda]) *
+                           round(turn_b ? b[j + (size_t)l * ldb] : b[l + (size_t)j * ldb]);
+                float *to = c + i + (size_t)j * ldc;
+                *to = (float)(one * sum) + (add != 0 ? add * *to : 0);
+            }
+    });
+    return CUBLAS_STATUS_SUCCESS;
+}
+#endif

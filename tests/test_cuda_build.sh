@@ -1,0 +1,46 @@
+#!/bin/sh
+# test_cuda_build.sh: make CUDA=1 builds every example, test and the bench with nvcc, for one architecture, in a tree of
+# links of its own; where there is no GPU, programs say so. Without nvcc nothing is tried, aloud. From the repository's root.
+dir=build/cuda_build
+passed=0
+failed=0
+check() { # check NAME CONDITION...
+    name=$1
+    shift
+    if "$@"; then passed=$((passed + 1)); else
+        failed=$((failed + 1))
+        echo "FAIL $name"
+    fi
+}
+# The header with CKCA_CUDA, in both languages (needs no nvcc).
+mkdir -p $dir
+echo '#define CKCA_IMPLEMENTATION
+#include "ckca.h"' > $dir/header.c
+flags="-Wall -Wextra -Wpedantic -Werror -DCKCA_CUDA -D_DEFAULT_SOURCE -I. -c -o /dev/null"
+check "C99 with CKCA_CUDA" ${CC:-cc} -std=c99 $flags $dir/header.c
+check "C++11 with CKCA_CUDA" ${CXX:-c++} -x c++ -std=c++11 $flags $dir/header.c
+if ! command -v nvcc > /dev/null && [ ! -x /usr/local/cuda/bin/nvcc ]; then
+    echo "note: no nvcc here: ckca_cuda.cu is not compiled for a GPU"
+    check "make CUDA=1 without nvcc names what is missing" sh -c 'make CUDA=1 all 2>&1 | grep -q "there is no nvcc"'
+    echo "$passed passed, $failed failed"
+    [ $failed -eq 0 ]
+    exit
+fi
+for file in ckca.h ckca_cuda.cu Makefile examples tests; do
+    [ -e $dir/$file ] || ln -s ../../$file $dir/$file
+done
+programs="all bench"
+for source in tests/test_*.c; do programs="$programs build/tests/$(basename "$source" .c)"; done
+# The programs' own code is plain C, tested elsewhere: -O0 is enough to compile and link it.
+make -C $dir CUDA=1 CUDA_ARCH=90 CFLAGS=-O0 ${CC:+CC="$CC"} $programs > $dir/log 2>&1
+check "make CUDA=1: $(tail -n 20 $dir/log)" [ $? -eq 0 ]
+check "warnings from nvcc: $(grep -i 'warning' $dir/log)" sh -c "! grep -qi warning $dir/log"
+for program in $dir/build/incremental $dir/build/train $dir/build/bench $dir/build/tests/test_ops; do
+    check "$program does not exist" [ -x $program ]
+done
+if [ ! -e /dev/nvidia0 ]; then
+    said=$(cd $dir && build/train --data nowhere 2>&1)
+    check "without a GPU build/train says: $said" sh -c "[ $? -ne 0 ] && echo \"$said\" | grep -q CUDA"
+fi
+echo "$passed passed, $failed failed"
+[ $failed -eq 0 ]
