@@ -387,18 +387,18 @@ typedef enum ckca_method {
 
 /* a_i, the weight of picture i in AdaKD; p_o is the teacher's softmax, y its label. This project's forms. */
 typedef enum ckca_adakd {
-    CKCA_ADAKD_CLASS = 0, /* the teacher's top-1 accuracy on the chunk's pictures of class y_i */
-    CKCA_ADAKD_CONSTANT,  /* 1 */
-    CKCA_ADAKD_TRUTH,     /* p_o[y_i] over its batch mean */
-    CKCA_ADAKD_DOUBT      /* 1 - p_o[y_i] over its batch mean */
+    CKCA_ADAKD_CONSTANT = 0, /* 1 */
+    CKCA_ADAKD_CLASS,        /* the teacher's top-1 accuracy on the chunk's pictures of class y_i */
+    CKCA_ADAKD_TRUTH,        /* p_o[y_i] over its batch mean */
+    CKCA_ADAKD_DOUBT         /* 1 - p_o[y_i] over its batch mean */
 } ckca_adakd;
 
 /* d(f, fo) in FeatReg. This project's forms. */
 typedef enum ckca_featreg {
-    CKCA_FEATREG_COSINE = 0, /* 1 - cos(f, fo) */
+    CKCA_FEATREG_STAGES = 0, /* COSINE on the output map of every stage, averaged over stages */
+    CKCA_FEATREG_COSINE,     /* 1 - cos(f, fo) */
     CKCA_FEATREG_L2,         /* mean over D of (f - fo)^2 */
-    CKCA_FEATREG_RELATION,   /* mean over pairs of (cos(f_i, f_j) - cos(fo_i, fo_j))^2 */
-    CKCA_FEATREG_STAGES      /* COSINE on the output map of every stage, averaged over stages */
+    CKCA_FEATREG_RELATION    /* mean over pairs of (cos(f_i, f_j) - cos(fo_i, fo_j))^2 */
 } ckca_featreg;
 
 typedef struct ckca_progress {
@@ -415,8 +415,8 @@ typedef struct ckca_update_desc {
     /* the method's terms: loss = cross-entropy + w_kd AdaKD + w_feat FeatReg. CKCA_OFF for none */
     ckca_adakd adakd;
     ckca_featreg featreg;
-    float w_kd;                /* 0: 2 (LWF: 1) */
-    float w_feat;              /* 0: none. In what was measured (see the README) no form earned a place by default */
+    float w_kd;                /* 0: 1 (with CLASS 2: its weights are below 1) */
+    float w_feat;              /* 0: 1 (with STAGES: none where the networks have no stages alike to compare) */
     float temperature;         /* 0: 2 */
     float shrink, perturb;     /* 0: 0.4 and 0.1 */
     const ckca_model *teacher; /* NULL: the model itself as it came; else any with the same classes */
@@ -5491,8 +5491,6 @@ typedef struct ckca__update {
 } ckca__update;
 
 /* Weights by default: see the README for what was measured. */
-#define CKCA__W_KD 2.0f
-#define CKCA__W_FEAT 0.0f
 
 static ckca_status ckca__state_save(ckca__update *u); /* in CHECKPOINTS */
 static ckca_status ckca__state_load(ckca__update *u, int *found);
@@ -5674,6 +5672,17 @@ static ckca_status ckca__fingerprint(ckca__update *u) {
     return CKCA_OK;
 }
 
+/* 1: both networks have stages marked, as many, with maps of the same shapes. */
+static int ckca__same_stages(const ckca_model *m, const ckca_model *t) {
+    int i = 0, j = 0, same = 0;
+    for (;; i++, j++, same++) {
+        while (i < m->nodes && !m->node[i].stage) i++;
+        while (j < t->nodes && !t->node[j].stage) j++;
+        if (i == m->nodes || j == t->nodes) return i == m->nodes && j == t->nodes && same > 0;
+        if (m->node[i].h != t->node[j].h || m->node[i].w != t->node[j].w || m->node[i].c != t->node[j].c) return 0;
+    }
+}
+
 /* Fills in defaults and checks every field. */
 static ckca_status ckca__resolve(ckca__update *u, const ckca_update_desc *desc) {
     ckca_update_desc *d = &u->d;
@@ -5681,7 +5690,7 @@ static ckca_status ckca__resolve(ckca__update *u, const ckca_update_desc *desc) 
     const int plain = u->m->step == 0 && !(desc && desc->teacher); /* nothing to keep yet */
     if (desc) *d = *desc;
     if ((unsigned)d->method > CKCA_METHOD_LWF || (unsigned)d->adakd > CKCA_ADAKD_DOUBT ||
-        (unsigned)d->featreg > CKCA_FEATREG_STAGES || (unsigned)d->schedule > CKCA_STEP)
+        (unsigned)d->featreg > CKCA_FEATREG_RELATION || (unsigned)d->schedule > CKCA_STEP)
         return ckca__fail(ctx, CKCA_EINVAL,
                           "update: method %d, adakd %d, featreg %d, schedule %d: one of them does not exist",
                           (int)d->method, (int)d->adakd, (int)d->featreg, (int)d->schedule);
@@ -5700,8 +5709,10 @@ static ckca_status ckca__resolve(ckca__update *u, const ckca_update_desc *desc) 
             (double)d->label_smoothing, (double)d->w_kd, (double)d->w_feat, (double)d->temperature, (double)d->shrink,
             (double)d->perturb, (double)d->warmup_epochs);
     if (d->method == CKCA_METHOD_LWF) d->adakd = CKCA_ADAKD_CONSTANT;
-    d->w_kd = ckca__default(d->w_kd, d->method == CKCA_METHOD_LWF ? 1.0f : CKCA__W_KD);
-    d->w_feat = ckca__default(d->w_feat, CKCA__W_FEAT);
+    d->w_kd = ckca__default(d->w_kd, d->adakd == CKCA_ADAKD_CLASS ? 2.0f : 1.0f);
+    if (d->w_feat == 0 && d->featreg == CKCA_FEATREG_STAGES && !ckca__same_stages(u->m, d->teacher ? d->teacher : u->m))
+        d->w_feat = CKCA_OFF;
+    d->w_feat = ckca__default(d->w_feat, 1.0f);
     if (plain || (d->method != CKCA_METHOD_CKCA && d->method != CKCA_METHOD_LWF)) d->w_kd = d->w_feat = 0;
     if (d->method == CKCA_METHOD_LWF) d->w_feat = 0;
     if (plain) d->method = CKCA_METHOD_WARM;
@@ -5725,7 +5736,7 @@ static ckca_status ckca__resolve(ckca__update *u, const ckca_update_desc *desc) 
 /* Whether the terms in use can compare the student with this teacher. */
 static ckca_status ckca__check_teacher(ckca__update *u) {
     const ckca_model *m = u->m, *t = u->teacher;
-    int i, j = 0;
+    int i;
     if (!t->finished || t->ctx != m->ctx || t->classes != m->classes || t->height != m->height ||
         t->width != m->width || t->channels != m->channels)
         return ckca__fail(u->ctx, CKCA_ESHAPE,
@@ -5740,20 +5751,9 @@ static ckca_status ckca__check_teacher(ckca__update *u) {
     if ((u->d.featreg == CKCA_FEATREG_COSINE || u->d.featreg == CKCA_FEATREG_L2) && t->features != m->features)
         return ckca__fail(u->ctx, CKCA_ESHAPE, "teacher: it has %d features, the model %d: only RELATION compares them",
                           t->features, m->features);
-    for (i = 0; u->d.featreg == CKCA_FEATREG_STAGES && i <= m->nodes; i++) {
-        const ckca__node *x = &m->node[i], *y;
-        if (i < m->nodes && !x->stage) continue;
-        while (j < t->nodes && !t->node[j].stage) j++;
-        y = &t->node[j];
-        if (i == m->nodes || j == t->nodes) {
-            if (i == m->nodes && j == t->nodes) break;
-            return ckca__fail(u->ctx, CKCA_ESHAPE, "teacher: it and the model have different numbers of stages");
-        }
-        if (x->h != y->h || x->w != y->w || x->c != y->c)
-            return ckca__fail(u->ctx, CKCA_ESHAPE, "teacher: a stage is %d x %d x %d, in the model %d x %d x %d", y->h,
-                              y->w, y->c, x->h, x->w, x->c);
-        j++;
-    }
+    if (u->d.featreg == CKCA_FEATREG_STAGES && !ckca__same_stages(m, t))
+        return ckca__fail(u->ctx, CKCA_ESHAPE,
+                          "teacher: FeatReg's STAGES needs stages (ckca_stage) in both networks, of the same shapes");
     return CKCA_OK;
 }
 

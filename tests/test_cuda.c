@@ -227,8 +227,8 @@ static ckca_status plain_update(ckca_model *m, const ckca_data *data, const ckca
     u->ctx = m->ctx;
     u->m = m;
     u->data = data;
-    u->old = ckca__clone(m);
-    status = ckca__begin(u, desc);
+    status = ckca_model_copy(&u->old, m);
+    if (!status) status = ckca__begin(u, desc);
     for (; !status && u->epoch < u->d.epochs; u->epoch++) {
         ckca_shuffle(u->d.seed, u->epoch, data->count, u->order);
         for (u->batch = 0; u->batch < u->batches; u->batch++) {

@@ -73,7 +73,7 @@ refuses 2 "--epochs 2.5: it must be a whole number" "$inc" --epochs 2.5
 refuses 2 "--epochs 0: it must lie in 1 to" "$inc" --epochs=0
 refuses 2 "--seed -1" "$inc" --seed -1
 refuses 2 "--augment takes no value" "$inc" --augment=1
-refuses 2 "must be one of class|constant|truth|doubt" "$inc" --adakd clas
+refuses 2 "must be one of constant|class|truth|doubt" "$inc" --adakd clas
 refuses 2 "--methods: \"warn\" is none of" "$inc" --methods warm,warn
 refuses 2 "warm is there twice" "$inc" --methods warm,warm
 refuses 2 "only one of" "$inc" --data a --idx b

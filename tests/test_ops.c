@@ -1118,8 +1118,8 @@ static void test_torch(const char *path) {
         check_torch("avgpool.d_x", out, 1e-6);
     }
     {
-        static const char *const adakd[] = {"adakd_CLASS", "adakd_CONSTANT", "adakd_TRUTH", "adakd_DOUBT"};
-        static const char *const featreg[] = {"featreg_COSINE", "featreg_L2", "featreg_RELATION", "featreg_STAGES"};
+        static const char *const adakd[] = {"adakd_CONSTANT", "adakd_CLASS", "adakd_TRUTH", "adakd_DOUBT"};
+        static const char *const featreg[] = {"featreg_STAGES", "featreg_COSINE", "featreg_L2", "featreg_RELATION"};
         const float *z = torch("loss.z", NULL), *zo = torch("loss.zo", NULL);
         const int *labels = (const int *)(const void *)torch("loss.labels", NULL);
         int hit[6];
