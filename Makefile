@@ -13,7 +13,7 @@
 #   make install PREFIX=    the header and ckca.pc; DESTDIR is honoured
 #   make clean
 #
-# Yours to set: CC, CFLAGS, LDFLAGS, OPENMP= (to build without), STB= (to build without pictures' files).
+# Yours to set: CC, CFLAGS, LDFLAGS, THREADS= (to build without), STB= (to build without pictures' files).
 
 # As many compilers at a time as there are processors, unless told otherwise.
 ifeq ($(filter -j%,$(MAKEFLAGS)),)
@@ -37,21 +37,22 @@ endif
 HASH := \#
 probe = $(shell mkdir -p build && printf '%s\n' '$(HASH)include $(1)' 'int main(void) { return 0; }' | \
     $(CC) $(CFLAGS) $(2) -x c -o build/probe.$$$$ - 2>/dev/null && echo yes; rm -f build/probe.$$$$)
-ifeq ($(origin OPENMP),undefined)
-OPENMP := $(if $(call probe,<omp.h>,-fopenmp),-fopenmp)
+ifeq ($(origin THREADS),undefined)
+THREADS := $(if $(call probe,<pthread.h>,-pthread),-pthread)
 endif
 ifeq ($(origin STB),undefined)
 STB := $(or $(call probe,<stb/stb_image.h>),$(call probe,<stb_image.h>))
 endif
 ifeq ($(MAKELEVEL),0)
 $(info compiler: $(CC), $(shell $(CC) --version 2>/dev/null | head -n 1))
-$(info OpenMP: $(or $(OPENMP),none (one thread)); stb_image: $(if $(STB),found,none (no JPEG or PNG; Debian: libstb-dev)))
+$(info threads: $(or $(THREADS),none (one thread)); stb_image: $(if $(STB),found,none (no JPEG or PNG; Debian: libstb-dev)))
 endif
 endif
 
-ALL_CFLAGS = -std=c99 -D_DEFAULT_SOURCE $(WARNINGS) $(CFLAGS) $(OPENMP) $(if $(STB),,-DCKCA_NO_STB_IMAGE) -I.
+FEATURES = $(or $(THREADS),-DCKCA_NO_THREADS) $(if $(STB),,-DCKCA_NO_STB_IMAGE)
+ALL_CFLAGS = -std=c99 -D_DEFAULT_SOURCE $(WARNINGS) $(CFLAGS) $(FEATURES) -I.
 ASAN_CFLAGS = -std=c99 -D_DEFAULT_SOURCE -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined \
-    -fno-omit-frame-pointer $(if $(STB),,-DCKCA_NO_STB_IMAGE) -I.
+    -fno-omit-frame-pointer $(FEATURES) -I.
 LIBS = -lm
 
 EXAMPLES := $(patsubst examples/%.c,build/%,$(wildcard examples/*.c))
@@ -67,7 +68,7 @@ all: $(EXAMPLES)
 demo: build/incremental
 	rm -rf build/demo
 	mkdir -p build/demo
-	OMP_WAIT_POLICY=passive build/incremental --out build/demo
+	build/incremental --out build/demo
 
 test: $(EXAMPLES) $(TESTS) $(ASAN) build/bench
 	CC="$(CC)" sh tests/run.sh $(TESTS) $(SCRIPTS) $(ASAN)
@@ -104,7 +105,7 @@ build/asan/%: tests/%.c ckca.h $(wildcard tests/*.h) build/flags
 
 build/fuzz: tests/fuzz.c ckca.h build/flags
 	clang -std=c99 -D_DEFAULT_SOURCE -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined \
-	    $(if $(STB),,-DCKCA_NO_STB_IMAGE) -I. $< -o $@ $(LIBS)
+	    $(FEATURES) -I. $< -o $@ $(LIBS)
 
 fuzz: build/fuzz
 	mkdir -p build/corpus
@@ -115,7 +116,7 @@ install:
 	install -m 644 ckca.h '$(DESTDIR)$(PREFIX)/include/ckca.h'
 	printf '%s\n' 'prefix=$(PREFIX)' 'includedir=$${prefix}/include' '' 'Name: ckca' \
 	    'Description: Incremental training of image classifiers, a single C header' 'Version: $(VERSION)' \
-	    'Cflags: -I$${includedir}' 'Libs: -lm' > '$(DESTDIR)$(PREFIX)/lib/pkgconfig/ckca.pc'
+	    'Cflags: -I$${includedir}' 'Libs: -lm -pthread' > '$(DESTDIR)$(PREFIX)/lib/pkgconfig/ckca.pc'
 
 clean:
 	rm -rf build
