@@ -709,11 +709,13 @@ typedef struct ckca__worker {
     struct ckca__pool *pool;
     int number; /* 1 and up; 0 is the caller */
     pthread_t thread;
+    pthread_cond_t wake; /* tasks to claim, or stop. One for each worker: a signal to a condition that several wait for
+                            may, in glibc, itself wait until one signalled earlier has run */
+    int asleep;          /* waits for wake, and nobody has signalled it yet */
 } ckca__worker;
 
 typedef struct ckca__pool {
-    pthread_mutex_t mutex; /* guards what follows, up to stop */
-    pthread_cond_t wake;   /* tasks to claim, or stop: workers wait for it */
+    pthread_mutex_t mutex; /* guards what follows, up to stop, and asleep */
     pthread_cond_t done;   /* all tasks are finished: the caller waits for it */
     void (*work)(void *job, int task, int thread);
     void *job;
@@ -743,7 +745,9 @@ static void *ckca__pool_worker(void *argument) {
     for (;;) {
         ckca__pool_work(pool, worker->number);
         if (pool->stop) break;
-        pthread_cond_wait(&pool->wake, &pool->mutex);
+        worker->asleep = 1;
+        pthread_cond_wait(&worker->wake, &pool->mutex);
+        worker->asleep = 0;
     }
     pthread_mutex_unlock(&pool->mutex);
     return NULL;
@@ -757,12 +761,13 @@ static void ckca__pool_start(ckca__pool *pool) {
     pool->process = process;
     pool->tasks = pool->claimed = pool->finished = 0;
     pthread_mutex_init(&pool->mutex, NULL);
-    pthread_cond_init(&pool->wake, NULL);
     pthread_cond_init(&pool->done, NULL);
     for (pool->workers = 0; pool->workers < pool->most; pool->workers++) {
         ckca__worker *worker = &pool->worker[pool->workers];
         worker->pool = pool;
         worker->number = pool->workers + 1;
+        worker->asleep = 0;
+        pthread_cond_init(&worker->wake, NULL);
         if (pthread_create(&worker->thread, NULL, ckca__pool_worker, worker)) break;
     }
 }
@@ -774,11 +779,13 @@ static void ckca__pool_stop(ckca__pool *pool) {
     if (pool->process != (long)getpid()) return;
     pthread_mutex_lock(&pool->mutex);
     pool->stop = 1;
-    pthread_cond_broadcast(&pool->wake);
+    for (i = 0; i < pool->workers; i++) pthread_cond_signal(&pool->worker[i].wake);
     pthread_mutex_unlock(&pool->mutex);
-    for (i = 0; i < pool->workers; i++) pthread_join(pool->worker[i].thread, NULL);
+    for (i = 0; i < pool->workers; i++) {
+        pthread_join(pool->worker[i].thread, NULL);
+        pthread_cond_destroy(&pool->worker[i].wake);
+    }
     pthread_cond_destroy(&pool->done);
-    pthread_cond_destroy(&pool->wake);
     pthread_mutex_destroy(&pool->mutex);
 }
 #endif
@@ -790,6 +797,7 @@ static void ckca__parallel(ckca_context *ctx, int tasks, void (*work)(void *job,
     int task;
 #ifdef CKCA__THREADS
     ckca__pool *pool = ctx->pool;
+    int i;
     if (pool && tasks > 1) {
         ckca__pool_start(pool);
         pthread_mutex_lock(&pool->mutex);
@@ -797,9 +805,12 @@ static void ckca__parallel(ckca_context *ctx, int tasks, void (*work)(void *job,
         pool->job = job;
         pool->tasks = tasks;
         pool->claimed = pool->finished = 0;
-        pthread_mutex_unlock(&pool->mutex);
-        for (task = 1; task < tasks && task <= pool->workers; task++) pthread_cond_signal(&pool->wake);
-        pthread_mutex_lock(&pool->mutex);
+        for (i = 0, task = 1; i < pool->workers && task < tasks; i++) /* wakes one for each task but the caller's own */
+            if (pool->worker[i].asleep) {
+                pool->worker[i].asleep = 0;
+                pthread_cond_signal(&pool->worker[i].wake);
+                task++;
+            }
         ckca__pool_work(pool, 0);
         while (pool->finished < pool->tasks) pthread_cond_wait(&pool->done, &pool->mutex);
         pthread_mutex_unlock(&pool->mutex);
