@@ -754,7 +754,7 @@ static void *ckca__pool_worker(void *argument) {
 }
 
 /* Creates the workers at the first call, and at the first in a forked child, which has none of its parent's: there the
-   mutex and the conditions are made anew too, since a worker may have held them. Fewer workers than asked for will do. */
+   mutex and the conditions are made anew too, since a worker may have held them. Fewer workers than asked for do. */
 static void ckca__pool_start(ckca__pool *pool) {
     long process = (long)getpid();
     if (pool->process == process) return;
@@ -3624,7 +3624,8 @@ static void ckca__featreg_row(void *job, int i, int thread) {
 
 static void ckca__op_featreg(ckca_context *ctx, ckca_featreg form, int n, int d, int d_teacher, const float *f,
                              const float *fo, float scale, float *df, int accumulate, float *loss, void *ws) {
-    ckca__featreg job = {ctx, form, n, d, d_teacher, f, fo, scale, df, accumulate, loss, (double *)ws, (double *)ws + n};
+    ckca__featreg job = {ctx, form, n, d, d_teacher, f, fo, scale, df, accumulate, loss,
+                         (double *)ws, (double *)ws + n};
     int i;
     if (form != CKCA_FEATREG_RELATION) {
         ckca__parallel_over(ctx, (size_t)n * d, n, ckca__featreg_row, &job);

@@ -124,11 +124,11 @@ fi
 
 # Without vector kernels, without threads, without stb_image, by the compiler at hand: build and run what applies
 : "${CC:=cc}"
-for test in test_conv test_ops test_train test_files; do
+for test in test_conv test_ops test_train test_threads test_files; do
     [ -e tests/$test.c ] || continue
     case $test in
     test_files) options="CKCA_NO_STB_IMAGE" ;;
-    test_train) options="CKCA_NO_THREADS" ;;
+    test_train | test_threads) options="CKCA_NO_THREADS" ;;
     *) options="CKCA_NO_SIMD" ;;
     esac
     try build_${options}_$test $CC $std -std=c99 -O2 -D$options tests/$test.c -o $dir/${options}_$test -lm -pthread
