@@ -16,7 +16,7 @@
 #   make CUDA=1 ...         any of these on a GPU: the same programs, linked with ckca_cuda.cu (needs the CUDA toolkit)
 #   make CUDA=1 sanitize    the op tests under compute-sanitizer's four tools
 #
-# Yours to set: CC, CFLAGS, LDFLAGS, OPENMP= (to build without), STB= (to build without pictures' files);
+# Yours to set: CC, CFLAGS, LDFLAGS, THREADS= (to build without), STB= (to build without pictures' files);
 # NVCC, CUDA_ARCH= (the GPUs to compile for, as in CUDA_ARCH="80 90"; the last one's PTX serves newer ones).
 
 # As many compilers at a time as there are processors, unless told otherwise.
@@ -41,8 +41,8 @@ endif
 HASH := \#
 probe = $(shell mkdir -p build && printf '%s\n' '$(HASH)include $(1)' 'int main(void) { return 0; }' | \
     $(CC) $(CFLAGS) $(2) -x c -o build/probe.$$$$ - 2>/dev/null && echo yes; rm -f build/probe.$$$$)
-ifeq ($(origin OPENMP),undefined)
-OPENMP := $(if $(call probe,<omp.h>,-fopenmp),-fopenmp)
+ifeq ($(origin THREADS),undefined)
+THREADS := $(if $(call probe,<pthread.h>,-pthread),-pthread)
 endif
 ifeq ($(origin STB),undefined)
 STB := $(or $(call probe,<stb/stb_image.h>),$(call probe,<stb_image.h>))
@@ -55,13 +55,14 @@ endif
 endif
 ifeq ($(MAKELEVEL),0)
 $(info compiler: $(CC), $(shell $(CC) --version 2>/dev/null | head -n 1))
-$(info OpenMP: $(or $(OPENMP),none (one thread)); stb_image: $(if $(STB),found,none (no JPEG or PNG; Debian: libstb-dev)))
+$(info threads: $(or $(THREADS),none (one thread)); stb_image: $(if $(STB),found,none (no JPEG or PNG; Debian: libstb-dev)))
 endif
 endif
 
-ALL_CFLAGS = -std=c99 -D_DEFAULT_SOURCE $(if $(CUDA),-DCKCA_CUDA) $(WARNINGS) $(CFLAGS) $(OPENMP) $(if $(STB),,-DCKCA_NO_STB_IMAGE) -I.
+FEATURES = $(or $(THREADS),-DCKCA_NO_THREADS) $(if $(STB),,-DCKCA_NO_STB_IMAGE)
+ALL_CFLAGS = -std=c99 -D_DEFAULT_SOURCE $(if $(CUDA),-DCKCA_CUDA) $(WARNINGS) $(CFLAGS) $(FEATURES) -I.
 ASAN_CFLAGS = -std=c99 -D_DEFAULT_SOURCE -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined \
-    -fno-omit-frame-pointer $(if $(STB),,-DCKCA_NO_STB_IMAGE) -I.
+    -fno-omit-frame-pointer $(FEATURES) -I.
 LIBS = -lm
 
 # The GPU path: one object more, and CKCA_CUDA for everything that includes ckca.h.
@@ -94,7 +95,7 @@ all: $(EXAMPLES)
 demo: build/incremental
 	rm -rf build/demo
 	mkdir -p build/demo
-	OMP_WAIT_POLICY=passive build/incremental --out build/demo
+	build/incremental --out build/demo
 
 test: $(EXAMPLES) $(TESTS) $(ASAN) $(SHIM) build/bench
 	CC="$(CC)" sh tests/run.sh $(TESTS) $(SCRIPTS) $(ASAN) $(SHIM)
@@ -145,12 +146,12 @@ build/shim/ckca_cuda.o: ckca_cuda.cu ckca.h tests/cuda_shim.h build/flags
 	$(CXX) -std=c++17 $(SHIM_FLAGS) -Wno-unknown-pragmas -Wno-maybe-uninitialized -include tests/cuda_shim.h -x c++ -c $< -o $@
 
 build/shim/test_%: tests/test_%.c build/shim/ckca_cuda.o ckca.h $(wildcard tests/*.h) build/flags
-	$(CC) -std=c99 -D_DEFAULT_SOURCE $(SHIM_FLAGS) -O1 $(if $(STB),,-DCKCA_NO_STB_IMAGE) -c $< -o $@.o
-	$(CXX) $@.o build/shim/ckca_cuda.o -o $@ -lm
+	$(CC) -std=c99 -D_DEFAULT_SOURCE $(SHIM_FLAGS) $(FEATURES) -O1 -c $< -o $@.o
+	$(CXX) $(THREADS) $@.o build/shim/ckca_cuda.o -o $@ -lm
 
 build/fuzz: tests/fuzz.c ckca.h build/flags
 	clang -std=c99 -D_DEFAULT_SOURCE -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined \
-	    $(if $(STB),,-DCKCA_NO_STB_IMAGE) -I. $< -o $@ $(LIBS)
+	    $(FEATURES) -I. $< -o $@ $(LIBS)
 
 fuzz: build/fuzz
 	mkdir -p build/corpus
@@ -161,7 +162,7 @@ install:
 	install -m 644 ckca.h '$(DESTDIR)$(PREFIX)/include/ckca.h'
 	printf '%s\n' 'prefix=$(PREFIX)' 'includedir=$${prefix}/include' '' 'Name: ckca' \
 	    'Description: Incremental training of image classifiers, a single C header' 'Version: $(VERSION)' \
-	    'Cflags: -I$${includedir}' 'Libs: -lm' > '$(DESTDIR)$(PREFIX)/lib/pkgconfig/ckca.pc'
+	    'Cflags: -I$${includedir}' 'Libs: -lm -pthread' > '$(DESTDIR)$(PREFIX)/lib/pkgconfig/ckca.pc'
 
 clean:
 	rm -rf build

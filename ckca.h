@@ -35,8 +35,7 @@
        ckca_model_desc net = {0};  net.classes = 10;  ckca_resnet(ctx, &model, "resnet20", &net);
 
    BUILD
-       cc -O3 -fopenmp program.c -lm      (needs stb_image.h: Debian's libstb-dev)
-       cc -O3 program.c -lm               (one thread)
+       cc -O3 program.c -lm -pthread      (needs stb_image.h: Debian's libstb-dev)
        On a GPU: define CKCA_CUDA for program.c, compile ckca_cuda.cu with nvcc, link both (see ckca_cuda.cu).
    Built and tested with GCC and clang on x86-64 Linux, as C99 and C++11, where the vector kernels are chosen at run time.
    The AArch64 kernels are written but have not been run; other compilers get plain loops, many times slower.
@@ -49,12 +48,13 @@
        CKCA_NO_STDIO        no files at all: pictures come from arrays, weights through ckca_tensor_read and _write
        CKCA_NO_SIMD         plain loops only
        CKCA_CUDA            the ops of ckca_cuda.cu in place of the host's
+       CKCA_NO_THREADS      one thread only; also wherever there are no POSIX threads
        CKCA_FILE            "its/name.h", if you rename this header (it includes itself once per instruction set)
 
    CONTENTS, each a section under this name
        public:   CONTEXT  DATA  MODELS  TRAINING  FILES
-       private:  PRIVATE (what the floors share)  OPS (the seam to the GPU)  CORE  SIMD  CONVOLUTION  the other OPS
-                 DATA TYPES  GRAPH  TRAINING  DATA  FILES: SAFETENSORS  FILES: CHECKPOINTS
+       private:  PRIVATE (what the floors share)  OPS (the seam to the GPU)  THREADS  CORE  SIMD  CONVOLUTION  the
+                 other OPS  DATA TYPES  GRAPH  TRAINING  DATA  FILES: SAFETENSORS  FILES: CHECKPOINTS
    A picture's way through all of it: ckca_open_* decodes it into the store's bytes; ckca_update picks it in
    ckca__train; ckca__train_step follows it through ckca__make_batch (augmented, normalised), ckca__run_forward,
    the loss, ckca__run_backward and ckca__run_sgd to the weights.
@@ -89,8 +89,10 @@
        You free what you create (ckca_*_free; NULL is allowed), data and models before their context. Strings,
        descriptors and arrays you hand in are copied or not needed after the call; what a call says is owned by the
        library stays valid while its owner lives. A context, and all that hangs on it, belongs to one thread at a
-       time; contexts do not share anything. Inside, OpenMP runs ckca_desc.threads threads, and results are the same
-       bits for any number of them.
+       time; contexts do not share anything. Inside, a context has ckca_desc.threads - 1 threads of its own, created
+       by the first call that has work for them, asleep between calls, ended by ckca_free; results are the same bits
+       for any number of them. The child of a fork() may go on with a context that was not working then: the threads
+       are created anew.
 
    ERRORS
        Every call that can fail returns a ckca_status, and ckca_error(ctx) then holds one sentence with the real names
@@ -165,7 +167,7 @@ typedef struct ckca_model ckca_model;     /* a network, its weights, and what tr
 typedef struct ckca_data ckca_data;       /* labelled pictures: a view of a shared store of bytes */
 
 typedef struct ckca_desc {
-    int threads;  /* 0: as many as the machine has processors (without OpenMP always 1) */
+    int threads;  /* 0: as many as there are processors on line. Without POSIX threads, and with CKCA_NO_THREADS: 1 */
     ckca_isa isa; /* kernels to use; one the processor lacks is an error */
     int direct;   /* 1: no Winograd: every convolution sums its products one by one (2 to 3 times slower, and closer:
                      about 3e-7 of the output's rms instead of 1e-6) */
@@ -503,9 +505,6 @@ CKCA_API ckca_status ckca_load_weights(ckca_model *model, const char *path);
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 /* With CKCA_STATIC or fewer parts, not every function has a caller. The last section pops this. */
 #ifdef __GNUC__
@@ -542,20 +541,11 @@ enum { CKCA__DEVICE_IS_HOST = 1 };
 #define CKCA__BOTH static
 #endif
 
-#ifdef _OPENMP
-#define CKCA__PRAGMA(text) _Pragma(#text)
-/* A loop over independent tasks. Dynamic: a core that something else keeps busy takes fewer. */
-#define CKCA__PARALLEL_FOR(ctx) CKCA__PRAGMA(omp parallel for schedule(dynamic) num_threads((ctx)->threads))
-#define CKCA__THREAD() omp_get_thread_num()
-#else
-#define CKCA__PARALLEL_FOR(ctx)
-#define CKCA__THREAD() 0
-#endif
-
 #define CKCA__ALIGN 64
 
 struct ckca_context {
     int threads;
+    struct ckca__pool *pool; /* NULL: one thread */
     ckca_isa isa;
     int direct; /* no Winograd */
     ckca_precision precision;
@@ -746,6 +736,160 @@ CKCA__OP void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, cons
 #define CKCA__CORE
 
 /* ------------------------------------------------------------------------------------------------------------------
+   THREADS: ckca__parallel, which all work that is shared among threads goes through
+
+   A call's tasks are claimed one by one under a mutex (they are coarse: microseconds and more), by the caller and by
+   workers that it woke. It returns when all are done, and so waits for tasks that were claimed, never for a worker that
+   did not come: where other processes keep a processor busy, the caller does that worker's tasks meanwhile. Who waits,
+   sleeps. Results must not depend on which thread runs a task.
+   ------------------------------------------------------------------------------------------------------------------ */
+
+#if !defined(CKCA_NO_THREADS) && (defined(__unix__) || defined(__APPLE__))
+#define CKCA__THREADS
+#include <pthread.h>
+#include <unistd.h>
+
+typedef struct ckca__worker {
+    struct ckca__pool *pool;
+    int number; /* 1 and up; 0 is the caller */
+    pthread_t thread;
+    pthread_cond_t wake; /* tasks to claim, or stop. One for each worker: a signal to a condition that several wait for
+                            may, in glibc, itself wait until one signalled earlier has run */
+    int asleep;          /* waits for wake, and nobody has signalled it yet */
+} ckca__worker;
+
+typedef struct ckca__pool {
+    pthread_mutex_t mutex; /* guards what follows, up to stop, and asleep */
+    pthread_cond_t done;   /* all tasks are finished: the caller waits for it */
+    void (*work)(void *job, int task, int thread);
+    void *job;
+    int tasks, claimed, finished; /* of the call under way, or of the last one */
+    int stop;
+    pthread_mutex_t shared;  /* of ckca__lock; free whenever no call is under way */
+    long process;            /* whose threads the workers are; 0: not created yet */
+    int workers, most;       /* how many there are; how many were asked for */
+    ckca__worker worker[1];  /* most */
+} ckca__pool;
+
+/* Claims tasks and runs them until none is left to claim. Entered and left with the mutex held. */
+static void ckca__pool_work(ckca__pool *pool, int thread) {
+    while (pool->claimed < pool->tasks) {
+        int task = pool->claimed++;
+        pthread_mutex_unlock(&pool->mutex);
+        pool->work(pool->job, task, thread); /* stay as they are until the claimed task is finished */
+        pthread_mutex_lock(&pool->mutex);
+        if (++pool->finished == pool->tasks) pthread_cond_signal(&pool->done);
+    }
+}
+
+static void *ckca__pool_worker(void *argument) {
+    ckca__worker *worker = (ckca__worker *)argument;
+    ckca__pool *pool = worker->pool;
+    pthread_mutex_lock(&pool->mutex);
+    for (;;) {
+        ckca__pool_work(pool, worker->number);
+        if (pool->stop) break;
+        worker->asleep = 1;
+        pthread_cond_wait(&worker->wake, &pool->mutex);
+        worker->asleep = 0;
+    }
+    pthread_mutex_unlock(&pool->mutex);
+    return NULL;
+}
+
+/* Creates the workers at the first call, and at the first in a forked child, which has none of its parent's: there the
+   mutex and the conditions are made anew too, since a worker may have held them. Fewer workers than asked for do. */
+static void ckca__pool_start(ckca__pool *pool) {
+    long process = (long)getpid();
+    if (pool->process == process) return;
+    pool->process = process;
+    pool->tasks = pool->claimed = pool->finished = 0;
+    pthread_mutex_init(&pool->mutex, NULL);
+    pthread_cond_init(&pool->done, NULL);
+    for (pool->workers = 0; pool->workers < pool->most; pool->workers++) {
+        ckca__worker *worker = &pool->worker[pool->workers];
+        worker->pool = pool;
+        worker->number = pool->workers + 1;
+        worker->asleep = 0;
+        pthread_cond_init(&worker->wake, NULL);
+        if (pthread_create(&worker->thread, NULL, ckca__pool_worker, worker)) break;
+    }
+}
+
+/* Ends and joins the workers, unless they are a parent process's. */
+static void ckca__pool_stop(ckca__pool *pool) {
+    int i;
+    pthread_mutex_destroy(&pool->shared);
+    if (pool->process != (long)getpid()) return;
+    pthread_mutex_lock(&pool->mutex);
+    pool->stop = 1;
+    for (i = 0; i < pool->workers; i++) pthread_cond_signal(&pool->worker[i].wake);
+    pthread_mutex_unlock(&pool->mutex);
+    for (i = 0; i < pool->workers; i++) {
+        pthread_join(pool->worker[i].thread, NULL);
+        pthread_cond_destroy(&pool->worker[i].wake);
+    }
+    pthread_cond_destroy(&pool->done);
+    pthread_mutex_destroy(&pool->mutex);
+}
+#endif
+
+/* Runs work(job, task, thread) once for every task in 0..tasks-1 and returns when all are done. thread is below
+   ctx->threads and, among tasks that run at the same time, each one's own: it selects scratch. Tasks must not call
+   this themselves. */
+static void ckca__parallel(ckca_context *ctx, int tasks, void (*work)(void *job, int task, int thread), void *job) {
+    int task;
+#ifdef CKCA__THREADS
+    ckca__pool *pool = ctx->pool;
+    int i;
+    if (pool && tasks > 1) {
+        ckca__pool_start(pool);
+        pthread_mutex_lock(&pool->mutex);
+        pool->work = work;
+        pool->job = job;
+        pool->tasks = tasks;
+        pool->claimed = pool->finished = 0;
+        for (i = 0, task = 1; i < pool->workers && task < tasks; i++) /* wakes one for each task but the caller's own */
+            if (pool->worker[i].asleep) {
+                pool->worker[i].asleep = 0;
+                pthread_cond_signal(&pool->worker[i].wake);
+                task++;
+            }
+        ckca__pool_work(pool, 0);
+        while (pool->finished < pool->tasks) pthread_cond_wait(&pool->done, &pool->mutex);
+        pthread_mutex_unlock(&pool->mutex);
+        return;
+    }
+#endif
+    (void)ctx;
+    for (task = 0; task < tasks; task++) work(job, task, 0);
+}
+
+/* Between these, a task is alone with what all tasks share (the user's alloc and release, a common result). */
+static void ckca__lock(ckca_context *ctx) {
+    (void)ctx;
+#ifdef CKCA__THREADS
+    if (ctx->pool) pthread_mutex_lock(&ctx->pool->shared);
+#endif
+}
+static void ckca__unlock(ckca_context *ctx) {
+    (void)ctx;
+#ifdef CKCA__THREADS
+    if (ctx->pool) pthread_mutex_unlock(&ctx->pool->shared);
+#endif
+}
+
+/* The default of ckca_desc.threads. */
+static int ckca__processors(void) {
+#ifdef CKCA__THREADS
+    long count = sysconf(_SC_NPROCESSORS_ONLN);
+    return count < 1 ? 1 : count > 4096 ? 4096 : (int)count;
+#else
+    return 1;
+#endif
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
    CORE: context, errors, memory
    ------------------------------------------------------------------------------------------------------------------ */
 
@@ -821,11 +965,22 @@ static ckca_isa ckca__best_isa(void) {
 #endif
 }
 
+/* A context and, behind it, its pool. */
+static size_t ckca__context_bytes(int threads) {
+#ifdef CKCA__THREADS
+    if (threads > 1)
+        return sizeof(ckca_context) + sizeof(ckca__pool) + (size_t)(threads - 2) * sizeof(ckca__worker);
+#endif
+    (void)threads;
+    return sizeof(ckca_context);
+}
+
 CKCA_API ckca_status ckca_init(ckca_context **out, const ckca_desc *desc) {
     static const char *const isa_name[] = {"best", "plain", "base", "avx2", "avx512"};
     ckca_desc none;
     ckca_context *ctx;
     ckca_status status;
+    int threads;
     if (!out) return CKCA_EINVAL;
     *out = NULL;
     memset(&none, 0, sizeof none);
@@ -834,20 +989,28 @@ CKCA_API ckca_status ckca_init(ckca_context **out, const ckca_desc *desc) {
         (unsigned)desc->precision > (CKCA__DEVICE_IS_HOST ? CKCA_FLOAT32 : CKCA_BF16) || !desc->alloc != !desc->release)
         return CKCA_EINVAL;
     if (desc->isa > CKCA_ISA_PLAIN && desc->isa > ckca__best_isa()) return CKCA_EINVAL;
-    ctx = (ckca_context *)(desc->alloc ? desc->alloc(sizeof *ctx, desc->user) : malloc(sizeof *ctx));
+    threads = desc->threads ? desc->threads : ckca__processors();
+#ifndef CKCA__THREADS
+    threads = 1;
+#endif
+    ctx = (ckca_context *)(desc->alloc ? desc->alloc(ckca__context_bytes(threads), desc->user)
+                                       : malloc(ckca__context_bytes(threads)));
     if (!ctx) return CKCA_ENOMEM;
-    memset(ctx, 0, sizeof *ctx);
+    memset(ctx, 0, ckca__context_bytes(threads));
+    ctx->threads = threads;
+#ifdef CKCA__THREADS
+    if (threads > 1) {
+        ctx->pool = (ckca__pool *)(ctx + 1);
+        ctx->pool->most = threads - 1;
+        pthread_mutex_init(&ctx->pool->shared, NULL);
+    }
+#endif
     ctx->alloc = desc->alloc;
     ctx->release = desc->release;
     ctx->user = desc->user;
     ctx->isa = desc->isa ? desc->isa : ckca__best_isa();
     ctx->direct = desc->direct;
     ctx->precision = desc->precision;
-#ifdef _OPENMP
-    ctx->threads = desc->threads ? desc->threads : omp_get_max_threads(); /* OMP_NUM_THREADS, or all processors */
-#else
-    ctx->threads = 1;
-#endif
     snprintf(ctx->device, sizeof ctx->device, "host %s x%d", isa_name[ctx->isa], ctx->threads);
     if (!(status = ckca__device_init(ctx))) *out = ctx;
     else ckca_free(ctx);
@@ -857,8 +1020,11 @@ CKCA_API ckca_status ckca_init(ckca_context **out, const ckca_desc *desc) {
 CKCA_API void ckca_free(ckca_context *ctx) {
     if (!ctx) return;
     ckca__device_free(ctx);
+#ifdef CKCA__THREADS
+    if (ctx->pool) ckca__pool_stop(ctx->pool);
+#endif
     if (ctx->release)
-        ctx->release(ctx, sizeof *ctx, ctx->user);
+        ctx->release(ctx, ckca__context_bytes(ctx->threads), ctx->user);
     else
         free(ctx);
 }
@@ -1025,6 +1191,7 @@ typedef struct ckca__axis {
 } ckca__axis;
 
 typedef struct ckca__job {
+    ckca_isa isa;
     int n, h, w, c;         /* source: N x H x W x C */
     int oh, ow, k;          /* output: N x OH x OW x K */
     int r, s;               /* taps of w */
@@ -1064,12 +1231,14 @@ typedef struct ckca__outer {
 } ckca__outer;
 
 typedef struct ckca__wjob {
+    ckca_isa isa;
     ckca__conv s;
     int swap;           /* 0: a is dy and b is x; 1: the other way round */
     int groups, splits; /* of the pixels; of the output channels */
     int partial;        /* 1: sums are each group's own; 0: there is one group and they are dw */
     const float *x, *dy;
     float *sums;        /* groups x K x R x S x C; swapped: groups x R x S x C x K */
+    float *dw;
 } ckca__wjob;
 
 /* Winograd's algorithm. Pixels (and dy) turned to points lie [point][group of tiles][vector of channels][tile], a vector
@@ -1087,6 +1256,7 @@ typedef struct ckca__maps {
     int channels; /* from at on, that are meant */
 } ckca__maps;
 typedef struct ckca__wino {
+    ckca_isa isa;
     ckca__maps source, dy;   /* dy: in the weight gradient */
     int c, oh, ow, k;        /* channels of the source; output: N x OH x OW x K */
     int turned;              /* 1: input gradient: weights read from their other end */
@@ -1094,7 +1264,7 @@ typedef struct ckca__wino {
     int parts, ranges;       /* tasks: parts of the tiles times ranges of output channels */
     int block;               /* tiles that pass the three steps together */
     const float *weights, *bias, *residual;
-    float *output;
+    float *output;           /* weight gradient: dw */
     float *sums;             /* weight gradient: parts x K x 3 x 3 x C, or dw itself if there is one part */
     float *packed;           /* weights at the points, [block of channels][point][c][channels]; NULL: each task's own */
     float *scratch;
@@ -1748,90 +1918,131 @@ static void CKCA__NAME(ckca__wino_weight_task)(const ckca__wino *job, int task, 
    that the innermost one runs over neighbours in memory, which compilers turn into vector code.
    ------------------------------------------------------------------------------------------------------------------ */
 
+/* What the tasks of the three passes are given; each pass sets what it uses. */
+typedef struct ckca__naive_conv {
+    const ckca__conv *s;
+    const float *x, *w, *dy, *bias, *residual; /* w: in the forward pass R x S x C x K */
+    float *y, *dx, *dw, *dbias;
+    int relu, accumulate;
+} ckca__naive_conv;
+
+/* A row of y. */
+static void ckca__naive_conv_forward_row(void *job, int row, int thread) {
+    const ckca__naive_conv *a = (const ckca__naive_conv *)job;
+    const ckca__conv *s = a->s;
+    int n = row / s->p, p = row % s->p, q, r, t, c, j;
+    (void)thread;
+    for (q = 0; q < s->q; q++) {
+        size_t at = ((size_t)row * s->q + q) * s->k;
+        float *to = a->y + at;
+        for (j = 0; j < s->k; j++) to[j] = a->bias ? a->bias[j] : 0.0f;
+        for (r = 0; r < s->r; r++)
+            for (t = 0; t < s->s; t++) {
+                int iy = p * s->stride - s->pad + r, ix = q * s->stride - s->pad + t;
+                const float *from = a->x + (((ptrdiff_t)n * s->h + iy) * s->w + ix) * s->c;
+                if (iy < 0 || iy >= s->h || ix < 0 || ix >= s->w) continue;
+                for (c = 0; c < s->c; c++) {
+                    const float *weight = a->w + (((size_t)r * s->s + t) * s->c + c) * s->k;
+                    for (j = 0; j < s->k; j++) to[j] += from[c] * weight[j];
+                }
+            }
+        for (j = 0; j < s->k; j++) {
+            if (a->residual) to[j] += a->residual[at + j];
+            if (a->relu && to[j] < 0) to[j] = 0;
+        }
+    }
+}
+
 /* y = relu?(conv(x, w) + bias + residual). ws: K R S C floats, for w turned to R x S x C x K. */
 static void ckca__naive_conv_forward(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w,
                                      const float *bias, const float *residual, int relu, float *y, float *ws) {
+    ckca__naive_conv job;
     size_t per = (size_t)s->r * s->s * s->c, i;
-    int row, rows = s->n * s->p, k;
+    int k;
     for (k = 0; k < s->k; k++)
         for (i = 0; i < per; i++) ws[i * s->k + k] = w[k * per + i];
-    (void)ctx;
-    CKCA__PARALLEL_FOR(ctx)
-    for (row = 0; row < rows; row++) {
-        int n = row / s->p, p = row % s->p, q, r, t, c, j;
-        for (q = 0; q < s->q; q++) {
-            size_t at = ((size_t)row * s->q + q) * s->k;
-            float *to = y + at;
-            for (j = 0; j < s->k; j++) to[j] = bias ? bias[j] : 0.0f;
-            for (r = 0; r < s->r; r++)
-                for (t = 0; t < s->s; t++) {
-                    int iy = p * s->stride - s->pad + r, ix = q * s->stride - s->pad + t;
-                    const float *from = x + (((ptrdiff_t)n * s->h + iy) * s->w + ix) * s->c;
-                    if (iy < 0 || iy >= s->h || ix < 0 || ix >= s->w) continue;
-                    for (c = 0; c < s->c; c++) {
-                        const float *weight = ws + (((size_t)r * s->s + t) * s->c + c) * s->k;
-                        for (j = 0; j < s->k; j++) to[j] += from[c] * weight[j];
-                    }
+    memset(&job, 0, sizeof job);
+    job.s = s;
+    job.x = x;
+    job.w = ws;
+    job.bias = bias;
+    job.residual = residual;
+    job.relu = relu;
+    job.y = y;
+    ckca__parallel(ctx, s->n * s->p, ckca__naive_conv_forward_row, &job);
+}
+
+/* A row of dx. */
+static void ckca__naive_conv_backward_data_row(void *job, int row, int thread) {
+    const ckca__naive_conv *a = (const ckca__naive_conv *)job;
+    const ckca__conv *s = a->s;
+    int n = row / s->h, y = row % s->h, x, r, t, k, c;
+    (void)thread;
+    for (x = 0; x < s->w; x++) {
+        float *to = a->dx + ((size_t)row * s->w + x) * s->c;
+        if (!a->accumulate) memset(to, 0, sizeof *to * s->c);
+        for (r = 0; r < s->r; r++)
+            for (t = 0; t < s->s; t++) {
+                int top = y + s->pad - r, left = x + s->pad - t, p = top / s->stride, q = left / s->stride;
+                const float *from = a->dy + (((ptrdiff_t)n * s->p + p) * s->q + q) * s->k;
+                if (top < 0 || top % s->stride || p >= s->p || left < 0 || left % s->stride || q >= s->q) continue;
+                for (k = 0; k < s->k; k++) {
+                    const float *weight = a->w + (((size_t)k * s->r + r) * s->s + t) * s->c;
+                    for (c = 0; c < s->c; c++) to[c] += from[k] * weight[c];
                 }
-            for (j = 0; j < s->k; j++) {
-                if (residual) to[j] += residual[at + j];
-                if (relu && to[j] < 0) to[j] = 0;
             }
-        }
     }
 }
 
 /* dx (+)= the sum over the outputs that a pixel of x took part in of dy w. */
 static void ckca__naive_conv_backward_data(ckca_context *ctx, const ckca__conv *s, const float *dy, const float *w,
                                            float *dx, int accumulate) {
-    int row, rows = s->n * s->h;
-    (void)ctx;
-    CKCA__PARALLEL_FOR(ctx)
-    for (row = 0; row < rows; row++) {
-        int n = row / s->h, y = row % s->h, x, r, t, k, c;
-        for (x = 0; x < s->w; x++) {
-            float *to = dx + ((size_t)row * s->w + x) * s->c;
-            if (!accumulate) memset(to, 0, sizeof *to * s->c);
+    ckca__naive_conv job;
+    memset(&job, 0, sizeof job);
+    job.s = s;
+    job.dy = dy;
+    job.w = w;
+    job.dx = dx;
+    job.accumulate = accumulate;
+    ckca__parallel(ctx, s->n * s->h, ckca__naive_conv_backward_data_row, &job);
+}
+
+/* One output channel's weights. */
+static void ckca__naive_conv_backward_weight_channel(void *job, int k, int thread) {
+    const ckca__naive_conv *a = (const ckca__naive_conv *)job;
+    const ckca__conv *s = a->s;
+    size_t row, rows = (size_t)s->n * s->p;
+    float sum = 0.0f;
+    int q, r, t, c;
+    (void)thread;
+    for (row = 0; row < rows; row++)
+        for (q = 0; q < s->q; q++) {
+            ptrdiff_t n = (ptrdiff_t)(row / s->p);
+            float from = a->dy[(row * s->q + q) * s->k + k];
+            sum += from;
             for (r = 0; r < s->r; r++)
                 for (t = 0; t < s->s; t++) {
-                    int top = y + s->pad - r, left = x + s->pad - t, p = top / s->stride, q = left / s->stride;
-                    const float *from = dy + (((ptrdiff_t)n * s->p + p) * s->q + q) * s->k;
-                    if (top < 0 || top % s->stride || p >= s->p || left < 0 || left % s->stride || q >= s->q) continue;
-                    for (k = 0; k < s->k; k++) {
-                        const float *weight = w + (((size_t)k * s->r + r) * s->s + t) * s->c;
-                        for (c = 0; c < s->c; c++) to[c] += from[k] * weight[c];
-                    }
+                    int iy = (int)(row % s->p) * s->stride - s->pad + r, ix = q * s->stride - s->pad + t;
+                    const float *pixel = a->x + ((n * s->h + iy) * s->w + ix) * s->c;
+                    float *to = a->dw + (((size_t)k * s->r + r) * s->s + t) * s->c;
+                    if (iy < 0 || iy >= s->h || ix < 0 || ix >= s->w) continue;
+                    for (c = 0; c < s->c; c++) to[c] += from * pixel[c];
                 }
         }
-    }
+    if (a->dbias) a->dbias[k] += sum;
 }
 
 /* dw += the sum over output pixels of dy x, dbias += the sum over them of dy. */
 static void ckca__naive_conv_backward_weight(ckca_context *ctx, const ckca__conv *s, const float *x, const float *dy,
                                              float *dw, float *dbias) {
-    int k;
-    (void)ctx;
-    CKCA__PARALLEL_FOR(ctx)
-    for (k = 0; k < s->k; k++) {
-        size_t row, rows = (size_t)s->n * s->p;
-        float sum = 0.0f;
-        int q, r, t, c;
-        for (row = 0; row < rows; row++)
-            for (q = 0; q < s->q; q++) {
-                ptrdiff_t n = (ptrdiff_t)(row / s->p);
-                float from = dy[(row * s->q + q) * s->k + k];
-                sum += from;
-                for (r = 0; r < s->r; r++)
-                    for (t = 0; t < s->s; t++) {
-                        int iy = (int)(row % s->p) * s->stride - s->pad + r, ix = q * s->stride - s->pad + t;
-                        const float *pixel = x + ((n * s->h + iy) * s->w + ix) * s->c;
-                        float *to = dw + (((size_t)k * s->r + r) * s->s + t) * s->c;
-                        if (iy < 0 || iy >= s->h || ix < 0 || ix >= s->w) continue;
-                        for (c = 0; c < s->c; c++) to[c] += from * pixel[c];
-                    }
-            }
-        if (dbias) dbias[k] += sum;
-    }
+    ckca__naive_conv job;
+    memset(&job, 0, sizeof job);
+    job.s = s;
+    job.x = x;
+    job.dy = dy;
+    job.dw = dw;
+    job.dbias = dbias;
+    ckca__parallel(ctx, s->k, ckca__naive_conv_backward_weight_channel, &job);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -1924,21 +2135,28 @@ static void ckca__conv_plan(ckca__job *job, const ckca__conv *shape, int gradien
 
 static int ckca__conv_vector(ckca_isa isa) { return 4 << (isa - CKCA_ISA_BASE); } /* floats */
 
+/* Packs the weights of one block of output channels and one phase. */
+static void ckca__conv_pack_run(void *argument, int task, int thread) {
+    const ckca__job *job = (const ckca__job *)argument;
+    int block = 2 * ckca__conv_vector(job->isa), blocks = (job->k + block - 1) / block;
+    int a = task / blocks / job->spread, b = task / blocks % job->spread;
+    (void)thread;
+    CKCA__DISPATCH(job, ckca__conv_pack, (job, a, b, task % blocks * block));
+}
+static void ckca__conv_task_run(void *argument, int task, int thread) {
+    const ckca__job *job = (const ckca__job *)argument;
+    CKCA__DISPATCH(job, ckca__conv_task, (job, task, job->scratch + thread * job->scratch_size));
+}
+
 /* Packs the weights, then runs the tasks. ws: packed weights, then each thread's scratch. */
 static void ckca__conv_run(ckca_context *ctx, ckca__job *job, void *ws) {
-    int block = 2 * ckca__conv_vector(ctx->isa), blocks = (job->k + block - 1) / block, task, tasks;
+    int block = 2 * ckca__conv_vector(ctx->isa), blocks = (job->k + block - 1) / block, tasks;
+    job->isa = ctx->isa;
     job->packed = (float *)ws;
     job->scratch = job->packed + (size_t)job->r * job->s * job->c * ckca__round_up(job->k, 16);
-    tasks = job->spread * job->spread * blocks;
-    CKCA__PARALLEL_FOR(ctx)
-    for (task = 0; task < tasks; task++) {
-        int a = task / blocks / job->spread, b = task / blocks % job->spread;
-        CKCA__DISPATCH(ctx, ckca__conv_pack, (job, a, b, task % blocks * block));
-    }
+    ckca__parallel(ctx, job->spread * job->spread * blocks, ckca__conv_pack_run, job);
     tasks = (job->n + job->pictures - 1) / job->pictures * ((job->y->count + job->rows - 1) / job->rows);
-    CKCA__PARALLEL_FOR(ctx)
-    for (task = 0; task < tasks; task++)
-        CKCA__DISPATCH(ctx, ckca__conv_task, (job, task, job->scratch + CKCA__THREAD() * job->scratch_size));
+    ckca__parallel(ctx, tasks, ckca__conv_task_run, job);
 }
 
 /* The weight gradient's tasks: groups of pixels, each with sums of its own, as long as these stay small; then splits of
@@ -1956,44 +2174,56 @@ static void ckca__conv_weight_plan(ckca__wjob *job, const ckca__conv *shape, int
     job->partial = job->swap || job->groups > 1;
 }
 
-/* dw += the groups' sums. */
-static void ckca__conv_weight_reduce(ckca_context *ctx, const ckca__wjob *job, float *dw) {
-    size_t per = (size_t)job->s.r * job->s.s * job->s.c, all = per * job->s.k;
+static void ckca__conv_weight_run(void *argument, int task, int thread) {
+    const ckca__wjob *job = (const ckca__wjob *)argument;
+    (void)thread;
+    CKCA__DISPATCH(job, ckca__conv_weight_task, (job, task));
+}
+
+/* Output channel k of: dw += the groups' sums. */
+static void ckca__conv_weight_reduce(void *argument, int k, int thread) {
+    const ckca__wjob *job = (const ckca__wjob *)argument;
+    size_t per = (size_t)job->s.r * job->s.s * job->s.c, all = per * job->s.k, i;
+    float *to = job->dw + k * per;
+    const float *sums = job->sums;
+    int g;
+    (void)thread;
+    for (g = 0; g < job->groups; g++, sums += all)
+        if (job->swap)
+            for (i = 0; i < per; i++) to[i] += sums[i * job->s.k + k];
+        else
+            for (i = 0; i < per; i++) to[i] += sums[k * per + i];
+}
+
+typedef struct ckca__bias_gradient {
+    size_t rows;
     int k;
-    (void)ctx;
-    CKCA__PARALLEL_FOR(ctx)
-    for (k = 0; k < job->s.k; k++) {
-        float *to = dw + k * per;
-        const float *sums = job->sums;
-        int g;
-        size_t i;
-        for (g = 0; g < job->groups; g++, sums += all)
-            if (job->swap)
-                for (i = 0; i < per; i++) to[i] += sums[i * job->s.k + k];
-            else
-                for (i = 0; i < per; i++) to[i] += sums[k * per + i];
+    const float *dy;
+    float *dbias;
+} ckca__bias_gradient;
+
+/* 32 channels. */
+static void ckca__conv_bias_block(void *job, int block, int thread) {
+    const ckca__bias_gradient *a = (const ckca__bias_gradient *)job;
+    int first = block * 32, count = a->k - first < 32 ? a->k - first : 32, i;
+    double total[32];
+    size_t row, begin;
+    (void)thread;
+    for (i = 0; i < 32; i++) total[i] = 0;
+    for (begin = 0; begin < a->rows; begin += 256) {
+        float sum[32];
+        memset(sum, 0, sizeof sum);
+        for (row = begin; row < a->rows && row < begin + 256; row++)
+            for (i = 0; i < count; i++) sum[i] += a->dy[row * a->k + first + i];
+        for (i = 0; i < count; i++) total[i] += sum[i];
     }
+    for (i = 0; i < count; i++) a->dbias[first + i] += (float)total[i];
 }
 
 /* dbias[k] += the sum of dy[row][k]; in double over blocks of 256 rows. */
 static void ckca__conv_bias_gradient(ckca_context *ctx, size_t rows, int k, const float *dy, float *dbias) {
-    int block;
-    (void)ctx;
-    CKCA__PARALLEL_FOR(ctx)
-    for (block = 0; block < (k + 31) / 32; block++) {
-        int first = block * 32, count = k - first < 32 ? k - first : 32, i;
-        double total[32];
-        size_t row, begin;
-        for (i = 0; i < 32; i++) total[i] = 0;
-        for (begin = 0; begin < rows; begin += 256) {
-            float sum[32];
-            memset(sum, 0, sizeof sum);
-            for (row = begin; row < rows && row < begin + 256; row++)
-                for (i = 0; i < count; i++) sum[i] += dy[row * k + first + i];
-            for (i = 0; i < count; i++) total[i] += sum[i];
-        }
-        for (i = 0; i < count; i++) dbias[first + i] += (float)total[i];
-    }
+    ckca__bias_gradient job = {rows, k, dy, dbias};
+    ckca__parallel(ctx, (k + 31) / 32, ckca__conv_bias_block, &job);
 }
 
 static int ckca__conv_is_plain(const ckca_context *ctx, const ckca__conv *s) {
@@ -2034,6 +2264,7 @@ static int ckca__wino_plan(const ckca_context *ctx, ckca__wino *job, const ckca_
         s->c % 16 || s->k % 16)
         return 0;
     memset(job, 0, sizeof *job);
+    job->isa = ctx->isa;
     job->turned = pass == 1;
     job->source.h = job->turned ? s->p : s->h;
     job->source.w = job->turned ? s->q : s->w;
@@ -2097,39 +2328,51 @@ static size_t ckca__wino_workspace(const ckca_context *ctx, const ckca__conv *s)
     return most;
 }
 
+/* Turns the weights of a block of output channels. */
+static void ckca__wino_pack_run(void *argument, int b, int thread) {
+    const ckca__wino *job = (const ckca__wino *)argument;
+    int lanes = 2 * ckca__conv_vector(job->isa);
+    (void)thread;
+    CKCA__DISPATCH(job, ckca__wino_pack, (job, b, job->packed + (size_t)b * CKCA__WINO_POINTS * job->c * lanes));
+}
+static void ckca__wino_task_run(void *argument, int task, int thread) {
+    const ckca__wino *job = (const ckca__wino *)argument;
+    CKCA__DISPATCH(job, ckca__wino_task, (job, task, job->scratch + thread * job->scratch_size));
+}
+
 static void ckca__wino_run(ckca_context *ctx, ckca__wino *job, void *ws) {
-    int lanes = 2 * ckca__conv_vector(ctx->isa), blocks = (job->k + lanes - 1) / lanes, b, task;
+    int lanes = 2 * ckca__conv_vector(ctx->isa);
     job->scratch = (float *)ws;
     if (job->ranges == 1) {
         job->packed = job->scratch;
         job->scratch += (size_t)CKCA__WINO_POINTS * job->c * ckca__round_up(job->k, 32);
-        CKCA__PARALLEL_FOR(ctx)
-        for (b = 0; b < blocks; b++)
-            CKCA__DISPATCH(ctx, ckca__wino_pack,
-                           (job, b, job->packed + (size_t)b * CKCA__WINO_POINTS * job->c * lanes));
+        ckca__parallel(ctx, (job->k + lanes - 1) / lanes, ckca__wino_pack_run, job);
     }
-    CKCA__PARALLEL_FOR(ctx)
-    for (task = 0; task < job->parts * job->ranges; task++)
-        CKCA__DISPATCH(ctx, ckca__wino_task, (job, task, job->scratch + CKCA__THREAD() * job->scratch_size));
+    ckca__parallel(ctx, job->parts * job->ranges, ckca__wino_task_run, job);
 }
 
-/* dw += the parts' sums. */
+static void ckca__wino_weight_task_run(void *argument, int task, int thread) {
+    const ckca__wino *job = (const ckca__wino *)argument;
+    CKCA__DISPATCH(job, ckca__wino_weight_task, (job, task, job->scratch + thread * job->scratch_size));
+}
+
+/* Output channel k of: dw += the parts' sums. */
+static void ckca__wino_weight_reduce(void *argument, int k, int thread) {
+    const ckca__wino *job = (const ckca__wino *)argument;
+    size_t per = (size_t)9 * job->c, all = per * job->k, i;
+    int part;
+    (void)thread;
+    for (part = 0; part < job->parts; part++)
+        for (i = 0; i < per; i++) job->output[k * per + i] += job->sums[part * all + k * per + i];
+}
+
 static void ckca__wino_weight_run(ckca_context *ctx, ckca__wino *job, float *dw, void *ws) {
-    size_t per = (size_t)9 * job->c, all = per * job->k;
-    int task, k;
+    size_t all = (size_t)9 * job->c * job->k;
+    job->output = dw;
     job->sums = job->parts > 1 ? (float *)ws : dw;
     job->scratch = (float *)ws + (job->parts > 1 ? job->parts * all : 0);
-    CKCA__PARALLEL_FOR(ctx)
-    for (task = 0; task < job->parts * job->ranges; task++)
-        CKCA__DISPATCH(ctx, ckca__wino_weight_task, (job, task, job->scratch + CKCA__THREAD() * job->scratch_size));
-    if (job->parts == 1) return;
-    CKCA__PARALLEL_FOR(ctx)
-    for (k = 0; k < job->k; k++) {
-        int part;
-        size_t i;
-        for (part = 0; part < job->parts; part++)
-            for (i = 0; i < per; i++) dw[k * per + i] += job->sums[part * all + k * per + i];
-    }
+    ckca__parallel(ctx, job->parts * job->ranges, ckca__wino_weight_task_run, job);
+    if (job->parts > 1) ckca__parallel(ctx, job->k, ckca__wino_weight_reduce, job);
 }
 #endif /* CKCA__SIMD */
 
@@ -2225,19 +2468,16 @@ CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv 
         return;
     }
     if (!ckca__conv_is_plain(ctx, s) && channels >= 4) {
-        struct { ckca_isa isa; } narrow; /* no vectors longer than the channels */
         ckca__wjob job;
-        int task;
-        narrow.isa = ctx->isa;
-        while (ckca__conv_vector(narrow.isa) > channels) narrow.isa = (ckca_isa)(narrow.isa - 1);
-        ckca__conv_weight_plan(&job, s, ckca__conv_vector(narrow.isa));
+        job.isa = ctx->isa; /* but no vectors longer than the channels */
+        while (ckca__conv_vector(job.isa) > channels) job.isa = (ckca_isa)(job.isa - 1);
+        ckca__conv_weight_plan(&job, s, ckca__conv_vector(job.isa));
         job.x = x;
         job.dy = dy;
+        job.dw = dw;
         job.sums = job.partial ? (float *)ws : dw;
-        CKCA__PARALLEL_FOR(ctx)
-        for (task = 0; task < job.groups * job.splits; task++)
-            CKCA__DISPATCH(&narrow, ckca__conv_weight_task, (&job, task));
-        if (job.partial) ckca__conv_weight_reduce(ctx, &job, dw);
+        ckca__parallel(ctx, job.groups * job.splits, ckca__conv_weight_run, &job);
+        if (job.partial) ckca__parallel(ctx, s->k, ckca__conv_weight_reduce, &job);
         if (dbias) ckca__conv_bias_gradient(ctx, (size_t)s->n * s->p * s->q, s->k, dy, dbias);
         return;
     }
@@ -2590,13 +2830,14 @@ static void ckca__device_zero(ckca_context *ctx, void *device, size_t bytes) {
 #define CKCA__BLOCK 32768     /* values, of element-wise ops */
 #define CKCA__WIDE 1024       /* see ckca__wide */
 
-/* CKCA__PARALLEL_FOR, by one thread where there are too few values for waking others to pay. */
-#ifdef _OPENMP
-#define CKCA__PARALLEL_OVER(ctx, values) \
-    CKCA__PRAGMA(omp parallel for schedule(dynamic) num_threads((ctx)->threads) if ((size_t)(values) > CKCA__BLOCK / 2))
-#else
-#define CKCA__PARALLEL_OVER(ctx, values)
-#endif
+/* ckca__parallel, by the caller alone where tasks go over too few values in all for waking others to pay. */
+static void ckca__parallel_over(ckca_context *ctx, size_t values, int tasks,
+                                void (*work)(void *job, int task, int thread), void *job) {
+    int task;
+    if (values > CKCA__BLOCK / 2) ckca__parallel(ctx, tasks, work, job);
+    else
+        for (task = 0; task < tasks; task++) work(job, task, 0);
+}
 
 static int ckca__blocks(size_t count) { return (int)((count + CKCA__BLOCK - 1) / CKCA__BLOCK); }
 static size_t ckca__block_size(size_t count, int b) {
@@ -2753,6 +2994,36 @@ static void ckca__batchnorm_block(const ckca_context *ctx, size_t count, int c, 
     }
 }
 
+typedef struct ckca__batchnorm_sums {
+    const ckca_context *ctx;
+    size_t rows, block; /* rows in all; in a block */
+    int c;
+    const float *x, *y, *dy, *mean;
+    float *part; /* what the blocks' sums go to */
+} ckca__batchnorm_sums;
+
+static void ckca__batchnorm_moments(void *job, int b, int thread) {
+    const ckca__batchnorm_sums *a = (const ckca__batchnorm_sums *)job;
+    size_t c = (size_t)a->c, first = (size_t)b * a->block;
+    size_t count = a->rows - first < a->block ? a->rows - first : a->block, i;
+    size_t some = (count < 16 ? count : 16) * c;
+    const float *from = a->x + first * c;
+    float *shift = a->part + (size_t)b * 3 * c;
+    (void)thread;
+    ckca__fold_sums(some, a->c, from, shift);
+    for (i = 0; i < c; i++) shift[i] *= (float)a->c / (float)some;
+    ckca__batchnorm_block(a->ctx, count * c, a->c, from, NULL, NULL, shift, shift + c);
+}
+
+static void ckca__batchnorm_products(void *job, int b, int thread) {
+    const ckca__batchnorm_sums *a = (const ckca__batchnorm_sums *)job;
+    size_t c = (size_t)a->c, first = (size_t)b * a->block, from = first * c;
+    size_t count = a->rows - first < a->block ? a->rows - first : a->block;
+    (void)thread;
+    ckca__batchnorm_block(a->ctx, count * c, a->c, a->x + from, a->y ? a->y + from : NULL, a->dy + from, a->mean,
+                          a->part + (size_t)b * 2 * c);
+}
+
 /* mean and inv_std from one pass over x. Squares are of differences from a shift, the mean of the block's first 16
    rows, so that a mean far from 0 costs no digits; blocks are joined as by Chan, Golub, LeVeque 1979. */
 static void ckca__batchnorm_statistics(ckca_context *ctx, size_t rows, int c, const float *x, float *running_mean,
@@ -2760,17 +3031,9 @@ static void ckca__batchnorm_statistics(ckca_context *ctx, size_t rows, int c, co
     size_t block = ckca__block_rows(ctx, rows, c);
     double *total = (double *)ws, *square = total + c;
     float *part = (float *)(square + c); /* per block: c shifts, sums, sums of squares */
+    ckca__batchnorm_sums job = {ctx, rows, block, c, x, NULL, NULL, NULL, part};
     int blocks = (int)((rows + block - 1) / block), b, j;
-    CKCA__PARALLEL_OVER(ctx, rows * (size_t)c)
-    for (b = 0; b < blocks; b++) {
-        size_t first = (size_t)b * block, count = rows - first < block ? rows - first : block, i;
-        size_t some = (count < 16 ? count : 16) * (size_t)c;
-        const float *from = x + first * (size_t)c;
-        float *shift = part + (size_t)b * 3 * (size_t)c;
-        ckca__fold_sums(some, c, from, shift);
-        for (i = 0; i < (size_t)c; i++) shift[i] *= (float)c / (float)some;
-        ckca__batchnorm_block(ctx, count * (size_t)c, c, from, NULL, NULL, shift, shift + c);
-    }
+    ckca__parallel_over(ctx, rows * (size_t)c, blocks, ckca__batchnorm_moments, &job);
     memset(total, 0, 2 * (size_t)c * sizeof *total);
     for (b = 0; b < blocks; b++) {
         size_t first = (size_t)b * block;
@@ -2795,34 +3058,80 @@ static void ckca__batchnorm_statistics(ckca_context *ctx, size_t rows, int c, co
     }
 }
 
-/* y = relu?((x - mean) gamma inv_std + beta + residual), inv_std from var where it is NULL. Blocks from the last to the
-   first: what the statistics read last is still in cache. */
+typedef struct ckca__batchnorm_table {
+    const ckca_context *ctx;
+    size_t rows, block, cols; /* rows in all; in a block; values in a row of the table */
+    int c, blocks, at, width; /* blocks; the strip's first channel; its channels */
+    const float *x, *residual;
+    int relu;
+    float *y;
+    float table[3][CKCA__WIDE]; /* mean, scale, beta */
+} ckca__batchnorm_table;
+
+/* Blocks from the last to the first: what the statistics read last is still in cache. */
+static void ckca__batchnorm_apply_block(void *job, int task, int thread) {
+    const ckca__batchnorm_table *a = (const ckca__batchnorm_table *)job;
+    size_t i = (size_t)(a->blocks - 1 - task) * a->block, end = a->rows - i < a->block ? a->rows : i + a->block;
+    size_t step = a->width == a->c ? end - i : 1;
+    (void)thread;
+    for (; i < end; i += step) {
+        size_t from = i * (size_t)a->c + (size_t)a->at;
+        CKCA__DISPATCH(a->ctx, ckca__normalize,
+                       (step * (size_t)a->width, a->cols, a->x + from, a->table[0], a->table[1], a->table[2],
+                        a->residual ? a->residual + from : NULL, a->relu, a->y + from));
+    }
+}
+
+/* y = relu?((x - mean) gamma inv_std + beta + residual), inv_std from var where it is NULL. */
 static void ckca__batchnorm_apply(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
                                   const float *beta, const float *mean, const float *inv_std, const float *var,
                                   const float *residual, int relu, float *y) {
-    float table[3][CKCA__WIDE];
-    size_t block = ckca__block_rows(ctx, rows, c);
-    int blocks = (int)((rows + block - 1) / block), b, at, j;
+    ckca__batchnorm_table job;
+    int at, j;
+    job.ctx = ctx;
+    job.rows = rows;
+    job.block = ckca__block_rows(ctx, rows, c);
+    job.c = c;
+    job.blocks = (int)((rows + job.block - 1) / job.block);
+    job.x = x;
+    job.residual = residual;
+    job.relu = relu;
+    job.y = y;
     for (at = 0; at < c; at += CKCA__WIDE) { /* more channels than the table holds are done in strips */
         int width = c - at < CKCA__WIDE ? c - at : CKCA__WIDE;
         size_t cols = width == c ? ckca__wide(ctx, c) * (size_t)c : (size_t)width;
-        ckca__repeat(cols, width, mean + at, table[0]);
+        job.at = at;
+        job.width = width;
+        job.cols = cols;
+        ckca__repeat(cols, width, mean + at, job.table[0]);
         for (j = 0; j < width; j++)
-            table[1][j] = gamma[at + j] *
-                          (inv_std ? inv_std[at + j] : (float)(1 / sqrt(var[at + j] + CKCA__BATCHNORM_EPS)));
-        ckca__repeat(cols, width, table[1], table[1]);
-        ckca__repeat(cols, width, beta + at, table[2]);
-        CKCA__PARALLEL_OVER(ctx, rows * (size_t)c)
-        for (b = blocks - 1; b >= 0; b--) {
-            size_t i = (size_t)b * block, end = rows - i < block ? rows : i + block, step = width == c ? end - i : 1;
-            for (; i < end; i += step) {
-                size_t from = i * (size_t)c + (size_t)at;
-                CKCA__DISPATCH(ctx, ckca__normalize,
-                               (step * (size_t)width, cols, x + from, table[0], table[1], table[2],
-                                residual ? residual + from : NULL, relu, y + from));
-            }
-        }
+            job.table[1][j] = gamma[at + j] *
+                              (inv_std ? inv_std[at + j] : (float)(1 / sqrt(var[at + j] + CKCA__BATCHNORM_EPS)));
+        ckca__repeat(cols, width, job.table[1], job.table[1]);
+        ckca__repeat(cols, width, beta + at, job.table[2]);
+        ckca__parallel_over(ctx, rows * (size_t)c, job.blocks, ckca__batchnorm_apply_block, &job);
     }
+}
+
+typedef struct ckca__batchnorm_gradient {
+    const ckca_context *ctx;
+    size_t rows, block, cols; /* rows in all; in a block; values in a row of the table */
+    int c, blocks;
+    const float *x, *y, *dy, *table;
+    float *dx, *dresidual;
+    int accumulate_residual;
+} ckca__batchnorm_gradient;
+
+/* From the last block to the first, as above. */
+static void ckca__batchnorm_backward_block(void *job, int task, int thread) {
+    const ckca__batchnorm_gradient *a = (const ckca__batchnorm_gradient *)job;
+    size_t first = (size_t)(a->blocks - 1 - task) * a->block, from = first * (size_t)a->c, cols = a->cols;
+    size_t count = a->rows - first < a->block ? a->rows - first : a->block;
+    (void)thread;
+    CKCA__DISPATCH(a->ctx, ckca__normalize_backward,
+                   (count * (size_t)a->c, cols, a->x + from, a->y ? a->y + from : NULL, a->dy + from, a->table,
+                    a->table + cols, a->table + 2 * cols, a->table + 3 * cols, a->dx + from,
+                    a->dresidual ? a->dresidual + from : NULL, a->accumulate_residual));
 }
 #endif
 
@@ -2855,13 +3164,10 @@ static void ckca__op_batchnorm_backward(ckca_context *ctx, size_t rows, int c, c
         double *sum = (double *)ws, *product = sum + c;
         float *table = (float *)(product + c), *part = table + 4 * cols;
         int blocks = (int)((rows + block - 1) / block), b, j;
-        if (!relu) y = NULL;
-        CKCA__PARALLEL_OVER(ctx, rows * (size_t)c)
-        for (b = 0; b < blocks; b++) {
-            size_t first = (size_t)b * block, from = first * (size_t)c;
-            ckca__batchnorm_block(ctx, (rows - first < block ? rows - first : block) * (size_t)c, c, x + from,
-                                  y ? y + from : NULL, dy + from, mean, part + (size_t)b * 2 * (size_t)c);
-        }
+        ckca__batchnorm_sums sums = {ctx, rows, block, c, x, relu ? y : NULL, dy, mean, part};
+        ckca__batchnorm_gradient job = {ctx, rows, block, cols, c, blocks, x, relu ? y : NULL, dy, table,
+                                        dx, dresidual, accumulate_residual};
+        ckca__parallel_over(ctx, rows * (size_t)c, blocks, ckca__batchnorm_products, &sums);
         memset(sum, 0, 2 * (size_t)c * sizeof *sum);
         for (b = 0; b < blocks; b++)
             for (j = 0; j < 2 * c; j++) sum[j] += part[(size_t)b * 2 * (size_t)c + (size_t)j];
@@ -2875,14 +3181,7 @@ static void ckca__op_batchnorm_backward(ckca_context *ctx, size_t rows, int c, c
             table[3 * cols + j] = (float)(scale * sum[j] / (double)rows);
         }
         for (j = 0; j < 4; j++) ckca__repeat(cols, c, table + j * cols, table + j * cols);
-        CKCA__PARALLEL_OVER(ctx, rows * (size_t)c)
-        for (b = blocks - 1; b >= 0; b--) {
-            size_t first = (size_t)b * block, from = first * (size_t)c;
-            CKCA__DISPATCH(ctx, ckca__normalize_backward,
-                           ((rows - first < block ? rows - first : block) * (size_t)c, cols, x + from,
-                            y ? y + from : NULL, dy + from, table, table + cols, table + 2 * cols, table + 3 * cols,
-                            dx + from, dresidual ? dresidual + from : NULL, accumulate_residual));
-        }
+        ckca__parallel_over(ctx, rows * (size_t)c, blocks, ckca__batchnorm_backward_block, &job);
         return;
     }
 #endif
@@ -2935,16 +3234,45 @@ static void ckca__naive_add_backward(size_t count, const float *y, const float *
     }
 }
 
+#ifdef CKCA__SIMD
+typedef struct ckca__add_job {
+    const ckca_context *ctx;
+    size_t count;
+    const float *a, *b;
+    int relu;
+    float *y;
+} ckca__add_job;
+
+static void ckca__add_block(void *job, int i, int thread) {
+    const ckca__add_job *o = (const ckca__add_job *)job;
+    size_t from = (size_t)i * CKCA__BLOCK;
+    (void)thread;
+    CKCA__DISPATCH(o->ctx, ckca__add, (ckca__block_size(o->count, i), o->a + from, o->b ? o->b + from : NULL, o->relu,
+                                       o->y + from));
+}
+
+typedef struct ckca__add_gradient {
+    const ckca_context *ctx;
+    size_t count;
+    const float *y, *dy;
+    float *dx;
+    int accumulate;
+} ckca__add_gradient;
+
+static void ckca__add_backward_block(void *job, int i, int thread) {
+    const ckca__add_gradient *a = (const ckca__add_gradient *)job;
+    size_t from = (size_t)i * CKCA__BLOCK;
+    (void)thread;
+    CKCA__DISPATCH(a->ctx, ckca__add_backward, (ckca__block_size(a->count, i), a->y ? a->y + from : NULL, a->dy + from,
+                                                a->dx + from, a->accumulate));
+}
+#endif
+
 static void ckca__op_add(ckca_context *ctx, size_t count, const float *a, const float *b, int relu, float *y) {
 #ifdef CKCA__SIMD
     if (ctx->isa != CKCA_ISA_PLAIN) {
-        int i;
-        CKCA__PARALLEL_OVER(ctx, count)
-        for (i = 0; i < ckca__blocks(count); i++) {
-            size_t from = (size_t)i * CKCA__BLOCK;
-            CKCA__DISPATCH(ctx, ckca__add,
-                           (ckca__block_size(count, i), a + from, b ? b + from : NULL, relu, y + from));
-        }
+        ckca__add_job job = {ctx, count, a, b, relu, y};
+        ckca__parallel_over(ctx, count, ckca__blocks(count), ckca__add_block, &job);
         return;
     }
 #endif
@@ -2956,13 +3284,8 @@ static void ckca__op_add_backward(ckca_context *ctx, size_t count, const float *
                                   int accumulate) {
 #ifdef CKCA__SIMD
     if (ctx->isa != CKCA_ISA_PLAIN) {
-        int i;
-        CKCA__PARALLEL_OVER(ctx, count)
-        for (i = 0; i < ckca__blocks(count); i++) {
-            size_t from = (size_t)i * CKCA__BLOCK;
-            CKCA__DISPATCH(ctx, ckca__add_backward,
-                           (ckca__block_size(count, i), y ? y + from : NULL, dy + from, dx + from, accumulate));
-        }
+        ckca__add_gradient job = {ctx, count, y, dy, dx, accumulate};
+        ckca__parallel_over(ctx, count, ckca__blocks(count), ckca__add_backward_block, &job);
         return;
     }
 #endif
@@ -3001,129 +3324,183 @@ static void ckca__naive_maxpool_pixel_backward(int c, int taps, const size_t *fr
     }
 }
 
-static void ckca__op_maxpool_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y,
-                                     unsigned char *at) {
-    int row; /* of the output: n p of them, independent */
-    (void)ctx;
-    CKCA__PARALLEL_OVER(ctx, (size_t)s->n * s->p * s->q * s->c)
-    for (row = 0; row < s->n * s->p; row++) {
-        const float *from[CKCA__TAPS];
-        unsigned char position[CKCA__TAPS];
-        int h0 = row % s->p * s->stride - s->pad, q, i, j;
-        for (q = 0; q < s->q; q++) {
-            size_t o = ((size_t)row * (size_t)s->q + (size_t)q) * (size_t)s->c;
-            int w0 = q * s->stride - s->pad, taps = 0;
-            for (i = h0 < 0 ? -h0 : 0; i < s->r && h0 + i < s->h; i++)
-                for (j = w0 < 0 ? -w0 : 0; j < s->s && w0 + j < s->w; j++) {
-                    from[taps] = x + (((size_t)(row / s->p) * s->h + (h0 + i)) * s->w + (w0 + j)) * s->c;
-                    position[taps++] = (unsigned char)(i * s->s + j);
-                }
-#ifdef CKCA__SIMD
-            if (ctx->isa != CKCA_ISA_PLAIN) {
-                CKCA__DISPATCH(ctx, ckca__maxpool_pixel, (s->c, taps, from, position, y + o, at ? at + o : NULL));
-                continue;
+typedef struct ckca__maxpool {
+    const ckca_context *ctx;
+    const ckca__conv *s;
+    const float *x;
+    float *y;
+    unsigned char *at;
+} ckca__maxpool;
+
+/* A row of the output: n p of them, independent. */
+static void ckca__maxpool_row(void *job, int row, int thread) {
+    const ckca__maxpool *a = (const ckca__maxpool *)job;
+    const ckca__conv *s = a->s;
+    const float *from[CKCA__TAPS];
+    unsigned char position[CKCA__TAPS];
+    int h0 = row % s->p * s->stride - s->pad, q, i, j;
+    (void)thread;
+    for (q = 0; q < s->q; q++) {
+        size_t o = ((size_t)row * (size_t)s->q + (size_t)q) * (size_t)s->c;
+        int w0 = q * s->stride - s->pad, taps = 0;
+        for (i = h0 < 0 ? -h0 : 0; i < s->r && h0 + i < s->h; i++)
+            for (j = w0 < 0 ? -w0 : 0; j < s->s && w0 + j < s->w; j++) {
+                from[taps] = a->x + (((size_t)(row / s->p) * s->h + (h0 + i)) * s->w + (w0 + j)) * s->c;
+                position[taps++] = (unsigned char)(i * s->s + j);
             }
-#endif
-            ckca__naive_maxpool_pixel(s->c, taps, from, position, y + o, at ? at + o : NULL);
+#ifdef CKCA__SIMD
+        if (a->ctx->isa != CKCA_ISA_PLAIN) {
+            CKCA__DISPATCH(a->ctx, ckca__maxpool_pixel,
+                           (s->c, taps, from, position, a->y + o, a->at ? a->at + o : NULL));
+            continue;
         }
+#endif
+        ckca__naive_maxpool_pixel(s->c, taps, from, position, a->y + o, a->at ? a->at + o : NULL);
     }
 }
 
-/* Gathers: an input pixel collects from the few windows that cover it, so pixels are independent. */
+static void ckca__op_maxpool_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y,
+                                     unsigned char *at) {
+    ckca__maxpool job = {ctx, s, x, y, at};
+    ckca__parallel_over(ctx, (size_t)s->n * s->p * s->q * s->c, s->n * s->p, ckca__maxpool_row, &job);
+}
+
+typedef struct ckca__maxpool_gradient {
+    const ckca_context *ctx;
+    const ckca__conv *s;
+    const float *dy;
+    const unsigned char *at;
+    float *dx;
+    int accumulate;
+} ckca__maxpool_gradient;
+
+/* A row of the input. Gathers: a pixel collects from the few windows that cover it, so pixels are independent. */
+static void ckca__maxpool_backward_row(void *job, int row, int thread) {
+    const ckca__maxpool_gradient *a = (const ckca__maxpool_gradient *)job;
+    const ckca__conv *s = a->s;
+    size_t from[CKCA__TAPS];
+    unsigned char position[CKCA__TAPS];
+    int h = row % s->h + s->pad, w, p, q; /* in the padded input, where window p starts at p stride */
+    int p0 = h < s->r ? 0 : (h - s->r) / s->stride + 1, p1 = h / s->stride < s->p ? h / s->stride : s->p - 1;
+    (void)thread;
+    for (w = s->pad; w < s->w + s->pad; w++) {
+        int q0 = w < s->s ? 0 : (w - s->s) / s->stride + 1, q1 = w / s->stride < s->q ? w / s->stride : s->q - 1;
+        float *to = a->dx + ((size_t)row * s->w + (w - s->pad)) * s->c;
+        int taps = 0;
+        for (p = p0; p <= p1; p++)
+            for (q = q0; q <= q1; q++) {
+                from[taps] = (((size_t)(row / s->h) * s->p + p) * s->q + q) * s->c;
+                position[taps++] = (unsigned char)((h - p * s->stride) * s->s + w - q * s->stride);
+            }
+#ifdef CKCA__SIMD
+        if (a->ctx->isa != CKCA_ISA_PLAIN) {
+            CKCA__DISPATCH(a->ctx, ckca__maxpool_pixel_backward,
+                           (s->c, taps, from, position, a->dy, a->at, to, a->accumulate));
+            continue;
+        }
+#endif
+        ckca__naive_maxpool_pixel_backward(s->c, taps, from, position, a->dy, a->at, to, a->accumulate);
+    }
+}
+
 static void ckca__op_maxpool_backward(ckca_context *ctx, const ckca__conv *s, const float *dy,
                                       const unsigned char *at, float *dx, int accumulate) {
-    int row; /* of the input */
-    (void)ctx;
-    CKCA__PARALLEL_OVER(ctx, (size_t)s->n * s->h * s->w * s->c)
-    for (row = 0; row < s->n * s->h; row++) {
-        size_t from[CKCA__TAPS];
-        unsigned char position[CKCA__TAPS];
-        int h = row % s->h + s->pad, w, p, q; /* in the padded input, where window p starts at p stride */
-        int p0 = h < s->r ? 0 : (h - s->r) / s->stride + 1, p1 = h / s->stride < s->p ? h / s->stride : s->p - 1;
-        for (w = s->pad; w < s->w + s->pad; w++) {
-            int q0 = w < s->s ? 0 : (w - s->s) / s->stride + 1, q1 = w / s->stride < s->q ? w / s->stride : s->q - 1;
-            float *to = dx + ((size_t)row * s->w + (w - s->pad)) * s->c;
-            int taps = 0;
-            for (p = p0; p <= p1; p++)
-                for (q = q0; q <= q1; q++) {
-                    from[taps] = (((size_t)(row / s->h) * s->p + p) * s->q + q) * s->c;
-                    position[taps++] = (unsigned char)((h - p * s->stride) * s->s + w - q * s->stride);
-                }
-#ifdef CKCA__SIMD
-            if (ctx->isa != CKCA_ISA_PLAIN) {
-                CKCA__DISPATCH(ctx, ckca__maxpool_pixel_backward, (s->c, taps, from, position, dy, at, to, accumulate));
-                continue;
-            }
-#endif
-            ckca__naive_maxpool_pixel_backward(s->c, taps, from, position, dy, at, to, accumulate);
-        }
-    }
+    ckca__maxpool_gradient job = {ctx, s, dy, at, dx, accumulate};
+    ckca__parallel_over(ctx, (size_t)s->n * s->h * s->w * s->c, s->n * s->h, ckca__maxpool_backward_row, &job);
+}
+
+typedef struct ckca__avgpool {
+    int area, c;
+    const float *from; /* x, or dy */
+    float *to;         /* y, or dx */
+    int accumulate;
+} ckca__avgpool;
+
+/* A picture. */
+static void ckca__avgpool_picture(void *job, int i, int thread) {
+    const ckca__avgpool *o = (const ckca__avgpool *)job;
+    const float *from = o->from + (size_t)i * (size_t)o->area * (size_t)o->c;
+    float *to = o->to + (size_t)i * (size_t)o->c;
+    int a, j;
+    (void)thread;
+    memset(to, 0, (size_t)o->c * sizeof *to);
+    for (a = 0; a < o->area; a++, from += o->c)
+        for (j = 0; j < o->c; j++) to[j] += from[j];
+    for (j = 0; j < o->c; j++) to[j] /= (float)o->area;
 }
 
 static void ckca__op_avgpool_forward(ckca_context *ctx, int n, int area, int c, const float *x, float *y) {
-    int i;
-    (void)ctx;
-    CKCA__PARALLEL_OVER(ctx, (size_t)n * area * c)
-    for (i = 0; i < n; i++) {
-        const float *from = x + (size_t)i * (size_t)area * (size_t)c;
-        float *to = y + (size_t)i * (size_t)c;
-        int a, j;
-        memset(to, 0, (size_t)c * sizeof *to);
-        for (a = 0; a < area; a++, from += c)
-            for (j = 0; j < c; j++) to[j] += from[j];
-        for (j = 0; j < c; j++) to[j] /= (float)area;
-    }
+    ckca__avgpool job = {area, c, x, y, 0};
+    ckca__parallel_over(ctx, (size_t)n * area * c, n, ckca__avgpool_picture, &job);
+}
+
+static void ckca__avgpool_backward_picture(void *job, int i, int thread) {
+    const ckca__avgpool *o = (const ckca__avgpool *)job;
+    const float *from = o->from + (size_t)i * (size_t)o->c;
+    float *to = o->to + (size_t)i * (size_t)o->area * (size_t)o->c;
+    int a, j;
+    (void)thread;
+    for (a = 0; a < o->area; a++, to += o->c)
+        for (j = 0; j < o->c; j++) to[j] = (o->accumulate ? to[j] : 0) + from[j] / (float)o->area;
 }
 
 static void ckca__op_avgpool_backward(ckca_context *ctx, int n, int area, int c, const float *dy, float *dx,
                                       int accumulate) {
-    int i;
-    (void)ctx;
-    CKCA__PARALLEL_OVER(ctx, (size_t)n * area * c)
-    for (i = 0; i < n; i++) {
-        const float *from = dy + (size_t)i * (size_t)c;
-        float *to = dx + (size_t)i * (size_t)area * (size_t)c;
-        int a, j;
-        for (a = 0; a < area; a++, to += c)
-            for (j = 0; j < c; j++) to[j] = (accumulate ? to[j] : 0) + from[j] / (float)area;
-    }
+    ckca__avgpool job = {area, c, dy, dx, accumulate};
+    ckca__parallel_over(ctx, (size_t)n * area * c, n, ckca__avgpool_backward_picture, &job);
 }
 
-static void ckca__op_subsample_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y) {
-    int row, front = (s->k - s->c) / 2;
-    (void)ctx;
-    CKCA__PARALLEL_OVER(ctx, (size_t)s->n * s->p * s->q * s->k)
-    for (row = 0; row < s->n * s->p; row++) {
-        const float *from = x + ((size_t)(row / s->p) * s->h + (size_t)(row % s->p) * s->stride) * s->w * s->c;
-        float *to = y + (size_t)row * s->q * s->k;
-        int q;
-        memset(to, 0, (size_t)s->q * s->k * sizeof *to);
+typedef struct ckca__subsample {
+    const ckca__conv *s;
+    const float *from; /* x, or dy */
+    float *to;         /* y, or dx */
+    int accumulate;
+} ckca__subsample;
+
+/* A picture: a row is too little for a task. */
+static void ckca__subsample_picture(void *job, int n, int thread) {
+    const ckca__subsample *a = (const ckca__subsample *)job;
+    const ckca__conv *s = a->s;
+    float *to = a->to + (size_t)n * s->p * s->q * s->k;
+    int p, q, front = (s->k - s->c) / 2;
+    (void)thread;
+    memset(to, 0, (size_t)s->p * s->q * s->k * sizeof *to);
+    for (p = 0; p < s->p; p++) {
+        const float *from = a->from + ((size_t)n * s->h + (size_t)p * s->stride) * s->w * s->c;
         for (q = 0; q < s->q; q++, to += s->k, from += (size_t)s->stride * s->c)
             memcpy(to + front, from, (size_t)s->c * sizeof *to);
     }
 }
 
-static void ckca__op_subsample_backward(ckca_context *ctx, const ckca__conv *s, const float *dy, float *dx,
-                                        int accumulate) {
-    int row, front = (s->k - s->c) / 2;
-    (void)ctx;
-    CKCA__PARALLEL_OVER(ctx, (size_t)s->n * s->h * s->w * s->c)
-    for (row = 0; row < s->n * s->h; row++) {
-        int n = row / s->h, h = row % s->h, q, c;
-        float *to = dx + (size_t)row * s->w * s->c;
-        const float *from = dy + ((size_t)n * s->p + h / s->stride) * s->q * s->k + front;
-        if (!accumulate) memset(to, 0, (size_t)s->w * s->c * sizeof *to);
-        if (h % s->stride || h / s->stride >= s->p) continue;
+static void ckca__op_subsample_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y) {
+    ckca__subsample job = {s, x, y, 0};
+    ckca__parallel_over(ctx, (size_t)s->n * s->p * s->q * s->k, s->n, ckca__subsample_picture, &job);
+}
+
+static void ckca__subsample_backward_picture(void *job, int n, int thread) {
+    const ckca__subsample *a = (const ckca__subsample *)job;
+    const ckca__conv *s = a->s;
+    float *picture = a->to + (size_t)n * s->h * s->w * s->c;
+    int p, q, c, front = (s->k - s->c) / 2;
+    (void)thread;
+    if (!a->accumulate) memset(picture, 0, (size_t)s->h * s->w * s->c * sizeof *picture);
+    for (p = 0; p < s->p; p++) {
+        const float *from = a->from + ((size_t)n * s->p + p) * s->q * s->k + front;
+        float *to = picture + (size_t)p * s->stride * s->w * s->c;
         for (q = 0; q < s->q; q++, from += s->k, to += (size_t)s->stride * s->c)
             for (c = 0; c < s->c; c++) to[c] += from[c];
     }
 }
 
-/* ---- losses ----
-   Exponentials and sums are in double: k is small beside what a network computes, and the terms are differences of
-   near-equal numbers when student and teacher agree. */
+static void ckca__op_subsample_backward(ckca_context *ctx, const ckca__conv *s, const float *dy, float *dx,
+                                        int accumulate) {
+    ckca__subsample job = {s, dy, dx, accumulate};
+    ckca__parallel_over(ctx, (size_t)s->n * s->h * s->w * s->c, s->n, ckca__subsample_backward_picture, &job);
+}
 
-#define CKCA__EXP (size_t)16 /* an exponential costs about as much as so many additions */
+/* ---- losses ----
+   Exponentials and sums are in double: k is small beside what a network computes (so small that what goes over n x k
+   is one thread's), and the terms are differences of near-equal numbers when student and teacher agree. */
 
 /* log sum_j exp(z_j / t), by way of the greatest so that nothing overflows. NaN or +inf in z gives NaN. */
 static double ckca__log_sum_exp(int k, const float *z, double t) {
@@ -3140,7 +3517,6 @@ static void ckca__op_cross_entropy(ckca_context *ctx, int n, int k, const float 
                                    float smoothing, float *dz, float *loss, int *hit) {
     int i;
     (void)ctx;
-    CKCA__PARALLEL_OVER(ctx, CKCA__EXP * n * k)
     for (i = 0; i < n; i++) {
         const float *row = z + (size_t)i * (size_t)k;
         double lse = ckca__log_sum_exp(k, row, 1), sum = 0;
@@ -3160,7 +3536,6 @@ static void ckca__op_cross_entropy(ckca_context *ctx, int n, int k, const float 
 static void ckca__op_softmax(ckca_context *ctx, int n, int k, const float *z, float *p) {
     int i;
     (void)ctx;
-    CKCA__PARALLEL_OVER(ctx, CKCA__EXP * n * k)
     for (i = 0; i < n; i++) {
         const float *row = z + (size_t)i * (size_t)k;
         double lse = ckca__log_sum_exp(k, row, 1);
@@ -3194,7 +3569,6 @@ static void ckca__op_adakd(ckca_context *ctx, ckca_adakd form, int n, int k, con
     if (form == CKCA_ADAKD_TRUTH || form == CKCA_ADAKD_DOUBT) {
         for (i = 0; i < n; i++) mean += ckca__adakd_weight(form, k, zo + (size_t)i * (size_t)k, labels[i], NULL) / n;
     } else mean = 1;
-    CKCA__PARALLEL_OVER(ctx, CKCA__EXP * n * k)
     for (i = 0; i < n; i++) {
         const float *s = z + (size_t)i * (size_t)k, *o = zo + (size_t)i * (size_t)k;
         double lse_s = ckca__log_sum_exp(k, s, t), lse_o = ckca__log_sum_exp(k, o, t), kl = 0;
@@ -3260,62 +3634,78 @@ static void ckca__featreg_cosine(const ckca_context *ctx, size_t d, const float 
                          accumulate);
 }
 
+typedef struct ckca__featreg {
+    const ckca_context *ctx;
+    ckca_featreg form;
+    int n, d, d_teacher;
+    const float *f, *fo;
+    float scale;
+    float *df;
+    int accumulate;
+    float *loss;
+    double *inv_f, *inv_o; /* RELATION: 1 / |f_i| and 1 / |fo_i| */
+} ckca__featreg;
+
 /* loss[i] = mean_j!=i e_ij^2 with e_ij = cos(f_i, f_j) - cos(fo_i, fo_j), so that their mean over i is that over
    the n (n - 1) ordered pairs; 0 for n = 1. A pair comes up twice, as ij and as ji, hence the 4 in
    d term / d f_i = 4 / (n (n - 1)) sum_j e_ij (f_j / |f_j| - cos(f_i, f_j) f_i / |f_i|) / |f_i|. */
-static void ckca__featreg_relation(ckca_context *ctx, int n, int d, int d_teacher, const float *f, const float *fo,
-                                   double scale, float *df, int accumulate, float *loss, void *ws) {
-    double *inv_f = (double *)ws, *inv_o = inv_f + n;
-    int i;
-    for (i = 0; i < n; i++) {
-        const float *fi = f + (size_t)i * (size_t)d, *oi = fo + (size_t)i * (size_t)d_teacher;
-        inv_f[i] = ckca__inverse_norm(ckca__vector_dot(ctx, (size_t)d, fi, fi));
-        inv_o[i] = ckca__inverse_norm(ckca__vector_dot(ctx, (size_t)d_teacher, oi, oi));
+static void ckca__featreg_relation(void *job, int i, int thread) {
+    const ckca__featreg *a = (const ckca__featreg *)job;
+    const size_t d = (size_t)a->d, d_teacher = (size_t)a->d_teacher;
+    const float *fi = a->f + (size_t)i * d, *oi = a->fo + (size_t)i * d_teacher;
+    const double *inv_f = a->inv_f, *inv_o = a->inv_o;
+    float *to = a->df + (size_t)i * d;
+    double sum = 0;
+    int n = a->n, j;
+    (void)thread;
+    if (!a->accumulate) memset(to, 0, d * sizeof *to);
+    for (j = 0; j < n; j++) {
+        const float *fj = a->f + (size_t)j * d, *oj = a->fo + (size_t)j * d_teacher;
+        double cosine, e, g;
+        if (j == i) continue;
+        cosine = ckca__vector_dot(a->ctx, d, fi, fj) * inv_f[i] * inv_f[j];
+        e = cosine - ckca__vector_dot(a->ctx, d_teacher, oi, oj) * inv_o[i] * inv_o[j];
+        sum += e * e / (n - 1);
+        g = (double)a->scale * 4 / ((double)n * (n - 1)) * e * inv_f[i];
+        ckca__vector_combine(a->ctx, d, (float)(g * inv_f[j]), fj, (float)(-g * cosine * inv_f[i]), fi, to, 1);
     }
-    CKCA__PARALLEL_OVER(ctx, (size_t)n * n * d)
-    for (i = 0; i < n; i++) {
-        const float *fi = f + (size_t)i * (size_t)d, *oi = fo + (size_t)i * (size_t)d_teacher;
-        float *to = df + (size_t)i * (size_t)d;
+    a->loss[i] = (float)sum;
+}
+
+/* COSINE or L2 of a row. */
+static void ckca__featreg_row(void *job, int i, int thread) {
+    const ckca__featreg *a = (const ckca__featreg *)job;
+    const float *fi = a->f + (size_t)i * (size_t)a->d, *oi = a->fo + (size_t)i * (size_t)a->d;
+    float *to = a->df + (size_t)i * (size_t)a->d;
+    (void)thread;
+    if (a->form == CKCA_FEATREG_L2) {
         double sum = 0;
         int j;
-        if (!accumulate) memset(to, 0, (size_t)d * sizeof *to);
-        for (j = 0; j < n; j++) {
-            const float *fj = f + (size_t)j * (size_t)d, *oj = fo + (size_t)j * (size_t)d_teacher;
-            double cosine, e, g;
-            if (j == i) continue;
-            cosine = ckca__vector_dot(ctx, (size_t)d, fi, fj) * inv_f[i] * inv_f[j];
-            e = cosine - ckca__vector_dot(ctx, (size_t)d_teacher, oi, oj) * inv_o[i] * inv_o[j];
-            sum += e * e / (n - 1);
-            g = scale * 4 / ((double)n * (n - 1)) * e * inv_f[i];
-            ckca__vector_combine(ctx, (size_t)d, (float)(g * inv_f[j]), fj, (float)(-g * cosine * inv_f[i]), fi, to, 1);
+        for (j = 0; j < a->d; j++) {
+            double e = (double)fi[j] - oi[j];
+            float g = (float)(a->scale * 2 / ((double)a->n * a->d) * e);
+            sum += e * e;
+            to[j] = a->accumulate ? to[j] + g : g;
         }
-        loss[i] = (float)sum;
-    }
+        a->loss[i] = (float)(sum / a->d);
+    } else ckca__featreg_cosine(a->ctx, (size_t)a->d, fi, oi, (double)a->scale / a->n, to, a->accumulate, a->loss + i);
 }
 
 static void ckca__op_featreg(ckca_context *ctx, ckca_featreg form, int n, int d, int d_teacher, const float *f,
                              const float *fo, float scale, float *df, int accumulate, float *loss, void *ws) {
+    ckca__featreg job = {ctx, form, n, d, d_teacher, f, fo, scale, df, accumulate, loss,
+                         (double *)ws, (double *)ws + n};
     int i;
-    if (form == CKCA_FEATREG_RELATION) {
-        ckca__featreg_relation(ctx, n, d, d_teacher, f, fo, scale, df, accumulate, loss, ws);
+    if (form != CKCA_FEATREG_RELATION) {
+        ckca__parallel_over(ctx, (size_t)n * d, n, ckca__featreg_row, &job);
         return;
     }
-    CKCA__PARALLEL_OVER(ctx, (size_t)n * d)
     for (i = 0; i < n; i++) {
-        const float *fi = f + (size_t)i * (size_t)d, *oi = fo + (size_t)i * (size_t)d;
-        float *to = df + (size_t)i * (size_t)d;
-        if (form == CKCA_FEATREG_L2) {
-            double sum = 0;
-            int j;
-            for (j = 0; j < d; j++) {
-                double e = (double)fi[j] - oi[j];
-                float g = (float)(scale * 2 / ((double)n * d) * e);
-                sum += e * e;
-                to[j] = accumulate ? to[j] + g : g;
-            }
-            loss[i] = (float)(sum / d);
-        } else ckca__featreg_cosine(ctx, (size_t)d, fi, oi, (double)scale / n, to, accumulate, loss + i);
+        const float *fi = f + (size_t)i * (size_t)d, *oi = fo + (size_t)i * (size_t)d_teacher;
+        job.inv_f[i] = ckca__inverse_norm(ckca__vector_dot(ctx, (size_t)d, fi, fi));
+        job.inv_o[i] = ckca__inverse_norm(ckca__vector_dot(ctx, (size_t)d_teacher, oi, oi));
     }
+    ckca__parallel_over(ctx, (size_t)n * n * d, n, ckca__featreg_relation, &job);
 }
 
 static void ckca__op_sum(ckca_context *ctx, int n, const float *values, double *sum) {
@@ -3342,17 +3732,33 @@ static void ckca__naive_sgd(size_t count, float *w, const float *g, float *v, fl
     }
 }
 
+#ifdef CKCA__SIMD
+typedef struct ckca__sgd_job {
+    const ckca_context *ctx;
+    size_t count;
+    float *w;
+    const float *g;
+    float *v;
+    float lr, momentum, weight_decay;
+    int nesterov;
+    float scale;
+} ckca__sgd_job;
+
+static void ckca__sgd_block(void *job, int i, int thread) {
+    const ckca__sgd_job *a = (const ckca__sgd_job *)job;
+    size_t from = (size_t)i * CKCA__BLOCK;
+    (void)thread;
+    CKCA__DISPATCH(a->ctx, ckca__sgd, (ckca__block_size(a->count, i), a->w + from, a->g + from, a->v + from, a->lr,
+                                       a->momentum, a->weight_decay, a->nesterov, a->scale));
+}
+#endif
+
 static void ckca__sgd_part(ckca_context *ctx, size_t count, float *w, const float *g, float *v, float lr,
                            float momentum, float weight_decay, int nesterov, float gscale) {
 #ifdef CKCA__SIMD
     if (ctx->isa != CKCA_ISA_PLAIN) {
-        int i;
-        CKCA__PARALLEL_OVER(ctx, count)
-        for (i = 0; i < ckca__blocks(count); i++) {
-            size_t from = (size_t)i * CKCA__BLOCK;
-            CKCA__DISPATCH(ctx, ckca__sgd, (ckca__block_size(count, i), w + from, g + from, v + from, lr, momentum,
-                                            weight_decay, nesterov, gscale));
-        }
+        ckca__sgd_job job = {ctx, count, w, g, v, lr, momentum, weight_decay, nesterov, gscale};
+        ckca__parallel_over(ctx, count, ckca__blocks(count), ckca__sgd_block, &job);
         return;
     }
 #endif
@@ -3367,15 +3773,26 @@ static void ckca__op_sgd(ckca_context *ctx, size_t count, size_t decayed, float 
     ckca__sgd_part(ctx, count - decayed, w + decayed, g + decayed, v + decayed, *lr, momentum, 0, nesterov, scale);
 }
 
+typedef struct ckca__square_sum {
+    const ckca_context *ctx;
+    size_t count;
+    const float *g;
+    double *part; /* CKCA__SUM_BLOCKS */
+} ckca__square_sum;
+
+static void ckca__square_sum_block(void *job, int b, int thread) {
+    const ckca__square_sum *a = (const ckca__square_sum *)job;
+    size_t size = a->count / CKCA__SUM_BLOCKS + 1;
+    size_t from = (size_t)b * size, left = from < a->count ? a->count - from : 0;
+    (void)thread;
+    a->part[b] = left ? ckca__vector_dot(a->ctx, left < size ? left : size, a->g + from, a->g + from) : 0;
+}
+
 static void ckca__op_clip(ckca_context *ctx, size_t count, const float *g, float clip, float *gscale, void *ws) {
     double *part = (double *)ws, sum = 0, coefficient;
-    size_t size = count / CKCA__SUM_BLOCKS + 1;
+    ckca__square_sum job = {ctx, count, g, part};
     int b;
-    CKCA__PARALLEL_OVER(ctx, count)
-    for (b = 0; b < CKCA__SUM_BLOCKS; b++) {
-        size_t from = (size_t)b * size, left = from < count ? count - from : 0;
-        part[b] = left ? ckca__vector_dot(ctx, left < size ? left : size, g + from, g + from) : 0;
-    }
+    ckca__parallel_over(ctx, count, CKCA__SUM_BLOCKS, ckca__square_sum_block, &job);
     for (b = 0; b < CKCA__SUM_BLOCKS; b++) sum += part[b];
     coefficient = clip / (sqrt(sum) + 1e-6);
     *gscale = coefficient > 1 ? 1 : (float)coefficient;
@@ -3539,34 +3956,48 @@ static void ckca__augment_jitter(const ckca__framing *f, int area, int c, float 
     }
 }
 
+typedef struct ckca__batch {
+    int h, w, c;
+    const unsigned char *pixels;
+    const int *index;
+    const ckca_augment *augment;
+    uint64_t seed;
+    int epoch;
+    const float *mean, *std;
+    float *out;
+} ckca__batch;
+
+static void ckca__batch_picture(void *job, int i, int thread) {
+    const ckca__batch *a = (const ckca__batch *)job;
+    const int h = a->h, w = a->w, c = a->c;
+    const float *mean = a->mean, *std = a->std;
+    size_t size = (size_t)h * (size_t)w * (size_t)c, at;
+    float *to = a->out + (size_t)i * size;
+    ckca__framing f;
+    int j, first, jitter = a->augment && a->augment->jitter > 0;
+    (void)thread;
+    ckca__augment_framing(a->augment, a->seed, a->epoch, a->index[i], h, w, &f);
+    for (first = 0; first < c; first += 4) { /* four channels at a time; there are hardly ever more */
+        int m = c - first < 4 ? c - first : 4;
+        float scale[4], shift[4];
+        for (j = 0; j < m; j++) {
+            scale[j] = jitter ? 1 : 1 / (255 * std[first + j]);
+            shift[j] = jitter ? 0 : -mean[first + j] / std[first + j];
+        }
+        (f.height == h && f.width == w ? ckca__augment_look : ckca__augment_enlarge)(
+            &f, h, w, c, m, a->pixels + (size_t)a->index[i] * size + first, scale, shift, to + first);
+    }
+    if (!jitter) return;
+    ckca__augment_jitter(&f, h * w, c, to);
+    for (at = 0; at < size; at += (size_t)c)
+        for (j = 0; j < c; j++) to[at + j] = (to[at + j] / 255 - mean[j]) / std[j];
+}
+
 static void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, const unsigned char *pixels,
                            const int *index, const ckca_augment *augment, uint64_t seed, const int *epoch,
                            const float *mean, const float *std, float *out) {
-    size_t size = (size_t)h * (size_t)w * (size_t)c;
-    int i;
-    (void)ctx;
-    CKCA__PARALLEL_OVER(ctx, (size_t)n * size)
-    for (i = 0; i < n; i++) {
-        float *to = out + (size_t)i * size;
-        ckca__framing f;
-        size_t at;
-        int j, first, jitter = augment && augment->jitter > 0;
-        ckca__augment_framing(augment, seed, epoch ? *epoch : 0, index[i], h, w, &f);
-        for (first = 0; first < c; first += 4) { /* four channels at a time; there are hardly ever more */
-            int m = c - first < 4 ? c - first : 4;
-            float scale[4], shift[4];
-            for (j = 0; j < m; j++) {
-                scale[j] = jitter ? 1 : 1 / (255 * std[first + j]);
-                shift[j] = jitter ? 0 : -mean[first + j] / std[first + j];
-            }
-            (f.height == h && f.width == w ? ckca__augment_look : ckca__augment_enlarge)(
-                &f, h, w, c, m, pixels + (size_t)index[i] * size + first, scale, shift, to + first);
-        }
-        if (!jitter) continue;
-        ckca__augment_jitter(&f, h * w, c, to);
-        for (at = 0; at < size; at += (size_t)c)
-            for (j = 0; j < c; j++) to[at + j] = (to[at + j] / 255 - mean[j]) / std[j];
-    }
+    ckca__batch job = {h, w, c, pixels, index, augment, seed, epoch ? *epoch : 0, mean, std, out};
+    ckca__parallel_over(ctx, (size_t)n * h * w * c, n, ckca__batch_picture, &job);
 }
 
 #endif /* CKCA__PICTURES */
@@ -3581,12 +4012,6 @@ static void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, const 
    ------------------------------------------------------------------------------------------------------------------ */
 
 #include <errno.h>
-
-#ifdef _OPENMP
-#define CKCA__CRITICAL CKCA__PRAGMA(omp critical(ckca__shared))
-#else
-#define CKCA__CRITICAL
-#endif
 
 /* Pictures and labels, shared by all views of them and counted: the last view frees it. */
 typedef struct ckca__store {
@@ -3704,8 +4129,9 @@ static ckca_status ckca__read_file(ckca_context *ctx, const char *path, size_t m
     ckca_status status = ckca__open_file(ctx, path, max, &file, size);
     *bytes = NULL;
     if (status) return status;
-    CKCA__CRITICAL
+    ckca__lock(ctx); /* a task may call this: see ckca__decode_all */
     *bytes = (unsigned char *)ckca__alloc(ctx, ckca__sum(*size, 1));
+    ckca__unlock(ctx);
     if (!*bytes) {
         fclose(file);
         return ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for its %.0f bytes", ckca__tail(path), (double)*size);
@@ -3713,8 +4139,9 @@ static ckca_status ckca__read_file(ckca_context *ctx, const char *path, size_t m
     got = fread(*bytes, 1, *size, file);
     fclose(file);
     if (got == *size) return CKCA_OK;
-    CKCA__CRITICAL
+    ckca__lock(ctx);
     ckca__release(ctx, *bytes);
+    ckca__unlock(ctx);
     *bytes = NULL;
     return ckca__fail(ctx, CKCA_EIO, "%s: reading stopped after %.0f of %.0f bytes", ckca__tail(path), (double)got,
                       (double)*size);
@@ -5144,14 +5571,25 @@ CKCA_API ckca_status ckca_tensor_write(ckca_model *m, int i, ckca_slot slot, con
    ------------------------------------------------------------------------------------------------------------------ */
 
 #include <time.h>
+#if defined(__unix__) || defined(__APPLE__)
+#include <sys/time.h>
+#endif
 
 #define CKCA__EVAL_BATCH (CKCA__DEVICE_IS_HOST ? 64 : 256) /* a GPU wants more work at a time */
 /* The most that the teacher's answers on a chunk may take; beyond, it answers per batch. */
 #define CKCA__CACHE_BYTES ((size_t)256 << 20)
 
 static double ckca__seconds(void) {
-#ifdef _OPENMP
-    return omp_get_wtime();
+#if defined(__unix__) || defined(__APPLE__)
+#ifdef CLOCK_MONOTONIC /* strict C99 hides it */
+    struct timespec now;
+    if (clock_gettime(CLOCK_MONOTONIC, &now) == 0) return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+#endif
+    {
+        struct timeval wall;
+        gettimeofday(&wall, NULL);
+        return (double)wall.tv_sec + 1e-6 * (double)wall.tv_usec;
+    }
 #else
     return (double)clock() / CLOCKS_PER_SEC; /* one thread: processor time is close to the wall's */
 #endif
@@ -6170,9 +6608,10 @@ static int ckca__fit(ckca_context *ctx, const unsigned char *in, int h, int w, i
     }
     x_taps = (int)ceil(box_width / width > 1.0 ? box_width / width : 1.0) * 2 + 1;
     y_taps = (int)ceil(box_height / height > 1.0 ? box_height / height : 1.0) * 2 + 1;
-    CKCA__CRITICAL
+    ckca__lock(ctx);
     scratch = ckca__alloc(ctx, sizeof(int) * ((size_t)width * (x_taps + 2) + (size_t)height * (y_taps + 2)) +
                                    (size_t)w * m + (size_t)h * width * m);
+    ckca__unlock(ctx);
     if (!scratch) return 0;
     x_first = (int *)scratch;
     x_used = x_first + width;
@@ -6207,25 +6646,40 @@ static int ckca__fit(ckca_context *ctx, const unsigned char *in, int h, int w, i
             if (m < channels) ckca__pixel(out + ((size_t)y * width + x) * 3, 1, out + ((size_t)y * width + x) * 3, 3);
         }
     }
-    CKCA__CRITICAL
+    ckca__lock(ctx);
     ckca__release(ctx, scratch);
+    ckca__unlock(ctx);
     return 1;
+}
+
+typedef struct ckca__fit_job {
+    ckca_context *ctx;
+    const unsigned char *pixels;
+    size_t stride;
+    int h, w, c;
+    ckca__store *store;
+    int first, failed;
+} ckca__fit_job;
+
+static void ckca__fit_one(void *job, int i, int thread) {
+    ckca__fit_job *a = (ckca__fit_job *)job;
+    const ckca__store *store = a->store;
+    (void)thread;
+    if (ckca__fit(a->ctx, a->pixels + (size_t)i * a->stride, a->h, a->w, a->c,
+                  store->pixels + (size_t)(a->first + i) * ckca__picture_bytes(store), store->height, store->width,
+                  store->channels))
+        return;
+    ckca__lock(a->ctx);
+    a->failed = 1;
+    ckca__unlock(a->ctx);
 }
 
 /* Pictures of h x w x c, stride bytes apart, into the store's places from first on. */
 static ckca_status ckca__fit_all(ckca_context *ctx, const unsigned char *pixels, size_t stride, int count, int h, int w,
                                  int c, ckca__store *store, int first) {
-    size_t bytes = ckca__picture_bytes(store);
-    int i, failed = 0;
-    CKCA__PARALLEL_FOR(ctx)
-    for (i = 0; i < count; i++) {
-        if (!ckca__fit(ctx, pixels + (size_t)i * stride, h, w, c, store->pixels + (size_t)(first + i) * bytes,
-                       store->height, store->width, store->channels)) {
-            CKCA__CRITICAL
-            failed = 1;
-        }
-    }
-    if (failed)
+    ckca__fit_job job = {ctx, pixels, stride, h, w, c, store, first, 0};
+    ckca__parallel(ctx, count, ckca__fit_one, &job);
+    if (job.failed)
         return ckca__fail(ctx, CKCA_ENOMEM, "no memory to resize pictures of %d x %d x %d to %d x %d", h, w, c,
                           store->height, store->width);
     return CKCA_OK;
@@ -6698,8 +7152,9 @@ static ckca_status ckca__read_picture(ckca_context *ctx, const char *path, unsig
     ckca_status status = ckca__read_file(ctx, path, CKCA__MAX_PICTURE_FILE, &bytes, &size);
     if (status) return status;
     status = ckca__decode(ctx, path, bytes, size, out, height, width, channels);
-    CKCA__CRITICAL
+    ckca__lock(ctx);
     ckca__release(ctx, bytes);
+    ckca__unlock(ctx);
     return status;
 }
 
@@ -6779,29 +7234,42 @@ static ckca_status ckca__list(ckca_context *ctx, const char *dir, int folders, c
     return status;
 }
 
+typedef struct ckca__decode_job {
+    ckca_context *ctx;
+    const ckca__files *files;
+    ckca__store *store;
+    int failed; /* the first file that failed; store->count: none */
+    ckca_status failure;
+} ckca__decode_job;
+
+static void ckca__decode_one(void *job, int i, int thread) {
+    ckca__decode_job *a = (ckca__decode_job *)job;
+    const ckca__store *store = a->store;
+    ckca_context own; /* the task has its own error */
+    ckca_status status;
+    int skip;
+    (void)thread;
+    ckca__lock(a->ctx);
+    own = *a->ctx;
+    skip = i > a->failed;
+    ckca__unlock(a->ctx);
+    if (skip) return;
+    status = ckca__read_picture(&own, a->files->path[i], store->pixels + (size_t)i * ckca__picture_bytes(store),
+                                store->height, store->width, store->channels);
+    ckca__lock(a->ctx);
+    if (status && i < a->failed) {
+        a->failed = i;
+        a->failure = status;
+        memcpy(a->ctx->error, own.error, sizeof own.error);
+    }
+    ckca__unlock(a->ctx);
+}
+
 /* Decodes files into the store, in parallel. Of several failures the first in the list is reported. */
 static ckca_status ckca__decode_all(ckca_context *ctx, const ckca__files *files, ckca__store *store) {
-    size_t bytes = ckca__picture_bytes(store);
-    int i, count = store->count, failed = count;
-    ckca_status failure = CKCA_OK;
-    CKCA__PARALLEL_FOR(ctx)
-    for (i = 0; i < count; i++) {
-        ckca_context own = *ctx; /* each thread has its own error */
-        ckca_status status;
-        int skip;
-        CKCA__CRITICAL
-        skip = i > failed;
-        if (skip) continue;
-        status = ckca__read_picture(&own, files->path[i], store->pixels + (size_t)i * bytes, store->height,
-                                    store->width, store->channels);
-        CKCA__CRITICAL
-        if (status && i < failed) {
-            failed = i;
-            failure = status;
-            memcpy(ctx->error, own.error, sizeof own.error);
-        }
-    }
-    return failure;
+    ckca__decode_job job = {ctx, files, store, store->count, CKCA_OK};
+    ckca__parallel(ctx, store->count, ckca__decode_one, &job);
+    return job.failure;
 }
 
 CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const char *dir,

@@ -5,7 +5,7 @@
 
        nvcc -O3 -std=c++17 -arch=native -c ckca_cuda.cu
        cc -O3 -DCKCA_CUDA -c program.c                        (program.c defines CKCA_IMPLEMENTATION as ever)
-       nvcc program.o ckca_cuda.o -lcublas -o program         (-Xcompiler -fopenmp if program.c has it)
+       nvcc program.o ckca_cuda.o -lcublas -o program
 
    A context lives on the CUDA device that is current when it is created (CUDA_VISIBLE_DEVICES chooses), which must be
    current when it is used. CUDA 12 or newer; GPUs from Turing (sm_75) on, TF32 and BF16 from Ampere (sm_80).

@@ -1,6 +1,6 @@
 /* classify.c: what a checkpoint sees in pictures: the five likeliest classes of each, with their probabilities.
 
-       cc -O2 -fopenmp -I. examples/classify.c -o classify -lm
+       cc -O2 -I. examples/classify.c -o classify -lm -pthread
        ./classify resnet20.safetensors cat.jpg dog.png */
 #define CKCA_IMPLEMENTATION
 #include "ckca.h"

@@ -4,7 +4,7 @@
 
        loss = -(1 - p)^g log p,        dloss/dz_k = ((1 - p)^g - g (1 - p)^(g - 1) p log p) (softmax(z)_k - [k = y])
 
-       cc -O2 -fopenmp -I. examples/custom_net.c -o custom_net -lm
+       cc -O2 -I. examples/custom_net.c -o custom_net -lm -pthread
        ./custom_net [EPOCHS] */
 #define CKCA_IMPLEMENTATION
 #include "ckca.h"

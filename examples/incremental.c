@@ -2,7 +2,7 @@
    after another; after each, every method improves its own checkpoint from that chunk alone (scratch-all: from all so
    far) and is tested on pictures that none has seen.
 
-       cc -O2 -fopenmp -I. examples/incremental.c -o incremental -lm
+       cc -O2 -I. examples/incremental.c -o incremental -lm -pthread
        ./incremental                                    ten classes of drawn shapes, about a minute on two cores
        ./incremental --cifar10 cifar-10-batches-bin --chunks 10 --chunk-size 500 --out run
        ./incremental ... --out run --resume             goes on after a kill, to the same bits

@@ -1,6 +1,6 @@
 /* train.c: trains a ResNet from nothing, tests it, saves it. Plain training is the library's first update.
 
-       cc -O2 -fopenmp -I. examples/train.c -o train -lm
+       cc -O2 -I. examples/train.c -o train -lm -pthread
        ./train                                            ResNet-8 on drawn shapes
        ./train --cifar10 cifar-10-batches-bin --arch resnet20 --projection --augment --save net.safetensors
 

@@ -1,7 +1,7 @@
 /* update.c: the deployed case. A checkpoint is in use, new labelled pictures have come in, the old ones are gone: one
    update makes a better checkpoint from the new pictures alone.
 
-       cc -O2 -fopenmp -I. examples/update.c -o update -lm
+       cc -O2 -I. examples/update.c -o update -lm -pthread
        ./update in-use.safetensors new-pictures better.safetensors
 
    new-pictures holds a folder per class, named as the checkpoint names them (some may be missing). While it works,

@@ -1,7 +1,7 @@
 /* The parsers of files from outside, for libFuzzer. The first byte of an input chooses the parser, the rest is the
    file:
 
-     clang -g -O1 -fsanitize=fuzzer,address,undefined -I. tests/fuzz.c -o build/fuzz -lm
+     clang -g -O1 -fsanitize=fuzzer,address,undefined -I. tests/fuzz.c -o build/fuzz -lm -pthread
      mkdir -p build/corpus
      FUZZ_SEEDS=build/corpus build/fuzz -max_len=6400 build/corpus
 

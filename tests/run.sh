@@ -4,7 +4,6 @@
 # left out for want of something on this machine (lines that begin with SKIPPED) is said too, and counted as neither.
 passed=0
 failed=0
-export OMP_WAIT_POLICY=passive # libgomp spins where cores are shared, and tests come to a crawl
 mkdir -p build/log
 for test in "$@"; do
     log=build/log/$(echo "$test" | tr / _).log

@@ -1,6 +1,6 @@
 #!/bin/sh
 # test_compile.sh: the header compiles everywhere it says it does. As C99 and C++11, by gcc and clang (one that is not
-# here is left out, aloud), without a warning; with every option macro; in two translation units; without OpenMP and
+# here is left out, aloud), without a warning; with every option macro; in two translation units; without threads and
 # stb_image; and what such builds can do, they do: the tests that apply are run. Then the size of a program and the time
 # it takes to compile. Run from the repository's root.
 dir=build/compile
@@ -84,20 +84,17 @@ for cc in $found; do
         l=${language%% *}
         w="$std -std=$language -Wall -Wextra -Wpedantic -Werror"
         try public_${cc}_$l $cc $w -Wshadow -Wconversion -fsyntax-only $dir/public.c
-        for options in "" CKCA_STATIC CKCA_NO_STDIO CKCA_NO_SIMD CKCA_NO_STB_IMAGE \
-            "CKCA_STATIC CKCA_NO_STDIO CKCA_NO_SIMD CKCA_NO_STB_IMAGE"; do
+        for options in "" CKCA_STATIC CKCA_NO_STDIO CKCA_NO_SIMD CKCA_NO_THREADS CKCA_NO_STB_IMAGE \
+            "CKCA_STATIC CKCA_NO_STDIO CKCA_NO_SIMD CKCA_NO_THREADS CKCA_NO_STB_IMAGE"; do
             d=$(for o in $options; do printf ' -D%s' $o; done)
             try whole_${cc}_${l}_$(echo $options | tr ' ' _) $cc $w $d -fsyntax-only $dir/whole.c
         done
-        echo 'int main(void) { return 0; }' > $dir/probe.c
-        if $cc -std=$language -fopenmp $dir/probe.c -fsyntax-only 2> /dev/null; then
-            try whole_${cc}_${l}_openmp $cc $w -fopenmp -fsyntax-only $dir/whole.c
-        else
-            echo "note: $cc has no OpenMP: not tried with it"
-        fi
+        # Strictly by the standard, without what _DEFAULT_SOURCE declares besides
+        try whole_${cc}_${l}_strict $cc ${w#-D_DEFAULT_SOURCE} -fsyntax-only $dir/whole.c
         # Two translation units: one implementation, or one in each
-        try two_${cc}_$l $cc $w -O0 $dir/main.c $dir/other.c -o $dir/two_${cc}_$l -lm
-        try two_static_${cc}_$l $cc $w -O0 -DCKCA_STATIC $dir/main.c $dir/other.c -o $dir/two_static_${cc}_$l -lm
+        try two_${cc}_$l $cc $w -O0 $dir/main.c $dir/other.c -o $dir/two_${cc}_$l -lm -pthread
+        try two_static_${cc}_$l $cc $w -O0 -DCKCA_STATIC $dir/main.c $dir/other.c -o $dir/two_static_${cc}_$l \
+            -lm -pthread
         settle
         try run_two_${cc}_$l $dir/two_${cc}_$l
         try run_two_static_${cc}_$l $dir/two_static_${cc}_$l
@@ -106,7 +103,7 @@ for cc in $found; do
     try mixed_${cc}_c $cc $std -std=c99 -O0 -c $dir/main.c -o $dir/mixed_${cc}_c.o
     try mixed_${cc}_cxx $cxx $std -std=c++11 -O0 -c -x c++ $dir/other.c -o $dir/mixed_${cc}_cxx.o
     settle
-    try mixed_$cc $cxx $dir/mixed_${cc}_c.o $dir/mixed_${cc}_cxx.o -o $dir/mixed_$cc -lm
+    try mixed_$cc $cxx $dir/mixed_${cc}_c.o $dir/mixed_${cc}_cxx.o -o $dir/mixed_$cc -lm -pthread
     settle
     try run_mixed_$cc $dir/mixed_$cc
 done
@@ -118,22 +115,23 @@ awk '/^ *#define CKCA_IMPLEMENTATION$/ { inside = 1; text = ""; indent = $0; sub
      inside && $0 == indent "}" && text ~ /int main/ { printf "%s", text; exit }' ckca.h > $dir/manual.c
 if grep -q 'int main' $dir/manual.c; then
     for cc in $found; do
-        try manual_$cc $cc -I. -O0 -Wall -Wextra -Werror $dir/manual.c -o $dir/manual_$cc -lm
+        try manual_$cc $cc -I. -O0 -Wall -Wextra -Werror $dir/manual.c -o $dir/manual_$cc -lm -pthread
     done
     settle
 else
     fail "no program in the header's manual"
 fi
 
-# Without vector kernels, without stb_image, without either, by the compiler at hand: build and run what applies
+# Without vector kernels, without threads, without stb_image, by the compiler at hand: build and run what applies
 : "${CC:=cc}"
-for test in test_conv test_ops test_train test_files; do
+for test in test_conv test_ops test_train test_threads test_files; do
     [ -e tests/$test.c ] || continue
     case $test in
     test_files) options="CKCA_NO_STB_IMAGE" ;;
+    test_train | test_threads) options="CKCA_NO_THREADS" ;;
     *) options="CKCA_NO_SIMD" ;;
     esac
-    try build_${options}_$test $CC $std -std=c99 -O2 -D$options tests/$test.c -o $dir/${options}_$test -lm
+    try build_${options}_$test $CC $std -std=c99 -O2 -D$options tests/$test.c -o $dir/${options}_$test -lm -pthread
 done
 settle
 for program in $dir/CKCA_NO_*_test_*; do
@@ -150,7 +148,7 @@ done
 # checked at twice that, since the machine may be busy with other things.
 for cc in $found; do
     if (
-        $cc $std -std=c99 -O3 -Wall -Wextra -Wpedantic -Werror $dir/whole.c -o $dir/whole_$cc -lm || exit 1
+        $cc $std -std=c99 -O3 -Wall -Wextra -Wpedantic -Werror $dir/whole.c -o $dir/whole_$cc -lm -pthread || exit 1
         times > $dir/times_$cc
     ) > $dir/O3_$cc.log 2>&1; then
         pass

@@ -5,7 +5,6 @@ build=$(cd "${BUILD:-build}" && pwd) || exit 1
 tmp=$(mktemp -d "$build/examples.XXXXXX") || exit 1
 trap 'rm -rf "$tmp"' EXIT
 cd "$tmp" || exit 1
-export OMP_WAIT_POLICY=passive
 passed=0 failed=0
 
 check() { # check WHAT COMMAND...: the command succeeds
