@@ -37,8 +37,8 @@
    BUILD
        cc -O3 program.c -lm -pthread      (needs stb_image.h: Debian's libstb-dev)
        On a GPU: define CKCA_CUDA for program.c, compile ckca_cuda.cu with nvcc, link both (see ckca_cuda.cu).
-   Built and tested with GCC and clang on x86-64 Linux, as C99 and C++11, where the vector kernels are chosen at run time.
-   The AArch64 kernels are written but have not been run; other compilers get plain loops, many times slower.
+   Built and tested with GCC and clang on x86-64 Linux, as C99 and C++11, where the vector kernels are chosen at run
+   time; AArch64's are tested under emulation (qemu-user). Other compilers get plain loops, many times slower.
 
    OPTIONS, defined before the implementation
        CKCA_STATIC          every function static, so that several files can have an implementation of their own
@@ -253,7 +253,8 @@ typedef struct ckca_split_desc {
     uint64_t seed;
 } ckca_split_desc;
 CKCA_API ckca_status ckca_split(const ckca_data *data, int n, const ckca_split_desc *desc, ckca_data **parts);
-/* The pictures of n sets as one; they must agree in shape and classes. Views of one store share it, others are copied. */
+/* The pictures of n sets as one; they must agree in shape and classes. Views of one store share it, others are
+   copied. */
 CKCA_API ckca_status ckca_join(ckca_data **joined, ckca_data *const *parts, int n);
 /* A view of the pictures at index[0..n). */
 CKCA_API ckca_status ckca_subset(ckca_data **subset, const ckca_data *data, const int *index, int n);
@@ -593,8 +594,8 @@ CKCA__BOTH double ckca__uniform(uint64_t seed, uint64_t stream, uint64_t index) 
    OPS: the seam. The host's are in this file, the GPU's, with the same signatures, in ckca_cuda.cu.
 
    All pointers are device memory (the host's own, on the host), float32, NHWC, 64-byte aligned at their start; they do
-   not overlap unless said. "accumulate" adds to the output instead of writing it. ws is scratch of at least the size that
-   ckca__conv_workspace and ckca__op_workspace ask for. Results do not depend on the number of threads.
+   not overlap unless said. "accumulate" adds to the output instead of writing it. ws is scratch of at least the size
+   that ckca__conv_workspace and ckca__op_workspace ask for. Results do not depend on the number of threads.
    ------------------------------------------------------------------------------------------------------------------ */
 
 typedef struct ckca__conv {
@@ -638,20 +639,22 @@ CKCA__OP void ckca__op_conv_backward_data(ckca_context *ctx, const ckca__conv *s
 /* Adds to dw (K x R x S x C) and, where dbias is not NULL, to dbias (K). */
 CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv *s, const float *x, const float *dy,
                                             float *dw, float *dbias, void *ws);
-/* y (N x K) = x (N x D) w^T (K x D) + bias. The three passes in the same shapes as a convolution's. bias may be NULL. */
+/* y (N x K) = x (N x D) w^T (K x D) + bias. The three passes in the same shapes as a convolution's. bias may be
+   NULL. */
 CKCA__OP void ckca__op_linear_forward(ckca_context *ctx, int n, int d, int k, const float *x, const float *w,
                                       const float *bias, float *y, void *ws);
 CKCA__OP void ckca__op_linear_backward(ckca_context *ctx, int n, int d, int k, const float *x, const float *w,
                                        const float *dy, float *dx, int accumulate, float *dw, float *dbias, void *ws);
 
 /* Batch norm over rows x c (rows = N H W), training: mean and inv_std (c each) are saved for the backward pass, the
-   running statistics move by momentum 0.1 (unbiased variance). y = relu?((x - mean) inv_std gamma + beta + residual). */
+   running statistics move by momentum 0.1 (unbiased variance). y = relu?((x - mean) inv_std gamma + beta +
+   residual). */
 CKCA__OP void ckca__op_batchnorm_forward(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
                                          const float *beta, float *running_mean, float *running_var,
                                          const float *residual, int relu, float *y, float *mean, float *inv_std,
                                          void *ws);
-/* dy is the gradient of y; where relu, it passes only where y > 0. Writes dx; writes (or adds to) dresidual unless it is
-   NULL; adds to dgamma and dbeta. dx may be dy. */
+/* dy is the gradient of y; where relu, it passes only where y > 0. Writes dx; writes (or adds to) dresidual unless it
+   is NULL; adds to dgamma and dbeta. dx may be dy. */
 CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, size_t rows, int c, const float *x, const float *y,
                                           const float *dy, const float *gamma, const float *mean, const float *inv_std,
                                           int relu, float *dx, float *dresidual, int accumulate_residual, float *dgamma,
@@ -671,8 +674,8 @@ CKCA__OP void ckca__op_add(ckca_context *ctx, size_t count, const float *a, cons
 /* dx (+)= dy where y > 0 (y NULL: everywhere). */
 CKCA__OP void ckca__op_add_backward(ckca_context *ctx, size_t count, const float *y, const float *dy, float *dx,
                                     int accumulate);
-/* s: r = s = kernel, k = c. at (NULL in evaluation) holds, per output, which of the kernel's positions won (the first of
-   equals). */
+/* s: r = s = kernel, k = c. at (NULL in evaluation) holds, per output, which of the kernel's positions won (the first
+   of equals). */
 CKCA__OP void ckca__op_maxpool_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y,
                                        unsigned char *at);
 CKCA__OP void ckca__op_maxpool_backward(ckca_context *ctx, const ckca__conv *s, const float *dy,
@@ -681,13 +684,14 @@ CKCA__OP void ckca__op_maxpool_backward(ckca_context *ctx, const ckca__conv *s, 
 CKCA__OP void ckca__op_avgpool_forward(ckca_context *ctx, int n, int area, int c, const float *x, float *y);
 CKCA__OP void ckca__op_avgpool_backward(ckca_context *ctx, int n, int area, int c, const float *dy, float *dx,
                                         int accumulate);
-/* The parameterless shortcut (option A of He et al. 2016): every stride-th pixel; (k - c) / 2 zero channels in front. */
+/* The parameterless shortcut (option A of He et al. 2016): every stride-th pixel; (k - c) / 2 zero channels in
+   front. */
 CKCA__OP void ckca__op_subsample_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y);
 CKCA__OP void ckca__op_subsample_backward(ckca_context *ctx, const ckca__conv *s, const float *dy, float *dx,
                                           int accumulate);
 
-/* Losses. Each writes its gradient with respect to the student (times scale), or adds it, and its per-picture value (unscaled;
-   their mean over n is the term) to loss[n].
+/* Losses. Each writes its gradient with respect to the student (times scale), or adds it, and its per-picture value
+   (unscaled; their mean over n is the term) to loss[n].
    Softmax cross-entropy with label smoothing (PyTorch's: target (1 - e) onehot + e / K). hit[i] = 1 if the arg max
    (lowest index of equals) is the label, | 2 if the label is among the 5 greatest. dz may be NULL. */
 CKCA__OP void ckca__op_cross_entropy(ckca_context *ctx, int n, int k, const float *z, const int *labels,
@@ -698,8 +702,8 @@ CKCA__OP void ckca__op_adakd(ckca_context *ctx, ckca_adakd form, int n, int k, c
                              const int *labels, const float *class_weight, float temperature, float scale, float *dz,
                              float *loss);
 /* FeatReg on n rows of d values: COSINE (also for STAGES: one call per stage with d = H W C), L2, RELATION (f is n x d,
-   fo n x d_teacher; ws: op_workspace(n, max(d, d_teacher) + 2 n)). For COSINE and L2 d_teacher is d. Writes df or adds to it. cos of a zero vector is
-   0 with zero gradient. */
+   fo n x d_teacher; ws: op_workspace(n, max(d, d_teacher) + 2 n)). For COSINE and L2 d_teacher is d. Writes df or adds
+   to it. cos of a zero vector is 0 with zero gradient. */
 CKCA__OP void ckca__op_featreg(ckca_context *ctx, ckca_featreg form, int n, int d, int d_teacher, const float *f,
                                const float *fo, float scale, float *df, int accumulate, float *loss, void *ws);
 /* *sum += the sum of values[0..n), in double. */
@@ -720,9 +724,9 @@ CKCA__OP void ckca__op_clip(ckca_context *ctx, size_t count, const float *g, flo
 CKCA__OP void ckca__op_shrink_perturb(ckca_context *ctx, size_t count, float *w, const float *fresh, float shrink,
                                       float perturb);
 
-/* Pictures index[0..n) of a store (pixels: bytes, h x w x c each) to floats (n x h x w x c): augmented as a pure function
-   of (seed, *epoch, index), then (v / 255 - mean) / std per channel. Augmentation reads black (0) outside the picture.
-   augment may be NULL (then epoch too); it, mean and std (c values) are host memory. */
+/* Pictures index[0..n) of a store (pixels: bytes, h x w x c each) to floats (n x h x w x c): augmented as a pure
+   function of (seed, *epoch, index), then (v / 255 - mean) / std per channel. Augmentation reads black (0) outside the
+   picture. augment may be NULL (then epoch too); it, mean and std (c values) are host memory. */
 CKCA__OP void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, const unsigned char *pixels,
                              const int *index, const ckca_augment *augment, uint64_t seed, const int *epoch,
                              const float *mean, const float *std, float *out);
@@ -1241,8 +1245,8 @@ typedef struct ckca__wjob {
     float *dw;
 } ckca__wjob;
 
-/* Winograd's algorithm. Pixels (and dy) turned to points lie [point][group of tiles][vector of channels][tile], a vector
-   each, so that products read them in a row. */
+/* Winograd's algorithm. Pixels (and dy) turned to points lie [point][group of tiles][vector of channels][tile], a
+   vector each, so that products read them in a row. */
 enum {
     CKCA__WINO_POINTS = 36,
     CKCA__WINO_BLOCK = 160 << 10, /* floats that a block of tiles should take, at the points */
@@ -1828,7 +1832,8 @@ static void CKCA__NAME(ckca__wino_task)(const ckca__wino *job, int task, float *
     }
 }
 
-/* to[2 CKCA__TILE rows of k][V vectors of c] += the sum over a block's tiles of dy[tile][k] x[tile][c], at one point. */
+/* to[2 CKCA__TILE rows of k][V vectors of c] += the sum over a block's tiles of dy[tile][k] x[tile][c], at one
+   point. */
 CKCA__INLINE void CKCA__NAME(ckca__wino_outer)(const int V, int c, int k, int count, const float *dy, const float *x,
                                                float *to) {
     CKCA__V sum[2 * CKCA__TILE][2];
@@ -2233,9 +2238,10 @@ static int ckca__conv_is_plain(const ckca_context *ctx, const ckca__conv *s) {
 /* ------------------------------------------------------------------------------------------------------------------
    CONVOLUTION, Winograd's algorithm for 3 x 3 kernels of stride 1 (Winograd 1980; Lavin and Gray 2016)
 
-   Four outputs along an axis are 12 products of six pixels d with three weights g. Seen as polynomials they are given by
-   their values at six points, and values multiply one by one: y = A^T ((G g) (B^T d)) needs 6 products; on both axes,
-   for a tile of 4 x 4 outputs, 36 instead of 144. With the points 0, a, -a, b, -b, infinity and a a = 1/2, b b = 2:
+   Four outputs along an axis are 12 products of six pixels d with three weights g. Seen as polynomials they are given
+   by their values at six points, and values multiply one by one: y = A^T ((G g) (B^T d)) needs 6 products; on both
+   axes, for a tile of 4 x 4 outputs, 36 instead of 144. With the points 0, a, -a, b, -b, infinity, and a^2 = 1/2 and
+   b^2 = 2:
 
              1    0  -5/2    0   1   0           1     0      0
              0   -2a  -2     a   1   0         -2/3  -2a/3  -1/3          1   1   1    1    1   0
@@ -2252,8 +2258,8 @@ static int ckca__conv_is_plain(const ckca_context *ctx, const ckca__conv *s) {
    pass makes 150 GFLOP/s with 16 channels, 226 with 32, 280 to 340 with 64 and more.
 
    Each task takes some of the tiles, in blocks that stay in L2: turn the pixels, multiply at each point, turn the
-   outputs, with no memory of its own but scratch. Where there are few tiles and many weights, tasks are ranges of output
-   channels, each of which turns its own weights; else they are turned once for all.
+   outputs, with no memory of its own but scratch. Where there are few tiles and many weights, tasks are ranges of
+   output channels, each of which turns its own weights; else they are turned once for all.
    ------------------------------------------------------------------------------------------------------------------ */
 
 /* Plans the forward pass (0), the input gradient (1) or the weight gradient (2) of a shape; 0 if it is better off
@@ -2303,8 +2309,9 @@ static int ckca__wino_plan(const ckca_context *ctx, ckca__wino *job, const ckca_
     if (job->block > 96) job->block = 96;
     if (job->block < 48) job->block = 48;
     if (job->block > job->tiles) job->block = (job->tiles + 11) / 12 * 12;
-    job->scratch_size = (job->c > job->k ? job->c : job->k) +
-                        CKCA__WINO_POINTS * (ckca__wino_point(job->block, job->c) + ckca__wino_point(job->block, channels));
+    job->scratch_size = job->c > job->k ? job->c : job->k;
+    job->scratch_size += CKCA__WINO_POINTS * ckca__wino_point(job->block, job->c);
+    job->scratch_size += CKCA__WINO_POINTS * ckca__wino_point(job->block, channels);
     if (pass == 2) job->scratch_size += (size_t)CKCA__WINO_POINTS * channels * job->c;
     else if (job->ranges > 1)
         job->scratch_size += (size_t)CKCA__WINO_POINTS * job->c * ((blocks + job->ranges - 1) / job->ranges * lanes);
@@ -3888,7 +3895,8 @@ CKCA__BOTH void ckca__augment_framing(const ckca_augment *augment, uint64_t seed
 }
 
 CKCA__BOTH float ckca__augment_clamp(float v) { return v < 0 ? 0 : v > 255 ? 255 : v; }
-CKCA__BOTH float ckca__augment_grey(int c, const float *v) { /* luma of ITU-R BT.601, as torchvision's rgb_to_grayscale */
+/* Luma of ITU-R BT.601, as torchvision's rgb_to_grayscale. */
+CKCA__BOTH float ckca__augment_grey(int c, const float *v) {
     return c == 3 ? 0.2989f * v[0] + 0.587f * v[1] + 0.114f * v[2] : v[0];
 }
 
@@ -4188,8 +4196,8 @@ static int ckca__file_exists(const char *path) {
 
    A model is a list of nodes in the order they were added, so that inputs come before their readers. Forward walks it,
    backward walks it in reverse. ckca_model_finish groups neighbours that run as one op: batch norm (+ add) (+ ReLU)
-   always, and in evaluation the convolution in front too, with the batch norm folded into its weights. The last node of a
-   group, its tail, runs for all of them and owns the output.
+   always, and in evaluation the convolution in front too, with the batch norm folded into its weights. The last node of
+   a group, its tail, runs for all of them and owns the output.
    ------------------------------------------------------------------------------------------------------------------ */
 
 typedef enum ckca__kind {
@@ -4688,9 +4696,10 @@ static ckca_status ckca__seal(ckca_model *m, int logits) {
     return CKCA_OK;
 }
 
-/* Initial weights as a pure function of (seed, parameter, element): convolutions Kaiming normal, fan out, for ReLU (He et
-   al. 2015, torchvision's ResNet), linear layers and biases uniform in +-1/sqrt(fan in) (PyTorch's defaults), batch norm
-   1 and 0. Written to host, in the arenas' layout; drawn in PyTorch's order, so a layout is not part of the result. */
+/* Initial weights as a pure function of (seed, parameter, element): convolutions Kaiming normal, fan out, for ReLU (He
+   et al. 2015, torchvision's ResNet), linear layers and biases uniform in +-1/sqrt(fan in) (PyTorch's defaults), batch
+   norm 1 and 0. Written to host, in the arenas' layout; drawn in PyTorch's order, so a layout is not part of the
+   result. */
 static void ckca__draw_weights(const ckca_model *m, uint64_t seed, float *host) {
     int i;
     for (i = 0; i < m->parameters; i++) {
@@ -4761,8 +4770,8 @@ static int ckca__conv_bn(ckca_model *m, const char *prefix, const char *conv, co
     return relu ? ckca_relu(m, x) : x;
 }
 
-/* One residual block (He et al. 2016, figure 5): basic (two 3x3) or bottleneck (1x1, 3x3, 1x1 with 4 times the channels;
-   its stride on the 3x3, as torchvision). */
+/* One residual block (He et al. 2016, figure 5): basic (two 3x3) or bottleneck (1x1, 3x3, 1x1 with 4 times the
+   channels; its stride on the 3x3, as torchvision). */
 static int ckca__residual_block(ckca_model *m, const char *prefix, int x, int width, int stride, int bottleneck,
                                 int projection, int zero) {
     int in, out = bottleneck ? width * 4 : width, y, shortcut = x;
@@ -4925,9 +4934,9 @@ static ckca_status ckca__graph_read(ckca_model *m, const char *text) {
 
 /* ---- the memory plan ----
 
-   A buffer lives from the moment that writes it to the last one that reads it; buffers whose lives do not overlap may share
-   memory. Moments of a step: node i runs forward at i, backward at 2 nodes - 1 - i. All sizes are per picture, so that
-   one plan serves every batch size. */
+   A buffer lives from the moment that writes it to the last one that reads it; buffers whose lives do not overlap may
+   share memory. Moments of a step: node i runs forward at i, backward at 2 nodes - 1 - i. All sizes are per picture, so
+   that one plan serves every batch size. */
 
 typedef struct ckca__buffer {
     size_t size, *offset;
@@ -5255,7 +5264,8 @@ static void ckca__run_backward(ckca_model *m) {
             float *dresidual = x->residual > 0 ? ckca__grad(m, x->residual) : NULL;
             int add_residual = dresidual ? ckca__accumulates(m, x->residual) : 0;
             add = x->source > 0 ? ckca__accumulates(m, x->source) : 1;
-            /* Where its input has a gradient already (or needs none), dx takes the place of dy and is added from there. */
+            /* Where its input has a gradient already (or needs none), dx takes the place of dy and is added from
+               there. */
             dx = add ? dy : ckca__grad(m, x->source);
             ckca__op_batchnorm_backward(
                 ctx, rows, x->c, ckca__value(m, x->source), ckca__value(m, i), dy, ckca__param(m, bn, m->values, 0),
@@ -5403,7 +5413,7 @@ CKCA_API ckca_status ckca_sgd(ckca_model *m, const ckca_sgd_desc *desc) {
     return ckca__device_status(m->ctx);
 }
 
-/* A model of the same network and weights, with arenas of its own: the teacher, and what a failed update goes back to. */
+/* Also the teacher, and what a failed update goes back to. */
 CKCA_API ckca_status ckca_model_copy(ckca_model **out, const ckca_model *m) {
     ckca_context *ctx;
     ckca_model *copy;
@@ -5566,8 +5576,8 @@ CKCA_API ckca_status ckca_tensor_write(ckca_model *m, int i, ckca_slot slot, con
 /* ------------------------------------------------------------------------------------------------------------------
    TRAINING: evaluation, one SGD step, one update
 
-   ckca_update is the whole method: ckca__begin sets a time step up (teacher, starting weights, what the teacher says about
-   the new pictures), ckca__train_step is one SGD step, and the loop between walks the epochs.
+   ckca_update is the whole method: ckca__begin sets a time step up (teacher, starting weights, what the teacher says
+   about the new pictures), ckca__train_step is one SGD step, and the loop between walks the epochs.
    ------------------------------------------------------------------------------------------------------------------ */
 
 #include <time.h>
@@ -5739,8 +5749,8 @@ static ckca_status ckca__adopt(ckca_model *m, const ckca_data *data, const char 
     return CKCA_OK;
 }
 
-/* Runs all of data through m as it stands, normalised as like (m itself, or the student of a teacher) does. cache_z and cache_f (count x classes, count x features, on the device) get
-   every picture's logits and features, unless NULL. */
+/* Runs all of data through m as it stands, normalised as like (m itself, or the student of a teacher) does. cache_z and
+   cache_f (count x classes, count x features, on the device) get every picture's logits and features, unless NULL. */
 static ckca_status ckca__survey(ckca_model *m, const ckca_model *like, const ckca_data *data, ckca_score *score,
                                 float *per_class, float *cache_z, float *cache_f) {
     ckca_context *ctx = m->ctx;
@@ -5917,6 +5927,7 @@ typedef struct ckca__update {
     int mode;                 /* of the student's forward */
     float *cache_z, *cache_f; /* the teacher's answers on every picture, where pictures are not augmented; else NULL */
     size_t cache_z_bytes, cache_f_bytes;
+    const float *zo, *fo; /* its logits and features for the batch in b */
     ckca__small b;
     int *order;
     int batches;      /* per epoch */
@@ -5949,13 +5960,15 @@ static float ckca__rate(const ckca_update_desc *d, int64_t s, int batches) {
 static void ckca__ask_teacher(ckca__update *u, int n, const float *input) {
     ckca_model *t = u->teacher;
     if (u->cache_z) {
-        ckca__op_gather(u->ctx, n, t->classes, u->cache_z, u->b.position, u->b.zo);
-        ckca__op_gather(u->ctx, n, t->features, u->cache_f, u->b.position, u->b.fo);
+        u->zo = u->b.zo;
+        u->fo = u->b.fo;
+        if (u->d.w_kd > 0) ckca__op_gather(u->ctx, n, t->classes, u->cache_z, u->b.position, u->b.zo);
+        if (u->d.w_feat > 0) ckca__op_gather(u->ctx, n, t->features, u->cache_f, u->b.position, u->b.fo);
     } else {
         ckca__run_forward(t, n, u->d.w_feat > 0 && u->d.featreg == CKCA_FEATREG_STAGES ? CKCA__STAGES : CKCA__EVALUATE,
                           input);
-        ckca__device_copy(u->ctx, u->b.zo, ckca__value(t, t->logits), (size_t)n * (size_t)t->classes * sizeof(float));
-        ckca__device_copy(u->ctx, u->b.fo, ckca__value(t, t->pooled), (size_t)n * (size_t)t->features * sizeof(float));
+        u->zo = ckca__value(t, t->logits);
+        u->fo = ckca__value(t, t->pooled);
     }
 }
 
@@ -5964,7 +5977,7 @@ static void ckca__feature_term(ckca__update *u, int n) {
     ckca_model *m = u->m, *t = u->teacher;
     int i, j = 0, stages = 0;
     if (u->d.featreg != CKCA_FEATREG_STAGES) {
-        ckca__op_featreg(u->ctx, u->d.featreg, n, m->features, t->features, ckca__value(m, m->pooled), u->b.fo,
+        ckca__op_featreg(u->ctx, u->d.featreg, n, m->features, t->features, ckca__value(m, m->pooled), u->fo,
                          u->d.w_feat, ckca__grad(m, m->pooled), ckca__accumulates(m, m->pooled), u->b.loss,
                          m->workspace);
         ckca__op_sum(u->ctx, n, u->b.loss, u->b.sums + 2);
@@ -6006,7 +6019,7 @@ static void ckca__step_ops(ckca__update *u, int n) {
     ckca__op_count(ctx, n, u->b.hit, u->b.sums + 3);
     if (u->teacher) ckca__ask_teacher(u, n, input);
     if (d->w_kd > 0) {
-        ckca__op_adakd(ctx, d->adakd, n, m->classes, z, u->b.zo, u->b.labels, u->b.class_weight, d->temperature,
+        ckca__op_adakd(ctx, d->adakd, n, m->classes, z, u->zo, u->b.labels, u->b.class_weight, d->temperature,
                        d->w_kd, ckca__grad(m, m->logits), u->b.loss);
         ckca__op_sum(ctx, n, u->b.loss, u->b.sums + 1);
     }
@@ -7534,8 +7547,7 @@ CKCA_API ckca_status ckca_join(ckca_data **joined, ckca_data *const *parts, int 
    Values are little-endian, as the machines are that this library runs on.
    ------------------------------------------------------------------------------------------------------------------ */
 
-/* --- JSON, as much of it as such headers have ----------------------------------------------------------------------
- */
+/* --- JSON, as much of it as such headers have --- */
 
 /* Text under the eyes of a parser. Strings are unescaped in place: they only get shorter. */
 typedef struct ckca__json {
