@@ -431,7 +431,8 @@ int main(int argc, char **argv) {
         {"--w-lwf", TOOL_FLOAT, &r.w_lwf, 0, 1000, "X", "weight of lwf's distillation, 0: off [1]", 0},
         {"--temperature", TOOL_FLOAT, &r.update.temperature, 0.1, 100, "X", "of both distillations [2]", 0},
         {"--featreg", TOOL_CHOICE, &r.update.featreg, 0, 0, "stages|cosine|l2|relation", "ckca's feature distance", 0},
-        {"--w-feat", TOOL_FLOAT, &r.update.w_feat, 0, 1000, "X", "weight of ckca's feature term, 0: off [1]", 0},
+        {"--w-feat", TOOL_FLOAT, &r.update.w_feat, 0, 1000, "X",
+         "weight of ckca's feature term, 0: off [1; on the shapes 0.1]", 0},
         {"--shrink", TOOL_FLOAT, &r.update.shrink, 0.001, 1, "X", "of shrink-perturb: old weights times this [0.4]", 0},
         {"--perturb", TOOL_FLOAT, &r.update.perturb, 0.001, 1, "X",
          "of shrink-perturb: plus fresh ones times this [0.1]", 0},
@@ -483,6 +484,7 @@ int main(int argc, char **argv) {
     if (!r.update.epochs) r.update.epochs = drawn ? 20 : 40;
     if (!r.update.batch) r.update.batch = drawn ? 16 : 64;
     if (drawn && r.update.lr == 0) r.update.lr = 0.05f;
+    if (drawn && r.update.w_feat == 0) r.update.w_feat = 0.1f; /* more holds back what has most to learn yet */
 
     /* The pictures, in chunks. */
     memset(&desc, 0, sizeof desc);
