@@ -2053,8 +2053,9 @@ static void ckca__naive_conv_backward_weight(ckca_context *ctx, const ckca__conv
 /* ------------------------------------------------------------------------------------------------------------------
    CONVOLUTION, the ops: cut into tasks, each a call of a kernel by one thread
 
-   What a task adds up, and in which order, follows from the shapes alone. In the forward pass and the input gradient no
-   output even depends on its neighbours, so a picture's results are the same in every batch.
+   What a task adds up, and in which order, follows from the shapes alone, never from the threads. In the forward pass
+   and the input gradient a picture's results do not depend on its neighbours, but its last bits may on their number: a
+   batch of few tiles is summed directly, one of more goes by Winograd's algorithm.
    ------------------------------------------------------------------------------------------------------------------ */
 #ifndef CKCA_CUDA
 #ifdef CKCA__SIMD

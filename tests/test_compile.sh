@@ -91,9 +91,11 @@ for cc in $found; do
         done
         # Strictly by the standard, without what _DEFAULT_SOURCE declares besides
         try whole_${cc}_${l}_strict $cc ${w#-D_DEFAULT_SOURCE} -fsyntax-only $dir/whole.c
-        # Two translation units: one implementation, or one in each
-        try two_${cc}_$l $cc $w -O0 $dir/main.c $dir/other.c -o $dir/two_${cc}_$l -lm -pthread
-        try two_static_${cc}_$l $cc $w -O0 -DCKCA_STATIC $dir/main.c $dir/other.c -o $dir/two_static_${cc}_$l \
+        # Two translation units: one implementation, or one in each. C++ is linked as C++: a thread's end may unwind
+        link=$cc
+        [ $l = c99 ] || link=$cxx
+        try two_${cc}_$l $link $w -O0 $dir/main.c $dir/other.c -o $dir/two_${cc}_$l -lm -pthread
+        try two_static_${cc}_$l $link $w -O0 -DCKCA_STATIC $dir/main.c $dir/other.c -o $dir/two_static_${cc}_$l \
             -lm -pthread
         settle
         try run_two_${cc}_$l $dir/two_${cc}_$l

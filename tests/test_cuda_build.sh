@@ -1,6 +1,7 @@
 #!/bin/sh
 # test_cuda_build.sh: make CUDA=1 builds every example, test and the bench with nvcc, for one architecture, in a tree of
 # links of its own; where there is no GPU, programs say so. Without nvcc nothing is tried, aloud. From the repository's root.
+unset MAKEFLAGS MFLAGS # a make of its own, whoever called
 dir=build/cuda_build
 passed=0
 failed=0
