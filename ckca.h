@@ -2266,7 +2266,7 @@ static int ckca__conv_is_plain(const ckca_context *ctx, const ckca__conv *s) {
 /* Plans the forward pass (0), the input gradient (1) or the weight gradient (2) of a shape; 0 if it is better off
    direct: too few tiles to pay for turning the weights, tiles that are mostly margin, channels that fill no vectors. */
 static int ckca__wino_plan(const ckca_context *ctx, ckca__wino *job, const ckca__conv *s, int pass) {
-    int lanes = 2 * ckca__conv_vector(ctx->isa), blocks, channels;
+    int lanes, blocks, channels;
     if (ctx->direct || ckca__conv_is_plain(ctx, s) || s->r != 3 || s->s != 3 || s->stride != 1 || s->pad > 2 ||
         s->c % 16 || s->k % 16)
         return 0;
@@ -2289,6 +2289,7 @@ static int ckca__wino_plan(const ckca_context *ctx, ckca__wino *job, const ckca_
     job->tiles = s->n * job->across * job->down;
     if (job->tiles < 16 || 8.0 * job->across * job->down > (double)job->oh * job->ow) return 0;
 
+    lanes = 2 * ckca__conv_vector(ctx->isa);
     blocks = (job->k + lanes - 1) / lanes;
     job->ranges = 1;
     job->parts = CKCA__WINO_TASKS;
