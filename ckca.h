@@ -2304,19 +2304,17 @@ static int ckca__wino_plan(const ckca_context *ctx, ckca__wino *job, const ckca_
         job->ranges = blocks < 8 ? blocks : 8;
     }
 
-    /* The greatest range of output channels, then the scratch: zeros, pixels, then sums and perhaps weights; or dy and
-       sums. */
+    /* The greatest range of output channels, then the scratch: zeros, pixels, then sums and a task's own weights; or dy
+       and sums. It does not depend on the number of tiles: a short batch fits where a full one does. */
     channels = pass == 2 ? (job->k / 16 + job->ranges - 1) / job->ranges * 16 : lanes;
     job->block = CKCA__WINO_BLOCK / (CKCA__WINO_POINTS * (job->c + channels)) / 12 * 12;
     if (job->block > 96) job->block = 96;
     if (job->block < 48) job->block = 48;
-    if (job->block > job->tiles) job->block = (job->tiles + 11) / 12 * 12;
     job->scratch_size = job->c > job->k ? job->c : job->k;
     job->scratch_size += CKCA__WINO_POINTS * ckca__wino_point(job->block, job->c);
     job->scratch_size += CKCA__WINO_POINTS * ckca__wino_point(job->block, channels);
-    if (pass == 2) job->scratch_size += (size_t)CKCA__WINO_POINTS * channels * job->c;
-    else if (job->ranges > 1)
-        job->scratch_size += (size_t)CKCA__WINO_POINTS * job->c * ((blocks + job->ranges - 1) / job->ranges * lanes);
+    job->scratch_size += (size_t)CKCA__WINO_POINTS * job->c * (pass == 2 ? channels : (blocks + 7) / 8 * lanes);
+    if (job->block > job->tiles) job->block = (job->tiles + 11) / 12 * 12;
     job->scratch_size = ckca__round_up(job->scratch_size, 16);
     return 1;
 }
@@ -2331,7 +2329,7 @@ static size_t ckca__wino_workspace(const ckca_context *ctx, const ckca__conv *s)
         if (!ckca__wino_plan(ctx, &job, s, pass)) continue;
         floats = job.scratch_size * ctx->threads;
         if (pass == 2) floats += (size_t)job.parts * 9 * job.c * job.k;
-        else if (job.ranges == 1) floats += (size_t)CKCA__WINO_POINTS * job.c * ckca__round_up(job.k, 32);
+        else floats += (size_t)CKCA__WINO_POINTS * job.c * ckca__round_up(job.k, 32);
         if (floats > most) most = floats;
     }
     return most;

@@ -423,6 +423,29 @@ static void test_winograd(ckca_context *ctx[CKCA_ISA_AVX512 + 1][3], const ckca_
     free(dw);
 }
 
+/* Scratch is reserved for a whole batch: a shorter one, which may be cut into other tasks, must never want more. */
+static void test_scratch(const ckca_context *ctx) {
+    static const int channels[] = {16, 48, 64, 256};
+    int i, threads, pad, h;
+    for (i = 0; i < 4 * 4; i++)
+        for (threads = 1; threads <= 64; threads *= 4)
+            for (pad = 0; pad < 3; pad++)
+                for (h = 4; h <= 8; h += 4) {
+                    ckca_context many = *ctx;
+                    size_t most = 0;
+                    int n, more = 0;
+                    many.threads = threads;
+                    for (n = 1; n <= 300; n += n < 40 ? 1 : 13) {
+                        ckca__conv s = shape(n, h, h, channels[i % 4], channels[i / 4], 3, 3, 1, pad);
+                        size_t bytes = ckca__conv_workspace(&many, &s);
+                        if (bytes < most) more = n;
+                        else most = bytes;
+                    }
+                    CHECK(!more, "%d to %d channels at %d x %d, pad %d, %d threads, isa %d: %d pictures want less scratch "
+                          "than fewer do", channels[i % 4], channels[i / 4], h, h, pad, threads, (int)ctx->isa, more);
+                }
+}
+
 /* A NaN must come through ReLU, or a diverged model would look healthy. */
 static void test_nan(ckca_context *ctx, int n, int c, int k) {
     ckca__conv s = shape(n, 4, 4, c, k, 3, 3, 1, 1);
@@ -499,6 +522,7 @@ int main(void) {
     for (isa = CKCA_ISA_PLAIN; isa <= best; isa++) {
         test_nan(ctx[isa][0], 1, 2, 21);
         test_nan(ctx[isa][0], 16, 16, 32);
+        test_scratch(ctx[isa][0]);
     }
     for (i = 0; i < sizeof small / sizeof *small; i++) {
         const int *v = small[i];
