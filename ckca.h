@@ -169,8 +169,8 @@ typedef struct ckca_data ckca_data;       /* labelled pictures: a view of a shar
 typedef struct ckca_desc {
     int threads;  /* 0: as many as there are processors on line. Without POSIX threads, and with CKCA_NO_THREADS: 1 */
     ckca_isa isa; /* kernels to use; one the processor lacks is an error */
-    int direct;   /* 1: no Winograd: every convolution sums its products one by one (2 to 3 times slower, and closer:
-                     about 3e-7 of the output's rms instead of 1e-6) */
+    int direct;   /* 1: no Winograd: every convolution sums its products one by one (3 x 3: 1.4 to 3.3 times slower,
+                     and closer: about 3e-7 of the output's rms instead of 1e-6) */
     ckca_precision precision; /* of the GPU's convolutions */
     /* Memory: both or neither, called by one thread at a time (decoding calls them from its own threads). alloc returns
        NULL when it has none. 0: malloc (with huge pages asked for) and free. stb_image uses calloc whatever is set. */
