@@ -323,7 +323,8 @@ CKCA_API void ckca_model_info_get(const ckca_model *model, ckca_model_info *info
 /* A data descriptor that fits the model: its size, channels and classes (names owned by the model). */
 CKCA_API ckca_data_desc ckca_data_like(const ckca_model *model);
 
-/* Bytes a model takes at a batch size, known before they are allocated. */
+/* Bytes a model takes at a batch size, known before they are allocated; training: in ckca_update. (ckca_forward in
+   training takes more activations, since it keeps all of them readable.) */
 typedef struct ckca_bytes {
     size_t parameters, gradients, momentum, activations, workspace, total;
 } ckca_bytes;
@@ -653,12 +654,17 @@ CKCA__OP void ckca__op_batchnorm_forward(ckca_context *ctx, size_t rows, int c, 
                                          const float *beta, float *running_mean, float *running_var,
                                          const float *residual, int relu, float *y, float *mean, float *inv_std,
                                          void *ws);
-/* dy is the gradient of y; where relu, it passes only where y > 0. Writes dx; writes (or adds to) dresidual unless it
-   is NULL; adds to dgamma and dbeta. dx may be dy. */
+/* y of the last forward pass once more, bit by bit, from x and what that pass saved. y may be residual. */
+CKCA__OP void ckca__op_batchnorm_again(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
+                                       const float *beta, const float *mean, const float *inv_std,
+                                       const float *residual, int relu, float *y);
+/* dy is the gradient of y; where relu, it passes only where y > 0. y may be NULL where there was no residual: whether
+   y > 0 is then seen from x. Writes dx; writes (or adds to) dresidual unless it is NULL; adds to dgamma and dbeta. dx
+   may be dy, or it may be x and dresidual dy. */
 CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, size_t rows, int c, const float *x, const float *y,
-                                          const float *dy, const float *gamma, const float *mean, const float *inv_std,
-                                          int relu, float *dx, float *dresidual, int accumulate_residual, float *dgamma,
-                                          float *dbeta, void *ws);
+                                          const float *dy, const float *gamma, const float *beta, const float *mean,
+                                          const float *inv_std, int relu, float *dx, float *dresidual,
+                                          int accumulate_residual, float *dgamma, float *dbeta, void *ws);
 /* Evaluation: with running statistics. */
 CKCA__OP void ckca__op_batchnorm_eval(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
                                       const float *beta, const float *running_mean, const float *running_var,
@@ -1291,7 +1297,7 @@ enum {
     CKCA__WINO_POINTS = 36,
     CKCA__WINO_BLOCK = 160 << 10, /* floats that a block of tiles should take, at the points */
     CKCA__WINO_TASKS = 16,        /* tasks to cut a pass into, if possible */
-    CKCA__WINO_SUMS = 5 << 18     /* weight gradient: floats of a task's sums, at the points */
+    CKCA__WINO_SUMS = 5 << 17     /* weight gradient: floats of a task's sums, at the points */
 };
 typedef struct ckca__maps {
     const float *at;
@@ -2371,9 +2377,9 @@ static size_t ckca__wino_workspace(const ckca_context *ctx, const ckca__conv *s)
         ckca__wino job;
         size_t floats;
         if (!ckca__wino_plan(ctx, &job, s, pass)) continue;
-        floats = job.scratch_size * ctx->threads;
-        if (pass == 2) floats += (size_t)job.parts * 9 * job.c * job.k;
-        else floats += (size_t)CKCA__WINO_POINTS * job.c * ckca__round_up(job.k, 32);
+        floats = job.scratch_size * ctx->threads; /* fewer tiles never take more parts, nor one range where these took many */
+        if (pass == 2) floats += job.parts > 1 ? (size_t)job.parts * 9 * job.c * job.k : 0;
+        else if (job.ranges == 1) floats += (size_t)CKCA__WINO_POINTS * job.c * ckca__round_up(job.k, 32);
         if (floats > most) most = floats;
     }
     return most;
@@ -2610,38 +2616,54 @@ static void CKCA__NAME(ckca__moments)(size_t count, size_t cols, const float *x,
         CKCA__NAME(ckca__moments_rows)(1, count - i < cols ? count - i : cols, x + i, shift, sum, square);
 }
 
-/* sum[j] += g, product[j] += g (x - mean[j]), with g = dy where y > 0 (y NULL: everywhere). */
+/* Where a ReLU let x through: y > 0 or, y being NULL, (x - mean) scale + beta > 0; everywhere if scale is NULL too.
+   d is x - mean. */
+CKCA__INLINE CKCA__V CKCA__NAME(ckca__gate)(CKCA__V g, CKCA__V d, const float *y, const float *scale,
+                                            const float *beta) {
+    if (y) return CKCA__WHERE_POSITIVE(CKCA__LOAD(y), g);
+    return scale ? CKCA__WHERE_POSITIVE(CKCA__FMA(d, CKCA__LOAD(scale), CKCA__LOAD(beta)), g) : g;
+}
+CKCA__INLINE float CKCA__NAME(ckca__gate_one)(float g, float d, const float *y, const float *scale, const float *beta) {
+    return (y ? *y : scale ? d * *scale + *beta : 1.0f) > 0 ? g : 0;
+}
+
+/* sum[j] += g, product[j] += g (x - mean[j]), with g = dy where the gate lets it. */
 static inline void CKCA__NAME(ckca__products_rows)(int rows, size_t cols, const float *x, const float *y,
-                                                   const float *dy, const float *mean, float *sum, float *product) {
+                                                   const float *dy, const float *mean, const float *scale,
+                                                   const float *beta, float *sum, float *product) {
     size_t j = 0, i;
     int r;
     for (; j + CKCA__VW <= cols; j += CKCA__VW) {
         CKCA__V m = CKCA__LOAD(mean + j), s = CKCA__LOAD(sum + j), p = CKCA__LOAD(product + j);
         for (r = 0, i = j; r < rows; r++, i += cols) {
-            CKCA__V g = CKCA__LOAD(dy + i);
-            if (y) g = CKCA__WHERE_POSITIVE(CKCA__LOAD(y + i), g);
+            CKCA__V d = CKCA__SUB(CKCA__LOAD(x + i), m);
+            CKCA__V g = CKCA__NAME(ckca__gate)(CKCA__LOAD(dy + i), d, y ? y + i : NULL, scale ? scale + j : NULL,
+                                               scale ? beta + j : NULL);
             s = CKCA__ADD(s, g);
-            p = CKCA__FMA(g, CKCA__SUB(CKCA__LOAD(x + i), m), p);
+            p = CKCA__FMA(g, d, p);
         }
         CKCA__STORE(sum + j, s);
         CKCA__STORE(product + j, p);
     }
     for (; j < cols; j++)
         for (r = 0, i = j; r < rows; r++, i += cols) {
-            float g = y && !(y[i] > 0) ? 0 : dy[i];
+            float d = x[i] - mean[j];
+            float g = CKCA__NAME(ckca__gate_one)(dy[i], d, y ? y + i : NULL, scale ? scale + j : NULL,
+                                                 scale ? beta + j : NULL);
             sum[j] += g;
-            product[j] += g * (x[i] - mean[j]);
+            product[j] += g * d;
         }
 }
 
 static void CKCA__NAME(ckca__products)(size_t count, size_t cols, const float *x, const float *y, const float *dy,
-                                       const float *mean, float *sum, float *product) {
+                                       const float *mean, const float *scale, const float *beta, float *sum,
+                                       float *product) {
     size_t i = 0;
     for (; cols < 128 && i + 4 * cols <= count; i += 4 * cols)
-        CKCA__NAME(ckca__products_rows)(4, cols, x + i, y ? y + i : NULL, dy + i, mean, sum, product);
+        CKCA__NAME(ckca__products_rows)(4, cols, x + i, y ? y + i : NULL, dy + i, mean, scale, beta, sum, product);
     for (; i < count; i += cols)
         CKCA__NAME(ckca__products_rows)(1, count - i < cols ? count - i : cols, x + i, y ? y + i : NULL, dy + i, mean,
-                                        sum, product);
+                                        scale, beta, sum, product);
 }
 
 /* y = relu?((x - mean) scale + beta + residual) */
@@ -2667,24 +2689,29 @@ static void CKCA__NAME(ckca__normalize)(size_t count, size_t cols, const float *
     }
 }
 
-/* dx = a g - b (x - mean) - c; dresidual (+)= g. */
+/* dx = scale g - b (x - mean) - c; dresidual (+)= g. beta NULL: the gate does not look at x. */
 static void CKCA__NAME(ckca__normalize_backward)(size_t count, size_t cols, const float *x, const float *y,
-                                                 const float *dy, const float *mean, const float *a, const float *b,
-                                                 const float *c, float *dx, float *dresidual, int accumulate) {
+                                                 const float *dy, const float *mean, const float *scale, const float *b,
+                                                 const float *c, const float *beta, float *dx, float *dresidual,
+                                                 int accumulate) {
+    const float *gate = beta ? scale : NULL;
     size_t i, j, end;
     for (i = 0; i < count; i += cols) {
         end = count - i < cols ? count - i : cols;
         for (j = 0; j + CKCA__VW <= end; j += CKCA__VW) {
-            CKCA__V g = CKCA__LOAD(dy + i + j), d = CKCA__SUB(CKCA__LOAD(x + i + j), CKCA__LOAD(mean + j));
-            if (y) g = CKCA__WHERE_POSITIVE(CKCA__LOAD(y + i + j), g);
+            CKCA__V d = CKCA__SUB(CKCA__LOAD(x + i + j), CKCA__LOAD(mean + j));
+            CKCA__V g = CKCA__NAME(ckca__gate)(CKCA__LOAD(dy + i + j), d, y ? y + i + j : NULL,
+                                               gate ? gate + j : NULL, gate ? beta + j : NULL);
             d = CKCA__FMA(d, CKCA__LOAD(b + j), CKCA__LOAD(c + j));
-            CKCA__STORE(dx + i + j, CKCA__SUB(CKCA__MUL(g, CKCA__LOAD(a + j)), d));
+            CKCA__STORE(dx + i + j, CKCA__SUB(CKCA__MUL(g, CKCA__LOAD(scale + j)), d));
             if (dresidual)
                 CKCA__STORE(dresidual + i + j, accumulate ? CKCA__ADD(g, CKCA__LOAD(dresidual + i + j)) : g);
         }
         for (; j < end; j++) {
-            float g = y && !(y[i + j] > 0) ? 0 : dy[i + j];
-            dx[i + j] = a[j] * g - ((x[i + j] - mean[j]) * b[j] + c[j]);
+            float d = x[i + j] - mean[j];
+            float g = CKCA__NAME(ckca__gate_one)(dy[i + j], d, y ? y + i + j : NULL, gate ? gate + j : NULL,
+                                                 gate ? beta + j : NULL);
+            dx[i + j] = scale[j] * g - (d * b[j] + c[j]);
             if (dresidual) dresidual[i + j] = accumulate ? dresidual[i + j] + g : g;
         }
     }
@@ -2912,12 +2939,12 @@ static size_t ckca__block_rows(const ckca_context *ctx, size_t rows, int c) {
     return ckca__round_up(block, 4 * ckca__wide(ctx, c));
 }
 
-/* Batch norm wants most: per channel two doubles of sums, four floats of tables (widened, up to CKCA__WIDE more), and
+/* Batch norm wants most: per channel two doubles of sums, five floats of tables (widened, up to CKCA__WIDE more), and
    three floats for each block. Never less for more rows: a short batch fits where a full one does. */
 static size_t ckca__op_workspace(const ckca_context *ctx, size_t rows, int c) {
     size_t blocks = rows / 64 + 1 < 128 ? rows / 64 + 1 : 128;
     (void)ctx;
-    return ckca__sum(CKCA__SUM_BLOCKS * sizeof(double) + 16 * CKCA__WIDE, ckca__mul((size_t)c, 32 + 12 * blocks));
+    return ckca__sum(CKCA__SUM_BLOCKS * sizeof(double) + 20 * CKCA__WIDE, ckca__mul((size_t)c, 36 + 12 * blocks));
 }
 
 /* ---- batch norm ---- */
@@ -2968,26 +2995,33 @@ static void ckca__naive_batchnorm_forward(size_t rows, int c, const float *x, co
     ckca__naive_batchnorm_apply(rows, c, x, gamma, beta, mean, inv_std, residual, relu, y);
 }
 
+/* 1 where a ReLU let channel j of x through: y > 0, y being told from x where it is NULL. */
+static int ckca__naive_batchnorm_gate(const float *x, const float *y, size_t i, int j, const float *gamma,
+                                      const float *beta, const float *mean, const float *inv_std) {
+    return (y ? y[i + j] : (x[i + j] - mean[j]) * (gamma[j] * inv_std[j]) + beta[j]) > 0;
+}
+
 /* With g = dy where y > 0 and xhat = (x - mean) inv_std:
    dbeta = sum g, dgamma = sum g xhat, dx = gamma inv_std (g - dbeta / rows - xhat dgamma / rows). */
 static void ckca__naive_batchnorm_backward(size_t rows, int c, const float *x, const float *y, const float *dy,
-                                           const float *gamma, const float *mean, const float *inv_std, int relu,
-                                           float *dx, float *dresidual, int accumulate_residual, float *dgamma,
-                                           float *dbeta, void *ws) {
+                                           const float *gamma, const float *beta, const float *mean,
+                                           const float *inv_std, int relu, float *dx, float *dresidual,
+                                           int accumulate_residual, float *dgamma, float *dbeta, void *ws) {
     double *sum = (double *)ws, *product = sum + c;
     size_t i;
     int j;
     memset(sum, 0, 2 * (size_t)c * sizeof *sum);
     for (i = 0; i < rows * (size_t)c; i += (size_t)c)
         for (j = 0; j < c; j++) {
-            float g = relu && !(y[i + j] > 0) ? 0 : dy[i + j];
+            float g = !relu || ckca__naive_batchnorm_gate(x, y, i, j, gamma, beta, mean, inv_std) ? dy[i + j] : 0;
             sum[j] += g;
             product[j] += g * (x[i + j] - mean[j]) * inv_std[j];
         }
     for (j = 0; j < c; j++) dbeta[j] += (float)sum[j], dgamma[j] += (float)product[j];
     for (i = 0; i < rows * (size_t)c; i += (size_t)c)
         for (j = 0; j < c; j++) {
-            float g = relu && !(y[i + j] > 0) ? 0 : dy[i + j], xhat = (x[i + j] - mean[j]) * inv_std[j];
+            float g = !relu || ckca__naive_batchnorm_gate(x, y, i, j, gamma, beta, mean, inv_std) ? dy[i + j] : 0;
+            float xhat = (x[i + j] - mean[j]) * inv_std[j];
             dx[i + j] = gamma[j] * inv_std[j] *
                         (g - (float)(sum[j] / (double)rows) - xhat * (float)(product[j] / (double)rows));
             if (dresidual) dresidual[i + j] = accumulate_residual ? dresidual[i + j] + g : g;
@@ -3024,55 +3058,39 @@ static void ckca__fold_sums(size_t cols, int c, const float *wide, float *sum) {
         for (j = 0; j < c; j++) sum[j] += wide[i + j];
 }
 
-/* One block's share of a channel sum into part (2 x c): of d and d^2 with d = x - mean or, with dy, of g and g d. */
-static void ckca__batchnorm_block(const ckca_context *ctx, size_t count, int c, const float *x, const float *y,
-                                  const float *dy, const float *mean, float *part) {
-    size_t cols = ckca__wide(ctx, c) * (size_t)c;
-    float wide[3 * CKCA__WIDE], *sum = part, *product = part + c;
-    if (cols > (size_t)c) {
-        ckca__repeat(cols, c, mean, wide + 2 * CKCA__WIDE);
-        mean = wide + 2 * CKCA__WIDE;
-        sum = wide;
-        product = wide + CKCA__WIDE;
-    }
-    memset(sum, 0, cols * sizeof *sum);
-    memset(product, 0, cols * sizeof *product);
-    if (dy) CKCA__DISPATCH(ctx, ckca__products, (count, cols, x, y, dy, mean, sum, product));
-    else CKCA__DISPATCH(ctx, ckca__moments, (count, cols, x, mean, sum, product));
-    if (cols > (size_t)c) {
-        ckca__fold_sums(cols, c, sum, part);
-        ckca__fold_sums(cols, c, product, part + c);
-    }
-}
 
 typedef struct ckca__batchnorm_sums {
     const ckca_context *ctx;
-    size_t rows, block; /* rows in all; in a block */
+    size_t rows, block, cols; /* rows in all; in a block; values in a row of wide sums */
     int c;
-    const float *x, *y, *dy, *mean;
+    const float *x;
     float *part; /* what the blocks' sums go to */
 } ckca__batchnorm_sums;
 
 static void ckca__batchnorm_moments(void *job, int b, int thread) {
     const ckca__batchnorm_sums *a = (const ckca__batchnorm_sums *)job;
-    size_t c = (size_t)a->c, first = (size_t)b * a->block;
+    size_t c = (size_t)a->c, first = (size_t)b * a->block, cols = a->cols;
     size_t count = a->rows - first < a->block ? a->rows - first : a->block, i;
     size_t some = (count < 16 ? count : 16) * c;
     const float *from = a->x + first * c;
-    float *shift = a->part + (size_t)b * 3 * c;
+    float *shift = a->part + (size_t)b * 3 * c, *sum = shift + c, *square = sum + c, wide[3 * CKCA__WIDE];
     (void)thread;
     ckca__fold_sums(some, a->c, from, shift);
     for (i = 0; i < c; i++) shift[i] *= (float)a->c / (float)some;
-    ckca__batchnorm_block(a->ctx, count * c, a->c, from, NULL, NULL, shift, shift + c);
-}
-
-static void ckca__batchnorm_products(void *job, int b, int thread) {
-    const ckca__batchnorm_sums *a = (const ckca__batchnorm_sums *)job;
-    size_t c = (size_t)a->c, first = (size_t)b * a->block, from = first * c;
-    size_t count = a->rows - first < a->block ? a->rows - first : a->block;
-    (void)thread;
-    ckca__batchnorm_block(a->ctx, count * c, a->c, a->x + from, a->y ? a->y + from : NULL, a->dy + from, a->mean,
-                          a->part + (size_t)b * 2 * c);
+    if (cols > c) {
+        ckca__repeat(cols, a->c, shift, wide);
+        shift = wide;
+        sum = wide + CKCA__WIDE;
+        square = sum + CKCA__WIDE;
+    }
+    memset(sum, 0, cols * sizeof *sum);
+    memset(square, 0, cols * sizeof *square);
+    CKCA__DISPATCH(a->ctx, ckca__moments, (count * c, cols, from, shift, sum, square));
+    if (cols > c) {
+        float *part = a->part + (size_t)b * 3 * c;
+        ckca__fold_sums(cols, a->c, sum, part + c);
+        ckca__fold_sums(cols, a->c, square, part + 2 * c);
+    }
 }
 
 /* mean and inv_std from one pass over x. Squares are of differences from a shift, the mean of the block's first 16
@@ -3082,7 +3100,7 @@ static void ckca__batchnorm_statistics(ckca_context *ctx, size_t rows, int c, co
     size_t block = ckca__block_rows(ctx, rows, c);
     double *total = (double *)ws, *square = total + c;
     float *part = (float *)(square + c); /* per block: c shifts, sums, sums of squares */
-    ckca__batchnorm_sums job = {ctx, rows, block, c, x, NULL, NULL, NULL, part};
+    ckca__batchnorm_sums job = {ctx, rows, block, ckca__wide(ctx, c) * (size_t)c, c, x, part};
     int blocks = (int)((rows + block - 1) / block), b, j;
     ckca__parallel_over(ctx, rows * (size_t)c, blocks, ckca__batchnorm_moments, &job);
     memset(total, 0, 2 * (size_t)c * sizeof *total);
@@ -3168,21 +3186,41 @@ typedef struct ckca__batchnorm_gradient {
     const ckca_context *ctx;
     size_t rows, block, cols; /* rows in all; in a block; values in a row of the table */
     int c, blocks;
-    const float *x, *y, *dy, *table;
-    float *dx, *dresidual;
+    const float *x, *y, *dy;
+    const float *mean, *scale, *beta, *slope, *offset; /* tables; see ckca__normalize_backward. beta may be NULL */
+    float *part, *dx, *dresidual;
     int accumulate_residual;
 } ckca__batchnorm_gradient;
+
+/* One block's share of the sums of g and of g (x - mean). */
+static void ckca__batchnorm_products(void *job, int b, int thread) {
+    const ckca__batchnorm_gradient *a = (const ckca__batchnorm_gradient *)job;
+    size_t c = (size_t)a->c, cols = a->cols, first = (size_t)b * a->block, from = first * c;
+    size_t count = a->rows - first < a->block ? a->rows - first : a->block;
+    float *part = a->part + (size_t)b * 2 * c, wide[2 * CKCA__WIDE];
+    float *sum = cols > c ? wide : part, *product = cols > c ? wide + CKCA__WIDE : part + c;
+    (void)thread;
+    memset(sum, 0, cols * sizeof *sum);
+    memset(product, 0, cols * sizeof *product);
+    CKCA__DISPATCH(a->ctx, ckca__products,
+                   (count * c, cols, a->x + from, a->y ? a->y + from : NULL, a->dy + from, a->mean,
+                    a->beta ? a->scale : NULL, a->beta, sum, product));
+    if (cols > c) {
+        ckca__fold_sums(cols, a->c, sum, part);
+        ckca__fold_sums(cols, a->c, product, part + c);
+    }
+}
 
 /* From the last block to the first, as above. */
 static void ckca__batchnorm_backward_block(void *job, int task, int thread) {
     const ckca__batchnorm_gradient *a = (const ckca__batchnorm_gradient *)job;
-    size_t first = (size_t)(a->blocks - 1 - task) * a->block, from = first * (size_t)a->c, cols = a->cols;
+    size_t first = (size_t)(a->blocks - 1 - task) * a->block, from = first * (size_t)a->c;
     size_t count = a->rows - first < a->block ? a->rows - first : a->block;
     (void)thread;
     CKCA__DISPATCH(a->ctx, ckca__normalize_backward,
-                   (count * (size_t)a->c, cols, a->x + from, a->y ? a->y + from : NULL, a->dy + from, a->table,
-                    a->table + cols, a->table + 2 * cols, a->table + 3 * cols, a->dx + from,
-                    a->dresidual ? a->dresidual + from : NULL, a->accumulate_residual));
+                   (count * (size_t)a->c, a->cols, a->x + from, a->y ? a->y + from : NULL, a->dy + from, a->mean,
+                    a->scale, a->slope, a->offset, a->beta, a->dx + from, a->dresidual ? a->dresidual + from : NULL,
+                    a->accumulate_residual));
 }
 #endif
 
@@ -3203,22 +3241,42 @@ static void ckca__op_batchnorm_forward(ckca_context *ctx, size_t rows, int c, co
                                   ws);
 }
 
-/* Passes over activations: 2 reads (x, dy) for the sums; 2 reads, 1 write for dx; y is read in both where relu;
+/* Passes over activations: 1 read of x, 1 of the residual, 1 write. */
+static void ckca__op_batchnorm_again(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
+                                     const float *beta, const float *mean, const float *inv_std,
+                                     const float *residual, int relu, float *y) {
+#ifdef CKCA__SIMD
+    if (ctx->isa != CKCA_ISA_PLAIN) {
+        ckca__batchnorm_apply(ctx, rows, c, x, gamma, beta, mean, inv_std, NULL, residual, relu, y);
+        return;
+    }
+#endif
+    (void)ctx;
+    ckca__naive_batchnorm_apply(rows, c, x, gamma, beta, mean, inv_std, residual, relu, y);
+}
+
+/* Passes over activations: 2 reads (x, dy) for the sums; 2 reads, 1 write for dx; y, if there is one, is read in both;
    dresidual is 1 write, and 1 read where it accumulates. */
 static void ckca__op_batchnorm_backward(ckca_context *ctx, size_t rows, int c, const float *x, const float *y,
-                                        const float *dy, const float *gamma, const float *mean, const float *inv_std,
-                                        int relu, float *dx, float *dresidual, int accumulate_residual, float *dgamma,
-                                        float *dbeta, void *ws) {
+                                        const float *dy, const float *gamma, const float *beta, const float *mean,
+                                        const float *inv_std, int relu, float *dx, float *dresidual,
+                                        int accumulate_residual, float *dgamma, float *dbeta, void *ws) {
 #ifdef CKCA__SIMD
     if (ctx->isa != CKCA_ISA_PLAIN) {
         size_t block = ckca__block_rows(ctx, rows, c), cols = ckca__wide(ctx, c) * (size_t)c;
         double *sum = (double *)ws, *product = sum + c;
-        float *table = (float *)(product + c), *part = table + 4 * cols;
+        float *table = (float *)(product + c), *part = table + 5 * cols; /* mean, scale, beta, slope, offset */
         int blocks = (int)((rows + block - 1) / block), b, j;
-        ckca__batchnorm_sums sums = {ctx, rows, block, c, x, relu ? y : NULL, dy, mean, part};
-        ckca__batchnorm_gradient job = {ctx, rows, block, cols, c, blocks, x, relu ? y : NULL, dy, table,
-                                        dx, dresidual, accumulate_residual};
-        ckca__parallel_over(ctx, rows * (size_t)c, blocks, ckca__batchnorm_products, &sums);
+        ckca__batchnorm_gradient job = {ctx, rows, block, cols, c, blocks, x, relu ? y : NULL, dy, table, table + cols,
+                                        relu && !y ? table + 2 * cols : NULL, table + 3 * cols, table + 4 * cols,
+                                        part, dx, dresidual, accumulate_residual};
+        for (j = 0; j < c; j++) {
+            table[j] = mean[j];
+            table[cols + j] = gamma[j] * inv_std[j];
+            table[2 * cols + j] = beta[j];
+        }
+        for (j = 0; j < 3; j++) ckca__repeat(cols, c, table + j * cols, table + j * cols);
+        ckca__parallel_over(ctx, rows * (size_t)c, blocks, ckca__batchnorm_products, &job);
         memset(sum, 0, 2 * (size_t)c * sizeof *sum);
         for (b = 0; b < blocks; b++)
             for (j = 0; j < 2 * c; j++) sum[j] += part[(size_t)b * 2 * (size_t)c + (size_t)j];
@@ -3226,19 +3284,17 @@ static void ckca__op_batchnorm_backward(ckca_context *ctx, size_t rows, int c, c
             double xhat_g = product[j] * inv_std[j], scale = (double)gamma[j] * inv_std[j];
             dbeta[j] += (float)sum[j];
             dgamma[j] += (float)xhat_g;
-            table[j] = mean[j];
-            table[cols + j] = (float)scale;
-            table[2 * cols + j] = (float)(scale * inv_std[j] * xhat_g / (double)rows);
-            table[3 * cols + j] = (float)(scale * sum[j] / (double)rows);
+            table[3 * cols + j] = (float)(scale * inv_std[j] * xhat_g / (double)rows);
+            table[4 * cols + j] = (float)(scale * sum[j] / (double)rows);
         }
-        for (j = 0; j < 4; j++) ckca__repeat(cols, c, table + j * cols, table + j * cols);
+        for (j = 3; j < 5; j++) ckca__repeat(cols, c, table + j * cols, table + j * cols);
         ckca__parallel_over(ctx, rows * (size_t)c, blocks, ckca__batchnorm_backward_block, &job);
         return;
     }
 #endif
     (void)ctx;
-    ckca__naive_batchnorm_backward(rows, c, x, y, dy, gamma, mean, inv_std, relu, dx, dresidual, accumulate_residual,
-                                   dgamma, dbeta, ws);
+    ckca__naive_batchnorm_backward(rows, c, x, y, dy, gamma, beta, mean, inv_std, relu, dx, dresidual,
+                                   accumulate_residual, dgamma, dbeta, ws);
 }
 
 static void ckca__op_batchnorm_eval(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
@@ -4260,7 +4316,7 @@ typedef enum ckca__kind {
 static const char *const ckca__kind_name[] = {"input",   "conv",    "bn",        "relu",  "add",
                                               "maxpool", "avgpool", "subsample", "linear"};
 
-enum { CKCA__NAME_MAX = 64, CKCA__NODES_MAX = 10000, CKCA__BATCH_MAX = 1000000, CKCA__MODES = 4 };
+enum { CKCA__NAME_MAX = 64, CKCA__NODES_MAX = 10000, CKCA__BATCH_MAX = 1000000, CKCA__MODES = 8 };
 #define CKCA__VALUES_MAX ((size_t)1 << 30) /* of one picture's map, or of one parameter */
 
 typedef struct ckca__node {
@@ -4272,19 +4328,28 @@ typedef struct ckca__node {
     int zero;                /* batch norm: gamma starts at 0 */
     int stage;               /* marked by ckca_stage */
     int readers;             /* nodes that read it, plus one if it is an output */
-    int last_reader;         /* the greatest tail that reads it */
     int tensor;              /* its first parameter: weight (gamma), then bias (beta), running_mean, running_var */
     int fused;               /* 1: a later tail runs it */
     int folded;              /* convolution: 1: in evaluation the batch norm's tail runs it */
     int head, source, residual,
         relu; /* of a tail: its batch norm or -1; what it reads; what it adds or -1; ReLU last */
     size_t value[CKCA__MODES], grad[CKCA__MODES], at[CKCA__MODES]; /* offsets per picture in the plan of each mode */
+    size_t now; /* in a backward pass: where its output lies, as value or made again */
     size_t saved; /* batch norm: offset of mean, then inv_std, in model->saved */
     int written;  /* in a backward pass: 1: its gradient holds something to add to */
     char name[CKCA__NAME_MAX];
 } ckca__node;
 
 typedef enum ckca__role { CKCA__WEIGHT = 0, CKCA__BIAS, CKCA__GAMMA, CKCA__BETA, CKCA__MEAN, CKCA__VAR } ckca__role;
+
+/* An output that the backward pass makes again, see the memory plan. */
+typedef struct ckca__again {
+    int node, before; /* which; before which node's backward */
+    int on_the_way;   /* 1: made only to make others, which may take its place */
+    int dies;         /* the last moment at which it can be read */
+    int in, ends;     /* the item whose buffer it lies in (its own: itself); when that buffer is free */
+    size_t at;        /* offset per picture */
+} ckca__again;
 
 typedef struct ckca__parameter {
     char name[CKCA__NAME_MAX + 16];
@@ -4313,6 +4378,9 @@ struct ckca_model {
     size_t node_room, parameter_room;
     size_t decayed, trainable, all, saved_count; /* floats: weights with decay come first, buffers last */
     size_t plan_values[CKCA__MODES];             /* floats of activations per picture; 0: not planned yet */
+    ckca__again *again[CKCA__MODES];             /* in the order they are made */
+    size_t again_room[CKCA__MODES];
+    int agains[CKCA__MODES];
 
     float *values, *gradients, *momentum; /* arenas over the parameters; the latter two when training */
     float *folded; /* evaluation: weights with batch norm folded in, biases in the place of beta */
@@ -4326,8 +4394,9 @@ struct ckca_model {
     int n, mode;
 };
 
-/* A mode says what a forward has to leave behind, and so which plan holds. */
-enum { CKCA__EVALUATE = 0, CKCA__TRAIN = 1, CKCA__STAGES = 2 };
+/* A mode says what a forward has to leave behind, and so which plan holds: what backward needs, the stages' outputs for
+   FeatReg, all outputs for a caller to read. */
+enum { CKCA__EVALUATE = 0, CKCA__TRAIN = 1, CKCA__STAGES = 2, CKCA__READABLE = 4 };
 
 /* ---- building ---- */
 
@@ -4393,7 +4462,7 @@ static ckca__node *ckca__add_node(ckca_model *m, ckca__kind kind, const char *na
     node->kind = kind;
     node->in[0] = inputs > 0 ? a : -1;
     node->in[1] = inputs > 1 ? b : -1;
-    node->tensor = node->last_reader = node->head = node->source = node->residual = -1;
+    node->tensor = node->head = node->source = node->residual = -1;
     if (name) memcpy(node->name, name, strlen(name) + 1);
     return node;
 }
@@ -4593,12 +4662,14 @@ CKCA_API int ckca_stage(ckca_model *m, int input) {
 
 CKCA_API void ckca_model_free(ckca_model *m) {
     ckca_context *ctx;
+    int mode;
     if (!m) return;
     ctx = m->ctx;
     ckca__free_names(ctx, m->class_names, m->classes);
     ckca__release(ctx, m->normalization);
     ckca__release(ctx, m->node);
     ckca__release(ctx, m->parameter);
+    for (mode = 0; mode < CKCA__MODES; mode++) ckca__release(ctx, m->again[mode]);
     ckca__device_release(ctx, m->values, m->all * sizeof(float));
     ckca__device_release(ctx, m->gradients, m->trainable * sizeof(float));
     ckca__device_release(ctx, m->momentum, m->trainable * sizeof(float));
@@ -4686,14 +4757,6 @@ static void ckca__fuse(ckca_model *m) {
                 node->residual = x->residual;
             }
         }
-    }
-    for (i = 0; i < m->nodes; i++) {
-        const ckca__node *node = &m->node[i];
-        if (node->fused) continue;
-        if (node->source >= 0) m->node[node->source].last_reader = i;
-        if (node->residual >= 0) m->node[node->residual].last_reader = i;
-        /* In evaluation a folded convolution's input is read by the batch norm's tail. */
-        if (node->head >= 0 && m->node[node->source].folded) m->node[m->node[node->source].in[0]].last_reader = i;
     }
 }
 
@@ -4980,12 +5043,29 @@ static ckca_status ckca__graph_read(ckca_model *m, const char *text) {
 
    A buffer lives from the moment that writes it to the last one that reads it; buffers whose lives do not overlap may
    share memory. Moments of a step: node i runs forward at i, backward at 2 nodes - 1 - i. All sizes are per picture, so
-   that one plan serves every batch size. */
+   that one plan serves every batch size.
+
+   What backward reads is mostly each batch norm's input and, for the weight gradient behind it, its output. The output
+   is not kept from one pass to the other: it is made again where backward wants it, from the input and, where there is
+   one, the residual, which may have to be made again first, and so on up to the stage's first block. This is a pass over
+   memory, without arithmetic worth counting, and halves the activations. What is made on the way is kept for its own
+   turn if that does not raise the peak; else it is made once more then. */
 
 typedef struct ckca__buffer {
     size_t size, *offset;
     int born, dies;
 } ckca__buffer;
+
+typedef struct ckca__planner {
+    ckca_model *m;
+    int mode, end;      /* moments: 0 to end - 1 */
+    size_t *live, peak; /* floats at each moment, per picture; the most of them */
+    int *reader;        /* by node: the last one that reads it in the forward pass; -1: none */
+    int *place;         /* by node: whose gradient its own takes the place of (its own: itself), -1: its value's */
+    int *since, *until; /* by node: the first moment at which backward itself reads it, end: never; the last one at which
+                           it is read, if only to make others again, -1: never */
+    int *latest;        /* by node: its last item in the list of what is made again; -1: none; -2: it is kept */
+} ckca__planner;
 
 static int ckca__largest_first(const void *a, const void *b) {
     const ckca__buffer *x = (const ckca__buffer *)a, *y = (const ckca__buffer *)b;
@@ -4998,70 +5078,232 @@ static int ckca__runs(const ckca_model *m, int i, int mode) {
     return !m->node[i].fused && !(m->node[i].folded && !(mode & CKCA__TRAIN));
 }
 
-static ckca_status ckca__plan(ckca_model *m, int mode) {
-    const int training = mode & CKCA__TRAIN, end = 2 * m->nodes;
-    ckca__buffer *list = (ckca__buffer *)ckca__alloc(m->ctx, (size_t)m->nodes * 3 * sizeof *list), *b;
-    size_t total = 0;
-    int i, j, count = 0;
-    if (!list) return ckca__fail(m->ctx, CKCA_ENOMEM, "out of memory for the plan of %d nodes", m->nodes);
+/* 1: what node i gives is read after the forward pass is over, or its gradient comes from outside. */
+static int ckca__is_output(const ckca_model *m, int i, int mode) {
+    return i == m->logits || i == m->pooled || (m->node[i].stage && (mode & CKCA__STAGES));
+}
+
+/* 1: the input of batch norm i, which nothing else reads, makes room for its gradient. */
+static int ckca__in_place(const ckca_model *m, int i) {
+    const ckca__node *x = &m->node[i];
+    return !x->fused && x->head >= 0 && x->source > 0 && m->node[x->source].readers == 1;
+}
+
+static size_t ckca__node_floats(const ckca__node *x) {
+    return ckca__round_up((size_t)x->h * (size_t)x->w * (size_t)x->c, CKCA__ALIGN / sizeof(float));
+}
+
+/* The most floats that live in some moments once size more do. */
+static size_t ckca__plan_most(const ckca__planner *p, int born, int dies, size_t size) {
+    size_t most = 0;
+    for (; born <= dies; born++)
+        if (most < p->live[born] + size) most = p->live[born] + size;
+    return most;
+}
+
+static void ckca__plan_live(ckca__planner *p, int born, int dies, size_t size) {
+    size_t most = ckca__plan_most(p, born, dies, size);
+    if (p->peak < most) p->peak = most;
+    for (; born <= dies; born++) p->live[born] += size;
+}
+
+static void ckca__plan_read(ckca__planner *p, int i, int moment) {
+    if (p->since[i] > moment) p->since[i] = moment;
+    if (p->until[i] < moment) p->until[i] = moment;
+}
+
+/* Which gradients need no place of their own: a batch norm's backward writes dx over x where nothing else reads x, and
+   then what it passes on to its residual, if that is the first gradient to come there, over dy. */
+static void ckca__plan_gradients(ckca__planner *p) {
+    const ckca_model *m = p->m;
+    int i;
+    for (i = 0; i < m->nodes; i++) p->place[i] = i;
+    for (i = m->nodes - 1; i > 0; i--) {
+        const ckca__node *x = &m->node[i];
+        if (!ckca__in_place(m, i)) continue;
+        p->place[x->source] = -1;
+        if (x->residual > 0 && p->reader[x->residual] == i && !ckca__is_output(m, x->residual, p->mode))
+            p->place[x->residual] = p->place[i];
+    }
+}
+
+/* Which nodes' outputs are made again, and until when the others are read. */
+static void ckca__plan_backward(ckca__planner *p) {
+    const ckca_model *m = p->m;
+    int i, side, last = 0;
     for (i = 0; i < m->nodes; i++) {
-        ckca__node *x = &m->node[i];
-        const size_t size = ckca__round_up((size_t)x->h * (size_t)x->w * (size_t)x->c, CKCA__ALIGN / sizeof(float));
-        const int backward = end - 1 - i; /* when its own backward runs */
-        const int output = i == m->logits || i == m->pooled || (x->stage && (mode & CKCA__STAGES));
-        if (!ckca__runs(m, i, mode)) continue;
-        b = &list[count++];
-        b->size = size;
-        b->offset = &x->value[mode];
-        b->born = i;
-        b->dies = x->last_reader > i ? x->last_reader : i;
-        if (output) b->dies = m->nodes;
-        if (training) {
-            /* Weight gradients and batch norm need their inputs again, a ReLU its output; the rest stays readable for
-               ckca_node_read until the forward is over. */
-            b->dies = m->nodes;
-            if (x->relu) b->dies = backward;
-            for (j = i + 1; j <= x->last_reader; j++) {
-                const ckca__node *y = &m->node[j];
-                if (y->fused || y->source != i) continue;
-                if ((y->kind == CKCA__CONV || y->kind == CKCA__LINEAR || y->head >= 0) && b->dies < end - 1 - j)
-                    b->dies = end - 1 - j;
-            }
-            if (i > 0) {
-                ckca__buffer *gradient = &list[count++];
-                gradient->size = size;
-                gradient->offset = &x->grad[mode];
-                gradient->born = output || x->last_reader < 0 ? m->nodes : end - 1 - x->last_reader;
-                gradient->dies = backward;
-            }
-            if (x->kind == CKCA__MAXPOOL) {
-                ckca__buffer *at = &list[count++];
-                at->size = ckca__round_up((size + 3) / 4, CKCA__ALIGN / sizeof(float));
-                at->offset = &x->at[mode];
-                at->born = i;
-                at->dies = backward;
-            }
+        p->since[i] = p->end;
+        p->until[i] = p->latest[i] = -1;
+        if (m->node[i].kind == CKCA__CONV) last = i;
+    }
+    for (i = m->nodes - 1; i > 0; i--) {
+        const ckca__node *x = &m->node[i];
+        const int moment = p->end - 1 - i;
+        if (x->fused) continue;
+        if (x->head >= 0 || x->kind == CKCA__CONV || x->kind == CKCA__LINEAR) ckca__plan_read(p, x->source, moment);
+        if (x->relu && (x->head < 0 || x->residual >= 0)) ckca__plan_read(p, i, moment); /* its gate */
+    }
+    for (i = m->nodes - 1; i >= 0; i--) { /* what is read behind the last convolution is kept: nothing large follows */
+        const ckca__node *x = &m->node[i];
+        if (x->fused || x->head < 0 || p->reader[i] >= last || p->until[i] < 0 || (p->mode & CKCA__READABLE)) {
+            p->latest[i] = -2;
+            continue;
+        }
+        if (p->since[i] < p->end) ckca__plan_live(p, p->since[i], p->until[i], ckca__node_floats(x));
+        for (side = 0; side < 2; side++) {
+            int from = side ? x->residual : x->source;
+            if (from >= 0 && p->until[from] < p->until[i]) p->until[from] = p->until[i];
         }
     }
-    qsort(list, (size_t)count, sizeof *list, ckca__largest_first);
+}
+
+/* Node i's output is wanted in the backward of node j: for that itself, or (on_the_way) to make another one. Returns its
+   item in the list, or -1 if it is kept or, where *failed, there is no memory. */
+static int ckca__plan_want(ckca__planner *p, int i, int j, int on_the_way, int *failed) {
+    ckca_model *m = p->m;
+    const ckca__node *x = &m->node[i];
+    const int moment = p->end - 1 - j;
+    const size_t size = ckca__node_floats(x);
+    int k = p->latest[i], source, residual;
+    ckca__again *item;
+    if (k == -2 || *failed) return -1;
+    if (k >= 0 && m->again[p->mode][k].dies >= moment) {
+        m->again[p->mode][k].on_the_way &= on_the_way;
+        return k;
+    }
+    if (!on_the_way) p->live[moment] -= size; /* counted by ckca__plan_backward, but not made yet */
+    source = ckca__plan_want(p, x->source, j, 1, failed);
+    residual = x->residual >= 0 ? ckca__plan_want(p, x->residual, j, 1, failed) : -1;
+    if (*failed || !ckca__grow(m->ctx, (void **)&m->again[p->mode], (size_t)m->agains[p->mode],
+                               &m->again_room[p->mode], sizeof *item)) {
+        *failed = 1;
+        return -1;
+    }
+    k = p->latest[i] = m->agains[p->mode]++;
+    item = &m->again[p->mode][k];
+    item->node = i;
+    item->before = j;
+    item->on_the_way = on_the_way;
+    item->in = k;
+    if (residual >= 0 && residual != source && item[residual - k].on_the_way && item[residual - k].dies == moment) {
+        item->in = item[residual - k].in; /* the residual has had its use */
+        item[residual - k].dies = -1;
+    }
+    item->dies = p->until[i];
+    if (on_the_way) { /* until its own turn, or only for now */
+        int born = item->in == k ? moment : moment + 1, dies = p->since[i] < p->end ? p->since[i] - 1 : p->until[i];
+        if (ckca__plan_most(p, born, dies, size) > p->peak) item->dies = dies = moment;
+        ckca__plan_live(p, born, dies, size);
+    } else if (item->in == k)
+        ckca__plan_live(p, moment, moment, size);
+    item[item->in - k].ends = item->dies;
+    return k;
+}
+
+/* A buffer of the plan. */
+static void ckca__plan_add(ckca__planner *p, ckca__buffer *b, size_t size, size_t *offset, int born, int dies) {
+    b->size = size;
+    b->offset = offset;
+    b->born = born;
+    b->dies = dies;
+    ckca__plan_live(p, born, dies, size);
+}
+
+static ckca_status ckca__plan(ckca_model *m, int mode) {
+    const int training = mode & CKCA__TRAIN, end = 2 * m->nodes;
+    ckca__planner planner, *p = &planner;
+    size_t room = (size_t)m->nodes * (3 * sizeof(ckca__buffer) + 2 * sizeof(size_t) + 5 * sizeof(int)), total = 0;
+    ckca__buffer *list, *all;
+    int i, j, count = 0, failed = 0;
+    list = (ckca__buffer *)ckca__alloc(m->ctx, room);
+    if (!list) return ckca__fail(m->ctx, CKCA_ENOMEM, "out of memory for the plan of %d nodes", m->nodes);
+    p->m = m;
+    p->mode = mode;
+    p->end = end;
+    p->peak = 0;
+    p->live = (size_t *)(list + 3 * m->nodes);
+    p->since = (int *)(p->live + end);
+    p->until = p->since + m->nodes;
+    p->latest = p->until + m->nodes;
+    p->reader = p->latest + m->nodes;
+    p->place = p->reader + m->nodes;
+    m->agains[mode] = 0;
+    for (i = 0; i < m->nodes; i++) {
+        const ckca__node *x = &m->node[i];
+        p->reader[i] = -1;
+        if (!ckca__runs(m, i, mode)) continue;
+        /* In evaluation a batch norm's tail runs the folded convolution too. */
+        if (i) p->reader[training || !m->node[x->source].folded ? x->source : m->node[x->source].in[0]] = i;
+        if (x->residual >= 0) p->reader[x->residual] = i;
+    }
+    if (training) ckca__plan_backward(p);
+    if (training) ckca__plan_gradients(p);
+    for (i = 0; i < m->nodes; i++) {
+        ckca__node *x = &m->node[i];
+        const size_t size = ckca__node_floats(x);
+        const int output = ckca__is_output(m, i, mode), backward = end - 1 - i; /* when its own backward runs */
+        int dies = p->reader[i] > i ? p->reader[i] : i;
+        if (!ckca__runs(m, i, mode)) continue;
+        if (output || (mode & CKCA__READABLE)) dies = m->nodes;
+        if (training && p->latest[i] == -2 && dies < p->until[i]) dies = p->until[i];
+        if (training && p->place[i] < 0) dies = backward;
+        ckca__plan_add(p, &list[count++], size, &x->value[mode], i, dies);
+        if (training && i > 0 && p->place[i] == i) {
+            for (j = 1; p->place[j] != i; j++) { /* the first of those that share the place is the last to need it */
+            }
+            ckca__plan_add(p, &list[count++], size, &x->grad[mode],
+                           output || p->reader[i] < 0 ? m->nodes : end - 1 - p->reader[i], end - 1 - j);
+        }
+        if (training && x->kind == CKCA__MAXPOOL)
+            ckca__plan_add(p, &list[count++], ckca__round_up((size + 3) / 4, CKCA__ALIGN / sizeof(float)),
+                           &x->at[mode], i, backward);
+    }
+    for (i = m->nodes - 1; training && i > 0; i--) { /* as backward will come to it */
+        const ckca__node *x = &m->node[i];
+        if (x->fused) continue;
+        if (x->head >= 0 || x->kind == CKCA__CONV || x->kind == CKCA__LINEAR)
+            ckca__plan_want(p, x->source, i, 0, &failed);
+        if (x->relu && x->head >= 0 && x->residual >= 0) ckca__plan_want(p, i, i, 0, &failed);
+    }
+    all = failed ? NULL : (ckca__buffer *)ckca__alloc(m->ctx, (size_t)(count + m->agains[mode]) * sizeof *all);
+    if (!all) {
+        ckca__release(m->ctx, list);
+        return ckca__fail(m->ctx, CKCA_ENOMEM, "out of memory for the plan of %d nodes", m->nodes);
+    }
+    memcpy(all, list, (size_t)count * sizeof *all);
+    for (i = 0; i < m->agains[mode]; i++) {
+        ckca__again *item = &m->again[mode][i];
+        if (item->in != i) continue;
+        all[count].size = ckca__node_floats(&m->node[item->node]);
+        all[count].offset = &item->at;
+        all[count].born = end - 1 - item->before;
+        all[count++].dies = item->ends;
+    }
+    qsort(all, (size_t)count, sizeof *all, ckca__largest_first);
     for (i = 0; i < count; i++) { /* each at the lowest place where no buffer alive at the same time is */
         size_t place = 0;
         int moved = 1;
         while (moved) {
             moved = 0;
             for (j = 0; j < i; j++) {
-                const ckca__buffer *o = &list[j];
-                if (o->dies < list[i].born || list[i].dies < o->born) continue;
-                if (place < *o->offset + o->size && *o->offset < place + list[i].size) {
+                const ckca__buffer *o = &all[j];
+                if (o->dies < all[i].born || all[i].dies < o->born) continue;
+                if (place < *o->offset + o->size && *o->offset < place + all[i].size) {
                     place = *o->offset + o->size;
                     moved = 1;
                 }
             }
         }
-        *list[i].offset = place;
-        if (total < place + list[i].size) total = place + list[i].size;
+        *all[i].offset = place;
+        if (total < place + all[i].size) total = place + all[i].size;
+    }
+    for (i = 0; i < m->agains[mode]; i++) m->again[mode][i].at = m->again[mode][m->again[mode][i].in].at;
+    for (i = 1; training && i < m->nodes; i++) {
+        ckca__node *x = &m->node[i];
+        x->grad[mode] = p->place[i] < 0 ? x->value[mode] : m->node[p->place[i]].grad[mode];
     }
     m->plan_values[mode] = total;
+    ckca__release(m->ctx, all);
     ckca__release(m->ctx, list);
     return CKCA_OK;
 }
@@ -5180,6 +5422,10 @@ static ckca_status ckca__reserve(ckca_model *m, int n, int mode) {
 static float *ckca__value(const ckca_model *m, int i) {
     return i == 0 ? (float *)(uintptr_t)m->input : m->activations + m->node[i].value[m->mode] * (size_t)m->n;
 }
+/* In the backward pass, where outputs may have been made again. */
+static float *ckca__value_now(const ckca_model *m, int i) {
+    return i == 0 ? ckca__value(m, 0) : m->activations + m->node[i].now * (size_t)m->n;
+}
 static float *ckca__grad(const ckca_model *m, int i) {
     return m->activations + m->node[i].grad[m->mode] * (size_t)m->n;
 }
@@ -5289,11 +5535,28 @@ static int ckca__accumulates(ckca_model *m, int i) {
     return was;
 }
 
+/* Makes again what node i's backward reads, from item *next of the list on. */
+static void ckca__make_again(ckca_model *m, int i, int *next) {
+    for (; *next < m->agains[m->mode] && m->again[m->mode][*next].before >= i; ++*next) {
+        const ckca__again *item = &m->again[m->mode][*next];
+        ckca__node *x = &m->node[item->node];
+        const ckca__node *bn = &m->node[x->head];
+        const float *saved = m->saved + bn->saved;
+        const float *residual = x->residual >= 0 ? ckca__value_now(m, x->residual) : NULL;
+        x->now = item->at;
+        ckca__op_batchnorm_again(m->ctx, ckca__rows(x, m->n), x->c, ckca__value_now(m, x->source),
+                                 ckca__param(m, bn, m->values, 0), ckca__param(m, bn, m->values, 1), saved,
+                                 saved + ckca__round_up((size_t)x->c, 16), residual, x->relu,
+                                 ckca__value_now(m, item->node));
+    }
+}
+
 /* The reverse walk. Before it, gradients of outputs (logits at least) are in ckca__grad with written set. */
 static void ckca__run_backward(ckca_model *m) {
     ckca_context *ctx = m->ctx;
     const int n = m->n;
-    int i;
+    int i, next = 0;
+    for (i = 0; i < m->nodes; i++) m->node[i].now = m->node[i].value[m->mode];
     for (i = m->nodes - 1; i > 0; i--) {
         const ckca__node *x = &m->node[i], *source = &m->node[x->source];
         const size_t rows = ckca__rows(x, n), count = rows * (size_t)x->c;
@@ -5301,6 +5564,7 @@ static void ckca__run_backward(ckca_model *m) {
         ckca__conv s;
         int add = 0;
         if (x->fused || !x->written) continue;
+        ckca__make_again(m, i, &next);
         dy = ckca__grad(m, i);
         if (x->head >= 0) {
             const ckca__node *bn = &m->node[x->head];
@@ -5312,8 +5576,9 @@ static void ckca__run_backward(ckca_model *m) {
                there. */
             dx = add ? dy : ckca__grad(m, x->source);
             ckca__op_batchnorm_backward(
-                ctx, rows, x->c, ckca__value(m, x->source), ckca__value(m, i), dy, ckca__param(m, bn, m->values, 0),
-                saved, saved + ckca__round_up((size_t)x->c, 16), x->relu, dx, dresidual, add_residual,
+                ctx, rows, x->c, ckca__value_now(m, x->source), x->residual >= 0 ? ckca__value_now(m, i) : NULL, dy,
+                ckca__param(m, bn, m->values, 0), ckca__param(m, bn, m->values, 1), saved,
+                saved + ckca__round_up((size_t)x->c, 16), x->relu, dx, dresidual, add_residual,
                 ckca__param(m, bn, m->gradients, 0), ckca__param(m, bn, m->gradients, 1), m->workspace);
             if (add && x->source > 0) ckca__op_add_backward(ctx, count, NULL, dy, ckca__grad(m, x->source), 1);
             continue;
@@ -5325,12 +5590,12 @@ static void ckca__run_backward(ckca_model *m) {
         switch (x->kind) {
         case CKCA__CONV:
             ckca__shape(m, x, n, &s);
-            ckca__op_conv_backward_weight(ctx, &s, ckca__value(m, x->source), dy, ckca__param(m, x, m->gradients, 0),
+            ckca__op_conv_backward_weight(ctx, &s, ckca__value_now(m, x->source), dy, ckca__param(m, x, m->gradients, 0),
                                           x->bias ? ckca__param(m, x, m->gradients, 1) : NULL, m->workspace);
             if (dx) ckca__op_conv_backward_data(ctx, &s, dy, ckca__param(m, x, m->values, 0), dx, add, m->workspace);
             break;
         case CKCA__LINEAR:
-            ckca__op_linear_backward(ctx, n, source->h * source->w * source->c, x->c, ckca__value(m, x->source),
+            ckca__op_linear_backward(ctx, n, source->h * source->w * source->c, x->c, ckca__value_now(m, x->source),
                                      ckca__param(m, x, m->values, 0), dy, dx, add, ckca__param(m, x, m->gradients, 0),
                                      ckca__param(m, x, m->gradients, 1), m->workspace);
             break;
@@ -5346,10 +5611,10 @@ static void ckca__run_backward(ckca_model *m) {
             if (dx) ckca__op_subsample_backward(ctx, &s, dy, dx, add);
             break;
         default: /* add and ReLU */
-            if (dx) ckca__op_add_backward(ctx, count, x->relu ? ckca__value(m, i) : NULL, dy, dx, add);
+            if (dx) ckca__op_add_backward(ctx, count, x->relu ? ckca__value_now(m, i) : NULL, dy, dx, add);
             if (x->residual > 0) {
                 add = ckca__accumulates(m, x->residual);
-                ckca__op_add_backward(ctx, count, x->relu ? ckca__value(m, i) : NULL, dy, ckca__grad(m, x->residual),
+                ckca__op_add_backward(ctx, count, x->relu ? ckca__value_now(m, i) : NULL, dy, ckca__grad(m, x->residual),
                                       add);
             }
             break;
@@ -5363,7 +5628,7 @@ static void ckca__clear_written(ckca_model *m) {
 }
 
 CKCA_API ckca_status ckca_forward(ckca_model *m, const float *pictures, int n, int training) {
-    const int mode = training ? CKCA__TRAIN : CKCA__EVALUATE;
+    const int mode = training ? CKCA__TRAIN | CKCA__READABLE : CKCA__EVALUATE;
     ckca_status status;
     float *input;
     if (!m) return CKCA_EINVAL;
@@ -5393,7 +5658,7 @@ CKCA_API ckca_status ckca_node_read(ckca_model *m, int node, float *out) {
     if (node < 0 || node >= m->nodes || !out)
         return ckca__fail(m->ctx, CKCA_EINVAL, "node: there is no node %d (nodes are 0 to %d)", node, m->nodes - 1);
     if (!m->n) return ckca__fail(m->ctx, CKCA_EINVAL, "node %d: no forward has run", node);
-    if (!ckca__runs(m, node, m->mode) || (!(m->mode & CKCA__TRAIN) && node != m->logits && node != m->pooled))
+    if (!ckca__runs(m, node, m->mode) || (!(m->mode & CKCA__READABLE) && node != m->logits && node != m->pooled))
         return ckca__fail(m->ctx, CKCA_EINVAL, "node %d (%s) leaves no output of its own in this mode", node,
                           ckca__kind_name[m->node[node].kind]);
     ckca__device_download(m->ctx, out, ckca__value(m, node),
@@ -5403,7 +5668,7 @@ CKCA_API ckca_status ckca_node_read(ckca_model *m, int node, float *out) {
 
 CKCA_API ckca_status ckca_backward(ckca_model *m, const float *dlogits, const float *dfeatures) {
     if (!m) return CKCA_EINVAL;
-    if (!m->n || m->mode != CKCA__TRAIN || !dlogits)
+    if (!m->n || m->mode != (CKCA__TRAIN | CKCA__READABLE) || !dlogits)
         return ckca__fail(m->ctx, CKCA_EINVAL, "backward: needs a training forward before it and the logits' gradient");
     ckca__clear_written(m);
     ckca__device_upload(m->ctx, ckca__grad(m, m->logits), dlogits, (size_t)m->n * (size_t)m->classes * sizeof(float));
@@ -5472,6 +5737,10 @@ CKCA_API ckca_status ckca_model_copy(ckca_model **out, const ckca_model *m) {
     *copy = *m;
     copy->gradients = copy->momentum = copy->folded = copy->saved = copy->activations = NULL;
     copy->activation_bytes = copy->workspace_bytes = 0;
+    memset(copy->plan_values, 0, sizeof copy->plan_values);
+    memset(copy->again, 0, sizeof copy->again);
+    memset(copy->again_room, 0, sizeof copy->again_room);
+    memset(copy->agains, 0, sizeof copy->agains);
     copy->workspace = NULL;
     copy->folded_valid = copy->n = 0;
     copy->node = (ckca__node *)ckca__alloc(ctx, m->node_room * sizeof *m->node);

@@ -796,9 +796,15 @@ static int ckca__lanes(int c) {
 typedef struct ckca__moments {
     size_t rows, per; /* in all, in a part */
     int c, lanes;
-    const float *x, *y, *dy, *mean; /* see below; y NULL: no ReLU */
+    const float *x, *y, *dy, *mean; /* see below */
+    const float *gamma, *beta, *inv_std; /* KIND 2 with a ReLU but no y: it is told from x. Else NULL */
     float *part;                    /* parts x KIND x c */
 } ckca__moments;
+
+/* What a ReLU's gradient asks: y > 0, as ckca__batchnorm_apply made y from x when there was no residual. */
+__device__ __forceinline__ int ckca__gate(float x, float mean, float scale, float beta) {
+    return (x - mean) * scale + beta > 0;
+}
 
 /* Per part, KIND 3: a shift (its first row), the sums of d and of d^2 with d = x - shift, so that a mean far from 0
    costs no digits. KIND 2: the sums of g and of g (x - mean), g being dy where y > 0. KIND 1: the sum of dy. */
@@ -809,6 +815,8 @@ template <int KIND> __global__ void __launch_bounds__(CKCA__THREADS) ckca__chann
     const size_t begin = blockIdx.y * m.per, end = m.rows - begin < m.per ? m.rows : begin + m.per;
     const int there = c < m.c && begin < m.rows;
     const float shift = !there ? 0 : KIND == 3 ? m.x[begin * m.c + c] : KIND == 2 ? m.mean[c] : 0;
+    const float scale = KIND == 2 && there && m.beta ? m.gamma[c] * m.inv_std[c] : 0;
+    const float beta = KIND == 2 && there && m.beta ? m.beta[c] : 1; /* 0 and 1: the gate is open */
     float a = 0, b = 0;
 #pragma unroll 4
     for (size_t row = there ? begin + threadIdx.x / m.lanes : end; row < end; row += at_once) {
@@ -818,7 +826,7 @@ template <int KIND> __global__ void __launch_bounds__(CKCA__THREADS) ckca__chann
             a += d;
             b += d * d;
         } else {
-            const float g = m.y && !(m.y[i] > 0) ? 0 : m.dy[i];
+            const float g = KIND == 1 || (m.y ? m.y[i] > 0 : ckca__gate(m.x[i], shift, scale, beta)) ? m.dy[i] : 0;
             a += g;
             if (KIND == 2) b += g * (m.x[i] - shift);
         }
@@ -951,15 +959,17 @@ template <int WIDTH> __global__ void ckca__batchnorm_backward(ckca__norm n) {
     const size_t c = (size_t)n.c / WIDTH, threads = (size_t)gridDim.x * blockDim.x, stride = threads / c * c;
     const size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x, at = id % c * WIDTH;
     if (id >= stride) return;
-    const ckca__lane<WIDTH> mean(n.mean + at), inv_std(n.inv_std + at), gamma(n.gamma + at);
+    const ckca__lane<WIDTH> mean(n.mean + at), inv_std(n.inv_std + at), gamma(n.gamma + at), beta(n.beta + at);
     const ckca__lane<WIDTH> mean_g(n.table + at), mean_gx(n.table + n.c + at);
     for (size_t i = id * WIDTH; i < n.count; i += stride * WIDTH) {
         const ckca__lane<WIDTH> x(n.x + i);
         ckca__lane<WIDTH> g(n.dy + i), to;
-        if (n.relu) {
+        if (n.y) {
             const ckca__lane<WIDTH> y(n.y + i);
             for (int j = 0; j < WIDTH; j++) g.v[j] = y.v[j] > 0 ? g.v[j] : 0;
-        }
+        } else if (n.relu)
+            for (int j = 0; j < WIDTH; j++)
+                g.v[j] = ckca__gate(x.v[j], mean.v[j], gamma.v[j] * inv_std.v[j], beta.v[j]) ? g.v[j] : 0;
         if (n.dresidual) {
             to = g;
             if (n.accumulate) {
@@ -1016,7 +1026,6 @@ CKCA__OP void ckca__op_batchnorm_forward(ckca_context *ctx, size_t rows, int c, 
                                          const float *residual, int relu, float *y, float *mean, float *inv_std,
                                          void *ws) {
     ckca__moments m = {};
-    ckca__norm n = {};
     m.rows = rows;
     m.c = c;
     m.x = x;
@@ -1024,17 +1033,7 @@ CKCA__OP void ckca__op_batchnorm_forward(ckca_context *ctx, size_t rows, int c, 
     ckca__run_channel_sums(ctx, 3, &m);
     CKCA__LAUNCH(ctx, ckca__batchnorm_finish, ckca__warps(c), m, ckca__parts(rows), running_mean, running_var, mean,
                  inv_std);
-    n.count = rows * (size_t)c;
-    n.c = c;
-    n.x = x;
-    n.gamma = gamma;
-    n.beta = beta;
-    n.mean = mean;
-    n.inv_std = inv_std;
-    n.residual = residual;
-    n.relu = relu;
-    n.out = y;
-    ckca__run_apply(ctx, &n);
+    ckca__op_batchnorm_again(ctx, rows, c, x, gamma, beta, mean, inv_std, residual, relu, y);
 }
 
 CKCA__OP void ckca__op_batchnorm_eval(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
@@ -1054,10 +1053,27 @@ CKCA__OP void ckca__op_batchnorm_eval(ckca_context *ctx, size_t rows, int c, con
     ckca__run_apply(ctx, &n);
 }
 
+CKCA__OP void ckca__op_batchnorm_again(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
+                                       const float *beta, const float *mean, const float *inv_std,
+                                       const float *residual, int relu, float *y) {
+    ckca__norm n = {};
+    n.count = rows * (size_t)c;
+    n.c = c;
+    n.x = x;
+    n.gamma = gamma;
+    n.beta = beta;
+    n.mean = mean;
+    n.inv_std = inv_std;
+    n.residual = residual;
+    n.relu = relu;
+    n.out = y;
+    ckca__run_apply(ctx, &n);
+}
+
 CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, size_t rows, int c, const float *x, const float *y,
-                                          const float *dy, const float *gamma, const float *mean, const float *inv_std,
-                                          int relu, float *dx, float *dresidual, int accumulate_residual, float *dgamma,
-                                          float *dbeta, void *ws) {
+                                          const float *dy, const float *gamma, const float *beta, const float *mean,
+                                          const float *inv_std, int relu, float *dx, float *dresidual,
+                                          int accumulate_residual, float *dgamma, float *dbeta, void *ws) {
     ckca__moments m = {};
     ckca__norm n = {};
     float *table = (float *)ws + (size_t)ckca__parts(rows) * 2 * c;
@@ -1067,15 +1083,17 @@ CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, size_t rows, int c,
     m.y = relu ? y : NULL;
     m.dy = dy;
     m.mean = mean;
+    if (relu && !y) m.gamma = gamma, m.beta = beta, m.inv_std = inv_std;
     m.part = (float *)ws;
     ckca__run_channel_sums(ctx, 2, &m);
     CKCA__LAUNCH(ctx, ckca__channel_gradients, ckca__warps(c), m, ckca__parts(rows), inv_std, dgamma, dbeta, table);
     n.count = rows * (size_t)c;
     n.c = c;
     n.x = x;
-    n.y = y;
+    n.y = m.y;
     n.dy = dy;
     n.gamma = gamma;
+    n.beta = beta;
     n.mean = mean;
     n.inv_std = inv_std;
     n.table = table;

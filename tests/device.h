@@ -122,12 +122,19 @@ static void device_batchnorm_forward(ckca_context *ctx, size_t rows, int c, cons
                                FO(inv_std, c), device_out(ctx, ws, ckca__op_workspace(ctx, rows, c)));
     device_done(ctx, "batchnorm_forward");
 }
+static void device_batchnorm_again(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
+                                   const float *beta, const float *mean, const float *inv_std, const float *residual,
+                                   int relu, float *y) {
+    ckca__op_batchnorm_again(ctx, rows, c, FI(x, rows * c), FI(gamma, c), FI(beta, c), FI(mean, c), FI(inv_std, c),
+                             FI(residual, rows * c), relu, FO(y, rows * c));
+    device_done(ctx, "batchnorm_again");
+}
 static void device_batchnorm_backward(ckca_context *ctx, size_t rows, int c, const float *x, const float *y,
-                                      const float *dy, const float *gamma, const float *mean, const float *inv_std,
-                                      int relu, float *dx, float *dresidual, int accumulate_residual, float *dgamma,
-                                      float *dbeta, void *ws) {
+                                      const float *dy, const float *gamma, const float *beta, const float *mean,
+                                      const float *inv_std, int relu, float *dx, float *dresidual,
+                                      int accumulate_residual, float *dgamma, float *dbeta, void *ws) {
     ckca__op_batchnorm_backward(ctx, rows, c, FI(x, rows * c), FI(y, rows * c), FI(dy, rows * c), FI(gamma, c),
-                                FI(mean, c), FI(inv_std, c), relu, FO(dx, rows * c), FO(dresidual, rows * c),
+                                FI(beta, c), FI(mean, c), FI(inv_std, c), relu, FO(dx, rows * c), FO(dresidual, rows * c),
                                 accumulate_residual, FO(dgamma, c), FO(dbeta, c),
                                 device_out(ctx, ws, ckca__op_workspace(ctx, rows, c)));
     device_done(ctx, "batchnorm_backward");
@@ -247,6 +254,7 @@ static void device_batch(ckca_context *ctx, int n, int h, int w, int c, const un
 #define ckca__op_linear_forward device_linear_forward
 #define ckca__op_linear_backward device_linear_backward
 #define ckca__op_batchnorm_forward device_batchnorm_forward
+#define ckca__op_batchnorm_again device_batchnorm_again
 #define ckca__op_batchnorm_backward device_batchnorm_backward
 #define ckca__op_batchnorm_eval device_batchnorm_eval
 #define ckca__op_fold device_fold

@@ -368,6 +368,124 @@ static void test_initial(ckca_context *ctx, const char *arch, const char *last, 
     ckca_model_free(other);
 }
 
+/* ---- the memory plan: what is made again in the backward pass, and gradients in place ---- */
+
+/* A network with all that a plan meets: stages in the middle, a batch norm that reads a batch norm, one that is its own
+   residual, an add that reads a block twice, chains that are made again from their first block, outputs read twice. */
+static int conv(ckca_model *m, const char *name, int input, int out, int kernel, int stride, int pad) {
+    ckca_conv_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.out = out;
+    desc.kernel = kernel;
+    desc.stride = stride;
+    desc.pad = pad;
+    return ckca_conv(m, name, input, desc);
+}
+
+static ckca_model *knotty(ckca_context *ctx) {
+    ckca_model_desc desc;
+    ckca_model *m;
+    int x, y, z, i;
+    memset(&desc, 0, sizeof desc);
+    desc.height = desc.width = 12;
+    desc.classes = 5;
+    desc.seed = 3;
+    CHECK(ckca_model_create(ctx, &m, &desc) == CKCA_OK, "%s", ckca_error(ctx));
+    x = ckca_batchnorm(m, "bn0", conv(m, "conv0", ckca_input(m), 8, 3, 1, 1));
+    x = ckca_relu(m, x);
+    for (i = 0; i < 5; i++) {
+        char name[32];
+        snprintf(name, sizeof name, "conv1.%d", i);
+        y = conv(m, name, x, 8, 3, 1, 1);
+        snprintf(name, sizeof name, "bn1.%d", i);
+        x = ckca_relu(m, ckca_add(m, ckca_batchnorm(m, name, y), x));
+    }
+    ckca_stage(m, x);
+    y = ckca_batchnorm(m, "bn2", x);               /* reads what a ReLU gave, not a convolution */
+    z = ckca_relu(m, ckca_add(m, ckca_batchnorm(m, "bn3", y), y)); /* its own input is its residual */
+    x = ckca_add(m, ckca_relu(m, ckca_batchnorm(m, "bn4", conv(m, "conv4", z, 8, 1, 1, 0))), x);
+    x = ckca_relu(m, x);
+    y = ckca_batchnorm(m, "bn5", conv(m, "conv5", x, 16, 3, 2, 1));
+    z = ckca_batchnorm(m, "bn6", conv(m, "conv6", x, 16, 1, 2, 0));
+    x = ckca_relu(m, ckca_add(m, y, z));
+    ckca_stage(m, x);
+    x = ckca_maxpool(m, x, 3, 2, 1);
+    x = ckca_relu(m, ckca_batchnorm(m, "bn7", conv(m, "conv7", x, 16, 3, 1, 1)));
+    x = ckca_linear(m, "fc", ckca_avgpool(m, x), 5);
+    CHECK(ckca_model_finish(m, x) == CKCA_OK, "%s", ckca_error(ctx));
+    return m;
+}
+
+/* Gradients of every parameter after a step in a mode, from memory that is filled with NaN first. */
+static float *gradients_in(ckca_model *m, int mode, int n, const float *x, const float *dz, size_t *count) {
+    ckca_context *ctx = m->ctx;
+    size_t floats, i;
+    float *all, *nan;
+    int j;
+    CHECK(ckca__reserve(m, n, mode) == CKCA_OK, "%s", ckca_error(ctx));
+    floats = m->activation_bytes / sizeof(float);
+    nan = (float *)malloc(m->activation_bytes);
+    for (i = 0; i < floats; i++) nan[i] = NAN;
+    ckca__device_upload(ctx, m->activations, nan, floats * sizeof *nan);
+    free(nan);
+    ckca_zero_gradients(m);
+    {
+        float *input = ckca__input_buffer(m, n, mode);
+        ckca__device_upload(ctx, input, x, (size_t)(n * m->height * m->width * m->channels) * sizeof *x);
+        ckca__run_forward(m, n, mode, input);
+    }
+    ckca__clear_written(m);
+    ckca__device_upload(ctx, ckca__grad(m, m->logits), dz, (size_t)(n * m->classes) * sizeof *dz);
+    m->node[m->logits].written = 1;
+    for (j = 0; j < m->nodes; j++)
+        if (m->node[j].stage && (mode & CKCA__STAGES)) {
+            ckca__device_zero(ctx, ckca__grad(m, j), ckca__rows(&m->node[j], n) * (size_t)m->node[j].c * sizeof(float));
+            m->node[j].written = 1;
+        }
+    ckca__run_backward(m);
+    m->n = 0;
+    all = (float *)malloc(m->trainable * sizeof *all);
+    ckca__device_download(ctx, all, m->gradients, m->trainable * sizeof *all);
+    CHECK(ckca__device_status(ctx) == CKCA_OK, "%s", ckca_error(ctx));
+    *count = m->trainable;
+    return all;
+}
+
+/* A step gives the same gradients, bit by bit, whatever the plan keeps, makes again or overwrites. */
+static void test_plan(ckca_context *ctx, const char *net, int n, int size) {
+    static const int modes[] = {CKCA__TRAIN | CKCA__READABLE, CKCA__TRAIN, CKCA__TRAIN | CKCA__STAGES};
+    ckca_model_desc desc;
+    ckca_model *m;
+    float *x, *dz, *all[3];
+    size_t count = 0, i, most = 0;
+    int mode, made = 0, j;
+    memset(&desc, 0, sizeof desc);
+    desc.height = desc.width = size;
+    desc.classes = 5;
+    desc.seed = 1;
+    if (!strcmp(net, "knotty")) m = knotty(ctx);
+    else CHECK(ckca_resnet(ctx, &m, net, &desc) == CKCA_OK, "%s", ckca_error(ctx));
+    x = (float *)malloc((size_t)(n * m->height * m->width * 3) * sizeof *x);
+    dz = (float *)malloc((size_t)(n * 5) * sizeof *dz);
+    for (i = 0; i < (size_t)(n * m->height * m->width * 3); i++) x[i] = (float)draw(7, (int64_t)i);
+    for (i = 0; i < (size_t)(n * 5); i++) dz[i] = (float)draw(8, (int64_t)i);
+    for (mode = 0; mode < 3; mode++) {
+        all[mode] = gradients_in(m, modes[mode], n, x, dz, &count);
+        for (i = 0, most = 0; i < count; i++)
+            if (!(all[mode][i] == all[0][i])) most++;
+        CHECK(!most, "%s: %d of %d gradients in mode %d are not those of mode %d", net, (int)most, (int)count,
+              modes[mode], modes[0]);
+    }
+    CHECK(m->plan_values[CKCA__TRAIN] < m->plan_values[CKCA__TRAIN | CKCA__READABLE] && m->agains[CKCA__TRAIN] > 0,
+          "%s: nothing is made again", net);
+    for (j = 0; j < m->agains[CKCA__TRAIN]; j++) made += m->again[CKCA__TRAIN][j].in != j;
+    CHECK(made || strcmp(net, "resnet50"), "%s: no output takes its residual's place", net);
+    for (mode = 0; mode < 3; mode++) free(all[mode]);
+    free(x);
+    free(dz);
+    ckca_model_free(m);
+}
+
 int main(void) {
     static const net_case cases[] = {
         {"resnet20-a", "resnet20", 0, 4, 10, 4, 12, 10, (int64_t)1 << 30, 16, 15, 1e-5, 1e-4},
@@ -396,6 +514,10 @@ int main(void) {
         ckca_free(ctx);
     }
     CHECK(ckca_init(&ctx, NULL) == CKCA_OK, "no context");
+    test_plan(ctx, "knotty", 6, 0);
+    test_plan(ctx, "resnet20", 4, 16);
+    test_plan(ctx, "resnet18", 2, 64);
+    test_plan(ctx, "resnet50", 2, 32);
     test_structure(ctx);
     test_initial(ctx, "resnet20", "bn2.weight", 0);
     test_initial(ctx, "resnet20", "bn2.weight", 1);

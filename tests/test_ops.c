@@ -112,14 +112,33 @@ static void norm_eval(ckca_context *ctx, const void *args, float *out) {
 static void norm_backward(ckca_context *ctx, const void *args, float *out) {
     const norm *a = (const norm *)args;
     size_t n = a->rows * (size_t)a->c, c = (size_t)a->c, m = a->residual ? 2 * n : n;
+    int over_dy = a->in_place == 2 && a->residual && !a->accumulate;
     void *ws = malloc(ckca__op_workspace(ctx, a->rows, a->c));
     memcpy(out + m, a->start, 2 * c * sizeof *out);
     if (a->residual && a->accumulate) memcpy(out + n, a->residual, n * sizeof *out);
-    if (a->in_place) memcpy(out, a->dy, n * sizeof *out);
-    ckca__op_batchnorm_backward(ctx, a->rows, a->c, a->x, a->y, a->in_place ? out : a->dy, a->gamma, a->mean,
+    if (a->in_place) memcpy(out, a->in_place == 1 ? a->dy : a->x, n * sizeof *out);
+    if (over_dy) memcpy(out + n, a->dy, n * sizeof *out);
+    ckca__op_batchnorm_backward(ctx, a->rows, a->c, a->in_place == 2 ? out : a->x, a->y,
+                                a->in_place == 1 ? out : over_dy ? out + n : a->dy, a->gamma, a->beta, a->mean,
                                 a->inv_std, a->relu, out, a->residual ? out + n : NULL, a->accumulate, out + m,
                                 out + m + c, ws);
     free(ws);
+}
+/* out: y of the forward pass, then y made again in the place of the residual (or beside x): the same bits. */
+static void norm_again(ckca_context *ctx, const void *args, float *out) {
+    const norm *a = (const norm *)args;
+    size_t n = a->rows * (size_t)a->c, c = (size_t)a->c, i;
+    float *y = (float *)malloc((n + 4 * c) * sizeof *y);
+    norm_forward(ctx, args, y);
+    memcpy(out, y, n * sizeof *out);
+    if (a->residual) memcpy(out + n, a->residual, n * sizeof *out);
+    ckca__op_batchnorm_again(ctx, a->rows, a->c, a->x, a->gamma, a->beta, y + n, y + n + c,
+                             a->residual ? out + n : NULL, a->relu, out + n);
+    for (i = 0; i < n && out[i] == out[n + i]; i++) {
+    }
+    CHECK(i == n, "%s: batch norm %dx%d made again differs at %d: %g, %g", ckca_device(ctx), (int)a->rows, a->c, (int)i,
+          i < n ? (double)out[n + i] : 0.0, i < n ? (double)out[i] : 0.0);
+    free(y);
 }
 
 /* One channel at a time, two passes. */
@@ -152,7 +171,7 @@ static double norm_loss(const double *v, const void *args) {
 
 static void test_norm_shape(size_t rows, int c, int with_residual, int relu, double x_mean) {
     size_t n = rows * (size_t)c, uc = (size_t)c, i, m;
-    char what[100];
+    char what[120];
     float *x = make(n, x_mean - 2, x_mean + 2), *gamma = make(uc, 0.5, 1.5), *beta = make(uc, -0.5, 0.5);
     float *running_mean = make(uc, x_mean - 1, x_mean + 1), *running_var = make(uc, 0.5, 2), *dy = make(n, -1, 1);
     float *residual = make(n, -1, 1), *start = make(2 * uc, -1, 1);
@@ -161,6 +180,7 @@ static void test_norm_shape(size_t rows, int c, int with_residual, int relu, dou
     double *dx = doubles(n, x), *dg = doubles(uc, gamma), *db = doubles(uc, beta), *dr = doubles(n, residual);
     /* A float near x_mean is off by half a digit of its own. */
     double tolerance = 2e-5 + fabs(x_mean) * 3e-7;
+    int form;
     norm a;
     memset(&a, 0, sizeof a);
     a.rows = rows, a.c = c, a.relu = relu, a.x = x, a.gamma = gamma, a.beta = beta, a.dy = dy, a.start = start;
@@ -180,15 +200,25 @@ static void test_norm_shape(size_t rows, int c, int with_residual, int relu, dou
              relu, x_mean);
     /* A single row has x - mean = 0 times 1 / sqrt(eps) = 316. */
     check_op(what, norm_forward, &a, n + 4 * uc, expected, rows == 1 ? tolerance * 30 : tolerance);
+    {
+        double *twice = (double *)malloc(2 * n * sizeof *twice);
+        memcpy(twice, expected, n * sizeof *twice);
+        memcpy(twice + n, expected, n * sizeof *twice);
+        snprintf(what, sizeof what, "batch norm again %dx%d residual %d relu %d", (int)rows, c, with_residual, relu);
+        check_op(what, norm_again, &a, 2 * n, twice, rows == 1 ? tolerance * 30 : tolerance);
+        free(twice);
+    }
 
     /* backward, from the reference's y, mean and inv_std; a second layout of expected: dx, (dresidual), dgamma, dbeta
      */
     for (i = 0; i < n; i++) fy[i] = (float)expected[i];
-    a.y = fy, a.mean = fy + n, a.inv_std = fy + n + uc;
+    a.mean = fy + n, a.inv_std = fy + n + uc;
     m = with_residual ? 2 * n : n;
     for (a.accumulate = 0; a.accumulate <= with_residual; a.accumulate++)
-        for (a.in_place = 0; a.in_place < 2; a.in_place++) {
+        for (form = 0; form < (relu && !with_residual ? 6 : 3); form++) {
             double *dgamma = expected + m, *dbeta = dgamma + uc;
+            a.in_place = form % 3; /* 1: dx over dy, 2: dx over x and dresidual over dy */
+            a.y = form < 3 ? fy : NULL;
             for (i = 0; i < uc; i++) dgamma[i] = dbeta[i] = 0;
             for (i = 0; i < n; i++) {
                 size_t j = i % uc;
@@ -204,8 +234,8 @@ static void test_norm_shape(size_t rows, int c, int with_residual, int relu, dou
             }
             for (i = 0; i < uc; i++) dgamma[i] += start[i], dbeta[i] += start[uc + i];
             snprintf(what, sizeof what,
-                     "batch norm backward %dx%d residual %d relu %d accumulate %d in place %d mean %g", (int)rows, c,
-                     with_residual, relu, a.accumulate, a.in_place, x_mean);
+                     "batch norm backward %dx%d residual %d relu %d accumulate %d in place %d y %d mean %g", (int)rows,
+                     c, with_residual, relu, a.accumulate, a.in_place, a.y != NULL, x_mean);
             check_op(what, norm_backward, &a, m + 2 * uc, expected, rows == 1 ? 1e-3 : 1e-4);
         }
 
@@ -1096,7 +1126,7 @@ static void test_torch(const char *path) {
         check_torch("bn.mean1", rm, 1e-6);
         check_torch("bn.var1", rv, 1e-6);
         ckca__op_batchnorm_backward(any, 72, 5, torch("bn.x", NULL), out, torch("bn.dy", NULL), torch("bn.gamma", NULL),
-                                    mean, inv_std, 1, dw, grad, 0, dgamma, dbeta, ws);
+                                    torch("bn.beta", NULL), mean, inv_std, 1, dw, grad, 0, dgamma, dbeta, ws);
         check_torch("bn.d_x", dw, 5e-6);
         check_torch("bn.d_residual", grad, 1e-6);
         check_torch("bn.d_gamma", dgamma, 5e-6);
