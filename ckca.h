@@ -5061,7 +5061,7 @@ typedef struct ckca__planner {
     int mode, end;      /* moments: 0 to end - 1 */
     size_t *live, peak; /* floats at each moment, per picture; the most of them */
     int *reader;        /* by node: the last one that reads it in the forward pass; -1: none */
-    int *place;         /* by node: whose gradient its own takes the place of (its own: itself), -1: its value's */
+    int *place;         /* by node: where its gradient lies: that of node place or, below 0, the value of ~place */
     int *since, *until; /* by node: the first moment at which backward itself reads it, end: never; the last one at which
                            it is read, if only to make others again, -1: never */
     int *latest;        /* by node: its last item in the list of what is made again; -1: none; -2: it is kept */
@@ -5083,10 +5083,10 @@ static int ckca__is_output(const ckca_model *m, int i, int mode) {
     return i == m->logits || i == m->pooled || (m->node[i].stage && (mode & CKCA__STAGES));
 }
 
-/* 1: the input of batch norm i, which nothing else reads, makes room for its gradient. */
+/* 1: the input of batch norm i makes room for its gradient: nothing else reads it, no ReLU's gate either. */
 static int ckca__in_place(const ckca_model *m, int i) {
     const ckca__node *x = &m->node[i];
-    return !x->fused && x->head >= 0 && x->source > 0 && m->node[x->source].readers == 1;
+    return !x->fused && x->head >= 0 && x->source > 0 && m->node[x->source].readers == 1 && !m->node[x->source].relu;
 }
 
 static size_t ckca__node_floats(const ckca__node *x) {
@@ -5121,10 +5121,17 @@ static void ckca__plan_gradients(ckca__planner *p) {
     for (i = m->nodes - 1; i > 0; i--) {
         const ckca__node *x = &m->node[i];
         if (!ckca__in_place(m, i)) continue;
-        p->place[x->source] = -1;
+        p->place[x->source] = ~x->source;
         if (x->residual > 0 && p->reader[x->residual] == i && !ckca__is_output(m, x->residual, p->mode))
             p->place[x->residual] = p->place[i];
     }
+}
+
+/* Until when a place of gradients is used: until the backward of the first node that shares it. */
+static int ckca__plan_shared(const ckca__planner *p, int place) {
+    int i = 1;
+    while (p->place[i] != place) i++;
+    return p->end - 1 - i;
 }
 
 /* Which nodes' outputs are made again, and until when the others are read. */
@@ -5164,7 +5171,7 @@ static int ckca__plan_want(ckca__planner *p, int i, int j, int on_the_way, int *
     const ckca__node *x = &m->node[i];
     const int moment = p->end - 1 - j;
     const size_t size = ckca__node_floats(x);
-    int k = p->latest[i], source, residual;
+    int k = p->latest[i], residual;
     ckca__again *item;
     if (k == -2 || *failed) return -1;
     if (k >= 0 && m->again[p->mode][k].dies >= moment) {
@@ -5172,7 +5179,7 @@ static int ckca__plan_want(ckca__planner *p, int i, int j, int on_the_way, int *
         return k;
     }
     if (!on_the_way) p->live[moment] -= size; /* counted by ckca__plan_backward, but not made yet */
-    source = ckca__plan_want(p, x->source, j, 1, failed);
+    ckca__plan_want(p, x->source, j, 1, failed);
     residual = x->residual >= 0 ? ckca__plan_want(p, x->residual, j, 1, failed) : -1;
     if (*failed || !ckca__grow(m->ctx, (void **)&m->again[p->mode], (size_t)m->agains[p->mode],
                                &m->again_room[p->mode], sizeof *item)) {
@@ -5185,7 +5192,7 @@ static int ckca__plan_want(ckca__planner *p, int i, int j, int on_the_way, int *
     item->before = j;
     item->on_the_way = on_the_way;
     item->in = k;
-    if (residual >= 0 && residual != source && item[residual - k].on_the_way && item[residual - k].dies == moment) {
+    if (residual >= 0 && item[residual - k].on_the_way && item[residual - k].dies == moment) {
         item->in = item[residual - k].in; /* the residual has had its use */
         item[residual - k].dies = -1;
     }
@@ -5241,22 +5248,19 @@ static ckca_status ckca__plan(ckca_model *m, int mode) {
     for (i = 0; i < m->nodes; i++) {
         ckca__node *x = &m->node[i];
         const size_t size = ckca__node_floats(x);
-        const int output = ckca__is_output(m, i, mode), backward = end - 1 - i; /* when its own backward runs */
+        const int output = ckca__is_output(m, i, mode);
         int dies = p->reader[i] > i ? p->reader[i] : i;
         if (!ckca__runs(m, i, mode)) continue;
         if (output || (mode & CKCA__READABLE)) dies = m->nodes;
         if (training && p->latest[i] == -2 && dies < p->until[i]) dies = p->until[i];
-        if (training && p->place[i] < 0) dies = backward;
+        if (training && i > 0 && p->place[i] == ~i) dies = ckca__plan_shared(p, ~i);
         ckca__plan_add(p, &list[count++], size, &x->value[mode], i, dies);
-        if (training && i > 0 && p->place[i] == i) {
-            for (j = 1; p->place[j] != i; j++) { /* the first of those that share the place is the last to need it */
-            }
+        if (training && i > 0 && p->place[i] == i)
             ckca__plan_add(p, &list[count++], size, &x->grad[mode],
-                           output || p->reader[i] < 0 ? m->nodes : end - 1 - p->reader[i], end - 1 - j);
-        }
+                           output || p->reader[i] < 0 ? m->nodes : end - 1 - p->reader[i], ckca__plan_shared(p, i));
         if (training && x->kind == CKCA__MAXPOOL)
             ckca__plan_add(p, &list[count++], ckca__round_up((size + 3) / 4, CKCA__ALIGN / sizeof(float)),
-                           &x->at[mode], i, backward);
+                           &x->at[mode], i, end - 1 - i);
     }
     for (i = m->nodes - 1; training && i > 0; i--) { /* as backward will come to it */
         const ckca__node *x = &m->node[i];
@@ -5300,7 +5304,7 @@ static ckca_status ckca__plan(ckca_model *m, int mode) {
     for (i = 0; i < m->agains[mode]; i++) m->again[mode][i].at = m->again[mode][m->again[mode][i].in].at;
     for (i = 1; training && i < m->nodes; i++) {
         ckca__node *x = &m->node[i];
-        x->grad[mode] = p->place[i] < 0 ? x->value[mode] : m->node[p->place[i]].grad[mode];
+        x->grad[mode] = p->place[i] < 0 ? m->node[~p->place[i]].value[mode] : m->node[p->place[i]].grad[mode];
     }
     m->plan_values[mode] = total;
     ckca__release(m->ctx, all);
