@@ -5216,12 +5216,38 @@ static void ckca__plan_add(ckca__planner *p, ckca__buffer *b, size_t size, size_
     ckca__plan_live(p, born, dies, size);
 }
 
+/* Gives each buffer the lowest place where no other is that is alive at the same time, the largest first. Returns the
+   floats that this takes altogether. */
+static size_t ckca__plan_place(ckca__buffer *list, int count) {
+    size_t total = 0;
+    int i, j;
+    qsort(list, (size_t)count, sizeof *list, ckca__largest_first);
+    for (i = 0; i < count; i++) {
+        size_t place = 0;
+        int moved = 1;
+        while (moved) {
+            moved = 0;
+            for (j = 0; j < i; j++) {
+                const ckca__buffer *o = &list[j];
+                if (o->dies < list[i].born || list[i].dies < o->born) continue;
+                if (place < *o->offset + o->size && *o->offset < place + list[i].size) {
+                    place = *o->offset + o->size;
+                    moved = 1;
+                }
+            }
+        }
+        *list[i].offset = place;
+        if (total < place + list[i].size) total = place + list[i].size;
+    }
+    return total;
+}
+
 static ckca_status ckca__plan(ckca_model *m, int mode) {
     const int training = mode & CKCA__TRAIN, end = 2 * m->nodes;
     ckca__planner planner, *p = &planner;
-    size_t room = (size_t)m->nodes * (3 * sizeof(ckca__buffer) + 2 * sizeof(size_t) + 5 * sizeof(int)), total = 0;
+    size_t room = (size_t)m->nodes * (3 * sizeof(ckca__buffer) + 2 * sizeof(size_t) + 5 * sizeof(int));
     ckca__buffer *list, *all;
-    int i, j, count = 0, failed = 0;
+    int i, count = 0, failed = 0;
     list = (ckca__buffer *)ckca__alloc(m->ctx, room);
     if (!list) return ckca__fail(m->ctx, CKCA_ENOMEM, "out of memory for the plan of %d nodes", m->nodes);
     p->m = m;
@@ -5243,8 +5269,10 @@ static ckca_status ckca__plan(ckca_model *m, int mode) {
         if (i) p->reader[training || !m->node[x->source].folded ? x->source : m->node[x->source].in[0]] = i;
         if (x->residual >= 0) p->reader[x->residual] = i;
     }
-    if (training) ckca__plan_backward(p);
-    if (training) ckca__plan_gradients(p);
+    if (training) {
+        ckca__plan_backward(p);
+        ckca__plan_gradients(p);
+    }
     for (i = 0; i < m->nodes; i++) {
         ckca__node *x = &m->node[i];
         const size_t size = ckca__node_floats(x);
@@ -5283,30 +5311,12 @@ static ckca_status ckca__plan(ckca_model *m, int mode) {
         all[count].born = end - 1 - item->before;
         all[count++].dies = item->ends;
     }
-    qsort(all, (size_t)count, sizeof *all, ckca__largest_first);
-    for (i = 0; i < count; i++) { /* each at the lowest place where no buffer alive at the same time is */
-        size_t place = 0;
-        int moved = 1;
-        while (moved) {
-            moved = 0;
-            for (j = 0; j < i; j++) {
-                const ckca__buffer *o = &all[j];
-                if (o->dies < all[i].born || all[i].dies < o->born) continue;
-                if (place < *o->offset + o->size && *o->offset < place + all[i].size) {
-                    place = *o->offset + o->size;
-                    moved = 1;
-                }
-            }
-        }
-        *all[i].offset = place;
-        if (total < place + all[i].size) total = place + all[i].size;
-    }
+    m->plan_values[mode] = ckca__plan_place(all, count);
     for (i = 0; i < m->agains[mode]; i++) m->again[mode][i].at = m->again[mode][m->again[mode][i].in].at;
     for (i = 1; training && i < m->nodes; i++) {
         ckca__node *x = &m->node[i];
         x->grad[mode] = p->place[i] < 0 ? m->node[~p->place[i]].value[mode] : m->node[p->place[i]].grad[mode];
     }
-    m->plan_values[mode] = total;
     ckca__release(m->ctx, all);
     ckca__release(m->ctx, list);
     return CKCA_OK;
