@@ -1396,9 +1396,11 @@ CKCA__INLINE void CKCA__NAME(ckca__conv_tile)(const int P, const int V, const ck
     int p, v, r, j;
     CKCA__UNROLL for (p = 0; p < P; p++) {
         const float *y = to[p < count ? p : count - 1] + b->first; /* in cache by the time the sums are ready */
+        const float *residual = b->job->residual ? b->job->residual + (y - b->job->output) : y;
         x[p] = from[p < count ? p : count - 1];
         CKCA__UNROLL for (v = 0; v < V; v++) {
             __builtin_prefetch(y + v * CKCA__VW, 1);
+            __builtin_prefetch(residual + v * CKCA__VW);
             sum[p][v] = CKCA__SET(0.0f);
         }
     }
