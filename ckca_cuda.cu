@@ -796,9 +796,9 @@ static int ckca__lanes(int c) {
 typedef struct ckca__moments {
     size_t rows, per; /* in all, in a part */
     int c, lanes;
-    const float *x, *y, *dy, *mean; /* see below */
+    const float *x, *y, *dy, *mean;      /* see below */
     const float *gamma, *beta, *inv_std; /* KIND 2 with a ReLU but no y: it is told from x. Else NULL */
-    float *part;                    /* parts x KIND x c */
+    float *part;                         /* parts x KIND x c */
 } ckca__moments;
 
 /* What a ReLU's gradient asks: y > 0, as ckca__batchnorm_apply made y from x when there was no residual. */

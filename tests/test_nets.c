@@ -503,7 +503,8 @@ static void test_plan_size(ckca_context *ctx, const char *net, int size, double 
     desc.classes = 10;
     CHECK(ckca_resnet(ctx, &m, net, &desc) == CKCA_OK, "%s", ckca_error(ctx));
     CHECK(ckca_model_bytes(m, 1, 1, &bytes) == CKCA_OK, "%s", ckca_error(ctx));
-    CHECK((double)bytes.activations <= most, "%s: %.0f bytes a picture, once %.0f", net, (double)bytes.activations, most);
+    CHECK((double)bytes.activations <= most, "%s: %.0f bytes a picture, once %.0f", net, (double)bytes.activations,
+          most);
     ckca_model_free(m);
 }
 
