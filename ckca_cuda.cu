@@ -1014,11 +1014,25 @@ CKCA__OP size_t ckca__op_workspace(const ckca_context *ctx, size_t rows, int c) 
                      ckca__mul((size_t)c, (3 * (size_t)ckca__parts(rows) + 4) * sizeof(float)));
 }
 
-static void ckca__run_apply(ckca_context *ctx, const ckca__norm *n) {
-    if (n->c % 4 == 0)
-        CKCA__LAUNCH(ctx, ckca__batchnorm_apply<4>, ckca__grid(ctx, n->count / 4, (size_t)n->c / 4), *n);
+static void ckca__run_apply(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma, const float *beta,
+                            const float *mean, const float *inv_std, const float *var, const float *residual, int relu,
+                            float *y) {
+    ckca__norm n = {};
+    n.count = rows * (size_t)c;
+    n.c = c;
+    n.x = x;
+    n.gamma = gamma;
+    n.beta = beta;
+    n.mean = mean;
+    n.inv_std = inv_std;
+    n.var = var;
+    n.residual = residual;
+    n.relu = relu;
+    n.out = y;
+    if (c % 4 == 0)
+        CKCA__LAUNCH(ctx, ckca__batchnorm_apply<4>, ckca__grid(ctx, n.count / 4, (size_t)c / 4), n);
     else
-        CKCA__LAUNCH(ctx, ckca__batchnorm_apply<1>, ckca__grid(ctx, n->count, (size_t)n->c), *n);
+        CKCA__LAUNCH(ctx, ckca__batchnorm_apply<1>, ckca__grid(ctx, n.count, (size_t)c), n);
 }
 
 CKCA__OP void ckca__op_batchnorm_forward(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
@@ -1033,41 +1047,19 @@ CKCA__OP void ckca__op_batchnorm_forward(ckca_context *ctx, size_t rows, int c, 
     ckca__run_channel_sums(ctx, 3, &m);
     CKCA__LAUNCH(ctx, ckca__batchnorm_finish, ckca__warps(c), m, ckca__parts(rows), running_mean, running_var, mean,
                  inv_std);
-    ckca__op_batchnorm_again(ctx, rows, c, x, gamma, beta, mean, inv_std, residual, relu, y);
+    ckca__run_apply(ctx, rows, c, x, gamma, beta, mean, inv_std, NULL, residual, relu, y);
 }
 
 CKCA__OP void ckca__op_batchnorm_eval(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
                                       const float *beta, const float *running_mean, const float *running_var,
                                       const float *residual, int relu, float *y) {
-    ckca__norm n = {};
-    n.count = rows * (size_t)c;
-    n.c = c;
-    n.x = x;
-    n.gamma = gamma;
-    n.beta = beta;
-    n.mean = running_mean;
-    n.var = running_var;
-    n.residual = residual;
-    n.relu = relu;
-    n.out = y;
-    ckca__run_apply(ctx, &n);
+    ckca__run_apply(ctx, rows, c, x, gamma, beta, running_mean, NULL, running_var, residual, relu, y);
 }
 
 CKCA__OP void ckca__op_batchnorm_again(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
                                        const float *beta, const float *mean, const float *inv_std,
                                        const float *residual, int relu, float *y) {
-    ckca__norm n = {};
-    n.count = rows * (size_t)c;
-    n.c = c;
-    n.x = x;
-    n.gamma = gamma;
-    n.beta = beta;
-    n.mean = mean;
-    n.inv_std = inv_std;
-    n.residual = residual;
-    n.relu = relu;
-    n.out = y;
-    ckca__run_apply(ctx, &n);
+    ckca__run_apply(ctx, rows, c, x, gamma, beta, mean, inv_std, NULL, residual, relu, y);
 }
 
 CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, size_t rows, int c, const float *x, const float *y,
