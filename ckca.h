@@ -3061,7 +3061,6 @@ static void ckca__fold_sums(size_t cols, int c, const float *wide, float *sum) {
         for (j = 0; j < c; j++) sum[j] += wide[i + j];
 }
 
-
 typedef struct ckca__batchnorm_sums {
     const ckca_context *ctx;
     size_t rows, block, cols; /* rows in all; in a block; values in a row of wide sums */

@@ -134,8 +134,8 @@ static void device_batchnorm_backward(ckca_context *ctx, size_t rows, int c, con
                                       const float *inv_std, int relu, float *dx, float *dresidual,
                                       int accumulate_residual, float *dgamma, float *dbeta, void *ws) {
     ckca__op_batchnorm_backward(ctx, rows, c, FI(x, rows * c), FI(y, rows * c), FI(dy, rows * c), FI(gamma, c),
-                                FI(beta, c), FI(mean, c), FI(inv_std, c), relu, FO(dx, rows * c), FO(dresidual, rows * c),
-                                accumulate_residual, FO(dgamma, c), FO(dbeta, c),
+                                FI(beta, c), FI(mean, c), FI(inv_std, c), relu, FO(dx, rows * c),
+                                FO(dresidual, rows * c), accumulate_residual, FO(dgamma, c), FO(dbeta, c),
                                 device_out(ctx, ws, ckca__op_workspace(ctx, rows, c)));
     device_done(ctx, "batchnorm_backward");
 }

@@ -370,7 +370,6 @@ static void test_initial(ckca_context *ctx, const char *arch, const char *last, 
 
 /* ---- the memory plan: what is made again in the backward pass, and gradients in place ---- */
 
-/* A network with all that a plan may meet, sensible or not. */
 static int conv(ckca_model *m, const char *name, int input, int out, int kernel, int stride, int pad) {
     ckca_conv_desc desc;
     memset(&desc, 0, sizeof desc);
@@ -381,6 +380,7 @@ static int conv(ckca_model *m, const char *name, int input, int out, int kernel,
     return ckca_conv(m, name, input, desc);
 }
 
+/* A network with all that a plan may meet, sensible or not. */
 static ckca_model *knotty(ckca_context *ctx) {
     ckca_model_desc desc;
     ckca_model *m;
