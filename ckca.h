@@ -1199,20 +1199,25 @@ CKCA_API const char *ckca_device(const ckca_context *ctx) { return ctx ? ctx->de
    Numbers are those of one core of the machine this was tuned on, a Zen 4 with AVX-512: one multiply-add of 16 floats
    per cycle (118 GFLOP/s), its result 4 cycles later, about one load per cycle, 32 KiB of L1, 1 MiB of L2 cache.
 
-   Forward pass and input gradient: a tile of 12 pixels x 32 output channels is 24 registers of sums (of 32). Each
-   source channel of each tap costs 2 loads of weights and 12 broadcast loads for its 24 multiply-adds, so loads hide
-   behind arithmetic. A task first copies its part of the source (to 256 KiB, so that it stays in L2) with zeros around
-   it: then nothing needs to look where the border is, and the S C values under a row of taps are neighbours, one loop.
-   Weights are packed in the order of that loop, 32 output channels at a time (3 x 3 x 64 of them: 72 KiB, 3 x 3 x 512:
-   576), and come from L2 at 128 bytes per 24 cycles, well below the 32 per cycle it can give.
-   Weight gradient: 8 rows x 32 lanes of dw are 16 registers of sums; a pixel costs 2 loads and 8 broadcast loads for 16
-   multiply-adds. x and dy are read where they are, every tap over the pixels it has, in regions of 256 pixels: 32
-   channels of x (32 KiB) and a few of dy serve all taps and tiles before the next ones come.
+   All passes: a tile of 12 x 32 sums is 24 registers (of 32). A step of the reduction costs 2 loads, of 32 values of
+   one operand, and 12 broadcast loads, of the other, for 24 multiply-adds, so loads hide behind arithmetic: 113 to 117
+   GFLOP/s with operands in L1 or L2. What then costs time is memory: a source read for the first time stalls the tile
+   that meets it. So tiles fetch into L2, a line or a few every 16 steps, what their thread will read next.
+
+   Forward pass and input gradient: 12 pixels x 32 output channels. A task reads its part of the source in place if it
+   has no border, or first copies it (to 256 KiB, so that it stays in L2) with zeros around it: then nothing needs to
+   look where the border is, and the S C values under a row of taps are neighbours, one loop. Weights are packed in the
+   order of that loop, 32 output channels at a time (3 x 3 x 64 of them: 72 KiB, 3 x 3 x 512: 576), and come from L2 at
+   128 bytes per 24 cycles, well below the 32 per cycle it can give. Pixels of 1024 channels, 4 KiB apart, would compete
+   for the same lines of L1, and are copied apart (8% faster).
+   Weight gradient: 12 output channels x 32 source channels of a tap, pixels as the reduction, in regions of 256 pixels.
+   Both sides are sorted into panels first, 12 or 32 channels of all pixels, which a tile reads in a row.
    ------------------------------------------------------------------------------------------------------------------ */
 #if defined(CKCA_IMPLEMENTATION) && defined(CKCA__SIMD) && !defined(CKCA__CONV_TYPES)
 #define CKCA__CONV_TYPES
 
 #define CKCA__INLINE static inline __attribute__((always_inline))
+#define CKCA__APART static __attribute__((noinline))
 #ifdef __clang__
 #define CKCA__UNROLL _Pragma("clang loop unroll(full)")
 #define CKCA__ROLL _Pragma("clang loop unroll(disable)")
@@ -1227,6 +1232,7 @@ enum {
     CKCA__CONV_TASKS = 16,        /* tasks to cut forward pass and input gradient into at least, if possible */
     CKCA__CONV_LIST = 240,        /* output pixels that meet all weights in turn: whole tiles */
     CKCA__CONV_PIXELS = 256,      /* weight gradient: output pixels in a region, and least in a group */
+    CKCA__CONV_PANELS = 1 << 17,  /* weight gradient: floats of panels, so that they stay in L2 */
     CKCA__CONV_GROUPS = 8,        /* weight gradient: tasks, if possible */
     CKCA__CONV_PARTIAL = 1 << 19  /* weight gradient: floats of partial sums, all groups together */
 };
@@ -1253,6 +1259,9 @@ typedef struct ckca__job {
     int width;              /* pixels in a row of the region */
     int direct;             /* 1: the region needs no zeros around it and is read where it is */
     int pictures, rows;     /* of outputs, per task and phase */
+    int list;               /* output pixels that meet all weights in turn: whole tiles */
+    int apart;              /* 1: sources that would compete for the same lines of L1 are copied apart */
+    size_t after;           /* from a task's source to that of the task its thread will likely take next; 0: unknown */
     const float *source, *weights, *bias, *residual;
     float *output, *packed, *scratch;
     size_t scratch_size;    /* floats per thread */
@@ -1266,33 +1275,44 @@ typedef struct ckca__block {
     size_t pitch;                /* floats from one source row to the next */
     const float *weights, *bias; /* r x j x vectors; vectors. Zero-padded */
     int first, channels;         /* the first output channel; how many there are */
+    const float *next;           /* what to fetch meanwhile: */
+    int lines;                   /* so many times 64 bytes for every 16 steps of the sums */
 } ckca__block;
 
-/* The weight gradient of a region of pixels: out[i][j] += the sum over pixels of a[pixel][i] b[pixel][j]. */
-typedef struct ckca__side {
-    const float *at;
-    size_t col, row, picture; /* floats from one to the next */
-} ckca__side;
-typedef struct ckca__outer {
-    ckca__side a, b;
-    int cols, rows, pictures;
-    float *out;
-    size_t out_row;
-} ckca__outer;
-
+/* The weight gradient is a matrix product, rows x lanes, summed over pixels. Rows are dy's channels and lanes x's, tap
+   by tap; swapped, where x has too few to fill a vector, rows are x's channels under all taps and lanes are dy's. */
 typedef struct ckca__wjob {
     ckca_isa isa;
     ckca__conv s;
-    int swap;           /* 0: a is dy and b is x; 1: the other way round */
-    int groups, splits; /* of the pixels; of the output channels */
-    int partial;        /* 1: sums are each group's own; 0: there is one group and they are dw */
+    int swap, rows, lanes;
+    int groups;             /* of the pixels */
+    int row_cut, lane_cut;  /* of a task, at most */
+    int row_cuts, lane_cuts; /* so many times */
+    int pixels;             /* in a region, at most */
+    int partial;            /* 1: sums are each group's own; 0: there is one group and they are dw */
     const float *x, *dy;
-    float *sums;        /* groups x K x R x S x C; swapped: groups x R x S x C x K */
-    float *dw;
+    float *sums;            /* groups x K x R x S x C; swapped: groups x R x S x C x K */
+    float *dw, *scratch;
+    size_t scratch_size;    /* floats per thread: panels of rows, then, where they start: */
+    size_t at_b, at_zeros, at_taps; /* panels of lanes; zeros for as many lanes; swapped, what the taps meet */
 } ckca__wjob;
 
+/* out[row][lane] += the sum over pixels of a[pixel][row] b[pixel][lane], both in panels: [panel][pixel][value]. */
+typedef struct ckca__outer {
+    int pixels, rows, lanes;
+    const float *a, *b;
+    float *out;
+    size_t pitch;                 /* from one row of out to the next */
+    const float *next_a, *next_b; /* the first pixel of what the next panels are made of, to fetch meanwhile; or NULL */
+    size_t step_a, step_b;        /* from that pixel to the next */
+} ckca__outer;
+
+/* Floats from one panel to the next: no multiple of 4 KiB, where all would compete for the same lines of L1. */
+static size_t ckca__panel(int size, int pixels) { return (size_t)size * pixels + 16; }
+
 /* Winograd's algorithm. Pixels (and dy) turned to points lie [point][group of tiles][vector of channels][tile], a
-   vector each, so that products read them in a row. */
+   vector each, so that products read them in a row; groups are the tiles of a register tile, in the weight gradient all
+   tiles of a block. */
 enum {
     CKCA__WINO_POINTS = 36,
     CKCA__WINO_BLOCK = 160 << 10, /* floats that a block of tiles should take, at the points */
@@ -1354,34 +1374,29 @@ static void CKCA__NAME(ckca__conv_pack)(const ckca__job *job, int a, int b, int 
             for (c = 0; c < job->c; c += some, to += some * wide, from += some * job->in) {
                 some = job->c - c < 16 ? job->c - c : 16; /* a line of cache at a time */
                 if (job->out == 1)
-                    for (i = 0; i < some; i++) memcpy(to + i * wide, from + i * job->in, sizeof *to * channels);
+                    for (i = 0; i < some; i++) {
+                        __builtin_prefetch(from + (i + 16) * job->in);
+                        __builtin_prefetch(from + (i + 16) * job->in + 16);
+                        memcpy(to + i * wide, from + i * job->in, sizeof *to * channels);
+                    }
                 else
-                    for (k = 0; k < channels; k++)
+                    for (k = 0; k < channels; k++) {
+                        __builtin_prefetch(from + k * job->out + 32);
                         for (i = 0; i < some; i++) to[i * wide + k] = from[k * job->out + i];
+                    }
                 for (i = 0; i < some; i++) memset(to + i * wide + channels, 0, sizeof *to * (wide - channels));
             }
         }
 }
 
-/* Sums in tile[count][vectors] become outputs: bias, residual, ReLU. */
-static void CKCA__NAME(ckca__conv_finish)(const ckca__block *b, int vectors, int count, const float *tile,
-                                          float *const *to) {
+/* Where a pixel's output channels fill no whole vectors, their sums become outputs one by one: bias, residual, ReLU. */
+static void CKCA__NAME(ckca__conv_finish)(const ckca__block *b, const float *sums, float *y) {
     const ckca__job *job = b->job;
-    int p, v, i;
-    for (p = 0; p < count; p++, tile += vectors * CKCA__VW) {
-        float *y = to[p] + b->first;
-        const float *residual = job->residual ? job->residual + (y - job->output) : NULL;
-        for (v = 0; (v + 1) * CKCA__VW <= b->channels; v++) {
-            CKCA__V sum = CKCA__ADD(CKCA__LOAD(tile + v * CKCA__VW), CKCA__LOAD(b->bias + v * CKCA__VW));
-            if (residual) sum = CKCA__ADD(sum, CKCA__LOAD(residual + v * CKCA__VW));
-            if (job->relu) sum = CKCA__MAX(CKCA__SET(0.0f), sum); /* in this order NaN comes through */
-            CKCA__STORE(y + v * CKCA__VW, sum);
-        }
-        for (i = v * CKCA__VW; i < b->channels; i++) {
-            float sum = tile[i] + b->bias[i];
-            if (residual) sum += residual[i];
-            y[i] = job->relu && sum < 0 ? 0 : sum;
-        }
+    int i;
+    for (i = 0; i < b->channels; i++) {
+        float sum = sums[i] + b->bias[i];
+        if (job->residual) sum += job->residual[y + i - job->output];
+        y[i] = job->relu && sum < 0 ? 0 : sum; /* NaN comes through */
     }
 }
 
@@ -1390,57 +1405,95 @@ static void CKCA__NAME(ckca__conv_finish)(const ckca__block *b, int vectors, int
    stands in for the missing ones, whose sums are dropped. Whatever the tile, a sum is added up in the same order. */
 CKCA__INLINE void CKCA__NAME(ckca__conv_tile)(const int P, const int V, const ckca__block *b, int count,
                                               const float *const *from, float *const *to) {
+    const ckca__job *job = b->job;
     CKCA__V sum[3 * CKCA__TILE][2];
-    const float *x[3 * CKCA__TILE], *w = b->weights;
-    float tile[3 * CKCA__TILE * CKCA__KB];
-    int p, v, r, j;
+    const float *x[3 * CKCA__TILE], *w = b->weights, *next = b->next;
+    float tile[3 * CKCA__TILE][CKCA__KB];
+    int p, v, r, i, j;
     CKCA__UNROLL for (p = 0; p < P; p++) {
         const float *y = to[p < count ? p : count - 1] + b->first; /* in cache by the time the sums are ready */
-        const float *residual = b->job->residual ? b->job->residual + (y - b->job->output) : y;
         x[p] = from[p < count ? p : count - 1];
         CKCA__UNROLL for (v = 0; v < V; v++) {
             __builtin_prefetch(y + v * CKCA__VW, 1);
-            __builtin_prefetch(residual + v * CKCA__VW);
+            if (job->residual) __builtin_prefetch(job->residual + (y - job->output) + v * CKCA__VW);
             sum[p][v] = CKCA__SET(0.0f);
         }
     }
     for (r = 0; r < b->r; r++) {
-        for (j = 0; j < b->j; j++, w += V * CKCA__VW) {
-            CKCA__V weight[2];
-            CKCA__UNROLL for (v = 0; v < V; v++) weight[v] = CKCA__LOAD(w + v * CKCA__VW);
-            CKCA__UNROLL for (p = 0; p < P; p++) {
-                CKCA__V value = CKCA__SET(x[p][j]);
-                CKCA__UNROLL for (v = 0; v < V; v++) sum[p][v] = CKCA__FMA(value, weight[v], sum[p][v]);
+        for (j = 0; j < b->j;) {
+            int end = b->j - j < 16 ? b->j : j + 16;
+            for (i = 0; i < b->lines; i++, next += 16) __builtin_prefetch(next, 0, 2);
+            for (; j < end; j++, w += V * CKCA__VW) {
+                CKCA__V weight[2];
+                CKCA__UNROLL for (v = 0; v < V; v++) weight[v] = CKCA__LOAD(w + v * CKCA__VW);
+                CKCA__UNROLL for (p = 0; p < P; p++) {
+                    CKCA__V value = CKCA__SET(x[p][j]);
+                    CKCA__UNROLL for (v = 0; v < V; v++) sum[p][v] = CKCA__FMA(value, weight[v], sum[p][v]);
+                }
             }
         }
         CKCA__UNROLL for (p = 0; p < P; p++) x[p] += b->pitch;
     }
+    if (b->channels == V * CKCA__VW) {
+        CKCA__V bias[2];
+        CKCA__UNROLL for (v = 0; v < V; v++) bias[v] = CKCA__LOAD(b->bias + v * CKCA__VW);
+        CKCA__UNROLL for (p = 0; p < P; p++) {
+            if (p < count) {
+                float *y = to[p] + b->first;
+                CKCA__UNROLL for (v = 0; v < V; v++) sum[p][v] = CKCA__ADD(sum[p][v], bias[v]);
+                if (job->residual) {
+                    const float *residual = job->residual + (y - job->output);
+                    CKCA__UNROLL for (v = 0; v < V; v++)
+                        sum[p][v] = CKCA__ADD(sum[p][v], CKCA__LOAD(residual + v * CKCA__VW));
+                }
+                if (job->relu) { /* in this order NaN comes through */
+                    CKCA__UNROLL for (v = 0; v < V; v++) sum[p][v] = CKCA__MAX(CKCA__SET(0.0f), sum[p][v]);
+                }
+                CKCA__UNROLL for (v = 0; v < V; v++) CKCA__STORE(y + v * CKCA__VW, sum[p][v]);
+            }
+        }
+        return;
+    }
     CKCA__UNROLL for (p = 0; p < P; p++) {
-        CKCA__UNROLL for (v = 0; v < V; v++) CKCA__STORE(tile + (p * V + v) * CKCA__VW, sum[p][v]);
+        CKCA__UNROLL for (v = 0; v < V; v++) CKCA__STORE(tile[p] + v * CKCA__VW, sum[p][v]);
     }
-    CKCA__NAME(ckca__conv_finish)(b, V, count < P ? count : P, tile, to);
+    for (p = 0; p < P && p < count; p++) CKCA__NAME(ckca__conv_finish)(b, tile[p], to[p] + b->first);
 }
 
-/* Any number of pixels, in tiles. */
-static void CKCA__NAME(ckca__conv_tiles)(const ckca__block *b, int count, const float *const *from, float *const *to) {
-    int two = b->channels > CKCA__VW, p;
-    for (; count > 0; count -= p, from += p, to += p) {
-        p = count > 2 * CKCA__TILE ? 3 * CKCA__TILE : count > CKCA__TILE ? 2 * CKCA__TILE : CKCA__TILE;
-        if (p == 3 * CKCA__TILE && two) CKCA__NAME(ckca__conv_tile)(3 * CKCA__TILE, 2, b, count, from, to);
-        else if (p == 3 * CKCA__TILE) CKCA__NAME(ckca__conv_tile)(3 * CKCA__TILE, 1, b, count, from, to);
-        else if (p == 2 * CKCA__TILE && two) CKCA__NAME(ckca__conv_tile)(2 * CKCA__TILE, 2, b, count, from, to);
-        else if (p == 2 * CKCA__TILE) CKCA__NAME(ckca__conv_tile)(2 * CKCA__TILE, 1, b, count, from, to);
-        else if (two) CKCA__NAME(ckca__conv_tile)(CKCA__TILE, 2, b, count, from, to);
-        else CKCA__NAME(ckca__conv_tile)(CKCA__TILE, 1, b, count, from, to);
+/* A function for each size of tile: side by side in one, they are too much for compilers' choice of registers. */
+#define CKCA__CONV_TILE(T, V)                                                                                         \
+    CKCA__APART void CKCA__NAME(ckca__conv_tile_##T##V)(const ckca__block *b, int count, const float *const *from,    \
+                                                        float *const *to) {                                           \
+        CKCA__NAME(ckca__conv_tile)(T * CKCA__TILE, V, b, count, from, to);                                           \
     }
-}
+CKCA__CONV_TILE(1, 1)
+CKCA__CONV_TILE(1, 2)
+CKCA__CONV_TILE(2, 1)
+CKCA__CONV_TILE(2, 2)
+CKCA__CONV_TILE(3, 1)
+CKCA__CONV_TILE(3, 2)
+#undef CKCA__CONV_TILE
 
-/* Output pixels in from (their sources) and to, through all blocks of output channels. */
+/* Output pixels in from (their sources) and to, through all blocks of output channels, in tiles. Those fetch the source
+   from next to end meanwhile. */
 static void CKCA__NAME(ckca__conv_list)(const ckca__job *job, const ckca__axis *y, const ckca__axis *x, size_t pitch,
-                                        int count, const float *const *from, float *const *to) {
+                                        int count, const float *const *from, float *const *to, const float *next,
+                                        const float *end, float *scratch) {
+    static void (*const tile[3][2])(const ckca__block *, int, const float *const *, float *const *) = {
+        {CKCA__NAME(ckca__conv_tile_11), CKCA__NAME(ckca__conv_tile_12)},
+        {CKCA__NAME(ckca__conv_tile_21), CKCA__NAME(ckca__conv_tile_22)},
+        {CKCA__NAME(ckca__conv_tile_31), CKCA__NAME(ckca__conv_tile_32)}};
     size_t per = (size_t)y->taps * x->taps * job->c;
+    int lines = (3 * CKCA__TILE * CKCA__KB + job->k - 1) / job->k; /* so that all is fetched by the last block */
+    const float *apart[CKCA__CONV_LIST];
     float bias[CKCA__KB];
     ckca__block b;
+    int i, size;
+    if (job->apart && per == (size_t)job->c) {
+        for (i = 0; i < count; i++, scratch += job->c + 16)
+            apart[i] = (const float *)memcpy(scratch, from[i], sizeof *scratch * job->c);
+        from = apart;
+    }
     b.job = job;
     b.r = y->taps;
     b.j = x->taps * job->c;
@@ -1448,10 +1501,19 @@ static void CKCA__NAME(ckca__conv_list)(const ckca__job *job, const ckca__axis *
     b.bias = bias;
     b.weights = job->packed + CKCA__NAME(ckca__conv_packed)(job, y, x);
     for (b.first = 0; b.first < job->k; b.first += CKCA__KB, b.weights += CKCA__KB * per) {
+        int two = job->k - b.first > CKCA__VW;
         b.channels = job->k - b.first < CKCA__KB ? job->k - b.first : CKCA__KB;
         memset(bias, 0, sizeof bias);
         if (job->bias) memcpy(bias, job->bias + b.first, sizeof *bias * b.channels);
-        CKCA__NAME(ckca__conv_tiles)(&b, count, from, to);
+        for (i = 0; i < count; i += size) {
+            int left = count - i;
+            b.next = next;
+            b.lines = next < end ? lines : 0;
+            if (b.lines) next += (size_t)b.lines * ((b.j + 15) / 16) * b.r * 16;
+            size = left > 2 * CKCA__TILE ? 3 : left > CKCA__TILE ? 2 : 1;
+            tile[size - 1][two](&b, left, from + i, to + i);
+            size *= CKCA__TILE;
+        }
     }
 }
 
@@ -1461,7 +1523,7 @@ static void CKCA__NAME(ckca__conv_task)(const ckca__job *job, int task, float *s
     int i0 = task % bands * job->rows, pictures = job->n - n0 < job->pictures ? job->n - n0 : job->pictures;
     int rows = job->y[0].count - i0 < job->rows ? job->y[0].count - i0 : job->rows;
     int top = i0 * job->step + job->top, height = (rows - 1) * job->step + job->extra_h, width = job->width;
-    const float *region = scratch;
+    const float *region = scratch, *next = NULL, *end = job->source + (size_t)job->n * job->h * job->w * job->c;
     int n, i, j, a, b;
     if (job->direct) {
         region = job->source + (((size_t)n0 * job->h + top) * job->w + job->left) * job->c;
@@ -1489,6 +1551,7 @@ static void CKCA__NAME(ckca__conv_task)(const ckca__job *job, int task, float *s
             const float *from[CKCA__CONV_LIST];
             float *to[CKCA__CONV_LIST];
             int count = 0;
+            if (job->after && end - region > (ptrdiff_t)job->after) next = region + job->after;
             for (n = 0; n < pictures; n++)
                 for (i = 0; i < rows && i0 + i < y->count; i++) {
                     const float *source = region + (((size_t)n * height + i * job->step + y->from - job->top) * width +
@@ -1498,68 +1561,39 @@ static void CKCA__NAME(ckca__conv_task)(const ckca__job *job, int task, float *s
                     for (j = 0; j < x->count; j++, source += job->step * job->c, output += job->spread * job->k) {
                         from[count] = source;
                         to[count] = output;
-                        if (++count == CKCA__CONV_LIST) {
-                            CKCA__NAME(ckca__conv_list)(job, y, x, (size_t)width * job->c, count, from, to);
+                        if (++count == job->list) {
+                            const float *more = job->after && i + 1 < rows ? source + job->c : next;
+                            CKCA__NAME(ckca__conv_list)(job, y, x, (size_t)width * job->c, count, from, to, more,
+                                                        more ? more + (size_t)count * job->c : NULL, scratch);
                             count = 0;
                         }
                     }
                 }
-            CKCA__NAME(ckca__conv_list)(job, y, x, (size_t)width * job->c, count, from, to);
+            CKCA__NAME(ckca__conv_list)(job, y, x, (size_t)width * job->c, count, from, to, next,
+                                        next ? next + (size_t)count * job->c : NULL, scratch);
         }
 }
 
-/* The inner loop of the weight gradient: A x V vectors of sums stay in registers while the pixels go by. second is
-   where the second vector starts. Where the lanes fill no whole vectors, the last one starts earlier so that it ends
-   with them: its first skip lanes are the business of the vector before it and are not stored. */
-CKCA__INLINE void CKCA__NAME(ckca__outer_tile)(const int A, const int V, const ckca__outer *o, int second, int skip) {
-    CKCA__V sum[2 * CKCA__TILE][2];
-    float *out = o->out;
-    int i, v, n, row, col;
-    CKCA__UNROLL for (i = 0; i < A; i++) {
-        CKCA__UNROLL for (v = 0; v < V; v++) sum[i][v] = CKCA__SET(0.0f);
-    }
-    for (n = 0; n < o->pictures; n++)
-        for (row = 0; row < o->rows; row++) {
-            const float *a = o->a.at + n * o->a.picture + row * o->a.row;
-            const float *b = o->b.at + n * o->b.picture + row * o->b.row;
-            for (col = 0; col < o->cols; col++, a += o->a.col, b += o->b.col) {
-                CKCA__V value[2];
-                CKCA__UNROLL for (v = 0; v < V; v++) value[v] = CKCA__LOAD(b + (v ? second : 0));
-                CKCA__UNROLL for (i = 0; i < A; i++) {
-                    CKCA__V factor = CKCA__SET(a[i]);
-                    CKCA__UNROLL for (v = 0; v < V; v++) sum[i][v] = CKCA__FMA(factor, value[v], sum[i][v]);
-                }
-            }
-        }
-    CKCA__UNROLL for (i = 0; i < A; i++, out += o->out_row) {
-        CKCA__UNROLL for (v = 0; v < V; v++) {
-            float *to = out + (v ? second : 0);
-            if (v < V - 1 || !skip) CKCA__STORE(to, CKCA__ADD(CKCA__LOAD(to), sum[i][v]));
-            else {
-                float tail[CKCA__VW];
-                int lane;
-                CKCA__STORE(tail, sum[i][v]);
-                for (lane = skip; lane < CKCA__VW; lane++) to[lane] += tail[lane];
-            }
-        }
+/* Sorts the values of count pixels, pitch floats apart, into panels of WIDE values, the last of as many UNITs as it
+   needs. The first of them is pixel number at, of `pixels`. */
+CKCA__INLINE void CKCA__NAME(ckca__panels)(const int WIDE, const int UNIT, int pixels, int at, int count, int values,
+                                           const float *from, size_t pitch, float *to) {
+    for (; count > 0; count--, at++, from += pitch) {
+        float *panel = to;
+        int left = values, i;
+        for (i = 0; left >= WIDE; left -= WIDE, i += WIDE, panel += ckca__panel(WIDE, pixels))
+            memcpy(panel + at * WIDE, from + i, sizeof *to * WIDE);
+        panel += at * ((left + UNIT - 1) / UNIT * UNIT);
+        for (; left >= UNIT; left -= UNIT, i += UNIT, panel += UNIT) memcpy(panel, from + i, sizeof *to * UNIT);
+        if (left > 0) memcpy(panel, from + i, sizeof *to * left); /* what stands after it makes sums nobody stores */
     }
 }
-
-/* Any number of rows of sums, in tiles. */
-static void CKCA__NAME(ckca__outer_tiles)(ckca__outer o, int count, int two, int second, int skip) {
-#define CKCA__TILES(A)                                                             \
-    for (; count >= A; count -= A, o.a.at += A, o.out += A * o.out_row) {          \
-        if (two) CKCA__NAME(ckca__outer_tile)(A, 2, &o, second, skip);             \
-        else CKCA__NAME(ckca__outer_tile)(A, 1, &o, 0, skip);                      \
-    }
-    CKCA__TILES(2 * CKCA__TILE)
-#if CKCA__TILE == 4
-    CKCA__TILES(4)
-#endif
-    CKCA__TILES(3)
-    CKCA__TILES(2)
-    CKCA__TILES(1)
-#undef CKCA__TILES
+static void CKCA__NAME(ckca__row_panels)(int pixels, int values, const float *from, size_t pitch, float *to) {
+    CKCA__NAME(ckca__panels)(3 * CKCA__TILE, CKCA__TILE, pixels, 0, pixels, values, from, pitch, to);
+}
+static void CKCA__NAME(ckca__lane_panels)(int pixels, int at, int count, int values, const float *from, size_t pitch,
+                                          float *to) {
+    CKCA__NAME(ckca__panels)(CKCA__KB, CKCA__VW, pixels, at, count, values, from, pitch, to);
 }
 
 /* The outputs [*begin, *end) of an axis whose tap lies inside the source. */
@@ -1570,77 +1604,179 @@ static void CKCA__NAME(ckca__conv_inside)(int tap, int pad, int stride, int size
     if (*end > high) *end = high;
 }
 
-/* Adds the pictures [n0, n1), output rows [p0, p1), output channels [k0, k1) to sums. */
-static void CKCA__NAME(ckca__conv_weight_region)(const ckca__wjob *job, float *sums, int n0, int n1, int p0, int p1,
-                                                 int k0, int k1) {
+/* Panels of what output pixels from first on meet under tap (r, t): x's channels from lane on. */
+static void CKCA__NAME(ckca__conv_lanes)(const ckca__wjob *job, size_t first, int pixels, int r, int t, int lane,
+                                         int lanes, const float *zeros, float *to) {
     const ckca__conv *s = &job->s;
-    int lanes = job->swap ? s->k : s->c, count = job->swap ? s->c : k1 - k0, b, r, t;
-    for (b = 0; b < lanes; b += CKCA__KB)
-        for (r = 0; r < s->r; r++)
-            for (t = 0; t < s->s; t++) {
-                int two = lanes - b > CKCA__VW, last = b + (two ? CKCA__VW : 0), tap = r * s->s + t;
-                int skip = last + CKCA__VW > lanes ? last + CKCA__VW - lanes : 0, second = CKCA__VW - skip;
-                int top = p0, bottom = p1, left = 0, right = s->q, at = two ? b : b - skip;
-                ckca__side x, dy;
-                ckca__outer o;
-                CKCA__NAME(ckca__conv_inside)(r, s->pad, s->stride, s->h, &top, &bottom);
-                CKCA__NAME(ckca__conv_inside)(t, s->pad, s->stride, s->w, &left, &right);
-                if (top >= bottom || left >= right) continue;
-                x.at = job->x + (((size_t)n0 * s->h + top * s->stride - s->pad + r) * s->w + left * s->stride -
-                                 s->pad + t) * s->c;
-                x.col = (size_t)s->stride * s->c;
-                x.row = x.col * s->w;
-                x.picture = (size_t)s->h * s->w * s->c;
-                dy.at = job->dy + (((size_t)n0 * s->p + top) * s->q + left) * s->k;
-                dy.col = s->k;
-                dy.row = dy.col * s->q;
-                dy.picture = dy.row * s->p;
-                o.a = job->swap ? x : dy;
-                o.b = job->swap ? dy : x;
-                o.a.at += k0;
-                o.b.at += at;
-                o.out_row = job->swap ? (size_t)s->k : (size_t)s->r * s->s * s->c;
-                o.out = sums + k0 * o.out_row + (size_t)tap * s->c * (job->swap ? s->k : 1) + at;
-                o.pictures = n1 - n0;
-                o.rows = bottom - top;
-                o.cols = right - left;
-                if (o.cols == 1) { /* a pixel to a row: let the inner loop go down */
-                    o.cols = o.rows;
-                    o.rows = 1;
-                    o.a.col = o.a.row;
-                    o.b.col = o.b.row;
-                }
-                CKCA__NAME(ckca__outer_tiles)(o, count, two, second, skip);
-            }
+    int picture = (int)(first / ((size_t)s->p * s->q)), p = (int)(first / s->q % s->p), q = (int)(first % s->q), at = 0;
+    while (at < pixels) {
+        int end = s->q - q < pixels - at ? s->q : q + pixels - at, left = q, right = end;
+        int y = p * s->stride - s->pad + r;
+        const float *row = job->x + ((ptrdiff_t)picture * s->h + y) * s->w * s->c + lane;
+        CKCA__NAME(ckca__conv_inside)(t, s->pad, s->stride, s->w, &left, &right);
+        if (y < 0 || y >= s->h || right <= left) left = right = end;
+        CKCA__NAME(ckca__lane_panels)(pixels, at, left - q, lanes, zeros, 0, to);
+        CKCA__NAME(ckca__lane_panels)(pixels, at + left - q, right - left, lanes,
+                                      row + (ptrdiff_t)(left * s->stride - s->pad + t) * s->c,
+                                      (size_t)s->stride * s->c, to);
+        CKCA__NAME(ckca__lane_panels)(pixels, at + right - q, end - right, lanes, zeros, 0, to);
+        at += end - q;
+        q = 0;
+        if (++p == s->p) {
+            p = 0;
+            picture++;
+        }
+    }
 }
 
-/* One task: a group of pixels and a range of output channels, in regions whose x and dy stay near. */
-static void CKCA__NAME(ckca__conv_weight_task)(const ckca__wjob *job, int task) {
+/* What output pixels from first on meet under all taps: R x S x C values each. */
+static void CKCA__NAME(ckca__conv_taps)(const ckca__wjob *job, size_t first, int pixels, float *to) {
     const ckca__conv *s = &job->s;
-    int g = task / job->splits, split = task % job->splits, tiles = (s->k + 7) / 8;
-    int k0 = (int)((long long)tiles * split / job->splits) * 8;
-    int k1 = (int)((long long)tiles * (split + 1) / job->splits) * 8;
-    size_t per = (size_t)s->r * s->s * s->c;
-    float *sums = job->sums + g * per * s->k;
-    int n0 = 0, n1 = s->n, p0 = 0, p1 = s->p, n, p;
-    int rows = CKCA__CONV_PIXELS / s->q > 1 ? CKCA__CONV_PIXELS / s->q : 1, pictures = 1;
-    if (s->n > 1) {
-        n0 = (int)((long long)s->n * g / job->groups);
-        n1 = (int)((long long)s->n * (g + 1) / job->groups);
+    int wide = s->s * s->c, r, i;
+    for (; pixels > 0; pixels--, first++) {
+        int y = (int)(first / s->q % s->p) * s->stride - s->pad, x = (int)(first % s->q) * s->stride - s->pad;
+        int low = x < 0 ? -x : 0, high = s->w - x < s->s ? s->w - x : s->s;
+        for (r = 0; r < s->r; r++, y++, to += wide) {
+            const float *from = job->x + (((ptrdiff_t)(first / ((size_t)s->p * s->q)) * s->h + y) * s->w + x) * s->c;
+            if (y < 0 || y >= s->h || high <= low) memset(to, 0, sizeof *to * wide);
+            else if (high - low == s->s && wide >= CKCA__VW) {
+                for (i = 0; i + CKCA__VW <= wide; i += CKCA__VW) CKCA__STORE(to + i, CKCA__LOAD(from + i));
+                CKCA__STORE(to + wide - CKCA__VW, CKCA__LOAD(from + wide - CKCA__VW));
+            } else {
+                memset(to, 0, sizeof *to * wide);
+                memcpy(to + low * s->c, from + low * s->c, sizeof *to * (high - low) * s->c);
+            }
+        }
+    }
+}
+
+/* The inner loop of the weight gradient: A rows x V vectors of sums stay in registers while the pixels go by. Of the
+   rows and lanes, what is there is stored. A line of what is wanted next is fetched with every pixel. */
+CKCA__INLINE void CKCA__NAME(ckca__outer_tile)(const int A, const int V, int pixels, const float *a, const float *b,
+                                               int rows, int lanes, float *out, size_t pitch, const float *next,
+                                               size_t step) {
+    CKCA__V sum[3 * CKCA__TILE][2];
+    int i, v;
+    CKCA__UNROLL for (i = 0; i < A; i++) {
+        CKCA__UNROLL for (v = 0; v < V; v++) {
+            __builtin_prefetch(out + (i < rows ? i : 0) * pitch + v * CKCA__VW, 1);
+            sum[i][v] = CKCA__SET(0.0f);
+        }
+    }
+    for (; pixels > 0; pixels--, a += A, b += V * CKCA__VW, next += step) {
+        CKCA__V value[2];
+        if (step) __builtin_prefetch(next, 0, 2);
+        CKCA__UNROLL for (v = 0; v < V; v++) value[v] = CKCA__LOAD(b + v * CKCA__VW);
+        CKCA__UNROLL for (i = 0; i < A; i++) {
+            CKCA__V factor = CKCA__SET(a[i]);
+            CKCA__UNROLL for (v = 0; v < V; v++) sum[i][v] = CKCA__FMA(factor, value[v], sum[i][v]);
+        }
+    }
+    if (rows >= A && lanes >= V * CKCA__VW) {
+        CKCA__UNROLL for (i = 0; i < A; i++, out += pitch) {
+            CKCA__UNROLL for (v = 0; v < V; v++)
+                CKCA__STORE(out + v * CKCA__VW, CKCA__ADD(CKCA__LOAD(out + v * CKCA__VW), sum[i][v]));
+        }
     } else {
-        p0 = (int)((long long)s->p * g / job->groups);
-        p1 = (int)((long long)s->p * (g + 1) / job->groups);
+        float tile[3 * CKCA__TILE][CKCA__KB];
+        CKCA__UNROLL for (i = 0; i < A; i++) {
+            CKCA__UNROLL for (v = 0; v < V; v++) CKCA__STORE(tile[i] + v * CKCA__VW, sum[i][v]);
+        }
+        for (i = 0; i < A && i < rows; i++, out += pitch)
+            for (v = 0; v < V * CKCA__VW && v < lanes; v++) out[v] += tile[i][v];
     }
-    if (k1 > s->k) k1 = s->k;
-    if (rows >= s->p) {
-        pictures = rows / s->p;
-        rows = s->p;
+}
+
+#define CKCA__OUTER_TILE(T, V)                                                                                        \
+    CKCA__APART void CKCA__NAME(ckca__outer_tile_##T##V)(int pixels, const float *a, const float *b, int rows,        \
+                                                         int lanes, float *out, size_t pitch, const float *next,      \
+                                                         size_t step) {                                               \
+        CKCA__NAME(ckca__outer_tile)(T * CKCA__TILE, V, pixels, a, b, rows, lanes, out, pitch, next, step);           \
     }
-    if (job->partial) memset(sums + k0 * per, 0, sizeof *sums * (k1 - k0) * per);
-    for (n = n0; n < n1; n += pictures)
-        for (p = p0; p < p1; p += rows)
-            CKCA__NAME(ckca__conv_weight_region)(job, sums, n, n + pictures < n1 ? n + pictures : n1, p,
-                                                 p + rows < p1 ? p + rows : p1, k0, k1);
+CKCA__OUTER_TILE(1, 1)
+CKCA__OUTER_TILE(1, 2)
+CKCA__OUTER_TILE(2, 1)
+CKCA__OUTER_TILE(2, 2)
+CKCA__OUTER_TILE(3, 1)
+CKCA__OUTER_TILE(3, 2)
+#undef CKCA__OUTER_TILE
+
+/* All panels of rows with all of lanes. */
+static void CKCA__NAME(ckca__outer)(const ckca__outer *o) {
+    static void (*const outer[3][2])(int, const float *, const float *, int, int, float *, size_t, const float *,
+                                     size_t) = {
+        {CKCA__NAME(ckca__outer_tile_11), CKCA__NAME(ckca__outer_tile_12)},
+        {CKCA__NAME(ckca__outer_tile_21), CKCA__NAME(ckca__outer_tile_22)},
+        {CKCA__NAME(ckca__outer_tile_31), CKCA__NAME(ckca__outer_tile_32)}};
+    int panels = (o->rows + 3 * CKCA__TILE - 1) / (3 * CKCA__TILE), lines = (o->lanes + 15) / 16, tile = 0, left, size;
+    int lanes = o->lanes;
+    const float *a, *b = o->b;
+    float *column = o->out, *out;
+    for (; lanes > 0; lanes -= CKCA__KB, b += ckca__panel(CKCA__KB, o->pixels), column += CKCA__KB) {
+        int two = lanes > CKCA__VW;
+        a = o->a;
+        out = column;
+        for (left = o->rows; left > 0; left -= size, out += size * o->pitch, tile++) {
+            /* The first tiles fetch a panel of rows each, the next ones a line of lanes each. */
+            const float *next = a;
+            size_t step = 0;
+            if (tile < panels && o->next_a) {
+                next = o->next_a + tile * 3 * CKCA__TILE;
+                step = o->step_a;
+            } else if (tile >= panels && tile < panels + lines && o->next_b) {
+                next = o->next_b + (tile - panels) * 16;
+                step = o->step_b;
+            }
+            size = left > 2 * CKCA__TILE ? 3 : left > CKCA__TILE ? 2 : 1;
+            outer[size - 1][two](o->pixels, a, b, left, lanes, out, o->pitch, next, step);
+            size *= CKCA__TILE;
+            a += ckca__panel(size, o->pixels);
+        }
+    }
+}
+
+/* One task: a group of pixels, a range of rows and one of lanes. */
+static void CKCA__NAME(ckca__conv_weight_task)(const ckca__wjob *job, int task, float *scratch) {
+    const ckca__conv *s = &job->s;
+    int lane = task % job->lane_cuts * job->lane_cut, row = task / job->lane_cuts % job->row_cuts * job->row_cut;
+    int g = task / job->lane_cuts / job->row_cuts, taps = job->swap ? 1 : s->r * s->s, i, t;
+    size_t all = (size_t)s->n * s->p * s->q, per = (size_t)s->r * s->s * s->c;
+    size_t first = all * g / job->groups, end = all * (g + 1) / job->groups;
+    float *a = scratch, *b = scratch + job->at_b, *zeros = scratch + job->at_zeros, *met = scratch + job->at_taps;
+    float *sums;
+    ckca__outer o;
+    o.rows = job->rows - row < job->row_cut ? job->rows - row : job->row_cut;
+    o.lanes = job->lanes - lane < job->lane_cut ? job->lanes - lane : job->lane_cut;
+    o.a = a;
+    o.b = b;
+    o.pitch = job->swap ? (size_t)s->k : per;
+    sums = job->sums + g * per * s->k + row * o.pitch + lane;
+    memset(zeros, 0, sizeof *zeros * o.lanes);
+    if (job->partial)
+        for (i = 0; i < o.rows; i++)
+            for (t = 0; t < taps; t++) memset(sums + i * o.pitch + t * s->c, 0, sizeof *sums * o.lanes);
+    for (; first < end; first += o.pixels) {
+        size_t next;
+        o.pixels = end - first < (size_t)job->pixels ? (int)(end - first) : job->pixels;
+        next = first + o.pixels;
+        o.next_a = next < end && !job->swap ? job->dy + next * s->k + row : NULL;
+        o.step_a = s->k;
+        o.next_b = next >= end ? NULL : job->swap ? job->dy + next * s->k + lane
+                                                  : job->x + next * s->stride * s->stride * s->c + lane;
+        o.step_b = job->swap ? s->k : s->stride * s->c;
+        if (job->swap) {
+            CKCA__NAME(ckca__conv_taps)(job, first, o.pixels, met);
+            CKCA__NAME(ckca__row_panels)(o.pixels, o.rows, met + row, job->rows, a);
+            CKCA__NAME(ckca__lane_panels)(o.pixels, 0, o.pixels, o.lanes, job->dy + first * s->k + lane, s->k, b);
+        } else CKCA__NAME(ckca__row_panels)(o.pixels, o.rows, job->dy + first * s->k + row, s->k, a);
+        for (t = 0; t < taps; t++) {
+            if (!job->swap)
+                CKCA__NAME(ckca__conv_lanes)(job, first, o.pixels, t / s->s, t % s->s, lane, o.lanes, zeros, b);
+            o.out = sums + t * s->c;
+            CKCA__NAME(ckca__outer)(&o);
+            o.next_a = o.next_b = NULL; /* fetched with the first tap */
+        }
+    }
 }
 
 /* Winograd's F(4 x 4, 3 x 3): what it does is told further down, where its tasks are cut. The five maps along one axis,
@@ -1706,13 +1842,14 @@ CKCA__INLINE void CKCA__NAME(ckca__wino_weight_turned)(const CKCA__V *u, CKCA__V
 }
 
 /* Turns tiles [first, first + count) of some channels of maps to points: size x size values each (6: the source's,
-   4: dy's), zeros outside. */
+   4: dy's), zeros outside. Groups are of CKCA__GROUP tiles, or else there is one. */
 CKCA__INLINE void CKCA__NAME(ckca__wino_gather)(const int size, const ckca__wino *job, const ckca__maps *maps,
-                                                int first, int count, const float *zeros, float *to) {
+                                                int first, int count, int group, const float *zeros, float *to) {
     size_t point = ckca__wino_point(job->block, maps->channels);
+    size_t step = (size_t)CKCA__GROUP * (group == CKCA__GROUP ? maps->channels : CKCA__VW);
     const float *pixel[CKCA__GROUP][6 * 6];
     int t, i, j, k;
-    for (; count > 0; count -= CKCA__GROUP, first += CKCA__GROUP, to += CKCA__GROUP * maps->channels) {
+    for (; count > 0; count -= CKCA__GROUP, first += CKCA__GROUP, to += step) {
         int tiles = count < CKCA__GROUP ? count : CKCA__GROUP;
         for (t = 0; t < tiles; t++) {
             int tile = first + t, picture = tile / (job->across * job->down), rest = tile % (job->across * job->down);
@@ -1727,7 +1864,7 @@ CKCA__INLINE void CKCA__NAME(ckca__wino_gather)(const int size, const ckca__wino
         for (t = 0; t < tiles; t++)
             for (k = 0; k < maps->channels; k += CKCA__VW) {
                 const float *const *here = pixel[t], *const *next = pixel[t + 1 < tiles ? t + 1 : t];
-                float *at = to + k * CKCA__GROUP + t * CKCA__VW;
+                float *at = to + (size_t)k * group + t * CKCA__VW;
                 CKCA__V d[6], u[6], half[6][6];
                 CKCA__ROLL for (j = 0; j < size; j++) {
                     CKCA__UNROLL for (i = 0; i < size; i++) {
@@ -1762,10 +1899,16 @@ static void CKCA__NAME(ckca__wino_pack)(const ckca__wino *job, int block, float 
         for (t = 0; t < 9; t++) { /* the input gradient meets the taps backwards */
             const float *from = job->weights + first * out_step + c * in_step + (job->turned ? 8 - t : t) * tap_step;
             if (job->turned)
-                for (i = 0; i < 16; i++) memcpy(taps[t][i], from + i * in_step, sizeof(float) * channels);
+                for (i = 0; i < 16; i++) {
+                    __builtin_prefetch(from + (i + 16) * in_step);
+                    __builtin_prefetch(from + (i + 16) * in_step + 16);
+                    memcpy(taps[t][i], from + i * in_step, sizeof(float) * channels);
+                }
             else
-                for (k = 0; k < channels; k++)
+                for (k = 0; k < channels; k++) {
+                    __builtin_prefetch(from + k * out_step + 16);
                     for (i = 0; i < 16; i++) taps[t][i][k] = from[k * out_step + i];
+                }
         }
         for (i = 0; i < 16; i++)
             for (k = 0; k < channels; k += CKCA__VW) {
@@ -1871,7 +2014,7 @@ static void CKCA__NAME(ckca__wino_task)(const ckca__wino *job, int task, float *
         for (b = from; b < to; b++) CKCA__NAME(ckca__wino_pack)(job, b, own + (b - from) * per);
     for (tile = begin; tile < end; tile += job->block) {
         int count = end - tile < job->block ? end - tile : job->block;
-        CKCA__NAME(ckca__wino_gather)(6, job, &job->source, tile, count, zeros, pixels);
+        CKCA__NAME(ckca__wino_gather)(6, job, &job->source, tile, count, CKCA__GROUP, zeros, pixels);
         for (b = from; b < to; b++) {
             int channels = CKCA__NAME(ckca__wino_channels)(job, b);
             for (i = 0; i < CKCA__WINO_POINTS; i++)
@@ -1885,27 +2028,29 @@ static void CKCA__NAME(ckca__wino_task)(const ckca__wino *job, int task, float *
 }
 
 /* to[2 CKCA__TILE rows of k][V vectors of c] += the sum over a block's tiles of dy[tile][k] x[tile][c], at one
-   point. */
-CKCA__INLINE void CKCA__NAME(ckca__wino_outer)(const int V, int c, int k, int count, const float *dy, const float *x,
-                                               float *to) {
+   point. The first block finds nothing there yet. */
+CKCA__INLINE void CKCA__NAME(ckca__wino_outer)(const int V, int c, int block, int count, int first, const float *dy,
+                                               const float *x, float *to) {
+    size_t vector = (size_t)block * CKCA__VW; /* to the next vector's tiles */
     CKCA__V sum[2 * CKCA__TILE][2];
-    int i, v, t;
+    int i, v;
     CKCA__UNROLL for (i = 0; i < 2 * CKCA__TILE; i++) {
-        CKCA__UNROLL for (v = 0; v < V; v++) sum[i][v] = CKCA__LOAD(to + i * c + v * CKCA__VW);
-    }
-    for (; count > 0; count -= CKCA__GROUP, dy += CKCA__GROUP * k, x += CKCA__GROUP * c) {
-        int tiles = count < CKCA__GROUP ? count : CKCA__GROUP;
-        for (t = 0; t < tiles; t++) {
-            CKCA__V value[2];
-            CKCA__UNROLL for (v = 0; v < V; v++) value[v] = CKCA__LOAD(x + (v * CKCA__GROUP + t) * CKCA__VW);
-            CKCA__UNROLL for (i = 0; i < 2 * CKCA__TILE; i++) { /* rows may go on in the next vector of dy */
-                CKCA__V factor = CKCA__SET(dy[(i / CKCA__VW * CKCA__GROUP + t) * CKCA__VW + i % CKCA__VW]);
-                CKCA__UNROLL for (v = 0; v < V; v++) sum[i][v] = CKCA__FMA(factor, value[v], sum[i][v]);
-            }
+        CKCA__UNROLL for (v = 0; v < V; v++) {
+            __builtin_prefetch(to + i * c + v * CKCA__VW, 1);
+            sum[i][v] = CKCA__SET(0.0f);
         }
     }
-    CKCA__UNROLL for (i = 0; i < 2 * CKCA__TILE; i++) {
-        CKCA__UNROLL for (v = 0; v < V; v++) CKCA__STORE(to + i * c + v * CKCA__VW, sum[i][v]);
+    for (; count > 0; count--, dy += CKCA__VW, x += CKCA__VW) {
+        CKCA__V value[2];
+        CKCA__UNROLL for (v = 0; v < V; v++) value[v] = CKCA__LOAD(x + v * vector);
+        CKCA__UNROLL for (i = 0; i < 2 * CKCA__TILE; i++) { /* rows may go on in the next vector of dy */
+            CKCA__V factor = CKCA__SET(dy[i / CKCA__VW * vector + i % CKCA__VW]);
+            CKCA__UNROLL for (v = 0; v < V; v++) sum[i][v] = CKCA__FMA(factor, value[v], sum[i][v]);
+        }
+    }
+    CKCA__UNROLL for (i = 0; i < 2 * CKCA__TILE; i++, to += c) {
+        CKCA__UNROLL for (v = 0; v < V; v++)
+            CKCA__STORE(to + v * CKCA__VW, first ? sum[i][v] : CKCA__ADD(CKCA__LOAD(to + v * CKCA__VW), sum[i][v]));
     }
 }
 
@@ -1922,19 +2067,19 @@ static void CKCA__NAME(ckca__wino_weight_task)(const ckca__wino *job, int task, 
     range_dy.at += k0;
     range_dy.channels = channels;
     memset(zeros, 0, sizeof *zeros * (x - zeros));
-    memset(sums, 0, sizeof *sums * CKCA__WINO_POINTS * channels * job->c);
     for (tile = begin; tile < end; tile += job->block) {
         int count = end - tile < job->block ? end - tile : job->block;
-        CKCA__NAME(ckca__wino_gather)(6, job, &job->source, tile, count, zeros, x);
-        CKCA__NAME(ckca__wino_gather)(4, job, &range_dy, tile, count, zeros, dy);
+        CKCA__NAME(ckca__wino_gather)(6, job, &job->source, tile, count, job->block, zeros, x);
+        CKCA__NAME(ckca__wino_gather)(4, job, &range_dy, tile, count, job->block, zeros, dy);
         for (i = 0; i < CKCA__WINO_POINTS; i++)
             for (c = 0; c < job->c; c += CKCA__KB)
                 for (k = 0; k < channels; k += 2 * CKCA__TILE) {
-                    const float *a = dy + i * k_point + k / CKCA__VW * CKCA__GROUP * CKCA__VW + k % CKCA__VW;
-                    const float *b = x + i * c_point + c * CKCA__GROUP;
+                    const float *a = dy + i * k_point + (size_t)k / CKCA__VW * job->block * CKCA__VW + k % CKCA__VW;
+                    const float *b = x + i * c_point + (size_t)c * job->block;
                     float *to = sums + ((size_t)i * channels + k) * job->c + c;
-                    if (job->c - c > CKCA__VW) CKCA__NAME(ckca__wino_outer)(2, job->c, channels, count, a, b, to);
-                    else CKCA__NAME(ckca__wino_outer)(1, job->c, channels, count, a, b, to);
+                    if (job->c - c > CKCA__VW)
+                        CKCA__NAME(ckca__wino_outer)(2, job->c, job->block, count, tile == begin, a, b, to);
+                    else CKCA__NAME(ckca__wino_outer)(1, job->c, job->block, count, tile == begin, a, b, to);
                 }
     }
     for (k = 0; k < channels; k++)
@@ -2189,6 +2334,23 @@ static void ckca__conv_plan(ckca__job *job, const ckca__conv *shape, int gradien
                job->pictures * job->y->count * job->x->count < CKCA__CONV_LIST)
             job->pictures++;
     job->scratch_size = job->direct ? 0 : ckca__round_up(region * job->pictures, 16);
+
+    /* Where pixels are read in place, lists need not end with a task's region: as many pixels as fit L2 beside the
+       weights, and whole tiles in a task. */
+    job->list = CKCA__CONV_LIST;
+    job->apart = job->direct && job->c % 1024 == 0;
+    if (job->direct) {
+        int most = 3 * CKCA__CONV_REGION / 2 / job->c / 12 * 12;
+        if (job->list > most) job->list = most > 12 ? most : 12;
+    }
+    if (job->direct && s.n == 1 && s.w == 1 && s.q == 1) {
+        int share = (s.h / CKCA__CONV_TASKS + 11) / 12 * 12;
+        if (job->list > share) job->list = share > 12 ? share : 12;
+        job->rows = s.h / (2 * CKCA__CONV_TASKS) / job->list * job->list;
+        if (job->rows < job->list) job->rows = job->list;
+        job->after = (size_t)job->rows * job->c;
+    }
+    if (job->apart) job->scratch_size = (size_t)job->list * (job->c + 16);
 }
 
 static int ckca__conv_vector(ckca_isa isa) { return 4 << (isa - CKCA_ISA_BASE); } /* floats */
@@ -2210,6 +2372,7 @@ static void ckca__conv_task_run(void *argument, int task, int thread) {
 static void ckca__conv_run(ckca_context *ctx, ckca__job *job, void *ws) {
     int block = 2 * ckca__conv_vector(ctx->isa), blocks = (job->k + block - 1) / block, tasks;
     job->isa = ctx->isa;
+    job->after *= ctx->threads; /* tasks are taken in order, more or less in turn */
     job->packed = (float *)ws;
     job->scratch = job->packed + (size_t)job->r * job->s * job->c * ckca__round_up(job->k, 16);
     ckca__parallel(ctx, job->spread * job->spread * blocks, ckca__conv_pack_run, job);
@@ -2217,25 +2380,48 @@ static void ckca__conv_run(ckca_context *ctx, ckca__job *job, void *ws) {
     ckca__parallel(ctx, tasks, ckca__conv_task_run, job);
 }
 
-/* The weight gradient's tasks: groups of pixels, each with sums of its own, as long as these stay small; then splits of
-   the output channels. */
-static void ckca__conv_weight_plan(ckca__wjob *job, const ckca__conv *shape, int vector) {
-    size_t sums = (size_t)shape->r * shape->s * shape->c * shape->k;
-    size_t most = (size_t)shape->n * shape->p * shape->q / CKCA__CONV_PIXELS;
-    job->s = ckca__conv_flat(shape);
-    job->swap = shape->c < vector;
+/* The weight gradient's tasks: groups of pixels, each with sums of its own, as long as these stay small; then cuts of
+   the side that costs more to read, so that it is read once. */
+static void ckca__conv_weight_plan(ckca__wjob *job, const ckca__conv *s, int vector) {
+    size_t sums = (size_t)s->r * s->s * s->c * s->k, pixels = (size_t)s->n * s->p * s->q, most = pixels;
+    int cuts, both;
+    memset(job, 0, sizeof *job);
+    job->s = *s;
+    job->swap = s->c < vector;
+    job->rows = job->swap ? s->r * s->s * s->c : s->k;
+    job->lanes = job->swap ? s->k : s->c;
+    most /= CKCA__CONV_PIXELS;
     if (most > CKCA__CONV_PARTIAL / sums) most = CKCA__CONV_PARTIAL / sums;
-    if (most > (size_t)(job->s.n > 1 ? job->s.n : job->s.p)) most = job->s.n > 1 ? job->s.n : job->s.p;
     job->groups = most > CKCA__CONV_GROUPS ? CKCA__CONV_GROUPS : most ? (int)most : 1;
-    job->splits = job->swap ? 1 : (CKCA__CONV_GROUPS + job->groups - 1) / job->groups;
-    if (job->splits > (shape->k + 7) / 8) job->splits = (shape->k + 7) / 8;
     job->partial = job->swap || job->groups > 1;
+    cuts = (CKCA__CONV_GROUPS + job->groups - 1) / job->groups;
+    job->row_cut = job->rows;
+    job->lane_cut = job->lanes;
+    if (job->rows >= (job->swap ? 1.0 : (double)s->r * s->s) * job->lanes)
+        job->row_cut = ((job->rows + cuts - 1) / cuts + 3) / 4 * 4;
+    else job->lane_cut = ((job->lanes + cuts - 1) / cuts + 31) / 32 * 32;
+    job->row_cuts = (job->rows + job->row_cut - 1) / job->row_cut;
+    job->lane_cuts = (job->lanes + job->lane_cut - 1) / job->lane_cut;
+    job->pixels = CKCA__CONV_PANELS / (job->row_cut + job->lane_cut);
+    if (job->pixels > CKCA__CONV_PIXELS) job->pixels = CKCA__CONV_PIXELS;
+    if (job->pixels < 16) job->pixels = 16;
+
+    /* Scratch for any cuts and so for any number of pixels: a short batch fits where a full one does. */
+    both = job->rows + job->lanes;
+    most = (size_t)CKCA__CONV_PIXELS * both < CKCA__CONV_PANELS ? (size_t)CKCA__CONV_PIXELS * both : CKCA__CONV_PANELS;
+    if (most < (size_t)16 * both) most = (size_t)16 * both;
+    job->at_b = (size_t)job->pixels * ckca__round_up(job->row_cut, 12) + 16 * (job->row_cut / 6 + 1);
+    job->at_b = ckca__round_up(job->at_b, 16);
+    job->at_zeros = job->at_b + (size_t)job->pixels * ckca__round_up(job->lane_cut, 32) + 16 * (job->lane_cut / 8 + 1);
+    job->at_taps = job->at_zeros + ckca__round_up(job->lane_cut, 16);
+    job->scratch_size = most + CKCA__CONV_PIXELS * 48 + 16 * (job->rows / 6 + job->lanes / 8 + 4) + job->lanes + 32;
+    if (job->swap) job->scratch_size += (size_t)CKCA__CONV_PIXELS * job->rows;
+    job->scratch_size = ckca__round_up(job->scratch_size, 16);
 }
 
 static void ckca__conv_weight_run(void *argument, int task, int thread) {
     const ckca__wjob *job = (const ckca__wjob *)argument;
-    (void)thread;
-    CKCA__DISPATCH(job, ckca__conv_weight_task, (job, task));
+    CKCA__DISPATCH(job, ckca__conv_weight_task, (job, task, job->scratch + thread * job->scratch_size));
 }
 
 /* Output channel k of: dw += the groups' sums. */
@@ -2350,7 +2536,7 @@ static int ckca__wino_plan(const ckca_context *ctx, ckca__wino *job, const ckca_
         job->ranges = sums > job->k / 16 ? job->k / 16 : (int)ceil(sums);
         job->parts = (CKCA__WINO_TASKS + job->ranges - 1) / job->ranges;
     }
-    if (job->parts > job->tiles / 48) job->parts = job->tiles < 48 ? 1 : job->tiles / 48;
+    while (job->parts > 1 && job->parts * 48 > job->tiles) job->parts /= 2; /* shares of an even number of tasks */
     if (pass < 2 && job->parts < 4) {
         job->parts = 1;
         job->ranges = blocks < 8 ? blocks : 8;
@@ -2361,7 +2547,7 @@ static int ckca__wino_plan(const ckca_context *ctx, ckca__wino *job, const ckca_
     channels = pass == 2 ? (job->k / 16 + job->ranges - 1) / job->ranges * 16 : lanes;
     job->block = CKCA__WINO_BLOCK / (CKCA__WINO_POINTS * (job->c + channels)) / 12 * 12;
     if (job->block > 96) job->block = 96;
-    if (job->block < 48) job->block = 48;
+    if (job->block < (pass == 2 ? 72 : 24)) job->block = pass == 2 ? 72 : 24; /* sums at the points are long to visit */
     job->scratch_size = job->c > job->k ? job->c : job->k;
     job->scratch_size += CKCA__WINO_POINTS * ckca__wino_point(job->block, job->c);
     job->scratch_size += CKCA__WINO_POINTS * ckca__wino_point(job->block, channels);
@@ -2441,9 +2627,12 @@ CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *
 #ifdef CKCA__SIMD
     if (!ckca__conv_is_plain(ctx, s)) {
         ckca__job job;
+        ckca__wjob weight;
         int gradient;
+        ckca__conv_weight_plan(&weight, s, ckca__conv_vector(ctx->isa));
         if (floats < CKCA__CONV_PARTIAL / CKCA__CONV_GROUPS) floats *= CKCA__CONV_GROUPS; /* partial sums */
         else if (floats < CKCA__CONV_PARTIAL) floats = CKCA__CONV_PARTIAL;
+        floats = ckca__sum(floats, ckca__mul(weight.scratch_size, ctx->threads));
         for (gradient = 0; gradient < 2; gradient++) {
             size_t packed;
             ckca__conv_plan(&job, s, gradient);
@@ -2518,7 +2707,6 @@ CKCA__OP void ckca__op_conv_backward_data(ckca_context *ctx, const ckca__conv *s
 CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv *s, const float *x, const float *dy,
                                             float *dw, float *dbias, void *ws) {
 #ifdef CKCA__SIMD
-    int channels = s->c > s->k ? s->c : s->k;
     ckca__wino wino;
     if (ckca__wino_plan(ctx, &wino, s, 2)) {
         wino.source.at = x;
@@ -2527,16 +2715,16 @@ CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv 
         if (dbias) ckca__conv_bias_gradient(ctx, (size_t)s->n * s->p * s->q, s->k, dy, dbias);
         return;
     }
-    if (!ckca__conv_is_plain(ctx, s) && channels >= 4) {
+    if (!ckca__conv_is_plain(ctx, s)) {
         ckca__wjob job;
-        job.isa = ctx->isa; /* but no vectors longer than the channels */
-        while (ckca__conv_vector(job.isa) > channels) job.isa = (ckca_isa)(job.isa - 1);
-        ckca__conv_weight_plan(&job, s, ckca__conv_vector(job.isa));
+        ckca__conv_weight_plan(&job, s, ckca__conv_vector(ctx->isa));
+        job.isa = ctx->isa;
         job.x = x;
         job.dy = dy;
         job.dw = dw;
-        job.sums = job.partial ? (float *)ws : dw;
-        ckca__parallel(ctx, job.groups * job.splits, ckca__conv_weight_run, &job);
+        job.scratch = (float *)ws;
+        job.sums = job.partial ? job.scratch + job.scratch_size * ctx->threads : dw;
+        ckca__parallel(ctx, job.groups * job.row_cuts * job.lane_cuts, ckca__conv_weight_run, &job);
         if (job.partial) ckca__parallel(ctx, s->k, ckca__conv_weight_reduce, &job);
         if (dbias) ckca__conv_bias_gradient(ctx, (size_t)s->n * s->p * s->q, s->k, dy, dbias);
         return;

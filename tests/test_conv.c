@@ -425,18 +425,19 @@ static void test_winograd(ckca_context *ctx[CKCA_ISA_AVX512 + 1][3], const ckca_
 
 /* Scratch is reserved for a whole batch: a shorter one, which may be cut into other tasks, must never want more. */
 static void test_scratch(const ckca_context *ctx) {
-    static const int channels[] = {16, 48, 64, 256};
+    static const int channels[] = {16, 48, 64, 1024};
     int i, threads, pad, h;
     for (i = 0; i < 4 * 4; i++)
         for (threads = 1; threads <= 64; threads *= 4)
-            for (pad = 0; pad < 3; pad++)
+            for (pad = -1; pad < 3; pad++) /* -1: of 1 x 1 */
                 for (h = 4; h <= 8; h += 4) {
                     ckca_context many = *ctx;
                     size_t most = 0;
                     int n, more = 0;
                     many.threads = threads;
                     for (n = 1; n <= 300; n += n < 40 ? 1 : 13) {
-                        ckca__conv s = shape(n, h, h, channels[i % 4], channels[i / 4], 3, 3, 1, pad);
+                        ckca__conv s = pad < 0 ? shape(n, h, h, channels[i % 4], channels[i / 4], 1, 1, 1, 0)
+                                               : shape(n, h, h, channels[i % 4], channels[i / 4], 3, 3, 1, pad);
                         size_t bytes = ckca__conv_workspace(&many, &s);
                         if (bytes < most) more = n;
                         else most = bytes;
@@ -500,6 +501,11 @@ int main(void) {
         {1, 1, 1, 16, 16, 3, 3, 2, 1}, {1, 5, 5, 16, 16, 5, 5, 1, 0}, {2, 40, 3, 7, 8, 3, 3, 1, 1},
         {2, 3, 300, 7, 8, 3, 3, 1, 1},
         {2, 5, 5, 6, 7, 2, 2, 2, 0}, {1, 8, 8, 8, 8, 3, 3, 3, 0},
+        /* pixels 4 KiB apart, read or written, near and with a stride; tasks of several lists; sums too many to be kept
+           for groups of pixels, cut by lanes and by rows */
+        {2, 9, 7, 1024, 40, 1, 1, 1, 0}, {2, 9, 7, 1024, 24, 1, 1, 2, 0}, {2, 6, 5, 20, 1024, 1, 1, 1, 0},
+        {2, 9, 8, 20, 1024, 1, 1, 2, 0}, {2, 90, 91, 5, 3, 1, 1, 1, 0}, {2, 18, 17, 1000, 530, 1, 1, 1, 0},
+        {2, 17, 17, 200, 2630, 1, 1, 1, 0}, {1, 4, 5, 300, 200, 3, 3, 2, 1},
         /* linear layers */
         {5, 1, 1, 64, 10, 1, 1, 1, 0}, {70, 1, 1, 33, 100, 1, 1, 1, 0}, {1, 1, 1, 20, 3, 1, 1, 1, 0},
         {300, 1, 1, 3, 2, 1, 1, 1, 0},
