@@ -269,12 +269,13 @@ static ckca_context *context(ckca_isa isa, int threads) {
     return ckca_init(&ctx, &desc) == CKCA_OK ? ctx : NULL;
 }
 
-/* Whether the forward pass and the gradients take Winograd's algorithm: then a batch need not be what its pictures are
-   alone, which may be too few tiles for it. */
+/* Whether the forward pass and the gradients take Winograd's algorithm (of stride 2, not every weight gradient does): then
+   a batch need not be what its pictures are alone, which may be too few tiles for it. */
 static int winograd(const ckca_context *ctx, const ckca__conv *s) {
 #ifdef CKCA__SIMD
     ckca__wino job;
-    return ckca__wino_plan(ctx, &job, s, 0) && ckca__wino_plan(ctx, &job, s, 1) && ckca__wino_plan(ctx, &job, s, 2);
+    return ckca__wino_plan(ctx, &job, s, 0) && ckca__wino_plan(ctx, &job, s, 1) &&
+           (ckca__wino_plan(ctx, &job, s, 2) || s->stride == 2);
 #else
     (void)ctx;
     (void)s;
@@ -367,7 +368,7 @@ static void test_winograd(ckca_context *ctx[CKCA_ISA_AVX512 + 1][3], const ckca_
                     double dy = in.dy[at = (((size_t)n * s->p + p) * s->q + q) * s->k + k], sum = 0;
                     for (r = 0; r < 3; r++)
                         for (t = 0; t < 3; t++) {
-                            int iy = p - s->pad + r, ix = q - s->pad + t;
+                            int iy = p * s->stride - s->pad + r, ix = q * s->stride - s->pad + t;
                             size_t x = (((size_t)n * s->h + iy) * s->w + ix) * s->c, w = (((size_t)k * 3 + r) * 3 + t) * s->c;
                             if (iy < 0 || iy >= s->h || ix < 0 || ix >= s->w) continue;
                             for (c = 0; c < s->c; c++) {
@@ -410,7 +411,7 @@ static void test_winograd(ckca_context *ctx[CKCA_ISA_AVX512 + 1][3], const ckca_
             static const char *const pass[] = {"y", "y with bias, residual, ReLU", "dx", "dx accumulated", "dw"};
             CHECK(rms[0][i] < 3e-6 && worst[0][i] < 3e-5, "%s of %s, isa %d: error %.3g rms, %.3g at worst", pass[i],
                   describe(s), isa, rms[0][i], worst[0][i]);
-            CHECK(rms[1][i] < rms[0][i], "%s of %s, isa %d: direct is no closer, %.3g and %.3g", pass[i], describe(s), isa,
+            CHECK(rms[1][i] < rms[0][i] * (s->stride == 1 ? 1 : 1.2), "%s of %s, isa %d: direct is no closer, %.3g and %.3g", pass[i], describe(s), isa,
                   rms[1][i], rms[0][i]);
         }
         printf("%s, isa %d: errors of y %.1e, dx %.1e, dw %.1e (direct %.1e, %.1e, %.1e)\n", describe(s), isa, rms[0][0],
@@ -514,6 +515,8 @@ int main(void) {
         {16, 8, 8, 16, 16, 3, 3, 1, 1}, {4, 9, 11, 32, 48, 3, 3, 1, 1}, {4, 10, 12, 16, 32, 3, 3, 1, 0},
         {4, 7, 6, 48, 16, 3, 3, 1, 2}, {13, 32, 32, 16, 16, 3, 3, 1, 1}, {20, 4, 4, 64, 96, 3, 3, 1, 1},
         {3, 21, 14, 96, 80, 3, 3, 1, 1}, {5, 7, 7, 192, 208, 3, 3, 1, 1},
+        {16, 8, 8, 32, 32, 3, 3, 2, 1}, {4, 28, 27, 48, 64, 3, 3, 2, 1}, {4, 21, 16, 96, 80, 3, 3, 2, 1},
+        {7, 15, 13, 64, 32, 3, 3, 2, 1}, {5, 14, 14, 192, 208, 3, 3, 2, 1},
     };
     ckca_context *ctx[CKCA_ISA_AVX512 + 1][3];
     ckca__conv s;
