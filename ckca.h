@@ -2461,7 +2461,7 @@ static void ckca__conv_plan(ckca__job *job, const ckca__conv *shape, int gradien
     if (job->direct && s.n == 1 && s.w == 1 && s.q == 1) {
         int share = (s.h / CKCA__CONV_TASKS + 11) / 12 * 12;
         if (job->list > share) job->list = share > 12 ? share : 12;
-        job->rows = s.h / (2 * CKCA__CONV_TASKS) / job->list * job->list;
+        job->rows = s.h / (4 * CKCA__CONV_TASKS) / job->list * job->list;
         if (job->rows < job->list) job->rows = job->list;
         job->after = (size_t)job->rows * job->c;
     }
