@@ -1796,16 +1796,21 @@ static void CKCA__NAME(ckca__conv_weight_task)(const ckca__wjob *job, int task, 
 #define CKCA__WB 1.41421356f /* b b = 2 */
 #define CKCA__GROUP (3 * CKCA__TILE) /* tiles whose products are summed side by side */
 
+/* Of two weights, F(4, 2): five pixels at the points a, -a, b, -b and infinity. What both sizes share. */
+CKCA__INLINE void CKCA__NAME(ckca__wino_pair_source)(const CKCA__V *d, CKCA__V *u) {
+    CKCA__V even_a = CKCA__FMA(CKCA__SET(-2.0f), d[1], d[3]), odd_a = CKCA__FMA(CKCA__SET(-2.0f), d[0], d[2]);
+    CKCA__V even_b = CKCA__FMA(CKCA__SET(-0.5f), d[1], d[3]), odd_b = CKCA__FMA(CKCA__SET(-0.5f), d[0], d[2]);
+    u[0] = CKCA__FMA(CKCA__SET(CKCA__WA), odd_a, even_a);
+    u[1] = CKCA__FMA(CKCA__SET(-CKCA__WA), odd_a, even_a);
+    u[2] = CKCA__FMA(CKCA__SET(CKCA__WB), odd_b, even_b);
+    u[3] = CKCA__FMA(CKCA__SET(-CKCA__WB), odd_b, even_b);
+    u[4] = CKCA__ADD(d[0], CKCA__FMA(CKCA__SET(-2.5f), d[2], d[4]));
+}
+
 /* u = B^T d: six pixels of the source at the six points. */
 CKCA__INLINE void CKCA__NAME(ckca__wino_source)(const CKCA__V *d, CKCA__V *u) {
-    CKCA__V even_a = CKCA__FMA(CKCA__SET(-2.0f), d[2], d[4]), odd_a = CKCA__FMA(CKCA__SET(-2.0f), d[1], d[3]);
-    CKCA__V even_b = CKCA__FMA(CKCA__SET(-0.5f), d[2], d[4]), odd_b = CKCA__FMA(CKCA__SET(-0.5f), d[1], d[3]);
     u[0] = CKCA__ADD(d[0], CKCA__FMA(CKCA__SET(-2.5f), d[2], d[4]));
-    u[1] = CKCA__FMA(CKCA__SET(CKCA__WA), odd_a, even_a);
-    u[2] = CKCA__FMA(CKCA__SET(-CKCA__WA), odd_a, even_a);
-    u[3] = CKCA__FMA(CKCA__SET(CKCA__WB), odd_b, even_b);
-    u[4] = CKCA__FMA(CKCA__SET(-CKCA__WB), odd_b, even_b);
-    u[5] = CKCA__ADD(d[1], CKCA__FMA(CKCA__SET(-2.5f), d[3], d[5]));
+    CKCA__NAME(ckca__wino_pair_source)(d + 1, u + 1);
 }
 
 /* u = G g: three weights at the six points. */
@@ -1820,26 +1825,44 @@ CKCA__INLINE void CKCA__NAME(ckca__wino_weight)(const CKCA__V *g, CKCA__V *u) {
     u[5] = g[2];
 }
 
-/* y = A^T m: from the six points back to four outputs. */
-CKCA__INLINE void CKCA__NAME(ckca__wino_output)(const CKCA__V *m, CKCA__V *y) {
-    CKCA__V sum_a = CKCA__ADD(m[1], m[2]), dif_a = CKCA__MUL(CKCA__SET(CKCA__WA), CKCA__SUB(m[1], m[2]));
-    CKCA__V sum_b = CKCA__ADD(m[3], m[4]), dif_b = CKCA__MUL(CKCA__SET(CKCA__WB), CKCA__SUB(m[3], m[4]));
-    y[0] = CKCA__ADD(m[0], CKCA__ADD(sum_a, sum_b));
+/* Of stride 2: the outer two of three weights at five points, then the middle one. */
+CKCA__INLINE void CKCA__NAME(ckca__wino_pair_weight)(const CKCA__V *g, CKCA__V *u) {
+    CKCA__V low = CKCA__MUL(CKCA__SET(1.0f / 3), g[2]);
+    u[0] = CKCA__SUB(CKCA__MUL(CKCA__SET(-2 * CKCA__WA / 3), g[0]), low);
+    u[1] = CKCA__SUB(CKCA__MUL(CKCA__SET(2 * CKCA__WA / 3), g[0]), low);
+    u[2] = CKCA__FMA(CKCA__SET(CKCA__WB / 6), g[0], low);
+    u[3] = CKCA__FMA(CKCA__SET(-CKCA__WB / 6), g[0], low);
+    u[4] = g[2];
+    u[5] = g[1];
+}
+
+/* y = A^T m: from the points back to four outputs. */
+CKCA__INLINE void CKCA__NAME(ckca__wino_pair_output)(const CKCA__V *m, CKCA__V *y) {
+    CKCA__V sum_a = CKCA__ADD(m[0], m[1]), dif_a = CKCA__MUL(CKCA__SET(CKCA__WA), CKCA__SUB(m[0], m[1]));
+    CKCA__V sum_b = CKCA__ADD(m[2], m[3]), dif_b = CKCA__MUL(CKCA__SET(CKCA__WB), CKCA__SUB(m[2], m[3]));
+    y[0] = CKCA__ADD(sum_a, sum_b);
     y[1] = CKCA__ADD(dif_a, dif_b);
     y[2] = CKCA__FMA(CKCA__SET(2.0f), sum_b, CKCA__MUL(CKCA__SET(0.5f), sum_a));
-    y[3] = CKCA__FMA(CKCA__SET(2.0f), dif_b, CKCA__FMA(CKCA__SET(0.5f), dif_a, m[5]));
+    y[3] = CKCA__FMA(CKCA__SET(2.0f), dif_b, CKCA__FMA(CKCA__SET(0.5f), dif_a, m[4]));
+}
+CKCA__INLINE void CKCA__NAME(ckca__wino_output)(const CKCA__V *m, CKCA__V *y) {
+    CKCA__NAME(ckca__wino_pair_output)(m + 1, y);
+    y[0] = CKCA__ADD(m[0], y[0]);
 }
 
 /* m = A y: its transpose, for gradients. */
-CKCA__INLINE void CKCA__NAME(ckca__wino_output_turned)(const CKCA__V *y, CKCA__V *m) {
+CKCA__INLINE void CKCA__NAME(ckca__wino_pair_output_turned)(const CKCA__V *y, CKCA__V *m) {
     CKCA__V even_a = CKCA__FMA(CKCA__SET(0.5f), y[2], y[0]), odd_a = CKCA__FMA(CKCA__SET(0.5f), y[3], y[1]);
     CKCA__V even_b = CKCA__FMA(CKCA__SET(2.0f), y[2], y[0]), odd_b = CKCA__FMA(CKCA__SET(2.0f), y[3], y[1]);
+    m[0] = CKCA__FMA(CKCA__SET(CKCA__WA), odd_a, even_a);
+    m[1] = CKCA__FMA(CKCA__SET(-CKCA__WA), odd_a, even_a);
+    m[2] = CKCA__FMA(CKCA__SET(CKCA__WB), odd_b, even_b);
+    m[3] = CKCA__FMA(CKCA__SET(-CKCA__WB), odd_b, even_b);
+    m[4] = y[3];
+}
+CKCA__INLINE void CKCA__NAME(ckca__wino_output_turned)(const CKCA__V *y, CKCA__V *m) {
     m[0] = y[0];
-    m[1] = CKCA__FMA(CKCA__SET(CKCA__WA), odd_a, even_a);
-    m[2] = CKCA__FMA(CKCA__SET(-CKCA__WA), odd_a, even_a);
-    m[3] = CKCA__FMA(CKCA__SET(CKCA__WB), odd_b, even_b);
-    m[4] = CKCA__FMA(CKCA__SET(-CKCA__WB), odd_b, even_b);
-    m[5] = y[3];
+    CKCA__NAME(ckca__wino_pair_output_turned)(y, m + 1);
 }
 
 /* g = G^T u: the gradient of three weights. */
@@ -1850,43 +1873,6 @@ CKCA__INLINE void CKCA__NAME(ckca__wino_weight_turned)(const CKCA__V *u, CKCA__V
     g[1] = CKCA__FMA(CKCA__SET(-2 * CKCA__WA / 3), CKCA__SUB(u[1], u[2]),
                      CKCA__MUL(CKCA__SET(CKCA__WB / 6), CKCA__SUB(u[3], u[4])));
     g[2] = CKCA__ADD(CKCA__FMA(CKCA__SET(0.5f), sum_a, u[5]), CKCA__MUL(CKCA__SET(2.0f), sum_b));
-}
-
-/* With stride 2: F(4, 2) of the pixels that the outer two weights meet, at the points a, -a, b, -b and infinity. */
-CKCA__INLINE void CKCA__NAME(ckca__wino_pair_source)(const CKCA__V *d, CKCA__V *u) {
-    CKCA__V even_a = CKCA__FMA(CKCA__SET(-2.0f), d[1], d[3]), odd_a = CKCA__FMA(CKCA__SET(-2.0f), d[0], d[2]);
-    CKCA__V even_b = CKCA__FMA(CKCA__SET(-0.5f), d[1], d[3]), odd_b = CKCA__FMA(CKCA__SET(-0.5f), d[0], d[2]);
-    u[0] = CKCA__FMA(CKCA__SET(CKCA__WA), odd_a, even_a);
-    u[1] = CKCA__FMA(CKCA__SET(-CKCA__WA), odd_a, even_a);
-    u[2] = CKCA__FMA(CKCA__SET(CKCA__WB), odd_b, even_b);
-    u[3] = CKCA__FMA(CKCA__SET(-CKCA__WB), odd_b, even_b);
-    u[4] = CKCA__ADD(d[0], CKCA__FMA(CKCA__SET(-2.5f), d[2], d[4]));
-}
-CKCA__INLINE void CKCA__NAME(ckca__wino_pair_weight)(const CKCA__V *g, CKCA__V *u) { /* g: three; u: six */
-    CKCA__V low = CKCA__MUL(CKCA__SET(1.0f / 3), g[2]);
-    u[0] = CKCA__SUB(CKCA__MUL(CKCA__SET(-2 * CKCA__WA / 3), g[0]), low);
-    u[1] = CKCA__SUB(CKCA__MUL(CKCA__SET(2 * CKCA__WA / 3), g[0]), low);
-    u[2] = CKCA__FMA(CKCA__SET(CKCA__WB / 6), g[0], low);
-    u[3] = CKCA__FMA(CKCA__SET(-CKCA__WB / 6), g[0], low);
-    u[4] = g[2];
-    u[5] = g[1];
-}
-CKCA__INLINE void CKCA__NAME(ckca__wino_pair_output)(const CKCA__V *m, CKCA__V *y) {
-    CKCA__V sum_a = CKCA__ADD(m[0], m[1]), dif_a = CKCA__MUL(CKCA__SET(CKCA__WA), CKCA__SUB(m[0], m[1]));
-    CKCA__V sum_b = CKCA__ADD(m[2], m[3]), dif_b = CKCA__MUL(CKCA__SET(CKCA__WB), CKCA__SUB(m[2], m[3]));
-    y[0] = CKCA__ADD(sum_a, sum_b);
-    y[1] = CKCA__ADD(dif_a, dif_b);
-    y[2] = CKCA__FMA(CKCA__SET(2.0f), sum_b, CKCA__MUL(CKCA__SET(0.5f), sum_a));
-    y[3] = CKCA__FMA(CKCA__SET(2.0f), dif_b, CKCA__FMA(CKCA__SET(0.5f), dif_a, m[4]));
-}
-CKCA__INLINE void CKCA__NAME(ckca__wino_pair_output_turned)(const CKCA__V *y, CKCA__V *m) {
-    CKCA__V even_a = CKCA__FMA(CKCA__SET(0.5f), y[2], y[0]), odd_a = CKCA__FMA(CKCA__SET(0.5f), y[3], y[1]);
-    CKCA__V even_b = CKCA__FMA(CKCA__SET(2.0f), y[2], y[0]), odd_b = CKCA__FMA(CKCA__SET(2.0f), y[3], y[1]);
-    m[0] = CKCA__FMA(CKCA__SET(CKCA__WA), odd_a, even_a);
-    m[1] = CKCA__FMA(CKCA__SET(-CKCA__WA), odd_a, even_a);
-    m[2] = CKCA__FMA(CKCA__SET(CKCA__WB), odd_b, even_b);
-    m[3] = CKCA__FMA(CKCA__SET(-CKCA__WB), odd_b, even_b);
-    m[4] = y[3];
 }
 CKCA__INLINE void CKCA__NAME(ckca__wino_pair_weight_turned)(const CKCA__V *u, CKCA__V *g) {
     CKCA__V sum = CKCA__SUB(CKCA__ADD(u[2], u[3]), CKCA__ADD(u[0], u[1]));
