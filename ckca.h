@@ -600,11 +600,18 @@ CKCA__BOTH double ckca__uniform(uint64_t seed, uint64_t stream, uint64_t index) 
    that ckca__conv_workspace and ckca__op_workspace ask for. Results do not depend on the number of threads.
    ------------------------------------------------------------------------------------------------------------------ */
 
+/* A training batch norm once its statistics are taken: relu?((x - mean) inv_std gamma + beta). */
+typedef struct ckca__norm {
+    const float *mean, *inv_std, *gamma, *beta;
+    int relu;
+} ckca__norm;
+
 typedef struct ckca__conv {
     int n, h, w, c; /* input: N x H x W x C */
     int k, r, s;    /* weight: K x R x S x C */
     int stride, pad;
     int p, q; /* output: N x P x Q x K; p = (h + 2 pad - r) / stride + 1 */
+    const ckca__norm *norm; /* what the input goes through on its way in, before the border of zeros; NULL: nothing */
 } ckca__conv;
 
 /* The device behind a new context, and its end. */
@@ -631,6 +638,8 @@ CKCA__OP void ckca__device_zero(ckca_context *ctx, void *device, size_t bytes);
 
 /* Scratch bytes that the three convolution passes of this shape need; and any other op on rows x c values. */
 CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *s);
+/* 1: the forward pass and the weight gradient of a convolution of this shape, or a max pooling, may have a norm. */
+CKCA__OP int ckca__may_norm(const ckca_context *ctx, const ckca__conv *s);
 CKCA__OP size_t ckca__op_workspace(const ckca_context *ctx, size_t rows, int c);
 
 /* y = relu?(conv(x, w) + bias + residual). bias (K) and residual (like y) may be NULL. */
@@ -650,21 +659,19 @@ CKCA__OP void ckca__op_linear_backward(ckca_context *ctx, int n, int d, int k, c
 
 /* Batch norm over rows x c (rows = N H W), training: mean and inv_std (c each) are saved for the backward pass, the
    running statistics move by momentum 0.1 (unbiased variance). y = relu?((x - mean) inv_std gamma + beta +
-   residual). */
+   residual), unless y is NULL; the residual goes through residual_norm before, if that is not NULL. */
 CKCA__OP void ckca__op_batchnorm_forward(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
                                          const float *beta, float *running_mean, float *running_var,
-                                         const float *residual, int relu, float *y, float *mean, float *inv_std,
-                                         void *ws);
+                                         const float *residual, const ckca__norm *residual_norm, int relu, float *y,
+                                         float *mean, float *inv_std, void *ws);
 /* y of the last forward pass once more, bit by bit, from x and what that pass saved. y may be residual. */
-CKCA__OP void ckca__op_batchnorm_again(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
-                                       const float *beta, const float *mean, const float *inv_std,
-                                       const float *residual, int relu, float *y);
+CKCA__OP void ckca__op_batchnorm_again(ckca_context *ctx, size_t rows, int c, const float *x, const ckca__norm *norm,
+                                       const float *residual, const ckca__norm *residual_norm, float *y);
 /* dy is the gradient of y; where relu, it passes only where y > 0. y may be NULL where there was no residual: whether
    y > 0 is then seen from x. Writes dx; writes (or adds to) dresidual unless it is NULL; adds to dgamma and dbeta. dx
    may be dy, or it may be x and dresidual dy. */
 CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, size_t rows, int c, const float *x, const float *y,
-                                          const float *dy, const float *gamma, const float *beta, const float *mean,
-                                          const float *inv_std, int relu, float *dx, float *dresidual,
+                                          const float *dy, const ckca__norm *norm, float *dx, float *dresidual,
                                           int accumulate_residual, float *dgamma, float *dbeta, void *ws);
 /* Evaluation: with running statistics. */
 CKCA__OP void ckca__op_batchnorm_eval(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
@@ -1261,8 +1268,9 @@ typedef struct ckca__job {
     int direct;             /* 1: the region needs no zeros around it and is read where it is */
     int pictures, rows;     /* of outputs, per task and phase */
     int list;               /* output pixels that meet all weights in turn: whole tiles */
-    int apart;              /* 1: sources that would compete for the same lines of L1 are copied apart */
+    int apart;              /* 1: pixels of a list are copied first: they would compete for lines of L1, or for norm */
     size_t after;           /* from a task's source to that of the task its thread will likely take next; 0: unknown */
+    const ckca__norm *norm; /* of the source, or NULL */
     const float *source, *weights, *bias, *residual;
     float *output, *packed, *scratch;
     size_t scratch_size;    /* floats per thread */
@@ -1327,6 +1335,7 @@ typedef struct ckca__maps {
     int step;     /* pixels from one tile to the next */
     int pad;      /* tile (0, 0) begins so far outside */
     int channels; /* from at on, that are meant */
+    const ckca__norm *norm; /* or NULL; then at is the first channel */
 } ckca__maps;
 typedef struct ckca__wino {
     ckca_isa isa;
@@ -1352,6 +1361,12 @@ typedef struct ckca__wino {
    same lines of L1. */
 static size_t ckca__wino_point(int block, int channels) { return (size_t)block * channels + 16; }
 
+/* Batch norm for rows of a tensor: channels repeat in them, see OPS, the kernels. */
+typedef struct ckca__table {
+    const float *mean, *scale, *beta;
+    int relu;
+} ckca__table;
+
 /* Which of the 36 points of the weights a point of the pixels meets: along an axis 0 to 4, then 5 for all others. */
 static int ckca__wino_weights(const ckca__wino *job, int point) {
     int i = point / job->axis, j = point % job->axis;
@@ -1366,6 +1381,23 @@ static int ckca__wino_weights(const ckca__wino *job, int point) {
 #define CKCA__TILE 2
 #endif
 #define CKCA__KB (2 * CKCA__VW) /* output channels in a block */
+
+/* x of channels c to c + CKCA__VW as it is met under a norm: in batch norm's own operations, so to the same bits. */
+CKCA__INLINE CKCA__V CKCA__NAME(ckca__norm)(const ckca__norm *norm, int c, CKCA__V x) {
+    CKCA__V scale = CKCA__MUL(CKCA__LOAD(norm->gamma + c), CKCA__LOAD(norm->inv_std + c));
+    x = CKCA__FMA(CKCA__SUB(x, CKCA__LOAD(norm->mean + c)), scale, CKCA__LOAD(norm->beta + c));
+    return norm->relu ? CKCA__MAX(CKCA__SET(0.0f), x) : x; /* in this order NaN comes through */
+}
+
+/* Copies some values, channel c first, under a norm if there is one. */
+CKCA__INLINE void CKCA__NAME(ckca__norm_copy)(const ckca__norm *norm, int c, int values, const float *from,
+                                              float *to) {
+    int i;
+    if (!norm) memcpy(to, from, sizeof *to * values);
+    else
+        for (i = 0; i < values; i += CKCA__VW)
+            CKCA__STORE(to + i, CKCA__NAME(ckca__norm)(norm, c + i, CKCA__LOAD(from + i)));
+}
 
 /* Where the packed weights of a phase start, in floats. */
 static size_t CKCA__NAME(ckca__conv_packed)(const ckca__job *job, const ckca__axis *y, const ckca__axis *x) {
@@ -1502,8 +1534,10 @@ static void CKCA__NAME(ckca__conv_list)(const ckca__job *job, const ckca__axis *
     ckca__block b;
     int i, size;
     if (job->apart && per == (size_t)job->c) {
-        for (i = 0; i < count; i++, scratch += job->c + 16)
-            apart[i] = (const float *)memcpy(scratch, from[i], sizeof *scratch * job->c);
+        for (i = 0; i < count; i++, scratch += job->c + 16) {
+            CKCA__NAME(ckca__norm_copy)(job->norm, 0, job->c, from[i], scratch);
+            apart[i] = scratch;
+        }
         from = apart;
     }
     b.job = job;
@@ -1551,9 +1585,13 @@ static void CKCA__NAME(ckca__conv_task)(const ckca__job *job, int task, float *s
             for (i = top; i < top + height; i++, to += (size_t)width * c) {
                 int inside = i >= 0 && i < job->h ? middle : 0;
                 memset(to, 0, sizeof *to * l * c);
-                if (inside)
-                    memcpy(to + l * c, job->source + (((size_t)n * job->h + i) * job->w + job->left + l) * c,
-                           sizeof *to * inside * c);
+                if (inside) {
+                    const float *from = job->source + (((size_t)n * job->h + i) * job->w + job->left + l) * c;
+                    if (!job->norm) memcpy(to + l * c, from, sizeof *to * inside * c);
+                    else
+                        for (j = 0; j < inside; j++)
+                            CKCA__NAME(ckca__norm_copy)(job->norm, 0, c, from + j * c, to + (l + j) * c);
+                }
                 memset(to + (l + inside) * c, 0, sizeof *to * (width - l - inside) * c);
             }
     }
@@ -1586,25 +1624,30 @@ static void CKCA__NAME(ckca__conv_task)(const ckca__job *job, int task, float *s
 }
 
 /* Sorts the values of count pixels, pitch floats apart, into panels of WIDE values, the last of as many UNITs as it
-   needs. The first of them is pixel number at, of `pixels`. */
+   needs. The first of them is pixel number at, of `pixels`. Under a norm values are whole vectors, channel c first. */
 CKCA__INLINE void CKCA__NAME(ckca__panels)(const int WIDE, const int UNIT, int pixels, int at, int count, int values,
-                                           const float *from, size_t pitch, float *to) {
+                                           const ckca__norm *norm, int c, const float *from, size_t pitch, float *to) {
     for (; count > 0; count--, at++, from += pitch) {
         float *panel = to;
         int left = values, i;
         for (i = 0; left >= WIDE; left -= WIDE, i += WIDE, panel += ckca__panel(WIDE, pixels))
-            memcpy(panel + at * WIDE, from + i, sizeof *to * WIDE);
+            CKCA__NAME(ckca__norm_copy)(norm, c + i, WIDE, from + i, panel + at * WIDE);
         panel += at * ((left + UNIT - 1) / UNIT * UNIT);
-        for (; left >= UNIT; left -= UNIT, i += UNIT, panel += UNIT) memcpy(panel, from + i, sizeof *to * UNIT);
+        for (; left >= UNIT; left -= UNIT, i += UNIT, panel += UNIT)
+            CKCA__NAME(ckca__norm_copy)(norm, c + i, UNIT, from + i, panel);
         if (left > 0) memcpy(panel, from + i, sizeof *to * left); /* what stands after it makes sums nobody stores */
     }
 }
 static void CKCA__NAME(ckca__row_panels)(int pixels, int values, const float *from, size_t pitch, float *to) {
-    CKCA__NAME(ckca__panels)(3 * CKCA__TILE, CKCA__TILE, pixels, 0, pixels, values, from, pitch, to);
+    CKCA__NAME(ckca__panels)(3 * CKCA__TILE, CKCA__TILE, pixels, 0, pixels, values, NULL, 0, from, pitch, to);
 }
 static void CKCA__NAME(ckca__lane_panels)(int pixels, int at, int count, int values, const float *from, size_t pitch,
                                           float *to) {
-    CKCA__NAME(ckca__panels)(CKCA__KB, CKCA__VW, pixels, at, count, values, from, pitch, to);
+    CKCA__NAME(ckca__panels)(CKCA__KB, CKCA__VW, pixels, at, count, values, NULL, 0, from, pitch, to);
+}
+static void CKCA__NAME(ckca__norm_panels)(int pixels, int at, int count, int values, const ckca__norm *norm, int c,
+                                          const float *from, size_t pitch, float *to) {
+    CKCA__NAME(ckca__panels)(CKCA__KB, CKCA__VW, pixels, at, count, values, norm, c, from, pitch, to);
 }
 
 /* The outputs [*begin, *end) of an axis whose tap lies inside the source. */
@@ -1627,9 +1670,13 @@ static void CKCA__NAME(ckca__conv_lanes)(const ckca__wjob *job, size_t first, in
         CKCA__NAME(ckca__conv_inside)(t, s->pad, s->stride, s->w, &left, &right);
         if (y < 0 || y >= s->h || right <= left) left = right = end;
         CKCA__NAME(ckca__lane_panels)(pixels, at, left - q, lanes, zeros, 0, to);
-        CKCA__NAME(ckca__lane_panels)(pixels, at + left - q, right - left, lanes,
-                                      row + (ptrdiff_t)(left * s->stride - s->pad + t) * s->c,
-                                      (size_t)s->stride * s->c, to);
+        row += (ptrdiff_t)(left * s->stride - s->pad + t) * s->c;
+        if (s->norm)
+            CKCA__NAME(ckca__norm_panels)(pixels, at + left - q, right - left, lanes, s->norm, lane, row,
+                                          (size_t)s->stride * s->c, to);
+        else
+            CKCA__NAME(ckca__lane_panels)(pixels, at + left - q, right - left, lanes, row, (size_t)s->stride * s->c,
+                                          to);
         CKCA__NAME(ckca__lane_panels)(pixels, at + right - q, end - right, lanes, zeros, 0, to);
         at += end - q;
         q = 0;
@@ -1949,6 +1996,8 @@ CKCA__INLINE void CKCA__NAME(ckca__wino_gather)(const int kind, const ckca__wino
                 CKCA__ROLL for (j = 0; j < size; j++) {
                     CKCA__UNROLL for (i = 0; i < size; i++) {
                         d[i] = CKCA__LOAD(here[i * size + j] + k);
+                        if (maps->norm && here[i * size + j] != zeros)
+                            d[i] = CKCA__NAME(ckca__norm)(maps->norm, k, d[i]);
                         __builtin_prefetch(next[i * size + j] + k);
                     }
                     CKCA__NAME(ckca__wino_turn)(kind, d, u);
@@ -2410,6 +2459,7 @@ static void ckca__conv_plan(ckca__job *job, const ckca__conv *shape, int gradien
     job->step = gradient ? 1 : s.stride;
     job->spread = gradient ? s.stride : 1;
     job->tap_step = gradient ? -s.stride : 1;
+    job->norm = gradient ? NULL : s.norm;
     job->tap = s.c;
     job->in = gradient ? (size_t)s.r * s.s * s.c : 1;
     job->out = gradient ? 1 : (size_t)s.r * s.s * s.c;
@@ -2417,7 +2467,8 @@ static void ckca__conv_plan(ckca__job *job, const ckca__conv *shape, int gradien
     job->left = ckca__conv_axes(job->x, gradient, s.s, s.stride, s.pad, job->ow, &extra_w);
     job->width = (job->x->count - 1) * job->step + extra_w;
     job->direct = job->top >= 0 && job->left >= 0 && job->left + job->width <= job->w &&
-                  job->top + (job->y->count - 1) * job->step + job->extra_h <= job->h;
+                  job->top + (job->y->count - 1) * job->step + job->extra_h <= job->h &&
+                  (!job->norm || s.r * s.s == 1);
 
     /* Rows while they fit the region, or whole pictures while they do; fewer where that makes too few tasks. */
     row = (size_t)job->width * job->c;
@@ -2439,7 +2490,7 @@ static void ckca__conv_plan(ckca__job *job, const ckca__conv *shape, int gradien
     /* Where pixels are read in place, lists need not end with a task's region: as many pixels as fit L2 beside the
        weights, and whole tiles in a task. */
     job->list = CKCA__CONV_LIST;
-    job->apart = job->direct && job->c % 1024 == 0;
+    job->apart = job->direct && (job->norm || job->c % 1024 == 0);
     if (job->direct) {
         int most = 3 * CKCA__CONV_REGION / 2 / job->c / 12 * 12;
         if (job->list > most) job->list = most > 12 ? most : 12;
@@ -2631,6 +2682,7 @@ static int ckca__wino_plan(const ckca_context *ctx, ckca__wino *job, const ckca_
     job->source.c = job->source.channels = job->c = job->turned ? s->k : s->c;
     job->source.pad = !job->turned ? s->pad : s->stride == 1 ? 2 - s->pad : 0;
     job->source.step = s->stride == 2 && !job->turned ? 8 : 4;
+    job->source.norm = job->turned ? NULL : s->norm;
     job->dy.step = 4;
     job->dy.h = s->p;
     job->dy.w = s->q;
@@ -2768,6 +2820,16 @@ CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *
     return ckca__mul(floats, sizeof(float));
 }
 
+CKCA__OP int ckca__may_norm(const ckca_context *ctx, const ckca__conv *s) {
+#ifdef CKCA__SIMD
+    return !ckca__conv_is_plain(ctx, s) && s->c % 16 == 0; /* whole vectors pass through registers on their way in */
+#else
+    (void)ctx;
+    (void)s;
+    return 0;
+#endif
+}
+
 CKCA__OP void ckca__op_conv_forward(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w,
                                     const float *bias, const float *residual, int relu, float *y, void *ws) {
 #ifdef CKCA__SIMD
@@ -2862,6 +2924,7 @@ static void ckca__linear_as_conv(ckca__conv *s, int n, int d, int k) {
     s->k = k;
     s->h = s->w = s->r = s->s = s->stride = s->p = s->q = 1;
     s->pad = 0;
+    s->norm = NULL;
 }
 
 CKCA__OP void ckca__op_linear_forward(ckca_context *ctx, int n, int d, int k, const float *x, const float *w,
@@ -2978,25 +3041,42 @@ static void CKCA__NAME(ckca__products)(size_t count, size_t cols, const float *x
                                         scale, beta, sum, product);
 }
 
-/* y = relu?((x - mean) scale + beta + residual) */
-static void CKCA__NAME(ckca__normalize)(size_t count, size_t cols, const float *x, const float *mean,
-                                        const float *scale, const float *beta, const float *residual, int relu,
-                                        float *y) {
+/* (x - mean) scale + beta, of a vector and of one value. */
+CKCA__INLINE CKCA__V CKCA__NAME(ckca__scaled)(const ckca__table *t, size_t j, const float *x) {
+    return CKCA__FMA(CKCA__SUB(CKCA__LOAD(x), CKCA__LOAD(t->mean + j)), CKCA__LOAD(t->scale + j),
+                     CKCA__LOAD(t->beta + j));
+}
+CKCA__INLINE float CKCA__NAME(ckca__scaled_one)(const ckca__table *t, size_t j, float x) {
+    return (x - t->mean[j]) * t->scale[j] + t->beta[j];
+}
+
+/* y = relu?((x - mean) scale + beta + residual); residual and its table may be NULL. */
+static void CKCA__NAME(ckca__normalize)(size_t count, size_t cols, const float *x, const ckca__table *table,
+                                        const float *residual, const ckca__table *residual_table, float *y) {
     const CKCA__V zero = CKCA__SET(0);
+    const ckca__table t = *table, r = residual_table ? *residual_table : t;
+    const int normed = residual_table != NULL;
     size_t i, j, end;
     for (i = 0; i < count; i += cols) {
         end = count - i < cols ? count - i : cols;
         for (j = 0; j + CKCA__VW <= end; j += CKCA__VW) {
-            CKCA__V v = CKCA__FMA(CKCA__SUB(CKCA__LOAD(x + i + j), CKCA__LOAD(mean + j)), CKCA__LOAD(scale + j),
-                                  CKCA__LOAD(beta + j));
-            if (residual) v = CKCA__ADD(v, CKCA__LOAD(residual + i + j));
-            if (relu) v = CKCA__MAX(zero, v); /* in this order NaN stays NaN */
+            CKCA__V v = CKCA__NAME(ckca__scaled)(&t, j, x + i + j);
+            if (residual) {
+                CKCA__V add = normed ? CKCA__NAME(ckca__scaled)(&r, j, residual + i + j) : CKCA__LOAD(residual + i + j);
+                if (normed && r.relu) add = CKCA__MAX(zero, add);
+                v = CKCA__ADD(v, add);
+            }
+            if (t.relu) v = CKCA__MAX(zero, v); /* in this order NaN stays NaN */
             CKCA__STORE(y + i + j, v);
         }
         for (; j < end; j++) {
-            float v = (x[i + j] - mean[j]) * scale[j] + beta[j];
-            if (residual) v += residual[i + j];
-            y[i + j] = relu && v <= 0 ? 0 : v;
+            float v = CKCA__NAME(ckca__scaled_one)(&t, j, x[i + j]), add = residual ? residual[i + j] : 0;
+            if (normed) {
+                add = CKCA__NAME(ckca__scaled_one)(&r, j, add);
+                if (r.relu && add <= 0) add = 0;
+            }
+            if (residual) v += add;
+            y[i + j] = t.relu && v <= 0 ? 0 : v;
         }
     }
 }
@@ -3117,8 +3197,8 @@ typedef int CKCA__NAME(ckca__ints) __attribute__((vector_size(4 * CKCA__VW)));
 typedef unsigned char CKCA__NAME(ckca__bytes) __attribute__((vector_size(CKCA__VW)));
 
 /* One output pixel of a max pooling, see ckca__naive_maxpool_pixel. */
-static void CKCA__NAME(ckca__maxpool_pixel)(int c, int taps, const float *const *from, const unsigned char *position,
-                                            float *y, unsigned char *at) {
+static void CKCA__NAME(ckca__maxpool_pixel)(int c, int taps, const float *const *from, const ckca__norm *norm,
+                                            const unsigned char *position, float *y, unsigned char *at) {
     int j = 0, t;
     for (; j + CKCA__VW <= c; j += CKCA__VW) {
         CKCA__V best = CKCA__SET(-INFINITY);
@@ -3126,6 +3206,7 @@ static void CKCA__NAME(ckca__maxpool_pixel)(int c, int taps, const float *const 
         CKCA__NAME(ckca__bytes) narrow;
         for (t = 0; t < taps; t++) {
             CKCA__V v = CKCA__LOAD(from[t] + j);
+            if (norm) v = CKCA__NAME(ckca__norm)(norm, j, v);
             take = (CKCA__NAME(ckca__ints))(v > best) | (CKCA__NAME(ckca__ints))(v != v);
             here = where & 0;
             here += position[t];
@@ -3275,23 +3356,31 @@ static void ckca__batchnorm_finish(size_t rows, double mean, double var, float *
     *running_var += (float)(CKCA__BATCHNORM_MOMENTUM * (unbiased - *running_var));
 }
 
-/* y = relu?((x - mean) scale + beta + residual), scale = gamma inv_std, in plain loops. */
-static void ckca__naive_batchnorm_apply(size_t rows, int c, const float *x, const float *gamma, const float *beta,
-                                        const float *mean, const float *inv_std, const float *residual, int relu,
-                                        float *y) {
+/* A norm of one value of channel j. */
+static float ckca__naive_norm(const ckca__norm *norm, int relu, int j, float x) {
+    float v = (x - norm->mean[j]) * (norm->gamma[j] * norm->inv_std[j]) + norm->beta[j];
+    return relu && v <= 0 ? 0 : v; /* NaN stays NaN */
+}
+
+/* y = relu?(norm(x) + residual) in plain loops. */
+static void ckca__naive_batchnorm_apply(size_t rows, int c, const float *x, const ckca__norm *norm,
+                                        const float *residual, const ckca__norm *residual_norm, float *y) {
     size_t i;
     int j;
     for (i = 0; i < rows * (size_t)c; i += (size_t)c)
         for (j = 0; j < c; j++) {
-            float v = (x[i + j] - mean[j]) * (gamma[j] * inv_std[j]) + beta[j];
-            if (residual) v += residual[i + j];
-            y[i + j] = relu && v <= 0 ? 0 : v; /* NaN stays NaN */
+            float v = ckca__naive_norm(norm, 0, j, x[i + j]);
+            if (residual_norm) v += ckca__naive_norm(residual_norm, residual_norm->relu, j, residual[i + j]);
+            else if (residual) v += residual[i + j];
+            y[i + j] = norm->relu && v <= 0 ? 0 : v;
         }
 }
 
 static void ckca__naive_batchnorm_forward(size_t rows, int c, const float *x, const float *gamma, const float *beta,
-                                          float *running_mean, float *running_var, const float *residual, int relu,
-                                          float *y, float *mean, float *inv_std, void *ws) {
+                                          float *running_mean, float *running_var, const float *residual,
+                                          const ckca__norm *residual_norm, int relu, float *y, float *mean,
+                                          float *inv_std, void *ws) {
+    const ckca__norm norm = {mean, inv_std, gamma, beta, relu};
     double *sum = (double *)ws, *square = sum + c;
     size_t i;
     int j;
@@ -3304,35 +3393,34 @@ static void ckca__naive_batchnorm_forward(size_t rows, int c, const float *x, co
     for (j = 0; j < c; j++)
         ckca__batchnorm_finish(rows, sum[j], square[j] / (double)rows, running_mean + j, running_var + j, mean + j,
                                inv_std + j);
-    ckca__naive_batchnorm_apply(rows, c, x, gamma, beta, mean, inv_std, residual, relu, y);
+    if (y) ckca__naive_batchnorm_apply(rows, c, x, &norm, residual, residual_norm, y);
 }
 
-/* 1 where a ReLU let channel j of x through: y > 0, y being told from x where it is NULL. */
-static int ckca__naive_batchnorm_gate(const float *x, const float *y, size_t i, int j, const float *gamma,
-                                      const float *beta, const float *mean, const float *inv_std) {
-    return (y ? y[i + j] : (x[i + j] - mean[j]) * (gamma[j] * inv_std[j]) + beta[j]) > 0;
+/* 1 where there is no ReLU, or it let channel j of x through: y > 0, y being told from x where it is NULL. */
+static int ckca__naive_batchnorm_gate(const float *x, const float *y, size_t i, int j, const ckca__norm *norm) {
+    return !norm->relu || (y ? y[i + j] : ckca__naive_norm(norm, 1, j, x[i + j])) > 0;
 }
 
 /* With g = dy where y > 0 and xhat = (x - mean) inv_std:
    dbeta = sum g, dgamma = sum g xhat, dx = gamma inv_std (g - dbeta / rows - xhat dgamma / rows). */
 static void ckca__naive_batchnorm_backward(size_t rows, int c, const float *x, const float *y, const float *dy,
-                                           const float *gamma, const float *beta, const float *mean,
-                                           const float *inv_std, int relu, float *dx, float *dresidual,
+                                           const ckca__norm *norm, float *dx, float *dresidual,
                                            int accumulate_residual, float *dgamma, float *dbeta, void *ws) {
+    const float *gamma = norm->gamma, *mean = norm->mean, *inv_std = norm->inv_std;
     double *sum = (double *)ws, *product = sum + c;
     size_t i;
     int j;
     memset(sum, 0, 2 * (size_t)c * sizeof *sum);
     for (i = 0; i < rows * (size_t)c; i += (size_t)c)
         for (j = 0; j < c; j++) {
-            float g = !relu || ckca__naive_batchnorm_gate(x, y, i, j, gamma, beta, mean, inv_std) ? dy[i + j] : 0;
+            float g = ckca__naive_batchnorm_gate(x, y, i, j, norm) ? dy[i + j] : 0;
             sum[j] += g;
             product[j] += g * (x[i + j] - mean[j]) * inv_std[j];
         }
     for (j = 0; j < c; j++) dbeta[j] += (float)sum[j], dgamma[j] += (float)product[j];
     for (i = 0; i < rows * (size_t)c; i += (size_t)c)
         for (j = 0; j < c; j++) {
-            float g = !relu || ckca__naive_batchnorm_gate(x, y, i, j, gamma, beta, mean, inv_std) ? dy[i + j] : 0;
+            float g = ckca__naive_batchnorm_gate(x, y, i, j, norm) ? dy[i + j] : 0;
             float xhat = (x[i + j] - mean[j]) * inv_std[j];
             dx[i + j] = gamma[j] * inv_std[j] *
                         (g - (float)(sum[j] / (double)rows) - xhat * (float)(product[j] / (double)rows));
@@ -3440,12 +3528,12 @@ static void ckca__batchnorm_statistics(ckca_context *ctx, size_t rows, int c, co
 
 typedef struct ckca__batchnorm_table {
     const ckca_context *ctx;
-    size_t rows, block, cols; /* rows in all; in a block; values in a row of the table */
+    size_t rows, block, cols; /* rows in all; in a block; values in a row of the tables */
     int c, blocks, at, width; /* blocks; the strip's first channel; its channels */
     const float *x, *residual;
-    int relu;
     float *y;
-    float table[3][CKCA__WIDE]; /* mean, scale, beta */
+    ckca__table table, residual_table; /* the latter's mean is NULL if the residual is taken as it is */
+    float values[6][CKCA__WIDE];
 } ckca__batchnorm_table;
 
 /* Blocks from the last to the first: what the statistics read last is still in cache. */
@@ -3457,17 +3545,33 @@ static void ckca__batchnorm_apply_block(void *job, int task, int thread) {
     for (; i < end; i += step) {
         size_t from = i * (size_t)a->c + (size_t)a->at;
         CKCA__DISPATCH(a->ctx, ckca__normalize,
-                       (step * (size_t)a->width, a->cols, a->x + from, a->table[0], a->table[1], a->table[2],
-                        a->residual ? a->residual + from : NULL, a->relu, a->y + from));
+                       (step * (size_t)a->width, a->cols, a->x + from, &a->table,
+                        a->residual ? a->residual + from : NULL, a->residual_table.mean ? &a->residual_table : NULL,
+                        a->y + from));
     }
 }
 
-/* y = relu?((x - mean) gamma inv_std + beta + residual), inv_std from var where it is NULL. */
-static void ckca__batchnorm_apply(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
-                                  const float *beta, const float *mean, const float *inv_std, const float *var,
-                                  const float *residual, int relu, float *y) {
+/* A norm's channels [at, at + width), as rows of cols. inv_std from var where it is NULL. */
+static void ckca__tabulate(const ckca__norm *norm, const float *var, int at, int width, size_t cols,
+                           float values[3][CKCA__WIDE], ckca__table *table) {
+    int j;
+    for (j = 0; j < width; j++)
+        values[1][j] = norm->gamma[at + j] * (norm->inv_std ? norm->inv_std[at + j]
+                                                            : (float)(1 / sqrt(var[at + j] + CKCA__BATCHNORM_EPS)));
+    ckca__repeat(cols, width, norm->mean + at, values[0]);
+    ckca__repeat(cols, width, values[1], values[1]);
+    ckca__repeat(cols, width, norm->beta + at, values[2]);
+    table->mean = values[0];
+    table->scale = values[1];
+    table->beta = values[2];
+    table->relu = norm->relu;
+}
+
+/* y = relu?(norm(x) + residual). */
+static void ckca__batchnorm_apply(ckca_context *ctx, size_t rows, int c, const float *x, const ckca__norm *norm,
+                                  const float *var, const float *residual, const ckca__norm *residual_norm, float *y) {
     ckca__batchnorm_table job;
-    int at, j;
+    int at;
     job.ctx = ctx;
     job.rows = rows;
     job.block = ckca__block_rows(ctx, rows, c);
@@ -3475,20 +3579,16 @@ static void ckca__batchnorm_apply(ckca_context *ctx, size_t rows, int c, const f
     job.blocks = (int)((rows + job.block - 1) / job.block);
     job.x = x;
     job.residual = residual;
-    job.relu = relu;
     job.y = y;
-    for (at = 0; at < c; at += CKCA__WIDE) { /* more channels than the table holds are done in strips */
+    job.residual_table.mean = NULL;
+    for (at = 0; at < c; at += CKCA__WIDE) { /* more channels than the tables hold are done in strips */
         int width = c - at < CKCA__WIDE ? c - at : CKCA__WIDE;
-        size_t cols = width == c ? ckca__wide(ctx, c) * (size_t)c : (size_t)width;
         job.at = at;
         job.width = width;
-        job.cols = cols;
-        ckca__repeat(cols, width, mean + at, job.table[0]);
-        for (j = 0; j < width; j++)
-            job.table[1][j] = gamma[at + j] *
-                              (inv_std ? inv_std[at + j] : (float)(1 / sqrt(var[at + j] + CKCA__BATCHNORM_EPS)));
-        ckca__repeat(cols, width, job.table[1], job.table[1]);
-        ckca__repeat(cols, width, beta + at, job.table[2]);
+        job.cols = width == c ? ckca__wide(ctx, c) * (size_t)c : (size_t)width;
+        ckca__tabulate(norm, var, at, width, job.cols, job.values, &job.table);
+        if (residual_norm)
+            ckca__tabulate(residual_norm, NULL, at, width, job.cols, job.values + 3, &job.residual_table);
         ckca__parallel_over(ctx, rows * (size_t)c, job.blocks, ckca__batchnorm_apply_block, &job);
     }
 }
@@ -3538,53 +3638,53 @@ static void ckca__batchnorm_backward_block(void *job, int task, int thread) {
 /* Passes over activations: 1 read for the statistics; 1 read, 1 write to apply them, 1 read of the residual. */
 static void ckca__op_batchnorm_forward(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
                                        const float *beta, float *running_mean, float *running_var,
-                                       const float *residual, int relu, float *y, float *mean, float *inv_std,
-                                       void *ws) {
+                                       const float *residual, const ckca__norm *residual_norm, int relu, float *y,
+                                       float *mean, float *inv_std, void *ws) {
 #ifdef CKCA__SIMD
     if (ctx->isa != CKCA_ISA_PLAIN) {
+        const ckca__norm norm = {mean, inv_std, gamma, beta, relu};
         ckca__batchnorm_statistics(ctx, rows, c, x, running_mean, running_var, mean, inv_std, ws);
-        ckca__batchnorm_apply(ctx, rows, c, x, gamma, beta, mean, inv_std, NULL, residual, relu, y);
+        if (y) ckca__batchnorm_apply(ctx, rows, c, x, &norm, NULL, residual, residual_norm, y);
         return;
     }
 #endif
     (void)ctx;
-    ckca__naive_batchnorm_forward(rows, c, x, gamma, beta, running_mean, running_var, residual, relu, y, mean, inv_std,
-                                  ws);
+    ckca__naive_batchnorm_forward(rows, c, x, gamma, beta, running_mean, running_var, residual, residual_norm, relu, y,
+                                  mean, inv_std, ws);
 }
 
 /* Passes over activations: 1 read of x, 1 of the residual, 1 write. */
-static void ckca__op_batchnorm_again(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
-                                     const float *beta, const float *mean, const float *inv_std,
-                                     const float *residual, int relu, float *y) {
+static void ckca__op_batchnorm_again(ckca_context *ctx, size_t rows, int c, const float *x, const ckca__norm *norm,
+                                     const float *residual, const ckca__norm *residual_norm, float *y) {
 #ifdef CKCA__SIMD
     if (ctx->isa != CKCA_ISA_PLAIN) {
-        ckca__batchnorm_apply(ctx, rows, c, x, gamma, beta, mean, inv_std, NULL, residual, relu, y);
+        ckca__batchnorm_apply(ctx, rows, c, x, norm, NULL, residual, residual_norm, y);
         return;
     }
 #endif
     (void)ctx;
-    ckca__naive_batchnorm_apply(rows, c, x, gamma, beta, mean, inv_std, residual, relu, y);
+    ckca__naive_batchnorm_apply(rows, c, x, norm, residual, residual_norm, y);
 }
 
 /* Passes over activations: 2 reads (x, dy) for the sums; 2 reads, 1 write for dx; y, if there is one, is read in both;
    dresidual is 1 write, and 1 read where it accumulates. */
 static void ckca__op_batchnorm_backward(ckca_context *ctx, size_t rows, int c, const float *x, const float *y,
-                                        const float *dy, const float *gamma, const float *beta, const float *mean,
-                                        const float *inv_std, int relu, float *dx, float *dresidual,
+                                        const float *dy, const ckca__norm *norm, float *dx, float *dresidual,
                                         int accumulate_residual, float *dgamma, float *dbeta, void *ws) {
 #ifdef CKCA__SIMD
     if (ctx->isa != CKCA_ISA_PLAIN) {
+        const float *gamma = norm->gamma, *inv_std = norm->inv_std;
         size_t block = ckca__block_rows(ctx, rows, c), cols = ckca__wide(ctx, c) * (size_t)c;
         double *sum = (double *)ws, *product = sum + c;
         float *table = (float *)(product + c), *part = table + 5 * cols; /* mean, scale, beta, slope, offset */
         int blocks = (int)((rows + block - 1) / block), b, j;
-        ckca__batchnorm_gradient job = {ctx, rows, block, cols, c, blocks, x, relu ? y : NULL, dy, table, table + cols,
-                                        relu && !y ? table + 2 * cols : NULL, table + 3 * cols, table + 4 * cols,
+        ckca__batchnorm_gradient job = {ctx, rows, block, cols, c, blocks, x, norm->relu ? y : NULL, dy, table, table + cols,
+                                        norm->relu && !y ? table + 2 * cols : NULL, table + 3 * cols, table + 4 * cols,
                                         part, dx, dresidual, accumulate_residual};
         for (j = 0; j < c; j++) {
-            table[j] = mean[j];
+            table[j] = norm->mean[j];
             table[cols + j] = gamma[j] * inv_std[j];
-            table[2 * cols + j] = beta[j];
+            table[2 * cols + j] = norm->beta[j];
         }
         for (j = 0; j < 3; j++) ckca__repeat(cols, c, table + j * cols, table + j * cols);
         ckca__parallel_over(ctx, rows * (size_t)c, blocks, ckca__batchnorm_products, &job);
@@ -3604,8 +3704,7 @@ static void ckca__op_batchnorm_backward(ckca_context *ctx, size_t rows, int c, c
     }
 #endif
     (void)ctx;
-    ckca__naive_batchnorm_backward(rows, c, x, y, dy, gamma, beta, mean, inv_std, relu, dx, dresidual,
-                                   accumulate_residual, dgamma, dbeta, ws);
+    ckca__naive_batchnorm_backward(rows, c, x, y, dy, norm, dx, dresidual, accumulate_residual, dgamma, dbeta, ws);
 }
 
 static void ckca__op_batchnorm_eval(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
@@ -3613,7 +3712,8 @@ static void ckca__op_batchnorm_eval(ckca_context *ctx, size_t rows, int c, const
                                     const float *residual, int relu, float *y) {
 #ifdef CKCA__SIMD
     if (ctx->isa != CKCA_ISA_PLAIN) {
-        ckca__batchnorm_apply(ctx, rows, c, x, gamma, beta, running_mean, NULL, running_var, residual, relu, y);
+        const ckca__norm norm = {running_mean, NULL, gamma, beta, relu};
+        ckca__batchnorm_apply(ctx, rows, c, x, &norm, running_var, residual, NULL, y);
         return;
     }
 #endif
@@ -3769,7 +3869,7 @@ static void ckca__maxpool_row(void *job, int row, int thread) {
 #ifdef CKCA__SIMD
         if (a->ctx->isa != CKCA_ISA_PLAIN) {
             CKCA__DISPATCH(a->ctx, ckca__maxpool_pixel,
-                           (s->c, taps, from, position, a->y + o, a->at ? a->at + o : NULL));
+                           (s->c, taps, from, s->norm, position, a->y + o, a->at ? a->at + o : NULL));
             continue;
         }
 #endif
@@ -4645,8 +4745,10 @@ typedef struct ckca__node {
     int head, source, residual,
         relu; /* of a tail: its batch norm or -1; what it reads; what it adds or -1; ReLU last */
     size_t value[CKCA__MODES], grad[CKCA__MODES], at[CKCA__MODES]; /* offsets per picture in the plan of each mode */
-    size_t now; /* in a backward pass: where its output lies, as value or made again */
-    size_t saved; /* batch norm: offset of mean, then inv_std, in model->saved */
+    size_t now;      /* in a backward pass: where its output lies, as value or made again */
+    size_t saved;    /* batch norm: offset of mean, then inv_std, in model->saved */
+    int merged[CKCA__MODES]; /* of a batch norm's tail: 1: its reader does its work, see ckca__is_merged */
+    ckca__norm norm;         /* of a batch norm's tail: this step's */
     int written;  /* in a backward pass: 1: its gradient holds something to add to */
     char name[CKCA__NAME_MAX];
 } ckca__node;
@@ -5360,7 +5462,10 @@ static ckca_status ckca__graph_read(ckca_model *m, const char *text) {
    is not kept from one pass to the other: it is made again where backward wants it, from the input and, where there is
    one, the residual, which may have to be made again first, and so on up to the stage's first block. This is a pass
    over memory, without arithmetic worth counting, and nearly halves the activations. What is made on the way is kept
-   for its own turn if that does not raise the peak; else it is made once more then. */
+   for its own turn if that does not raise the peak; else it is made once more then.
+
+   An output with one reader only, inside a block, is never made at all where that reader can do without (see
+   ckca__is_merged): it reads the batch norm's input and normalises what passes through its registers. */
 
 typedef struct ckca__buffer {
     size_t size, *offset;
@@ -5384,6 +5489,22 @@ static int ckca__largest_first(const void *a, const void *b) {
     return x->born != y->born ? (x->born < y->born ? -1 : 1) : (x->dies < y->dies ? -1 : x->dies > y->dies);
 }
 
+/* A convolution or pooling on n pictures in a mode. */
+static void ckca__shape(const ckca_model *m, const ckca__node *node, int n, int mode, ckca__conv *s) {
+    const ckca__node *x = &m->node[node->in[0]];
+    s->n = n;
+    s->h = x->h;
+    s->w = x->w;
+    s->c = x->c;
+    s->k = node->c;
+    s->r = s->s = node->kernel;
+    s->stride = node->stride;
+    s->pad = node->pad;
+    s->p = node->h;
+    s->q = node->w;
+    s->norm = m->node[node->source].merged[mode] ? &m->node[node->source].norm : NULL;
+}
+
 /* 1: node i runs in this mode (others run as part of a later tail). */
 static int ckca__runs(const ckca_model *m, int i, int mode) {
     return !m->node[i].fused && !(m->node[i].folded && !(mode & CKCA__TRAIN));
@@ -5398,6 +5519,28 @@ static int ckca__is_output(const ckca_model *m, int i, int mode) {
 static int ckca__in_place(const ckca_model *m, int i) {
     const ckca__node *x = &m->node[i];
     return !x->fused && x->head >= 0 && x->source > 0 && m->node[x->source].readers == 1 && !m->node[x->source].relu;
+}
+
+/* 1: batch norm i takes its statistics and no more: the only node that reads it normalises for itself what it reads. */
+static int ckca__is_merged(const ckca_model *m, int i, int mode) {
+    const ckca__node *x = &m->node[i], *reader = x + 1, *end = m->node + m->nodes;
+    ckca__conv s;
+    if (!(mode & CKCA__TRAIN) || (mode & CKCA__READABLE) || x->fused || x->head < 0 || x->residual >= 0 ||
+        x->readers != 1 || ckca__is_output(m, i, mode))
+        return 0;
+    while (reader < end && (reader->fused || (reader->source != i && reader->residual != i))) reader++;
+    if (reader == end) return 0;
+    if (reader->residual == i) return reader->head >= 0;
+    if (reader->kind != CKCA__CONV && reader->kind != CKCA__MAXPOOL) return 0;
+    ckca__shape(m, reader, 1, mode, &s);
+    return ckca__may_norm(m->ctx, &s);
+}
+
+/* The node whose values stand for those of node i, and in norm what they go through first, if anything. */
+static int ckca__stand_in(const ckca_model *m, int i, int mode, const ckca__norm **norm) {
+    const int merged = i >= 0 && m->node[i].merged[mode];
+    if (norm) *norm = merged ? &m->node[i].norm : NULL;
+    return merged ? m->node[i].source : i;
 }
 
 static size_t ckca__node_floats(const ckca__node *x) {
@@ -5458,7 +5601,8 @@ static void ckca__plan_backward(ckca__planner *p) {
         const ckca__node *x = &m->node[i];
         const int moment = p->end - 1 - i;
         if (x->fused) continue;
-        if (x->head >= 0 || x->kind == CKCA__CONV || x->kind == CKCA__LINEAR) ckca__plan_read(p, x->source, moment);
+        if (x->head >= 0 || x->kind == CKCA__CONV || x->kind == CKCA__LINEAR)
+            ckca__plan_read(p, ckca__stand_in(m, x->source, p->mode, NULL), moment);
         if (x->relu && (x->head < 0 || x->residual >= 0)) ckca__plan_read(p, i, moment); /* its gate */
     }
     for (i = m->nodes - 1; i >= 0; i--) { /* what is read behind the last convolution is kept: nothing large follows */
@@ -5469,7 +5613,7 @@ static void ckca__plan_backward(ckca__planner *p) {
         }
         if (p->since[i] < p->end) ckca__plan_live(p, p->since[i], p->until[i], ckca__node_floats(x));
         for (side = 0; side < 2; side++) {
-            int from = side ? x->residual : x->source;
+            int from = ckca__stand_in(m, side ? x->residual : x->source, p->mode, NULL);
             if (from >= 0 && p->until[from] < p->until[i]) p->until[from] = p->until[i];
         }
     }
@@ -5482,7 +5626,7 @@ static int ckca__plan_want(ckca__planner *p, int i, int j, int on_the_way, int *
     const ckca__node *x = &m->node[i];
     const int moment = p->end - 1 - j;
     const size_t size = ckca__node_floats(x);
-    int k = p->latest[i], residual;
+    int k = p->latest[i], residual = ckca__stand_in(m, x->residual, p->mode, NULL);
     ckca__again *item;
     if (k == -2 || *failed) return -1;
     if (k >= 0 && m->again[p->mode][k].dies >= moment) {
@@ -5491,7 +5635,7 @@ static int ckca__plan_want(ckca__planner *p, int i, int j, int on_the_way, int *
     }
     if (!on_the_way) p->live[moment] -= size; /* counted by ckca__plan_backward, but not made yet */
     ckca__plan_want(p, x->source, j, 1, failed);
-    residual = x->residual >= 0 ? ckca__plan_want(p, x->residual, j, 1, failed) : -1;
+    if (residual >= 0) residual = ckca__plan_want(p, residual, j, 1, failed);
     if (*failed || !ckca__grow(m->ctx, (void **)&m->again[p->mode], (size_t)m->agains[p->mode],
                                &m->again_room[p->mode], sizeof *item)) {
         *failed = 1;
@@ -5573,9 +5717,12 @@ static ckca_status ckca__plan(ckca_model *m, int mode) {
     p->place = p->reader + m->nodes;
     m->agains[mode] = 0;
     for (i = 0; i < m->nodes; i++) {
-        const ckca__node *x = &m->node[i];
+        ckca__node *x = &m->node[i];
+        x->merged[mode] = ckca__is_merged(m, i, mode);
         p->reader[i] = -1;
         if (!ckca__runs(m, i, mode)) continue;
+        if (i) p->reader[ckca__stand_in(m, x->source, mode, NULL)] = i;
+        if (x->residual >= 0) p->reader[ckca__stand_in(m, x->residual, mode, NULL)] = i;
         /* In evaluation a batch norm's tail runs the folded convolution too. */
         if (i) p->reader[training || !m->node[x->source].folded ? x->source : m->node[x->source].in[0]] = i;
         if (x->residual >= 0) p->reader[x->residual] = i;
@@ -5593,7 +5740,7 @@ static ckca_status ckca__plan(ckca_model *m, int mode) {
         if (output || (mode & CKCA__READABLE)) dies = m->nodes;
         if (training && p->latest[i] == -2 && dies < p->until[i]) dies = p->until[i];
         if (training && i > 0 && p->place[i] == ~i) dies = ckca__plan_shared(p, ~i);
-        ckca__plan_add(p, &list[count++], size, &x->value[mode], i, dies);
+        if (!x->merged[mode]) ckca__plan_add(p, &list[count++], size, &x->value[mode], i, dies);
         if (training && i > 0 && p->place[i] == i)
             ckca__plan_add(p, &list[count++], size, &x->grad[mode],
                            output || p->reader[i] < 0 ? m->nodes : end - 1 - p->reader[i], ckca__plan_shared(p, i));
@@ -5605,7 +5752,7 @@ static ckca_status ckca__plan(ckca_model *m, int mode) {
         const ckca__node *x = &m->node[i];
         if (x->fused) continue;
         if (x->head >= 0 || x->kind == CKCA__CONV || x->kind == CKCA__LINEAR)
-            ckca__plan_want(p, x->source, i, 0, &failed);
+            ckca__plan_want(p, ckca__stand_in(m, x->source, mode, NULL), i, 0, &failed);
         if (x->relu && x->head >= 0 && x->residual >= 0) ckca__plan_want(p, i, i, 0, &failed);
     }
     all = failed ? NULL : (ckca__buffer *)ckca__alloc(m->ctx, (size_t)(count + m->agains[mode]) * sizeof *all);
@@ -5633,28 +5780,14 @@ static ckca_status ckca__plan(ckca_model *m, int mode) {
     return CKCA_OK;
 }
 
-static void ckca__shape(const ckca_model *m, const ckca__node *node, int n, ckca__conv *s) {
-    const ckca__node *x = &m->node[node->in[0]];
-    s->n = n;
-    s->h = x->h;
-    s->w = x->w;
-    s->c = x->c;
-    s->k = node->c;
-    s->r = s->s = node->kernel;
-    s->stride = node->stride;
-    s->pad = node->pad;
-    s->p = node->h;
-    s->q = node->w;
-}
-
-static size_t ckca__workspace_bytes(const ckca_model *m, int n) {
+static size_t ckca__workspace_bytes(const ckca_model *m, int n, int mode) {
     size_t most = 0, bytes;
     int i;
     for (i = 0; i < m->nodes; i++) {
         const ckca__node *x = &m->node[i];
         ckca__conv s;
         if (x->kind == CKCA__CONV) {
-            ckca__shape(m, x, n, &s);
+            ckca__shape(m, x, n, mode, &s);
             bytes = ckca__conv_workspace(m->ctx, &s);
         } else if (x->kind == CKCA__LINEAR) { /* a 1x1 convolution over one picture of n pixels */
             memset(&s, 0, sizeof s);
@@ -5681,7 +5814,7 @@ static ckca_status ckca__measure(const ckca_model *m, int n, int mode, ckca_byte
         bytes->parameters += m->trainable * sizeof(float); /* folded */
     bytes->parameters += m->saved_count * sizeof(float);
     bytes->activations = ckca__mul(ckca__mul((size_t)n, m->plan_values[mode]), sizeof(float));
-    bytes->workspace = ckca__workspace_bytes(m, n);
+    bytes->workspace = ckca__workspace_bytes(m, n, mode);
     bytes->total = ckca__sum(ckca__sum(bytes->parameters, bytes->gradients + bytes->momentum),
                              ckca__sum(bytes->activations, bytes->workspace));
     if (bytes->total > SIZE_MAX / 2)
@@ -5796,7 +5929,9 @@ static void ckca__run_forward(ckca_model *m, int n, int mode, const float *input
     m->input = input;
     for (i = 1; i < m->nodes; i++) {
         const ckca__node *x = &m->node[i], *source = &m->node[x->source];
-        const float *in, *residual = x->residual >= 0 ? ckca__value(m, x->residual) : NULL;
+        const ckca__norm *residual_norm;
+        const int other = ckca__stand_in(m, x->residual, mode, &residual_norm);
+        const float *in, *residual = other >= 0 ? ckca__value(m, other) : NULL;
         const size_t rows = ckca__rows(x, n);
         float *y;
         ckca__conv s;
@@ -5807,11 +5942,18 @@ static void ckca__run_forward(ckca_model *m, int n, int mode, const float *input
             float *gamma = ckca__param(m, bn, m->values, 0), *beta = ckca__param(m, bn, m->values, 1);
             float *mean = ckca__param(m, bn, m->values, 2), *var = ckca__param(m, bn, m->values, 3);
             if (training) {
-                float *saved = m->saved + bn->saved;
+                ckca__norm *norm = &m->node[i].norm;
+                float *saved = m->saved + bn->saved, *inv_std = saved + ckca__round_up((size_t)x->c, 16);
+                norm->mean = saved;
+                norm->inv_std = inv_std;
+                norm->gamma = gamma;
+                norm->beta = beta;
+                norm->relu = x->relu;
                 ckca__op_batchnorm_forward(ctx, rows, x->c, ckca__value(m, x->source), gamma, beta, mean, var, residual,
-                                           x->relu, y, saved, saved + ckca__round_up((size_t)x->c, 16), m->workspace);
+                                           residual_norm, x->relu, x->merged[mode] ? NULL : y, saved, inv_std,
+                                           m->workspace);
             } else if (source->folded) {
-                ckca__shape(m, source, n, &s);
+                ckca__shape(m, source, n, mode, &s);
                 ckca__op_conv_forward(ctx, &s, ckca__value(m, source->in[0]), ckca__param(m, source, m->folded, 0),
                                       ckca__param(m, bn, m->folded, 1), residual, x->relu, y, m->workspace);
             } else {
@@ -5820,10 +5962,10 @@ static void ckca__run_forward(ckca_model *m, int n, int mode, const float *input
             }
             continue;
         }
-        in = ckca__value(m, x->source);
+        in = ckca__value(m, ckca__stand_in(m, x->source, mode, NULL));
         switch (x->kind) {
         case CKCA__CONV:
-            ckca__shape(m, x, n, &s);
+            ckca__shape(m, x, n, mode, &s);
             ckca__op_conv_forward(ctx, &s, in, ckca__param(m, x, m->values, 0),
                                   x->bias ? ckca__param(m, x, m->values, 1) : NULL, NULL, 0, y, m->workspace);
             break;
@@ -5832,14 +5974,14 @@ static void ckca__run_forward(ckca_model *m, int n, int mode, const float *input
                                     ckca__param(m, x, m->values, 0), ckca__param(m, x, m->values, 1), y, m->workspace);
             break;
         case CKCA__MAXPOOL:
-            ckca__shape(m, x, n, &s);
+            ckca__shape(m, x, n, mode, &s);
             ckca__op_maxpool_forward(ctx, &s, in, y, training ? ckca__at(m, i) : NULL);
             break;
         case CKCA__AVGPOOL:
             ckca__op_avgpool_forward(ctx, n, source->h * source->w, x->c, in, y);
             break;
         case CKCA__SUBSAMPLE:
-            ckca__shape(m, x, n, &s);
+            ckca__shape(m, x, n, mode, &s);
             ckca__op_subsample_forward(ctx, &s, in, y);
             break;
         default:
@@ -5865,21 +6007,19 @@ static void ckca__make_again(ckca_model *m, int i, int *next) {
     for (; *next < m->agains[m->mode] && m->again[m->mode][*next].before >= i; ++*next) {
         const ckca__again *item = &m->again[m->mode][*next];
         ckca__node *x = &m->node[item->node];
-        const ckca__node *bn = &m->node[x->head];
-        const float *saved = m->saved + bn->saved;
-        const float *residual = x->residual >= 0 ? ckca__value_now(m, x->residual) : NULL;
+        const ckca__norm *residual_norm;
+        const int other = ckca__stand_in(m, x->residual, m->mode, &residual_norm);
+        const float *residual = other >= 0 ? ckca__value_now(m, other) : NULL;
         x->now = item->at;
-        ckca__op_batchnorm_again(m->ctx, ckca__rows(x, m->n), x->c, ckca__value_now(m, x->source),
-                                 ckca__param(m, bn, m->values, 0), ckca__param(m, bn, m->values, 1), saved,
-                                 saved + ckca__round_up((size_t)x->c, 16), residual, x->relu,
-                                 ckca__value_now(m, item->node));
+        ckca__op_batchnorm_again(m->ctx, ckca__rows(x, m->n), x->c, ckca__value_now(m, x->source), &x->norm, residual,
+                                 residual_norm, ckca__value_now(m, item->node));
     }
 }
 
 /* The reverse walk. Before it, gradients of outputs (logits at least) are in ckca__grad with written set. */
 static void ckca__run_backward(ckca_model *m) {
     ckca_context *ctx = m->ctx;
-    const int n = m->n;
+    const int n = m->n, mode = m->mode;
     int i, next = 0;
     for (i = 0; i < m->nodes; i++) m->node[i].now = m->node[i].value[m->mode];
     for (i = m->nodes - 1; i > 0; i--) {
@@ -5893,7 +6033,6 @@ static void ckca__run_backward(ckca_model *m) {
         dy = ckca__grad(m, i);
         if (x->head >= 0) {
             const ckca__node *bn = &m->node[x->head];
-            const float *saved = m->saved + bn->saved;
             float *dresidual = x->residual > 0 ? ckca__grad(m, x->residual) : NULL;
             int add_residual = dresidual ? ckca__accumulates(m, x->residual) : 0;
             add = x->source > 0 ? ckca__accumulates(m, x->source) : 1;
@@ -5902,9 +6041,8 @@ static void ckca__run_backward(ckca_model *m) {
             dx = add ? dy : ckca__grad(m, x->source);
             ckca__op_batchnorm_backward(
                 ctx, rows, x->c, ckca__value_now(m, x->source), x->residual >= 0 ? ckca__value_now(m, i) : NULL, dy,
-                ckca__param(m, bn, m->values, 0), ckca__param(m, bn, m->values, 1), saved,
-                saved + ckca__round_up((size_t)x->c, 16), x->relu, dx, dresidual, add_residual,
-                ckca__param(m, bn, m->gradients, 0), ckca__param(m, bn, m->gradients, 1), m->workspace);
+                &x->norm, dx, dresidual, add_residual, ckca__param(m, bn, m->gradients, 0),
+                ckca__param(m, bn, m->gradients, 1), m->workspace);
             if (add && x->source > 0) ckca__op_add_backward(ctx, count, NULL, dy, ckca__grad(m, x->source), 1);
             continue;
         }
@@ -5914,8 +6052,8 @@ static void ckca__run_backward(ckca_model *m) {
         }
         switch (x->kind) {
         case CKCA__CONV:
-            ckca__shape(m, x, n, &s);
-            ckca__op_conv_backward_weight(ctx, &s, ckca__value_now(m, x->source), dy,
+            ckca__shape(m, x, n, mode, &s);
+            ckca__op_conv_backward_weight(ctx, &s, ckca__value_now(m, ckca__stand_in(m, x->source, mode, NULL)), dy,
                                           ckca__param(m, x, m->gradients, 0),
                                           x->bias ? ckca__param(m, x, m->gradients, 1) : NULL, m->workspace);
             if (dx) ckca__op_conv_backward_data(ctx, &s, dy, ckca__param(m, x, m->values, 0), dx, add, m->workspace);
@@ -5926,14 +6064,14 @@ static void ckca__run_backward(ckca_model *m) {
                                      ckca__param(m, x, m->gradients, 1), m->workspace);
             break;
         case CKCA__MAXPOOL:
-            ckca__shape(m, x, n, &s);
+            ckca__shape(m, x, n, mode, &s);
             if (dx) ckca__op_maxpool_backward(ctx, &s, dy, ckca__at(m, i), dx, add);
             break;
         case CKCA__AVGPOOL:
             if (dx) ckca__op_avgpool_backward(ctx, n, source->h * source->w, x->c, dy, dx, add);
             break;
         case CKCA__SUBSAMPLE:
-            ckca__shape(m, x, n, &s);
+            ckca__shape(m, x, n, mode, &s);
             if (dx) ckca__op_subsample_backward(ctx, &s, dy, dx, add);
             break;
         default: /* add and ReLU */

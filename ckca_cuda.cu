@@ -925,41 +925,55 @@ template <int WIDTH> struct ckca__lane {
     }
 };
 
-typedef struct ckca__norm {
+typedef struct ckca__normed {
     size_t count; /* values */
     int c;
-    const float *x, *y, *dy, *gamma, *beta, *mean, *inv_std, *var, *residual, *table; /* inv_std NULL: from var */
+    ckca__norm norm, residual_norm; /* norm.inv_std NULL: from var; residual_norm.mean NULL: the residual is as it is */
+    const float *x, *y, *dy, *var, *residual, *table;
     float *out, *dresidual;
-    int relu, accumulate;
-} ckca__norm;
+    int accumulate;
+} ckca__normed;
 
-/* out = relu?((x - mean) gamma inv_std + beta + residual) */
-template <int WIDTH> __global__ void ckca__batchnorm_apply(ckca__norm n) {
+/* WIDTH channels of a norm from at on. */
+template <int WIDTH> struct ckca__affine {
+    ckca__lane<WIDTH> mean, scale, beta;
+    __device__ ckca__affine(const ckca__norm &norm, const float *var, size_t at)
+        : mean(norm.mean + at), scale(norm.gamma + at), beta(norm.beta + at) {
+        for (int j = 0; j < WIDTH; j++)
+            scale.v[j] *= norm.inv_std ? norm.inv_std[at + j] : (float)(1 / sqrt(var[at + j] + 1e-5));
+    }
+    __device__ float operator()(int j, float x, int relu) const {
+        const float v = (x - mean.v[j]) * scale.v[j] + beta.v[j];
+        return relu && v <= 0 ? 0 : v; /* NaN stays NaN */
+    }
+};
+
+/* out = relu?(norm(x) + residual) */
+template <int WIDTH> __global__ void ckca__batchnorm_apply(ckca__normed n) {
     const size_t c = (size_t)n.c / WIDTH, threads = (size_t)gridDim.x * blockDim.x, stride = threads / c * c;
     const size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x, at = id % c * WIDTH;
+    const int other = n.residual_norm.mean != NULL;
     if (id >= stride) return;
-    const ckca__lane<WIDTH> mean(n.mean + at), beta(n.beta + at);
-    ckca__lane<WIDTH> scale(n.gamma + at);
-    for (int j = 0; j < WIDTH; j++)
-        scale.v[j] *= n.inv_std ? n.inv_std[at + j] : (float)(1 / sqrt(n.var[at + j] + 1e-5));
+    const ckca__affine<WIDTH> norm(n.norm, n.var, at), residual_norm(other ? n.residual_norm : n.norm, n.var, at);
     for (size_t i = id * WIDTH; i < n.count; i += stride * WIDTH) {
         ckca__lane<WIDTH> x(n.x + i), add;
         if (n.residual) add = ckca__lane<WIDTH>(n.residual + i);
         for (int j = 0; j < WIDTH; j++) {
-            float v = (x.v[j] - mean.v[j]) * scale.v[j] + beta.v[j];
-            if (n.residual) v += add.v[j];
-            x.v[j] = n.relu && v <= 0 ? 0 : v; /* NaN stays NaN */
+            float v = norm(j, x.v[j], 0);
+            if (n.residual) v += other ? residual_norm(j, add.v[j], n.residual_norm.relu) : add.v[j];
+            x.v[j] = n.norm.relu && v <= 0 ? 0 : v;
         }
         x.store(n.out + i);
     }
 }
 
 /* With g = dy where y > 0 and xhat = (x - mean) inv_std: out = gamma inv_std (g - mean of g - xhat mean of g xhat). */
-template <int WIDTH> __global__ void ckca__batchnorm_backward(ckca__norm n) {
+template <int WIDTH> __global__ void ckca__batchnorm_backward(ckca__normed n) {
     const size_t c = (size_t)n.c / WIDTH, threads = (size_t)gridDim.x * blockDim.x, stride = threads / c * c;
     const size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x, at = id % c * WIDTH;
     if (id >= stride) return;
-    const ckca__lane<WIDTH> mean(n.mean + at), inv_std(n.inv_std + at), gamma(n.gamma + at), beta(n.beta + at);
+    const ckca__lane<WIDTH> mean(n.norm.mean + at), inv_std(n.norm.inv_std + at), gamma(n.norm.gamma + at);
+    const ckca__lane<WIDTH> beta(n.norm.beta + at);
     const ckca__lane<WIDTH> mean_g(n.table + at), mean_gx(n.table + n.c + at);
     for (size_t i = id * WIDTH; i < n.count; i += stride * WIDTH) {
         const ckca__lane<WIDTH> x(n.x + i);
@@ -967,7 +981,7 @@ template <int WIDTH> __global__ void ckca__batchnorm_backward(ckca__norm n) {
         if (n.y) {
             const ckca__lane<WIDTH> y(n.y + i);
             for (int j = 0; j < WIDTH; j++) g.v[j] = y.v[j] > 0 ? g.v[j] : 0;
-        } else if (n.relu)
+        } else if (n.norm.relu)
             for (int j = 0; j < WIDTH; j++)
                 g.v[j] = ckca__gate(x.v[j], mean.v[j], gamma.v[j] * inv_std.v[j], beta.v[j]) ? g.v[j] : 0;
         if (n.dresidual) {
@@ -1014,20 +1028,16 @@ CKCA__OP size_t ckca__op_workspace(const ckca_context *ctx, size_t rows, int c) 
                      ckca__mul((size_t)c, (3 * (size_t)ckca__parts(rows) + 4) * sizeof(float)));
 }
 
-static void ckca__run_apply(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma, const float *beta,
-                            const float *mean, const float *inv_std, const float *var, const float *residual, int relu,
-                            float *y) {
-    ckca__norm n = {};
+static void ckca__run_apply(ckca_context *ctx, size_t rows, int c, const float *x, const ckca__norm &norm,
+                            const float *var, const float *residual, const ckca__norm *residual_norm, float *y) {
+    ckca__normed n = {};
     n.count = rows * (size_t)c;
     n.c = c;
+    n.norm = norm;
+    if (residual_norm) n.residual_norm = *residual_norm;
     n.x = x;
-    n.gamma = gamma;
-    n.beta = beta;
-    n.mean = mean;
-    n.inv_std = inv_std;
     n.var = var;
     n.residual = residual;
-    n.relu = relu;
     n.out = y;
     if (c % 4 == 0)
         CKCA__LAUNCH(ctx, ckca__batchnorm_apply<4>, ckca__grid(ctx, n.count / 4, (size_t)c / 4), n);
@@ -1037,8 +1047,9 @@ static void ckca__run_apply(ckca_context *ctx, size_t rows, int c, const float *
 
 CKCA__OP void ckca__op_batchnorm_forward(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
                                          const float *beta, float *running_mean, float *running_var,
-                                         const float *residual, int relu, float *y, float *mean, float *inv_std,
-                                         void *ws) {
+                                         const float *residual, const ckca__norm *residual_norm, int relu, float *y,
+                                         float *mean, float *inv_std, void *ws) {
+    const ckca__norm norm = {mean, inv_std, gamma, beta, relu};
     ckca__moments m = {};
     m.rows = rows;
     m.c = c;
@@ -1047,49 +1058,45 @@ CKCA__OP void ckca__op_batchnorm_forward(ckca_context *ctx, size_t rows, int c, 
     ckca__run_channel_sums(ctx, 3, &m);
     CKCA__LAUNCH(ctx, ckca__batchnorm_finish, ckca__warps(c), m, ckca__parts(rows), running_mean, running_var, mean,
                  inv_std);
-    ckca__run_apply(ctx, rows, c, x, gamma, beta, mean, inv_std, NULL, residual, relu, y);
+    if (y) ckca__run_apply(ctx, rows, c, x, norm, NULL, residual, residual_norm, y);
 }
 
 CKCA__OP void ckca__op_batchnorm_eval(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
                                       const float *beta, const float *running_mean, const float *running_var,
                                       const float *residual, int relu, float *y) {
-    ckca__run_apply(ctx, rows, c, x, gamma, beta, running_mean, NULL, running_var, residual, relu, y);
+    const ckca__norm norm = {running_mean, NULL, gamma, beta, relu};
+    ckca__run_apply(ctx, rows, c, x, norm, running_var, residual, NULL, y);
 }
 
-CKCA__OP void ckca__op_batchnorm_again(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
-                                       const float *beta, const float *mean, const float *inv_std,
-                                       const float *residual, int relu, float *y) {
-    ckca__run_apply(ctx, rows, c, x, gamma, beta, mean, inv_std, NULL, residual, relu, y);
+CKCA__OP void ckca__op_batchnorm_again(ckca_context *ctx, size_t rows, int c, const float *x, const ckca__norm *norm,
+                                       const float *residual, const ckca__norm *residual_norm, float *y) {
+    ckca__run_apply(ctx, rows, c, x, *norm, NULL, residual, residual_norm, y);
 }
 
 CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, size_t rows, int c, const float *x, const float *y,
-                                          const float *dy, const float *gamma, const float *beta, const float *mean,
-                                          const float *inv_std, int relu, float *dx, float *dresidual,
+                                          const float *dy, const ckca__norm *norm, float *dx, float *dresidual,
                                           int accumulate_residual, float *dgamma, float *dbeta, void *ws) {
     ckca__moments m = {};
-    ckca__norm n = {};
+    ckca__normed n = {};
     float *table = (float *)ws + (size_t)ckca__parts(rows) * 2 * c;
     m.rows = rows;
     m.c = c;
     m.x = x;
-    m.y = relu ? y : NULL;
+    m.y = norm->relu ? y : NULL;
     m.dy = dy;
-    m.mean = mean;
-    if (relu && !y) m.gamma = gamma, m.beta = beta, m.inv_std = inv_std;
+    m.mean = norm->mean;
+    if (norm->relu && !y) m.gamma = norm->gamma, m.beta = norm->beta, m.inv_std = norm->inv_std;
     m.part = (float *)ws;
     ckca__run_channel_sums(ctx, 2, &m);
-    CKCA__LAUNCH(ctx, ckca__channel_gradients, ckca__warps(c), m, ckca__parts(rows), inv_std, dgamma, dbeta, table);
+    CKCA__LAUNCH(ctx, ckca__channel_gradients, ckca__warps(c), m, ckca__parts(rows), norm->inv_std, dgamma, dbeta,
+                 table);
     n.count = rows * (size_t)c;
     n.c = c;
     n.x = x;
     n.y = m.y;
     n.dy = dy;
-    n.gamma = gamma;
-    n.beta = beta;
-    n.mean = mean;
-    n.inv_std = inv_std;
+    n.norm = *norm;
     n.table = table;
-    n.relu = relu;
     n.out = dx;
     n.dresidual = dresidual;
     n.accumulate = accumulate_residual;
@@ -1225,6 +1232,13 @@ __global__ void ckca__bias_kernel(size_t count, int k, const float *bias, const 
     }
 }
 
+/* Not here: 1 x 1 convolutions are cuBLAS's, which reads what lies in memory. */
+CKCA__OP int ckca__may_norm(const ckca_context *ctx, const ckca__conv *s) {
+    (void)ctx;
+    (void)s;
+    return 0;
+}
+
 CKCA__OP void ckca__op_conv_forward(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w,
                                     const float *bias, const float *residual, int relu, float *y, void *ws) {
     ckca__gemm g = {};
@@ -1298,7 +1312,7 @@ CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv 
 
 /* A linear layer is a 1 x 1 convolution over n pictures of one pixel. */
 static ckca__conv ckca__linear_as_conv(int n, int d, int k) {
-    const ckca__conv s = {n, 1, 1, d, k, 1, 1, 1, 0, 1, 1};
+    const ckca__conv s = {n, 1, 1, d, k, 1, 1, 1, 0, 1, 1, NULL};
     return s;
 }
 

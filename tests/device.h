@@ -79,7 +79,7 @@ static size_t device_x(const ckca__conv *s) { return (size_t)s->n * s->h * s->w 
 static size_t device_w(const ckca__conv *s) { return (size_t)s->k * s->r * s->s * s->c; }
 static size_t device_y(const ckca__conv *s) { return (size_t)s->n * s->p * s->q * s->k; }
 static size_t device_linear_workspace(ckca_context *ctx, int n, int d, int k) {
-    ckca__conv s = {1, 1, 0, 0, 0, 1, 1, 1, 0, 1, 0};
+    ckca__conv s = {1, 1, 0, 0, 0, 1, 1, 1, 0, 1, 0, NULL};
     s.w = s.q = n, s.c = d, s.k = k;
     return ckca__conv_workspace(ctx, &s);
 }
@@ -114,28 +114,41 @@ static void device_linear_backward(ckca_context *ctx, int n, int d, int k, const
                              FO(dw, k * d), FO(dbias, k), device_out(ctx, ws, device_linear_workspace(ctx, n, d, k)));
     device_done(ctx, "linear_backward");
 }
+/* A norm with device pointers, in *copy; NULL if there is none. */
+static const ckca__norm *device_norm(ckca_context *ctx, const ckca__norm *norm, int c, ckca__norm *copy) {
+    if (!norm) return NULL;
+    copy->mean = FI(norm->mean, c);
+    copy->inv_std = FI(norm->inv_std, c);
+    copy->gamma = FI(norm->gamma, c);
+    copy->beta = FI(norm->beta, c);
+    copy->relu = norm->relu;
+    return copy;
+}
 static void device_batchnorm_forward(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
                                      const float *beta, float *running_mean, float *running_var, const float *residual,
-                                     int relu, float *y, float *mean, float *inv_std, void *ws) {
+                                     const ckca__norm *residual_norm, int relu, float *y, float *mean, float *inv_std,
+                                     void *ws) {
+    ckca__norm other;
     ckca__op_batchnorm_forward(ctx, rows, c, FI(x, rows * c), FI(gamma, c), FI(beta, c), FO(running_mean, c),
-                               FO(running_var, c), FI(residual, rows * c), relu, FO(y, rows * c), FO(mean, c),
-                               FO(inv_std, c), device_out(ctx, ws, ckca__op_workspace(ctx, rows, c)));
+                               FO(running_var, c), FI(residual, rows * c), device_norm(ctx, residual_norm, c, &other),
+                               relu, FO(y, rows * c), FO(mean, c), FO(inv_std, c),
+                               device_out(ctx, ws, ckca__op_workspace(ctx, rows, c)));
     device_done(ctx, "batchnorm_forward");
 }
-static void device_batchnorm_again(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
-                                   const float *beta, const float *mean, const float *inv_std, const float *residual,
-                                   int relu, float *y) {
-    ckca__op_batchnorm_again(ctx, rows, c, FI(x, rows * c), FI(gamma, c), FI(beta, c), FI(mean, c), FI(inv_std, c),
-                             FI(residual, rows * c), relu, FO(y, rows * c));
+static void device_batchnorm_again(ckca_context *ctx, size_t rows, int c, const float *x, const ckca__norm *norm,
+                                   const float *residual, const ckca__norm *residual_norm, float *y) {
+    ckca__norm own, other;
+    ckca__op_batchnorm_again(ctx, rows, c, FI(x, rows * c), device_norm(ctx, norm, c, &own), FI(residual, rows * c),
+                             device_norm(ctx, residual_norm, c, &other), FO(y, rows * c));
     device_done(ctx, "batchnorm_again");
 }
 static void device_batchnorm_backward(ckca_context *ctx, size_t rows, int c, const float *x, const float *y,
-                                      const float *dy, const float *gamma, const float *beta, const float *mean,
-                                      const float *inv_std, int relu, float *dx, float *dresidual,
+                                      const float *dy, const ckca__norm *norm, float *dx, float *dresidual,
                                       int accumulate_residual, float *dgamma, float *dbeta, void *ws) {
-    ckca__op_batchnorm_backward(ctx, rows, c, FI(x, rows * c), FI(y, rows * c), FI(dy, rows * c), FI(gamma, c),
-                                FI(beta, c), FI(mean, c), FI(inv_std, c), relu, FO(dx, rows * c),
-                                FO(dresidual, rows * c), accumulate_residual, FO(dgamma, c), FO(dbeta, c),
+    ckca__norm own;
+    ckca__op_batchnorm_backward(ctx, rows, c, FI(x, rows * c), FI(y, rows * c), FI(dy, rows * c),
+                                device_norm(ctx, norm, c, &own), FO(dx, rows * c), FO(dresidual, rows * c),
+                                accumulate_residual, FO(dgamma, c), FO(dbeta, c),
                                 device_out(ctx, ws, ckca__op_workspace(ctx, rows, c)));
     device_done(ctx, "batchnorm_backward");
 }

@@ -52,6 +52,7 @@ static ckca__conv shape(int n, int h, int w, int c, int k, int r, int s, int str
     v.pad = pad;
     v.p = (h + 2 * pad - r) / stride + 1;
     v.q = (w + 2 * pad - s) / stride + 1;
+    v.norm = NULL;
     return v;
 }
 
@@ -283,6 +284,41 @@ static int winograd(const ckca_context *ctx, const ckca__conv *s) {
 #endif
 }
 
+/* The forward pass and the weight gradient of what a norm makes of x: the norm on the way in or before, to the same
+   bits. */
+static void test_norm(ckca_context *ctx, const ckca__conv *shape, int relu) {
+    size_t count, c = (size_t)shape->c;
+    float *values = guarded(4 * c), *ws, *x = guarded(x_count(shape));
+    const ckca__norm norm = {values, values + c, values + 2 * c, values + 3 * c, relu};
+    passes way, before;
+    ckca__conv s = *shape;
+    if (!ckca__may_norm(ctx, &s)) {
+        unguard(values);
+        unguard(x);
+        return;
+    }
+    fill(values, 4 * c, 9);
+    passes_create(&before, &s);
+    ckca__op_batchnorm_again(ctx, x_count(&s) / c, s.c, before.x, &norm, NULL, NULL, x);
+    ws = guarded(count = ckca__conv_workspace(ctx, &s) / sizeof(float));
+    ckca__op_conv_forward(ctx, &s, x, before.w, before.bias, NULL, 0, before.y, ws);
+    ckca__op_conv_backward_weight(ctx, &s, x, before.dy, before.dw, NULL, ws);
+    unguard(ws);
+    s.norm = &norm;
+    passes_create(&way, &s);
+    ws = guarded(count = ckca__conv_workspace(ctx, &s) / sizeof(float));
+    ckca__op_conv_forward(ctx, &s, way.x, way.w, way.bias, NULL, 0, way.y, ws);
+    ckca__op_conv_backward_weight(ctx, &s, way.x, way.dy, way.dw, NULL, ws);
+    CHECK(untouched(ws, count), "%s, isa %d: wrote beyond its scratch under a norm", describe(&s), (int)ctx->isa);
+    CHECK(same(way.y, before.y, y_count(&s)), "%s, isa %d: y under a norm differs", describe(&s), (int)ctx->isa);
+    CHECK(same(way.dw, before.dw, w_count(&s)), "%s, isa %d: dw under a norm differs", describe(&s), (int)ctx->isa);
+    unguard(ws);
+    passes_free(&way);
+    passes_free(&before);
+    unguard(values);
+    unguard(x);
+}
+
 /* most: compare 1 thread with that many. */
 static void test_shape(ckca_context *ctx[CKCA_ISA_AVX512 + 1][3], const ckca__conv *s, int most) {
     passes naive;
@@ -295,6 +331,7 @@ static void test_shape(ckca_context *ctx[CKCA_ISA_AVX512 + 1][3], const ckca__co
         passes_create(&first, s);
         passes_run(&first, ctx[isa][0], 0, 0);
         compare_passes(&first, &naive, isa);
+        for (threads = 0; threads < 2; threads++) test_norm(ctx[isa][threads], s, threads);
         for (threads = 1; threads < most; threads++) {
             passes other;
             passes_create(&other, s);

@@ -100,6 +100,7 @@ static void test_convs(ckca_context *ctx) {
         s.n = v[0], s.h = v[1], s.w = v[2], s.c = v[3], s.k = v[4], s.r = v[5], s.s = v[6], s.stride = v[7],
         s.pad = v[8];
         s.p = (s.h + 2 * s.pad - s.r) / s.stride + 1, s.q = (s.w + 2 * s.pad - s.s) / s.stride + 1;
+        s.norm = NULL;
         test_conv(ctx, &s);
     }
 }
@@ -107,7 +108,7 @@ static void test_convs(ckca_context *ctx) {
 /* Factors of more bits are rounded, not cut, so that their errors have no direction and do not add up. */
 static void test_rounding(ckca_context *ctx) {
     enum { N = 4096 };
-    ckca__conv s = {1, 1, 1, N, 1, 3, 3, 1, 1, 1, 1};
+    ckca__conv s = {1, 1, 1, N, 1, 3, 3, 1, 1, 1, 1, NULL};
     float *x = (float *)malloc(N * sizeof *x), *w = (float *)calloc(9 * N, sizeof *w), y;
     void *ws = malloc(ckca__conv_workspace(ctx, &s));
     double sum = 0;
@@ -128,7 +129,7 @@ static void test_rounding(ckca_context *ctx) {
    fills up a slab. */
 static void test_nan(ckca_context *ctx) {
     enum { SIDE = 8, C = 3, K = 5 };
-    const ckca__conv s = {1, SIDE, SIDE, C, K, 3, 3, 1, 1, SIDE, SIDE};
+    const ckca__conv s = {1, SIDE, SIDE, C, K, 3, 3, 1, 1, SIDE, SIDE, NULL};
     float *x = make(SIDE * SIDE * C, 1), *w = make(K * 9 * C, 2), *dy = make(SIDE * SIDE * K, 3);
     float *y = make(SIDE * SIDE * K, 4), *dx = make(SIDE * SIDE * C, 5);
     void *ws = malloc(ckca__conv_workspace(ctx, &s));

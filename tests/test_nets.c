@@ -540,8 +540,8 @@ int main(void) {
     test_plan(ctx, "resnet20", 4, 16);
     test_plan(ctx, "resnet18", 2, 64);
     test_plan(ctx, "resnet50", 2, 32);
-    test_plan_size(ctx, "resnet20", 32, 0.89e6);
-    test_plan_size(ctx, "resnet18", 224, 11.95e6);
+    test_plan_size(ctx, "resnet20", 32, 0.865e6);
+    test_plan_size(ctx, "resnet18", 224, 11.85e6);
     test_plan_size(ctx, "resnet50", 224, 47.4e6);
     test_structure(ctx);
     test_initial(ctx, "resnet20", "bn2.weight", 0);

@@ -99,8 +99,8 @@ static void norm_forward(ckca_context *ctx, const void *args, float *out) {
     float *running = out + n + 2 * c;
     memcpy(running, a->running_mean, c * sizeof *running);
     memcpy(running + c, a->running_var, c * sizeof *running);
-    ckca__op_batchnorm_forward(ctx, a->rows, a->c, a->x, a->gamma, a->beta, running, running + c, a->residual, a->relu,
-                               out, out + n, out + n + c, ws);
+    ckca__op_batchnorm_forward(ctx, a->rows, a->c, a->x, a->gamma, a->beta, running, running + c, a->residual, NULL,
+                               a->relu, out, out + n, out + n + c, ws);
     free(ws);
 }
 static void norm_eval(ckca_context *ctx, const void *args, float *out) {
@@ -113,31 +113,54 @@ static void norm_backward(ckca_context *ctx, const void *args, float *out) {
     const norm *a = (const norm *)args;
     size_t n = a->rows * (size_t)a->c, c = (size_t)a->c, m = a->residual ? 2 * n : n;
     int over_dy = a->in_place == 2 && a->residual && !a->accumulate;
+    const ckca__norm saved = {a->mean, a->inv_std, a->gamma, a->beta, a->relu};
     void *ws = malloc(ckca__op_workspace(ctx, a->rows, a->c));
     memcpy(out + m, a->start, 2 * c * sizeof *out);
     if (a->residual && a->accumulate) memcpy(out + n, a->residual, n * sizeof *out);
     if (a->in_place) memcpy(out, a->in_place == 1 ? a->dy : a->x, n * sizeof *out);
     if (over_dy) memcpy(out + n, a->dy, n * sizeof *out);
     ckca__op_batchnorm_backward(ctx, a->rows, a->c, a->in_place == 2 ? out : a->x, a->y,
-                                a->in_place == 1 ? out : over_dy ? out + n : a->dy, a->gamma, a->beta, a->mean,
-                                a->inv_std, a->relu, out, a->residual ? out + n : NULL, a->accumulate, out + m,
-                                out + m + c, ws);
+                                a->in_place == 1 ? out : over_dy ? out + n : a->dy, &saved, out,
+                                a->residual ? out + n : NULL, a->accumulate, out + m, out + m + c, ws);
     free(ws);
 }
-/* out: y of the forward pass, then y made again in the place of the residual (or beside x): the same bits. */
+/* out: y of the forward pass, then y made again in the place of the residual (or beside x): the same bits. So are they
+   if the residual goes through a norm, x's own, at once or before; and statistics do not depend on y's being wanted. */
 static void norm_again(ckca_context *ctx, const void *args, float *out) {
     const norm *a = (const norm *)args;
     size_t n = a->rows * (size_t)a->c, c = (size_t)a->c, i;
-    float *y = (float *)malloc((n + 4 * c) * sizeof *y);
+    float *y = (float *)malloc((2 * n + 4 * c) * sizeof *y), *other = y + n + 4 * c;
+    const ckca__norm saved = {y + n, y + n + c, a->gamma, a->beta, a->relu};
+    void *ws = malloc(ckca__op_workspace(ctx, a->rows, a->c));
     norm_forward(ctx, args, y);
     memcpy(out, y, n * sizeof *out);
     if (a->residual) memcpy(out + n, a->residual, n * sizeof *out);
-    ckca__op_batchnorm_again(ctx, a->rows, a->c, a->x, a->gamma, a->beta, y + n, y + n + c,
-                             a->residual ? out + n : NULL, a->relu, out + n);
+    ckca__op_batchnorm_again(ctx, a->rows, a->c, a->x, &saved, a->residual ? out + n : NULL, NULL, out + n);
     for (i = 0; i < n && out[i] == out[n + i]; i++) {
     }
     CHECK(i == n, "%s: batch norm %dx%d made again differs at %d: %g, %g", ckca_device(ctx), (int)a->rows, a->c, (int)i,
           i < n ? (double)out[n + i] : 0.0, i < n ? (double)out[i] : 0.0);
+    if (a->residual) {
+        float *at_once = (float *)malloc((n + 4 * c) * sizeof *at_once), *stats = at_once + n;
+        memcpy(stats + 2 * c, a->running_mean, c * sizeof *stats);
+        memcpy(stats + 3 * c, a->running_var, c * sizeof *stats);
+        ckca__op_batchnorm_forward(ctx, a->rows, a->c, a->x, a->gamma, a->beta, stats + 2 * c, stats + 3 * c,
+                                   a->residual, &saved, a->relu, NULL, stats, stats + c, ws);
+        CHECK(!memcmp(stats, y + n, 4 * c * sizeof *stats), "%s: batch norm %dx%d: other statistics without y",
+              ckca_device(ctx), (int)a->rows, a->c);
+        ckca__op_batchnorm_again(ctx, a->rows, a->c, a->residual, &saved, NULL, NULL, other);
+        ckca__op_batchnorm_again(ctx, a->rows, a->c, a->x, &saved, other, NULL, other);
+        ckca__op_batchnorm_forward(ctx, a->rows, a->c, a->x, a->gamma, a->beta, stats + 2 * c, stats + 3 * c,
+                                   a->residual, &saved, a->relu, at_once, stats, stats + c, ws);
+        CHECK(!memcmp(at_once, other, n * sizeof *other), "%s: batch norm %dx%d: forward under a residual's norm",
+              ckca_device(ctx), (int)a->rows, a->c);
+        memcpy(at_once, a->residual, n * sizeof *at_once);
+        ckca__op_batchnorm_again(ctx, a->rows, a->c, a->x, &saved, at_once, &saved, at_once);
+        CHECK(!memcmp(at_once, other, n * sizeof *other), "%s: batch norm %dx%d: again under a residual's norm",
+              ckca_device(ctx), (int)a->rows, a->c);
+        free(at_once);
+    }
+    free(ws);
     free(y);
 }
 
@@ -301,7 +324,7 @@ static void test_norm_accuracy(void) {
             void *ws;
             if (!ctx) continue;
             ws = malloc(ckca__op_workspace(ctx, ROWS, C));
-            ckca__op_batchnorm_forward(ctx, ROWS, C, x, one, zero, rm, rv, NULL, 0, y, m, inv_std, ws);
+            ckca__op_batchnorm_forward(ctx, ROWS, C, x, one, zero, rm, rv, NULL, NULL, 0, y, m, inv_std, ws);
             for (j = 0; j < C; j++) {
                 double got = 1 / ((double)inv_std[j] * inv_std[j]) - 1e-5;
                 CHECK(fabs(got - var[j]) < 1e-3 * var[j], "batch norm on %s: variance %.9g, is %.9g", isa_names[isa],
@@ -502,10 +525,30 @@ typedef struct {
     size_t in, out;
 } pool;
 
+/* Max pooling of what a norm makes of x: the norm at once or before, to the same bits. */
+static void pool_norm(ckca_context *ctx, const pool *a) {
+    size_t c = (size_t)a->s.c, i;
+    int different = 0;
+    float *values = make(4 * c, 0.5, 1.5), *x = (float *)malloc(a->in * sizeof *x);
+    float *y = (float *)malloc(2 * a->out * sizeof *y);
+    unsigned char *at = (unsigned char *)malloc(2 * a->out);
+    const ckca__norm norm = {values, values + c, values + 2 * c, values + 3 * c, a->s.n % 2};
+    ckca__conv s = a->s;
+    ckca__op_batchnorm_again(ctx, a->in / c, a->s.c, a->x, &norm, NULL, NULL, x);
+    ckca__op_maxpool_forward(ctx, &s, x, y, at);
+    s.norm = &norm;
+    ckca__op_maxpool_forward(ctx, &s, a->x, y + a->out, at + a->out);
+    for (i = 0; i < a->out; i++) different += y[i] != y[i + a->out] || at[i] != at[i + a->out];
+    CHECK(!different, "%s: max pooling of %d channels under a norm: %d of %d differ", ckca_device(ctx), a->s.c,
+          different, (int)a->out);
+    free(values), free(x), free(y), free(at);
+}
+
 static void pool_forward(ckca_context *ctx, const void *args, float *out) {
     const pool *a = (const pool *)args;
     unsigned char *at = ctx->threads == 1 ? NULL : (unsigned char *)malloc(a->out); /* evaluation wants no at */
     if (a->kind == 0) ckca__op_maxpool_forward(ctx, &a->s, a->x, out, at);
+    if (a->kind == 0 && ckca__may_norm(ctx, &a->s)) pool_norm(ctx, a);
     if (a->kind == 1) ckca__op_avgpool_forward(ctx, a->s.n, a->s.h * a->s.w, a->s.c, a->x, out);
     if (a->kind == 2) ckca__op_subsample_forward(ctx, &a->s, a->x, out);
     free(at);
@@ -596,7 +639,7 @@ static void test_pools(void) {
 /* The first of equals wins; NaN wins over all, wherever it is; -inf is a value like any other. */
 static void test_maxpool_edges(void) {
     enum { C = 21 };
-    static const ckca__conv s = {1, 2, 2, C, C, 2, 2, 2, 0, 1, 1};
+    static const ckca__conv s = {1, 2, 2, C, C, 2, 2, 2, 0, 1, 1, NULL};
     int isa, i, where;
     for (isa = 0; isa < ISAS; isa++) {
         float x[4 * C], y[C], dx[4 * C], one[C];
@@ -1083,7 +1126,7 @@ static void test_torch(const char *path) {
     if (fread(file, 1, file_size, f) != file_size) file_size = 0;
     fclose(f);
     for (i = 0; i < 5; i++) {
-        ckca__conv s = {2, 9, 8, 3, 5, 0, 0, 0, 0, 0, 0};
+        ckca__conv s = {2, 9, 8, 3, 5, 0, 0, 0, 0, 0, 0, NULL};
         char name[20];
         float db[5] = {0};
         s.r = s.s = convs[i][0], s.stride = convs[i][1], s.pad = convs[i][2];
@@ -1101,7 +1144,7 @@ static void test_torch(const char *path) {
         ckca__release(any, ws);
     }
     {
-        ckca__conv as = {4, 1, 1, 6, 3, 1, 1, 1, 0, 1, 1};
+        ckca__conv as = {4, 1, 1, 6, 3, 1, 1, 1, 0, 1, 1, NULL};
         float db[3] = {0};
         ws = ckca__alloc(any, ckca__conv_workspace(any, &as));
         ckca__op_linear_forward(any, 4, 6, 3, torch("linear.x", NULL), torch("linear.w", NULL), torch("linear.b", NULL),
@@ -1117,16 +1160,17 @@ static void test_torch(const char *path) {
     }
     {
         float mean[5], inv_std[5], rm[5], rv[5], dgamma[5] = {0}, dbeta[5] = {0};
+        const ckca__norm norm = {mean, inv_std, torch("bn.gamma", NULL), torch("bn.beta", NULL), 1};
         memcpy(rm, torch("bn.mean0", NULL), sizeof rm);
         memcpy(rv, torch("bn.var0", NULL), sizeof rv);
         ws = ckca__alloc(any, ckca__op_workspace(any, 72, 5));
         ckca__op_batchnorm_forward(any, 72, 5, torch("bn.x", NULL), torch("bn.gamma", NULL), torch("bn.beta", NULL), rm,
-                                   rv, torch("bn.residual", NULL), 1, out, mean, inv_std, ws);
+                                   rv, torch("bn.residual", NULL), NULL, 1, out, mean, inv_std, ws);
         check_torch("bn.y", out, 2e-6);
         check_torch("bn.mean1", rm, 1e-6);
         check_torch("bn.var1", rv, 1e-6);
-        ckca__op_batchnorm_backward(any, 72, 5, torch("bn.x", NULL), out, torch("bn.dy", NULL), torch("bn.gamma", NULL),
-                                    torch("bn.beta", NULL), mean, inv_std, 1, dw, grad, 0, dgamma, dbeta, ws);
+        ckca__op_batchnorm_backward(any, 72, 5, torch("bn.x", NULL), out, torch("bn.dy", NULL), &norm, dw, grad, 0,
+                                    dgamma, dbeta, ws);
         check_torch("bn.d_x", dw, 5e-6);
         check_torch("bn.d_residual", grad, 1e-6);
         check_torch("bn.d_gamma", dgamma, 5e-6);
@@ -1137,7 +1181,7 @@ static void test_torch(const char *path) {
         ckca__release(any, ws);
     }
     {
-        ckca__conv s = {2, 9, 8, 4, 4, 3, 3, 2, 1, 5, 4};
+        ckca__conv s = {2, 9, 8, 4, 4, 3, 3, 2, 1, 5, 4, NULL};
         ckca__op_maxpool_forward(any, &s, torch("maxpool.x", NULL), out, at);
         check_torch("maxpool.y", out, 0);
         ckca__op_maxpool_backward(any, &s, torch("maxpool.dy", NULL), at, out, 0);
