@@ -284,8 +284,7 @@ static int winograd(const ckca_context *ctx, const ckca__conv *s) {
 #endif
 }
 
-/* The forward pass and the weight gradient of what a norm makes of x: the norm on the way in or before, to the same
-   bits. */
+/* The three passes where a norm makes the input out of x: on the way in or before, to the same bits. */
 static void test_norm(ckca_context *ctx, const ckca__conv *shape, int relu) {
     size_t count, c = (size_t)shape->c;
     float *values = guarded(4 * c), *ws, *x = guarded(x_count(shape));
@@ -303,15 +302,18 @@ static void test_norm(ckca_context *ctx, const ckca__conv *shape, int relu) {
     ws = guarded(count = ckca__conv_workspace(ctx, &s) / sizeof(float));
     ckca__op_conv_forward(ctx, &s, x, before.w, before.bias, NULL, 0, before.y, ws);
     ckca__op_conv_backward_weight(ctx, &s, x, before.dy, before.dw, NULL, ws);
+    ckca__op_conv_backward_data(ctx, &s, before.dy, before.w, before.dx, 0, ws);
     unguard(ws);
     s.norm = &norm;
     passes_create(&way, &s);
     ws = guarded(count = ckca__conv_workspace(ctx, &s) / sizeof(float));
     ckca__op_conv_forward(ctx, &s, way.x, way.w, way.bias, NULL, 0, way.y, ws);
     ckca__op_conv_backward_weight(ctx, &s, way.x, way.dy, way.dw, NULL, ws);
+    ckca__op_conv_backward_data(ctx, &s, way.dy, way.w, way.dx, 0, ws);
     CHECK(untouched(ws, count), "%s, isa %d: wrote beyond its scratch under a norm", describe(&s), (int)ctx->isa);
     CHECK(same(way.y, before.y, y_count(&s)), "%s, isa %d: y under a norm differs", describe(&s), (int)ctx->isa);
     CHECK(same(way.dw, before.dw, w_count(&s)), "%s, isa %d: dw under a norm differs", describe(&s), (int)ctx->isa);
+    CHECK(same(way.dx, before.dx, x_count(&s)), "%s, isa %d: dx under a norm differs", describe(&s), (int)ctx->isa);
     unguard(ws);
     passes_free(&way);
     passes_free(&before);
@@ -547,6 +549,8 @@ int main(void) {
         /* linear layers */
         {5, 1, 1, 64, 10, 1, 1, 1, 0}, {70, 1, 1, 33, 100, 1, 1, 1, 0}, {1, 1, 1, 20, 3, 1, 1, 1, 0},
         {300, 1, 1, 3, 2, 1, 1, 1, 0},
+        /* of whole vectors, without a border */
+        {2, 6, 7, 32, 20, 2, 2, 1, 0}, {2, 9, 8, 48, 7, 3, 3, 3, 0},
     };
     static const int winograds[][9] = {
         {16, 8, 8, 16, 16, 3, 3, 1, 1}, {4, 9, 11, 32, 48, 3, 3, 1, 1}, {4, 10, 12, 16, 32, 3, 3, 1, 0},

@@ -416,6 +416,16 @@ static ckca_model *knotty(ckca_context *ctx) {
         s = ckca_relu(m, ckca_add(m, s, r));
         x = ckca_relu(m, ckca_add(m, ckca_batchnorm(m, i ? "bn12" : "bn13", i ? r : s), i ? s : r));
     }
+    /* Batch norms whose only reader can normalise for itself: a convolution, a sum, max pooling. And one that has
+       two readers, and one whose output is wanted as a stage in one of the modes. */
+    y = conv(m, "conv15", ckca_relu(m, ckca_batchnorm(m, "bn14", conv(m, "conv14", x, 16, 3, 1, 1))), 16, 3, 1, 1);
+    z = ckca_relu(m, ckca_batchnorm(m, "bn16", conv(m, "conv16", x, 16, 1, 1, 0)));
+    x = ckca_relu(m, ckca_add(m, ckca_batchnorm(m, "bn15", y), z));
+    y = ckca_relu(m, ckca_batchnorm(m, "bn17", conv(m, "conv17", x, 16, 1, 1, 0)));
+    x = ckca_add(m, conv(m, "conv18", y, 16, 3, 1, 1), conv(m, "conv19", y, 16, 1, 1, 0));
+    y = ckca_batchnorm(m, "bn18", x);
+    ckca_stage(m, y);
+    x = ckca_relu(m, ckca_batchnorm(m, "bn19", conv(m, "conv20", y, 16, 1, 1, 0)));
     x = ckca_maxpool(m, x, 3, 2, 1);
     x = ckca_relu(m, ckca_batchnorm(m, "bn7", conv(m, "conv7", x, 16, 3, 1, 1)));
     x = ckca_linear(m, "fc", ckca_avgpool(m, x), 5);
@@ -458,8 +468,9 @@ static float *gradients_in(ckca_model *m, int mode, int n, const float *x, const
     return all;
 }
 
-/* A step gives the same gradients, bit by bit, whatever the plan keeps, makes again or overwrites. */
-static void test_plan(ckca_context *ctx, const char *net, int n, int size) {
+/* A step gives the same gradients, bit by bit, whatever the plan keeps, makes again or overwrites. merged: batch norms
+   that are; merged_sums: of these, those in sums (on the GPU there are no others). */
+static void test_plan(ckca_context *ctx, const char *net, int n, int size, int merged, int merged_sums) {
     static const int modes[] = {CKCA__TRAIN | CKCA__READABLE, CKCA__TRAIN, CKCA__TRAIN | CKCA__STAGES};
     ckca_model_desc desc;
     ckca_model *m;
@@ -487,6 +498,8 @@ static void test_plan(ckca_context *ctx, const char *net, int n, int size) {
           "%s: nothing is made again", net);
     for (j = 0; j < m->agains[CKCA__TRAIN]; j++) made += m->again[CKCA__TRAIN][j].in != j;
     CHECK(made || strcmp(net, "resnet50"), "%s: no output takes its residual's place", net);
+    for (j = made = 0; j < m->nodes; j++) made += m->node[j].merged[CKCA__TRAIN];
+    CHECK(made == (CKCA__DEVICE_IS_HOST ? merged : merged_sums), "%s: %d batch norms merged", net, made);
     for (mode = 0; mode < 3; mode++) free(all[mode]);
     free(x);
     free(dz);
@@ -536,12 +549,12 @@ int main(void) {
         ckca_free(ctx);
     }
     CHECK(ckca_init(&ctx, NULL) == CKCA_OK, "no context");
-    test_plan(ctx, "knotty", 6, 0);
-    test_plan(ctx, "resnet20", 4, 16);
-    test_plan(ctx, "resnet18", 2, 64);
-    test_plan(ctx, "resnet50", 2, 32);
-    test_plan_size(ctx, "resnet20", 32, 0.865e6);
-    test_plan_size(ctx, "resnet18", 224, 11.85e6);
+    test_plan(ctx, "knotty", 6, 0, 5, 2);
+    test_plan(ctx, "resnet20", 4, 16, 9, 0);
+    test_plan(ctx, "resnet18", 2, 64, 8 + 1 + 3, 3);
+    test_plan(ctx, "resnet50", 2, 32, 2 * 16 + 1 + 4, 4);
+    test_plan_size(ctx, "resnet20", 32, CKCA__DEVICE_IS_HOST ? 0.865e6 : 0.885e6);
+    test_plan_size(ctx, "resnet18", 224, CKCA__DEVICE_IS_HOST ? 11.85e6 : 11.95e6);
     test_plan_size(ctx, "resnet50", 224, 47.4e6);
     test_structure(ctx);
     test_initial(ctx, "resnet20", "bn2.weight", 0);
