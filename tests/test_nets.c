@@ -416,13 +416,22 @@ static ckca_model *knotty(ckca_context *ctx) {
         s = ckca_relu(m, ckca_add(m, s, r));
         x = ckca_relu(m, ckca_add(m, ckca_batchnorm(m, i ? "bn12" : "bn13", i ? r : s), i ? s : r));
     }
-    /* Batch norms whose only reader can normalise for itself: a convolution, a sum, max pooling. And one that has
-       two readers, and one whose output is wanted as a stage in one of the modes. */
+    /* Batch norms whose only reader can normalise for itself: a convolution, a sum; at last max pooling, and one whose
+       output is wanted as a stage in one of the modes. */
     y = conv(m, "conv15", ckca_relu(m, ckca_batchnorm(m, "bn14", conv(m, "conv14", x, 16, 3, 1, 1))), 16, 3, 1, 1);
     z = ckca_relu(m, ckca_batchnorm(m, "bn16", conv(m, "conv16", x, 16, 1, 1, 0)));
     x = ckca_relu(m, ckca_add(m, ckca_batchnorm(m, "bn15", y), z));
+    /* Two of what is made again, as in a network that normalises before its convolutions; each is the last to read it. */
+    z = conv(m, "conv22", x, 16, 1, 1, 0);
+    y = conv(m, "conv21", ckca_relu(m, ckca_batchnorm(m, "bn21", x)), 16, 3, 1, 1);
+    x = ckca_relu(m, ckca_add(m, ckca_batchnorm(m, "bn22", y), z));
+    z = ckca_batchnorm(m, "bn23", x);
+    y = ckca_relu(m, ckca_batchnorm(m, "bn24", conv(m, "conv23", x, 16, 3, 1, 1)));
+    x = ckca_relu(m, ckca_add(m, ckca_batchnorm(m, "bn25", conv(m, "conv24", y, 16, 1, 1, 0)), z));
+    /* Two that have to be run: for two readers, and for a sum without a batch norm. */
     y = ckca_relu(m, ckca_batchnorm(m, "bn17", conv(m, "conv17", x, 16, 1, 1, 0)));
-    x = ckca_add(m, conv(m, "conv18", y, 16, 3, 1, 1), conv(m, "conv19", y, 16, 1, 1, 0));
+    x = conv(m, "conv18", y, 16, 3, 1, 1);
+    x = ckca_add(m, x, ckca_relu(m, ckca_batchnorm(m, "bn26", conv(m, "conv19", y, 16, 1, 1, 0))));
     y = ckca_batchnorm(m, "bn18", x);
     ckca_stage(m, y);
     x = ckca_relu(m, ckca_batchnorm(m, "bn19", conv(m, "conv20", y, 16, 1, 1, 0)));
@@ -433,8 +442,10 @@ static ckca_model *knotty(ckca_context *ctx) {
     return m;
 }
 
-/* Gradients of every parameter after a step in a mode, from memory that is filled with NaN first. */
-static float *gradients_in(ckca_model *m, int mode, int n, const float *x, const float *dz, size_t *count) {
+/* Gradients of every parameter after a step in a mode, from memory that is filled with NaN first; and the sum of the
+   stages' outputs, where they are wanted. */
+static float *gradients_in(ckca_model *m, int mode, int n, const float *x, const float *dz, size_t *count,
+                           double *stages) {
     ckca_context *ctx = m->ctx;
     size_t floats, i;
     float *all, *nan;
@@ -450,6 +461,15 @@ static float *gradients_in(ckca_model *m, int mode, int n, const float *x, const
         float *input = ckca__input_buffer(m, n, mode);
         ckca__device_upload(ctx, input, x, (size_t)(n * m->height * m->width * m->channels) * sizeof *x);
         ckca__run_forward(m, n, mode, input);
+    }
+    for (j = 0, *stages = 0; j < m->nodes; j++) {
+        const size_t values = ckca__rows(&m->node[j], n) * (size_t)m->node[j].c;
+        float *out;
+        if (!m->node[j].stage || !(mode & (CKCA__STAGES | CKCA__READABLE))) continue;
+        out = (float *)malloc(values * sizeof *out);
+        ckca__device_download(ctx, out, ckca__value(m, j), values * sizeof *out);
+        for (i = 0; i < values; i++) *stages += out[i];
+        free(out);
     }
     ckca__clear_written(m);
     ckca__device_upload(ctx, ckca__grad(m, m->logits), dz, (size_t)(n * m->classes) * sizeof *dz);
@@ -475,6 +495,7 @@ static void test_plan(ckca_context *ctx, const char *net, int n, int size, int m
     ckca_model_desc desc;
     ckca_model *m;
     float *x, *dz, *all[3];
+    double stages[3];
     size_t count = 0, i, most = 0;
     int mode, made = 0, j;
     memset(&desc, 0, sizeof desc);
@@ -488,12 +509,13 @@ static void test_plan(ckca_context *ctx, const char *net, int n, int size, int m
     for (i = 0; i < (size_t)(n * m->height * m->width * 3); i++) x[i] = (float)draw(7, (int64_t)i);
     for (i = 0; i < (size_t)(n * 5); i++) dz[i] = (float)draw(8, (int64_t)i);
     for (mode = 0; mode < 3; mode++) {
-        all[mode] = gradients_in(m, modes[mode], n, x, dz, &count);
+        all[mode] = gradients_in(m, modes[mode], n, x, dz, &count, &stages[mode]);
         for (i = 0, most = 0; i < count; i++)
             if (!(all[mode][i] == all[0][i])) most++;
         CHECK(!most, "%s: %d of %d gradients in mode %d are not those of mode %d", net, (int)most, (int)count,
               modes[mode], modes[0]);
     }
+    CHECK(stages[2] == stages[0], "%s: its stages' outputs, added up: %g, not %g", net, stages[2], stages[0]);
     CHECK(m->plan_values[CKCA__TRAIN] < m->plan_values[CKCA__TRAIN | CKCA__READABLE] && m->agains[CKCA__TRAIN] > 0,
           "%s: nothing is made again", net);
     for (j = 0; j < m->agains[CKCA__TRAIN]; j++) made += m->again[CKCA__TRAIN][j].in != j;
@@ -549,7 +571,7 @@ int main(void) {
         ckca_free(ctx);
     }
     CHECK(ckca_init(&ctx, NULL) == CKCA_OK, "no context");
-    test_plan(ctx, "knotty", 6, 0, 5, 2);
+    test_plan(ctx, "knotty", 6, 0, 8, 3);
     test_plan(ctx, "resnet20", 4, 16, 9, 0);
     test_plan(ctx, "resnet18", 2, 64, 8 + 1 + 3, 3);
     test_plan(ctx, "resnet50", 2, 32, 2 * 16 + 1 + 4, 4);

@@ -125,12 +125,13 @@ static void norm_backward(ckca_context *ctx, const void *args, float *out) {
     free(ws);
 }
 /* out: y of the forward pass, then y made again in the place of the residual (or beside x): the same bits. So are they
-   if the residual goes through a norm, x's own, at once or before; and statistics do not depend on y's being wanted. */
+   if the residual goes through a norm of its own, at once or before; and statistics do not depend on y's being wanted. */
 static void norm_again(ckca_context *ctx, const void *args, float *out) {
     const norm *a = (const norm *)args;
     size_t n = a->rows * (size_t)a->c, c = (size_t)a->c, i;
     float *y = (float *)malloc((2 * n + 4 * c) * sizeof *y), *other = y + n + 4 * c;
     const ckca__norm saved = {y + n, y + n + c, a->gamma, a->beta, a->relu};
+    const ckca__norm residuals = {a->running_mean, a->running_var, a->beta, a->gamma, !a->relu};
     void *ws = malloc(ckca__op_workspace(ctx, a->rows, a->c));
     norm_forward(ctx, args, y);
     memcpy(out, y, n * sizeof *out);
@@ -145,17 +146,17 @@ static void norm_again(ckca_context *ctx, const void *args, float *out) {
         memcpy(stats + 2 * c, a->running_mean, c * sizeof *stats);
         memcpy(stats + 3 * c, a->running_var, c * sizeof *stats);
         ckca__op_batchnorm_forward(ctx, a->rows, a->c, a->x, a->gamma, a->beta, stats + 2 * c, stats + 3 * c,
-                                   a->residual, &saved, a->relu, NULL, stats, stats + c, ws);
+                                   a->residual, &residuals, a->relu, NULL, stats, stats + c, ws);
         CHECK(!memcmp(stats, y + n, 4 * c * sizeof *stats), "%s: batch norm %dx%d: other statistics without y",
               ckca_device(ctx), (int)a->rows, a->c);
-        ckca__op_batchnorm_again(ctx, a->rows, a->c, a->residual, &saved, NULL, NULL, other);
+        ckca__op_batchnorm_again(ctx, a->rows, a->c, a->residual, &residuals, NULL, NULL, other);
         ckca__op_batchnorm_again(ctx, a->rows, a->c, a->x, &saved, other, NULL, other);
         ckca__op_batchnorm_forward(ctx, a->rows, a->c, a->x, a->gamma, a->beta, stats + 2 * c, stats + 3 * c,
-                                   a->residual, &saved, a->relu, at_once, stats, stats + c, ws);
+                                   a->residual, &residuals, a->relu, at_once, stats, stats + c, ws);
         CHECK(!memcmp(at_once, other, n * sizeof *other), "%s: batch norm %dx%d: forward under a residual's norm",
               ckca_device(ctx), (int)a->rows, a->c);
         memcpy(at_once, a->residual, n * sizeof *at_once);
-        ckca__op_batchnorm_again(ctx, a->rows, a->c, a->x, &saved, at_once, &saved, at_once);
+        ckca__op_batchnorm_again(ctx, a->rows, a->c, a->x, &saved, at_once, &residuals, at_once);
         CHECK(!memcmp(at_once, other, n * sizeof *other), "%s: batch norm %dx%d: again under a residual's norm",
               ckca_device(ctx), (int)a->rows, a->c);
         free(at_once);
