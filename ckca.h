@@ -635,6 +635,17 @@ CKCA__OP void ckca__device_upload(ckca_context *ctx, void *device, const void *h
 CKCA__OP void ckca__device_download(ckca_context *ctx, void *host, const void *device, size_t bytes);
 CKCA__OP void ckca__device_copy(ckca_context *ctx, void *to, const void *from, size_t bytes);
 CKCA__OP void ckca__device_zero(ckca_context *ctx, void *device, size_t bytes);
+/* Bytes that are free. */
+CKCA__OP size_t ckca__device_room(const ckca_context *ctx);
+
+/* A stage is where what comes in a stream, batch by batch, is put together on the host while the device works on the
+   batch before: fill the memory that ckca__device_stage returns, then ckca__device_staged sends it to device, behind
+   all work that was asked for earlier, and returns at once. bytes: at most, at a time. open returns NULL where there is
+   no memory, stage where there was a failure. */
+CKCA__OP void *ckca__device_stage_open(ckca_context *ctx, size_t bytes);
+CKCA__OP void *ckca__device_stage(ckca_context *ctx, void *stage);
+CKCA__OP void ckca__device_staged(ckca_context *ctx, void *stage, void *device, size_t bytes);
+CKCA__OP void ckca__device_stage_close(ckca_context *ctx, void *stage);
 
 /* Scratch bytes that the three convolution passes of this shape need; and any other op on rows x c values. */
 CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *s);
@@ -738,10 +749,11 @@ CKCA__OP void ckca__op_clip(ckca_context *ctx, size_t count, const float *g, flo
 CKCA__OP void ckca__op_shrink_perturb(ckca_context *ctx, size_t count, float *w, const float *fresh, float shrink,
                                       float perturb);
 
-/* Pictures index[0..n) of a store (pixels: bytes, h x w x c each) to floats (n x h x w x c): augmented as a pure
-   function of (seed, *epoch, index), then (v / 255 - mean) / std per channel. Augmentation reads black (0) outside the
-   picture. augment may be NULL (then epoch too); it, mean and std (c values) are host memory. */
-CKCA__OP void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, const unsigned char *pixels,
+/* Pictures index[0..n) of a store (pixels: bytes, h x w x c each; gathered: of these n alone, in this order) to floats
+   (n x h x w x c): augmented as a pure function of (seed, *epoch, index), then (v / 255 - mean) / std per channel.
+   Augmentation reads black (0) outside the picture. augment may be NULL (then epoch too); it, mean and std (c values)
+   are host memory. */
+CKCA__OP void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, const unsigned char *pixels, int gathered,
                              const int *index, const ckca_augment *augment, uint64_t seed, const int *epoch,
                              const float *mean, const float *std, float *out);
 
@@ -1220,6 +1232,8 @@ CKCA_API const char *ckca_device(const ckca_context *ctx) { return ctx ? ctx->de
    for the same lines of L1, and are copied apart (8% faster).
    Weight gradient: 12 output channels x 32 source channels of a tap, pixels as the reduction, in regions of 256 pixels.
    Both sides are sorted into panels first, 12 or 32 channels of all pixels, which a tile reads in a row.
+   Where x has a norm (ckca__conv), it is normalised by whoever first moves it: into a copied region or list, into
+   panels, or to Winograd's points. That saves batch norm's write and the read after it.
    ------------------------------------------------------------------------------------------------------------------ */
 #if defined(CKCA_IMPLEMENTATION) && defined(CKCA__SIMD) && !defined(CKCA__CONV_TYPES)
 #define CKCA__CONV_TYPES
@@ -3294,6 +3308,19 @@ static void ckca__device_zero(ckca_context *ctx, void *device, size_t bytes) {
     (void)ctx;
     if (bytes) memset(device, 0, bytes);
 }
+static size_t ckca__device_room(const ckca_context *ctx) {
+    (void)ctx;
+    return SIZE_MAX;
+}
+static void *ckca__device_stage_open(ckca_context *ctx, size_t bytes) { return ckca__alloc(ctx, bytes); }
+static void *ckca__device_stage(ckca_context *ctx, void *stage) {
+    (void)ctx;
+    return stage;
+}
+static void ckca__device_staged(ckca_context *ctx, void *stage, void *device, size_t bytes) {
+    ckca__device_copy(ctx, device, stage, bytes);
+}
+static void ckca__device_stage_close(ckca_context *ctx, void *stage) { ckca__release(ctx, stage); }
 
 /* Long arrays are worked on in blocks whose number and size depend on the shape alone, never on the threads; sums are
    taken per block and then added in the blocks' order. */
@@ -3635,7 +3662,8 @@ static void ckca__batchnorm_backward_block(void *job, int task, int thread) {
 }
 #endif
 
-/* Passes over activations: 1 read for the statistics; 1 read, 1 write to apply them, 1 read of the residual. */
+/* Passes over activations: 1 read for the statistics; unless its reader does it, 1 read, 1 write to apply them, 1 read
+   of the residual. */
 static void ckca__op_batchnorm_forward(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
                                        const float *beta, float *running_mean, float *running_var,
                                        const float *residual, const ckca__norm *residual_norm, int relu, float *y,
@@ -4478,6 +4506,7 @@ static void ckca__augment_jitter(const ckca__framing *f, int area, int c, float 
 typedef struct ckca__batch {
     int h, w, c;
     const unsigned char *pixels;
+    int gathered;
     const int *index;
     const ckca_augment *augment;
     uint64_t seed;
@@ -4491,6 +4520,7 @@ static void ckca__batch_picture(void *job, int i, int thread) {
     const int h = a->h, w = a->w, c = a->c;
     const float *mean = a->mean, *std = a->std;
     size_t size = (size_t)h * (size_t)w * (size_t)c, at;
+    const unsigned char *pixels = a->pixels + (size_t)(a->gathered ? i : a->index[i]) * size;
     float *to = a->out + (size_t)i * size;
     ckca__framing f;
     int j, first, jitter = a->augment && a->augment->jitter > 0;
@@ -4504,7 +4534,7 @@ static void ckca__batch_picture(void *job, int i, int thread) {
             shift[j] = jitter ? 0 : -mean[first + j] / std[first + j];
         }
         (f.height == h && f.width == w ? ckca__augment_look : ckca__augment_enlarge)(
-            &f, h, w, c, m, a->pixels + (size_t)a->index[i] * size + first, scale, shift, to + first);
+            &f, h, w, c, m, pixels + first, scale, shift, to + first);
     }
     if (!jitter) return;
     ckca__augment_jitter(&f, h * w, c, to);
@@ -4512,10 +4542,10 @@ static void ckca__batch_picture(void *job, int i, int thread) {
         for (j = 0; j < c; j++) to[at + j] = (to[at + j] / 255 - mean[j]) / std[j];
 }
 
-static void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, const unsigned char *pixels,
+static void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, const unsigned char *pixels, int gathered,
                            const int *index, const ckca_augment *augment, uint64_t seed, const int *epoch,
                            const float *mean, const float *std, float *out) {
-    ckca__batch job = {h, w, c, pixels, index, augment, seed, epoch ? *epoch : 0, mean, std, out};
+    ckca__batch job = {h, w, c, pixels, gathered, index, augment, seed, epoch ? *epoch : 0, mean, std, out};
     ckca__parallel_over(ctx, (size_t)n * h * w * c, n, ckca__batch_picture, &job);
 }
 
@@ -4539,6 +4569,7 @@ typedef struct ckca__store {
     int count, height, width, channels, classes;
     unsigned char *pixels;   /* count x height x width x channels */
     unsigned char *resident; /* the same on the device, from the first batch on; on the host pixels itself */
+    int streams;             /* 1: the device has not the room for that: batches are sent one by one */
     int *labels;             /* count, each below classes */
     char **class_names;      /* classes */
 } ckca__store;
@@ -6390,6 +6421,9 @@ typedef struct ckca__small {
        here first. */
     void *host;
     size_t sent;
+    unsigned char *pixels; /* of a store that streams: the batch's pictures, in a block of their own, */
+    size_t pixel_bytes;
+    void *stage; /* and what they come by */
     float *lr;                     /* 1 */
     int *epoch;                    /* 1 */
     int *index, *position, *labels; /* n each: index is in the store, position in the data set */
@@ -6404,6 +6438,8 @@ typedef struct ckca__small {
 
 static void ckca__small_free(ckca_context *ctx, ckca__small *b) {
     ckca__device_release(ctx, b->block, b->bytes);
+    ckca__device_release(ctx, b->pixels, b->pixel_bytes);
+    if (b->stage) ckca__device_stage_close(ctx, b->stage);
     ckca__release(ctx, b->host);
     memset(b, 0, sizeof *b);
 }
@@ -6444,19 +6480,36 @@ static void *ckca__sent(const ckca__small *b, const void *device) {
     return (char *)b->host + ((const char *)device - (const char *)b->block);
 }
 
-/* The store's pictures on the device, once: they stay there as long as the store lives. */
-static ckca_status ckca__reside(ckca_context *ctx, ckca__store *store) {
+/* Readies batches of n of a store's pictures. The store goes to the device once and stays there as long as it lives, if
+   it takes no more than half of the room that is left (so reserve memory for models first); else its batches stream. */
+static ckca_status ckca__reside(ckca_context *ctx, ckca__store *store, int n, ckca__small *b) {
     const size_t bytes = ckca__store_bytes(store);
-    if (store->resident) return CKCA_OK;
-    if (CKCA__DEVICE_IS_HOST) {
-        store->resident = store->pixels;
-        return CKCA_OK;
+    if (CKCA__DEVICE_IS_HOST) store->resident = store->pixels;
+    if (!store->resident && !store->streams) {
+        if (bytes <= ckca__device_room(ctx) / 2) store->resident = (unsigned char *)ckca__device_alloc(ctx, bytes);
+        if (store->resident) ckca__device_upload(ctx, store->resident, store->pixels, bytes);
+        store->streams = !store->resident;
     }
-    store->resident = (unsigned char *)ckca__device_alloc(ctx, bytes);
-    if (!store->resident)
-        return ckca__fail(ctx, CKCA_ENOMEM, "out of memory for %.1f MB of pictures", (double)bytes * 1e-6);
-    ckca__device_upload(ctx, store->resident, store->pixels, bytes);
-    return CKCA_OK;
+    if (!store->streams) return CKCA_OK;
+    b->pixel_bytes = bytes / (size_t)store->count * (size_t)n;
+    b->pixels = (unsigned char *)ckca__device_alloc(ctx, b->pixel_bytes);
+    b->stage = ckca__device_stage_open(ctx, b->pixel_bytes);
+    if (b->pixels && b->stage) return CKCA_OK;
+    return ckca__fail(ctx, CKCA_ENOMEM, "out of memory for three times %d pictures, %.1f MB each time", n,
+                      (double)b->pixel_bytes * 1e-6);
+}
+
+typedef struct ckca__gather {
+    const ckca__store *store;
+    const int *index;
+    unsigned char *to;
+} ckca__gather;
+
+static void ckca__gather_picture(void *job, int i, int thread) {
+    const ckca__gather *a = (const ckca__gather *)job;
+    const size_t size = ckca__store_bytes(a->store) / (size_t)a->store->count;
+    (void)thread;
+    memcpy(a->to + (size_t)i * size, a->store->pixels + (size_t)a->index[i] * size, size);
 }
 
 /* Sends to the device what ckca__make_batch makes a batch of pictures position[0..n) of data from; reside first. */
@@ -6470,6 +6523,16 @@ static void ckca__send_batch(ckca_context *ctx, const ckca_data *data, const int
         index[i] = data->index[position[i]];
         labels[i] = data->store->labels[index[i]];
     }
+    if (b->stage) {
+        const size_t size = ckca__store_bytes(data->store) / (size_t)data->store->count;
+        ckca__gather job;
+        job.store = data->store;
+        job.index = index;
+        job.to = (unsigned char *)ckca__device_stage(ctx, b->stage);
+        if (!job.to) return;
+        ckca__parallel(ctx, n, ckca__gather_picture, &job);
+        ckca__device_staged(ctx, b->stage, b->pixels, (size_t)n * size);
+    }
     ckca__device_upload(ctx, b->block, b->host, b->sent);
 }
 
@@ -6477,8 +6540,9 @@ static void ckca__send_batch(ckca_context *ctx, const ckca_data *data, const int
 static void ckca__make_batch(const ckca_model *m, const ckca_data *data, int n, const ckca_augment *augment,
                              uint64_t seed, const ckca__small *b, float *input) {
     const ckca__store *store = data->store;
-    ckca__op_batch(m->ctx, n, store->height, store->width, store->channels, store->resident, b->index, augment, seed,
-                   b->epoch, m->normalization, m->normalization + m->channels, input);
+    ckca__op_batch(m->ctx, n, store->height, store->width, store->channels,
+                   store->streams ? b->pixels : store->resident, store->streams, b->index, augment, seed, b->epoch,
+                   m->normalization, m->normalization + m->channels, input);
 }
 
 /* Checks that data is for this model; takes class names and normalisation from it where the model has none. */
@@ -6538,7 +6602,7 @@ static ckca_status ckca__survey(ckca_model *m, const ckca_model *like, const ckc
     ckca__small b;
     ckca_status status = ckca__small_alloc(ctx, &b, batch, m->classes, 1);
     if (status) return status;
-    if (!(status = ckca__reside(ctx, data->store)) && !(status = ckca__reserve(m, batch, CKCA__EVALUATE))) {
+    if (!(status = ckca__reserve(m, batch, CKCA__EVALUATE)) && !(status = ckca__reside(ctx, data->store, batch, &b))) {
         position = (int *)ckca__alloc(ctx, (size_t)batch * sizeof(int));
         seen = (int *)ckca__alloc(ctx, (size_t)m->classes * 2 * sizeof(int));
         hit = (int *)ckca__alloc(ctx, hits);
@@ -6628,7 +6692,7 @@ CKCA_API ckca_status ckca_predict(ckca_model *m, const unsigned char *pixels, in
         const int count = n - first < batch ? n - first : batch;
         float *input = ckca__input_buffer(m, count, CKCA__EVALUATE);
         ckca__device_upload(m->ctx, device, pixels + (size_t)first * picture, (size_t)count * picture);
-        ckca__op_batch(m->ctx, count, m->height, m->width, m->channels, device, b.index, NULL, 0, NULL,
+        ckca__op_batch(m->ctx, count, m->height, m->width, m->channels, device, 1, b.index, NULL, 0, NULL,
                        m->normalization, m->normalization + m->channels, input);
         ckca__run_forward(m, count, CKCA__EVALUATE, input);
         ckca__op_softmax(m->ctx, count, m->classes, ckca__value(m, m->logits), b.zo);
@@ -6664,8 +6728,11 @@ CKCA_API ckca_status ckca_get_batch(ckca_model *m, const ckca_data *data, const 
         if (index[i] < 0 || index[i] >= data->count)
             return ckca__fail(m->ctx, CKCA_EINVAL, "batch: there is no picture %d (they are 0 to %d)", index[i],
                               data->count - 1);
-    if ((status = ckca__reside(m->ctx, data->store))) return status;
     if ((status = ckca__small_alloc(m->ctx, &b, n, 1, 1))) return status;
+    if ((status = ckca__reside(m->ctx, data->store, n, &b))) {
+        ckca__small_free(m->ctx, &b);
+        return status;
+    }
     device = (float *)ckca__device_alloc(m->ctx, ckca__mul((size_t)n, values * sizeof(float)));
     if (device) {
         ckca__send_batch(m->ctx, data, index, n, epoch, 0, &b);
@@ -7062,7 +7129,6 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
              ckca__small_alloc(u->ctx, &u->b, u->d.batch, m->classes,
                                u->teacher && u->teacher->features > m->features ? u->teacher->features : m->features)))
         return status;
-    if ((status = ckca__reside(u->ctx, u->data->store))) return status;
     if ((status = ckca__reserve(m, u->d.batch, u->mode))) return status;
     if (u->d.w_feat > 0) { /* RELATION's tables may need more room than the layers do */
         const int widest = u->teacher->features > m->features ? u->teacher->features : m->features;
@@ -7071,6 +7137,7 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
             return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for FeatReg on a batch of %d", u->d.batch);
     }
     if (u->teacher && (status = ckca__consult(u))) return status;
+    if ((status = ckca__reside(u->ctx, u->data->store, u->d.batch, &u->b))) return status;
     if (u->d.state) {
         if ((status = ckca__fingerprint(u)) || (status = ckca__state_load(u, &found))) return status;
         if (found) {

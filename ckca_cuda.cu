@@ -12,7 +12,7 @@
 
    CONTENTS, each a section under this name
        CONTEXT        stream, cuBLAS handle, errors that wait to be reported, launching
-       MEMORY         device memory, copies, recorded work (CUDA graphs)
+       MEMORY         device memory, copies, stages for what comes in a stream, recorded work (CUDA graphs)
        INSTRUCTIONS   the tensor cores' multiply-add and the roundings C++ has no name for
        GEMM           the one kernel behind the three passes of every convolution larger than 1 x 1
        CONVOLUTION    the ops that choose it, or cuBLAS
@@ -23,7 +23,8 @@
        PICTURES       bytes to augmented, normalised floats
 
    HOW KERNELS ARE LAID OUT
-       Everything runs in one stream, in order. Blocks are of 256 threads. Element-wise kernels are grids of at most 16
+       Everything runs in one stream, in order, but for the uploads of pictures that the GPU has no room to keep (see
+       stages). Blocks are of 256 threads. Element-wise kernels are grids of at most 16
        blocks a multiprocessor whose threads walk the array in strides; where channels matter the stride is a multiple
        of the channels, so that each thread meets one channel (or one float4 of channels) and loads its constants once.
        Sums are taken in two stages of fixed shape: a block sums its part in an order that depends on the sizes alone,
@@ -68,7 +69,7 @@ enum {
 };
 
 typedef struct ckca__cuda {
-    cudaStream_t stream;
+    cudaStream_t stream, copies; /* all work; what a stage sends, meanwhile */
     cublasHandle_t blas;
     void *blas_workspace;
     int blocks;                    /* of an element-wise kernel, at most */
@@ -115,6 +116,7 @@ CKCA__OP void ckca__device_free(ckca_context *ctx) {
     int i;
     if (!cuda) return;
     if (cuda->stream) cudaStreamSynchronize(cuda->stream);
+    if (cuda->copies) cudaStreamSynchronize(cuda->copies);
     if (cuda->blas) cublasDestroy(cuda->blas);
     for (i = 0; i < CKCA__SLOTS; i++) {
         if (cuda->sent[i]) cudaEventDestroy(cuda->sent[i]);
@@ -122,6 +124,7 @@ CKCA__OP void ckca__device_free(ckca_context *ctx) {
     }
     if (cuda->blas_workspace) cudaFree(cuda->blas_workspace);
     if (cuda->scratch) cudaFree(cuda->scratch);
+    if (cuda->copies) cudaStreamDestroy(cuda->copies);
     if (cuda->stream) cudaStreamDestroy(cuda->stream);
     free(cuda);
     ctx->cuda = NULL;
@@ -139,6 +142,7 @@ CKCA__OP ckca_status ckca__device_init(ckca_context *ctx) {
     if (!ok) return CKCA_ECUDA;
     if (ctx->precision != CKCA_FLOAT32 && gpu.major < 8) return CKCA_EINVAL; /* as an instruction set it lacks */
     ok = CKCA__CUDA(cuda, cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking)) &&
+         CKCA__CUDA(cuda, cudaStreamCreateWithFlags(&cuda->copies, cudaStreamNonBlocking)) &&
          CKCA__CUDA(cuda, cudaMalloc((void **)&cuda->scratch, sizeof *cuda->scratch)) &&
          CKCA__CUDA(cuda, cudaMalloc(&cuda->blas_workspace, CKCA__BLAS_BYTES)) &&
          CKCA__BLAS(cuda, cublasCreate(&cuda->blas)) && CKCA__BLAS(cuda, cublasSetStream(cuda->blas, cuda->stream)) &&
@@ -163,18 +167,22 @@ CKCA__OP ckca_status ckca__device_status(ckca_context *ctx) {
    MEMORY
    ------------------------------------------------------------------------------------------------------------------ */
 
+/* Having no memory is no reason for later calls to fail; any other failure is noted. */
+static int ckca__cuda_granted(ckca__cuda *cuda, const char *call, cudaError_t status) {
+    if (status == cudaSuccess) return 1;
+    cudaGetLastError();
+    if (status != cudaErrorMemoryAllocation && status != cudaErrorInvalidValue) ckca__cuda_check(cuda, call, status);
+    return 0;
+}
+
 CKCA__OP void *ckca__device_alloc(ckca_context *ctx, size_t bytes) {
     ckca__cuda *cuda = ckca__cuda_of(ctx);
     void *memory = NULL;
     size_t total;
-    cudaError_t status = cudaMalloc(&memory, bytes ? bytes : 1);
-    if (status == cudaSuccess) {
+    if (ckca__cuda_granted(cuda, "cudaMalloc", cudaMalloc(&memory, bytes ? bytes : 1))) {
         CKCA__CUDA(cuda, cudaMemsetAsync(memory, 0, bytes, cuda->stream));
         return memory;
     }
-    cudaGetLastError(); /* having no memory is no reason for later calls to fail */
-    if (status != cudaErrorMemoryAllocation && status != cudaErrorInvalidValue)
-        ckca__cuda_check(cuda, "cudaMalloc", status);
     ctx->refused = bytes;
     if (cudaMemGetInfo(&ctx->room, &total) != cudaSuccess) ctx->room = 0;
     return NULL;
@@ -219,6 +227,72 @@ CKCA__OP void ckca__device_copy(ckca_context *ctx, void *to, const void *from, s
 CKCA__OP void ckca__device_zero(ckca_context *ctx, void *device, size_t bytes) {
     ckca__cuda *cuda = ckca__cuda_of(ctx);
     if (bytes) CKCA__CUDA(cuda, cudaMemsetAsync(device, 0, bytes, cuda->stream));
+}
+
+CKCA__OP size_t ckca__device_room(const ckca_context *ctx) {
+    size_t room = 0, total;
+    return CKCA__CUDA(ckca__cuda_of(ctx), cudaMemGetInfo(&room, &total)) ? room : 0;
+}
+
+/* ---- stages ---- */
+
+/* Two buffers on either side, by turns: while one is filled on the host, the other's upload and the work on the batch
+   before that go on. Work finds its input where it always was, at the price of a copy on the device. */
+typedef struct ckca__stage {
+    size_t bytes;
+    char *host[2], *device[2];     /* pinned memory; where it is uploaded to */
+    cudaEvent_t sent[2], taken[2]; /* host's upload is through; device has been copied from */
+    int next;
+} ckca__stage;
+
+CKCA__OP void ckca__device_stage_close(ckca_context *ctx, void *stage) {
+    ckca__cuda *cuda = ckca__cuda_of(ctx);
+    ckca__stage *s = (ckca__stage *)stage;
+    int i;
+    CKCA__CUDA(cuda, cudaStreamSynchronize(cuda->copies));
+    CKCA__CUDA(cuda, cudaStreamSynchronize(cuda->stream));
+    for (i = 0; i < 2; i++) {
+        if (s->sent[i]) cudaEventDestroy(s->sent[i]);
+        if (s->taken[i]) cudaEventDestroy(s->taken[i]);
+        if (s->host[i]) cudaFreeHost(s->host[i]);
+        ckca__device_release(ctx, s->device[i], s->bytes);
+    }
+    free(s);
+}
+
+CKCA__OP void *ckca__device_stage_open(ckca_context *ctx, size_t bytes) {
+    ckca__cuda *cuda = ckca__cuda_of(ctx);
+    ckca__stage *s = (ckca__stage *)calloc(1, sizeof *s);
+    int i, ok = s != NULL;
+    if (!ok) return NULL;
+    s->bytes = bytes;
+    for (i = 0; ok && i < 2; i++)
+        ok = (s->device[i] = (char *)ckca__device_alloc(ctx, bytes)) != NULL &&
+             ckca__cuda_granted(cuda, "cudaMallocHost", cudaMallocHost((void **)&s->host[i], bytes)) &&
+             CKCA__CUDA(cuda, cudaEventCreateWithFlags(&s->sent[i], cudaEventDisableTiming)) &&
+             CKCA__CUDA(cuda, cudaEventCreateWithFlags(&s->taken[i], cudaEventDisableTiming));
+    /* The buffers are zeroed in one stream and written to in the other. */
+    if (ok && CKCA__CUDA(cuda, cudaStreamSynchronize(cuda->stream))) return s;
+    ckca__device_stage_close(ctx, s);
+    return NULL;
+}
+
+CKCA__OP void *ckca__device_stage(ckca_context *ctx, void *stage) {
+    const ckca__stage *s = (const ckca__stage *)stage;
+    return CKCA__CUDA(ckca__cuda_of(ctx), cudaEventSynchronize(s->sent[s->next])) ? s->host[s->next] : NULL;
+}
+
+CKCA__OP void ckca__device_staged(ckca_context *ctx, void *stage, void *device, size_t bytes) {
+    ckca__cuda *cuda = ckca__cuda_of(ctx);
+    ckca__stage *s = (ckca__stage *)stage;
+    const int i = s->next;
+    s->next = 1 - i;
+    CKCA__CUDA(cuda, cudaStreamWaitEvent(cuda->copies, s->taken[i], 0));
+    CKCA__CUDA(cuda, cudaMemcpyAsync(s->device[i], s->host[i], bytes, cudaMemcpyHostToDevice, cuda->copies));
+    CKCA__CUDA(cuda, cudaEventRecord(s->sent[i], cuda->copies));
+    CKCA__CUDA(cuda, cudaStreamWaitEvent(cuda->stream, s->sent[i], 0));
+    CKCA__CUDA(cuda, cudaMemcpyAsync(device, s->device[i], bytes, cudaMemcpyDeviceToDevice, cuda->stream));
+    CKCA__CUDA(cuda, cudaEventRecord(s->taken[i], cuda->stream));
 }
 
 /* ---- recorded work ---- */
@@ -1777,6 +1851,7 @@ enum { CKCA__PICTURE_CHANNELS = 8 };
 typedef struct ckca__pictures {
     int h, w, c, first, channels; /* channels first, ... of c */
     const unsigned char *pixels;
+    int gathered;
     const int *index, *epoch;
     int augmented;
     ckca_augment augment;
@@ -1812,7 +1887,7 @@ __device__ void ckca__look(const ckca__pictures &p, const ckca__framing &f, cons
 __global__ void ckca__pictures_kernel(ckca__pictures p) {
     __shared__ ckca__framing framing;
     const int picture = p.index[blockIdx.x], area = p.h * p.w;
-    const unsigned char *pixels = p.pixels + (size_t)picture * area * p.c;
+    const unsigned char *pixels = p.pixels + (size_t)(p.gathered ? (int)blockIdx.x : picture) * area * p.c;
     float *out = p.out + (size_t)blockIdx.x * area * p.c + p.first;
     const int jitter = p.augmented && p.augment.jitter > 0;
     float mean = 0;
@@ -1847,7 +1922,7 @@ __global__ void ckca__pictures_kernel(ckca__pictures p) {
     }
 }
 
-CKCA__OP void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, const unsigned char *pixels,
+CKCA__OP void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, const unsigned char *pixels, int gathered,
                              const int *index, const ckca_augment *augment, uint64_t seed, const int *epoch,
                              const float *mean, const float *std, float *out) {
     ckca__pictures p = {};
@@ -1855,6 +1930,7 @@ CKCA__OP void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, cons
     p.w = w;
     p.c = c;
     p.pixels = pixels;
+    p.gathered = gathered;
     p.index = index;
     p.epoch = epoch;
     p.seed = seed;

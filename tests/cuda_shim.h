@@ -17,11 +17,13 @@
 #endif
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <map>
 #include <tuple>
@@ -67,10 +69,11 @@ static inline float __uint_as_float(unsigned u) {
 }
 static inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
 
-/* What a test can ask for: the memory the "GPU" has, and the failure of a call (0: none, 1: the next one, ...). */
+/* What a test can ask for: the memory the "GPU" has; the failure of a call (0: none, 1: the next one, ...); streams that
+   put off what they are given until somebody waits for it (bit 0: of each context the first one, bit 1: the second). */
 extern "C" {
 size_t cuda_shim_memory = (size_t)1 << 30;
-int cuda_shim_fail = 0;
+int cuda_shim_fail = 0, cuda_shim_lazy = 0;
 long cuda_shim_launches = 0, cuda_shim_replays = 0, cuda_shim_waits = 0;
 }
 
@@ -241,14 +244,42 @@ template <class T> static void check_argument(const T &v) {
 typedef std::vector<std::function<void()>> graph;
 static graph *capturing;
 
-static void submit(std::function<void()> work) {
+struct stream {
+    std::deque<std::function<void()>> queue;
+    long submitted, done;
+    size_t number;
+};
+struct event {
+    stream *of; /* nullptr: not recorded yet */
+    long at;    /* submitted by then */
+};
+static std::vector<stream *> streams;
+
+/* Runs what a stream was given, up to a moment. */
+static void catch_up(stream *s, long until) {
+    while (s->done < until) {
+        const std::function<void()> work = std::move(s->queue.front());
+        s->queue.pop_front();
+        s->done++;
+        open_arena();
+        work();
+        close_arena();
+    }
+}
+
+static void submit(stream *s, std::function<void()> work) {
     if (capturing) {
         capturing->push_back(std::move(work));
         return;
     }
-    open_arena();
-    work();
-    close_arena();
+    s->queue.push_back(std::move(work));
+    s->submitted++;
+    if (!(cuda_shim_lazy >> s->number % 2 & 1)) catch_up(s, s->submitted);
+}
+
+/* What frees memory waits for all. */
+static void finish_all() {
+    for (stream *s : streams) catch_up(s, s->submitted);
 }
 
 } // namespace shim
@@ -263,8 +294,8 @@ enum {
 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaStreamCaptureModeThreadLocal = 1 };
-typedef struct shim_stream *cudaStream_t;
-typedef struct shim_event *cudaEvent_t;
+typedef shim::stream *cudaStream_t;
+typedef shim::event *cudaEvent_t;
 typedef shim::graph *cudaGraph_t, *cudaGraphExec_t;
 struct cudaDeviceProp {
     char name[256];
@@ -336,6 +367,7 @@ template <class T> static cudaError_t cudaMalloc(T **memory, size_t bytes) {
 static cudaError_t cudaFree(void *memory) {
     using namespace shim;
     SHIM_CALL();
+    finish_all();
     auto b = blocks.find((size_t)((char *)memory - arena));
     if (b == blocks.end()) {
         fprintf(stderr, "cuda_shim: cudaFree of what cudaMalloc did not give\n");
@@ -350,12 +382,16 @@ static cudaError_t cudaFree(void *memory) {
     blocks.erase(b);
     return cudaSuccess;
 }
+static std::map<char *, size_t> shim_pinned;
 static cudaError_t cudaMallocHost(void **memory, size_t bytes) {
     SHIM_CALL();
-    *memory = malloc(bytes);
+    *memory = malloc(bytes ? bytes : 1);
+    shim_pinned[(char *)*memory] = bytes;
     return cudaSuccess;
 }
 static cudaError_t cudaFreeHost(void *memory) {
+    shim::finish_all();
+    shim_pinned.erase((char *)memory);
     free(memory);
     return cudaSuccess;
 }
@@ -365,7 +401,7 @@ static cudaError_t cudaMemGetInfo(size_t *room, size_t *total) {
     *room = cuda_shim_memory - (shim::in_use < cuda_shim_memory ? shim::in_use : cuda_shim_memory);
     return cudaSuccess;
 }
-static cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+static cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t s) {
     using namespace shim;
     SHIM_CALL();
     if (on_device(to) != (kind != cudaMemcpyDeviceToHost) || on_device(from) != (kind != cudaMemcpyHostToDevice)) {
@@ -373,45 +409,64 @@ static cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cud
         abort();
     }
     if (capturing && kind != cudaMemcpyDeviceToDevice) return shim_last = cudaErrorStreamCaptureUnsupported;
-    submit([=] { memcpy(to, from, bytes); });
+    auto pinned = shim_pinned.upper_bound((char *)(uintptr_t)from);
+    if (kind == cudaMemcpyHostToDevice &&
+        (pinned == shim_pinned.begin() || (--pinned, (const char *)from >= pinned->first + pinned->second))) {
+        const std::vector<char> copy((const char *)from, (const char *)from + bytes); /* the driver takes one at once */
+        submit(s, [=] { memcpy(to, copy.data(), bytes); });
+    } else
+        submit(s, [=] { memcpy(to, from, bytes); });
     return cudaSuccess;
 }
-static cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t) {
+static cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t s) {
     SHIM_CALL();
-    if (bytes) shim::submit([=] { memset(to, value, bytes); });
+    if (bytes) shim::submit(s, [=] { memset(to, value, bytes); });
     return cudaSuccess;
 }
 static cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, int) {
     SHIM_CALL();
-    *stream = (cudaStream_t)malloc(1);
+    *stream = new shim::stream{{}, 0, 0, shim::streams.size()};
+    shim::streams.push_back(*stream);
     return cudaSuccess;
 }
 static cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-    free(stream);
+    shim::finish_all();
+    shim::streams.erase(std::find(shim::streams.begin(), shim::streams.end(), stream));
+    delete stream;
     return cudaSuccess;
 }
-static cudaError_t cudaStreamSynchronize(cudaStream_t) {
+static cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
     SHIM_CALL();
     if (shim::capturing) return shim_last = cudaErrorStreamCaptureUnsupported;
+    shim::catch_up(stream, stream->submitted);
     cuda_shim_waits++;
+    return cudaSuccess;
+}
+static cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t e, unsigned) {
+    const shim::event event = *e;
+    SHIM_CALL();
+    if (event.of) shim::submit(stream, [=] { shim::catch_up(event.of, event.at); });
     return cudaSuccess;
 }
 static cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, int) {
     SHIM_CALL();
-    *event = (cudaEvent_t)malloc(1);
+    *event = new shim::event{nullptr, 0};
     return cudaSuccess;
 }
 static cudaError_t cudaEventDestroy(cudaEvent_t event) {
-    free(event);
+    delete event;
     return cudaSuccess;
 }
-static cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) {
+static cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     SHIM_CALL();
+    *event = shim::event{stream, stream->submitted};
     return cudaSuccess;
 }
-static cudaError_t cudaEventSynchronize(cudaEvent_t) {
+static cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     SHIM_CALL();
-    return shim::capturing ? shim_last = cudaErrorStreamCaptureUnsupported : cudaSuccess;
+    if (shim::capturing) return shim_last = cudaErrorStreamCaptureUnsupported;
+    if (event->of) shim::catch_up(event->of, event->at);
+    return cudaSuccess;
 }
 static cudaError_t cudaStreamBeginCapture(cudaStream_t, int) {
     SHIM_CALL();
@@ -433,12 +488,10 @@ static cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph
     *exec = new shim::graph(*graph);
     return cudaSuccess;
 }
-static cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
+static cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
     SHIM_CALL();
     cuda_shim_replays++;
-    shim::open_arena();
-    for (auto &work : *exec) work();
-    shim::close_arena();
+    for (auto &work : *exec) shim::submit(stream, work);
     return cudaSuccess;
 }
 static cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
@@ -457,18 +510,19 @@ static cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
 #define gridDim (shim::block_count)
 static const dim3 blockDim(shim::THREADS);
 
-template <class... P, class... A> static void shim_launch(void (*kernel)(P...), dim3 grid, A... arguments) {
+template <class... P, class... A>
+static void shim_launch(cudaStream_t stream, void (*kernel)(P...), dim3 grid, A... arguments) {
     std::tuple<P...> values(arguments...);
     std::apply([](const auto &...v) { (shim::check_argument(v), ...); }, values);
     cuda_shim_launches++;
-    shim::submit([=] { shim::run(grid, [&] { std::apply(kernel, values); }); });
+    shim::submit(stream, [=] { shim::run(grid, [&] { std::apply(kernel, values); }); });
 }
 #define CKCA__LAUNCH(ctx, kernel, grid, ...)                               \
     do {                                                                   \
         if (shim_fails())                                                  \
             shim_last = cudaErrorUnknown;                                  \
         else                                                               \
-            shim_launch(kernel, grid, __VA_ARGS__);                        \
+            shim_launch(ckca__cuda_of(ctx)->stream, kernel, grid, __VA_ARGS__); \
         ckca__cuda_check(ckca__cuda_of(ctx), #kernel, cudaGetLastError()); \
     } while (0)
 
@@ -526,7 +580,7 @@ static void ckca__mma_bf16(float *c, const unsigned *a, const unsigned *b) { shi
 
 /* ---- cuBLAS ---- */
 
-typedef struct shim_blas *cublasHandle_t;
+typedef cudaStream_t *cublasHandle_t;
 typedef int cublasStatus_t;
 enum { CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_EXECUTION_FAILED = 13 };
 enum cublasOperation_t { CUBLAS_OP_N, CUBLAS_OP_T };
@@ -537,17 +591,20 @@ static cublasStatus_t shim_blas_call() { return shim_fails() ? CUBLAS_STATUS_EXE
 static cublasStatus_t cublasCreate(cublasHandle_t *blas) {
     *blas = nullptr;
     if (shim_blas_call()) return CUBLAS_STATUS_EXECUTION_FAILED;
-    *blas = (cublasHandle_t)malloc(1);
+    *blas = new cudaStream_t();
     return CUBLAS_STATUS_SUCCESS;
 }
 static cublasStatus_t cublasDestroy(cublasHandle_t blas) {
-    free(blas);
+    delete blas;
     return CUBLAS_STATUS_SUCCESS;
 }
-static cublasStatus_t cublasSetStream(cublasHandle_t, cudaStream_t) { return shim_blas_call(); }
+static cublasStatus_t cublasSetStream(cublasHandle_t blas, cudaStream_t stream) {
+    *blas = stream;
+    return shim_blas_call();
+}
 static cublasStatus_t cublasSetWorkspace(cublasHandle_t, void *, size_t) { return shim_blas_call(); }
 /* c (m x n) = alpha op(a) (m x k) op(b) (k x n) + beta c, column by column. */
-static cublasStatus_t cublasGemmEx(cublasHandle_t, cublasOperation_t turn_a, cublasOperation_t turn_b, int m, int n,
+static cublasStatus_t cublasGemmEx(cublasHandle_t blas, cublasOperation_t turn_a, cublasOperation_t turn_b, int m, int n,
                                    int k, const float *alpha, const void *a_, int, int lda, const void *b_, int,
                                    int ldb, const float *beta, void *c_, int, int ldc, cublasComputeType_t compute,
                                    int) {
@@ -555,7 +612,7 @@ static cublasStatus_t cublasGemmEx(cublasHandle_t, cublasOperation_t turn_a, cub
     const float one = *alpha, add = *beta, *a = (const float *)a_, *b = (const float *)b_;
     float *c = (float *)c_;
     shim::check_argument(a), shim::check_argument(b), shim::check_argument(c);
-    shim::submit([=] {
+    shim::submit(*blas, [=] {
         const auto round = [=](float v) {
             return compute == CUBLAS_COMPUTE_32F             ? v
                    : compute == CUBLAS_COMPUTE_32F_FAST_TF32 ? __uint_as_float(ckca__to_tf32(v))

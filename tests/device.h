@@ -247,13 +247,13 @@ static void device_shrink_perturb(ckca_context *ctx, size_t count, float *w, con
     ckca__op_shrink_perturb(ctx, count, FO(w, count), FI(fresh, count), shrink, perturb);
     device_done(ctx, "shrink_perturb");
 }
-static void device_batch(ckca_context *ctx, int n, int h, int w, int c, const unsigned char *pixels, const int *index,
-                         const ckca_augment *augment, uint64_t seed, const int *epoch, const float *mean,
-                         const float *std, float *out) {
-    int i, pictures = 0;
-    for (i = 0; i < n; i++) pictures = index[i] >= pictures ? index[i] + 1 : pictures;
+static void device_batch(ckca_context *ctx, int n, int h, int w, int c, const unsigned char *pixels, int gathered,
+                         const int *index, const ckca_augment *augment, uint64_t seed, const int *epoch,
+                         const float *mean, const float *std, float *out) {
+    int i, pictures = gathered ? n : 0;
+    for (i = 0; i < n && !gathered; i++) pictures = index[i] >= pictures ? index[i] + 1 : pictures;
     ckca__op_batch(ctx, n, h, w, c, (const unsigned char *)device_in(ctx, pixels, (size_t)(pictures * h * w * c)),
-                   II(index, n), augment, seed, II(epoch, 1), mean, std, FO(out, n * h * w * c));
+                   gathered, II(index, n), augment, seed, II(epoch, 1), mean, std, FO(out, n * h * w * c));
     device_done(ctx, "batch");
 }
 #undef FI

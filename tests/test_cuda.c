@@ -1,8 +1,8 @@
 /* test_cuda.c: what only the GPU path has. Without CKCA_CUDA: that it is refused in words. With it, on a device or on
    the shim: TF32 and BF16 convolutions against the naive twins on factors that these formats hold exactly, so that
    nothing but the order of sums may differ; recorded steps against steps that run as they come; ops that no other test
-   calls. On the shim also: every call of CUDA failing in turn; device memory running out; no waiting inside an epoch.
-   */
+   calls; training on pictures that come in a stream. On the shim also: every call of CUDA failing in turn; device memory
+   running out; no waiting inside an epoch; streams that run behind, each for itself. */
 #define CKCA_IMPLEMENTATION
 #include "ckca.h"
 #include "test.h"
@@ -24,7 +24,7 @@ int main(void) {
 
 #ifdef CKCA_CUDA_SHIM
 extern size_t cuda_shim_memory;
-extern int cuda_shim_fail;
+extern int cuda_shim_fail, cuda_shim_lazy;
 extern long cuda_shim_launches, cuda_shim_replays, cuda_shim_waits;
 #endif
 
@@ -315,6 +315,79 @@ static void test_recording(ckca_context *ctx) {
     ckca_data_free(data);
 }
 
+/* Pictures that the device has no room for come batch by batch: the same bits, and an epoch still waits only once. On
+   the shim whatever may run late does. */
+static void test_streaming(ckca_context *ctx) {
+    int lazy;
+    for (lazy = 0; lazy < 4; lazy++) {
+        ckca_data *resident = pictures(ctx), *streaming = pictures(ctx);
+        ckca_model *a = net(ctx), *b = net(ctx);
+        ckca_update_desc d = recipe();
+        ckca_score one, other;
+        static const int index[5] = {39, 3, 3, 17, 0};
+        const size_t batch = 5 * SIZE * SIZE * 3;
+        float *x, *y, *made = (float *)malloc(2 * batch * sizeof *made);
+        int update;
+        streaming->store->streams = 1;
+#ifdef CKCA_CUDA_SHIM
+        cuda_shim_lazy = lazy;
+#else
+        if (lazy) break;
+#endif
+        for (update = 0; update < 2; update++) {
+#ifdef CKCA_CUDA_SHIM
+            long waits;
+#endif
+            CHECK(!ckca_update(a, resident, &d, NULL), "resident: %s", ckca_error(ctx));
+#ifdef CKCA_CUDA_SHIM
+            waits = cuda_shim_waits;
+#endif
+            CHECK(!ckca_update(b, streaming, &d, NULL), "streaming: %s", ckca_error(ctx));
+#ifdef CKCA_CUDA_SHIM
+            waits = cuda_shim_waits - waits;
+            CHECK(waits <= 4 + 14, "update %d on a stream waits %ld times for the device", update, waits);
+#endif
+        }
+        CHECK(resident->store->resident && !streaming->store->resident, "which pictures are on the device");
+        x = weights(a), y = weights(b);
+        CHECK(!memcmp(x, y, a->all * sizeof *x), "late streams %d: training on a stream gives other weights", lazy);
+        CHECK(!ckca_evaluate(a, resident, &one, NULL) && !ckca_evaluate(a, streaming, &other, NULL) &&
+                  one.loss == other.loss && one.top1 == other.top1,
+              "late streams %d: evaluated on a stream: loss %g, not %g", lazy, other.loss, one.loss);
+        CHECK(!ckca_get_batch(a, resident, index, 5, &d.augment, 4, 1, made, NULL) &&
+                  !ckca_get_batch(a, streaming, index, 5, &d.augment, 4, 1, made + batch, NULL) &&
+                  !memcmp(made, made + batch, batch * sizeof *made),
+              "late streams %d: a batch from a stream differs", lazy);
+        free(x), free(y), free(made);
+        ckca_model_free(a), ckca_model_free(b);
+        ckca_data_free(resident), ckca_data_free(streaming);
+    }
+#ifdef CKCA_CUDA_SHIM
+    cuda_shim_lazy = 0;
+    { /* and it is the room that decides */
+        enum { MANY = 30000 };
+        ckca_array array;
+        ckca_data *many = NULL, *few = NULL;
+        ckca_model *m = net(ctx);
+        int index[COUNT], i;
+        memset(&array, 0, sizeof array);
+        array.pixels = (unsigned char *)calloc(MANY, SIZE * SIZE * 3);
+        array.labels = (int *)calloc(MANY, sizeof(int));
+        array.count = MANY, array.height = array.width = SIZE, array.channels = 3, array.classes = CLASSES;
+        ckca_open_array(ctx, &many, &array, NULL);
+        for (i = 0; i < COUNT; i++) index[i] = i * (MANY / COUNT);
+        ckca_subset(&few, many, index, COUNT);
+        cuda_shim_memory -= ckca__device_room(ctx) - ((size_t)9 << 20); /* the pictures take 5.8 MB */
+        CHECK(!ckca_evaluate(m, few, NULL, NULL), "evaluated in little memory: %s", ckca_error(ctx));
+        CHECK(many->store->streams, "5.8 of 9 MB are taken for pictures");
+        cuda_shim_memory = (size_t)1 << 30;
+        ckca_model_free(m);
+        ckca_data_free(many), ckca_data_free(few);
+        free((void *)(uintptr_t)array.pixels), free((void *)(uintptr_t)array.labels);
+    }
+#endif
+}
+
 /* The same training in every precision: losses near each other, and finite. */
 static void test_precisions(void) {
     double loss[3] = {0, 0, 0};
@@ -373,7 +446,7 @@ static void test_memory(ckca_context *ctx) {
 
 #ifdef CKCA_CUDA_SHIM
 /* Every call in turn fails: what comes back is a status with a sentence that names the call; nothing is left behind. */
-static void test_failures(void) {
+static void test_failures(int streams) {
     int k, failed = 0, silent = 0, done = 0;
     for (k = 1; !done && k < 100000; k += 1 + k / 80) {
         ckca_context *ctx = NULL;
@@ -386,6 +459,7 @@ static void test_failures(void) {
         cuda_shim_fail = k;
         status = ckca_init(&ctx, NULL);
         if (!status) data = pictures(ctx), m = net(ctx);
+        if (data) data->store->streams = streams;
         if (!status && m) status = ckca_update(m, data, &d, NULL);
         if (!status && m) status = ckca_update(m, data, &d, NULL);
         if (!status && m) status = ckca_evaluate(m, data, &score, NULL);
@@ -424,12 +498,14 @@ int main(void) {
         test_nan(ctx);
         test_small_ops(ctx);
         test_recording(ctx);
+        test_streaming(ctx);
         test_memory(ctx);
         ckca_free(ctx);
     }
     test_precisions();
 #ifdef CKCA_CUDA_SHIM
-    test_failures();
+    test_failures(0);
+    test_failures(1);
 #endif
     return test_summary();
 }

@@ -909,8 +909,18 @@ typedef struct {
 } batch;
 static void batch_run(ckca_context *ctx, const void *args, float *out) {
     const batch *a = (const batch *)args;
-    ckca__op_batch(ctx, a->n, a->h, a->w, a->c, a->pixels, a->index, a->augment, a->seed, &a->epoch, a->mean, a->std,
-                   out);
+    const size_t size = (size_t)(a->h * a->w * a->c), all = (size_t)a->n * size;
+    unsigned char *pixels = (unsigned char *)malloc(all);
+    float *gathered = (float *)malloc(all * sizeof *gathered);
+    int i;
+    for (i = 0; i < a->n; i++) memcpy(pixels + (size_t)i * size, a->pixels + (size_t)a->index[i] * size, size);
+    ckca__op_batch(ctx, a->n, a->h, a->w, a->c, pixels, 1, a->index, a->augment, a->seed, &a->epoch, a->mean, a->std,
+                   gathered);
+    ckca__op_batch(ctx, a->n, a->h, a->w, a->c, a->pixels, 0, a->index, a->augment, a->seed, &a->epoch, a->mean,
+                   a->std, out);
+    CHECK(!memcmp(out, gathered, all * sizeof *out), "%s: a batch of gathered pictures differs", ckca_device(ctx));
+    free(pixels);
+    free(gathered);
 }
 
 /* A second telling of what augmentation does with the draws that ckca__augment_framing made. */
