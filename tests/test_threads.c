@@ -1,5 +1,6 @@
-/* test_threads.c: ckca__parallel runs each task once, with thread numbers that are each running task's own; it waits
-   for claimed tasks and for nothing else; workers do come; contexts of several threads do not meddle with each other; what
+/* test_threads.c: ckca__parallel runs each task once, with thread numbers that are each running task's own; threads go
+   through their own runs of tasks, in order, then help others from the far end; it waits for claimed tasks and for
+   nothing else; workers do come; contexts of several threads do not meddle with each other; what
    contexts take is given back; a forked child can go on; too few threads will do. */
 #ifndef CKCA_NO_THREADS
 #include <pthread.h>
@@ -158,6 +159,80 @@ static void test_lingering(void) {
         watch_unlock();
     }
     CHECK(!early, "%d of 20 calls returned before their last task ended", early);
+    ckca_free(ctx);
+}
+
+/* Who ran what, in which order. In step: a task ends when every thread has come to its task of the same place in its
+   order, so that none gets ahead and helps. Otherwise the worker stays in its first task until all others are done. */
+typedef struct order {
+    int threads, tasks, in_step, failed, begun, done;
+    int ran[3], task[3][16];
+} order;
+
+static void keep_order(void *job, int task, int thread) {
+    order *o = (order *)job;
+    struct timespec end;
+    clock_gettime(CLOCK_REALTIME, &end);
+    end.tv_sec += 20;
+    watch_lock();
+    o->task[thread][o->ran[thread]++] = task;
+    o->begun++;
+    pthread_cond_broadcast(&arrival);
+    while (!o->failed && (o->in_step ? o->begun < o->threads * o->ran[thread]
+                                     : thread ? o->done < o->tasks - 1 : o->begun < 2))
+        if (pthread_cond_timedwait(&arrival, &watch, &end) == ETIMEDOUT) o->failed = 1;
+    o->done++;
+    pthread_cond_broadcast(&arrival);
+    watch_unlock();
+}
+
+static void test_order(void) {
+    static const int helping[2][7] = {{0, 1, 2, 3, 7, 6, 5}, {3, 2, 1, 0, 4, 5, 6}};
+    ckca_context *three = context(3), *two = context(2);
+    int back, i, j, times;
+    for (times = 0; times < 50; times++)
+        for (back = 0; back < 2; back++) {
+            order o;
+            int wrong = 0;
+            memset(&o, 0, sizeof o);
+            o.threads = 3;
+            o.tasks = 15;
+            o.in_step = 1;
+            ckca__parallel_so(three, o.tasks, 0, back, keep_order, &o);
+            for (i = 0; i < 3; i++)
+                for (j = 0; j < 5; j++) wrong |= o.ran[i] != 5 || o.task[i][j] != 5 * i + (back ? 4 - j : j);
+            CHECK(!o.failed && !wrong, "back %d: threads did not go through their own runs (timeout: %d)", back,
+                  o.failed);
+            memset(&o, 0, sizeof o);
+            o.threads = 2;
+            o.tasks = 8;
+            ckca__parallel_so(two, o.tasks, 0, back, keep_order, &o);
+            wrong = o.ran[1] != 1 || o.task[1][0] != (back ? 7 : 4);
+            for (i = 0; i < 7; i++) wrong |= o.task[0][i] != helping[back][i];
+            CHECK(!o.failed && !wrong, "back %d: the caller did not help from the far end (timeout: %d)", back,
+                  o.failed);
+        }
+    ckca_free(three);
+    ckca_free(two);
+}
+
+static void call_alone(void *job, int task, int thread) {
+    order *o = (order *)job;
+    o->failed |= thread;
+    o->task[0][o->ran[0]++] = task;
+}
+
+static void test_alone(void) {
+    ckca_context *ctx = context(3);
+    int back, i, wrong = 0;
+    for (back = 0; back < 2; back++) {
+        order o;
+        memset(&o, 0, sizeof o);
+        ckca__parallel_so(ctx, 9, 1, back, call_alone, &o);
+        wrong |= o.failed || o.ran[0] != 9;
+        for (i = 0; i < 9; i++) wrong |= o.task[0][i] != (back ? 8 - i : i);
+    }
+    CHECK(!wrong && ctx->pool->workers == 0, "a call that is the caller's alone was not");
     ckca_free(ctx);
 }
 
@@ -338,6 +413,8 @@ int main(void) {
 #ifdef CKCA__THREADS
     for (i = 1; i < 4; i++) test_meetings(threads[i], 500);
     test_lingering();
+    test_order();
+    test_alone();
     test_users();
     test_few_threads();
 #ifndef __SANITIZE_THREAD__ /* allows neither threads after a fork nor such signals */
