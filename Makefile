@@ -14,6 +14,7 @@
 #   make clean
 #   make shim               the GPU's kernels tested on the CPU (tests/cuda_shim.h); make test does it too
 #   make CUDA=1 ...         any of these on a GPU: the same programs, linked with ckca_cuda.cu (needs the CUDA toolkit)
+#   make CUDA=1 bench-peers ours against PyTorch on the same GPU
 #   make CUDA=1 sanitize    the op tests under compute-sanitizer's four tools
 #
 # Yours to set: CC, CFLAGS, LDFLAGS, THREADS= (to build without), STB= (to build without pictures' files);
@@ -118,7 +119,7 @@ bench: build/bench
 
 # The variables reach the script through the environment.
 bench-peers: build/bench
-	python3 tests/bench_peers.py build/bench
+	python3 tests/bench_peers.py build/bench $(if $(CUDA),cuda)
 
 # Rewritten only when the flags change, so that everything is rebuilt then.
 build/flags: FORCE

@@ -4641,9 +4641,10 @@ typedef struct ckca__store {
     char **class_names;      /* classes */
 } ckca__store;
 
-static size_t ckca__store_bytes(const ckca__store *s) {
-    return (size_t)s->count * (size_t)s->height * (size_t)s->width * (size_t)s->channels;
+static size_t ckca__picture_bytes(const ckca__store *s) {
+    return (size_t)s->height * (size_t)s->width * (size_t)s->channels;
 }
+static size_t ckca__store_bytes(const ckca__store *s) { return (size_t)s->count * ckca__picture_bytes(s); }
 
 struct ckca_data {
     ckca__store *store;
@@ -6558,7 +6559,7 @@ static ckca_status ckca__reside(ckca_context *ctx, ckca__store *store, int n, ck
         store->streams = !store->resident;
     }
     if (!store->streams) return CKCA_OK;
-    b->pixel_bytes = bytes / (size_t)store->count * (size_t)n;
+    b->pixel_bytes = ckca__picture_bytes(store) * (size_t)n;
     b->pixels = (unsigned char *)ckca__device_alloc(ctx, b->pixel_bytes);
     b->stage = ckca__device_stage_open(ctx, b->pixel_bytes);
     if (b->pixels && b->stage) return CKCA_OK;
@@ -6574,7 +6575,7 @@ typedef struct ckca__gather {
 
 static void ckca__gather_picture(void *job, int i, int thread) {
     const ckca__gather *a = (const ckca__gather *)job;
-    const size_t size = ckca__store_bytes(a->store) / (size_t)a->store->count;
+    const size_t size = ckca__picture_bytes(a->store);
     (void)thread;
     memcpy(a->to + (size_t)i * size, a->store->pixels + (size_t)a->index[i] * size, size);
 }
@@ -6591,7 +6592,7 @@ static void ckca__send_batch(ckca_context *ctx, const ckca_data *data, const int
         labels[i] = data->store->labels[index[i]];
     }
     if (b->stage) {
-        const size_t size = ckca__store_bytes(data->store) / (size_t)data->store->count;
+        const size_t size = ckca__picture_bytes(data->store);
         ckca__gather job;
         job.store = data->store;
         job.index = index;
@@ -7006,7 +7007,7 @@ static ckca_status ckca__hash_weights(const ckca_model *m, uint64_t *hash) {
 static ckca_status ckca__fingerprint(ckca__update *u) {
     const ckca__store *store = u->data->store;
     const ckca_update_desc *d = &u->d;
-    const size_t picture = (size_t)store->height * (size_t)store->width * (size_t)store->channels;
+    const size_t picture = ckca__picture_bytes(store);
     double fields[26];
     uint64_t hash = u->d.seed;
     int i, k = 0;
@@ -7438,10 +7439,6 @@ CKCA_API void ckca_data_info_get(const ckca_data *data, ckca_data_info *info) {
 
 CKCA_API int ckca_label(const ckca_data *data, int i) {
     return !data || i < 0 || i >= data->count ? -1 : data->store->labels[data->index[i]];
-}
-
-static size_t ckca__picture_bytes(const ckca__store *store) {
-    return (size_t)store->height * (size_t)store->width * (size_t)store->channels;
 }
 
 CKCA_API const unsigned char *ckca_pixels(const ckca_data *data, int i) {

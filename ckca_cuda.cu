@@ -24,11 +24,11 @@
 
    HOW KERNELS ARE LAID OUT
        Everything runs in one stream, in order, but for the uploads of pictures that the GPU has no room to keep (see
-       stages). Blocks are of 256 threads. Element-wise kernels are grids of at most 16
-       blocks a multiprocessor whose threads walk the array in strides; where channels matter the stride is a multiple
-       of the channels, so that each thread meets one channel (or one float4 of channels) and loads its constants once.
-       Sums are taken in two stages of fixed shape: a block sums its part in an order that depends on the sizes alone,
-       then one block or warp adds the parts in theirs. There are no atomics: the same machine gives the same bits.
+       stages). Blocks are of 256 threads. Element-wise kernels are grids of at most 16 blocks a multiprocessor whose
+       threads walk the array in strides; where channels matter the stride is a multiple of the channels, so that each
+       thread meets one channel (or one float4 of channels) and loads its constants once. Sums are taken in two stages
+       of fixed shape: a block sums its part in an order that depends on the sizes alone, then one block or warp adds
+       the parts in theirs. There are no atomics: the same machine gives the same bits.
 
    FLOORS, what no kernel can beat: bytes through memory at its bandwidth, or multiply-adds at the peak of the unit used
        GEMM           2 N P Q K R S C flops on tensor cores (FLOAT32: on the FFMA units), or the bytes of x, w and y

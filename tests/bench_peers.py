@@ -2,6 +2,7 @@
 """Ours against PyTorch on this machine: `make bench-peers` runs this.
 
     python3 tests/bench_peers.py BENCH        from the repository's root; BENCH is build/bench
+    python3 tests/bench_peers.py BENCH cuda   BENCH of make CUDA=1, PyTorch on the same GPU: make CUDA=1 bench-peers
 
 For every row of the table two programs run in turn, A B A B, each time as a fresh process: build/bench and
 tests/torch_bench.py, or build/bench twice in two ways (threads, instruction set, company). What a run gave is appended
@@ -21,7 +22,8 @@ parts, and a run that was killed loses nothing. Set by environment variables, or
 
 The ratio is of adjacent runs: median [min, max]. Floors are the step's nominal flops over the rate of multiply-adds,
 and the bytes it cannot do without over the memory's rate (bench.c, cost), both rates measured here and now with the
-same number of threads. Leave the machine alone meanwhile: whatever else runs is in the figures.
+same number of threads. On a GPU they are those of PyTorch's matrix products in the same precision and of its copies.
+Leave the machine alone meanwhile: whatever else runs is in the figures.
 """
 import csv, ctypes.util, hashlib, os, statistics, subprocess, sys, time
 from collections import defaultdict
@@ -42,17 +44,21 @@ class Row:
     """A race. at_least: the bar for B's time over A's; at_most: a bar from above; memory: MB that A may take."""
 
     def __init__(self, name, mode, nets, batch, size, threads, ms, other="PyTorch", at_least=None, at_most=None,
-                 memory=None, **ours_b):
+                 memory=None, precision=None, setting=None, **ours_b):
         self.name, self.mode, self.nets, self.batch, self.size, self.threads = name, mode, nets, batch, size, threads
         self.ms, self.other, self.at_least, self.at_most, self.memory = ms, other, at_least, at_most, memory
+        self.precision, self.setting = precision, setting  # on a GPU: of both, and PyTorch's way there
+        self.rate = precision or str(threads)  # which peak rates are this row's
         self.isa = ours_b.get("isa", ("", ""))  # of A and B, where B is ours too
+        self.nets_b = ours_b.get("nets_b", nets)  # B's distill, where A trains without a teacher
         self.threads_b = ours_b.get("threads_b", threads)
         self.busy = ours_b.get("busy", False)
         self.steps = int(os.environ.get("STEPS") or max(5, min(50, 10000 / ms)))
 
     def command(self, side):
-        words = [self.mode, *self.nets, self.batch, self.size, self.threads_b if side == "B" else self.threads,
-                 self.steps, self.isa[side == "B"]]
+        nets = self.nets_b if side == "B" else self.nets
+        words = ["distill" if len(nets) > 1 else self.mode, *nets, self.batch, self.size,
+                 self.threads_b if side == "B" else self.threads, self.steps, self.precision or self.isa[side == "B"]]
         return [str(w) for w in words if w != ""]
 
     def estimate(self, settings):
@@ -78,6 +84,24 @@ def rows():
                        isa=("avx2", "avx512")))
     out.append(Row("busy resnet20", "train", ["resnet20"], 128, 32, 2, 400, "beside a busy process", at_most=2.5,
                    busy=True))
+    return out
+
+
+def gpu_rows():
+    out = []
+    threads = min(4, os.cpu_count())
+    for precision in ("float32", "tf32", "bf16"):
+        for setting, bar in (("eager", 3), ("graph", 1.2)):
+            out.append(Row(f"train resnet20 {precision} {setting}", "train", ["resnet20"], 128, 32, threads, 20,
+                           at_least=bar, precision=precision, setting=setting))
+    for net, batch, size, bars, ms in (("resnet18-cifar", 512, 32, (None, 1.0), 200),
+                                       ("resnet18", 256, 224, (0.9, 0.7), 200), ("resnet50", 128, 224, (0.9, 0.7), 300)):
+        for precision, bar in zip(("tf32", "bf16"), bars):
+            out.append(Row(f"train {net} {precision} eager", "train", [net], batch, size, threads, ms, at_least=bar,
+                           precision=precision, setting="eager"))
+    for precision in ("tf32", "bf16"):
+        out.append(Row(f"teacher resnet20 {precision}", "train", ["resnet20"], 128, 32, threads, 20,
+                       "with a resnet20 teacher", at_most=1.4, precision=precision, nets_b=["resnet20", "resnet20"]))
     return out
 
 
@@ -129,7 +153,8 @@ def race(row, bench, python, settings, rounds, append):
     torch = row.other == "PyTorch"
     for _ in range(rounds):
         mark = f"{time.time():.0f}"
-        for side, setting in [("A", "")] + [("B", s) for s in (settings if torch else [""])]:
+        ways = [row.setting] if row.setting else settings
+        for side, setting in [("A", "")] + [("B", s) for s in (ways if torch else [""])]:
             peer = torch and side == "B"
             command = [python, os.path.join(HERE, "torch_bench.py")] if peer else [bench]
             busy, processors = None, os.sched_getaffinity(0)
@@ -170,13 +195,13 @@ def judge(value, at_least, at_most):
     return (f"<= {at_most:g}", "yes" if value <= at_most else "NO") if at_most else ("", "")
 
 
-def table(all_rows, records, settings, torch):
-    peak = {}  # by threads; the best seen, since other work on the machine can only lower it
+def table(all_rows, records, settings, torch, machine):
+    peak = {}  # by threads or precision; the best seen, since other work on the machine can only lower it
     for r in records:
         if r["row"] == "peak":
-            seen = peak.setdefault(int(r["threads"]), {"fma_gflops": 0.0, "triad_gbps": 0.0})
-            peak[int(r["threads"])] = {k: max(v, float(r[k])) for k, v in seen.items()}
-    times = [["row", "batch, size", "threads", "A, ms", "B", "B, ms", "B / A", "bar", "met"]]
+            seen = peak.setdefault(r["threads"], {"fma_gflops": 0.0, "triad_gbps": 0.0})
+            peak[r["threads"]] = {k: max(v, float(r[k])) for k, v in seen.items()}
+    times = [["row", "batch, size", "precision" if machine else "threads", "A, ms", "B", "B, ms", "B / A", "bar", "met"]]
     if len(settings) > 1:
         times[0] += [f"PyTorch {s}, ms" for s in settings]
     floors = [["row", "A, ms", "flops' floor, ms", "bytes' floor, ms", "A reaches", "A's peak MB", "bar", "met",
@@ -185,7 +210,7 @@ def table(all_rows, records, settings, torch):
         mine = [r for r in records if r["row"] == row.name]
         by_setting = defaultdict(list)
         for r in mine:
-            if r["side"] == "B" and (row.other != "PyTorch" or r["setting"] in settings):
+            if r["side"] == "B" and (row.other != "PyTorch" or row.setting or r["setting"] in settings):
                 by_setting[r["setting"]].append(r)
         if not by_setting:
             continue
@@ -195,13 +220,13 @@ def table(all_rows, records, settings, torch):
         a = {r["round"]: r for r in mine if r["side"] == "A" and r["round"] in b}
         ours, other = ([float(r["median_ms"]) for r in side.values()] for side in (a, b))
         ratios = [float(b[k]["median_ms"]) / float(a[k]["median_ms"]) for k in a]
-        times.append([row.name, f"{row.batch}, {row.size}", str(row.threads), spread(ours, 1),
+        times.append([row.name, f"{row.batch}, {row.size}", row.rate, spread(ours, 1),
                       f"{row.other} {setting}".strip(), spread(other, 1), spread(ratios, 2),
                       *judge(statistics.median(ratios), row.at_least, row.at_most)])
         if len(settings) > 1:
             times[-1] += [spread([float(r["median_ms"]) for r in by_setting[s]], 1) if s in by_setting else ""
                           for s in settings]
-        one, rate = next(iter(a.values())), peak.get(row.threads)
+        one, rate = next(iter(a.values())), peak.get(row.rate)
         if row.other == "PyTorch" and rate:
             middle = statistics.median(ours)
             flops, moved = (float(one[k]) / rate[r] for k, r in (("gflop", "fma_gflops"), ("mbyte", "triad_gbps")))
@@ -209,29 +234,37 @@ def table(all_rows, records, settings, torch):
             floors.append([row.name, f"{middle:.1f}", f"{1000 * flops:.1f}", f"{moved:.1f}",
                            f"{100000 * flops / middle:.0f}%", f"{memory[0]:.0f}", *judge(memory[0], None, row.memory),
                            f"{memory[1]:.0f}"])
-    model = [line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    print(f"\n{model[0] if model else 'processor unnamed'}, {os.cpu_count()} processors; PyTorch {torch}. Medians of "
-          "runs in turn [least, greatest]; A is ours.\n")
+    if not machine:
+        model = [line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        machine = f"{model[0] if model else 'processor unnamed'}, {os.cpu_count()} processors"
+    print(f"\n{machine}; PyTorch {torch}. Medians of runs in turn [least, greatest]; A is ours.\n")
     show(times)
-    for threads, r in sorted(peak.items()):
-        print(f"{threads} thread{'s' * (threads > 1)}: {r['fma_gflops']} GFLOP/s of multiply-adds, "
-              f"{r['triad_gbps']} GB/s of triad")
+    for rate, r in sorted(peak.items()):
+        print(f"{rate}{' thread' + 's' * (rate != '1') if rate.isdigit() else ''}: {r['fma_gflops']} GFLOP/s of "
+              f"multiply-adds, {r['triad_gbps']} GB/s of {'triad' if rate.isdigit() else 'copying'}")
     print("Floors are of direct convolution; what A reaches is of the flops' floor, which Winograd may pass.\n")
     show(floors)
 
 
 def main():
-    if len(sys.argv) != 2:
+    gpu = sys.argv[2:] == ["cuda"]
+    if len(sys.argv) != 2 + gpu:
         sys.exit(__doc__)
     bench = os.path.abspath(sys.argv[1])
+    all_rows = gpu_rows() if gpu else rows()
     words = os.environ.get("ROWS", "").split()
-    chosen = [r for r in rows() if all(w in r.name.replace("+", " ").split() for w in words)]
+    chosen = [r for r in all_rows if all(w in r.name.replace("+", " ").split() for w in words)]
     if not chosen:
-        sys.exit("bench-peers: ROWS names none of: " + "; ".join(r.name for r in rows()))
+        sys.exit("bench-peers: ROWS names none of: " + "; ".join(r.name for r in all_rows))
     rounds = int(os.environ.get("ROUNDS") or 3)
     peers = os.environ.get("PEERS") or "build/peers"
     os.makedirs(peers, exist_ok=True)
     python, torch = install(peers)
+    machine = None
+    if gpu:
+        name = subprocess.run([python, "-c", "import torch; print(torch.cuda.get_device_name())"], capture_output=True,
+                              text=True)
+        machine = name.stdout.strip() or sys.exit(f"bench-peers: PyTorch {torch} in {python} finds no GPU")
     settings = os.environ.get("SETTINGS", "").split() or ["tuned"] + (
         ["tcmalloc"] if ctypes.util.find_library("tcmalloc_minimal") or ctypes.util.find_library("tcmalloc") else [])
     build = hashlib.sha256(open(bench, "rb").read()).hexdigest()[:12]
@@ -248,8 +281,9 @@ def main():
     if rounds:
         if os.getloadavg()[0] > 0.5:
             say(f"bench-peers: the load here is {os.getloadavg()[0]:.1f} already: the figures will carry it")
-        for threads in sorted({1, 2, os.cpu_count()}):
-            append(row="peak", **(figures([bench, "peak", str(threads)]) or sys.exit(1)))
+        for way in sorted({r.precision for r in all_rows} if gpu else {1, 2, os.cpu_count()}):
+            peer = [python, os.path.join(HERE, "torch_bench.py")]
+            append(row="peak", **(figures((peer if gpu else [bench]) + ["peak", str(way)]) or sys.exit(1)))
     left = rounds * sum(r.estimate(len(settings)) for r in chosen)
     for i, row in enumerate(chosen if rounds else []):
         say(f"bench-peers: {row.name} ({i + 1} of {len(chosen)}), {rounds} rounds; all that is left takes about "
@@ -258,7 +292,7 @@ def main():
         left -= rounds * row.estimate(len(settings))
     with open(path, newline="") as f:
         records = [r for r in csv.DictReader(f) if r["build"] == build and r["torch"] == torch]
-    table(rows(), records, settings, torch)
+    table(all_rows, records, settings, torch, machine)
 
 
 if __name__ == "__main__":

@@ -367,7 +367,7 @@ static void test_streaming(ckca_context *ctx) {
     { /* and it is the room that decides */
         enum { MANY = 30000 };
         ckca_array array;
-        ckca_data *many = NULL, *few = NULL;
+        ckca_data *many = NULL, *few = NULL, *small = pictures(ctx);
         ckca_model *m = net(ctx);
         int index[COUNT], i;
         memset(&array, 0, sizeof array);
@@ -380,9 +380,11 @@ static void test_streaming(ckca_context *ctx) {
         cuda_shim_memory -= ckca__device_room(ctx) - ((size_t)9 << 20); /* the pictures take 5.8 MB */
         CHECK(!ckca_evaluate(m, few, NULL, NULL), "evaluated in little memory: %s", ckca_error(ctx));
         CHECK(many->store->streams, "5.8 of 9 MB are taken for pictures");
+        CHECK(!ckca_evaluate(m, small, NULL, NULL) && small->store->resident && !small->store->streams,
+              "beside a set that streams, a small one does not stay: %s", ckca_error(ctx));
         cuda_shim_memory = (size_t)1 << 30;
         ckca_model_free(m);
-        ckca_data_free(many), ckca_data_free(few);
+        ckca_data_free(many), ckca_data_free(few), ckca_data_free(small);
         free((void *)(uintptr_t)array.pixels), free((void *)(uintptr_t)array.labels);
     }
 #endif

@@ -1,24 +1,30 @@
 #!/usr/bin/env python3
 """tests/bench.c in PyTorch: the same command line, the same line of figures.
 
-    python3 tests/torch_bench.py train NET BATCH SIZE THREADS STEPS [SETTING]
-    python3 tests/torch_bench.py infer NET BATCH SIZE THREADS STEPS [SETTING]
-    python3 tests/torch_bench.py distill STUDENT TEACHER BATCH SIZE THREADS STEPS [SETTING]
+    python3 tests/torch_bench.py train NET BATCH SIZE THREADS STEPS [PRECISION] [SETTING]
+    python3 tests/torch_bench.py infer NET BATCH SIZE THREADS STEPS [PRECISION] [SETTING]
+    python3 tests/torch_bench.py distill STUDENT TEACHER BATCH SIZE THREADS STEPS [PRECISION] [SETTING]
+    python3 tests/torch_bench.py peak PRECISION          a GPU's matrix products and copies: rates for floors
 
-SETTING is one of
+On the processor SETTING is one of
     tuned          channels-last, and glibc's malloc set to huge pages that are kept (Linux): the default
     tcmalloc       channels-last, and tcmalloc in malloc's place
     channels-last  channels-last alone
     default        PyTorch as it comes
+and on a GPU
+    eager          channels-last, cuDNN choosing by trial
+    graph          the same, the whole step captured as a CUDA graph and replayed
+with float32, tf32 or bf16 (AMP: autocast, float32 weights) as PRECISION; the processor knows float32 only.
 
-Eager mode throughout. SGD is the fused one; a net that only evaluates (infer, and the teacher of distill) has its batch
+Eager mode but for graph; on a GPU each step is waited for, as bench waits for its report of each. SGD is the fused one; a net that only evaluates (infer, and the teacher of distill) has its batch
 norms folded into its convolutions, as ours has. Pictures are ready in memory, where bench distill augments its own.
 """
 import ctypes.util, os, resource, statistics, sys, time
 
 MALLOC = ("glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:"
           "glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=67108864")
-SETTINGS = ("tuned", "tcmalloc", "channels-last", "default")
+SETTINGS = ("tuned", "tcmalloc", "channels-last", "default", "eager", "graph")
+PRECISIONS = ("float32", "tf32", "bf16")
 
 
 def tcmalloc():
@@ -27,21 +33,26 @@ def tcmalloc():
 
 
 def arguments():
-    """mode, nets, numbers, setting; the process starts anew if its allocator must be another."""
+    """mode, nets, numbers, precision, setting; the process starts anew if its allocator must be another."""
     argv = sys.argv[1:]
     nets = 2 if argv[:1] == ["distill"] else 1
     setting = argv.pop() if argv and argv[-1] in SETTINGS else "tuned"
+    precision = argv.pop() if argv and argv[-1] in PRECISIONS else "float32"
+    if argv == ["peak"]:
+        return "peak", [], [], precision, "eager"
     if argv[:1] not in (["train"], ["infer"], ["distill"]) or len(argv) != 1 + nets + 4:
         sys.exit(__doc__)
+    if precision != "float32" and setting not in ("eager", "graph"):
+        sys.exit(f"torch_bench: {precision} is for eager and graph, on a GPU")
     wanted = {"tuned": {"GLIBC_TUNABLES": MALLOC}, "tcmalloc": {"LD_PRELOAD": tcmalloc() or ""}}.get(setting, {})
     if wanted.get("LD_PRELOAD") == "":
         sys.exit("torch_bench: no tcmalloc here (Debian: libtcmalloc-minimal4)")
     if any(os.environ.get(k) != v for k, v in wanted.items()):
         os.execve(sys.executable, [sys.executable] + sys.argv, dict(os.environ, **wanted))
-    return argv[0], argv[1:1 + nets], [int(v) for v in argv[1 + nets:]], setting
+    return argv[0], argv[1:1 + nets], [int(v) for v in argv[1 + nets:]], precision, setting
 
 
-MODE, NETS, NUMBERS, SETTING = arguments()
+MODE, NETS, NUMBERS, PRECISION, SETTING = arguments()
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +62,44 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from torch_nets import build
 
 WARM_UP = 3
+DEVICE = "cuda" if SETTING in ("eager", "graph") else "cpu"
+
+
+def wait():
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def captured(step):
+    """The step as a CUDA graph, after the warm-up on a stream of its own that capturing asks for."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def peak():
+    """Multiply-adds of 8192 x 8192 matrices in the precision, and bytes of copying 1 GiB: the best of ten tries."""
+    side, words = 8192, 1 << 28
+    a, b = (torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16 if PRECISION == "bf16" else torch.float32)
+            for _ in range(2))
+    x, y = (torch.ones(words, device=DEVICE) for _ in range(2))
+    best = [float("inf")] * 2
+    for _ in range(WARM_UP + 10):
+        for i, step in enumerate((lambda: torch.mm(a, b), lambda: y.copy_(x))):
+            wait()
+            start = time.perf_counter()
+            step()
+            wait()
+            best[i] = min(best[i], time.perf_counter() - start)
+    print(f"threads={PRECISION} fma_gflops={2e-9 * side ** 3 / best[0]:.0f} triad_gbps={8e-9 * words / best[1]:.0f} "
+          f"device={torch.cuda.get_device_name().replace(' ', '_')}")
 
 
 def make(name, layout, evaluate):
@@ -62,18 +111,25 @@ def make(name, layout, evaluate):
             torch.nn.init.constant_(p, 0.2)
     if evaluate:
         net = fuse(net.eval())
-    return net.to(memory_format=layout), classes
+    return net.to(DEVICE, memory_format=layout), classes
 
 
 def main():
+    if DEVICE == "cuda" and not torch.cuda.is_available():
+        sys.exit("torch_bench: PyTorch finds no GPU here")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = PRECISION != "float32"
+    torch.backends.cudnn.benchmark = True
+    if MODE == "peak":
+        peak()
+        return
     mode, name = MODE, NETS[0]
     batch, size, threads, steps = NUMBERS
     layout = torch.contiguous_format if SETTING == "default" else torch.channels_last
     torch.manual_seed(1)
     torch.set_num_threads(threads)
     net, classes = make(name, layout, mode == "infer")
-    x = torch.randn(batch, 3, size, size).to(memory_format=layout)
-    y = torch.randint(0, classes, (batch,))
+    x = torch.randn(batch, 3, size, size).to(DEVICE, memory_format=layout)
+    y = torch.randint(0, classes, (batch,)).to(DEVICE)
     decay = [p for p in net.parameters() if p.ndim > 1]
     plain = [p for p in net.parameters() if p.ndim <= 1]
     opt = torch.optim.SGD([{"params": decay, "weight_decay": 5e-4}, {"params": plain, "weight_decay": 0.0}],
@@ -83,22 +139,27 @@ def main():
         features = {}
         net.fc.register_forward_pre_hook(lambda _, args: features.update(student=args[0]))
         teacher.fc.register_forward_pre_hook(lambda _, args: features.update(teacher=args[0]))
-        weight = torch.rand(classes)  # AdaKD CLASS: the teacher's accuracy on each class
+        weight = torch.rand(classes).to(DEVICE)  # AdaKD CLASS: the teacher's accuracy on each class
+
+    def precision():
+        return torch.autocast(DEVICE, torch.bfloat16, enabled=PRECISION == "bf16", cache_enabled=SETTING != "graph")
 
     def infer():
-        with torch.inference_mode():
+        with torch.inference_mode(), precision():
             net(x)
 
     def train():
-        z = net(x)
-        loss = F.cross_entropy(z, y)
-        if mode == "distill":
-            with torch.inference_mode():
-                zo = teacher(x)
-            zo, fo, t = zo.clone(), features["teacher"].clone(), 2.0
-            kl = F.kl_div(F.log_softmax(z / t, 1), F.log_softmax(zo / t, 1), reduction="none", log_target=True).sum(1)
-            loss = loss + 2.0 * t * t * (weight[y] * kl).mean()
-            loss = loss + (1 - F.cosine_similarity(features["student"], fo)).mean()
+        with precision():
+            z = net(x)
+            loss = F.cross_entropy(z, y)
+            if mode == "distill":
+                with torch.inference_mode():
+                    zo = teacher(x)
+                zo, fo, t = zo.clone(), features["teacher"].clone(), 2.0
+                kl = F.kl_div(F.log_softmax(z / t, 1), F.log_softmax(zo / t, 1), reduction="none",
+                              log_target=True).sum(1)
+                loss = loss + 2.0 * t * t * (weight[y] * kl).mean()
+                loss = loss + (1 - F.cosine_similarity(features["student"], fo)).mean()
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -106,10 +167,14 @@ def main():
     if mode != "infer":
         net.train()
     step = infer if mode == "infer" else train
+    if SETTING == "graph":
+        step = captured(step)
     ms = []
+    wait()
     for i in range(WARM_UP + steps):
         start = time.perf_counter()
         step()
+        wait()
         ms.append(1e3 * (time.perf_counter() - start))
     ms = sorted(ms[WARM_UP:])
     median = statistics.median(ms)
