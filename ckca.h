@@ -771,10 +771,10 @@ CKCA__OP void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, cons
    A call's tasks are dealt out in runs of neighbours, the same run to the same thread call after call: tasks go through
    pictures in order, so that a thread mostly reads what it wrote itself and has in its own caches. (Two threads whose
    cores share no cache took 152 ms for a resnet20 step when each task went to who came first; now they take 109, and
-   100 where they share one.) Who is done with its own helps the others, from the far end of their runs. A call is made by the
-   caller and by workers that it woke, and returns when all tasks are done: it waits for tasks that were claimed, never
-   for a worker that did not come. Where other processes keep a processor busy, the caller does that worker's tasks
-   meanwhile. Who waits looks again for a moment, then sleeps. Results must not depend on which thread runs a task.
+   100 where they share one.) Who is done with its own helps the others, from the far end of their runs. Tasks are run
+   by the caller and by workers that it woke; it returns when all are done, and so waits for tasks that were claimed,
+   never for a worker that did not come: where other processes keep a processor busy, the caller does that worker's
+   tasks meanwhile. Who waits looks again for a moment, then sleeps. Results must not depend on which thread runs a task.
    ------------------------------------------------------------------------------------------------------------------ */
 
 #if !defined(CKCA_NO_THREADS) && (defined(__unix__) || defined(__APPLE__))
@@ -800,19 +800,19 @@ typedef struct ckca__worker {
 } ckca__worker;
 
 typedef struct ckca__pool {
-    ckca__share share;     /* the caller's */
-    pthread_mutex_t mutex; /* guards finished, calls, stop and asleep */
-    pthread_cond_t done;   /* all tasks are finished: the caller waits for it */
-    void (*work)(void *job, int task, int thread); /* this and the next three: as they are while a task is claimed */
+    ckca__share share;      /* the caller's */
+    pthread_mutex_t mutex;  /* guards finished, calls, stop and asleep */
+    pthread_cond_t done;    /* all tasks are finished: the caller waits for it */
+    void (*work)(void *job, int task, int thread); /* this, job, tasks and back stay while a task is unfinished */
     void *job;
-    int tasks, back; /* of the call under way, or of the last one; 1: from the last to the first */
-    int finished;    /* of these tasks */
-    int calls;       /* so far; wraps */
+    int tasks, back;        /* of the call under way, or of the last one; 1: from the last to the first */
+    int finished;           /* of these tasks */
+    int calls;              /* so far; wraps */
     int stop;
-    pthread_mutex_t shared;  /* of ckca__lock; free whenever no call is under way */
-    long process;            /* whose threads the workers are; 0: not created yet */
-    int workers, most;       /* how many there are; how many were asked for */
-    ckca__worker worker[1];  /* most */
+    pthread_mutex_t shared; /* of ckca__lock; free whenever no call is under way */
+    long process;           /* whose threads the workers are; 0: not created yet */
+    int workers, most;      /* how many there are; how many were asked for */
+    ckca__worker worker[1]; /* most */
 } ckca__pool;
 
 /* Looks at a counter, without the mutex, until it changes or CKCA__PATIENCE looks were in vain: 25 microseconds here,
@@ -3773,9 +3773,9 @@ static void ckca__op_batchnorm_backward(ckca_context *ctx, size_t rows, int c, c
         double *sum = (double *)ws, *product = sum + c;
         float *table = (float *)(product + c), *part = table + 5 * cols; /* mean, scale, beta, slope, offset */
         int blocks = (int)((rows + block - 1) / block), b, j;
-        ckca__batchnorm_gradient job = {ctx, rows, block, cols, c, blocks, x, norm->relu ? y : NULL, dy, table, table + cols,
-                                        norm->relu && !y ? table + 2 * cols : NULL, table + 3 * cols, table + 4 * cols,
-                                        part, dx, dresidual, accumulate_residual};
+        ckca__batchnorm_gradient job = {ctx, rows, block, cols, c, blocks, x, norm->relu ? y : NULL, dy, table,
+                                        table + cols, norm->relu && !y ? table + 2 * cols : NULL, table + 3 * cols,
+                                        table + 4 * cols, part, dx, dresidual, accumulate_residual};
         for (j = 0; j < c; j++) {
             table[j] = norm->mean[j];
             table[cols + j] = gamma[j] * inv_std[j];

@@ -16,8 +16,9 @@ and on a GPU
     graph          the same, the whole step captured as a CUDA graph and replayed
 with float32, tf32 or bf16 (AMP: autocast, float32 weights) as PRECISION; the processor knows float32 only.
 
-Eager mode but for graph; on a GPU each step is waited for, as bench waits for its report of each. SGD is the fused one; a net that only evaluates (infer, and the teacher of distill) has its batch
-norms folded into its convolutions, as ours has. Pictures are ready in memory, where bench distill augments its own.
+Eager mode but for graph; on a GPU each step is waited for, as bench waits for its report of each. SGD is the fused one;
+a net that only evaluates (infer, and the teacher of distill) has its batch norms folded into its convolutions, as ours
+has. Pictures are ready in memory, where bench distill augments its own.
 """
 import ctypes.util, os, resource, statistics, sys, time
 
