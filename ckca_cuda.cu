@@ -689,28 +689,27 @@ template <int PRECISION, int LINES, int ALONG_K> struct ckca__slab {
     }
 };
 
-/* Where row of FORWARD or DATA is in the output, in pixels; -1: nowhere. */
-__device__ __forceinline__ ptrdiff_t ckca__gemm_pixel(const ckca__gemm &g, int pass, const ckca__phase &py,
-                                                      const ckca__phase &px, int row) {
+/* Where a row's sums go: the output's pixel; in WEIGHT the row itself; -1: nowhere. */
+template <int PASS>
+__device__ __forceinline__ ptrdiff_t ckca__gemm_line(const ckca__gemm &g, const ckca__phase &py, const ckca__phase &px,
+                                                     int row) {
     const int area = py.count * px.count, n = area ? row / area : g.s.n, at = area ? row % area : 0;
+    if (PASS == CKCA__WEIGHT) return row < g.s.r * g.s.s * g.s.c ? row : -1;
     if (n >= g.s.n) return -1;
-    if (pass == CKCA__FORWARD) return row;
+    if (PASS == CKCA__FORWARD) return row;
     return ((ptrdiff_t)n * g.s.h + py.at + at / px.count * py.spread) * g.s.w + px.at + at % px.count * px.spread;
 }
 
 /* One finished sum on its way out. */
 template <int PASS>
-__device__ __forceinline__ void ckca__gemm_store(const ckca__gemm &g, const ckca__phase &py, const ckca__phase &px,
-                                                 int row, int column, float v) {
+__device__ __forceinline__ void ckca__gemm_store(const ckca__gemm &g, ptrdiff_t line, int column, float v) {
+    const int columns = PASS == CKCA__DATA ? g.s.c : g.s.k;
+    if (line < 0 || column >= columns) return;
     if (PASS == CKCA__WEIGHT) { /* a split's own K x R S C, or all there is of dw */
-        const int rows = g.s.r * g.s.s * g.s.c;
-        float *to = g.out + ((size_t)blockIdx.z * g.s.k + column) * rows + row;
-        if (row < rows && column < g.s.k) *to = g.accumulate ? *to + v : v;
+        float *to = g.out + ((size_t)blockIdx.z * g.s.k + column) * (g.s.r * g.s.s * g.s.c) + line;
+        *to = g.accumulate ? *to + v : v;
     } else {
-        const int columns = PASS == CKCA__FORWARD ? g.s.k : g.s.c;
-        const ptrdiff_t pixel = ckca__gemm_pixel(g, PASS, py, px, row);
-        const size_t at = (size_t)pixel * columns + column;
-        if (pixel < 0 || column >= columns) return;
+        const size_t at = (size_t)line * columns + column;
         if (PASS == CKCA__DATA) {
             g.out[at] = g.accumulate ? g.out[at] + v : v;
         } else {
@@ -825,16 +824,24 @@ __global__ void __launch_bounds__(CKCA__THREADS) ckca__gemm_kernel(ckca__gemm g)
         __syncthreads();
     }
 #undef CKCA__FETCH
+    /* Unrolled like all loops over sums: an index that is not known would put them into memory. */
     if constexpr (PRECISION == CKCA_FLOAT32) {
-        for (int i = 0; i < 8; i++)
-            for (int j = 0; j < EACH; j++)
-                ckca__gemm_store<PASS>(g, py, px, row0 + my_row + i, column0 + my_column + j, sums[i * EACH + j]);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const ptrdiff_t line = ckca__gemm_line<PASS>(g, py, px, row0 + my_row + i);
+#pragma unroll
+            for (int j = 0; j < EACH; j++) ckca__gemm_store<PASS>(g, line, column0 + my_column + j, sums[i * EACH + j]);
+        }
     } else {
-        for (int i = 0; i < TALL; i++)
-            for (int j = 0; j < WIDE; j++)
-                for (int e = 0; e < 4; e++)
-                    ckca__gemm_store<PASS>(g, py, px, row0 + warp_row + i * 16 + group + e / 2 * 8,
-                                           column0 + warp_column + j * 8 + 2 * t + e % 2, sums[(i * WIDE + j) * 4 + e]);
+#pragma unroll
+        for (int i = 0; i < 2 * TALL; i++) { /* a tile's upper rows, its lower ones */
+            const ptrdiff_t line =
+                ckca__gemm_line<PASS>(g, py, px, row0 + warp_row + i / 2 * 16 + group + i % 2 * 8);
+#pragma unroll
+            for (int j = 0; j < 2 * WIDE; j++)
+                ckca__gemm_store<PASS>(g, line, column0 + warp_column + j / 2 * 8 + 2 * t + j % 2,
+                                       sums[(i / 2 * WIDE + j / 2) * 4 + i % 2 * 2 + j % 2]);
+        }
     }
 }
 
