@@ -771,7 +771,7 @@ CKCA__OP void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, cons
    A call's tasks are dealt out in runs of neighbours, the same run to the same thread call after call: tasks go through
    pictures in order, so that a thread mostly reads what it wrote itself and has in its own caches. (Two threads whose
    cores share no cache took 152 ms for a resnet20 step when each task went to who came first; now they take 109, and
-   100 where they share one.) Who is done with its own helps the others, from the far end of their runs. Tasks are run
+   103 where they share one.) Who is done with its own helps the others, from the far end of their runs. Tasks are run
    by the caller and by workers that it woke; it returns when all are done, and so waits for tasks that were claimed,
    never for a worker that did not come: where other processes keep a processor busy, the caller does that worker's
    tasks meanwhile. Who waits looks again for a moment, then sleeps. Results must not depend on which thread runs a task.
@@ -850,10 +850,10 @@ static ckca__share *ckca__pool_share(ckca__pool *pool, int thread) {
 }
 
 /* The next task of a share, or the one furthest from that; -1: there is none. */
-static int ckca__pool_claim(ckca__share *share, int furthest, const int *back) {
+static int ckca__pool_claim(const ckca__pool *pool, ckca__share *share, int furthest) {
     int task = -1;
     pthread_mutex_lock(&share->mutex);
-    if (share->first < share->end) task = *back == furthest ? share->first++ : --share->end;
+    if (share->first < share->end) task = pool->back == furthest ? share->first++ : --share->end;
     pthread_mutex_unlock(&share->mutex);
     return task;
 }
@@ -863,7 +863,7 @@ static int ckca__pool_work(ckca__pool *pool, int thread) {
     int threads = pool->workers + 1, ran = 0, i, task;
     for (i = 0; i < threads; i++) {
         ckca__share *share = ckca__pool_share(pool, (thread + i) % threads);
-        while ((task = ckca__pool_claim(share, i > 0, &pool->back)) >= 0) {
+        while ((task = ckca__pool_claim(pool, share, i > 0)) >= 0) {
             pool->work(pool->job, task, thread);
             ran++;
         }
@@ -874,7 +874,7 @@ static int ckca__pool_work(ckca__pool *pool, int thread) {
 static void *ckca__pool_worker(void *argument) {
     ckca__worker *worker = (ckca__worker *)argument;
     ckca__pool *pool = worker->pool;
-    pthread_mutex_lock(&pool->mutex); /* by now all workers have been created */
+    pthread_mutex_lock(&pool->mutex); /* by now all workers have been created, and there is a call */
     while (!pool->stop) {
         int seen = pool->calls, ran;
         pthread_mutex_unlock(&pool->mutex);
@@ -900,16 +900,18 @@ static void ckca__share_init(ckca__share *share) {
     share->first = share->end = 0;
 }
 
-/* Creates the workers at the first call, and at the first in a forked child, which has none of its parent's: there the
-   mutex and the conditions are made anew too, since a worker may have held them. Fewer workers than asked for do. */
-static void ckca__pool_start(ckca__pool *pool) {
-    long process = (long)getpid();
-    if (pool->process == process) return;
+/* Takes the mutex for a call. Before the first one, and the first in a forked child, which has none of its parent's
+   workers, creates them: there the mutex and the conditions are made anew too, since a worker may have held them. Fewer
+   workers than asked for do. */
+static void ckca__pool_enter(ckca__pool *pool) {
+    const long process = (long)getpid();
+    const int started = pool->process == process;
+    if (!started) pthread_mutex_init(&pool->mutex, NULL);
+    pthread_mutex_lock(&pool->mutex);
+    if (started) return;
     pool->process = process;
-    pthread_mutex_init(&pool->mutex, NULL);
     pthread_cond_init(&pool->done, NULL);
     ckca__share_init(&pool->share);
-    pthread_mutex_lock(&pool->mutex);
     for (pool->workers = 0; pool->workers < pool->most; pool->workers++) {
         ckca__worker *worker = &pool->worker[pool->workers];
         worker->pool = pool;
@@ -919,7 +921,6 @@ static void ckca__pool_start(ckca__pool *pool) {
         pthread_cond_init(&worker->wake, NULL);
         if (pthread_create(&worker->thread, NULL, ckca__pool_worker, worker)) break;
     }
-    pthread_mutex_unlock(&pool->mutex);
 }
 
 /* Ends and joins the workers, unless they are a parent process's. */
@@ -952,9 +953,8 @@ static void ckca__parallel_so(ckca_context *ctx, int tasks, int alone, int back,
     ckca__pool *pool = ctx->pool;
     if (pool && tasks > 1 && !alone) {
         int shares, woken;
-        ckca__pool_start(pool);
+        ckca__pool_enter(pool);
         shares = tasks < pool->workers + 1 ? tasks : pool->workers + 1;
-        pthread_mutex_lock(&pool->mutex);
         pool->work = work;
         pool->job = job;
         pool->tasks = tasks;

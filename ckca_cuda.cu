@@ -824,7 +824,7 @@ __global__ void __launch_bounds__(CKCA__THREADS) ckca__gemm_kernel(ckca__gemm g)
         __syncthreads();
     }
 #undef CKCA__FETCH
-    /* Unrolled like all loops over sums: an index that is not known would put them into memory. */
+    /* Loops over sums have to be unrolled (those above are unasked): an index that is not known puts them into memory. */
     if constexpr (PRECISION == CKCA_FLOAT32) {
 #pragma unroll
         for (int i = 0; i < 8; i++) {

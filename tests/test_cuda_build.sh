@@ -38,7 +38,7 @@ check "make CUDA=1: $(tail -n 20 $dir/log)" [ $? -eq 0 ]
 check "warnings from nvcc: $(grep -i 'warning' $dir/log)" sh -c "! grep -qi warning $dir/log"
 # Sums that a kernel indexes by what is not known when it is compiled are kept in memory instead of registers.
 frame=$(sed -n 's/^ *\([0-9][0-9]*\) bytes stack frame.*/\1/p' $dir/log | sort -n | tail -n 1)
-check "a kernel has ${frame:-an unknown number of} bytes in local memory" [ "${frame:-65}" -le 64 ]
+check "a kernel has ${frame:-an unknown number of} bytes in local memory ($dir/log names it)" [ "${frame:-65}" -le 64 ]
 for program in $dir/build/incremental $dir/build/train $dir/build/bench $dir/build/tests/test_ops; do
     check "$program does not exist" [ -x $program ]
 done

@@ -1,7 +1,7 @@
 /* test_threads.c: ckca__parallel runs each task once, with thread numbers that are each running task's own; threads go
    through their own runs of tasks, in order, then help others from the far end; it waits for claimed tasks and for
-   nothing else; workers do come; contexts of several threads do not meddle with each other; what
-   contexts take is given back; a forked child can go on; too few threads will do. */
+   nothing else; workers do come; contexts of several threads do not meddle with each other; what contexts take is
+   given back; a forked child can go on; too few threads will do. */
 #ifndef CKCA_NO_THREADS
 #include <pthread.h>
 
