@@ -144,7 +144,8 @@ build/ckca_cuda.o: ckca_cuda.cu ckca.h build/flags
 
 SHIM_FLAGS = -O2 -g -Wall -Wextra -I. -DCKCA_CUDA -DCKCA_CUDA_SHIM
 build/shim/ckca_cuda.o: ckca_cuda.cu ckca.h tests/cuda_shim.h build/flags
-	$(CXX) -std=c++17 $(SHIM_FLAGS) -Wno-unknown-pragmas -Wno-maybe-uninitialized -include tests/cuda_shim.h -x c++ -c $< -o $@
+	$(CXX) -std=c++17 $(SHIM_FLAGS) -O3 -Wno-unknown-pragmas -Wno-maybe-uninitialized -include tests/cuda_shim.h \
+	    -x c++ -c $< -o $@
 
 build/shim/test_%: tests/test_%.c build/shim/ckca_cuda.o ckca.h $(wildcard tests/*.h) build/flags
 	$(CC) -std=c99 -D_DEFAULT_SOURCE $(SHIM_FLAGS) $(FEATURES) -O1 -c $< -o $@.o

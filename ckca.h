@@ -82,8 +82,8 @@
        chunk      the pictures of one time step
        logits     the network's K outputs before the softmax; features: the input of the layer that makes them
        student    the network in training; teacher: the checkpoint it started from
-       Tensors are float32. Files and ckca_tensor_* have PyTorch's orders (convolutions K x C x R x S); inside it is
-       K x R x S x C. A linear layer on a map larger than 1 x 1 takes it in NHWC order.
+       Tensors are float32 (but see CKCA_BF16). Files and ckca_tensor_* have PyTorch's orders (convolutions K x C x R
+       x S); inside it is K x R x S x C. A linear layer on a map larger than 1 x 1 takes it in NHWC order.
 
    OWNERSHIP AND THREADS
        You free what you create (ckca_*_free; NULL is allowed), data and models before their context. Strings,
@@ -154,12 +154,15 @@ typedef enum ckca_status {
 /* Instruction sets of the host kernels; the best the processor has is taken unless another is asked for. */
 typedef enum ckca_isa { CKCA_ISA_BEST = 0, CKCA_ISA_PLAIN, CKCA_ISA_BASE, CKCA_ISA_AVX2, CKCA_ISA_AVX512 } ckca_isa;
 
-/* What convolutions and linear layers multiply in on the GPU; weights, activations, sums, statistics, losses and SGD
-   are float32 in all three. The host has FLOAT32 alone: there another is an error, like an instruction set it lacks. */
+/* What convolutions and linear layers multiply in on the GPU; weights, sums, statistics, features, logits, losses and
+   SGD are float32 in all three. The host has FLOAT32 alone: there another is an error, like an instruction set it
+   lacks. */
 typedef enum ckca_precision {
     CKCA_FLOAT32 = 0,
     CKCA_TF32, /* tensor cores, factors rounded to 10 bits of mantissa (needs compute capability 8.0) */
-    CKCA_BF16  /* tensor cores, factors rounded to 7 bits of mantissa (likewise) */
+    CKCA_BF16  /* tensor cores, factors rounded to 7 bits of mantissa (likewise). Maps between the pictures and the
+                  average pooling, and their gradients, are kept in bfloat16 too: half the memory and its traffic. A
+                  network without an average pooling keeps float32, and multiplies in TF32 */
 } ckca_precision;
 
 typedef struct ckca_context ckca_context; /* threads, memory, errors; one per thread of your own */
@@ -598,6 +601,9 @@ CKCA__BOTH double ckca__uniform(uint64_t seed, uint64_t stream, uint64_t index) 
    All pointers are device memory (the host's own, on the host), float32, NHWC, 64-byte aligned at their start; they do
    not overlap unless said. "accumulate" adds to the output instead of writing it. ws is scratch of at least the size
    that ckca__conv_workspace and ckca__op_workspace ask for. Results do not depend on the number of threads.
+
+   Where "half" is 1, which it is on a GPU alone, an op's maps and their gradients (x, y, residual and their d...) are
+   bfloat16 behind the float pointers. Weights, statistics, and all that comes out of a pooling to 1 x 1, never are.
    ------------------------------------------------------------------------------------------------------------------ */
 
 /* A training batch norm once its statistics are taken: relu?((x - mean) inv_std gamma + beta). */
@@ -612,6 +618,7 @@ typedef struct ckca__conv {
     int stride, pad;
     int p, q; /* output: N x P x Q x K; p = (h + 2 pad - r) / stride + 1 */
     const ckca__norm *norm; /* what the input goes through on its way in, before the border of zeros; NULL: nothing */
+    int half_x, half;       /* the input is half; the output (where ops take but one of them into account, both are) */
 } ckca__conv;
 
 /* The device behind a new context, and its end. */
@@ -671,23 +678,25 @@ CKCA__OP void ckca__op_linear_backward(ckca_context *ctx, int n, int d, int k, c
 /* Batch norm over rows x c (rows = N H W), training: mean and inv_std (c each) are saved for the backward pass, the
    running statistics move by momentum 0.1 (unbiased variance). y = relu?((x - mean) inv_std gamma + beta +
    residual), unless y is NULL; the residual goes through residual_norm before, if that is not NULL. */
-CKCA__OP void ckca__op_batchnorm_forward(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
-                                         const float *beta, float *running_mean, float *running_var,
+CKCA__OP void ckca__op_batchnorm_forward(ckca_context *ctx, int half, size_t rows, int c, const float *x,
+                                         const float *gamma, const float *beta, float *running_mean, float *running_var,
                                          const float *residual, const ckca__norm *residual_norm, int relu, float *y,
                                          float *mean, float *inv_std, void *ws);
 /* y of the last forward pass once more, bit by bit, from x and what that pass saved. y may be residual. */
-CKCA__OP void ckca__op_batchnorm_again(ckca_context *ctx, size_t rows, int c, const float *x, const ckca__norm *norm,
-                                       const float *residual, const ckca__norm *residual_norm, float *y);
+CKCA__OP void ckca__op_batchnorm_again(ckca_context *ctx, int half, size_t rows, int c, const float *x,
+                                       const ckca__norm *norm, const float *residual, const ckca__norm *residual_norm,
+                                       float *y);
 /* dy is the gradient of y; where relu, it passes only where y > 0. y may be NULL where there was no residual: whether
    y > 0 is then seen from x. Writes dx; writes (or adds to) dresidual unless it is NULL; adds to dgamma and dbeta. dx
    may be dy, or it may be x and dresidual dy. */
-CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, size_t rows, int c, const float *x, const float *y,
-                                          const float *dy, const ckca__norm *norm, float *dx, float *dresidual,
-                                          int accumulate_residual, float *dgamma, float *dbeta, void *ws);
+CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, int half, size_t rows, int c, const float *x,
+                                          const float *y, const float *dy, const ckca__norm *norm, float *dx,
+                                          float *dresidual, int accumulate_residual, float *dgamma, float *dbeta,
+                                          void *ws);
 /* Evaluation: with running statistics. */
-CKCA__OP void ckca__op_batchnorm_eval(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
-                                      const float *beta, const float *running_mean, const float *running_var,
-                                      const float *residual, int relu, float *y);
+CKCA__OP void ckca__op_batchnorm_eval(ckca_context *ctx, int half, size_t rows, int c, const float *x,
+                                      const float *gamma, const float *beta, const float *running_mean,
+                                      const float *running_var, const float *residual, int relu, float *y);
 /* Folds an evaluating batch norm into the convolution before it: w_out = w gamma / std per output channel (k of them,
    per values each), bias_out = beta + (bias - running_mean) gamma / std. bias may be NULL. */
 CKCA__OP void ckca__op_fold(ckca_context *ctx, int k, size_t per, const float *w, const float *bias, const float *gamma,
@@ -695,20 +704,21 @@ CKCA__OP void ckca__op_fold(ckca_context *ctx, int k, size_t per, const float *w
                             float *bias_out);
 
 /* y = relu?(a + b), b may be NULL. */
-CKCA__OP void ckca__op_add(ckca_context *ctx, size_t count, const float *a, const float *b, int relu, float *y);
+CKCA__OP void ckca__op_add(ckca_context *ctx, int half, size_t count, const float *a, const float *b, int relu,
+                           float *y);
 /* dx (+)= dy where y > 0 (y NULL: everywhere). */
-CKCA__OP void ckca__op_add_backward(ckca_context *ctx, size_t count, const float *y, const float *dy, float *dx,
-                                    int accumulate);
+CKCA__OP void ckca__op_add_backward(ckca_context *ctx, int half, size_t count, const float *y, const float *dy,
+                                    float *dx, int accumulate);
 /* s: r = s = kernel, k = c. at (NULL in evaluation) holds, per output, which of the kernel's positions won (the first
    of equals). */
 CKCA__OP void ckca__op_maxpool_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y,
                                        unsigned char *at);
 CKCA__OP void ckca__op_maxpool_backward(ckca_context *ctx, const ckca__conv *s, const float *dy,
                                         const unsigned char *at, float *dx, int accumulate);
-/* Mean over area = H W. x is n x area x c. */
-CKCA__OP void ckca__op_avgpool_forward(ckca_context *ctx, int n, int area, int c, const float *x, float *y);
-CKCA__OP void ckca__op_avgpool_backward(ckca_context *ctx, int n, int area, int c, const float *dy, float *dx,
-                                        int accumulate);
+/* Mean over area = H W. x is n x area x c (half: it and dx alone). */
+CKCA__OP void ckca__op_avgpool_forward(ckca_context *ctx, int half, int n, int area, int c, const float *x, float *y);
+CKCA__OP void ckca__op_avgpool_backward(ckca_context *ctx, int half, int n, int area, int c, const float *dy,
+                                        float *dx, int accumulate);
 /* The parameterless shortcut (option A of He et al. 2016): every stride-th pixel; (k - c) / 2 zero channels in
    front. */
 CKCA__OP void ckca__op_subsample_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y);
@@ -728,9 +738,11 @@ CKCA__OP void ckca__op_adakd(ckca_context *ctx, ckca_adakd form, int n, int k, c
                              float *loss);
 /* FeatReg on n rows of d values: COSINE (also for STAGES: one call per stage with d = H W C), L2, RELATION (f is n x d,
    fo n x d_teacher; ws: op_workspace(n, max(d, d_teacher) + 2 n)). For COSINE and L2 d_teacher is d. Writes df or adds
-   to it. cos of a zero vector is 0 with zero gradient. */
-CKCA__OP void ckca__op_featreg(ckca_context *ctx, ckca_featreg form, int n, int d, int d_teacher, const float *f,
-                               const float *fo, float scale, float *df, int accumulate, float *loss, void *ws);
+   to it. cos of a zero vector is 0 with zero gradient. half is about f and df, half_teacher about fo: COSINE alone has
+   them. */
+CKCA__OP void ckca__op_featreg(ckca_context *ctx, ckca_featreg form, int half, int half_teacher, int n, int d,
+                               int d_teacher, const float *f, const float *fo, float scale, float *df, int accumulate,
+                               float *loss, void *ws);
 /* *sum += the sum of values[0..n), in double. */
 CKCA__OP void ckca__op_sum(ckca_context *ctx, int n, const float *values, double *sum);
 /* *sum += how many of hit[0..n) are right (bit 0). */
@@ -3731,10 +3743,11 @@ static void ckca__batchnorm_backward_block(void *job, int b, int thread) {
 
 /* Passes over activations: 1 read for the statistics; unless its reader does it, 1 read, 1 write to apply them, 1 read
    of the residual. */
-static void ckca__op_batchnorm_forward(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
-                                       const float *beta, float *running_mean, float *running_var,
+static void ckca__op_batchnorm_forward(ckca_context *ctx, int half, size_t rows, int c, const float *x,
+                                       const float *gamma, const float *beta, float *running_mean, float *running_var,
                                        const float *residual, const ckca__norm *residual_norm, int relu, float *y,
                                        float *mean, float *inv_std, void *ws) {
+    (void)half;
 #ifdef CKCA__SIMD
     if (ctx->isa != CKCA_ISA_PLAIN) {
         const ckca__norm norm = {mean, inv_std, gamma, beta, relu};
@@ -3749,8 +3762,10 @@ static void ckca__op_batchnorm_forward(ckca_context *ctx, size_t rows, int c, co
 }
 
 /* Passes over activations: 1 read of x, 1 of the residual, 1 write. */
-static void ckca__op_batchnorm_again(ckca_context *ctx, size_t rows, int c, const float *x, const ckca__norm *norm,
-                                     const float *residual, const ckca__norm *residual_norm, float *y) {
+static void ckca__op_batchnorm_again(ckca_context *ctx, int half, size_t rows, int c, const float *x,
+                                     const ckca__norm *norm, const float *residual, const ckca__norm *residual_norm,
+                                     float *y) {
+    (void)half;
 #ifdef CKCA__SIMD
     if (ctx->isa != CKCA_ISA_PLAIN) {
         ckca__batchnorm_apply(ctx, rows, c, x, norm, NULL, residual, residual_norm, y);
@@ -3763,9 +3778,10 @@ static void ckca__op_batchnorm_again(ckca_context *ctx, size_t rows, int c, cons
 
 /* Passes over activations: 2 reads (x, dy) for the sums; 2 reads, 1 write for dx; y, if there is one, is read in both;
    dresidual is 1 write, and 1 read where it accumulates. */
-static void ckca__op_batchnorm_backward(ckca_context *ctx, size_t rows, int c, const float *x, const float *y,
+static void ckca__op_batchnorm_backward(ckca_context *ctx, int half, size_t rows, int c, const float *x, const float *y,
                                         const float *dy, const ckca__norm *norm, float *dx, float *dresidual,
                                         int accumulate_residual, float *dgamma, float *dbeta, void *ws) {
+    (void)half;
 #ifdef CKCA__SIMD
     if (ctx->isa != CKCA_ISA_PLAIN) {
         const float *gamma = norm->gamma, *inv_std = norm->inv_std;
@@ -3802,9 +3818,10 @@ static void ckca__op_batchnorm_backward(ckca_context *ctx, size_t rows, int c, c
     ckca__naive_batchnorm_backward(rows, c, x, y, dy, norm, dx, dresidual, accumulate_residual, dgamma, dbeta, ws);
 }
 
-static void ckca__op_batchnorm_eval(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
+static void ckca__op_batchnorm_eval(ckca_context *ctx, int half, size_t rows, int c, const float *x, const float *gamma,
                                     const float *beta, const float *running_mean, const float *running_var,
                                     const float *residual, int relu, float *y) {
+    (void)half;
 #ifdef CKCA__SIMD
     if (ctx->isa != CKCA_ISA_PLAIN) {
         const ckca__norm norm = {running_mean, NULL, gamma, beta, relu};
@@ -3881,7 +3898,9 @@ static void ckca__add_backward_block(void *job, int i, int thread) {
 }
 #endif
 
-static void ckca__op_add(ckca_context *ctx, size_t count, const float *a, const float *b, int relu, float *y) {
+static void ckca__op_add(ckca_context *ctx, int half, size_t count, const float *a, const float *b, int relu,
+                         float *y) {
+    (void)half;
 #ifdef CKCA__SIMD
     if (ctx->isa != CKCA_ISA_PLAIN) {
         ckca__add_job job = {ctx, count, a, b, relu, y};
@@ -3893,8 +3912,9 @@ static void ckca__op_add(ckca_context *ctx, size_t count, const float *a, const 
     ckca__naive_add(count, a, b, relu, y);
 }
 
-static void ckca__op_add_backward(ckca_context *ctx, size_t count, const float *y, const float *dy, float *dx,
+static void ckca__op_add_backward(ckca_context *ctx, int half, size_t count, const float *y, const float *dy, float *dx,
                                   int accumulate) {
+    (void)half;
 #ifdef CKCA__SIMD
     if (ctx->isa != CKCA_ISA_PLAIN) {
         ckca__add_gradient job = {ctx, count, y, dy, dx, accumulate};
@@ -4042,8 +4062,9 @@ static void ckca__avgpool_picture(void *job, int i, int thread) {
     for (j = 0; j < o->c; j++) to[j] /= (float)o->area;
 }
 
-static void ckca__op_avgpool_forward(ckca_context *ctx, int n, int area, int c, const float *x, float *y) {
+static void ckca__op_avgpool_forward(ckca_context *ctx, int half, int n, int area, int c, const float *x, float *y) {
     ckca__avgpool job = {area, c, x, y, 0};
+    (void)half;
     ckca__parallel_over(ctx, (size_t)n * area * c, n, ckca__avgpool_picture, &job);
 }
 
@@ -4057,9 +4078,10 @@ static void ckca__avgpool_backward_picture(void *job, int i, int thread) {
         for (j = 0; j < o->c; j++) to[j] = (o->accumulate ? to[j] : 0) + from[j] / (float)o->area;
 }
 
-static void ckca__op_avgpool_backward(ckca_context *ctx, int n, int area, int c, const float *dy, float *dx,
+static void ckca__op_avgpool_backward(ckca_context *ctx, int half, int n, int area, int c, const float *dy, float *dx,
                                       int accumulate) {
     ckca__avgpool job = {area, c, dy, dx, accumulate};
+    (void)half;
     ckca__parallel_over(ctx, (size_t)n * area * c, n, ckca__avgpool_backward_picture, &job);
 }
 
@@ -4304,11 +4326,14 @@ static void ckca__featreg_row(void *job, int i, int thread) {
     } else ckca__featreg_cosine(a->ctx, (size_t)a->d, fi, oi, (double)a->scale / a->n, to, a->accumulate, a->loss + i);
 }
 
-static void ckca__op_featreg(ckca_context *ctx, ckca_featreg form, int n, int d, int d_teacher, const float *f,
-                             const float *fo, float scale, float *df, int accumulate, float *loss, void *ws) {
+static void ckca__op_featreg(ckca_context *ctx, ckca_featreg form, int half, int half_teacher, int n, int d,
+                             int d_teacher, const float *f, const float *fo, float scale, float *df, int accumulate,
+                             float *loss, void *ws) {
     ckca__featreg job = {ctx, form, n, d, d_teacher, f, fo, scale, df, accumulate, loss,
                          (double *)ws, (double *)ws + n};
     int i;
+    (void)half;
+    (void)half_teacher;
     if (form != CKCA_FEATREG_RELATION) {
         ckca__parallel_over(ctx, (size_t)n * d, n, ckca__featreg_row, &job);
         return;
@@ -4839,6 +4864,7 @@ typedef struct ckca__node {
     int stage;               /* marked by ckca_stage */
     int readers;             /* nodes that read it, plus one if it is an output */
     int tensor;              /* its first parameter: weight (gamma), then bias (beta), running_mean, running_var */
+    int half;                /* 1: its output and gradient are bfloat16, see ckca__choose_half */
     int fused;               /* 1: a later tail runs it */
     int folded;              /* convolution: 1: in evaluation the batch norm's tail runs it */
     int head, source, residual,
@@ -5295,6 +5321,26 @@ static void ckca__place_parameters(ckca_model *m) {
     }
 }
 
+/* With CKCA_BF16: which outputs are bfloat16. Pictures are not, nor what comes out of poolings to 1 x 1 and of linear
+   layers; two ops change from one kind to the other, a convolution that reads the pictures and such a pooling. All
+   others give what they take, so float32 spreads from node to node in both directions. */
+static void ckca__choose_half(ckca_model *m) {
+    int i, side, changed = m->ctx->precision == CKCA_BF16;
+    for (i = 1; i < m->nodes; i++)
+        m->node[i].half = changed && m->node[i].kind != CKCA__AVGPOOL && m->node[i].kind != CKCA__LINEAR;
+    while (changed) {
+        changed = 0;
+        for (i = 1; i < m->nodes; i++)
+            for (side = 0; side < 2; side++) {
+                ckca__node *x = &m->node[i], *in = x->in[side] < 0 ? x : &m->node[x->in[side]];
+                if (x->half == in->half || x->kind == CKCA__AVGPOOL || (x->kind == CKCA__CONV && in == m->node))
+                    continue;
+                x->half = in->half = 0;
+                changed = 1;
+            }
+    }
+}
+
 static ckca_status ckca__seal(ckca_model *m, int logits) {
     ckca_context *ctx = m->ctx;
     if (m->failed) return ckca__fail(ctx, m->failed, "%s", m->failure);
@@ -5310,6 +5356,7 @@ static ckca_status ckca__seal(ckca_model *m, int logits) {
     m->features = m->node[m->pooled].h * m->node[m->pooled].w * m->node[m->pooled].c;
     m->node[logits].readers++;
     m->node[m->pooled].readers++; /* the features are an output as well: they are never fused into something later */
+    ckca__choose_half(m);
     ckca__fuse(m);
     ckca__place_parameters(m);
     return CKCA_OK;
@@ -5591,6 +5638,8 @@ static int ckca__largest_first(const void *a, const void *b) {
 /* A convolution or pooling on n pictures in a mode. */
 static void ckca__shape(const ckca_model *m, const ckca__node *node, int n, int mode, ckca__conv *s) {
     const ckca__node *x = &m->node[node->in[0]];
+    s->half_x = x->half;
+    s->half = node->half;
     s->n = n;
     s->h = x->h;
     s->w = x->w;
@@ -5643,7 +5692,8 @@ static int ckca__stand_in(const ckca_model *m, int i, int mode, const ckca__norm
 }
 
 static size_t ckca__node_floats(const ckca__node *x) {
-    return ckca__round_up((size_t)x->h * (size_t)x->w * (size_t)x->c, CKCA__ALIGN / sizeof(float));
+    const size_t values = (size_t)x->h * (size_t)x->w * (size_t)x->c;
+    return ckca__round_up(x->half ? (values + 1) / 2 : values, CKCA__ALIGN / sizeof(float));
 }
 
 /* The most floats that live in some moments once size more do. */
@@ -5844,7 +5894,8 @@ static ckca_status ckca__plan(ckca_model *m, int mode) {
             ckca__plan_add(p, &list[count++], size, &x->grad[mode],
                            output || p->reader[i] < 0 ? m->nodes : end - 1 - p->reader[i], ckca__plan_shared(p, i));
         if (training && x->kind == CKCA__MAXPOOL)
-            ckca__plan_add(p, &list[count++], ckca__round_up((size + 3) / 4, CKCA__ALIGN / sizeof(float)),
+            ckca__plan_add(p, &list[count++], /* a byte for each value */
+                           ckca__round_up(x->half ? (size + 1) / 2 : (size + 3) / 4, CKCA__ALIGN / sizeof(float)),
                            &x->at[mode], i, end - 1 - i);
     }
     for (i = m->nodes - 1; training && i > 0; i--) { /* as backward will come to it */
@@ -6048,16 +6099,16 @@ static void ckca__run_forward(ckca_model *m, int n, int mode, const float *input
                 norm->gamma = gamma;
                 norm->beta = beta;
                 norm->relu = x->relu;
-                ckca__op_batchnorm_forward(ctx, rows, x->c, ckca__value(m, x->source), gamma, beta, mean, var, residual,
-                                           residual_norm, x->relu, x->merged[mode] ? NULL : y, saved, inv_std,
+                ckca__op_batchnorm_forward(ctx, x->half, rows, x->c, ckca__value(m, x->source), gamma, beta, mean, var,
+                                           residual, residual_norm, x->relu, x->merged[mode] ? NULL : y, saved, inv_std,
                                            m->workspace);
             } else if (source->folded) {
                 ckca__shape(m, source, n, mode, &s);
                 ckca__op_conv_forward(ctx, &s, ckca__value(m, source->in[0]), ckca__param(m, source, m->folded, 0),
                                       ckca__param(m, bn, m->folded, 1), residual, x->relu, y, m->workspace);
             } else {
-                ckca__op_batchnorm_eval(ctx, rows, x->c, ckca__value(m, x->source), gamma, beta, mean, var, residual,
-                                        x->relu, y);
+                ckca__op_batchnorm_eval(ctx, x->half, rows, x->c, ckca__value(m, x->source), gamma, beta, mean, var,
+                                        residual, x->relu, y);
             }
             continue;
         }
@@ -6077,14 +6128,14 @@ static void ckca__run_forward(ckca_model *m, int n, int mode, const float *input
             ckca__op_maxpool_forward(ctx, &s, in, y, training ? ckca__at(m, i) : NULL);
             break;
         case CKCA__AVGPOOL:
-            ckca__op_avgpool_forward(ctx, n, source->h * source->w, x->c, in, y);
+            ckca__op_avgpool_forward(ctx, source->half, n, source->h * source->w, x->c, in, y);
             break;
         case CKCA__SUBSAMPLE:
             ckca__shape(m, x, n, mode, &s);
             ckca__op_subsample_forward(ctx, &s, in, y);
             break;
         default:
-            ckca__op_add(ctx, rows * (size_t)x->c, in, residual, x->relu, y);
+            ckca__op_add(ctx, x->half, rows * (size_t)x->c, in, residual, x->relu, y);
             break; /* add and ReLU */
         }
     }
@@ -6110,8 +6161,8 @@ static void ckca__make_again(ckca_model *m, int i, int *next) {
         const int other = ckca__stand_in(m, x->residual, m->mode, &residual_norm);
         const float *residual = other >= 0 ? ckca__value_now(m, other) : NULL;
         x->now = item->at;
-        ckca__op_batchnorm_again(m->ctx, ckca__rows(x, m->n), x->c, ckca__value_now(m, x->source), &x->norm, residual,
-                                 residual_norm, ckca__value_now(m, item->node));
+        ckca__op_batchnorm_again(m->ctx, x->half, ckca__rows(x, m->n), x->c, ckca__value_now(m, x->source), &x->norm,
+                                 residual, residual_norm, ckca__value_now(m, item->node));
     }
 }
 
@@ -6139,10 +6190,10 @@ static void ckca__run_backward(ckca_model *m) {
                there. */
             dx = add ? dy : ckca__grad(m, x->source);
             ckca__op_batchnorm_backward(
-                ctx, rows, x->c, ckca__value_now(m, x->source), x->residual >= 0 ? ckca__value_now(m, i) : NULL, dy,
-                &x->norm, dx, dresidual, add_residual, ckca__param(m, bn, m->gradients, 0),
-                ckca__param(m, bn, m->gradients, 1), m->workspace);
-            if (add && x->source > 0) ckca__op_add_backward(ctx, count, NULL, dy, ckca__grad(m, x->source), 1);
+                ctx, x->half, rows, x->c, ckca__value_now(m, x->source),
+                x->residual >= 0 ? ckca__value_now(m, i) : NULL, dy, &x->norm, dx, dresidual, add_residual,
+                ckca__param(m, bn, m->gradients, 0), ckca__param(m, bn, m->gradients, 1), m->workspace);
+            if (add && x->source > 0) ckca__op_add_backward(ctx, x->half, count, NULL, dy, ckca__grad(m, x->source), 1);
             continue;
         }
         if (x->source > 0) {
@@ -6167,17 +6218,17 @@ static void ckca__run_backward(ckca_model *m) {
             if (dx) ckca__op_maxpool_backward(ctx, &s, dy, ckca__at(m, i), dx, add);
             break;
         case CKCA__AVGPOOL:
-            if (dx) ckca__op_avgpool_backward(ctx, n, source->h * source->w, x->c, dy, dx, add);
+            if (dx) ckca__op_avgpool_backward(ctx, source->half, n, source->h * source->w, x->c, dy, dx, add);
             break;
         case CKCA__SUBSAMPLE:
             ckca__shape(m, x, n, mode, &s);
             if (dx) ckca__op_subsample_backward(ctx, &s, dy, dx, add);
             break;
         default: /* add and ReLU */
-            if (dx) ckca__op_add_backward(ctx, count, x->relu ? ckca__value_now(m, i) : NULL, dy, dx, add);
+            if (dx) ckca__op_add_backward(ctx, x->half, count, x->relu ? ckca__value_now(m, i) : NULL, dy, dx, add);
             if (x->residual > 0) {
                 add = ckca__accumulates(m, x->residual);
-                ckca__op_add_backward(ctx, count, x->relu ? ckca__value_now(m, i) : NULL, dy,
+                ckca__op_add_backward(ctx, x->half, count, x->relu ? ckca__value_now(m, i) : NULL, dy,
                                       ckca__grad(m, x->residual), add);
             }
             break;
@@ -6217,6 +6268,7 @@ CKCA_API ckca_status ckca_node_shape(const ckca_model *m, int node, int *height,
 }
 
 CKCA_API ckca_status ckca_node_read(ckca_model *m, int node, float *out) {
+    size_t values, i;
     if (!m) return CKCA_EINVAL;
     if (node < 0 || node >= m->nodes || !out)
         return ckca__fail(m->ctx, CKCA_EINVAL, "node: there is no node %d (nodes are 0 to %d)", node, m->nodes - 1);
@@ -6224,8 +6276,20 @@ CKCA_API ckca_status ckca_node_read(ckca_model *m, int node, float *out) {
     if (!ckca__runs(m, node, m->mode) || (!(m->mode & CKCA__READABLE) && node != m->logits && node != m->pooled))
         return ckca__fail(m->ctx, CKCA_EINVAL, "node %d (%s) leaves no output of its own in this mode", node,
                           ckca__kind_name[m->node[node].kind]);
-    ckca__device_download(m->ctx, out, ckca__value(m, node),
-                          ckca__rows(&m->node[node], m->n) * (size_t)m->node[node].c * sizeof(float));
+    values = ckca__rows(&m->node[node], m->n) * (size_t)m->node[node].c;
+    if (m->node[node].half) { /* to the end of out, and widened from its beginning */
+        const unsigned char *half = (unsigned char *)out + 2 * values;
+        ckca__device_download(m->ctx, (unsigned char *)out + 2 * values, ckca__value(m, node), 2 * values);
+        for (i = 0; i < values; i++) {
+            uint16_t upper;
+            uint32_t bits;
+            memcpy(&upper, half + 2 * i, sizeof upper);
+            bits = (uint32_t)upper << 16;
+            memcpy(&out[i], &bits, sizeof bits);
+        }
+    } else {
+        ckca__device_download(m->ctx, out, ckca__value(m, node), values * sizeof(float));
+    }
     return ckca__device_status(m->ctx);
 }
 
@@ -6889,7 +6953,7 @@ static void ckca__feature_term(ckca__update *u, int n) {
     ckca_model *m = u->m, *t = u->teacher;
     int i, j = 0, stages = 0;
     if (u->d.featreg != CKCA_FEATREG_STAGES) {
-        ckca__op_featreg(u->ctx, u->d.featreg, n, m->features, t->features, ckca__value(m, m->pooled), u->fo,
+        ckca__op_featreg(u->ctx, u->d.featreg, 0, 0, n, m->features, t->features, ckca__value(m, m->pooled), u->fo,
                          u->d.w_feat, ckca__grad(m, m->pooled), ckca__accumulates(m, m->pooled), u->b.loss,
                          m->workspace);
         ckca__op_sum(u->ctx, n, u->b.loss, u->b.sums + 2);
@@ -6901,9 +6965,9 @@ static void ckca__feature_term(ckca__update *u, int n) {
         const int d = x->h * x->w * x->c;
         if (!x->stage) continue;
         while (!t->node[j].stage) j++;
-        ckca__op_featreg(u->ctx, CKCA_FEATREG_COSINE, n, d, d, ckca__value(m, i), ckca__value(t, j),
-                         u->d.w_feat / (float)stages, ckca__grad(m, i), ckca__accumulates(m, i), u->b.loss,
-                         m->workspace);
+        ckca__op_featreg(u->ctx, CKCA_FEATREG_COSINE, x->half, t->node[j].half, n, d, d, ckca__value(m, i),
+                         ckca__value(t, j), u->d.w_feat / (float)stages, ckca__grad(m, i), ckca__accumulates(m, i),
+                         u->b.loss, m->workspace);
         ckca__op_sum(u->ctx, n, u->b.loss, u->b.sums + 2);
         j++;
     }

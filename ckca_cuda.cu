@@ -13,7 +13,7 @@
    CONTENTS, each a section under this name
        CONTEXT        stream, cuBLAS handle, errors that wait to be reported, launching
        MEMORY         device memory, copies, stages for what comes in a stream, recorded work (CUDA graphs)
-       INSTRUCTIONS   the tensor cores' multiply-add and the roundings C++ has no name for
+       INSTRUCTIONS   what C++ has no name for: tensor cores, copies under way, roundings; and values of either kind
        GEMM           the one kernel behind the three passes of every convolution larger than 1 x 1
        CONVOLUTION    the ops that choose it, or cuBLAS
        CHANNELS       sums over all pixels: batch norm, bias gradients
@@ -25,25 +25,26 @@
    HOW KERNELS ARE LAID OUT
        Everything runs in one stream, in order, but for the uploads of pictures that the GPU has no room to keep (see
        stages). Blocks are of 256 threads. Element-wise kernels are grids of at most 16 blocks a multiprocessor whose
-       threads walk the array in strides; where channels matter the stride is a multiple of the channels, so that each
-       thread meets one channel (or one float4 of channels) and loads its constants once. Sums are taken in two stages
-       of fixed shape: a block sums its part in an order that depends on the sizes alone, then one block or warp adds
-       the parts in theirs. There are no atomics: the same machine gives the same bits.
+       threads walk the array in strides, 16 bytes at a time where they can; where channels matter the stride is a
+       multiple of the channels, so that each thread meets the same ones and loads their constants once. Sums are taken
+       in two stages of fixed shape: a block sums its part in an order that depends on the sizes alone, then one block
+       or warp adds the parts in theirs. There are no atomics: the same machine gives the same bits.
 
    FLOORS, what no kernel can beat: bytes through memory at its bandwidth, or multiply-adds at the peak of the unit used
        GEMM           2 N P Q K R S C flops on tensor cores (FLOAT32: on the FFMA units), or the bytes of x, w and y
                       once. 3 x 3 on 16 channels costs 288 flops and 8 bytes an output: memory is the floor there.
        batch norm     forward: read x twice, write y (12 bytes a value, 4 more with a residual); backward: read x and dy
-                      twice, y twice where ReLU, write dx (20 to 28 bytes), dresidual 4 to 8 more.
+                      twice, y twice where ReLU, write dx (20 to 28 bytes), dresidual 4 to 8 more. BF16: half of that.
        element-wise   the bytes of its arguments once; SGD 20 bytes a parameter.
        pictures       a byte in, a float out.
        losses         small; latency.
 
-   PRECISION (ckca_desc.precision) concerns the factors in the products of convolutions and linear layers: FLOAT32
-   multiplies floats on the FFMA units; TF32 and BF16 round both factors as they enter shared memory (cuBLAS does the
-   like in its COMPUTE_32F_FAST modes) and multiply on tensor cores, summing in float32. Everything in memory is
-   float32: weights, activations, gradients, statistics. So BF16 saves arithmetic and shared memory here, not memory
-   traffic.
+   PRECISION (ckca_desc.precision): FLOAT32 multiplies floats on the FFMA units. TF32 rounds both factors of
+   convolutions and linear layers (as registers take them from shared memory; cuBLAS in its own way) and multiplies on
+   tensor cores, summing in float32. BF16 keeps the maps between the pictures and the average pooling, and their
+   gradients, as bfloat16 in memory and multiplies them by weights rounded to it, summing in float32; what is behind the
+   pooling stays float32 and is multiplied as TF32. Weights, their gradients, statistics, losses and SGD are float32
+   throughout.
 
    No GPU was at hand when this was written: it has been run on the CPU only, by tests/cuda_shim.h. */
 #ifndef CKCA_CUDA
@@ -358,16 +359,17 @@ CKCA__OP void ckca__device_forget(ckca_context *ctx, void **recording) {
 
 /* ------------------------------------------------------------------------------------------------------------------
    INSTRUCTIONS
-
-   A *word* is 32 bits of a factor in shared memory: one float (FLOAT32, or TF32 with its low bits rounded off) or two
-   BF16 that are neighbours along the summed dimension, the first in the low half. In words, the fragments of the two
-   tensor core instructions are laid out alike (PTX ISA, "Matrix Fragments for mma.m16n8k8" and "m16n8k16"): with
-   g = lane / 4 and t = lane % 4, of a 16 x 8 words A: a0 = (g, t), a1 = (g + 8, t), a2 = (g, t + 4), a3 = (g + 8, t +
-   4); of an 8 words x 8 B: b0 = (t, g), b1 = (t + 4, g); of the 16 x 8 sums: c0 = (g, 2t), c1 = (g, 2t + 1), c2 and c3
-   eight rows below. So one kernel does for both.
    ------------------------------------------------------------------------------------------------------------------ */
 
+struct ckca__bf16 { /* the upper half of a float */
+    unsigned short bits;
+};
+
 #ifndef CKCA_CUDA_SHIM
+__device__ __forceinline__ unsigned ckca__to_bf16x2(float low, float high) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *(unsigned *)&pair;
+}
 __device__ __forceinline__ unsigned ckca__to_tf32(float v) {
     unsigned word = __float_as_uint(v);
 #if __CUDA_ARCH__ >= 800
@@ -375,10 +377,51 @@ __device__ __forceinline__ unsigned ckca__to_tf32(float v) {
 #endif
     return word;
 }
-__device__ __forceinline__ unsigned ckca__to_bf16x2(float low, float high) {
-    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *(unsigned *)&pair;
+
+/* 16 bytes from memory to shared memory, or zeros where they are not there. Under way until ckca__copies_wait, which
+   waits until at most so many of the groups that ckca__copies_commit closed are left. */
+__device__ __forceinline__ void ckca__copy_chunk(uint4 *shared, const void *memory, int there) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
+                 "l"(memory), "r"(there ? 16 : 0)
+                 : "memory");
+#else
+    *shared = there ? *(const uint4 *)memory : make_uint4(0, 0, 0, 0);
+#endif
 }
+__device__ __forceinline__ void ckca__copies_commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int LEFT> __device__ __forceinline__ void ckca__copies_wait() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+#endif
+}
+
+/* Four matrices of 8 rows of 16 bytes: lane i points to row i % 8 of matrix i / 8, and gets of each, in its order, the
+   word lane % 4 of row lane / 4. TURNED: rows are of 8 halves, and a lane gets rows 2 (lane % 4) and the next of column
+   lane / 4. */
+template <int TURNED> __device__ __forceinline__ void ckca__load_matrices(unsigned v[4], const uint4 *row) {
+    const unsigned at = (unsigned)__cvta_generic_to_shared(row);
+    if constexpr (TURNED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                     : "r"(at)
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                     : "r"(at)
+                     : "memory");
+}
+
+/* c += a b: 16 x 8 sums of 32 bytes of k. A *word* is one TF32, or two BF16 that are neighbours in k, the first in the
+   low half; in words the fragments of both instructions are laid out alike (PTX ISA, "Matrix Fragments for mma.m16n8k8"
+   and "m16n8k16"). With g = lane / 4 and t = lane % 4, of a's 16 x 8 words: a0 = (g, t), a1 = (g + 8, t), a2 = (g, t +
+   4), a3 = (g + 8, t + 4); of b's 8 x 8: b0 = (t, g), b1 = (t + 4, g); of the sums: c0 = (g, 2t), c1 = (g, 2t + 1), c2
+   and c3 eight rows below. */
 __device__ __forceinline__ void ckca__mma_tf32(float c[4], const unsigned a[4], const unsigned b[2]) {
 #if __CUDA_ARCH__ >= 800
     asm volatile(
@@ -414,12 +457,75 @@ __device__ __forceinline__ int ckca__quotient(int n, ckca__divisor d) {
     return (int)((__umulhi((unsigned)n, d.magic) + (unsigned)n) >> d.shift);
 }
 
+/* ---- values: floats or bfloat16 in memory, floats in registers ---- */
+
+__device__ __forceinline__ float ckca__to_float(float v) { return v; }
+__device__ __forceinline__ float ckca__to_float(ckca__bf16 v) { return __uint_as_float((unsigned)v.bits << 16); }
+__device__ __forceinline__ void ckca__put(float *to, float v) { *to = v; }
+__device__ __forceinline__ void ckca__put(ckca__bf16 *to, float v) { to->bits = (unsigned short)ckca__to_bf16x2(v, 0); }
+/* How many values are 16 bytes. */
+template <class T> struct ckca__chunk {
+    enum { VALUES = 16 / sizeof(T) };
+};
+
+/* WIDTH neighbours: as many as a chunk of either kind has (aligned like it), two (aligned together), or one. Kernels
+   that go over values are written once for all. */
+template <int WIDTH> struct ckca__lane {
+    float v[WIDTH];
+    __device__ __forceinline__ ckca__lane() {}
+    __device__ __forceinline__ explicit ckca__lane(const float *from) {
+        if constexpr (WIDTH >= 4)
+            for (int j = 0; j < WIDTH; j += 4) {
+                const float4 q = *(const float4 *)(from + j);
+                v[j] = q.x, v[j + 1] = q.y, v[j + 2] = q.z, v[j + 3] = q.w;
+            }
+        else
+            for (int j = 0; j < WIDTH; j++) v[j] = from[j];
+    }
+    __device__ __forceinline__ explicit ckca__lane(const ckca__bf16 *from) {
+        if constexpr (WIDTH == 8) {
+            const uint4 q = *(const uint4 *)from;
+            const unsigned word[4] = {q.x, q.y, q.z, q.w};
+            for (int j = 0; j < 4; j++) {
+                v[2 * j] = __uint_as_float(word[j] << 16);
+                v[2 * j + 1] = __uint_as_float(word[j] & 0xffff0000);
+            }
+        } else
+            for (int j = 0; j < WIDTH; j++) v[j] = ckca__to_float(from[j]);
+    }
+    __device__ __forceinline__ void store(float *to) const {
+        if constexpr (WIDTH >= 4)
+            for (int j = 0; j < WIDTH; j += 4) *(float4 *)(to + j) = make_float4(v[j], v[j + 1], v[j + 2], v[j + 3]);
+        else if constexpr (WIDTH == 2)
+            *(float2 *)to = make_float2(v[0], v[1]);
+        else
+            *to = v[0];
+    }
+    __device__ __forceinline__ void store(ckca__bf16 *to) const {
+        if constexpr (WIDTH == 8)
+            *(uint4 *)to = make_uint4(ckca__to_bf16x2(v[0], v[1]), ckca__to_bf16x2(v[2], v[3]),
+                                      ckca__to_bf16x2(v[4], v[5]), ckca__to_bf16x2(v[6], v[7]));
+        else if constexpr (WIDTH == 2)
+            *(unsigned *)to = ckca__to_bf16x2(v[0], v[1]);
+        else
+            for (int j = 0; j < WIDTH; j++) ckca__put(to + j, v[j]);
+    }
+};
+
+/* Runs f with a value of the type that an op's maps are of. */
+template <class F> static void ckca__typed(int half, F f) {
+    if (half)
+        f(ckca__bf16());
+    else
+        f(float());
+}
+
 /* ------------------------------------------------------------------------------------------------------------------
    GEMM: out (rows x columns) = the sum over k of A (rows x k) B (k x columns)
 
        pass       rows                 columns   k               A                            B
        FORWARD    output pixels        K         R S C           x under the taps             w
-       DATA       input pixels         C         taps K          dy over the taps             w
+       DATA       input pixels         C         taps K          dy over the taps             w, turned to C x R x S x K
        WEIGHT     R S C                K         output pixels   x under tap and pixel        dy
 
    A is never stored: its elements are fetched from x or dy as they are needed (implicit GEMM). An input pixel of a
@@ -427,26 +533,27 @@ __device__ __forceinline__ int ckca__quotient(int n, ckca__divisor d) {
    of its own, so nothing is multiplied by zeros. In WEIGHT blockIdx.z walks splits of the pixels, whose sums
    ckca__add_splits adds in their order.
 
-   A block computes 128 rows x COLUMNS (16, 32, 64 or 128) columns in slabs of 16 words of k. While the slab in one of
-   two shared buffers is multiplied, the next one's values are under way to registers; they are rounded to words as they
-   are put into the other buffer. Buffers are k x rows, 8 words longer than the rows they hold: then the 32 lanes of a
-   fragment's load (4 k, 8 rows) meet 32 banks. A quad, 4 floats fetched at once, lies along whatever is contiguous in
-   memory: along k in FORWARD (both) and DATA (A), along rows or columns else. Channels that are no multiple of 4 are
-   fetched one by one; where they are a multiple of the slab's depth, a slab lies under one tap, and where that is is
-   found once for all its quads.
+   A block computes 128 rows x COLUMNS (16, 32, 64 or 128) columns in slabs of 64 bytes of k, 16 floats or 32 BF16.
+   Three slabs are in shared memory: while one is multiplied, the next two are on their way there (cp.async). What
+   travels is a *chunk*, 16 bytes that are neighbours in memory: along k in FORWARD and DATA, where a slab is lines (rows
+   or columns) of 4 chunks; along rows or columns in WEIGHT, where it is k lines of 128 or COLUMNS values. Chunks of a
+   line are exchanged (ckca__spot) such that whatever is fetched at once, 8 chunks on top of each other (ldmatrix) or a
+   fragment's 32 words, meets all banks. Channels that are no multiple of a chunk are fetched one by one (WHOLE = 0).
    ------------------------------------------------------------------------------------------------------------------ */
 
 enum { CKCA__FORWARD, CKCA__DATA, CKCA__WEIGHT };
-enum { CKCA__ROWS = 128, CKCA__WORDS = 16 }; /* of a block; of a slab */
+enum { CKCA__ROWS = 128, CKCA__SLABS = 3, CKCA__SLAB_CHUNKS = 4 };
 
 typedef struct ckca__gemm {
     ckca__conv s;
-    const float *a, *b;           /* as in the table */
-    const float *bias, *residual; /* FORWARD; or NULL */
-    float *out;
-    int relu, accumulate;         /* adds to out */
-    int split;                    /* WEIGHT: pixels of a split */
-    ckca__divisor channels, q, p; /* of A's tensor (C or K); WEIGHT: of the output */
+    const void *a, *b;    /* as in the table */
+    const float *bias;    /* FORWARD; or NULL */
+    const void *residual; /* likewise */
+    void *out;
+    int relu, accumulate; /* adds to out */
+    int split;            /* WEIGHT: pixels of a split */
+    int wide;             /* how many blocks all columns take */
+    ckca__divisor q, p;   /* WEIGHT: of the output */
 } ckca__gemm;
 
 /* One axis of a phase: output i of count lies at at + spread i and meets tap first + step t of w, t < taps, in source
@@ -478,214 +585,180 @@ __device__ ckca__phase ckca__phase_of(int pass, int phase, int taps, int stride,
     return v;
 }
 
-/* FORWARD and DATA's A: one row, an output pixel of the phase, along k = (tap y, tap x, channel). */
-struct ckca__window {
-    const float *picture; /* NULL: no such row */
-    const float *under;   /* the slab's one tap; NULL: outside */
-    int h, w, c, y, x, k; /* the source; the first tap's pixel; how many k */
-    int begin, one_tap;   /* of the slab */
-    ckca__divisor by_c, by_taps;
+/* What convolutions multiply in, and what their maps are stored as. */
+template <int PRECISION> struct ckca__factor { typedef float type; };
+template <> struct ckca__factor<CKCA_BF16> { typedef ckca__bf16 type; };
 
-    __device__ ckca__window(const ckca__gemm &g, int pass, const ckca__phase &py, const ckca__phase &px, int row) {
-        const int area = py.count * px.count, n = area ? row / area : g.s.n;
-        h = pass == CKCA__DATA ? g.s.p : g.s.h;
-        w = pass == CKCA__DATA ? g.s.q : g.s.w;
-        c = (int)g.channels.by;
-        k = py.taps * px.taps * c;
-        by_c = g.channels;
-        by_taps = ckca__divide_by(px.taps > 0 ? px.taps : 1);
-        picture = n < g.s.n ? g.a + (size_t)n * h * w * c : NULL;
-        y = picture ? row % area / px.count * py.stride + py.from : 0;
-        x = picture ? row % area % px.count * px.stride + px.from : 0;
-    }
-    __device__ const float *at(int i) const { /* NULL: outside */
-        const int tap = ckca__quotient(i, by_c), ty = ckca__quotient(tap, by_taps);
-        const int sy = y + ty, sx = x + tap - ty * (int)by_taps.by;
-        if (!picture || i >= k || sy < 0 || sy >= h || sx < 0 || sx >= w) return NULL;
-        return picture + ((size_t)sy * w + sx) * c + (i - tap * c);
-    }
-    __device__ void start(int k_, int depth) {
-        begin = k_;
-        one_tap = c % depth == 0;
-        if (one_tap) under = at(k_);
-    }
-    __device__ float4 quad(int i) const {
-        float v[4];
-        if (one_tap) return under ? *(const float4 *)(under + (i - begin)) : make_float4(0, 0, 0, 0);
-        if (c % 4 == 0) {
-            const float *from = at(i);
-            return from ? *(const float4 *)from : make_float4(0, 0, 0, 0);
-        }
-        for (int j = 0; j < 4; j++) {
-            const float *from = at(i + j);
-            v[j] = from ? *from : 0;
-        }
-        return make_float4(v[0], v[1], v[2], v[3]);
-    }
-};
-
-/* FORWARD's B: one output channel's weights, along k. */
-struct ckca__filter {
-    const float *from; /* NULL: no such channel */
-    int k, c;
-    __device__ ckca__filter(const ckca__gemm &g, int column) {
-        c = g.s.c;
-        k = g.s.r * g.s.s * c;
-        from = column < g.s.k ? g.b + (size_t)column * k : NULL;
-    }
-    __device__ void start(int, int) {}
-    __device__ float4 quad(int i) const {
-        if (from && c % 4 == 0) return i < k ? *(const float4 *)(from + i) : make_float4(0, 0, 0, 0);
-        if (!from) i = k;
-        return make_float4(i < k ? from[i] : 0, i + 1 < k ? from[i + 1] : 0, i + 2 < k ? from[i + 2] : 0,
-                           i + 3 < k ? from[i + 3] : 0);
-    }
-};
-
-/* 4 neighbours at from, of which the first left ones exist. together: they can be fetched at once. */
-__device__ __forceinline__ float4 ckca__some(const float *from, int left, int together) {
-    if (together) return left > 0 ? *(const float4 *)from : make_float4(0, 0, 0, 0);
-    return make_float4(left > 0 ? from[0] : 0, left > 1 ? from[1] : 0, left > 2 ? from[2] : 0, left > 3 ? from[3] : 0);
+/* Where a chunk of a line lies in a slab, whose lines have CHUNKS each. WORDS: its words are fetched one by one, from 4
+   neighbouring lines at once; else whole chunks from 8 lines. */
+template <int CHUNKS, int WORDS> __device__ __forceinline__ int ckca__spot(int line, int chunk) {
+    const int turn =
+        WORDS ? (CHUNKS >= 8 ? line % 4 * 2 : line & 2) : (CHUNKS >= 8 ? line % 8 : line * CHUNKS / 8 % CHUNKS);
+    return line * CHUNKS + (chunk ^ turn);
 }
 
-/* DATA's B: four input channels from c on, at k = (tap y, tap x, output channel). */
-struct ckca__filter_across {
-    const float *w;
-    const float *under; /* the slab's one tap, first output channel */
-    int c, channels, k, r, s, kernels, first_y, first_x, step;
-    int begin, one_tap; /* of the slab */
-    ckca__divisor by_k, by_taps;
-    __device__ ckca__filter_across(const ckca__gemm &g, const ckca__phase &py, const ckca__phase &px, int column) {
-        w = g.b;
-        c = column;
-        channels = g.s.c;
-        kernels = g.s.k;
-        k = py.taps * px.taps * kernels;
-        r = g.s.r;
-        s = g.s.s;
-        first_y = py.first;
-        first_x = px.first;
-        step = py.step;
-        by_k = g.channels;
-        by_taps = ckca__divide_by(px.taps > 0 ? px.taps : 1);
+/* FORWARD and DATA: a place along k = (tap y, tap x, channel). */
+struct ckca__place {
+    int y, x, c;
+    int taps_x, channels;
+    __device__ ckca__place(int k, int taps_x_, int channels_) : taps_x(taps_x_ > 0 ? taps_x_ : 1), channels(channels_) {
+        const int tap = k / channels;
+        c = k % channels;
+        y = tap / taps_x;
+        x = tap % taps_x;
     }
-    __device__ const float *at(int i) const {
-        const int tap = ckca__quotient(i, by_k), ty = ckca__quotient(tap, by_taps), tx = tap - ty * (int)by_taps.by;
-        return w + (((size_t)(i - tap * kernels) * r + (first_y + step * ty)) * s + (first_x + step * tx)) * channels +
-               c;
-    }
-    __device__ void start(int k_, int depth) {
-        begin = k_;
-        one_tap = kernels % depth == 0;
-        if (one_tap) under = at(k_);
-    }
-    __device__ float4 quad(int i) const {
-        if (i >= k || c >= channels) return make_float4(0, 0, 0, 0);
-        return ckca__some(one_tap ? under + (size_t)(i - begin) * r * s * channels : at(i), channels - c,
-                          channels % 4 == 0);
+    __device__ __forceinline__ void advance(int by) {
+        for (c += by; c >= channels; c -= channels)
+            if (++x == taps_x) x = 0, y++;
     }
 };
 
-/* WEIGHT's A: what four neighbours (tap, c) from row on see of x when the window is at output pixel i. */
-struct ckca__window_across {
-    const float *source;
-    ckca__conv s;
-    ckca__divisor by_p, by_q;
-    int end, row, tap_y[4], tap_x[4], c[4]; /* with channels in fours the first of each says it all */
-    __device__ ckca__window_across(const ckca__gemm &g, int row_, int end_)
-        : source(g.a), s(g.s), by_p(g.p), by_q(g.q) {
-        end = end_;
-        row = row_;
-        for (int j = 0; j < 4; j++) {
-            const int tap = (row + j) / s.c;
-            c[j] = (row + j) % s.c;
-            tap_y[j] = tap < s.r * s.s ? tap / s.s - s.pad : -(1 << 29); /* no such row: outside of everything */
-            tap_x[j] = tap % s.s - s.pad;
-        }
-    }
-    __device__ void start(int, int) {}
-    __device__ float4 quad(int i) const {
-        const int line = ckca__quotient(i, by_q), n = ckca__quotient(line, by_p);
-        const int y = (line - n * s.p) * s.stride, x = (i - line * s.q) * s.stride;
-        float v[4];
-        if (i >= end) return make_float4(0, 0, 0, 0);
-        for (int j = 0; j < 4; j++) {
-            const int sy = y + tap_y[j], sx = x + tap_x[j], inside = sy >= 0 && sy < s.h && sx >= 0 && sx < s.w;
-            const float *from = source + (((size_t)n * s.h + sy) * s.w + sx) * s.c + c[j];
-            if (s.c % 4 == 0) return inside ? *(const float4 *)from : make_float4(0, 0, 0, 0);
-            v[j] = inside ? *from : 0;
-        }
-        return make_float4(v[0], v[1], v[2], v[3]);
-    }
-};
-
-/* WEIGHT's B: four output channels from column on of dy, at pixel i. */
-struct ckca__pixel_across {
-    const float *dy;
-    int k, end, column;
-    __device__ ckca__pixel_across(const ckca__gemm &g, int column_, int end_)
-        : dy(g.b), k(g.s.k), end(end_), column(column_) {}
-    __device__ void start(int, int) {}
-    __device__ float4 quad(int i) const {
-        if (i >= end || column >= k) return make_float4(0, 0, 0, 0);
-        return ckca__some(dy + (size_t)i * k + column, k - column, k % 4 == 0);
-    }
-};
-
-__device__ __forceinline__ float ckca__part(const float4 &v, int i) {
-    return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+/* One value on its way to shared memory, from an array that may be of the other kind. */
+template <class T> __device__ __forceinline__ void ckca__fetch_one(T *to, const void *from, int half, size_t i) {
+    if (sizeof(T) == sizeof(ckca__bf16) && half)
+        *to = ((const T *)from)[i];
+    else
+        ckca__put(to, ((const float *)from)[i]);
 }
 
-/* The word of one value, or of two neighbours along k. */
-template <int PRECISION> __device__ __forceinline__ unsigned ckca__word(float v, float next) {
-    if (PRECISION == CKCA_BF16) return ckca__to_bf16x2(v, next);
-    if (PRECISION == CKCA_TF32) return ckca__to_tf32(v);
-    return __float_as_uint(v);
-}
+/* FORWARD and DATA: this thread's part in bringing slabs to shared memory: one chunk of k in each of some lines of A
+   and of B. */
+template <class T, int COLUMNS, int WHOLE> struct ckca__along {
+    enum { VALUES = ckca__chunk<T>::VALUES, APART = CKCA__THREADS / CKCA__SLAB_CHUNKS, LINES = CKCA__ROWS / APART };
+    const ckca__gemm &g;
+    const ckca__phase &py, &px;
+    int half, channels, h, w, columns, column; /* of A's tensor; the first column */
+    int picture[LINES], y[LINES], x[LINES];    /* of each row: the first tap's pixel */
+    ckca__place k;
 
-/* One operand's way from memory to shared memory: a slab of WORDS words of k x LINES rows (or columns), of which each
-   thread carries ITEMS x PER quads. ALONG_K: quads lie along k, and a thread's are all of one line (ckca__line). */
-template <int PRECISION, int LINES, int ALONG_K> struct ckca__slab {
-    enum {
-        PER = PRECISION == CKCA_BF16 ? 2 : 1, /* values to a word */
-        LENGTH = LINES + 8,
-        QUADS = CKCA__WORDS * LINES / 4, /* of words */
-        ITEMS = (QUADS + CKCA__THREADS - 1) / CKCA__THREADS
-    };
-    float4 v[ITEMS * PER];
-
-    __device__ static int line() { return ALONG_K ? threadIdx.x % LINES : threadIdx.x % (LINES / 4) * 4; }
-
-    template <class SOURCE> __device__ void fetch(SOURCE &source, int k) {
-        source.start(k, CKCA__WORDS * PER);
+    __device__ ckca__along(const ckca__gemm &g_, int pass, const ckca__phase &py_, const ckca__phase &px_, int row0,
+                           int column0)
+        : g(g_), py(py_), px(px_), half(pass == CKCA__DATA ? g.s.half : g.s.half_x),
+          channels(pass == CKCA__DATA ? g.s.k : g.s.c), h(pass == CKCA__DATA ? g.s.p : g.s.h),
+          w(pass == CKCA__DATA ? g.s.q : g.s.w), columns(pass == CKCA__DATA ? g.s.c : g.s.k),
+          column(column0 + (int)threadIdx.x / CKCA__SLAB_CHUNKS),
+          k((int)threadIdx.x % CKCA__SLAB_CHUNKS * VALUES, px_.taps, channels) {
+        const int area = py.count * px.count;
 #pragma unroll
-        for (int i = 0; i < ITEMS; i++) {
-            const int item = (int)threadIdx.x + i * CKCA__THREADS;
-            if (QUADS % CKCA__THREADS && item >= QUADS) continue;
-#pragma unroll
-            for (int j = 0; j < PER; j++) /* ALONG_K: 4 words are PER quads one after the other; else PER rows of k */
-                v[i * PER + j] =
-                    source.quad(ALONG_K ? k + (item / LINES * PER + j) * 4 : k + item / (LINES / 4) * PER + j);
+        for (int i = 0; i < LINES; i++) {
+            const int row = row0 + (int)threadIdx.x / CKCA__SLAB_CHUNKS + i * APART, n = area ? row / area : g.s.n;
+            const int there = n < g.s.n;
+            picture[i] = there ? n : 0;
+            y[i] = there ? row % area / px.count * py.stride + py.from : -(1 << 29); /* outside of everything */
+            x[i] = there ? row % area % px.count * px.stride + px.from : 0;
         }
     }
-    __device__ void put(unsigned *words) const {
+    __device__ __forceinline__ int is_inside(int i, const ckca__place &at) const {
+        return at.y < py.taps && y[i] + at.y >= 0 && y[i] + at.y < h && x[i] + at.x >= 0 && x[i] + at.x < w;
+    }
+    __device__ __forceinline__ size_t source(int i, const ckca__place &at) const {
+        return (((size_t)picture[i] * h + y[i] + at.y) * w + x[i] + at.x) * channels + at.c;
+    }
+    __device__ __forceinline__ size_t weight(int line, const ckca__place &at) const {
+        return (((size_t)line * g.s.r + py.first + py.step * at.y) * g.s.s + px.first + px.step * at.x) * channels +
+               at.c;
+    }
+    __device__ __forceinline__ void fetch(uint4 *a, uint4 *b) {
+        const int line = (int)threadIdx.x / CKCA__SLAB_CHUNKS, chunk = (int)threadIdx.x % CKCA__SLAB_CHUNKS;
 #pragma unroll
-        for (int i = 0; i < ITEMS; i++) {
-            const int item = (int)threadIdx.x + i * CKCA__THREADS;
-            if (QUADS % CKCA__THREADS && item >= QUADS) continue;
-            unsigned word[4];
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const float4 &one = v[i * PER + (ALONG_K ? j * PER / 4 : 0)], &other = v[i * PER + PER - 1];
-                word[j] = ALONG_K ? ckca__word<PRECISION>(ckca__part(one, j * PER % 4),
-                                                          ckca__part(one, j * PER % 4 + PER - 1))
-                                  : ckca__word<PRECISION>(ckca__part(one, j), ckca__part(other, j));
-                if (ALONG_K) words[(item / LINES * 4 + j) * LENGTH + item % LINES] = word[j];
+        for (int i = 0; i < LINES; i++) {
+            uint4 *to = a + ckca__spot<CKCA__SLAB_CHUNKS, 0>(line + i * APART, chunk);
+            if constexpr (WHOLE) {
+                const int there = is_inside(i, k);
+                ckca__copy_chunk(to, there ? (const T *)g.a + source(i, k) : (const T *)g.a, there);
+            } else {
+                ckca__place at = k;
+                for (int j = 0; j < VALUES; j++, at.advance(1))
+                    if (is_inside(i, at))
+                        ckca__fetch_one((T *)to + j, g.a, half, source(i, at));
+                    else
+                        ckca__put((T *)to + j, 0);
             }
-            if (!ALONG_K) /* 4 neighbours at once */
-                *(uint4 *)(words + item / (LINES / 4) * LENGTH + item % (LINES / 4) * 4) =
-                    make_uint4(word[0], word[1], word[2], word[3]);
         }
+#pragma unroll
+        for (int i = 0; i < (COLUMNS + APART - 1) / APART; i++) {
+            uint4 *to = b + ckca__spot<CKCA__SLAB_CHUNKS, 0>(line + i * APART, chunk);
+            const int mine = column + i * APART, is_column = mine < columns;
+            if (COLUMNS < APART && line >= COLUMNS) break;
+            if constexpr (WHOLE) {
+                const int there = is_column && k.y < py.taps;
+                ckca__copy_chunk(to, there ? (const T *)g.b + weight(mine, k) : (const T *)g.b, there);
+            } else {
+                ckca__place at = k;
+                for (int j = 0; j < VALUES; j++, at.advance(1))
+                    if (is_column && at.y < py.taps)
+                        ((T *)to)[j] = ((const T *)g.b)[weight(mine, at)];
+                    else
+                        ckca__put((T *)to + j, 0);
+            }
+        }
+        k.advance(CKCA__SLAB_CHUNKS * VALUES);
+    }
+};
+
+/* WEIGHT: likewise, in some lines (pixels) one chunk of rows and one of columns. */
+template <class T, int COLUMNS, int WHOLE> struct ckca__across {
+    enum {
+        VALUES = ckca__chunk<T>::VALUES,
+        DEPTH = CKCA__SLAB_CHUNKS * VALUES, /* pixels in a slab */
+        WORDS = sizeof(T) == 4,
+        CHUNKS_A = CKCA__ROWS / VALUES,
+        CHUNKS_B = COLUMNS / VALUES,
+        APART_A = CKCA__THREADS / CHUNKS_A,
+        APART_B = CKCA__THREADS / CHUNKS_B
+    };
+    const ckca__gemm &g;
+    int pixel, end, row, column;
+    int tap_y, tap_x, c; /* of row */
+    __device__ ckca__across(const ckca__gemm &g_, int row0, int column0, int begin, int end_)
+        : g(g_), pixel(begin), end(end_), row(row0 + (int)threadIdx.x % CHUNKS_A * VALUES),
+          column(column0 + (int)threadIdx.x % CHUNKS_B * VALUES) {
+        tap_of(row, &tap_y, &tap_x, &c);
+    }
+    __device__ __forceinline__ void tap_of(int line, int *y, int *x, int *channel) const {
+        const int tap = line / g.s.c;
+        *channel = line % g.s.c;
+        *y = tap < g.s.r * g.s.s ? tap / g.s.s - g.s.pad : -(1 << 29); /* no such row: outside of everything */
+        *x = tap % g.s.s - g.s.pad;
+    }
+    __device__ __forceinline__ void fetch(uint4 *a, uint4 *b) {
+#pragma unroll
+        for (int i = 0; i < DEPTH / APART_A; i++) {
+            const int line = (int)threadIdx.x / CHUNKS_A + i * APART_A, k = pixel + line;
+            const int above = ckca__quotient(k, g.q), n = ckca__quotient(above, g.p);
+            const int y = (above - n * g.s.p) * g.s.stride, x = (k - above * g.s.q) * g.s.stride;
+            uint4 *to = a + ckca__spot<CHUNKS_A, WORDS>(line, (int)threadIdx.x % CHUNKS_A);
+            for (int j = 0; j < (WHOLE ? 1 : VALUES); j++) {
+                int dy = tap_y, dx = tap_x, channel = c;
+                if (!WHOLE) tap_of(row + j, &dy, &dx, &channel);
+                const int there = k < end && y + dy >= 0 && y + dy < g.s.h && x + dx >= 0 && x + dx < g.s.w;
+                const size_t at = there ? (((size_t)n * g.s.h + y + dy) * g.s.w + x + dx) * g.s.c + channel : 0;
+                if (WHOLE)
+                    ckca__copy_chunk(to, (const T *)g.a + at, there);
+                else if (there)
+                    ckca__fetch_one((T *)to + j, g.a, g.s.half_x, at);
+                else
+                    ckca__put((T *)to + j, 0);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < (DEPTH + APART_B - 1) / APART_B; i++) {
+            const int line = (int)threadIdx.x / CHUNKS_B + i * APART_B, k = pixel + line;
+            uint4 *to = b + ckca__spot<CHUNKS_B, WORDS>(line, (int)threadIdx.x % CHUNKS_B);
+            const T *from = (const T *)g.b + (size_t)k * g.s.k + column;
+            if (DEPTH < APART_B && line >= DEPTH) break;
+            if constexpr (WHOLE) {
+                const int there = k < end && column < g.s.k;
+                ckca__copy_chunk(to, there ? from : (const T *)g.b, there);
+            } else {
+                for (int j = 0; j < VALUES; j++)
+                    if (k < end && column + j < g.s.k)
+                        ((T *)to)[j] = from[j];
+                    else
+                        ckca__put((T *)to + j, 0);
+            }
+        }
+        pixel += DEPTH;
     }
 };
 
@@ -700,147 +773,203 @@ __device__ __forceinline__ ptrdiff_t ckca__gemm_line(const ckca__gemm &g, const 
     return ((ptrdiff_t)n * g.s.h + py.at + at / px.count * py.spread) * g.s.w + px.at + at % px.count * px.spread;
 }
 
-/* One finished sum on its way out. */
-template <int PASS>
-__device__ __forceinline__ void ckca__gemm_store(const ckca__gemm &g, ptrdiff_t line, int column, float v) {
+/* WIDTH finished sums of neighbouring columns on their way out. */
+template <class T, int PASS, int WIDTH>
+__device__ __forceinline__ void ckca__gemm_store(const ckca__gemm &g, ptrdiff_t line, int column, const float *sums) {
     const int columns = PASS == CKCA__DATA ? g.s.c : g.s.k;
     if (line < 0 || column >= columns) return;
-    if (PASS == CKCA__WEIGHT) { /* a split's own K x R S C, or all there is of dw */
-        float *to = g.out + ((size_t)blockIdx.z * g.s.k + column) * (g.s.r * g.s.s * g.s.c) + line;
-        *to = g.accumulate ? *to + v : v;
+    if constexpr (PASS == CKCA__WEIGHT) { /* a split's own K x R S C, or all there is of dw */
+        const size_t apart = (size_t)g.s.r * g.s.s * g.s.c;
+        float *to = (float *)g.out + ((size_t)blockIdx.z * g.s.k + column) * apart + line;
+#pragma unroll
+        for (int j = 0; j < WIDTH; j++, to += apart)
+            if (column + j < columns) *to = g.accumulate ? *to + sums[j] : sums[j];
+    } else if (WIDTH > 1 && columns % WIDTH) { /* not aligned together */
+#pragma unroll
+        for (int j = 0; j < WIDTH; j++) ckca__gemm_store<T, PASS, 1>(g, line, column + j, sums + j);
     } else {
         const size_t at = (size_t)line * columns + column;
-        if (PASS == CKCA__DATA) {
-            g.out[at] = g.accumulate ? g.out[at] + v : v;
-        } else {
-            if (g.bias) v += g.bias[column];
-            if (g.residual) v += g.residual[at];
-            g.out[at] = g.relu && v <= 0 ? 0 : v; /* NaN stays NaN */
+        ckca__lane<WIDTH> v, was;
+#pragma unroll
+        for (int j = 0; j < WIDTH; j++) v.v[j] = sums[j];
+        if (PASS == CKCA__DATA ? g.accumulate : g.residual != NULL) {
+            was = ckca__lane<WIDTH>((const T *)(PASS == CKCA__DATA ? g.out : g.residual) + at);
+#pragma unroll
+            for (int j = 0; j < WIDTH; j++) v.v[j] += was.v[j];
         }
+        if (PASS == CKCA__FORWARD) {
+#pragma unroll
+            for (int j = 0; j < WIDTH; j++) {
+                if (g.bias) v.v[j] += g.bias[column + j];
+                if (g.relu && v.v[j] <= 0) v.v[j] = 0; /* NaN stays NaN */
+            }
+        }
+        v.store((T *)g.out + at);
     }
 }
 
-template <int PRECISION, int PASS, int COLUMNS>
-__global__ void __launch_bounds__(CKCA__THREADS) ckca__gemm_kernel(ckca__gemm g) {
+template <int PRECISION, int PASS, int COLUMNS, int WHOLE>
+__global__ void __launch_bounds__(CKCA__THREADS, 2) ckca__gemm_kernel(ckca__gemm g) {
+    typedef typename ckca__factor<PRECISION>::type T;
     enum {
-        A_ALONG_K = PASS != CKCA__WEIGHT,
-        B_ALONG_K = PASS == CKCA__FORWARD,
-        DEPTH = CKCA__WORDS * (PRECISION == CKCA_BF16 ? 2 : 1), /* k in a slab */
+        VALUES = ckca__chunk<T>::VALUES,
+        DEPTH = CKCA__SLAB_CHUNKS * VALUES, /* k in a slab */
         /* Tensor cores: 8 warps, each of TALL x WIDE tiles of 16 x 8 sums. */
-        ACROSS = COLUMNS >= 32 ? 2 : 1,
-        TALL = CKCA__ROWS / (8 / ACROSS) / 16,
-        WIDE = COLUMNS / ACROSS / 8,
+        BESIDE = COLUMNS >= 32 ? 2 : 1,
+        TALL = CKCA__ROWS / (8 / BESIDE) / 16,
+        WIDE = COLUMNS / BESIDE / 8,
         /* FFMA: 16 x 16 threads, each of 8 x EACH sums. */
         EACH = COLUMNS / 16,
-        SUMS = PRECISION == CKCA_FLOAT32 ? 8 * EACH : TALL * WIDE * 4
+        SUMS = PRECISION == CKCA_FLOAT32 ? 8 * EACH : TALL * WIDE * 4,
+        /* WEIGHT's slabs. */
+        WORDS = sizeof(T) == 4,
+        CHUNKS_A = CKCA__ROWS / VALUES,
+        CHUNKS_B = COLUMNS / VALUES
     };
-    typedef ckca__slab<PRECISION, CKCA__ROWS, A_ALONG_K> slab_a;
-    typedef ckca__slab<PRECISION, COLUMNS, B_ALONG_K> slab_b;
-    __shared__ __align__(16) unsigned words_a[2][CKCA__WORDS * slab_a::LENGTH],
-        words_b[2][CKCA__WORDS * slab_b::LENGTH];
-    const int row0 = (int)blockIdx.x * CKCA__ROWS, column0 = (int)blockIdx.y * COLUMNS, z = (int)blockIdx.z;
-    const int warp = (int)threadIdx.x / 32, group = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4;
-    const int warp_row = warp / ACROSS * TALL * 16, warp_column = warp % ACROSS * WIDE * 8;
-    const int my_row = (int)threadIdx.x / 16 * 8, my_column = (int)threadIdx.x % 16 * EACH;
+    __shared__ uint4 slab_a[CKCA__SLABS][CKCA__ROWS * CKCA__SLAB_CHUNKS],
+        slab_b[CKCA__SLABS][COLUMNS * CKCA__SLAB_CHUNKS];
+    const int row0 = (int)blockIdx.x / g.wide * CKCA__ROWS, column0 = (int)blockIdx.x % g.wide * COLUMNS;
+    const int z = (int)blockIdx.z, lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+    const int warp_row = warp / BESIDE * TALL * 16, warp_column = warp % BESIDE * WIDE * 8;
+    const int my_row = (int)threadIdx.x / 16 * 8; /* FFMA; its columns: every 16th, or neighbours */
+    const int my_column = (int)threadIdx.x % 16 * (PASS == CKCA__WEIGHT ? EACH : 1);
+    const int next_column = PASS == CKCA__WEIGHT ? 1 : 16;
     const ckca__phase py =
         ckca__phase_of(PASS, z / g.s.stride, g.s.r, g.s.stride, g.s.pad, PASS == CKCA__DATA ? g.s.h : g.s.p);
     const ckca__phase px =
         ckca__phase_of(PASS, z % g.s.stride, g.s.s, g.s.stride, g.s.pad, PASS == CKCA__DATA ? g.s.w : g.s.q);
     const int pixels = g.s.n * g.s.p * g.s.q;
     const int begin = PASS == CKCA__WEIGHT ? z * g.split : 0;
-    const int end = PASS != CKCA__WEIGHT       ? py.taps * px.taps * (int)g.channels.by
+    const int end = PASS != CKCA__WEIGHT       ? py.taps * px.taps * (PASS == CKCA__DATA ? g.s.k : g.s.c)
                     : pixels - begin < g.split ? pixels
                                                : begin + g.split;
-    slab_a a;
-    slab_b b;
+    const int slabs = end > begin ? (end - begin + DEPTH - 1) / DEPTH : 0;
     float sums[SUMS];
-    int buffer = 0;
-
-    /* One of each of these is used; the compiler drops the others. */
-    ckca__window window(g, PASS, py, px, row0 + slab_a::line());
-    ckca__window_across window_across(g, row0 + slab_a::line(), end);
-    ckca__filter filter(g, column0 + slab_b::line());
-    ckca__filter_across filter_across(g, py, px, column0 + slab_b::line());
-    ckca__pixel_across pixel_across(g, column0 + slab_b::line(), end);
-#define CKCA__FETCH(k)                         \
-    do {                                       \
-        if constexpr (PASS == CKCA__WEIGHT)    \
-            a.fetch(window_across, k);         \
-        else                                   \
-            a.fetch(window, k);                \
-        if constexpr (PASS == CKCA__FORWARD)   \
-            b.fetch(filter, k);                \
-        else if constexpr (PASS == CKCA__DATA) \
-            b.fetch(filter_across, k);         \
-        else                                   \
-            b.fetch(pixel_across, k);          \
+    ckca__along<T, COLUMNS, WHOLE> along(g, PASS, py, px, row0, column0); /* one of these is used; */
+    ckca__across<T, COLUMNS, WHOLE> across(g, row0, column0, begin, end); /* the compiler drops the other */
+#define CKCA__FETCH(slab)                                                             \
+    do {                                                                              \
+        if constexpr (PASS == CKCA__WEIGHT)                                           \
+            across.fetch(slab_a[(slab) % CKCA__SLABS], slab_b[(slab) % CKCA__SLABS]); \
+        else                                                                          \
+            along.fetch(slab_a[(slab) % CKCA__SLABS], slab_b[(slab) % CKCA__SLABS]);  \
     } while (0)
 
+#pragma unroll
     for (int i = 0; i < SUMS; i++) sums[i] = 0;
-    if (begin < end) {
-        CKCA__FETCH(begin);
-        a.put(words_a[0]);
-        b.put(words_b[0]);
+    for (int slab = 0; slab < CKCA__SLABS - 1; slab++) {
+        if (slab < slabs) CKCA__FETCH(slab);
+        ckca__copies_commit();
     }
-    __syncthreads();
-    for (int k = begin; k < end; k += DEPTH, buffer ^= 1) {
-        const unsigned *wa = words_a[buffer], *wb = words_b[buffer];
-        const int more = k + DEPTH < end;
-        if (more) CKCA__FETCH(k + DEPTH);
-        if constexpr (PRECISION == CKCA_FLOAT32) {
-#pragma unroll 4
-            for (int word = 0; word < CKCA__WORDS; word++) {
-                float x[8], y[EACH];
-                for (int i = 0; i < 8; i += 4) {
-                    const float4 four = *(const float4 *)(wa + word * slab_a::LENGTH + my_row + i);
-                    x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
+    for (int slab = 0; slab < slabs; slab++) {
+        const uint4 *a = slab_a[slab % CKCA__SLABS], *b = slab_b[slab % CKCA__SLABS];
+        ckca__copies_wait<CKCA__SLABS - 2>();
+        __syncthreads(); /* everybody's part of this slab is there; and the slab before has been used by all */
+        if (slab + CKCA__SLABS - 1 < slabs) CKCA__FETCH(slab + CKCA__SLABS - 1);
+        ckca__copies_commit();
+        if constexpr (PRECISION != CKCA_FLOAT32) {
+#pragma unroll(PASS == CKCA__WEIGHT && WORDS ? 1 : 2)
+            for (int step = 0; step < CKCA__SLAB_CHUNKS / 2; step++) { /* 32 bytes of k */
+                unsigned x[TALL][4];
+#pragma unroll
+                for (int i = 0; i < TALL; i++) {
+                    const int row = warp_row + i * 16;
+                    if constexpr (PASS != CKCA__WEIGHT)
+                        ckca__load_matrices<0>(
+                            x[i], a + ckca__spot<CKCA__SLAB_CHUNKS, 0>(row + lane % 16, step * 2 + lane / 16));
+                    else if constexpr (!WORDS)
+                        ckca__load_matrices<1>(x[i], a + ckca__spot<CHUNKS_A, 0>(step * 16 + lane / 16 * 8 + lane % 8,
+                                                                                 row / VALUES + lane / 8 % 2));
+                    else
+                        for (int j = 0; j < 4; j++) {
+                            const int at = row + lane / 4 + j % 2 * 8;
+                            x[i][j] = ((const unsigned *)(a + ckca__spot<CHUNKS_A, 1>(step * 8 + j / 2 * 4 + lane % 4,
+                                                                                      at / VALUES)))[at % VALUES];
+                        }
+#pragma unroll
+                    for (int j = 0; j < 4 && PRECISION == CKCA_TF32; j++)
+                        x[i][j] = ckca__to_tf32(__uint_as_float(x[i][j]));
                 }
-                for (int j = 0; j < EACH; j++) y[j] = __uint_as_float(wb[word * slab_b::LENGTH + my_column + j]);
-                for (int i = 0; i < 8; i++)
-                    for (int j = 0; j < EACH; j++) sums[i * EACH + j] += x[i] * y[j];
+#pragma unroll
+                for (int pair = 0; pair < WIDE / 2; pair++) { /* of tiles: b0 and b1 of one, then of its neighbour */
+                    const int column = warp_column + pair * 16;
+                    unsigned y[4];
+                    if constexpr (PASS != CKCA__WEIGHT)
+                        ckca__load_matrices<0>(y, b + ckca__spot<CKCA__SLAB_CHUNKS, 0>(
+                                                          column + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2));
+                    else if constexpr (!WORDS)
+                        ckca__load_matrices<1>(
+                            y, b + ckca__spot<CHUNKS_B, 0>(step * 16 + lane % 16, column / VALUES + lane / 16));
+                    else
+                        for (int j = 0; j < 4; j++) {
+                            const int at = column + lane / 4 + j / 2 * 8;
+                            y[j] = ((const unsigned *)(b + ckca__spot<CHUNKS_B, 1>(step * 8 + j % 2 * 4 + lane % 4,
+                                                                                   at / VALUES)))[at % VALUES];
+                        }
+#pragma unroll
+                    for (int j = 0; j < 4 && PRECISION == CKCA_TF32; j++) y[j] = ckca__to_tf32(__uint_as_float(y[j]));
+#pragma unroll
+                    for (int i = 0; i < TALL; i++)
+#pragma unroll
+                        for (int j = 0; j < 2; j++) {
+                            float *tile = sums + (i * WIDE + pair * 2 + j) * 4;
+                            if constexpr (PRECISION == CKCA_TF32)
+                                ckca__mma_tf32(tile, x[i], y + j * 2);
+                            else
+                                ckca__mma_bf16(tile, x[i], y + j * 2);
+                        }
+                }
+            }
+        } else if constexpr (PASS != CKCA__WEIGHT) {
+#pragma unroll 1
+            for (int chunk = 0; chunk < CKCA__SLAB_CHUNKS; chunk++) {
+                float y[4][EACH];
+#pragma unroll
+                for (int j = 0; j < EACH; j++) {
+                    const ckca__lane<4> four(
+                        (const float *)(b + ckca__spot<CKCA__SLAB_CHUNKS, 0>(my_column + j * 16, chunk)));
+                    for (int e = 0; e < 4; e++) y[e][j] = four.v[e];
+                }
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    const ckca__lane<4> x((const float *)(a + ckca__spot<CKCA__SLAB_CHUNKS, 0>(my_row + i, chunk)));
+                    for (int e = 0; e < 4; e++)
+                        for (int j = 0; j < EACH; j++) sums[i * EACH + j] += x.v[e] * y[e][j];
+                }
             }
         } else {
-#pragma unroll
-            for (int word = 0; word < CKCA__WORDS; word += 8) {
-                unsigned x[TALL][4], y[WIDE][2];
-                for (int i = 0; i < TALL; i++)
-                    for (int j = 0; j < 4; j++)
-                        x[i][j] = wa[(word + t + j / 2 * 4) * slab_a::LENGTH + warp_row + i * 16 + group + j % 2 * 8];
-                for (int i = 0; i < WIDE; i++)
-                    for (int j = 0; j < 2; j++)
-                        y[i][j] = wb[(word + t + j * 4) * slab_b::LENGTH + warp_column + i * 8 + group];
-                for (int i = 0; i < TALL; i++)
-                    for (int j = 0; j < WIDE; j++)
-                        if constexpr (PRECISION == CKCA_TF32)
-                            ckca__mma_tf32(sums + (i * WIDE + j) * 4, x[i], y[j]);
-                        else
-                            ckca__mma_bf16(sums + (i * WIDE + j) * 4, x[i], y[j]);
+#pragma unroll 4
+            for (int k = 0; k < DEPTH; k++) {
+                const ckca__lane<4> upper((const float *)(a + ckca__spot<CHUNKS_A, 1>(k, my_row / 4)));
+                const ckca__lane<4> lower((const float *)(a + ckca__spot<CHUNKS_A, 1>(k, my_row / 4 + 1)));
+                float y[EACH];
+                for (int j = 0; j < EACH; j++)
+                    y[j] = ((const float *)(b + ckca__spot<CHUNKS_B, 1>(k, (my_column + j) / 4)))[(my_column + j) % 4];
+                for (int i = 0; i < 8; i++)
+                    for (int j = 0; j < EACH; j++)
+                        sums[i * EACH + j] += (i < 4 ? upper.v[i % 4] : lower.v[i % 4]) * y[j];
             }
         }
-        if (more) {
-            a.put(words_a[buffer ^ 1]);
-            b.put(words_b[buffer ^ 1]);
-        }
-        __syncthreads();
     }
 #undef CKCA__FETCH
-    /* Loops over sums have to be unrolled (those above are unasked): an index that is not known puts them into memory. */
+    /* Loops over sums have to be unrolled: an index that is not known puts them into memory. */
     if constexpr (PRECISION == CKCA_FLOAT32) {
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const ptrdiff_t line = ckca__gemm_line<PASS>(g, py, px, row0 + my_row + i);
 #pragma unroll
-            for (int j = 0; j < EACH; j++) ckca__gemm_store<PASS>(g, line, column0 + my_column + j, sums[i * EACH + j]);
+            for (int j = 0; j < EACH; j++)
+                ckca__gemm_store<T, PASS, 1>(g, line, column0 + my_column + j * next_column, sums + i * EACH + j);
         }
     } else {
 #pragma unroll
         for (int i = 0; i < 2 * TALL; i++) { /* a tile's upper rows, its lower ones */
             const ptrdiff_t line =
-                ckca__gemm_line<PASS>(g, py, px, row0 + warp_row + i / 2 * 16 + group + i % 2 * 8);
+                ckca__gemm_line<PASS>(g, py, px, row0 + warp_row + i / 2 * 16 + lane / 4 + i % 2 * 8);
 #pragma unroll
-            for (int j = 0; j < 2 * WIDE; j++)
-                ckca__gemm_store<PASS>(g, line, column0 + warp_column + j / 2 * 8 + 2 * t + j % 2,
-                                       sums[(i / 2 * WIDE + j / 2) * 4 + i % 2 * 2 + j % 2]);
+            for (int j = 0; j < WIDE; j++)
+                ckca__gemm_store<T, PASS, 2>(g, line, column0 + warp_column + j * 8 + lane % 4 * 2,
+                                             sums + (i / 2 * WIDE + j) * 4 + i % 2 * 2);
         }
     }
 }
@@ -854,11 +983,33 @@ __global__ void ckca__add_splits(size_t count, int splits, const float *parts, f
     }
 }
 
+/* out = w, or w (k x taps x c) turned to c x taps x k, as values of type T; a block turns 32 x 32 of a tap at a time.
+   */
+template <class T> __global__ void ckca__cast_kernel(size_t count, const float *w, T *out) {
+    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < count; i += (size_t)gridDim.x * blockDim.x)
+        ckca__put(out + i, w[i]);
+}
+template <class T> __global__ void ckca__turn_kernel(int k, int taps, int c, const float *w, T *out) {
+    enum { SIDE = 32, LINES = CKCA__THREADS / SIDE };
+    __shared__ float tile[SIDE][SIDE + 1];
+    const int across = (c + SIDE - 1) / SIDE, down = (k + SIDE - 1) / SIDE;
+    const int x = (int)threadIdx.x % SIDE, y = (int)threadIdx.x / SIDE;
+    for (size_t i = blockIdx.x; i < (size_t)across * down * taps; i += gridDim.x) {
+        const int c0 = (int)(i % across) * SIDE, k0 = (int)(i / across % down) * SIDE, tap = (int)(i / across / down);
+        for (int j = y; j < SIDE; j += LINES)
+            if (k0 + j < k && c0 + x < c) tile[j][x] = w[((size_t)(k0 + j) * taps + tap) * c + c0 + x];
+        __syncthreads();
+        for (int j = y; j < SIDE; j += LINES)
+            if (c0 + j < c && k0 + x < k) ckca__put(out + ((size_t)(c0 + j) * taps + tap) * k + k0 + x, tile[x][j]);
+        __syncthreads();
+    }
+}
+
 /* ------------------------------------------------------------------------------------------------------------------
    CHANNELS: sums over all pixels of a tensor, channel by channel
 
-   Rows (pixels) are cut into at most 256 parts. A block takes one part of up to 32 neighbouring channels: its threads
-   walk rows, several at a time, and then add up in order. A warp per channel adds the parts.
+   Rows (pixels) are cut into at most 256 parts. A block takes one part of up to 32 chunks of neighbouring channels: its
+   threads walk rows, several at a time, and then add up in order. A warp per channel adds the parts.
    ------------------------------------------------------------------------------------------------------------------ */
 
 enum { CKCA__PARTS = 256 };
@@ -868,18 +1019,18 @@ static int ckca__parts(size_t rows) { return rows / 64 + 1 < CKCA__PARTS ? (int)
 static size_t ckca__part_rows(size_t rows) { return (rows + ckca__parts(rows) - 1) / ckca__parts(rows); }
 
 /* Threads along channels: a power of two, so that few channels leave no thread idle. */
-static int ckca__lanes(int c) {
+static int ckca__lanes(int chunks) {
     int lanes = 1;
-    while (lanes < 32 && lanes < c) lanes *= 2;
+    while (lanes < 32 && lanes < chunks) lanes *= 2;
     return lanes;
 }
 
 typedef struct ckca__moments {
     size_t rows, per; /* in all, in a part */
     int c, lanes;
-    const float *x, *y, *dy, *mean;      /* see below */
-    const float *gamma, *beta, *inv_std; /* KIND 2 with a ReLU but no y: it is told from x. Else NULL */
-    float *part;                         /* parts x KIND x c */
+    const void *x, *y, *dy;                     /* see below; values of the kernel's type */
+    const float *mean, *gamma, *beta, *inv_std; /* KIND 2; the last three with a ReLU but no y: it is told from x */
+    float *part;                                /* parts x KIND x c */
 } ckca__moments;
 
 /* What a ReLU's gradient asks: y > 0, as ckca__batchnorm_apply made y from x when there was no residual. */
@@ -889,41 +1040,65 @@ __device__ __forceinline__ int ckca__gate(float x, float mean, float scale, floa
 
 /* Per part, KIND 3: a shift (its first row), the sums of d and of d^2 with d = x - shift, so that a mean far from 0
    costs no digits. KIND 2: the sums of g and of g (x - mean), g being dy where y > 0. KIND 1: the sum of dy. */
-template <int KIND> __global__ void __launch_bounds__(CKCA__THREADS) ckca__channel_sums(ckca__moments m) {
-    __shared__ float first[CKCA__THREADS], second[CKCA__THREADS];
-    const int lane = (int)threadIdx.x % m.lanes, at_once = CKCA__THREADS / m.lanes;
-    const int c = (int)blockIdx.x * m.lanes + lane;
+template <class T, int KIND, int WIDTH>
+__global__ void __launch_bounds__(CKCA__THREADS) ckca__channel_sums(ckca__moments m) {
+    __shared__ __align__(16) float first[CKCA__THREADS * WIDTH], second[CKCA__THREADS * WIDTH];
+    __shared__ float some[2][CKCA__THREADS];
+    const int at_once = CKCA__THREADS / m.lanes, wide = m.lanes * WIDTH, me = (int)threadIdx.x;
+    const int c0 = (int)blockIdx.x * wide, c = c0 + me % m.lanes * WIDTH;
     const size_t begin = blockIdx.y * m.per, end = m.rows - begin < m.per ? m.rows : begin + m.per;
     const int there = c < m.c && begin < m.rows;
-    const float shift = !there ? 0 : KIND == 3 ? m.x[begin * m.c + c] : KIND == 2 ? m.mean[c] : 0;
-    const float scale = KIND == 2 && there && m.beta ? m.gamma[c] * m.inv_std[c] : 0;
-    const float beta = KIND == 2 && there && m.beta ? m.beta[c] : 1; /* 0 and 1: the gate is open */
-    float a = 0, b = 0;
-#pragma unroll 4
-    for (size_t row = there ? begin + threadIdx.x / m.lanes : end; row < end; row += at_once) {
+    ckca__lane<WIDTH> shift, scale, beta, a, b;
+    for (int j = 0; j < WIDTH; j++) shift.v[j] = scale.v[j] = a.v[j] = b.v[j] = 0, beta.v[j] = 1; /* the gate is open */
+    if (there && KIND == 3) shift = ckca__lane<WIDTH>((const T *)m.x + begin * m.c + c);
+    if (there && KIND == 2) shift = ckca__lane<WIDTH>(m.mean + c);
+    if (there && KIND == 2 && m.beta)
+        for (int j = 0; j < WIDTH; j++) scale.v[j] = m.gamma[c + j] * m.inv_std[c + j], beta.v[j] = m.beta[c + j];
+#pragma unroll(KIND == 2 ? 2 : 4)
+    for (size_t row = there ? begin + me / m.lanes : end; row < end; row += at_once) {
         const size_t i = row * m.c + c;
-        if (KIND == 3) {
-            const float d = m.x[i] - shift;
-            a += d;
-            b += d * d;
-        } else {
-            const float g = KIND == 1 || (m.y ? m.y[i] > 0 : ckca__gate(m.x[i], shift, scale, beta)) ? m.dy[i] : 0;
-            a += g;
-            if (KIND == 2) b += g * (m.x[i] - shift);
+        ckca__lane<WIDTH> x, y, g;
+        if (KIND > 1) x = ckca__lane<WIDTH>((const T *)m.x + i);
+        if (KIND < 3) g = ckca__lane<WIDTH>((const T *)m.dy + i);
+        if (KIND == 2 && m.y) y = ckca__lane<WIDTH>((const T *)m.y + i);
+        for (int j = 0; j < WIDTH; j++) {
+            if (KIND == 3) {
+                const float d = x.v[j] - shift.v[j];
+                a.v[j] += d;
+                b.v[j] += d * d;
+            } else {
+                if (KIND == 2 && !(m.y ? y.v[j] > 0 : ckca__gate(x.v[j], shift.v[j], scale.v[j], beta.v[j])))
+                    g.v[j] = 0;
+                a.v[j] += g.v[j];
+                if (KIND == 2) b.v[j] += g.v[j] * (x.v[j] - shift.v[j]);
+            }
         }
     }
-    first[threadIdx.x] = a;
-    second[threadIdx.x] = b;
+    /* Each thread adds WIDTH rows of a channel, then one thread the sums of these. */
+    a.store(first + me * WIDTH);
+    b.store(second + me * WIDTH);
     __syncthreads();
-    if ((int)threadIdx.x >= m.lanes || c >= m.c) return;
-    for (int i = 1; i < at_once; i++) {
-        a += first[i * m.lanes + lane];
-        b += second[i * m.lanes + lane];
+    float sum = 0, square = 0;
+    for (int i = 0; i < WIDTH; i++) {
+        const int from = (me / wide * WIDTH + i) * wide + me % wide;
+        sum += first[from];
+        square += second[from];
     }
-    float *to = m.part + (size_t)blockIdx.y * KIND * m.c + c;
-    if (KIND == 3) *to = shift, to += m.c;
-    to[0] = a;
-    if (KIND > 1) to[m.c] = b;
+    some[0][me] = sum;
+    some[1][me] = square;
+    __syncthreads();
+    if (me >= wide || c0 + me >= m.c) return;
+    for (int i = me + wide; i < CKCA__THREADS; i += wide) {
+        sum += some[0][i];
+        square += some[1][i];
+    }
+    float *to = m.part + (size_t)blockIdx.y * KIND * m.c + c0 + me;
+    if (KIND == 3) {
+        *to = begin < m.rows ? ckca__to_float(((const T *)m.x)[begin * m.c + c0 + me]) : 0;
+        to += m.c;
+    }
+    to[0] = sum;
+    if (KIND > 1) to[m.c] = square;
 }
 
 /* The sum of v over a warp, in a fixed order, in every lane. */
@@ -986,32 +1161,13 @@ __global__ void ckca__channel_gradients(ckca__moments m, int parts, const float 
     table[m.c + c] = (float)(product / (double)m.rows);
 }
 
-/* Four neighbours at once where channels allow it, one otherwise: the element-wise kernels below are written once for
-   both. */
-template <int WIDTH> struct ckca__lane {
-    float v[WIDTH];
-    __device__ __forceinline__ ckca__lane() {}
-    __device__ __forceinline__ explicit ckca__lane(const float *from) {
-        if constexpr (WIDTH == 4) {
-            const float4 q = *(const float4 *)from;
-            v[0] = q.x, v[1] = q.y, v[2] = q.z, v[3] = q.w;
-        } else
-            v[0] = *from;
-    }
-    __device__ __forceinline__ void store(float *to) const {
-        if constexpr (WIDTH == 4)
-            *(float4 *)to = make_float4(v[0], v[1], v[2], v[3]);
-        else
-            *to = v[0];
-    }
-};
-
 typedef struct ckca__normed {
     size_t count; /* values */
     int c;
     ckca__norm norm, residual_norm; /* norm.inv_std NULL: from var; residual_norm.mean NULL: the residual is as it is */
-    const float *x, *y, *dy, *var, *residual, *table;
-    float *out, *dresidual;
+    const float *var, *table;
+    const void *x, *y, *dy, *residual; /* values of the kernel's type; so are the next two */
+    void *out, *dresidual;
     int accumulate;
 } ckca__normed;
 
@@ -1030,53 +1186,55 @@ template <int WIDTH> struct ckca__affine {
 };
 
 /* out = relu?(norm(x) + residual) */
-template <int WIDTH> __global__ void ckca__batchnorm_apply(ckca__normed n) {
+template <class T, int WIDTH> __global__ void ckca__batchnorm_apply(ckca__normed n) {
     const size_t c = (size_t)n.c / WIDTH, threads = (size_t)gridDim.x * blockDim.x, stride = threads / c * c;
     const size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x, at = id % c * WIDTH;
     const int other = n.residual_norm.mean != NULL;
     if (id >= stride) return;
     const ckca__affine<WIDTH> norm(n.norm, n.var, at), residual_norm(other ? n.residual_norm : n.norm, n.var, at);
     for (size_t i = id * WIDTH; i < n.count; i += stride * WIDTH) {
-        ckca__lane<WIDTH> x(n.x + i), add;
-        if (n.residual) add = ckca__lane<WIDTH>(n.residual + i);
+        ckca__lane<WIDTH> x((const T *)n.x + i), add;
+        if (n.residual) add = ckca__lane<WIDTH>((const T *)n.residual + i);
         for (int j = 0; j < WIDTH; j++) {
             float v = norm(j, x.v[j], 0);
             if (n.residual) v += other ? residual_norm(j, add.v[j], n.residual_norm.relu) : add.v[j];
             x.v[j] = n.norm.relu && v <= 0 ? 0 : v;
         }
-        x.store(n.out + i);
+        x.store((T *)n.out + i);
     }
 }
 
 /* With g = dy where y > 0 and xhat = (x - mean) inv_std: out = gamma inv_std (g - mean of g - xhat mean of g xhat). */
-template <int WIDTH> __global__ void ckca__batchnorm_backward(ckca__normed n) {
+template <class T, int WIDTH> __global__ void ckca__batchnorm_backward(ckca__normed n) {
     const size_t c = (size_t)n.c / WIDTH, threads = (size_t)gridDim.x * blockDim.x, stride = threads / c * c;
     const size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x, at = id % c * WIDTH;
     if (id >= stride) return;
-    const ckca__lane<WIDTH> mean(n.norm.mean + at), inv_std(n.norm.inv_std + at), gamma(n.norm.gamma + at);
-    const ckca__lane<WIDTH> beta(n.norm.beta + at);
-    const ckca__lane<WIDTH> mean_g(n.table + at), mean_gx(n.table + n.c + at);
+    const ckca__lane<WIDTH> mean(n.norm.mean + at), beta(n.norm.beta + at), mean_g(n.table + at);
+    ckca__lane<WIDTH> scale(n.norm.gamma + at), slope(n.table + n.c + at); /* gamma inv_std; inv_std mean of g xhat */
+    for (int j = 0; j < WIDTH; j++) {
+        const float inv_std = n.norm.inv_std[at + j];
+        scale.v[j] *= inv_std;
+        slope.v[j] *= inv_std;
+    }
     for (size_t i = id * WIDTH; i < n.count; i += stride * WIDTH) {
-        const ckca__lane<WIDTH> x(n.x + i);
-        ckca__lane<WIDTH> g(n.dy + i), to;
+        const ckca__lane<WIDTH> x((const T *)n.x + i);
+        ckca__lane<WIDTH> g((const T *)n.dy + i), to;
         if (n.y) {
-            const ckca__lane<WIDTH> y(n.y + i);
+            const ckca__lane<WIDTH> y((const T *)n.y + i);
             for (int j = 0; j < WIDTH; j++) g.v[j] = y.v[j] > 0 ? g.v[j] : 0;
         } else if (n.norm.relu)
-            for (int j = 0; j < WIDTH; j++)
-                g.v[j] = ckca__gate(x.v[j], mean.v[j], gamma.v[j] * inv_std.v[j], beta.v[j]) ? g.v[j] : 0;
+            for (int j = 0; j < WIDTH; j++) g.v[j] = ckca__gate(x.v[j], mean.v[j], scale.v[j], beta.v[j]) ? g.v[j] : 0;
         if (n.dresidual) {
             to = g;
             if (n.accumulate) {
-                const ckca__lane<WIDTH> was(n.dresidual + i);
+                const ckca__lane<WIDTH> was((const T *)n.dresidual + i);
                 for (int j = 0; j < WIDTH; j++) to.v[j] += was.v[j];
             }
-            to.store(n.dresidual + i);
+            to.store((T *)n.dresidual + i);
         }
         for (int j = 0; j < WIDTH; j++)
-            to.v[j] =
-                gamma.v[j] * inv_std.v[j] * (g.v[j] - mean_g.v[j] - (x.v[j] - mean.v[j]) * inv_std.v[j] * mean_gx.v[j]);
-        to.store(n.out + i);
+            to.v[j] = scale.v[j] * (g.v[j] - mean_g.v[j] - (x.v[j] - mean.v[j]) * slope.v[j]);
+        to.store((T *)n.out + i);
     }
 }
 
@@ -1088,17 +1246,36 @@ static unsigned ckca__grid(const ckca_context *ctx, size_t count, size_t least) 
     return (unsigned)(blocks < least ? least : blocks ? blocks : 1);
 }
 
-static void ckca__run_channel_sums(ckca_context *ctx, int kind, ckca__moments *m) {
+/* Runs f with a value of the maps' type and (as a constant) how many values of channels are taken at once. */
+template <int N> struct ckca__constant {
+    enum { VALUE = N };
+};
+template <class F> static void ckca__typed_wide(int half, int c, F f) {
+    if (half && c % 8 == 0)
+        f(ckca__bf16(), ckca__constant<8>());
+    else if (half)
+        f(ckca__bf16(), ckca__constant<1>());
+    else if (c % 4 == 0)
+        f(float(), ckca__constant<4>());
+    else
+        f(float(), ckca__constant<1>());
+}
+
+static void ckca__run_channel_sums(ckca_context *ctx, int half, int kind, ckca__moments *m) {
     const int parts = ckca__parts(m->rows);
     m->per = ckca__part_rows(m->rows);
-    m->lanes = ckca__lanes(m->c);
-    const dim3 grid((m->c + m->lanes - 1) / m->lanes, parts);
-    if (kind == 3)
-        CKCA__LAUNCH(ctx, ckca__channel_sums<3>, grid, *m);
-    else if (kind == 2)
-        CKCA__LAUNCH(ctx, ckca__channel_sums<2>, grid, *m);
-    else
-        CKCA__LAUNCH(ctx, ckca__channel_sums<1>, grid, *m);
+    ckca__typed_wide(half, m->c, [&](auto type, auto wide) {
+        typedef decltype(type) T;
+        enum { WIDTH = decltype(wide)::VALUE };
+        m->lanes = ckca__lanes(m->c / WIDTH);
+        const dim3 grid((m->c + m->lanes * WIDTH - 1) / (m->lanes * WIDTH), parts);
+        if (kind == 3)
+            CKCA__LAUNCH(ctx, (ckca__channel_sums<T, 3, WIDTH>), grid, *m);
+        else if (kind == 2)
+            CKCA__LAUNCH(ctx, (ckca__channel_sums<T, 2, WIDTH>), grid, *m);
+        else
+            CKCA__LAUNCH(ctx, (ckca__channel_sums<T, 1, WIDTH>), grid, *m);
+    });
 }
 
 static unsigned ckca__warps(int c) { return (unsigned)((c + CKCA__THREADS / 32 - 1) / (CKCA__THREADS / 32)); }
@@ -1109,7 +1286,7 @@ CKCA__OP size_t ckca__op_workspace(const ckca_context *ctx, size_t rows, int c) 
                      ckca__mul((size_t)c, (3 * (size_t)ckca__parts(rows) + 4) * sizeof(float)));
 }
 
-static void ckca__run_apply(ckca_context *ctx, size_t rows, int c, const float *x, const ckca__norm &norm,
+static void ckca__run_apply(ckca_context *ctx, int half, size_t rows, int c, const float *x, const ckca__norm &norm,
                             const float *var, const float *residual, const ckca__norm *residual_norm, float *y) {
     ckca__normed n = {};
     n.count = rows * (size_t)c;
@@ -1120,14 +1297,15 @@ static void ckca__run_apply(ckca_context *ctx, size_t rows, int c, const float *
     n.var = var;
     n.residual = residual;
     n.out = y;
-    if (c % 4 == 0)
-        CKCA__LAUNCH(ctx, ckca__batchnorm_apply<4>, ckca__grid(ctx, n.count / 4, (size_t)c / 4), n);
-    else
-        CKCA__LAUNCH(ctx, ckca__batchnorm_apply<1>, ckca__grid(ctx, n.count, (size_t)c), n);
+    ckca__typed_wide(half, c, [&](auto type, auto wide) {
+        enum { WIDTH = decltype(wide)::VALUE };
+        CKCA__LAUNCH(ctx, (ckca__batchnorm_apply<decltype(type), WIDTH>),
+                     ckca__grid(ctx, n.count / WIDTH, (size_t)c / WIDTH), n);
+    });
 }
 
-CKCA__OP void ckca__op_batchnorm_forward(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
-                                         const float *beta, float *running_mean, float *running_var,
+CKCA__OP void ckca__op_batchnorm_forward(ckca_context *ctx, int half, size_t rows, int c, const float *x,
+                                         const float *gamma, const float *beta, float *running_mean, float *running_var,
                                          const float *residual, const ckca__norm *residual_norm, int relu, float *y,
                                          float *mean, float *inv_std, void *ws) {
     const ckca__norm norm = {mean, inv_std, gamma, beta, relu};
@@ -1136,27 +1314,29 @@ CKCA__OP void ckca__op_batchnorm_forward(ckca_context *ctx, size_t rows, int c, 
     m.c = c;
     m.x = x;
     m.part = (float *)ws;
-    ckca__run_channel_sums(ctx, 3, &m);
+    ckca__run_channel_sums(ctx, half, 3, &m);
     CKCA__LAUNCH(ctx, ckca__batchnorm_finish, ckca__warps(c), m, ckca__parts(rows), running_mean, running_var, mean,
                  inv_std);
-    if (y) ckca__run_apply(ctx, rows, c, x, norm, NULL, residual, residual_norm, y);
+    if (y) ckca__run_apply(ctx, half, rows, c, x, norm, NULL, residual, residual_norm, y);
 }
 
-CKCA__OP void ckca__op_batchnorm_eval(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
-                                      const float *beta, const float *running_mean, const float *running_var,
-                                      const float *residual, int relu, float *y) {
+CKCA__OP void ckca__op_batchnorm_eval(ckca_context *ctx, int half, size_t rows, int c, const float *x,
+                                      const float *gamma, const float *beta, const float *running_mean,
+                                      const float *running_var, const float *residual, int relu, float *y) {
     const ckca__norm norm = {running_mean, NULL, gamma, beta, relu};
-    ckca__run_apply(ctx, rows, c, x, norm, running_var, residual, NULL, y);
+    ckca__run_apply(ctx, half, rows, c, x, norm, running_var, residual, NULL, y);
 }
 
-CKCA__OP void ckca__op_batchnorm_again(ckca_context *ctx, size_t rows, int c, const float *x, const ckca__norm *norm,
-                                       const float *residual, const ckca__norm *residual_norm, float *y) {
-    ckca__run_apply(ctx, rows, c, x, *norm, NULL, residual, residual_norm, y);
+CKCA__OP void ckca__op_batchnorm_again(ckca_context *ctx, int half, size_t rows, int c, const float *x,
+                                       const ckca__norm *norm, const float *residual, const ckca__norm *residual_norm,
+                                       float *y) {
+    ckca__run_apply(ctx, half, rows, c, x, *norm, NULL, residual, residual_norm, y);
 }
 
-CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, size_t rows, int c, const float *x, const float *y,
-                                          const float *dy, const ckca__norm *norm, float *dx, float *dresidual,
-                                          int accumulate_residual, float *dgamma, float *dbeta, void *ws) {
+CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, int half, size_t rows, int c, const float *x,
+                                          const float *y, const float *dy, const ckca__norm *norm, float *dx,
+                                          float *dresidual, int accumulate_residual, float *dgamma, float *dbeta,
+                                          void *ws) {
     ckca__moments m = {};
     ckca__normed n = {};
     float *table = (float *)ws + (size_t)ckca__parts(rows) * 2 * c;
@@ -1168,7 +1348,7 @@ CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, size_t rows, int c,
     m.mean = norm->mean;
     if (norm->relu && !y) m.gamma = norm->gamma, m.beta = norm->beta, m.inv_std = norm->inv_std;
     m.part = (float *)ws;
-    ckca__run_channel_sums(ctx, 2, &m);
+    ckca__run_channel_sums(ctx, half, 2, &m);
     CKCA__LAUNCH(ctx, ckca__channel_gradients, ckca__warps(c), m, ckca__parts(rows), norm->inv_std, dgamma, dbeta,
                  table);
     n.count = rows * (size_t)c;
@@ -1181,10 +1361,11 @@ CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, size_t rows, int c,
     n.out = dx;
     n.dresidual = dresidual;
     n.accumulate = accumulate_residual;
-    if (c % 4 == 0)
-        CKCA__LAUNCH(ctx, ckca__batchnorm_backward<4>, ckca__grid(ctx, n.count / 4, (size_t)c / 4), n);
-    else
-        CKCA__LAUNCH(ctx, ckca__batchnorm_backward<1>, ckca__grid(ctx, n.count, (size_t)c), n);
+    ckca__typed_wide(half, c, [&](auto type, auto wide) {
+        enum { WIDTH = decltype(wide)::VALUE };
+        CKCA__LAUNCH(ctx, (ckca__batchnorm_backward<decltype(type), WIDTH>),
+                     ckca__grid(ctx, n.count / WIDTH, (size_t)c / WIDTH), n);
+    });
 }
 
 __global__ void ckca__fold_kernel(int k, size_t per, const float *w, const float *bias, const float *gamma,
@@ -1214,6 +1395,11 @@ CKCA__OP void ckca__op_fold(ckca_context *ctx, int k, size_t per, const float *w
    it the order of sums, and so the bits, would change. */
 enum { CKCA__WEIGHT_BLOCKS = 264, CKCA__LEAST_SPLIT = 512 };
 
+/* What a convolution or linear layer multiplies in: BF16 only where its output is stored so. */
+static ckca_precision ckca__math(const ckca_context *ctx, const ckca__conv *s) {
+    return ctx->precision == CKCA_BF16 && !s->half ? CKCA_TF32 : ctx->precision;
+}
+
 /* Columns of a block: no more than there are; 128 only on tensor cores, which are so fast that every fetch should serve
    as many sums as registers hold. */
 static int ckca__columns(const ckca_context *ctx, int columns) {
@@ -1222,8 +1408,10 @@ static int ckca__columns(const ckca_context *ctx, int columns) {
 }
 static int ckca__ceil(int a, int b) { return (a + b - 1) / b; }
 
-/* A 1 x 1 convolution is a plain matrix product, which cuBLAS knows best. */
-static int ckca__is_product(const ckca__conv *s) { return s->r == 1 && s->s == 1 && s->stride == 1 && !s->pad; }
+/* A 1 x 1 convolution is a plain matrix product, which cuBLAS knows best (while nothing is done to the sums). */
+static int ckca__is_product(const ckca__conv *s) {
+    return s->r == 1 && s->s == 1 && s->stride == 1 && !s->pad && s->half_x == s->half;
+}
 
 static int ckca__weight_splits(const ckca_context *ctx, const ckca__conv *s) {
     const int blocks = ckca__ceil(s->r * s->s * s->c, CKCA__ROWS) * ckca__ceil(s->k, ckca__columns(ctx, s->k));
@@ -1232,12 +1420,13 @@ static int ckca__weight_splits(const ckca_context *ctx, const ckca__conv *s) {
     return splits > 1 ? splits : 1;
 }
 
+/* Of weights rounded or turned, of splits, or of parts of the bias's gradient: never two at a time. */
 CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *s) {
     const double pixels = (double)s->n * s->p * s->q;
     const size_t weights = ckca__mul(ckca__mul((size_t)s->r * s->s, (size_t)s->c), (size_t)s->k);
     const size_t bias = (size_t)ckca__parts(pixels < 1e9 ? (size_t)pixels : 1000000000) * s->k;
-    size_t floats =
-        ckca__is_product(s) || pixels > INT_MAX ? 0 : ckca__mul(weights, (size_t)ckca__weight_splits(ctx, s));
+    size_t floats = weights;
+    if (!ckca__is_product(s) && pixels <= INT_MAX) floats = ckca__mul(weights, (size_t)ckca__weight_splits(ctx, s));
     if (floats < bias) floats = bias;
     return ckca__mul(floats, sizeof(float));
 }
@@ -1251,16 +1440,27 @@ static int ckca__conv_fits(ckca_context *ctx, const ckca__conv *s) {
     return ckca__cuda_note(ckca__cuda_of(ctx), "convolution", "more than 2^31 pixels or weights to an output");
 }
 
-template <int PRECISION, int PASS>
+template <int PRECISION, int PASS, int WHOLE>
 static void ckca__launch_gemm(ckca_context *ctx, dim3 grid, int columns, const ckca__gemm *g) {
     if (columns == 16)
-        CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 16>), grid, *g);
+        CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 16, WHOLE>), grid, *g);
     else if (columns == 32)
-        CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 32>), grid, *g);
+        CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 32, WHOLE>), grid, *g);
     else if (columns == 64)
-        CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 64>), grid, *g);
+        CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 64, WHOLE>), grid, *g);
     else if constexpr (PRECISION != CKCA_FLOAT32)
-        CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 128>), grid, *g);
+        CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 128, WHOLE>), grid, *g);
+}
+
+/* Chunks are whole where all the channels that lie along them are, and nothing has to be converted. */
+template <int PRECISION, int PASS>
+static void ckca__launch_gemm(ckca_context *ctx, dim3 grid, int columns, const ckca__gemm *g) {
+    enum { VALUES = ckca__chunk<typename ckca__factor<PRECISION>::type>::VALUES };
+    const int source = PASS == CKCA__DATA || g->s.half_x == g->s.half;
+    if (source && (PASS == CKCA__DATA || g->s.c % VALUES == 0) && (PASS == CKCA__FORWARD || g->s.k % VALUES == 0))
+        ckca__launch_gemm<PRECISION, PASS, 1>(ctx, grid, columns, g);
+    else
+        ckca__launch_gemm<PRECISION, PASS, 0>(ctx, grid, columns, g);
 }
 
 template <int PASS> static void ckca__run_gemm(ckca_context *ctx, ckca__gemm *g) {
@@ -1276,41 +1476,55 @@ template <int PASS> static void ckca__run_gemm(ckca_context *ctx, ckca__gemm *g)
         layers = ckca__weight_splits(ctx, s);
         g->split = ckca__ceil(s->n * s->p * s->q, layers);
     }
-    g->channels = ckca__divide_by(PASS == CKCA__DATA ? s->k : s->c);
     g->p = ckca__divide_by(s->p);
     g->q = ckca__divide_by(s->q);
-    const dim3 grid(ckca__ceil(rows, CKCA__ROWS), ckca__ceil(columns, width), layers);
-    if (ctx->precision == CKCA_FLOAT32)
+    g->wide = ckca__ceil(columns, width);
+    const dim3 grid((unsigned)ckca__ceil(rows, CKCA__ROWS) * g->wide, 1, layers);
+    switch (ckca__math(ctx, s)) {
+    case CKCA_FLOAT32:
         ckca__launch_gemm<CKCA_FLOAT32, PASS>(ctx, grid, width, g);
-    else if (ctx->precision == CKCA_TF32)
+        break;
+    case CKCA_TF32:
         ckca__launch_gemm<CKCA_TF32, PASS>(ctx, grid, width, g);
-    else
+        break;
+    case CKCA_BF16:
         ckca__launch_gemm<CKCA_BF16, PASS>(ctx, grid, width, g);
+        break;
+    }
+}
+
+/* The weights as a pass reads them: rounded to BF16 where it multiplies in that, turned for DATA; made in ws if need
+   be. */
+static const void *ckca__weights(ckca_context *ctx, const ckca__conv *s, int turned, const float *w, void *ws) {
+    const size_t count = (size_t)s->r * s->s * s->c * s->k;
+    const size_t tiles = (size_t)ckca__ceil(s->c, 32) * ckca__ceil(s->k, 32) * s->r * s->s;
+    const int half = ckca__math(ctx, s) == CKCA_BF16;
+    if (!turned && !half) return w;
+    ckca__typed(half, [&](auto type) {
+        typedef decltype(type) T;
+        if (turned)
+            CKCA__LAUNCH(ctx, ckca__turn_kernel<T>, ckca__grid(ctx, tiles * CKCA__THREADS, 1), s->k, s->r * s->s, s->c,
+                         w, (T *)ws);
+        else
+            CKCA__LAUNCH(ctx, ckca__cast_kernel<T>, ckca__grid(ctx, count, 1), count, w, (T *)ws);
+    });
+    return ws;
 }
 
 /* c (rows x columns) = (or +=) a b, all row-major; a is stored transposed (summed x rows) where turn_a, b (columns x
-   summed) where turn_b. cuBLAS counts columns first, so it is asked for c^T = b^T a^T. */
-static void ckca__product(ckca_context *ctx, int rows, int columns, int summed, const float *a, int turn_a,
-                          const float *b, int turn_b, float *c, int accumulate) {
+   summed) where turn_b. half: a and b are BF16; half_c: c is. cuBLAS counts columns first, so it is asked for c^T = b^T
+   a^T. */
+static void ckca__product(ckca_context *ctx, int rows, int columns, int summed, int half, const void *a, int turn_a,
+                          const void *b, int turn_b, int half_c, void *c, int accumulate) {
     const float one = 1, beta = accumulate ? 1.0f : 0.0f;
-    const cublasComputeType_t compute = ctx->precision == CKCA_FLOAT32 ? CUBLAS_COMPUTE_32F
-                                        : ctx->precision == CKCA_TF32  ? CUBLAS_COMPUTE_32F_FAST_TF32
-                                                                       : CUBLAS_COMPUTE_32F_FAST_16BF;
+    const cublasComputeType_t compute =
+        half || ctx->precision == CKCA_FLOAT32 ? CUBLAS_COMPUTE_32F : CUBLAS_COMPUTE_32F_FAST_TF32;
+    const cudaDataType type = half ? CUDA_R_16BF : CUDA_R_32F;
     CKCA__BLAS(ckca__cuda_of(ctx),
                cublasGemmEx(ckca__cuda_of(ctx)->blas, turn_b ? CUBLAS_OP_T : CUBLAS_OP_N,
-                            turn_a ? CUBLAS_OP_T : CUBLAS_OP_N, columns, rows, summed, &one, b, CUDA_R_32F,
-                            turn_b ? summed : columns, a, CUDA_R_32F, turn_a ? rows : summed, &beta, c, CUDA_R_32F,
-                            columns, compute, CUBLAS_GEMM_DEFAULT));
-}
-
-/* y = relu?(y + bias + residual): what cuBLAS leaves to do. */
-__global__ void ckca__bias_kernel(size_t count, int k, const float *bias, const float *residual, int relu, float *y) {
-    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < count; i += (size_t)gridDim.x * blockDim.x) {
-        float v = y[i];
-        if (bias) v += bias[i % k];
-        if (residual) v += residual[i];
-        y[i] = relu && v <= 0 ? 0 : v;
-    }
+                            turn_a ? CUBLAS_OP_T : CUBLAS_OP_N, columns, rows, summed, &one, b, type,
+                            turn_b ? summed : columns, a, type, turn_a ? rows : summed, &beta, c,
+                            half_c ? CUDA_R_16BF : CUDA_R_32F, columns, compute, CUBLAS_GEMM_DEFAULT));
 }
 
 /* Not here: 1 x 1 convolutions are cuBLAS's, which reads what lies in memory. */
@@ -1323,41 +1537,33 @@ CKCA__OP int ckca__may_norm(const ckca_context *ctx, const ckca__conv *s) {
 CKCA__OP void ckca__op_conv_forward(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w,
                                     const float *bias, const float *residual, int relu, float *y, void *ws) {
     ckca__gemm g = {};
-    (void)ws;
     if (!ckca__conv_fits(ctx, s)) return;
-    if (ckca__is_product(s)) {
-        const int rows = s->n * s->p * s->q;
-        ckca__product(ctx, rows, s->k, s->c, x, 0, w, 1, y, 0);
-        if (bias || residual || relu)
-            CKCA__LAUNCH(ctx, ckca__bias_kernel, ckca__grid(ctx, (size_t)rows * s->k, 1), (size_t)rows * s->k, s->k,
-                         bias, residual, relu, y);
-        return;
-    }
     g.s = *s;
     g.a = x;
-    g.b = w;
+    g.b = ckca__weights(ctx, s, 0, w, ws);
     g.bias = bias;
     g.residual = residual;
     g.relu = relu;
     g.out = y;
-    ckca__run_gemm<CKCA__FORWARD>(ctx, &g);
+    if (ckca__is_product(s) && !bias && !residual && !relu)
+        ckca__product(ctx, s->n * s->p * s->q, s->k, s->c, s->half, x, 0, g.b, 1, s->half, y, 0);
+    else /* what comes after the sums costs no pass over y here */
+        ckca__run_gemm<CKCA__FORWARD>(ctx, &g);
 }
 
 CKCA__OP void ckca__op_conv_backward_data(ckca_context *ctx, const ckca__conv *s, const float *dy, const float *w,
                                           float *dx, int accumulate, void *ws) {
     ckca__gemm g = {};
-    (void)ws;
     if (!ckca__conv_fits(ctx, s)) return;
-    if (ckca__is_product(s)) {
-        ckca__product(ctx, s->n * s->p * s->q, s->c, s->k, dy, 0, w, 0, dx, accumulate);
-        return;
-    }
     g.s = *s;
     g.a = dy;
-    g.b = w;
+    g.b = ckca__weights(ctx, s, !ckca__is_product(s), w, ws);
     g.out = dx;
     g.accumulate = accumulate;
-    ckca__run_gemm<CKCA__DATA>(ctx, &g);
+    if (ckca__is_product(s))
+        ckca__product(ctx, s->n * s->p * s->q, s->c, s->k, s->half, dy, 0, g.b, 0, s->half, dx, accumulate);
+    else
+        ckca__run_gemm<CKCA__DATA>(ctx, &g);
 }
 
 CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv *s, const float *x, const float *dy,
@@ -1368,7 +1574,7 @@ CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv 
     if (!ckca__conv_fits(ctx, s)) return;
     splits = ckca__weight_splits(ctx, s);
     if (ckca__is_product(s)) {
-        ckca__product(ctx, s->k, s->c, s->n * s->p * s->q, dy, 1, x, 0, dw, 1);
+        ckca__product(ctx, s->k, s->c, s->n * s->p * s->q, s->half, dy, 1, x, 0, 0, dw, 1);
     } else {
         g.s = *s;
         g.a = x;
@@ -1385,7 +1591,7 @@ CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv 
         m.c = s->k;
         m.dy = dy;
         m.part = (float *)ws;
-        ckca__run_channel_sums(ctx, 1, &m);
+        ckca__run_channel_sums(ctx, s->half, 1, &m);
         CKCA__LAUNCH(ctx, ckca__channel_gradients, ckca__warps(s->k), m, ckca__parts(m.rows), (const float *)NULL,
                      (float *)NULL, dbias, (float *)NULL);
     }
@@ -1393,7 +1599,7 @@ CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv 
 
 /* A linear layer is a 1 x 1 convolution over n pictures of one pixel. */
 static ckca__conv ckca__linear_as_conv(int n, int d, int k) {
-    const ckca__conv s = {n, 1, 1, d, k, 1, 1, 1, 0, 1, 1, NULL};
+    const ckca__conv s = {n, 1, 1, d, k, 1, 1, 1, 0, 1, 1, NULL, 0, 0};
     return s;
 }
 
@@ -1419,15 +1625,16 @@ CKCA__OP void ckca__op_linear_backward(ckca_context *ctx, int n, int d, int k, c
     for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < (size_t)(count); \
          i += (size_t)gridDim.x * blockDim.x)
 
-/* The same of a function that is written for WIDTH neighbours: in fours, then what is left. */
-#define CKCA__IN_FOURS(count, function, ...)                                      \
-    do {                                                                          \
-        CKCA__EACH(i, (count) / 4) function<4>(i * 4, __VA_ARGS__);               \
-        CKCA__EACH(i, (count) % 4) function<1>((count) / 4 * 4 + i, __VA_ARGS__); \
+/* The same of a function that is written for WIDTH neighbours of an array of T: in chunks, then what is left. */
+#define CKCA__IN_CHUNKS(T, count, function, ...)                                                 \
+    do {                                                                                         \
+        enum { WIDTH_ = ckca__chunk<T>::VALUES };                                                \
+        CKCA__EACH(i, (count) / WIDTH_) function<WIDTH_>(i * WIDTH_, __VA_ARGS__);               \
+        CKCA__EACH(i, (count) % WIDTH_) function<1>((count) / WIDTH_ * WIDTH_ + i, __VA_ARGS__); \
     } while (0)
 
-template <int WIDTH>
-__device__ __forceinline__ void ckca__add_at(size_t i, const float *a, const float *b, int relu, float *y) {
+template <int WIDTH, class T>
+__device__ __forceinline__ void ckca__add_at(size_t i, const T *a, const T *b, int relu, T *y) {
     ckca__lane<WIDTH> v(a + i), other;
     if (b) other = ckca__lane<WIDTH>(b + i);
     for (int j = 0; j < WIDTH; j++) {
@@ -1436,13 +1643,12 @@ __device__ __forceinline__ void ckca__add_at(size_t i, const float *a, const flo
     }
     v.store(y + i);
 }
-__global__ void ckca__add_kernel(size_t count, const float *a, const float *b, int relu, float *y) {
-    CKCA__IN_FOURS(count, ckca__add_at, a, b, relu, y);
+template <class T> __global__ void ckca__add_kernel(size_t count, const T *a, const T *b, int relu, T *y) {
+    CKCA__IN_CHUNKS(T, count, ckca__add_at, a, b, relu, y);
 }
 
-template <int WIDTH>
-__device__ __forceinline__ void ckca__add_backward_at(size_t i, const float *y, const float *dy, float *dx,
-                                                      int accumulate) {
+template <int WIDTH, class T>
+__device__ __forceinline__ void ckca__add_backward_at(size_t i, const T *y, const T *dy, T *dx, int accumulate) {
     ckca__lane<WIDTH> g(dy + i), other;
     if (y) other = ckca__lane<WIDTH>(y + i);
     for (int j = 0; j < WIDTH; j++)
@@ -1452,111 +1658,178 @@ __device__ __forceinline__ void ckca__add_backward_at(size_t i, const float *y, 
         if (accumulate) g.v[j] += other.v[j];
     g.store(dx + i);
 }
-__global__ void ckca__add_backward_kernel(size_t count, const float *y, const float *dy, float *dx, int accumulate) {
-    CKCA__IN_FOURS(count, ckca__add_backward_at, y, dy, dx, accumulate);
+template <class T>
+__global__ void ckca__add_backward_kernel(size_t count, const T *y, const T *dy, T *dx, int accumulate) {
+    CKCA__IN_CHUNKS(T, count, ckca__add_backward_at, y, dy, dx, accumulate);
 }
-CKCA__OP void ckca__op_add(ckca_context *ctx, size_t count, const float *a, const float *b, int relu, float *y) {
-    CKCA__LAUNCH(ctx, ckca__add_kernel, ckca__grid(ctx, count / 4, 1), count, a, b, relu, y);
+CKCA__OP void ckca__op_add(ckca_context *ctx, int half, size_t count, const float *a, const float *b, int relu,
+                           float *y) {
+    ckca__typed(half, [&](auto type) {
+        typedef decltype(type) T;
+        CKCA__LAUNCH(ctx, ckca__add_kernel<T>, ckca__grid(ctx, count / ckca__chunk<T>::VALUES, 1), count, (const T *)a,
+                     (const T *)b, relu, (T *)y);
+    });
 }
-CKCA__OP void ckca__op_add_backward(ckca_context *ctx, size_t count, const float *y, const float *dy, float *dx,
-                                    int accumulate) {
-    CKCA__LAUNCH(ctx, ckca__add_backward_kernel, ckca__grid(ctx, count / 4, 1), count, y, dy, dx, accumulate);
+CKCA__OP void ckca__op_add_backward(ckca_context *ctx, int half, size_t count, const float *y, const float *dy,
+                                    float *dx, int accumulate) {
+    ckca__typed(half, [&](auto type) {
+        typedef decltype(type) T;
+        CKCA__LAUNCH(ctx, ckca__add_backward_kernel<T>, ckca__grid(ctx, count / ckca__chunk<T>::VALUES, 1), count,
+                     (const T *)y, (const T *)dy, (T *)dx, accumulate);
+    });
 }
 
-/* One output each. The first of equals wins, NaN over all. */
-__global__ void ckca__maxpool_kernel(ckca__conv s, const float *x, float *y, unsigned char *at) {
-    CKCA__EACH(i, (size_t)s.n * s.p * s.q * s.c) {
-        const int c = (int)(i % s.c), q = (int)(i / s.c % s.q), p = (int)(i / s.c / s.q % s.p),
-                  n = (int)(i / s.c / s.q / s.p);
-        float most = -INFINITY;
-        int where = -1;
+/* Where item i of n x h x w x c / WIDTH lies. There are fewer than 2^32 pixels, if not values. */
+struct ckca__pixel {
+    int n, y, x, c;
+    __device__ __forceinline__ ckca__pixel(size_t i, unsigned h, unsigned w, unsigned chunks, int width) {
+        unsigned at = (unsigned)(i / chunks);
+        c = (int)(i - (size_t)at * chunks) * width;
+        x = (int)(at % w);
+        at /= w;
+        y = (int)(at % h);
+        n = (int)(at / h);
+    }
+};
+
+/* WIDTH channels of an output each. The first of equals wins, NaN over all. */
+template <class T, int WIDTH> __global__ void ckca__maxpool_kernel(ckca__conv s, const T *x, T *y, unsigned char *at) {
+    CKCA__EACH(i, (size_t)s.n * s.p * s.q * s.c / WIDTH) {
+        const ckca__pixel o(i, s.p, s.q, s.c / WIDTH, WIDTH);
+        ckca__lane<WIDTH> most;
+        int where[WIDTH];
+        for (int j = 0; j < WIDTH; j++) most.v[j] = -INFINITY, where[j] = -1;
         for (int r = 0; r < s.r; r++)
             for (int t = 0; t < s.s; t++) {
-                const int h = p * s.stride - s.pad + r, w = q * s.stride - s.pad + t;
+                const int h = o.y * s.stride - s.pad + r, w = o.x * s.stride - s.pad + t;
                 if (h < 0 || h >= s.h || w < 0 || w >= s.w) continue;
-                const float v = x[(((size_t)n * s.h + h) * s.w + w) * s.c + c];
-                if (v > most || v != v) most = v, where = r * s.s + t;
+                const ckca__lane<WIDTH> v(x + (((size_t)o.n * s.h + h) * s.w + w) * s.c + o.c);
+                for (int j = 0; j < WIDTH; j++)
+                    if (v.v[j] > most.v[j] || v.v[j] != v.v[j]) most.v[j] = v.v[j], where[j] = r * s.s + t;
             }
-        y[i] = most;
-        if (at) at[i] = (unsigned char)(where < 0 ? 0 : where);
+        most.store(y + i * WIDTH);
+        for (int j = 0; j < WIDTH && at; j++) at[i * WIDTH + j] = (unsigned char)(where[j] < 0 ? 0 : where[j]);
     }
 }
-/* One input each: it collects from the few windows that cover it. */
-__global__ void ckca__maxpool_backward_kernel(ckca__conv s, const float *dy, const unsigned char *at, float *dx,
+/* WIDTH channels of an input each: they collect from the few windows that cover it. */
+template <class T, int WIDTH>
+__global__ void ckca__maxpool_backward_kernel(ckca__conv s, const T *dy, const unsigned char *at, T *dx,
                                               int accumulate) {
-    CKCA__EACH(i, (size_t)s.n * s.h * s.w * s.c) {
-        const int c = (int)(i % s.c), w = (int)(i / s.c % s.w) + s.pad, h = (int)(i / s.c / s.w % s.h) + s.pad;
-        const int n = (int)(i / s.c / s.w / s.h); /* w and h in the padded input, where window p starts at p stride */
+    CKCA__EACH(i, (size_t)s.n * s.h * s.w * s.c / WIDTH) {
+        const ckca__pixel o(i, s.h, s.w, s.c / WIDTH, WIDTH);
+        const int w = o.x + s.pad, h = o.y + s.pad; /* in the padded input, where window p starts at p stride */
         const int p0 = h < s.r ? 0 : (h - s.r) / s.stride + 1, p1 = h / s.stride < s.p ? h / s.stride : s.p - 1;
         const int q0 = w < s.s ? 0 : (w - s.s) / s.stride + 1, q1 = w / s.stride < s.q ? w / s.stride : s.q - 1;
-        float sum = accumulate ? dx[i] : 0;
+        ckca__lane<WIDTH> sum;
+        for (int j = 0; j < WIDTH; j++) sum.v[j] = 0;
+        if (accumulate) sum = ckca__lane<WIDTH>(dx + i * WIDTH);
         for (int p = p0; p <= p1; p++)
             for (int q = q0; q <= q1; q++) {
-                const size_t from = (((size_t)n * s.p + p) * s.q + q) * s.c + c;
-                if (at[from] == (h - p * s.stride) * s.s + w - q * s.stride) sum += dy[from];
+                const size_t from = (((size_t)o.n * s.p + p) * s.q + q) * s.c + o.c;
+                const ckca__lane<WIDTH> g(dy + from);
+                for (int j = 0; j < WIDTH; j++)
+                    if (at[from + j] == (h - p * s.stride) * s.s + w - q * s.stride) sum.v[j] += g.v[j];
             }
-        dx[i] = sum;
+        sum.store(dx + i * WIDTH);
     }
 }
 CKCA__OP void ckca__op_maxpool_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y,
                                        unsigned char *at) {
-    CKCA__LAUNCH(ctx, ckca__maxpool_kernel, ckca__grid(ctx, (size_t)s->n * s->p * s->q * s->c, 1), *s, x, y, at);
+    ckca__typed_wide(s->half, s->c, [&](auto type, auto wide) {
+        typedef decltype(type) T;
+        enum { WIDTH = decltype(wide)::VALUE };
+        CKCA__LAUNCH(ctx, (ckca__maxpool_kernel<T, WIDTH>),
+                     ckca__grid(ctx, (size_t)s->n * s->p * s->q * s->c / WIDTH, 1), *s, (const T *)x, (T *)y, at);
+    });
 }
 CKCA__OP void ckca__op_maxpool_backward(ckca_context *ctx, const ckca__conv *s, const float *dy,
                                         const unsigned char *at, float *dx, int accumulate) {
-    CKCA__LAUNCH(ctx, ckca__maxpool_backward_kernel, ckca__grid(ctx, (size_t)s->n * s->h * s->w * s->c, 1), *s, dy, at,
-                 dx, accumulate);
+    ckca__typed_wide(s->half, s->c, [&](auto type, auto wide) {
+        typedef decltype(type) T;
+        enum { WIDTH = decltype(wide)::VALUE };
+        CKCA__LAUNCH(ctx, (ckca__maxpool_backward_kernel<T, WIDTH>),
+                     ckca__grid(ctx, (size_t)s->n * s->h * s->w * s->c / WIDTH, 1), *s, (const T *)dy, at, (T *)dx,
+                     accumulate);
+    });
 }
 
-/* One mean each, of values c apart: neighbouring threads read neighbouring channels. */
-__global__ void ckca__avgpool_kernel(int n, int area, int c, const float *x, float *y) {
-    CKCA__EACH(i, (size_t)n * c) {
-        const float *from = x + i / c * area * c + i % c;
-        float sum = 0;
-        for (int a = 0; a < area; a++) sum += from[(size_t)a * c];
-        y[i] = sum / (float)area;
+/* WIDTH means each, of values c apart: neighbouring threads read neighbouring channels. */
+template <class T, int WIDTH> __global__ void ckca__avgpool_kernel(int n, int area, int c, const T *x, float *y) {
+    CKCA__EACH(i, (size_t)n * c / WIDTH) {
+        const ckca__pixel o(i, 1, 1, c / WIDTH, WIDTH);
+        const T *from = x + (size_t)o.n * area * c + o.c;
+        ckca__lane<WIDTH> sum;
+        for (int j = 0; j < WIDTH; j++) sum.v[j] = 0;
+        for (int a = 0; a < area; a++) {
+            const ckca__lane<WIDTH> v(from + (size_t)a * c);
+            for (int j = 0; j < WIDTH; j++) sum.v[j] += v.v[j];
+        }
+        for (int j = 0; j < WIDTH; j++) sum.v[j] /= (float)area;
+        sum.store(y + i * WIDTH);
     }
 }
-__global__ void ckca__avgpool_backward_kernel(int n, int area, int c, const float *dy, float *dx, int accumulate) {
-    CKCA__EACH(i, (size_t)n * area * c) {
-        const float g = dy[i / c / area * c + i % c] / (float)area;
-        dx[i] = accumulate ? dx[i] + g : g;
+template <class T, int WIDTH>
+__global__ void ckca__avgpool_backward_kernel(int n, int area, int c, const float *dy, T *dx, int accumulate) {
+    CKCA__EACH(i, (size_t)n * area * c / WIDTH) {
+        const ckca__pixel o(i, 1, area, c / WIDTH, WIDTH);
+        ckca__lane<WIDTH> g(dy + (size_t)o.n * c + o.c), was;
+        if (accumulate) was = ckca__lane<WIDTH>(dx + i * WIDTH);
+        for (int j = 0; j < WIDTH; j++) g.v[j] = g.v[j] / (float)area + (accumulate ? was.v[j] : 0);
+        g.store(dx + i * WIDTH);
     }
 }
-CKCA__OP void ckca__op_avgpool_forward(ckca_context *ctx, int n, int area, int c, const float *x, float *y) {
-    CKCA__LAUNCH(ctx, ckca__avgpool_kernel, ckca__grid(ctx, (size_t)n * c, 1), n, area, c, x, y);
+CKCA__OP void ckca__op_avgpool_forward(ckca_context *ctx, int half, int n, int area, int c, const float *x, float *y) {
+    ckca__typed_wide(half, c, [&](auto type, auto wide) {
+        typedef decltype(type) T;
+        enum { WIDTH = decltype(wide)::VALUE };
+        CKCA__LAUNCH(ctx, (ckca__avgpool_kernel<T, WIDTH>), ckca__grid(ctx, (size_t)n * c / WIDTH, 1), n, area, c,
+                     (const T *)x, y);
+    });
 }
-CKCA__OP void ckca__op_avgpool_backward(ckca_context *ctx, int n, int area, int c, const float *dy, float *dx,
+CKCA__OP void ckca__op_avgpool_backward(ckca_context *ctx, int half, int n, int area, int c, const float *dy, float *dx,
                                         int accumulate) {
-    CKCA__LAUNCH(ctx, ckca__avgpool_backward_kernel, ckca__grid(ctx, (size_t)n * area * c, 1), n, area, c, dy, dx,
-                 accumulate);
+    ckca__typed_wide(half, c, [&](auto type, auto wide) {
+        typedef decltype(type) T;
+        enum { WIDTH = decltype(wide)::VALUE };
+        CKCA__LAUNCH(ctx, (ckca__avgpool_backward_kernel<T, WIDTH>), ckca__grid(ctx, (size_t)n * area * c / WIDTH, 1),
+                     n, area, c, dy, (T *)dx, accumulate);
+    });
 }
 
-__global__ void ckca__subsample_kernel(ckca__conv s, const float *x, float *y) {
+template <class T> __global__ void ckca__subsample_kernel(ckca__conv s, const T *x, T *y) {
     CKCA__EACH(i, (size_t)s.n * s.p * s.q * s.k) {
-        const int k = (int)(i % s.k), q = (int)(i / s.k % s.q), p = (int)(i / s.k / s.q % s.p),
-                  n = (int)(i / s.k / s.q / s.p);
-        const int c = k - (s.k - s.c) / 2;
-        y[i] = c < 0 || c >= s.c ? 0 : x[(((size_t)n * s.h + p * s.stride) * s.w + q * s.stride) * s.c + c];
+        const ckca__pixel o(i, s.p, s.q, s.k, 1);
+        const int c = o.c - (s.k - s.c) / 2;
+        if (c < 0 || c >= s.c)
+            ckca__put(y + i, 0);
+        else
+            y[i] = x[(((size_t)o.n * s.h + o.y * s.stride) * s.w + o.x * s.stride) * s.c + c];
     }
 }
-__global__ void ckca__subsample_backward_kernel(ckca__conv s, const float *dy, float *dx, int accumulate) {
+template <class T> __global__ void ckca__subsample_backward_kernel(ckca__conv s, const T *dy, T *dx, int accumulate) {
     CKCA__EACH(i, (size_t)s.n * s.h * s.w * s.c) {
-        const int c = (int)(i % s.c), w = (int)(i / s.c % s.w), h = (int)(i / s.c / s.w % s.h),
-                  n = (int)(i / s.c / s.w / s.h);
-        const int p = h / s.stride, q = w / s.stride,
-                  seen = h % s.stride == 0 && w % s.stride == 0 && p < s.p && q < s.q;
-        const float g = seen ? dy[(((size_t)n * s.p + p) * s.q + q) * s.k + (s.k - s.c) / 2 + c] : 0;
-        dx[i] = accumulate ? dx[i] + g : g;
+        const ckca__pixel o(i, s.h, s.w, s.c, 1);
+        const int p = o.y / s.stride, q = o.x / s.stride,
+                  seen = o.y % s.stride == 0 && o.x % s.stride == 0 && p < s.p && q < s.q;
+        const float g =
+            seen ? ckca__to_float(dy[(((size_t)o.n * s.p + p) * s.q + q) * s.k + (s.k - s.c) / 2 + o.c]) : 0;
+        ckca__put(dx + i, accumulate ? ckca__to_float(dx[i]) + g : g);
     }
 }
 CKCA__OP void ckca__op_subsample_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y) {
-    CKCA__LAUNCH(ctx, ckca__subsample_kernel, ckca__grid(ctx, (size_t)s->n * s->p * s->q * s->k, 1), *s, x, y);
+    ckca__typed(s->half, [&](auto type) {
+        typedef decltype(type) T;
+        CKCA__LAUNCH(ctx, ckca__subsample_kernel<T>, ckca__grid(ctx, (size_t)s->n * s->p * s->q * s->k, 1), *s,
+                     (const T *)x, (T *)y);
+    });
 }
 CKCA__OP void ckca__op_subsample_backward(ckca_context *ctx, const ckca__conv *s, const float *dy, float *dx,
                                           int accumulate) {
-    CKCA__LAUNCH(ctx, ckca__subsample_backward_kernel, ckca__grid(ctx, (size_t)s->n * s->h * s->w * s->c, 1), *s, dy,
-                 dx, accumulate);
+    ckca__typed(s->half, [&](auto type) {
+        typedef decltype(type) T;
+        CKCA__LAUNCH(ctx, ckca__subsample_backward_kernel<T>, ckca__grid(ctx, (size_t)s->n * s->h * s->w * s->c, 1), *s,
+                     (const T *)dy, (T *)dx, accumulate);
+    });
 }
 
 __global__ void ckca__gather_kernel(int n, int d, const float *rows, const int *index, float *out) {
@@ -1710,15 +1983,24 @@ __device__ double ckca__block_dot(int d, const float *a, const float *b) {
 __device__ __forceinline__ double ckca__inverse_norm(double square) { return square > 0 ? 1 / sqrt(square) : square; }
 
 /* A block per picture: loss = 1 - cos; d cos / d f = (fo / |fo| - cos f / |f|) / |f|. */
-__global__ void ckca__cosine_kernel(int d, const float *f, const float *fo, double scale, float *df, int accumulate,
+template <class T, class TEACHER>
+__global__ void ckca__cosine_kernel(int d, const T *f, const TEACHER *fo, double scale, T *df, int accumulate,
                                     float *loss) {
     const size_t row = (size_t)blockIdx.x * d;
-    const double inv_f = ckca__inverse_norm(ckca__block_dot(d, f + row, f + row));
-    const double inv_o = ckca__inverse_norm(ckca__block_dot(d, fo + row, fo + row));
-    const double cosine = ckca__block_dot(d, f + row, fo + row) * inv_f * inv_o;
+    double square = 0, square_o = 0, product = 0;
+    for (size_t j = row + threadIdx.x; j < row + d; j += CKCA__THREADS) {
+        const double a = ckca__to_float(f[j]), b = ckca__to_float(fo[j]);
+        square += a * a;
+        square_o += b * b;
+        product += a * b;
+    }
+    const double inv_f = ckca__inverse_norm(ckca__block_sum(square));
+    const double inv_o = ckca__inverse_norm(ckca__block_sum(square_o));
+    const double cosine = ckca__block_sum(product) * inv_f * inv_o;
     const float alpha = (float)(scale * cosine * inv_f * inv_f), beta = (float)(-scale * inv_f * inv_o);
     for (size_t j = row + threadIdx.x; j < row + d; j += CKCA__THREADS)
-        df[j] = alpha * f[j] + beta * fo[j] + (accumulate ? df[j] : 0);
+        ckca__put(df + j, alpha * ckca__to_float(f[j]) + beta * ckca__to_float(fo[j]) +
+                              (accumulate ? ckca__to_float(df[j]) : 0));
     if (threadIdx.x == 0) loss[blockIdx.x] = (float)(1 - cosine);
 }
 
@@ -1781,8 +2063,9 @@ __global__ void ckca__relation_kernel(int n, int d, int d_teacher, const float *
     if (threadIdx.x == 0) loss[i] = (float)(n > 1 ? sum / (n - 1) : 0);
 }
 
-CKCA__OP void ckca__op_featreg(ckca_context *ctx, ckca_featreg form, int n, int d, int d_teacher, const float *f,
-                               const float *fo, float scale, float *df, int accumulate, float *loss, void *ws) {
+CKCA__OP void ckca__op_featreg(ckca_context *ctx, ckca_featreg form, int half, int half_teacher, int n, int d,
+                               int d_teacher, const float *f, const float *fo, float scale, float *df, int accumulate,
+                               float *loss, void *ws) {
     if (form == CKCA_FEATREG_RELATION) {
         double *inv_f = (double *)ws, *inv_o = inv_f + n;
         CKCA__LAUNCH(ctx, ckca__norms_kernel, n, d, f, inv_f);
@@ -1792,7 +2075,14 @@ CKCA__OP void ckca__op_featreg(ckca_context *ctx, ckca_featreg form, int n, int 
     } else if (form == CKCA_FEATREG_L2) {
         CKCA__LAUNCH(ctx, ckca__l2_kernel, n, d, f, fo, scale * 2 / ((double)n * d), df, accumulate, loss);
     } else {
-        CKCA__LAUNCH(ctx, ckca__cosine_kernel, n, d, f, fo, (double)scale / n, df, accumulate, loss);
+        ckca__typed(half, [&](auto type) {
+            ckca__typed(half_teacher, [&](auto teacher) {
+                typedef decltype(type) T;
+                typedef decltype(teacher) TEACHER;
+                CKCA__LAUNCH(ctx, (ckca__cosine_kernel<T, TEACHER>), n, d, (const T *)f, (const TEACHER *)fo,
+                             (double)scale / n, (T *)df, accumulate, loss);
+            });
+        });
     }
 }
 
@@ -1816,7 +2106,7 @@ __device__ __forceinline__ void ckca__sgd_at(size_t i, size_t decayed, float *w,
 __global__ void ckca__sgd_kernel(size_t count, size_t decayed, float *w, const float *g, float *v, const float *lr,
                                  float momentum, float weight_decay, int nesterov, const float *gscale) {
     const float rate = *lr, scale = gscale ? *gscale : 1;
-    CKCA__IN_FOURS(count, ckca__sgd_at, decayed, w, g, v, rate, momentum, weight_decay, nesterov, scale);
+    CKCA__IN_CHUNKS(float, count, ckca__sgd_at, decayed, w, g, v, rate, momentum, weight_decay, nesterov, scale);
 }
 CKCA__OP void ckca__op_sgd(ckca_context *ctx, size_t count, size_t decayed, float *w, const float *g, float *v,
                            const float *lr, float momentum, float weight_decay, int nesterov, const float *gscale) {

@@ -41,12 +41,15 @@
 #define __host__
 #define __shared__ static
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 
 struct dim3 {
     unsigned x, y, z;
     dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(8) float2 {
+    float x, y;
 };
 struct alignas(16) float4 {
     float x, y, z, w;
@@ -55,6 +58,7 @@ struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
 static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return uint4{x, y, z, w}; }
+static inline float2 make_float2(float x, float y) { return float2{x, y}; }
 static inline float4 make_float4(float x, float y, float z, float w) { return float4{x, y, z, w}; }
 
 static inline unsigned __float_as_uint(float v) {
@@ -118,6 +122,17 @@ struct meeting { /* a barrier: of the block, or of a warp */
 struct lane_data { /* what lanes show each other; two, in turn, so that one meeting is enough */
     uint64_t value[2][32];
     unsigned a[2][32][4], b[2][32][2];
+    const void *row[2][32];
+};
+struct under_way { /* a thread's copies to shared memory, which happen when they are waited for */
+    enum { MOST = 64 };
+    struct {
+        void *to;
+        const void *from;
+        bool there;
+        unsigned group;
+    } copy[MOST];
+    unsigned first, last, group;
 };
 
 static place home, fibre[THREADS];
@@ -131,6 +146,7 @@ static int current, onward; /* warps are tried in this direction, which alternat
 static meeting block, warp[WARPS];
 static lane_data shown[WARPS];
 static unsigned parity[THREADS];
+static under_way copies[THREADS];
 static const std::function<void()> *body;
 static struct { unsigned x; } thread;
 static dim3 block_index, block_count;
@@ -201,6 +217,7 @@ static void run(dim3 grid, const std::function<void()> &kernel) {
                 for (int i = 0; i < THREADS; i++) {
                     done[i] = false;
                     waits[i].at = nullptr;
+                    copies[i].first = copies[i].last = copies[i].group = 0;
                     prepare(&fibre[i], stacks + (size_t)i * STACK, start);
                 }
                 onward = onward == 1 ? -1 : 1;
@@ -537,7 +554,49 @@ template <class T> static T __shfl_xor_sync(unsigned, T v, int mask) {
     return v;
 }
 
+/* ---- copies to shared memory ---- */
+
+static void ckca__copy_chunk(void *to, const void *from, int there) {
+    shim::under_way &u = shim::copies[shim::current];
+    if (u.last - u.first == shim::under_way::MOST || (uintptr_t)to % 16 || (uintptr_t)from % 16) {
+        fprintf(stderr, "cuda_shim: too many copies under way, or one of what is not aligned\n");
+        abort();
+    }
+    u.copy[u.last++ % shim::under_way::MOST] = {to, from, there != 0, u.group};
+}
+static void ckca__copies_commit() { shim::copies[shim::current].group++; }
+template <int LEFT> static void ckca__copies_wait() {
+    shim::under_way &u = shim::copies[shim::current];
+    for (; u.first < u.last; u.first++) {
+        const auto &c = u.copy[u.first % shim::under_way::MOST];
+        if (c.group + LEFT >= u.group) return;
+        if (c.there)
+            memcpy(c.to, c.from, 16);
+        else
+            memset(c.to, 0, 16);
+    }
+}
+
 /* ---- tensor cores ---- */
+
+/* ldmatrix.x4 (PTX ISA): row i of matrix m is where lane 8 m + i points; a lane gets word lane % 4 of row lane / 4, or
+   with .trans halves lane / 4 of rows 2 (lane % 4) and the next. */
+template <int TURNED> static void ckca__load_matrices(unsigned v[4], const void *row) {
+    const int t = shim::current, lane = t % 32, turn = (int)(shim::parity[t]++ & 1);
+    shim::lane_data &d = shim::shown[t / 32];
+    d.row[turn][lane] = row;
+    shim::meet(shim::warp[t / 32]);
+    for (int m = 0; m < 4; m++) {
+        const void *const *rows = d.row[turn] + 8 * m;
+        if (TURNED) {
+            uint16_t low, high;
+            memcpy(&low, (const char *)rows[lane % 4 * 2] + lane / 4 * 2, 2);
+            memcpy(&high, (const char *)rows[lane % 4 * 2 + 1] + lane / 4 * 2, 2);
+            v[m] = low | (unsigned)high << 16;
+        } else
+            memcpy(&v[m], (const char *)rows[lane / 4] + lane % 4 * 4, 4);
+    }
+}
 
 static unsigned ckca__to_tf32(float v) { /* round to nearest, ties away: 10 bits of mantissa are left */
     const unsigned u = __float_as_uint(v);
@@ -584,8 +643,9 @@ typedef cudaStream_t *cublasHandle_t;
 typedef int cublasStatus_t;
 enum { CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_EXECUTION_FAILED = 13 };
 enum cublasOperation_t { CUBLAS_OP_N, CUBLAS_OP_T };
-enum cublasComputeType_t { CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32F_FAST_TF32, CUBLAS_COMPUTE_32F_FAST_16BF };
-enum { CUDA_R_32F, CUBLAS_GEMM_DEFAULT };
+enum cublasComputeType_t { CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32F_FAST_TF32 };
+enum cudaDataType { CUDA_R_32F, CUDA_R_16BF };
+enum { CUBLAS_GEMM_DEFAULT };
 static const char *cublasGetStatusString(cublasStatus_t) { return "CUBLAS_STATUS_EXECUTION_FAILED"; }
 static cublasStatus_t shim_blas_call() { return shim_fails() ? CUBLAS_STATUS_EXECUTION_FAILED : CUBLAS_STATUS_SUCCESS; }
 static cublasStatus_t cublasCreate(cublasHandle_t *blas) {
@@ -605,27 +665,33 @@ static cublasStatus_t cublasSetStream(cublasHandle_t blas, cudaStream_t stream) 
 static cublasStatus_t cublasSetWorkspace(cublasHandle_t, void *, size_t) { return shim_blas_call(); }
 /* c (m x n) = alpha op(a) (m x k) op(b) (k x n) + beta c, column by column. */
 static cublasStatus_t cublasGemmEx(cublasHandle_t blas, cublasOperation_t turn_a, cublasOperation_t turn_b, int m, int n,
-                                   int k, const float *alpha, const void *a_, int, int lda, const void *b_, int,
-                                   int ldb, const float *beta, void *c_, int, int ldc, cublasComputeType_t compute,
-                                   int) {
-    if (shim_blas_call()) return CUBLAS_STATUS_EXECUTION_FAILED;
-    const float one = *alpha, add = *beta, *a = (const float *)a_, *b = (const float *)b_;
-    float *c = (float *)c_;
+                                   int k, const float *alpha, const void *a, cudaDataType type_a, int lda,
+                                   const void *b, cudaDataType type_b, int ldb, const float *beta, void *c,
+                                   cudaDataType type_c, int ldc, cublasComputeType_t compute, int) {
+    if (shim_blas_call() || type_a != type_b) return CUBLAS_STATUS_EXECUTION_FAILED;
+    const float one = *alpha, add = *beta;
     shim::check_argument(a), shim::check_argument(b), shim::check_argument(c);
     shim::submit(*blas, [=] {
-        const auto round = [=](float v) {
-            return compute == CUBLAS_COMPUTE_32F             ? v
-                   : compute == CUBLAS_COMPUTE_32F_FAST_TF32 ? __uint_as_float(ckca__to_tf32(v))
-                                                             : __uint_as_float(shim_bf16(v) << 16);
+        const auto value = [](const void *from, cudaDataType type, size_t i) {
+            return type == CUDA_R_16BF ? __uint_as_float((unsigned)((const uint16_t *)from)[i] << 16)
+                                       : ((const float *)from)[i];
+        };
+        const auto factor = [=](const void *from, cudaDataType type, size_t i) {
+            const float v = value(from, type, i);
+            return compute == CUBLAS_COMPUTE_32F_FAST_TF32 ? __uint_as_float(ckca__to_tf32(v)) : v;
         };
         for (int j = 0; j < n; j++)
             for (int i = 0; i < m; i++) {
+                const size_t to = i + (size_t)j * ldc;
                 double sum = 0;
                 for (int l = 0; l < k; l++)
-                    sum += (double)round(turn_a ? a[l + (size_t)i * lda] : a[i + (size_t)l * lda]) *
-                           round(turn_b ? b[j + (size_t)l * ldb] : b[l + (size_t)j * ldb]);
-                float *to = c + i + (size_t)j * ldc;
-                *to = (float)(one * sum) + (add != 0 ? add * *to : 0);
+                    sum += (double)factor(a, type_a, turn_a ? l + (size_t)i * lda : i + (size_t)l * lda) *
+                           factor(b, type_b, turn_b ? j + (size_t)l * ldb : l + (size_t)j * ldb);
+                const float v = (float)(one * sum) + (add != 0 ? add * value(c, type_c, to) : 0);
+                if (type_c == CUDA_R_16BF)
+                    ((uint16_t *)c)[to] = (uint16_t)shim_bf16(v);
+                else
+                    ((float *)c)[to] = v;
             }
     });
     return CUBLAS_STATUS_SUCCESS;

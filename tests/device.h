@@ -11,9 +11,9 @@ enum { DEVICE_MARGIN = 256 }; /* bytes of NaN before and behind every argument *
 
 static struct {
     const void *host;
-    size_t bytes;
+    size_t bytes; /* on the device */
     char *device;
-    int writable;
+    int writable, half;
 } device_argument[16];
 static int device_arguments;
 
@@ -30,6 +30,7 @@ static void *device_place(ckca_context *ctx, const void *host, size_t bytes, int
     device_argument[i].host = host;
     device_argument[i].bytes = bytes;
     device_argument[i].writable = writable;
+    device_argument[i].half = 0;
     device_argument[i].device = (char *)ckca__device_alloc(ctx, bytes + 2 * DEVICE_MARGIN);
     if (!copy || !device_argument[i].device) {
         printf("no memory on the device\n");
@@ -41,6 +42,37 @@ static void *device_place(ckca_context *ctx, const void *host, size_t bytes, int
     free(copy);
     device_arguments++;
     return device_argument[i].device + DEVICE_MARGIN;
+}
+
+/* The nearest bfloat16, of equally near ones the even; and back. */
+static uint16_t device_to_half(float v) {
+    uint32_t bits;
+    memcpy(&bits, &v, sizeof bits);
+    if (v != v) return (uint16_t)(bits >> 16 | 64);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+static float device_from_half(uint16_t half) {
+    const uint32_t bits = (uint32_t)half << 16;
+    float v;
+    memcpy(&v, &bits, sizeof v);
+    return v;
+}
+
+/* count values of a map. */
+static void *device_map(ckca_context *ctx, const float *host, size_t count, int half, int writable) {
+    const int known = device_arguments;
+    uint16_t *halves;
+    void *place;
+    size_t i;
+    if (!half || !host) return device_place(ctx, host, count * sizeof(float), writable);
+    place = device_place(ctx, host, count * sizeof *halves, writable);
+    if (device_arguments == known) return place; /* an op in place */
+    device_argument[known].half = 1;
+    halves = (uint16_t *)malloc(count * sizeof *halves + 1);
+    for (i = 0; i < count; i++) halves[i] = device_to_half(host[i]);
+    ckca__device_upload(ctx, place, halves, count * sizeof *halves);
+    free(halves);
+    return place;
 }
 
 /* What the op reads; what it writes (or reads and writes). */
@@ -60,7 +92,19 @@ static void device_done(ckca_context *ctx, const char *op) {
         for (j = 0; j < DEVICE_MARGIN; j++)
             beyond += copy[j] != 0xff || copy[DEVICE_MARGIN + bytes + (size_t)j] != 0xff;
         if (beyond) CHECK(0, "%s wrote beyond argument %d", op, i);
-        if (device_argument[i].writable) {
+        if (device_argument[i].half) {
+            float *host = (float *)(uintptr_t)device_argument[i].host;
+            size_t e, changed = 0;
+            for (e = 0; e < bytes / 2; e++) {
+                uint16_t half;
+                memcpy(&half, copy + DEVICE_MARGIN + 2 * e, 2);
+                if (device_argument[i].writable)
+                    host[e] = device_from_half(half);
+                else
+                    changed += half != device_to_half(host[e]);
+            }
+            if (changed) CHECK(0, "%s changed its input %d", op, i);
+        } else if (device_argument[i].writable) {
             if (bytes) memcpy((void *)(uintptr_t)device_argument[i].host, copy + DEVICE_MARGIN, bytes);
         } else if (memcmp(device_argument[i].host, copy + DEVICE_MARGIN, bytes)) {
             CHECK(0, "%s changed its input %d", op, i);
@@ -72,6 +116,9 @@ static void device_done(ckca_context *ctx, const char *op) {
 
 #define FI(p, count) (const float *)device_in(ctx, p, (size_t)(count) * sizeof(float))
 #define FO(p, count) (float *)device_out(ctx, p, (size_t)(count) * sizeof(float))
+/* Maps: floats here, bfloat16 on the device where half. */
+#define VI(p, count, half) (const float *)device_map(ctx, p, count, half, 0)
+#define VO(p, count, half) (float *)device_map(ctx, p, count, half, 1)
 #define II(p, count) (const int *)device_in(ctx, p, (size_t)(count) * sizeof(int))
 #define IO(p, count) (int *)device_out(ctx, p, (size_t)(count) * sizeof(int))
 
@@ -79,26 +126,29 @@ static size_t device_x(const ckca__conv *s) { return (size_t)s->n * s->h * s->w 
 static size_t device_w(const ckca__conv *s) { return (size_t)s->k * s->r * s->s * s->c; }
 static size_t device_y(const ckca__conv *s) { return (size_t)s->n * s->p * s->q * s->k; }
 static size_t device_linear_workspace(ckca_context *ctx, int n, int d, int k) {
-    ckca__conv s = {1, 1, 0, 0, 0, 1, 1, 1, 0, 1, 0, NULL};
+    ckca__conv s = {1, 1, 0, 0, 0, 1, 1, 1, 0, 1, 0, NULL, 0, 0};
     s.w = s.q = n, s.c = d, s.k = k;
     return ckca__conv_workspace(ctx, &s);
 }
 
 static void device_conv_forward(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w,
                                 const float *bias, const float *residual, int relu, float *y, void *ws) {
-    ckca__op_conv_forward(ctx, s, FI(x, device_x(s)), FI(w, device_w(s)), FI(bias, s->k), FI(residual, device_y(s)),
-                          relu, FO(y, device_y(s)), device_out(ctx, ws, ckca__conv_workspace(ctx, s)));
+    ckca__op_conv_forward(ctx, s, VI(x, device_x(s), s->half_x), FI(w, device_w(s)), FI(bias, s->k),
+                          VI(residual, device_y(s), s->half), relu, VO(y, device_y(s), s->half),
+                          device_out(ctx, ws, ckca__conv_workspace(ctx, s)));
     device_done(ctx, "conv_forward");
 }
 static void device_conv_backward_data(ckca_context *ctx, const ckca__conv *s, const float *dy, const float *w,
                                       float *dx, int accumulate, void *ws) {
-    ckca__op_conv_backward_data(ctx, s, FI(dy, device_y(s)), FI(w, device_w(s)), FO(dx, device_x(s)), accumulate,
+    ckca__op_conv_backward_data(ctx, s, VI(dy, device_y(s), s->half), FI(w, device_w(s)),
+                                VO(dx, device_x(s), s->half_x), accumulate,
                                 device_out(ctx, ws, ckca__conv_workspace(ctx, s)));
     device_done(ctx, "conv_backward_data");
 }
 static void device_conv_backward_weight(ckca_context *ctx, const ckca__conv *s, const float *x, const float *dy,
                                         float *dw, float *dbias, void *ws) {
-    ckca__op_conv_backward_weight(ctx, s, FI(x, device_x(s)), FI(dy, device_y(s)), FO(dw, device_w(s)), FO(dbias, s->k),
+    ckca__op_conv_backward_weight(ctx, s, VI(x, device_x(s), s->half_x), VI(dy, device_y(s), s->half),
+                                  FO(dw, device_w(s)), FO(dbias, s->k),
                                   device_out(ctx, ws, ckca__conv_workspace(ctx, s)));
     device_done(ctx, "conv_backward_weight");
 }
@@ -124,39 +174,41 @@ static const ckca__norm *device_norm(ckca_context *ctx, const ckca__norm *norm, 
     copy->relu = norm->relu;
     return copy;
 }
-static void device_batchnorm_forward(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
-                                     const float *beta, float *running_mean, float *running_var, const float *residual,
-                                     const ckca__norm *residual_norm, int relu, float *y, float *mean, float *inv_std,
-                                     void *ws) {
+static void device_batchnorm_forward(ckca_context *ctx, int half, size_t rows, int c, const float *x,
+                                     const float *gamma, const float *beta, float *running_mean, float *running_var,
+                                     const float *residual, const ckca__norm *residual_norm, int relu, float *y,
+                                     float *mean, float *inv_std, void *ws) {
     ckca__norm other;
-    ckca__op_batchnorm_forward(ctx, rows, c, FI(x, rows * c), FI(gamma, c), FI(beta, c), FO(running_mean, c),
-                               FO(running_var, c), FI(residual, rows * c), device_norm(ctx, residual_norm, c, &other),
-                               relu, FO(y, rows * c), FO(mean, c), FO(inv_std, c),
-                               device_out(ctx, ws, ckca__op_workspace(ctx, rows, c)));
+    ckca__op_batchnorm_forward(ctx, half, rows, c, VI(x, rows * c, half), FI(gamma, c), FI(beta, c),
+                               FO(running_mean, c), FO(running_var, c), VI(residual, rows * c, half),
+                               device_norm(ctx, residual_norm, c, &other), relu, VO(y, rows * c, half), FO(mean, c),
+                               FO(inv_std, c), device_out(ctx, ws, ckca__op_workspace(ctx, rows, c)));
     device_done(ctx, "batchnorm_forward");
 }
-static void device_batchnorm_again(ckca_context *ctx, size_t rows, int c, const float *x, const ckca__norm *norm,
-                                   const float *residual, const ckca__norm *residual_norm, float *y) {
+static void device_batchnorm_again(ckca_context *ctx, int half, size_t rows, int c, const float *x,
+                                   const ckca__norm *norm, const float *residual, const ckca__norm *residual_norm,
+                                   float *y) {
     ckca__norm own, other;
-    ckca__op_batchnorm_again(ctx, rows, c, FI(x, rows * c), device_norm(ctx, norm, c, &own), FI(residual, rows * c),
-                             device_norm(ctx, residual_norm, c, &other), FO(y, rows * c));
+    ckca__op_batchnorm_again(ctx, half, rows, c, VI(x, rows * c, half), device_norm(ctx, norm, c, &own),
+                             VI(residual, rows * c, half), device_norm(ctx, residual_norm, c, &other),
+                             VO(y, rows * c, half));
     device_done(ctx, "batchnorm_again");
 }
-static void device_batchnorm_backward(ckca_context *ctx, size_t rows, int c, const float *x, const float *y,
+static void device_batchnorm_backward(ckca_context *ctx, int half, size_t rows, int c, const float *x, const float *y,
                                       const float *dy, const ckca__norm *norm, float *dx, float *dresidual,
                                       int accumulate_residual, float *dgamma, float *dbeta, void *ws) {
     ckca__norm own;
-    ckca__op_batchnorm_backward(ctx, rows, c, FI(x, rows * c), FI(y, rows * c), FI(dy, rows * c),
-                                device_norm(ctx, norm, c, &own), FO(dx, rows * c), FO(dresidual, rows * c),
-                                accumulate_residual, FO(dgamma, c), FO(dbeta, c),
+    ckca__op_batchnorm_backward(ctx, half, rows, c, VI(x, rows * c, half), VI(y, rows * c, half),
+                                VI(dy, rows * c, half), device_norm(ctx, norm, c, &own), VO(dx, rows * c, half),
+                                VO(dresidual, rows * c, half), accumulate_residual, FO(dgamma, c), FO(dbeta, c),
                                 device_out(ctx, ws, ckca__op_workspace(ctx, rows, c)));
     device_done(ctx, "batchnorm_backward");
 }
-static void device_batchnorm_eval(ckca_context *ctx, size_t rows, int c, const float *x, const float *gamma,
+static void device_batchnorm_eval(ckca_context *ctx, int half, size_t rows, int c, const float *x, const float *gamma,
                                   const float *beta, const float *running_mean, const float *running_var,
                                   const float *residual, int relu, float *y) {
-    ckca__op_batchnorm_eval(ctx, rows, c, FI(x, rows * c), FI(gamma, c), FI(beta, c), FI(running_mean, c),
-                            FI(running_var, c), FI(residual, rows * c), relu, FO(y, rows * c));
+    ckca__op_batchnorm_eval(ctx, half, rows, c, VI(x, rows * c, half), FI(gamma, c), FI(beta, c), FI(running_mean, c),
+                            FI(running_var, c), VI(residual, rows * c, half), relu, VO(y, rows * c, half));
     device_done(ctx, "batchnorm_eval");
 }
 static void device_fold(ckca_context *ctx, int k, size_t per, const float *w, const float *bias, const float *gamma,
@@ -165,43 +217,44 @@ static void device_fold(ckca_context *ctx, int k, size_t per, const float *w, co
                   FO(w_out, k * per), FO(bias_out, k));
     device_done(ctx, "fold");
 }
-static void device_add(ckca_context *ctx, size_t count, const float *a, const float *b, int relu, float *y) {
-    ckca__op_add(ctx, count, FI(a, count), FI(b, count), relu, FO(y, count));
+static void device_add(ckca_context *ctx, int half, size_t count, const float *a, const float *b, int relu, float *y) {
+    ckca__op_add(ctx, half, count, VI(a, count, half), VI(b, count, half), relu, VO(y, count, half));
     device_done(ctx, "add");
 }
-static void device_add_backward(ckca_context *ctx, size_t count, const float *y, const float *dy, float *dx,
+static void device_add_backward(ckca_context *ctx, int half, size_t count, const float *y, const float *dy, float *dx,
                                 int accumulate) {
-    ckca__op_add_backward(ctx, count, FI(y, count), FI(dy, count), FO(dx, count), accumulate);
+    ckca__op_add_backward(ctx, half, count, VI(y, count, half), VI(dy, count, half), VO(dx, count, half), accumulate);
     device_done(ctx, "add_backward");
 }
 static void device_maxpool_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y,
                                    unsigned char *at) {
-    ckca__op_maxpool_forward(ctx, s, FI(x, device_x(s)), FO(y, device_y(s)),
+    ckca__op_maxpool_forward(ctx, s, VI(x, device_x(s), s->half_x), VO(y, device_y(s), s->half),
                              (unsigned char *)device_out(ctx, at, device_y(s)));
     device_done(ctx, "maxpool_forward");
 }
 static void device_maxpool_backward(ckca_context *ctx, const ckca__conv *s, const float *dy, const unsigned char *at,
                                     float *dx, int accumulate) {
-    ckca__op_maxpool_backward(ctx, s, FI(dy, device_y(s)), (const unsigned char *)device_in(ctx, at, device_y(s)),
-                              FO(dx, device_x(s)), accumulate);
+    ckca__op_maxpool_backward(ctx, s, VI(dy, device_y(s), s->half),
+                              (const unsigned char *)device_in(ctx, at, device_y(s)), VO(dx, device_x(s), s->half_x),
+                              accumulate);
     device_done(ctx, "maxpool_backward");
 }
-static void device_avgpool_forward(ckca_context *ctx, int n, int area, int c, const float *x, float *y) {
-    ckca__op_avgpool_forward(ctx, n, area, c, FI(x, n * area * c), FO(y, n * c));
+static void device_avgpool_forward(ckca_context *ctx, int half, int n, int area, int c, const float *x, float *y) {
+    ckca__op_avgpool_forward(ctx, half, n, area, c, VI(x, (size_t)n * area * c, half), FO(y, n * c));
     device_done(ctx, "avgpool_forward");
 }
-static void device_avgpool_backward(ckca_context *ctx, int n, int area, int c, const float *dy, float *dx,
+static void device_avgpool_backward(ckca_context *ctx, int half, int n, int area, int c, const float *dy, float *dx,
                                     int accumulate) {
-    ckca__op_avgpool_backward(ctx, n, area, c, FI(dy, n * c), FO(dx, n * area * c), accumulate);
+    ckca__op_avgpool_backward(ctx, half, n, area, c, FI(dy, n * c), VO(dx, (size_t)n * area * c, half), accumulate);
     device_done(ctx, "avgpool_backward");
 }
 static void device_subsample_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y) {
-    ckca__op_subsample_forward(ctx, s, FI(x, device_x(s)), FO(y, device_y(s)));
+    ckca__op_subsample_forward(ctx, s, VI(x, device_x(s), s->half_x), VO(y, device_y(s), s->half));
     device_done(ctx, "subsample_forward");
 }
 static void device_subsample_backward(ckca_context *ctx, const ckca__conv *s, const float *dy, float *dx,
                                       int accumulate) {
-    ckca__op_subsample_backward(ctx, s, FI(dy, device_y(s)), FO(dx, device_x(s)), accumulate);
+    ckca__op_subsample_backward(ctx, s, VI(dy, device_y(s), s->half), VO(dx, device_x(s), s->half_x), accumulate);
     device_done(ctx, "subsample_backward");
 }
 static void device_cross_entropy(ckca_context *ctx, int n, int k, const float *z, const int *labels, float smoothing,
@@ -220,11 +273,13 @@ static void device_adakd(ckca_context *ctx, ckca_adakd form, int n, int k, const
                    FO(dz, n * k), FO(loss, n));
     device_done(ctx, "adakd");
 }
-static void device_featreg(ckca_context *ctx, ckca_featreg form, int n, int d, int d_teacher, const float *f,
-                           const float *fo, float scale, float *df, int accumulate, float *loss, void *ws) {
+static void device_featreg(ckca_context *ctx, ckca_featreg form, int half, int half_teacher, int n, int d,
+                           int d_teacher, const float *f, const float *fo, float scale, float *df, int accumulate,
+                           float *loss, void *ws) {
     const int widest = d > d_teacher ? d : d_teacher;
-    ckca__op_featreg(ctx, form, n, d, d_teacher, FI(f, n * d), FI(fo, n * d_teacher), scale, FO(df, n * d), accumulate,
-                     FO(loss, n), device_out(ctx, ws, ckca__op_workspace(ctx, (size_t)n, widest + 2 * n)));
+    ckca__op_featreg(ctx, form, half, half_teacher, n, d, d_teacher, VI(f, n * d, half),
+                     VI(fo, n * d_teacher, half_teacher), scale, VO(df, n * d, half), accumulate, FO(loss, n),
+                     device_out(ctx, ws, ckca__op_workspace(ctx, (size_t)n, widest + 2 * n)));
     device_done(ctx, "featreg");
 }
 static void device_sum(ckca_context *ctx, int n, const float *values, double *sum) {
@@ -258,6 +313,8 @@ static void device_batch(ckca_context *ctx, int n, int h, int w, int c, const un
 }
 #undef FI
 #undef FO
+#undef VI
+#undef VO
 #undef II
 #undef IO
 

@@ -53,6 +53,7 @@ static ckca__conv shape(int n, int h, int w, int c, int k, int r, int s, int str
     v.p = (h + 2 * pad - r) / stride + 1;
     v.q = (w + 2 * pad - s) / stride + 1;
     v.norm = NULL;
+    v.half_x = v.half = 0;
     return v;
 }
 
@@ -298,7 +299,7 @@ static void test_norm(ckca_context *ctx, const ckca__conv *shape, int relu) {
     }
     fill(values, 4 * c, 9);
     passes_create(&before, &s);
-    ckca__op_batchnorm_again(ctx, x_count(&s) / c, s.c, before.x, &norm, NULL, NULL, x);
+    ckca__op_batchnorm_again(ctx, 0, x_count(&s) / c, s.c, before.x, &norm, NULL, NULL, x);
     ws = guarded(count = ckca__conv_workspace(ctx, &s) / sizeof(float));
     ckca__op_conv_forward(ctx, &s, x, before.w, before.bias, NULL, 0, before.y, ws);
     ckca__op_conv_backward_weight(ctx, &s, x, before.dy, before.dw, NULL, ws);

@@ -46,16 +46,23 @@ static float *make(size_t count, uint64_t seed) {
     return v;
 }
 
-static void compare(const char *what, const ckca__conv *s, int precision, const float *got, const float *want,
-                    size_t count, double terms) {
+/* The worst error; where half, what the rounding of want may be is taken off. */
+static double worst_error(const float *got, const float *want, size_t count, int half) {
     double worst = 0;
     size_t i;
     for (i = 0; i < count; i++) {
-        double error = fabs((double)got[i] - want[i]);
+        const double error = fabs((double)got[i] - want[i]) - (half ? fabs((double)want[i]) / 250 : 0);
         if (!(error <= worst)) worst = error == error ? error : INFINITY;
     }
-    CHECK(worst <= 2e-6 + 1.2e-7 * terms, "%s of %dx%dx%dx%d, %d of %dx%d, stride %d, pad %d, precision %d: off by %g",
-          what, s->n, s->h, s->w, s->c, s->k, s->r, s->s, s->stride, s->pad, precision, worst);
+    return worst;
+}
+
+static void compare(const char *what, const ckca__conv *s, int precision, const float *got, const float *want,
+                    size_t count, int half, double terms) {
+    const double worst = worst_error(got, want, count, half);
+    CHECK(worst <= 2e-6 + 1.2e-7 * terms,
+          "%s of %dx%dx%dx%d, %d of %dx%d, stride %d, pad %d, precision %d, half %d %d: off by %g", what, s->n, s->h,
+          s->w, s->c, s->k, s->r, s->s, s->stride, s->pad, precision, s->half_x, s->half, worst);
 }
 
 static void test_conv(ckca_context *ctx, const ckca__conv *s) {
@@ -65,19 +72,22 @@ static void test_conv(ckca_context *ctx, const ckca__conv *s) {
     float *y2 = make(ny, 6), *dx2 = make(nx, 7), *dw2 = make(nw, 8), *db2 = make((size_t)s->k, 9);
     void *ws = malloc(ckca__conv_workspace(ctx, s) + nw * sizeof(float) + 1);
     const int taps = s->r * s->s;
+    int add;
     ckca__op_conv_forward(ctx, s, x, w, bias, residual, 1, y, ws);
-    ckca__op_conv_backward_data(ctx, s, dy, w, dx, 1, ws);
     ckca__op_conv_backward_weight(ctx, s, x, dy, dw, db, ws);
     ckca__naive_conv_forward(ctx, s, x, w, bias, residual, 1, y2, (float *)ws);
-    ckca__naive_conv_backward_data(ctx, s, dy, w, dx2, 1);
     ckca__naive_conv_backward_weight(ctx, s, x, dy, dw2, db2);
-    compare("y", s, (int)ctx->precision, y, y2, ny, taps * s->c + 2);
-    compare("dx", s, (int)ctx->precision, dx, dx2, nx, taps * s->k + 1);
-    compare("dw", s, (int)ctx->precision, dw, dw2, nw, (double)s->n * s->p * s->q + 1);
-    compare("dbias", s, (int)ctx->precision, db, db2, (size_t)s->k, (double)s->n * s->p * s->q + 1);
-    ckca__op_conv_backward_data(ctx, s, dy, w, dx, 0, ws);
-    ckca__naive_conv_backward_data(ctx, s, dy, w, dx2, 0);
-    compare("dx, written", s, (int)ctx->precision, dx, dx2, nx, taps * s->k);
+    compare("y", s, (int)ctx->precision, y, y2, ny, s->half, taps * s->c + 2);
+    compare("dw", s, (int)ctx->precision, dw, dw2, nw, 0, (double)s->n * s->p * s->q + 1);
+    compare("dbias", s, (int)ctx->precision, db, db2, (size_t)s->k, 0, (double)s->n * s->p * s->q + 1);
+    ckca__op_conv_forward(ctx, s, x, w, NULL, NULL, 0, y, ws);
+    ckca__naive_conv_forward(ctx, s, x, w, NULL, NULL, 0, y2, (float *)ws);
+    compare("y alone", s, (int)ctx->precision, y, y2, ny, s->half, taps * s->c);
+    for (add = 1; add >= 0 && s->half_x == s->half; add--) { /* pictures have no gradient */
+        ckca__op_conv_backward_data(ctx, s, dy, w, dx, add, ws);
+        ckca__naive_conv_backward_data(ctx, s, dy, w, dx2, add);
+        compare(add ? "dx" : "dx, written", s, (int)ctx->precision, dx, dx2, nx, s->half, taps * s->k + 1);
+    }
     free(x), free(w), free(bias), free(residual), free(dy), free(ws);
     free(y), free(dx), free(dw), free(db), free(y2), free(dx2), free(dw2), free(db2);
 }
@@ -92,8 +102,10 @@ static void test_convs(ckca_context *ctx) {
         {2, 10, 9, 4, 6, 2, 3, 2, 1},   {1, 8, 8, 8, 8, 3, 3, 3, 0},    {1, 3, 3, 8, 8, 7, 7, 1, 3},
         {1, 4, 4, 64, 130, 3, 3, 1, 1}, {1, 3, 3, 160, 96, 3, 3, 2, 1}, {1, 4, 4, 48, 80, 3, 3, 1, 1},
         {3, 24, 24, 4, 8, 3, 3, 1, 1},  {5, 1, 1, 64, 10, 1, 1, 1, 0},  {1, 2, 1, 8, 8, 7, 7, 2, 3},
+        {2, 7, 7, 24, 72, 1, 1, 1, 0},  {2, 9, 9, 8, 40, 3, 3, 2, 1},   {1, 5, 4, 144, 136, 3, 3, 1, 1},
     };
     size_t i;
+    int half;
     for (i = 0; i < sizeof table / sizeof *table; i++) {
         const int *v = table[i];
         ckca__conv s;
@@ -101,14 +113,18 @@ static void test_convs(ckca_context *ctx) {
         s.pad = v[8];
         s.p = (s.h + 2 * s.pad - s.r) / s.stride + 1, s.q = (s.w + 2 * s.pad - s.s) / s.stride + 1;
         s.norm = NULL;
-        test_conv(ctx, &s);
+        for (half = 0; half <= (ctx->precision == CKCA_BF16 ? 2 : 0); half++) { /* 2: it reads the pictures */
+            s.half_x = half == 1;
+            s.half = half > 0;
+            test_conv(ctx, &s);
+        }
     }
 }
 
 /* Factors of more bits are rounded, not cut, so that their errors have no direction and do not add up. */
 static void test_rounding(ckca_context *ctx) {
     enum { N = 4096 };
-    ckca__conv s = {1, 1, 1, N, 1, 3, 3, 1, 1, 1, 1, NULL};
+    ckca__conv s = {1, 1, 1, N, 1, 3, 3, 1, 1, 1, 1, NULL, 0, 0};
     float *x = (float *)malloc(N * sizeof *x), *w = (float *)calloc(9 * N, sizeof *w), y;
     void *ws = malloc(ckca__conv_workspace(ctx, &s));
     double sum = 0;
@@ -119,9 +135,17 @@ static void test_rounding(ckca_context *ctx) {
         sum += x[i];
     }
     ckca__op_conv_forward(ctx, &s, x, w, NULL, NULL, 0, &y, ws);
-    /* Cutting would lose half a unit in the last place of each: N 2^-11 (TF32), N 2^-8 (BF16). */
-    CHECK(fabs(y - sum) < N * (ctx->precision == CKCA_BF16 ? 1.0 / 2048 : 1.0 / 8192),
-          "precision %d: a sum of %g comes out as %g", (int)ctx->precision, sum, y);
+    /* Cutting would lose half a unit in the last place of each: N 2^-11. */
+    CHECK(fabs(y - sum) < N / 8192.0, "precision %d: a sum of %g comes out as %g", (int)ctx->precision, sum, y);
+    if (ctx->precision == CKCA_BF16) { /* every weight alone: dx = 1 w */
+        int wrong = 0;
+        s.half_x = s.half = 1;
+        for (i = 0; i < N; i++) w[4 * N + i] = x[i];
+        y = 1;
+        ckca__op_conv_backward_data(ctx, &s, &y, w, x, 0, ws);
+        for (i = 0; i < N; i++) wrong += x[i] != device_from_half(device_to_half(w[4 * N + i]));
+        CHECK(!wrong, "%d of %d weights are not the nearest bfloat16", wrong, N);
+    }
     free(x), free(w), free(ws);
 }
 
@@ -129,7 +153,7 @@ static void test_rounding(ckca_context *ctx) {
    fills up a slab. */
 static void test_nan(ckca_context *ctx) {
     enum { SIDE = 8, C = 3, K = 5 };
-    const ckca__conv s = {1, SIDE, SIDE, C, K, 3, 3, 1, 1, SIDE, SIDE, NULL};
+    const ckca__conv s = {1, SIDE, SIDE, C, K, 3, 3, 1, 1, SIDE, SIDE, NULL, 0, 0};
     float *x = make(SIDE * SIDE * C, 1), *w = make(K * 9 * C, 2), *dy = make(SIDE * SIDE * K, 3);
     float *y = make(SIDE * SIDE * K, 4), *dx = make(SIDE * SIDE * C, 5);
     void *ws = malloc(ckca__conv_workspace(ctx, &s));
@@ -146,6 +170,110 @@ static void test_nan(ckca_context *ctx) {
         }
     CHECK(!wrong, "precision %d: a NaN is at %d wrong places", (int)ctx->precision, wrong);
     free(x), free(w), free(dy), free(y), free(dx), free(ws);
+}
+
+/* Ops whose maps are bfloat16 against the same with floats, which other tests compare with plain loops. */
+typedef struct {
+    float *got, *want;
+    size_t count;
+} twin;
+static twin twins(size_t count, uint64_t seed) {
+    twin t;
+    t.count = count;
+    t.got = make(count, seed);
+    t.want = make(count, seed);
+    return t;
+}
+static void twins_done(twin *t, const char *what, int n, int c, int half, double tolerance) {
+    const double worst = worst_error(t->got, t->want, t->count, half);
+    CHECK(worst <= tolerance, "%s in bfloat16, %d pictures, %d channels: off by %g", what, n, c, worst);
+    free(t->got), free(t->want);
+}
+
+static void test_half_norms(ckca_context *ctx, size_t rows, int c) {
+    const size_t count = rows * (size_t)c, channels = (size_t)c;
+    float *x = make(count, 1), *residual = make(count, 2), *dy = make(count, 3), *other = make(count, 4);
+    float *gamma = make(channels, 5), *beta = make(channels, 6), *mean = make(channels, 7), *std = make(channels, 8);
+    void *ws = malloc(ckca__op_workspace(ctx, rows, c));
+    int kind, n = (int)rows;
+    size_t i;
+    for (i = 0; i < channels; i++) std[i] = 1 + std[i] / 2; /* inv_std; var */
+    for (kind = 0; kind < 4; kind++) { /* bit 0: a ReLU; bit 1: a residual, half of the time through a norm */
+        const int relu = kind & 1;
+        const float *add = kind & 2 ? residual : NULL;
+        const ckca__norm through = {mean, std, gamma, beta, 1}, *add_norm = kind == 2 ? &through : NULL;
+        const ckca__norm norm = {mean, std, gamma, beta, relu};
+        twin y = twins(count, 9), m = twins(channels, 10), v = twins(channels, 11), rm = twins(channels, 12);
+        twin rv = twins(channels, 13), e = twins(count, 14), again = twins(count, 15), dx = twins(count, 16);
+        twin dr = twins(count, 17), dg = twins(channels, 18), db = twins(channels, 19);
+        ckca__op_batchnorm_forward(ctx, 1, rows, c, x, gamma, beta, rm.got, rv.got, add, add_norm, relu, y.got, m.got,
+                                   v.got, ws);
+        ckca__op_batchnorm_forward(ctx, 0, rows, c, x, gamma, beta, rm.want, rv.want, add, add_norm, relu, y.want,
+                                   m.want, v.want, ws);
+        ckca__op_batchnorm_again(ctx, 1, rows, c, x, &norm, add, add_norm, again.got);
+        ckca__op_batchnorm_again(ctx, 0, rows, c, x, &norm, add, add_norm, again.want);
+        ckca__op_batchnorm_eval(ctx, 1, rows, c, x, gamma, beta, mean, std, add, relu, e.got);
+        ckca__op_batchnorm_eval(ctx, 0, rows, c, x, gamma, beta, mean, std, add, relu, e.want);
+        ckca__op_batchnorm_backward(ctx, 1, rows, c, x, add ? other : NULL, dy, &norm, dx.got, add ? dr.got : NULL,
+                                    relu, dg.got, db.got, ws);
+        ckca__op_batchnorm_backward(ctx, 0, rows, c, x, add ? other : NULL, dy, &norm, dx.want, add ? dr.want : NULL,
+                                    relu, dg.want, db.want, ws);
+        twins_done(&y, "batchnorm_forward", n, c, 1, 1e-4), twins_done(&again, "batchnorm_again", n, c, 1, 1e-6);
+        twins_done(&m, "mean", n, c, 0, 1e-6), twins_done(&v, "inv_std", n, c, 0, 2e-3);
+        twins_done(&rm, "running_mean", n, c, 0, 1e-6), twins_done(&rv, "running_var", n, c, 0, 1e-6);
+        twins_done(&e, "batchnorm_eval", n, c, 1, 1e-6), twins_done(&dx, "batchnorm's dx", n, c, 1, 1e-5);
+        twins_done(&dr, "batchnorm's dresidual", n, c, 1, 1e-6);
+        twins_done(&dg, "dgamma", n, c, 0, 1e-4), twins_done(&db, "dbeta", n, c, 0, 1e-4);
+    }
+    free(x), free(residual), free(dy), free(other), free(gamma), free(beta), free(mean), free(std), free(ws);
+}
+
+static void test_half_maps(ckca_context *ctx, int n, int c) {
+    ckca__conv pool = {0, 9, 7, 0, 0, 3, 3, 2, 1, 5, 4, NULL, 0, 0},
+               sub = {0, 9, 7, 0, 0, 1, 1, 2, 0, 5, 4, NULL, 0, 0};
+    const size_t in = (size_t)n * 63 * (size_t)c, out = (size_t)n * 20 * (size_t)c;
+    const size_t wide = (size_t)n * 20 * (size_t)(c + 4);
+    float *x = make(in, 1), *b = make(in, 2), *dy = make(wide, 3), *fo = make(in, 4);
+    unsigned char *at = (unsigned char *)malloc(2 * out);
+    void *ws = malloc(ckca__op_workspace(ctx, (size_t)n, 63 * c));
+    int flag;
+    pool.n = sub.n = n;
+    pool.c = pool.k = sub.c = c;
+    sub.k = c + 4;
+    for (flag = 0; flag < 2; flag++) {
+        twin add = twins(in, 5), back = twins(in, 6), max = twins(out, 7), from_max = twins(in, 8),
+             pick = twins(wide, 9);
+        twin from_pick = twins(in, 10), mean = twins((size_t)n * (size_t)c, 11), from_mean = twins(in, 12);
+        twin df = twins(in, 13), loss = twins((size_t)n, 14), df2 = twins(in, 15), df3 = twins(in, 16);
+        int half;
+        for (half = 0; half < 2; half++) {
+#define SIDE_OF(t) (half ? (t).got : (t).want)
+            pool.half_x = pool.half = sub.half_x = sub.half = half;
+            ckca__op_add(ctx, half, in, x, flag ? b : NULL, flag, SIDE_OF(add));
+            ckca__op_add_backward(ctx, half, in, flag ? NULL : x, b, SIDE_OF(back), flag);
+            ckca__op_maxpool_forward(ctx, &pool, x, SIDE_OF(max), at + (half ? out : 0));
+            ckca__op_maxpool_backward(ctx, &pool, dy, at, SIDE_OF(from_max), flag);
+            ckca__op_subsample_forward(ctx, &sub, x, SIDE_OF(pick));
+            ckca__op_subsample_backward(ctx, &sub, dy, SIDE_OF(from_pick), flag);
+            ckca__op_avgpool_forward(ctx, half, n, 63, c, x, SIDE_OF(mean));
+            ckca__op_avgpool_backward(ctx, half, n, 63, c, dy, SIDE_OF(from_mean), flag);
+            ckca__op_featreg(ctx, CKCA_FEATREG_COSINE, half, half, n, 63 * c, 63 * c, x, fo, 3, SIDE_OF(df), flag,
+                             SIDE_OF(loss), ws);
+            ckca__op_featreg(ctx, CKCA_FEATREG_COSINE, half, 0, n, 63 * c, 63 * c, x, fo, 3, SIDE_OF(df2), flag,
+                             SIDE_OF(loss), ws);
+            ckca__op_featreg(ctx, CKCA_FEATREG_COSINE, 0, half, n, 63 * c, 63 * c, x, fo, 3, SIDE_OF(df3), flag,
+                             SIDE_OF(loss), ws);
+#undef SIDE_OF
+        }
+        CHECK(!memcmp(at, at + out, out), "maxpool in bfloat16: other places, %d channels", c);
+        twins_done(&add, "add", n, c, 1, 1e-7), twins_done(&back, "add_backward", n, c, 1, 1e-7);
+        twins_done(&max, "maxpool", n, c, 0, 0), twins_done(&from_max, "maxpool's dx", n, c, 1, 1e-7);
+        twins_done(&pick, "subsample", n, c, 0, 0), twins_done(&from_pick, "subsample's dx", n, c, 1, 1e-7);
+        twins_done(&mean, "avgpool", n, c, 0, 1e-6), twins_done(&from_mean, "avgpool's dx", n, c, 1, 1e-7);
+        twins_done(&df, "cosine", n, c, 1, 1e-7), twins_done(&df2, "cosine, teacher in float", n, c, 1, 1e-7);
+        twins_done(&df3, "cosine, student in float", n, c, 0, 1e-6), twins_done(&loss, "cosine's loss", n, c, 0, 1e-6);
+    }
+    free(x), free(b), free(dy), free(fo), free(at), free(ws);
 }
 
 static void test_small_ops(ckca_context *ctx) {
@@ -390,6 +518,93 @@ static void test_streaming(ckca_context *ctx) {
 #endif
 }
 
+/* Which outputs of a network are bfloat16, and that they are what the same network gives in float32, within its
+   digits. */
+static double cosine_of(const float *a, const float *b, size_t count) {
+    double aa = 0, bb = 0, ab = 0;
+    size_t i;
+    for (i = 0; i < count; i++) aa += (double)a[i] * a[i], bb += (double)b[i] * b[i], ab += (double)a[i] * b[i];
+    return ab / sqrt(aa * bb);
+}
+static ckca_model *custom(ckca_context *ctx, int kind) {
+    ckca_model_desc desc;
+    ckca_conv_desc conv;
+    ckca_model *m = NULL;
+    int input, x, y;
+    memset(&desc, 0, sizeof desc);
+    desc.height = desc.width = SIZE;
+    desc.classes = CLASSES;
+    desc.channels = 3;
+    memset(&conv, 0, sizeof conv);
+    conv.out = 8, conv.kernel = 3, conv.stride = 1, conv.pad = 1;
+    if (ckca_model_create(ctx, &m, &desc)) return NULL;
+    input = ckca_input(m);
+    x = ckca_relu(m, ckca_batchnorm(m, "bn", ckca_conv(m, "conv", input, conv)));
+    if (kind == 1) { /* pooled, and a hidden layer behind that */
+        x = ckca_avgpool(m, x);
+        x = ckca_relu(m, ckca_linear(m, "hidden", x, 8));
+    } else if (kind == 2) { /* a convolution behind the pooling that meets one before it: a bottleneck of 1 x 1 */
+        conv.kernel = SIZE, conv.pad = 0;
+        y = ckca_avgpool(m, x);
+        x = ckca_add(m, ckca_conv(m, "squeeze", x, conv), y);
+    } else if (kind == 3) { /* the pictures go round the first convolution */
+        conv.out = 3;
+        x = ckca_avgpool(m, ckca_add(m, ckca_conv(m, "back", x, conv), input));
+    }
+    return ckca_model_finish(m, ckca_linear(m, "fc", x, CLASSES)) ? NULL : m;
+}
+
+static void test_half_nets(ckca_context *ctx) {
+    ckca_context *plain = context(CKCA_FLOAT32);
+    ckca_model *m = net(ctx), *twin_of = net(plain);
+    float *input = make(6 * SIZE * SIZE * 3, 1), *a = make(1 << 16, 2), *b = make(1 << 16, 3);
+    float dz[6 * CLASSES];
+    ckca_bytes bytes, plain_bytes;
+    int i, kind, read = 0, halves = 0;
+    for (i = 0; i < 6 * CLASSES; i++) dz[i] = (float)(i % 5 - 2);
+    for (i = 0; i < m->nodes; i++)
+        CHECK(m->node[i].half == (i > 0 && i < m->pooled), "node %d of resnet8: half %d", i, m->node[i].half);
+    CHECK(!ckca_model_bytes(m, 64, 1, &bytes) && !ckca_model_bytes(twin_of, 64, 1, &plain_bytes) &&
+              bytes.activations < 0.62 * (double)plain_bytes.activations,
+          "activations of resnet8 take %.0f and %.0f bytes", (double)bytes.activations,
+          (double)plain_bytes.activations);
+    CHECK(!ckca_forward(m, input, 6, 1) && !ckca_forward(twin_of, input, 6, 1), "forward: %s", ckca_error(ctx));
+    for (i = 1; i < m->nodes; i++) {
+        const size_t count = 6 * (size_t)m->node[i].h * (size_t)m->node[i].w * (size_t)m->node[i].c;
+        if (ckca_node_read(m, i, a)) continue;
+        CHECK(!ckca_node_read(twin_of, i, b), "node %d: %s", i, ckca_error(plain));
+        CHECK(cosine_of(a, b, count) > 0.9999, "node %d of resnet8 in bfloat16: cosine %g with float32", i,
+              cosine_of(a, b, count));
+        read++, halves += m->node[i].half;
+    }
+    CHECK(read > 10 && halves > 8, "%d nodes compared, %d of them bfloat16", read, halves);
+    CHECK(!ckca_backward(m, dz, NULL) && !ckca_backward(twin_of, dz, NULL), "backward: %s", ckca_error(ctx));
+    ckca__device_download(ctx, a, m->gradients, m->trainable * sizeof *a);
+    ckca__device_download(plain, b, twin_of->gradients, m->trainable * sizeof *b);
+    CHECK(cosine_of(a, b, m->trainable) > 0.99, "gradients of resnet8 in bfloat16: cosine %g with float32",
+          cosine_of(a, b, m->trainable));
+    ckca_model_free(m), ckca_model_free(twin_of);
+    for (kind = 0; kind < 4; kind++) { /* no pooling; hidden layer; mixed; the pictures added */
+        m = custom(ctx, kind), twin_of = custom(plain, kind);
+        CHECK(m && twin_of, "network %d: %s", kind, ckca_error(ctx));
+        if (!m || !twin_of) continue;
+        for (halves = i = 0; i < m->nodes; i++) halves += m->node[i].half;
+        CHECK(halves == (kind == 1 ? 3 : 0), "network %d has %d maps in bfloat16", kind, halves);
+        CHECK(!ckca_forward(m, input, 6, 1) && !ckca_forward(twin_of, input, 6, 1), "forward: %s", ckca_error(ctx));
+        CHECK(!ckca_node_read(m, m->logits, a) && !ckca_node_read(twin_of, m->logits, b) &&
+                  cosine_of(a, b, 6 * CLASSES) > 0.9999,
+              "network %d: logits' cosine %g", kind, cosine_of(a, b, 6 * CLASSES));
+        CHECK(!ckca_backward(m, dz, NULL) && !ckca_backward(twin_of, dz, NULL), "backward: %s", ckca_error(ctx));
+        ckca__device_download(ctx, a, m->gradients, m->trainable * sizeof *a);
+        ckca__device_download(plain, b, twin_of->gradients, m->trainable * sizeof *b);
+        CHECK(cosine_of(a, b, m->trainable) > 0.999, "network %d: gradients' cosine %g", kind,
+              cosine_of(a, b, m->trainable));
+        ckca_model_free(m), ckca_model_free(twin_of);
+    }
+    ckca_free(plain);
+    free(input), free(a), free(b);
+}
+
 /* The same training in every precision: losses near each other, and finite. */
 static void test_precisions(void) {
     double loss[3] = {0, 0, 0};
@@ -498,6 +713,15 @@ int main(void) {
         test_convs(ctx);
         if (p) test_rounding(ctx);
         test_nan(ctx);
+        if (p == CKCA_BF16) {
+            static const int channels[] = {1, 3, 8, 16, 20, 64, 264};
+            int i;
+            for (i = 0; i < 7; i++) {
+                test_half_norms(ctx, i % 2 ? 150 : 37, channels[i]);
+                test_half_maps(ctx, 1 + i % 3, channels[i]);
+            }
+            test_half_nets(ctx);
+        }
         test_small_ops(ctx);
         test_recording(ctx);
         test_streaming(ctx);

@@ -99,14 +99,14 @@ static void norm_forward(ckca_context *ctx, const void *args, float *out) {
     float *running = out + n + 2 * c;
     memcpy(running, a->running_mean, c * sizeof *running);
     memcpy(running + c, a->running_var, c * sizeof *running);
-    ckca__op_batchnorm_forward(ctx, a->rows, a->c, a->x, a->gamma, a->beta, running, running + c, a->residual, NULL,
+    ckca__op_batchnorm_forward(ctx, 0, a->rows, a->c, a->x, a->gamma, a->beta, running, running + c, a->residual, NULL,
                                a->relu, out, out + n, out + n + c, ws);
     free(ws);
 }
 static void norm_eval(ckca_context *ctx, const void *args, float *out) {
     const norm *a = (const norm *)args;
-    ckca__op_batchnorm_eval(ctx, a->rows, a->c, a->x, a->gamma, a->beta, a->running_mean, a->running_var, a->residual,
-                            a->relu, out);
+    ckca__op_batchnorm_eval(ctx, 0, a->rows, a->c, a->x, a->gamma, a->beta, a->running_mean, a->running_var,
+                            a->residual, a->relu, out);
 }
 /* out: dx, dresidual (where there is a residual), dgamma, dbeta */
 static void norm_backward(ckca_context *ctx, const void *args, float *out) {
@@ -119,7 +119,7 @@ static void norm_backward(ckca_context *ctx, const void *args, float *out) {
     if (a->residual && a->accumulate) memcpy(out + n, a->residual, n * sizeof *out);
     if (a->in_place) memcpy(out, a->in_place == 1 ? a->dy : a->x, n * sizeof *out);
     if (over_dy) memcpy(out + n, a->dy, n * sizeof *out);
-    ckca__op_batchnorm_backward(ctx, a->rows, a->c, a->in_place == 2 ? out : a->x, a->y,
+    ckca__op_batchnorm_backward(ctx, 0, a->rows, a->c, a->in_place == 2 ? out : a->x, a->y,
                                 a->in_place == 1 ? out : over_dy ? out + n : a->dy, &saved, out,
                                 a->residual ? out + n : NULL, a->accumulate, out + m, out + m + c, ws);
     free(ws);
@@ -136,7 +136,7 @@ static void norm_again(ckca_context *ctx, const void *args, float *out) {
     norm_forward(ctx, args, y);
     memcpy(out, y, n * sizeof *out);
     if (a->residual) memcpy(out + n, a->residual, n * sizeof *out);
-    ckca__op_batchnorm_again(ctx, a->rows, a->c, a->x, &saved, a->residual ? out + n : NULL, NULL, out + n);
+    ckca__op_batchnorm_again(ctx, 0, a->rows, a->c, a->x, &saved, a->residual ? out + n : NULL, NULL, out + n);
     for (i = 0; i < n && out[i] == out[n + i]; i++) {
     }
     CHECK(i == n, "%s: batch norm %dx%d made again differs at %d: %g, %g", ckca_device(ctx), (int)a->rows, a->c, (int)i,
@@ -145,18 +145,18 @@ static void norm_again(ckca_context *ctx, const void *args, float *out) {
         float *at_once = (float *)malloc((n + 4 * c) * sizeof *at_once), *stats = at_once + n;
         memcpy(stats + 2 * c, a->running_mean, c * sizeof *stats);
         memcpy(stats + 3 * c, a->running_var, c * sizeof *stats);
-        ckca__op_batchnorm_forward(ctx, a->rows, a->c, a->x, a->gamma, a->beta, stats + 2 * c, stats + 3 * c,
+        ckca__op_batchnorm_forward(ctx, 0, a->rows, a->c, a->x, a->gamma, a->beta, stats + 2 * c, stats + 3 * c,
                                    a->residual, &residuals, a->relu, NULL, stats, stats + c, ws);
         CHECK(!memcmp(stats, y + n, 4 * c * sizeof *stats), "%s: batch norm %dx%d: other statistics without y",
               ckca_device(ctx), (int)a->rows, a->c);
-        ckca__op_batchnorm_again(ctx, a->rows, a->c, a->residual, &residuals, NULL, NULL, other);
-        ckca__op_batchnorm_again(ctx, a->rows, a->c, a->x, &saved, other, NULL, other);
-        ckca__op_batchnorm_forward(ctx, a->rows, a->c, a->x, a->gamma, a->beta, stats + 2 * c, stats + 3 * c,
+        ckca__op_batchnorm_again(ctx, 0, a->rows, a->c, a->residual, &residuals, NULL, NULL, other);
+        ckca__op_batchnorm_again(ctx, 0, a->rows, a->c, a->x, &saved, other, NULL, other);
+        ckca__op_batchnorm_forward(ctx, 0, a->rows, a->c, a->x, a->gamma, a->beta, stats + 2 * c, stats + 3 * c,
                                    a->residual, &residuals, a->relu, at_once, stats, stats + c, ws);
         CHECK(!memcmp(at_once, other, n * sizeof *other), "%s: batch norm %dx%d: forward under a residual's norm",
               ckca_device(ctx), (int)a->rows, a->c);
         memcpy(at_once, a->residual, n * sizeof *at_once);
-        ckca__op_batchnorm_again(ctx, a->rows, a->c, a->x, &saved, at_once, &residuals, at_once);
+        ckca__op_batchnorm_again(ctx, 0, a->rows, a->c, a->x, &saved, at_once, &residuals, at_once);
         CHECK(!memcmp(at_once, other, n * sizeof *other), "%s: batch norm %dx%d: again under a residual's norm",
               ckca_device(ctx), (int)a->rows, a->c);
         free(at_once);
@@ -325,7 +325,7 @@ static void test_norm_accuracy(void) {
             void *ws;
             if (!ctx) continue;
             ws = malloc(ckca__op_workspace(ctx, ROWS, C));
-            ckca__op_batchnorm_forward(ctx, ROWS, C, x, one, zero, rm, rv, NULL, NULL, 0, y, m, inv_std, ws);
+            ckca__op_batchnorm_forward(ctx, 0, ROWS, C, x, one, zero, rm, rv, NULL, NULL, 0, y, m, inv_std, ws);
             for (j = 0; j < C; j++) {
                 double got = 1 / ((double)inv_std[j] * inv_std[j]) - 1e-5;
                 CHECK(fabs(got - var[j]) < 1e-3 * var[j], "batch norm on %s: variance %.9g, is %.9g", isa_names[isa],
@@ -397,12 +397,12 @@ typedef struct {
 
 static void element_add(ckca_context *ctx, const void *args, float *out) {
     const element *a = (const element *)args;
-    ckca__op_add(ctx, a->count, a->a, a->second ? a->b : NULL, a->flag, out);
+    ckca__op_add(ctx, 0, a->count, a->a, a->second ? a->b : NULL, a->flag, out);
 }
 static void element_add_backward(ckca_context *ctx, const void *args, float *out) {
     const element *a = (const element *)args;
     memcpy(out, a->c, a->count * sizeof *out);
-    ckca__op_add_backward(ctx, a->count, a->second ? a->a : NULL, a->b, out, a->flag);
+    ckca__op_add_backward(ctx, 0, a->count, a->second ? a->a : NULL, a->b, out, a->flag);
 }
 static void element_sgd(ckca_context *ctx, const void *args, float *out) {
     const element *a = (const element *)args;
@@ -487,10 +487,10 @@ static void test_nan_passes(void) {
         if (!contexts[isa][0]) continue;
         ws = malloc(ckca__op_workspace(contexts[isa][0], 40, 1));
         for (i = 0; i < 40; i++) x[i] = i == 3 || i == 37 ? NAN : -1.0f;
-        ckca__op_add(contexts[isa][0], 40, x, NULL, 1, y);
+        ckca__op_add(contexts[isa][0], 0, 40, x, NULL, 1, y);
         CHECK(y[3] != y[3] && y[37] != y[37] && y[0] == 0, "relu on %s turns NaN into %g and %g", isa_names[isa], y[3],
               y[37]);
-        ckca__op_batchnorm_eval(contexts[isa][0], 40, 1, x, &one, &zero, &zero, &one, NULL, 1, y);
+        ckca__op_batchnorm_eval(contexts[isa][0], 0, 40, 1, x, &one, &zero, &zero, &one, NULL, 1, y);
         CHECK(y[3] != y[3] && y[37] != y[37] && y[0] == 0, "batch norm's relu on %s turns NaN into %g and %g",
               isa_names[isa], y[3], y[37]);
         ckca__op_clip(contexts[isa][0], 40, x, 1, &large, ws);
@@ -535,7 +535,7 @@ static void pool_norm(ckca_context *ctx, const pool *a) {
     unsigned char *at = (unsigned char *)malloc(2 * a->out);
     const ckca__norm norm = {values, values + c, values + 2 * c, values + 3 * c, a->s.n % 2};
     ckca__conv s = a->s;
-    ckca__op_batchnorm_again(ctx, a->in / c, a->s.c, a->x, &norm, NULL, NULL, x);
+    ckca__op_batchnorm_again(ctx, 0, a->in / c, a->s.c, a->x, &norm, NULL, NULL, x);
     ckca__op_maxpool_forward(ctx, &s, x, y, at);
     s.norm = &norm;
     ckca__op_maxpool_forward(ctx, &s, a->x, y + a->out, at + a->out);
@@ -550,7 +550,7 @@ static void pool_forward(ckca_context *ctx, const void *args, float *out) {
     unsigned char *at = ctx->threads == 1 ? NULL : (unsigned char *)malloc(a->out); /* evaluation wants no at */
     if (a->kind == 0) ckca__op_maxpool_forward(ctx, &a->s, a->x, out, at);
     if (a->kind == 0 && ckca__may_norm(ctx, &a->s)) pool_norm(ctx, a);
-    if (a->kind == 1) ckca__op_avgpool_forward(ctx, a->s.n, a->s.h * a->s.w, a->s.c, a->x, out);
+    if (a->kind == 1) ckca__op_avgpool_forward(ctx, 0, a->s.n, a->s.h * a->s.w, a->s.c, a->x, out);
     if (a->kind == 2) ckca__op_subsample_forward(ctx, &a->s, a->x, out);
     free(at);
 }
@@ -558,7 +558,7 @@ static void pool_backward(ckca_context *ctx, const void *args, float *out) {
     const pool *a = (const pool *)args;
     memcpy(out, a->x, a->in * sizeof *out);
     if (a->kind == 0) ckca__op_maxpool_backward(ctx, &a->s, a->dy, a->at, out, a->accumulate);
-    if (a->kind == 1) ckca__op_avgpool_backward(ctx, a->s.n, a->s.h * a->s.w, a->s.c, a->dy, out, a->accumulate);
+    if (a->kind == 1) ckca__op_avgpool_backward(ctx, 0, a->s.n, a->s.h * a->s.w, a->s.c, a->dy, out, a->accumulate);
     if (a->kind == 2) ckca__op_subsample_backward(ctx, &a->s, a->dy, out, a->accumulate);
 }
 
@@ -640,7 +640,7 @@ static void test_pools(void) {
 /* The first of equals wins; NaN wins over all, wherever it is; -inf is a value like any other. */
 static void test_maxpool_edges(void) {
     enum { C = 21 };
-    static const ckca__conv s = {1, 2, 2, C, C, 2, 2, 2, 0, 1, 1, NULL};
+    static const ckca__conv s = {1, 2, 2, C, C, 2, 2, 2, 0, 1, 1, NULL, 0, 0};
     int isa, i, where;
     for (isa = 0; isa < ISAS; isa++) {
         float x[4 * C], y[C], dx[4 * C], one[C];
@@ -839,8 +839,8 @@ static void feature_run(ckca_context *ctx, const void *args, float *out) {
     const loss_args *a = (const loss_args *)args;
     void *ws = malloc(ckca__op_workspace(ctx, (size_t)a->n, (a->k > a->k_teacher ? a->k : a->k_teacher) + 2 * a->n));
     if (a->accumulate) memcpy(out, a->start, a->count * sizeof *out);
-    ckca__op_featreg(ctx, (ckca_featreg)a->form, a->n, a->k, a->k_teacher, a->z, a->zo, a->scale, out, a->accumulate,
-                     out + a->count, ws);
+    ckca__op_featreg(ctx, (ckca_featreg)a->form, 0, 0, a->n, a->k, a->k_teacher, a->z, a->zo, a->scale, out,
+                     a->accumulate, out + a->count, ws);
     free(ws);
 }
 
@@ -1137,7 +1137,7 @@ static void test_torch(const char *path) {
     if (fread(file, 1, file_size, f) != file_size) file_size = 0;
     fclose(f);
     for (i = 0; i < 5; i++) {
-        ckca__conv s = {2, 9, 8, 3, 5, 0, 0, 0, 0, 0, 0, NULL};
+        ckca__conv s = {2, 9, 8, 3, 5, 0, 0, 0, 0, 0, 0, NULL, 0, 0};
         char name[20];
         float db[5] = {0};
         s.r = s.s = convs[i][0], s.stride = convs[i][1], s.pad = convs[i][2];
@@ -1155,7 +1155,7 @@ static void test_torch(const char *path) {
         ckca__release(any, ws);
     }
     {
-        ckca__conv as = {4, 1, 1, 6, 3, 1, 1, 1, 0, 1, 1, NULL};
+        ckca__conv as = {4, 1, 1, 6, 3, 1, 1, 1, 0, 1, 1, NULL, 0, 0};
         float db[3] = {0};
         ws = ckca__alloc(any, ckca__conv_workspace(any, &as));
         ckca__op_linear_forward(any, 4, 6, 3, torch("linear.x", NULL), torch("linear.w", NULL), torch("linear.b", NULL),
@@ -1175,31 +1175,31 @@ static void test_torch(const char *path) {
         memcpy(rm, torch("bn.mean0", NULL), sizeof rm);
         memcpy(rv, torch("bn.var0", NULL), sizeof rv);
         ws = ckca__alloc(any, ckca__op_workspace(any, 72, 5));
-        ckca__op_batchnorm_forward(any, 72, 5, torch("bn.x", NULL), torch("bn.gamma", NULL), torch("bn.beta", NULL), rm,
-                                   rv, torch("bn.residual", NULL), NULL, 1, out, mean, inv_std, ws);
+        ckca__op_batchnorm_forward(any, 0, 72, 5, torch("bn.x", NULL), torch("bn.gamma", NULL), torch("bn.beta", NULL),
+                                   rm, rv, torch("bn.residual", NULL), NULL, 1, out, mean, inv_std, ws);
         check_torch("bn.y", out, 2e-6);
         check_torch("bn.mean1", rm, 1e-6);
         check_torch("bn.var1", rv, 1e-6);
-        ckca__op_batchnorm_backward(any, 72, 5, torch("bn.x", NULL), out, torch("bn.dy", NULL), &norm, dw, grad, 0,
+        ckca__op_batchnorm_backward(any, 0, 72, 5, torch("bn.x", NULL), out, torch("bn.dy", NULL), &norm, dw, grad, 0,
                                     dgamma, dbeta, ws);
         check_torch("bn.d_x", dw, 5e-6);
         check_torch("bn.d_residual", grad, 1e-6);
         check_torch("bn.d_gamma", dgamma, 5e-6);
         check_torch("bn.d_beta", dbeta, 5e-6);
-        ckca__op_batchnorm_eval(any, 72, 5, torch("bn.x", NULL), torch("bn.gamma", NULL), torch("bn.beta", NULL), rm,
+        ckca__op_batchnorm_eval(any, 0, 72, 5, torch("bn.x", NULL), torch("bn.gamma", NULL), torch("bn.beta", NULL), rm,
                                 rv, torch("bn.residual", NULL), 1, out);
         check_torch("bn.eval", out, 2e-6);
         ckca__release(any, ws);
     }
     {
-        ckca__conv s = {2, 9, 8, 4, 4, 3, 3, 2, 1, 5, 4, NULL};
+        ckca__conv s = {2, 9, 8, 4, 4, 3, 3, 2, 1, 5, 4, NULL, 0, 0};
         ckca__op_maxpool_forward(any, &s, torch("maxpool.x", NULL), out, at);
         check_torch("maxpool.y", out, 0);
         ckca__op_maxpool_backward(any, &s, torch("maxpool.dy", NULL), at, out, 0);
         check_torch("maxpool.d_x", out, 1e-6);
-        ckca__op_avgpool_forward(any, 2, 15, 4, torch("avgpool.x", NULL), out);
+        ckca__op_avgpool_forward(any, 0, 2, 15, 4, torch("avgpool.x", NULL), out);
         check_torch("avgpool.y", out, 1e-6);
-        ckca__op_avgpool_backward(any, 2, 15, 4, torch("avgpool.dy", NULL), out, 0);
+        ckca__op_avgpool_backward(any, 0, 2, 15, 4, torch("avgpool.dy", NULL), out, 0);
         check_torch("avgpool.d_x", out, 1e-6);
     }
     {
@@ -1225,7 +1225,7 @@ static void test_torch(const char *path) {
         ws = ckca__alloc(any, ckca__op_workspace(any, 5, 12 + 2 * 5));
         for (form = 0; form < 4; form++) {
             int stages = form == CKCA_FEATREG_STAGES, n = stages ? 2 : 5;
-            ckca__op_featreg(any, (ckca_featreg)form, n, stages ? 60 : 8,
+            ckca__op_featreg(any, (ckca_featreg)form, 0, 0, n, stages ? 60 : 8,
                              stages                          ? 60
                              : form == CKCA_FEATREG_RELATION ? 12
                                                              : 8,
