@@ -597,24 +597,40 @@ template <int CHUNKS, int WORDS> __device__ __forceinline__ int ckca__spot(int l
     return line * CHUNKS + (chunk ^ turn);
 }
 
-/* FORWARD and DATA: a place along k = (tap y, tap x, channel). */
+/* FORWARD and DATA: a place along k = (tap y, tap x, channel), and where it lies from what the first tap meets, in A's
+   tensor and in the weights. */
 struct ckca__place {
     int y, x, c;
-    int taps_x, channels;
-    __device__ ckca__place(int k, int taps_x_, int channels_) : taps_x(taps_x_ > 0 ? taps_x_ : 1), channels(channels_) {
-        const int tap = k / channels;
-        c = k % channels;
-        y = tap / taps_x;
-        x = tap % taps_x;
+    int source, weight;
+};
+
+/* How places follow each other. */
+struct ckca__walk {
+    int channels, taps_x;
+    int next_row, weight_tap, weight_row; /* to be added where the next line of taps, another tap begins */
+
+    __device__ ckca__walk(const ckca__gemm &g, const ckca__phase &py, const ckca__phase &px, int channels_, int width)
+        : channels(channels_), taps_x(px.taps > 0 ? px.taps : 1) {
+        next_row = (width - taps_x) * channels;
+        weight_tap = (px.step - 1) * channels; /* taps are neighbours in the source, but may go back in the weights */
+        weight_row = (py.step * g.s.s - px.step * taps_x) * channels;
     }
-    __device__ __forceinline__ void advance(int by) {
-        for (c += by; c >= channels; c -= channels)
-            if (++x == taps_x) x = 0, y++;
+    __device__ __forceinline__ void advance(ckca__place &at, int by) const {
+        at.source += by;
+        at.weight += by;
+        for (at.c += by; at.c >= channels; at.c -= channels) {
+            at.weight += weight_tap;
+            if (++at.x < taps_x) continue;
+            at.x = 0;
+            at.y++;
+            at.source += next_row;
+            at.weight += weight_row;
+        }
     }
 };
 
 /* One value on its way to shared memory, from an array that may be of the other kind. */
-template <class T> __device__ __forceinline__ void ckca__fetch_one(T *to, const void *from, int half, size_t i) {
+template <class T> __device__ __forceinline__ void ckca__fetch_one(T *to, const void *from, int half, ptrdiff_t i) {
     if (sizeof(T) == sizeof(ckca__bf16) && half)
         *to = ((const T *)from)[i];
     else
@@ -624,75 +640,75 @@ template <class T> __device__ __forceinline__ void ckca__fetch_one(T *to, const 
 /* FORWARD and DATA: this thread's part in bringing slabs to shared memory: one chunk of k in each of some lines of A
    and of B. */
 template <class T, int COLUMNS, int WHOLE> struct ckca__along {
-    enum { VALUES = ckca__chunk<T>::VALUES, APART = CKCA__THREADS / CKCA__SLAB_CHUNKS, LINES = CKCA__ROWS / APART };
+    enum {
+        VALUES = ckca__chunk<T>::VALUES,
+        APART = CKCA__THREADS / CKCA__SLAB_CHUNKS, /* lines that are fetched at once */
+        ROWS = CKCA__ROWS / APART,
+        LINES = (COLUMNS + APART - 1) / APART
+    };
     const ckca__gemm &g;
-    const ckca__phase &py, &px;
-    int half, channels, h, w, columns, column; /* of A's tensor; the first column */
-    int picture[LINES], y[LINES], x[LINES];    /* of each row: the first tap's pixel */
+    const ckca__walk walk;
+    const int half, taps_y, h, w, columns, line, column;
+    ptrdiff_t source[ROWS]; /* of each row: where the first tap's pixel lies, and its y and x */
+    int y[ROWS], x[ROWS];
     ckca__place k;
 
-    __device__ ckca__along(const ckca__gemm &g_, int pass, const ckca__phase &py_, const ckca__phase &px_, int row0,
+    __device__ ckca__along(const ckca__gemm &g_, int pass, const ckca__phase &py, const ckca__phase &px, int row0,
                            int column0)
-        : g(g_), py(py_), px(px_), half(pass == CKCA__DATA ? g.s.half : g.s.half_x),
-          channels(pass == CKCA__DATA ? g.s.k : g.s.c), h(pass == CKCA__DATA ? g.s.p : g.s.h),
+        : g(g_), walk(g_, py, px, pass == CKCA__DATA ? g_.s.k : g_.s.c, pass == CKCA__DATA ? g_.s.q : g_.s.w),
+          half(pass == CKCA__DATA ? g.s.half : g.s.half_x), taps_y(py.taps), h(pass == CKCA__DATA ? g.s.p : g.s.h),
           w(pass == CKCA__DATA ? g.s.q : g.s.w), columns(pass == CKCA__DATA ? g.s.c : g.s.k),
-          column(column0 + (int)threadIdx.x / CKCA__SLAB_CHUNKS),
-          k((int)threadIdx.x % CKCA__SLAB_CHUNKS * VALUES, px_.taps, channels) {
+          line((int)threadIdx.x / CKCA__SLAB_CHUNKS), column(column0 + line) {
         const int area = py.count * px.count;
 #pragma unroll
-        for (int i = 0; i < LINES; i++) {
-            const int row = row0 + (int)threadIdx.x / CKCA__SLAB_CHUNKS + i * APART, n = area ? row / area : g.s.n;
-            const int there = n < g.s.n;
-            picture[i] = there ? n : 0;
+        for (int i = 0; i < ROWS; i++) {
+            const int row = row0 + line + i * APART, n = area ? row / area : g.s.n, there = n < g.s.n;
             y[i] = there ? row % area / px.count * py.stride + py.from : -(1 << 29); /* outside of everything */
             x[i] = there ? row % area % px.count * px.stride + px.from : 0;
+            source[i] = there ? (((ptrdiff_t)n * h + y[i]) * w + x[i]) * walk.channels : 0;
         }
+        k.y = k.x = k.c = k.source = 0;
+        k.weight = (py.first * g.s.s + px.first) * walk.channels;
+        walk.advance(k, (int)threadIdx.x % CKCA__SLAB_CHUNKS * VALUES);
     }
     __device__ __forceinline__ int is_inside(int i, const ckca__place &at) const {
-        return at.y < py.taps && y[i] + at.y >= 0 && y[i] + at.y < h && x[i] + at.x >= 0 && x[i] + at.x < w;
-    }
-    __device__ __forceinline__ size_t source(int i, const ckca__place &at) const {
-        return (((size_t)picture[i] * h + y[i] + at.y) * w + x[i] + at.x) * channels + at.c;
-    }
-    __device__ __forceinline__ size_t weight(int line, const ckca__place &at) const {
-        return (((size_t)line * g.s.r + py.first + py.step * at.y) * g.s.s + px.first + px.step * at.x) * channels +
-               at.c;
+        return at.y < taps_y && (unsigned)(y[i] + at.y) < (unsigned)h && (unsigned)(x[i] + at.x) < (unsigned)w;
     }
     __device__ __forceinline__ void fetch(uint4 *a, uint4 *b) {
-        const int line = (int)threadIdx.x / CKCA__SLAB_CHUNKS, chunk = (int)threadIdx.x % CKCA__SLAB_CHUNKS;
+        const int to = ckca__spot<CKCA__SLAB_CHUNKS, 0>(line, (int)threadIdx.x % CKCA__SLAB_CHUNKS);
+        const ptrdiff_t weights = (ptrdiff_t)column * (g.s.r * g.s.s * walk.channels);
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) {
+            uint4 *chunk = a + to + i * APART * CKCA__SLAB_CHUNKS;
+            if constexpr (WHOLE) {
+                ckca__copy_chunk(chunk, (const T *)g.a + source[i] + k.source, is_inside(i, k));
+            } else {
+                ckca__place at = k;
+                for (int j = 0; j < VALUES; j++, walk.advance(at, 1))
+                    if (is_inside(i, at))
+                        ckca__fetch_one((T *)chunk + j, g.a, half, source[i] + at.source);
+                    else
+                        ckca__put((T *)chunk + j, 0);
+            }
+        }
 #pragma unroll
         for (int i = 0; i < LINES; i++) {
-            uint4 *to = a + ckca__spot<CKCA__SLAB_CHUNKS, 0>(line + i * APART, chunk);
-            if constexpr (WHOLE) {
-                const int there = is_inside(i, k);
-                ckca__copy_chunk(to, there ? (const T *)g.a + source(i, k) : (const T *)g.a, there);
-            } else {
-                ckca__place at = k;
-                for (int j = 0; j < VALUES; j++, at.advance(1))
-                    if (is_inside(i, at))
-                        ckca__fetch_one((T *)to + j, g.a, half, source(i, at));
-                    else
-                        ckca__put((T *)to + j, 0);
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < (COLUMNS + APART - 1) / APART; i++) {
-            uint4 *to = b + ckca__spot<CKCA__SLAB_CHUNKS, 0>(line + i * APART, chunk);
-            const int mine = column + i * APART, is_column = mine < columns;
+            uint4 *chunk = b + to + i * APART * CKCA__SLAB_CHUNKS;
+            const int is_column = column + i * APART < columns;
+            const T *from = (const T *)g.b + weights + (ptrdiff_t)(i * APART) * (g.s.r * g.s.s * walk.channels);
             if (COLUMNS < APART && line >= COLUMNS) break;
             if constexpr (WHOLE) {
-                const int there = is_column && k.y < py.taps;
-                ckca__copy_chunk(to, there ? (const T *)g.b + weight(mine, k) : (const T *)g.b, there);
+                ckca__copy_chunk(chunk, from + k.weight, is_column && k.y < taps_y);
             } else {
                 ckca__place at = k;
-                for (int j = 0; j < VALUES; j++, at.advance(1))
-                    if (is_column && at.y < py.taps)
-                        ((T *)to)[j] = ((const T *)g.b)[weight(mine, at)];
+                for (int j = 0; j < VALUES; j++, walk.advance(at, 1))
+                    if (is_column && at.y < taps_y)
+                        ((T *)chunk)[j] = from[at.weight];
                     else
-                        ckca__put((T *)to + j, 0);
+                        ckca__put((T *)chunk + j, 0);
             }
         }
-        k.advance(CKCA__SLAB_CHUNKS * VALUES);
+        walk.advance(k, CKCA__SLAB_CHUNKS * VALUES);
     }
 };
 
@@ -731,8 +747,9 @@ template <class T, int COLUMNS, int WHOLE> struct ckca__across {
             for (int j = 0; j < (WHOLE ? 1 : VALUES); j++) {
                 int dy = tap_y, dx = tap_x, channel = c;
                 if (!WHOLE) tap_of(row + j, &dy, &dx, &channel);
-                const int there = k < end && y + dy >= 0 && y + dy < g.s.h && x + dx >= 0 && x + dx < g.s.w;
-                const size_t at = there ? (((size_t)n * g.s.h + y + dy) * g.s.w + x + dx) * g.s.c + channel : 0;
+                const int there =
+                    k < end && (unsigned)(y + dy) < (unsigned)g.s.h && (unsigned)(x + dx) < (unsigned)g.s.w;
+                const ptrdiff_t at = (((ptrdiff_t)n * g.s.h + y + dy) * g.s.w + x + dx) * g.s.c + channel;
                 if (WHOLE)
                     ckca__copy_chunk(to, (const T *)g.a + at, there);
                 else if (there)
@@ -748,8 +765,7 @@ template <class T, int COLUMNS, int WHOLE> struct ckca__across {
             const T *from = (const T *)g.b + (size_t)k * g.s.k + column;
             if (DEPTH < APART_B && line >= DEPTH) break;
             if constexpr (WHOLE) {
-                const int there = k < end && column < g.s.k;
-                ckca__copy_chunk(to, there ? from : (const T *)g.b, there);
+                ckca__copy_chunk(to, from, k < end && column < g.s.k);
             } else {
                 for (int j = 0; j < VALUES; j++)
                     if (k < end && column + j < g.s.k)
@@ -1400,10 +1416,18 @@ static ckca_precision ckca__math(const ckca_context *ctx, const ckca__conv *s) {
     return ctx->precision == CKCA_BF16 && !s->half ? CKCA_TF32 : ctx->precision;
 }
 
+/* 1: a pass fetches whole chunks: all channels that lie along them fill them, and nothing has to be converted. */
+static int ckca__is_whole(const ckca_context *ctx, int pass, const ckca__conv *s) {
+    const int values = ckca__math(ctx, s) == CKCA_BF16 ? 8 : 4;
+    return (pass == CKCA__DATA || (s->c % values == 0 && s->half_x == s->half)) &&
+           (pass == CKCA__FORWARD || s->k % values == 0);
+}
+
 /* Columns of a block: no more than there are; 128 only on tensor cores, which are so fast that every fetch should serve
-   as many sums as registers hold. */
-static int ckca__columns(const ckca_context *ctx, int columns) {
-    if (columns > 64 && ctx->precision != CKCA_FLOAT32) return 128;
+   as many sums as registers hold, and where fetching is simple enough to leave them to the sums. */
+static int ckca__columns(const ckca_context *ctx, int pass, const ckca__conv *s) {
+    const int columns = pass == CKCA__DATA ? s->c : s->k;
+    if (columns > 64 && ctx->precision != CKCA_FLOAT32 && ckca__is_whole(ctx, pass, s)) return 128;
     return columns <= 16 ? 16 : columns <= 32 ? 32 : 64;
 }
 static int ckca__ceil(int a, int b) { return (a + b - 1) / b; }
@@ -1414,7 +1438,8 @@ static int ckca__is_product(const ckca__conv *s) {
 }
 
 static int ckca__weight_splits(const ckca_context *ctx, const ckca__conv *s) {
-    const int blocks = ckca__ceil(s->r * s->s * s->c, CKCA__ROWS) * ckca__ceil(s->k, ckca__columns(ctx, s->k));
+    const int blocks =
+        ckca__ceil(s->r * s->s * s->c, CKCA__ROWS) * ckca__ceil(s->k, ckca__columns(ctx, CKCA__WEIGHT, s));
     const int most = s->n * s->p * s->q / CKCA__LEAST_SPLIT, wanted = CKCA__WEIGHT_BLOCKS / blocks;
     const int splits = most < wanted ? most : wanted;
     return splits > 1 ? splits : 1;
@@ -1431,13 +1456,13 @@ CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *
     return ckca__mul(floats, sizeof(float));
 }
 
-/* Pixels and taps are counted in ints. */
+/* Pixels and taps are counted in ints, and so is what lies between a window's first value and its last. */
 static int ckca__conv_fits(ckca_context *ctx, const ckca__conv *s) {
-    const double most = INT_MAX - 4096;
-    if ((double)s->n * s->h * s->w < most && (double)s->n * s->p * s->q < most && (double)s->r * s->s * s->c < most &&
-        (double)s->r * s->s * s->k < most)
+    const double most = INT_MAX - 4096, lines = s->r + 1.0;
+    if ((double)s->n * s->h * s->w < most && (double)s->n * s->p * s->q < most && lines * (s->s + 1.0) * s->c < most &&
+        lines * (s->s + 1.0) * s->k < most && lines * s->w * s->c < most && lines * s->q * s->k < most)
         return 1;
-    return ckca__cuda_note(ckca__cuda_of(ctx), "convolution", "more than 2^31 pixels or weights to an output");
+    return ckca__cuda_note(ckca__cuda_of(ctx), "convolution", "more than 2^31 pixels, or values in a window's reach");
 }
 
 template <int PRECISION, int PASS, int WHOLE>
@@ -1448,16 +1473,13 @@ static void ckca__launch_gemm(ckca_context *ctx, dim3 grid, int columns, const c
         CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 32, WHOLE>), grid, *g);
     else if (columns == 64)
         CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 64, WHOLE>), grid, *g);
-    else if constexpr (PRECISION != CKCA_FLOAT32)
+    else if constexpr (PRECISION != CKCA_FLOAT32 && WHOLE)
         CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 128, WHOLE>), grid, *g);
 }
 
-/* Chunks are whole where all the channels that lie along them are, and nothing has to be converted. */
 template <int PRECISION, int PASS>
 static void ckca__launch_gemm(ckca_context *ctx, dim3 grid, int columns, const ckca__gemm *g) {
-    enum { VALUES = ckca__chunk<typename ckca__factor<PRECISION>::type>::VALUES };
-    const int source = PASS == CKCA__DATA || g->s.half_x == g->s.half;
-    if (source && (PASS == CKCA__DATA || g->s.c % VALUES == 0) && (PASS == CKCA__FORWARD || g->s.k % VALUES == 0))
+    if (ckca__is_whole(ctx, PASS, &g->s))
         ckca__launch_gemm<PRECISION, PASS, 1>(ctx, grid, columns, g);
     else
         ckca__launch_gemm<PRECISION, PASS, 0>(ctx, grid, columns, g);
@@ -1465,7 +1487,7 @@ static void ckca__launch_gemm(ckca_context *ctx, dim3 grid, int columns, const c
 
 template <int PASS> static void ckca__run_gemm(ckca_context *ctx, ckca__gemm *g) {
     const ckca__conv *s = &g->s;
-    const int columns = PASS == CKCA__DATA ? s->c : s->k, width = ckca__columns(ctx, columns);
+    const int columns = PASS == CKCA__DATA ? s->c : s->k, width = ckca__columns(ctx, PASS, s);
     int rows = s->n * s->p * s->q, layers = 1;
     if (PASS == CKCA__DATA) { /* phase 0 has the most pixels */
         rows = s->n * ckca__ceil(s->h, s->stride) * ckca__ceil(s->w, s->stride);

@@ -44,7 +44,7 @@ typedef struct run {
     /* what was asked for */
     tool_source source;
     const char *arch, *method_list, *out;
-    int projection, width, chunks, chunk_size, stratified, resume, threads, augment;
+    int projection, width, chunks, chunk_size, stratified, resume, augment;
     uint64_t seed;
     float w_lwf;
     ckca_update_desc update;
@@ -409,6 +409,7 @@ static uint64_t data_hash(uint64_t hash, const ckca_data *data) {
 
 int main(int argc, char **argv) {
     static run r; /* zeroed */
+    static ckca_desc desc;
     static const char usage[] =
         "incremental [flags]: improves a checkpoint chunk by chunk with several methods and compares them.\n"
         "Flags are --name value or --name=value; [defaults in brackets].\n";
@@ -449,7 +450,7 @@ int main(int argc, char **argv) {
         {"--augment", TOOL_SWITCH, &r.augment, 0, 0, NULL, "shift by up to 4 pixels, mirror half of the time", 0},
         {"--seed", TOOL_SEED, &r.seed, 0, 0, "N", "of chunks, weights, order (and of the shapes)", 0},
         {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Running", 0},
-        {"--threads", TOOL_INT, &r.threads, 0, 1024, "N", "[one per processor]; results do not depend on it", 1},
+        TOOL_DEVICE_FLAGS(desc),
         {"--out", TOOL_TEXT, &r.out, 0, 0, "DIR", "folder for checkpoints, results.csv and results.svg [none written]",
          1},
         {"--resume", TOOL_SWITCH, &r.resume, 0, 0, NULL, "go on with the run in --out, which may have been killed", 1},
@@ -458,7 +459,6 @@ int main(int argc, char **argv) {
         {NULL, TOOL_HEADING, NULL, 0, 0, NULL, NULL, 0}};
     const char *folder;
     ckca_context *ctx = NULL;
-    ckca_desc desc;
     ckca_data *train, *test, **chunks;
     ckca_data_info info;
     ckca_model_desc model_desc;
@@ -487,8 +487,6 @@ int main(int argc, char **argv) {
     if (drawn && r.update.w_feat == 0) r.update.w_feat = 0.1f; /* more holds back what has most to learn yet */
 
     /* The pictures, in chunks. */
-    memset(&desc, 0, sizeof desc);
-    desc.threads = r.threads;
     tool_check(ctx, ckca_init(&ctx, &desc));
     tool_open(ctx, &r.source, r.chunks * r.chunk_size, r.seed, &train, &test);
     ckca_data_info_get(test, &info);

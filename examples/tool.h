@@ -50,6 +50,18 @@ typedef struct tool_flag {
     int free;               /* 1: may differ when a run is resumed */
 } tool_flag;
 
+/* What a program runs on: the fields of a ckca_desc. */
+#define TOOL_THREADS_FLAG(desc)                                                                                        \
+    {"--threads", TOOL_INT, &(desc).threads, 0, 1024, "N", "[one per processor]; results do not depend on it", 1}
+#ifdef CKCA_CUDA
+#define TOOL_DEVICE_FLAGS(desc)                                                                                        \
+    TOOL_THREADS_FLAG(desc),                                                                                           \
+        {"--precision", TOOL_CHOICE, &(desc).precision, 0, 0, "float32|tf32|bf16",                                     \
+         "of the GPU's products (bf16: of its maps too)", 0}
+#else
+#define TOOL_DEVICE_FLAGS(desc) TOOL_THREADS_FLAG(desc)
+#endif
+
 /* Which word of "a|b|c" text is, or -1. */
 static inline int tool_choice(const char *words, const char *text) {
     size_t length = strlen(text);

@@ -59,7 +59,7 @@ int main(int argc, char **argv) {
         {"--augment", TOOL_SWITCH, &augment, 0, 0, NULL, "shift by up to 4 pixels, mirror half of the time", 0},
         {"--seed", TOOL_SEED, &seed, 0, 0, "N", "of weights, order and augmentation (and of the shapes)", 0},
         {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Running", 0},
-        {"--threads", TOOL_INT, &desc.threads, 0, 1024, "N", "[one per processor]; results do not depend on it", 0},
+        TOOL_DEVICE_FLAGS(desc),
         {"--save", TOOL_TEXT, &save, 0, 0, "FILE", "checkpoint to write (safetensors) [none]", 0},
         {"--resume", TOOL_SWITCH, &resume, 0, 0, NULL, "go on from FILE.state, which a killed run left", 0},
         {"--state-seconds", TOOL_FLOAT, &update.state_seconds, 0.001, 1e6, "X", "between two such states [30]", 0},

@@ -36,7 +36,7 @@ int main(int argc, char **argv) {
         {"--w-feat", TOOL_FLOAT, &update.w_feat, 0, 1000, "X", "weight of the feature term, 0: off [the library's]", 0},
         {"--augment", TOOL_SWITCH, &augment, 0, 0, NULL, "shift by up to 4 pixels, mirror half of the time", 0},
         {"--seed", TOOL_SEED, &update.seed, 0, 0, "N", "of order and augmentation", 0},
-        {"--threads", TOOL_INT, &desc.threads, 0, 1024, "N", "[one per processor]", 0},
+        TOOL_DEVICE_FLAGS(desc),
         {"--state-seconds", TOOL_FLOAT, &update.state_seconds, 0.001, 1e6, "X", "between states for a killed run [30]",
          0},
         {"--test", TOOL_TEXT, &test_folder, 0, 0, "DIR", "labelled pictures to test both checkpoints on [none]", 0},
