@@ -619,6 +619,7 @@ typedef struct ckca__conv {
     int p, q; /* output: N x P x Q x K; p = (h + 2 pad - r) / stride + 1 */
     const ckca__norm *norm; /* what the input goes through on its way in, before the border of zeros; NULL: nothing */
     int half_x, half;       /* the input is half; the output (where ops take but one of them into account, both are) */
+    void *ready;            /* see ckca__op_ready; or NULL */
 } ckca__conv;
 
 /* The device behind a new context, and its end. */
@@ -659,6 +660,12 @@ CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *
 /* 1: the forward pass and the weight gradient of a convolution of this shape, or a max pooling, may have a norm. */
 CKCA__OP int ckca__may_norm(const ckca_context *ctx, const ckca__conv *s);
 CKCA__OP size_t ckca__op_workspace(const ckca_context *ctx, size_t rows, int c);
+
+/* Weights as a GPU's convolutions read them (rounded, turned for the gradient of the input): made for many convolutions
+   at once, where each one's ready points, in this many bytes (0: w is read as it is). A convolution whose ready is NULL
+   makes them for itself. */
+CKCA__OP size_t ckca__ready_bytes(const ckca_context *ctx, const ckca__conv *s, int backward);
+CKCA__OP void ckca__op_ready(ckca_context *ctx, int count, const ckca__conv *s, const float *const *w, int backward);
 
 /* y = relu?(conv(x, w) + bias + residual). bias (K) and residual (like y) may be NULL. */
 CKCA__OP void ckca__op_conv_forward(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w,
@@ -2912,6 +2919,21 @@ CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *
     return ckca__mul(floats, sizeof(float));
 }
 
+/* Convolutions here arrange weights for themselves. */
+CKCA__OP size_t ckca__ready_bytes(const ckca_context *ctx, const ckca__conv *s, int backward) {
+    (void)ctx;
+    (void)s;
+    (void)backward;
+    return 0;
+}
+CKCA__OP void ckca__op_ready(ckca_context *ctx, int count, const ckca__conv *s, const float *const *w, int backward) {
+    (void)ctx;
+    (void)count;
+    (void)s;
+    (void)w;
+    (void)backward;
+}
+
 CKCA__OP int ckca__may_norm(const ckca_context *ctx, const ckca__conv *s) {
 #ifdef CKCA__SIMD
     return !ckca__conv_is_plain(ctx, s) && s->c % 16 == 0; /* whole vectors pass through registers on their way in */
@@ -4870,6 +4892,7 @@ typedef struct ckca__node {
     int head, source, residual,
         relu; /* of a tail: its batch norm or -1; what it reads; what it adds or -1; ReLU last */
     size_t value[CKCA__MODES], grad[CKCA__MODES], at[CKCA__MODES]; /* offsets per picture in the plan of each mode */
+    size_t ready;    /* convolution: offset in bytes in model->ready, as it was filled last */
     size_t now;      /* in a backward pass: where its output lies, as value or made again */
     size_t saved;    /* batch norm: offset of mean, then inv_std, in model->saved */
     int merged[CKCA__MODES]; /* of a batch norm's tail: 1: its reader does its work, see ckca__is_merged */
@@ -4926,8 +4949,8 @@ struct ckca_model {
     float *saved; /* batch statistics of the last training forward */
     float *activations;
     size_t activation_bytes;
-    void *workspace;
-    size_t workspace_bytes;
+    void *workspace, *ready; /* scratch; weights as convolutions read them, see ckca__make_ready */
+    size_t workspace_bytes, ready_bytes;
     const float *input; /* the last forward's pictures, size and mode */
     int n, mode;
 };
@@ -5215,6 +5238,7 @@ CKCA_API void ckca_model_free(ckca_model *m) {
     ckca__device_release(ctx, m->saved, m->saved_count * sizeof(float));
     ckca__device_release(ctx, m->activations, m->activation_bytes);
     ckca__device_release(ctx, m->workspace, m->workspace_bytes);
+    ckca__device_release(ctx, m->ready, m->ready_bytes);
     ckca__release(ctx, m);
 }
 
@@ -5640,6 +5664,7 @@ static void ckca__shape(const ckca_model *m, const ckca__node *node, int n, int 
     const ckca__node *x = &m->node[node->in[0]];
     s->half_x = x->half;
     s->half = node->half;
+    s->ready = m->ready ? (char *)m->ready + node->ready : NULL;
     s->n = n;
     s->h = x->h;
     s->w = x->w;
@@ -5955,6 +5980,18 @@ static size_t ckca__workspace_bytes(const ckca_model *m, int n, int mode) {
     return most < bytes ? bytes : most;
 }
 
+static size_t ckca__all_ready_bytes(const ckca_model *m, int mode) {
+    size_t bytes = 0;
+    int i;
+    for (i = 1; i < m->nodes; i++) {
+        ckca__conv s;
+        if (m->node[i].kind != CKCA__CONV) continue;
+        ckca__shape(m, &m->node[i], 1, mode, &s);
+        bytes = ckca__sum(bytes, ckca__ready_bytes(m->ctx, &s, mode & CKCA__TRAIN));
+    }
+    return bytes;
+}
+
 static ckca_status ckca__measure(const ckca_model *m, int n, int mode, ckca_bytes *bytes) {
     memset(bytes, 0, sizeof *bytes);
     bytes->parameters = m->all * sizeof(float);
@@ -5964,7 +6001,7 @@ static ckca_status ckca__measure(const ckca_model *m, int n, int mode, ckca_byte
         bytes->parameters += m->trainable * sizeof(float); /* folded */
     bytes->parameters += m->saved_count * sizeof(float);
     bytes->activations = ckca__mul(ckca__mul((size_t)n, m->plan_values[mode]), sizeof(float));
-    bytes->workspace = ckca__workspace_bytes(m, n, mode);
+    bytes->workspace = ckca__sum(ckca__workspace_bytes(m, n, mode), ckca__all_ready_bytes(m, mode));
     bytes->total = ckca__sum(ckca__sum(bytes->parameters, bytes->gradients + bytes->momentum),
                              ckca__sum(bytes->activations, bytes->workspace));
     if (bytes->total > SIZE_MAX / 2)
@@ -6002,13 +6039,19 @@ static ckca_status ckca__reserve(ckca_model *m, int n, int mode) {
     ckca_bytes bytes;
     ckca_status status;
     void *activations = m->activations;
+    size_t ready;
     int ok = 1;
     if (!m->plan_values[mode] && (status = ckca__plan(m, mode))) return status;
     if ((status = ckca__measure(m, n, mode, &bytes))) return status;
     if (activations && m->activation_bytes < bytes.activations) m->n = 0; /* what was in it goes */
     ok = ckca__arena(m->ctx, &activations, &m->activation_bytes, bytes.activations);
     m->activations = (float *)activations;
-    ok = ok && ckca__arena(m->ctx, &m->workspace, &m->workspace_bytes, bytes.workspace);
+    ready = ckca__all_ready_bytes(m, mode);
+    ok = ok && ckca__arena(m->ctx, &m->workspace, &m->workspace_bytes, bytes.workspace - ready);
+    if (ready > m->ready_bytes) {
+        m->folded_valid = 0; /* what was made goes */
+        ok = ok && ckca__arena(m->ctx, &m->ready, &m->ready_bytes, ready);
+    }
     if (ok && !m->saved && m->saved_count)
         ok = (m->saved = (float *)ckca__device_alloc(m->ctx, m->saved_count * sizeof(float))) != NULL;
     if (ok && (mode & CKCA__TRAIN)) {
@@ -6051,7 +6094,29 @@ static float *ckca__input_buffer(ckca_model *m, int n, int mode) {
     return m->activations + m->node[0].value[mode] * (size_t)n;
 }
 
-static void ckca__fold(ckca_model *m) {
+/* Makes the weights of all convolutions as they read them: before a training forward, after folding. */
+static void ckca__make_ready(ckca_model *m, int mode) {
+    enum { AT_ONCE = 32 };
+    ckca__conv s[AT_ONCE];
+    const float *w[AT_ONCE];
+    size_t offset = 0;
+    int i, count = 0;
+    for (i = 1; i < m->nodes && m->ready; i++) {
+        ckca__node *x = &m->node[i];
+        const int folded = x->folded && !(mode & CKCA__TRAIN);
+        if (x->kind != CKCA__CONV) continue;
+        x->ready = offset;
+        ckca__shape(m, x, 1, mode, &s[count]);
+        offset += ckca__ready_bytes(m->ctx, &s[count], mode & CKCA__TRAIN);
+        w[count++] = ckca__param(m, x, folded ? m->folded : m->values, 0);
+        if (count < AT_ONCE) continue;
+        ckca__op_ready(m->ctx, count, s, w, mode & CKCA__TRAIN);
+        count = 0;
+    }
+    if (count) ckca__op_ready(m->ctx, count, s, w, mode & CKCA__TRAIN);
+}
+
+static void ckca__fold(ckca_model *m, int mode) {
     int i;
     for (i = 0; i < m->nodes; i++) {
         const ckca__node *bn = &m->node[i], *conv;
@@ -6065,6 +6130,7 @@ static void ckca__fold(ckca_model *m) {
                       ckca__param(m, bn, m->values, 3), ckca__param(m, conv, m->folded, 0),
                       ckca__param(m, bn, m->folded, 1));
     }
+    ckca__make_ready(m, mode);
     m->folded_valid = 1;
 }
 
@@ -6073,7 +6139,8 @@ static void ckca__run_forward(ckca_model *m, int n, int mode, const float *input
     ckca_context *ctx = m->ctx;
     const int training = mode & CKCA__TRAIN;
     int i;
-    if (!training && !m->folded_valid) ckca__fold(m);
+    if (training) ckca__make_ready(m, mode);
+    else if (!m->folded_valid) ckca__fold(m, mode);
     m->n = n;
     m->mode = mode;
     m->input = input;
@@ -6363,12 +6430,12 @@ CKCA_API ckca_status ckca_model_copy(ckca_model **out, const ckca_model *m) {
     if (!copy) return ckca__fail(ctx, CKCA_ENOMEM, "copy: out of memory for the model");
     *copy = *m;
     copy->gradients = copy->momentum = copy->folded = copy->saved = copy->activations = NULL;
-    copy->activation_bytes = copy->workspace_bytes = 0;
+    copy->activation_bytes = copy->workspace_bytes = copy->ready_bytes = 0;
     memset(copy->plan_values, 0, sizeof copy->plan_values);
     memset(copy->again, 0, sizeof copy->again);
     memset(copy->again_room, 0, sizeof copy->again_room);
     memset(copy->agains, 0, sizeof copy->agains);
-    copy->workspace = NULL;
+    copy->workspace = copy->ready = NULL;
     copy->folded_valid = copy->n = 0;
     copy->node = (ckca__node *)ckca__alloc(ctx, m->node_room * sizeof *m->node);
     copy->parameter = (ckca__parameter *)ckca__alloc(ctx, m->parameter_room * sizeof *m->parameter);

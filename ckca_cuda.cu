@@ -553,7 +553,7 @@ typedef struct ckca__gemm {
     int relu, accumulate; /* adds to out */
     int split;            /* WEIGHT: pixels of a split */
     int wide;             /* how many blocks all columns take */
-    ckca__divisor q, p;   /* WEIGHT: of the output */
+    ckca__divisor q, p;   /* of the output, DATA: of the input: pixels in a line, lines in a picture */
 } ckca__gemm;
 
 /* One axis of a phase: output i of count lies at at + spread i and meets tap first + step t of w, t < taps, in source
@@ -584,6 +584,25 @@ __device__ ckca__phase ckca__phase_of(int pass, int phase, int taps, int stride,
     }
     return v;
 }
+
+/* FORWARD and DATA: which pixel of its phase a row is; n is past the last picture where there is none. */
+struct ckca__output {
+    int n, y, x;
+    __device__ ckca__output(const ckca__gemm &g, int pass, const ckca__phase &py, const ckca__phase &px, int row) {
+        int line;
+        if (pass == CKCA__DATA && g.s.stride > 1) {
+            line = px.count ? row / px.count : 0;
+            n = px.count && py.count ? line / py.count : g.s.n;
+            y = line - n * py.count;
+            x = row - line * px.count;
+        } else {
+            line = ckca__quotient(row, g.q);
+            n = ckca__quotient(line, g.p);
+            y = line - n * (int)g.p.by;
+            x = row - line * (int)g.q.by;
+        }
+    }
+};
 
 /* What convolutions multiply in, and what their maps are stored as. */
 template <int PRECISION> struct ckca__factor { typedef float type; };
@@ -659,13 +678,12 @@ template <class T, int COLUMNS, int WHOLE> struct ckca__along {
           half(pass == CKCA__DATA ? g.s.half : g.s.half_x), taps_y(py.taps), h(pass == CKCA__DATA ? g.s.p : g.s.h),
           w(pass == CKCA__DATA ? g.s.q : g.s.w), columns(pass == CKCA__DATA ? g.s.c : g.s.k),
           line((int)threadIdx.x / CKCA__SLAB_CHUNKS), column(column0 + line) {
-        const int area = py.count * px.count;
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            const int row = row0 + line + i * APART, n = area ? row / area : g.s.n, there = n < g.s.n;
-            y[i] = there ? row % area / px.count * py.stride + py.from : -(1 << 29); /* outside of everything */
-            x[i] = there ? row % area % px.count * px.stride + px.from : 0;
-            source[i] = there ? (((ptrdiff_t)n * h + y[i]) * w + x[i]) * walk.channels : 0;
+            const ckca__output at(g, pass, py, px, row0 + line + i * APART);
+            y[i] = at.n < g.s.n ? at.y * py.stride + py.from : -(1 << 29); /* outside of everything */
+            x[i] = at.x * px.stride + px.from;
+            source[i] = (((ptrdiff_t)at.n * h + y[i]) * w + x[i]) * walk.channels;
         }
         k.y = k.x = k.c = k.source = 0;
         k.weight = (py.first * g.s.s + px.first) * walk.channels;
@@ -782,11 +800,11 @@ template <class T, int COLUMNS, int WHOLE> struct ckca__across {
 template <int PASS>
 __device__ __forceinline__ ptrdiff_t ckca__gemm_line(const ckca__gemm &g, const ckca__phase &py, const ckca__phase &px,
                                                      int row) {
-    const int area = py.count * px.count, n = area ? row / area : g.s.n, at = area ? row % area : 0;
     if (PASS == CKCA__WEIGHT) return row < g.s.r * g.s.s * g.s.c ? row : -1;
-    if (n >= g.s.n) return -1;
-    if (PASS == CKCA__FORWARD) return row;
-    return ((ptrdiff_t)n * g.s.h + py.at + at / px.count * py.spread) * g.s.w + px.at + at % px.count * px.spread;
+    if (PASS == CKCA__FORWARD || g.s.stride == 1) /* row by row, as in memory */
+        return row < g.s.n * (int)(g.p.by * g.q.by) ? row : -1;
+    const ckca__output at(g, PASS, py, px, row);
+    return at.n < g.s.n ? ((ptrdiff_t)at.n * g.s.h + py.at + at.y * py.spread) * g.s.w + px.at + at.x * px.spread : -1;
 }
 
 /* WIDTH finished sums of neighbouring columns on their way out. */
@@ -999,26 +1017,43 @@ __global__ void ckca__add_splits(size_t count, int splits, const float *parts, f
     }
 }
 
-/* out = w, or w (k x taps x c) turned to c x taps x k, as values of type T; a block turns 32 x 32 of a tap at a time.
-   */
-template <class T> __global__ void ckca__cast_kernel(size_t count, const float *w, T *out) {
-    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < count; i += (size_t)gridDim.x * blockDim.x)
-        ckca__put(out + i, w[i]);
-}
-template <class T> __global__ void ckca__turn_kernel(int k, int taps, int c, const float *w, T *out) {
-    enum { SIDE = 32, LINES = CKCA__THREADS / SIDE };
-    __shared__ float tile[SIDE][SIDE + 1];
-    const int across = (c + SIDE - 1) / SIDE, down = (k + SIDE - 1) / SIDE;
-    const int x = (int)threadIdx.x % SIDE, y = (int)threadIdx.x / SIDE;
-    for (size_t i = blockIdx.x; i < (size_t)across * down * taps; i += gridDim.x) {
-        const int c0 = (int)(i % across) * SIDE, k0 = (int)(i / across % down) * SIDE, tap = (int)(i / across / down);
-        for (int j = y; j < SIDE; j += LINES)
-            if (k0 + j < k && c0 + x < c) tile[j][x] = w[((size_t)(k0 + j) * taps + tap) * c + c0 + x];
-        __syncthreads();
-        for (int j = y; j < SIDE; j += LINES)
-            if (c0 + j < c && k0 + x < k) ckca__put(out + ((size_t)(c0 + j) * taps + tap) * k + k0 + x, tile[x][j]);
-        __syncthreads();
-    }
+/* Weights as passes read them: rounded to BF16; turned from k x taps x c to c x taps x k. Of many convolutions at once:
+   a block takes 32 x 32 of a tap. */
+enum { CKCA__TILE = 32, CKCA__ARRANGED = 32 };
+typedef struct ckca__arrange {
+    int count, tiles;
+    struct {
+        const float *w;
+        void *cast, *turned; /* or NULL */
+        int half, k, taps, c;
+        int first; /* tile */
+    } of[CKCA__ARRANGED];
+} ckca__arrange;
+
+__global__ void __launch_bounds__(CKCA__THREADS) ckca__arrange_kernel(ckca__arrange a) {
+    __shared__ float tile[CKCA__TILE][CKCA__TILE + 1];
+    const int x = (int)threadIdx.x % CKCA__TILE, y = (int)threadIdx.x / CKCA__TILE;
+    int i = 0;
+    while (i + 1 < a.count && a.of[i + 1].first <= (int)blockIdx.x) i++;
+    const auto &o = a.of[i];
+    const int wide = (o.c + CKCA__TILE - 1) / CKCA__TILE, at = (int)blockIdx.x - o.first;
+    const int c0 = at % wide * CKCA__TILE, tap = at / wide % o.taps, k0 = at / wide / o.taps * CKCA__TILE;
+    for (int j = y; j < CKCA__TILE; j += CKCA__THREADS / CKCA__TILE)
+        if (k0 + j < o.k && c0 + x < o.c) {
+            const size_t from = ((size_t)(k0 + j) * o.taps + tap) * o.c + c0 + x;
+            tile[j][x] = o.w[from];
+            if (o.cast) ckca__put((ckca__bf16 *)o.cast + from, tile[j][x]);
+        }
+    if (!o.turned) return;
+    __syncthreads();
+    for (int j = y; j < CKCA__TILE; j += CKCA__THREADS / CKCA__TILE)
+        if (c0 + j < o.c && k0 + x < o.k) {
+            const size_t to = ((size_t)(c0 + j) * o.taps + tap) * o.k + k0 + x;
+            if (o.half)
+                ckca__put((ckca__bf16 *)o.turned + to, tile[x][j]);
+            else
+                ((float *)o.turned)[to] = tile[x][j];
+        }
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -1445,7 +1480,8 @@ static int ckca__weight_splits(const ckca_context *ctx, const ckca__conv *s) {
     return splits > 1 ? splits : 1;
 }
 
-/* Of weights rounded or turned, of splits, or of parts of the bias's gradient: never two at a time. */
+/* Of weights rounded or turned, of splits, or of parts of the bias's gradient: never two at a time. (Rounding up to
+   CKCA__ALIGN aside, the first are no larger than the weights.) */
 CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *s) {
     const double pixels = (double)s->n * s->p * s->q;
     const size_t weights = ckca__mul(ckca__mul((size_t)s->r * s->s, (size_t)s->c), (size_t)s->k);
@@ -1498,8 +1534,8 @@ template <int PASS> static void ckca__run_gemm(ckca_context *ctx, ckca__gemm *g)
         layers = ckca__weight_splits(ctx, s);
         g->split = ckca__ceil(s->n * s->p * s->q, layers);
     }
-    g->p = ckca__divide_by(s->p);
-    g->q = ckca__divide_by(s->q);
+    g->p = ckca__divide_by(PASS == CKCA__DATA ? s->h : s->p);
+    g->q = ckca__divide_by(PASS == CKCA__DATA ? s->w : s->q);
     g->wide = ckca__ceil(columns, width);
     const dim3 grid((unsigned)ckca__ceil(rows, CKCA__ROWS) * g->wide, 1, layers);
     switch (ckca__math(ctx, s)) {
@@ -1515,21 +1551,59 @@ template <int PASS> static void ckca__run_gemm(ckca_context *ctx, ckca__gemm *g)
     }
 }
 
-/* The weights as a pass reads them: rounded to BF16 where it multiplies in that, turned for DATA; made in ws if need
-   be. */
+/* Bytes of a convolution's weights rounded, and turned, as far as anybody reads them so. */
+static size_t ckca__cast_bytes(const ckca_context *ctx, const ckca__conv *s) {
+    const size_t count = ckca__mul(ckca__mul((size_t)s->r * s->s, (size_t)s->c), (size_t)s->k);
+    return ckca__math(ctx, s) == CKCA_BF16 ? ckca__round_up(ckca__mul(count, sizeof(ckca__bf16)), CKCA__ALIGN) : 0;
+}
+static size_t ckca__turned_bytes(const ckca_context *ctx, const ckca__conv *s) {
+    const size_t count = ckca__mul(ckca__mul((size_t)s->r * s->s, (size_t)s->c), (size_t)s->k);
+    if (ckca__is_product(s)) return 0;
+    return ckca__math(ctx, s) == CKCA_BF16 ? ckca__cast_bytes(ctx, s)
+                                           : ckca__round_up(ckca__mul(count, sizeof(float)), CKCA__ALIGN);
+}
+CKCA__OP size_t ckca__ready_bytes(const ckca_context *ctx, const ckca__conv *s, int backward) {
+    return ckca__sum(ckca__cast_bytes(ctx, s), backward ? ckca__turned_bytes(ctx, s) : 0);
+}
+
+/* One convolution more to arrange: cast and turned as in ckca__arrange. */
+static void ckca__arrange_add(const ckca_context *ctx, ckca__arrange *a, const ckca__conv *s, const float *w,
+                              void *cast, void *turned) {
+    auto &o = a->of[a->count++];
+    o.w = w;
+    o.cast = cast;
+    o.turned = turned;
+    o.half = ckca__math(ctx, s) == CKCA_BF16;
+    o.k = s->k;
+    o.taps = s->r * s->s;
+    o.c = s->c;
+    o.first = a->tiles;
+    a->tiles += ckca__ceil(s->k, CKCA__TILE) * ckca__ceil(s->c, CKCA__TILE) * o.taps;
+}
+static void ckca__arrange_run(ckca_context *ctx, ckca__arrange *a) {
+    if (a->tiles) CKCA__LAUNCH(ctx, ckca__arrange_kernel, (unsigned)a->tiles, *a);
+    a->count = a->tiles = 0;
+}
+
+CKCA__OP void ckca__op_ready(ckca_context *ctx, int count, const ckca__conv *s, const float *const *w, int backward) {
+    ckca__arrange a = {};
+    for (int i = 0; i < count; i++) {
+        const size_t cast = ckca__cast_bytes(ctx, &s[i]), turned = backward ? ckca__turned_bytes(ctx, &s[i]) : 0;
+        char *to = (char *)s[i].ready;
+        if (cast || turned) ckca__arrange_add(ctx, &a, &s[i], w[i], cast ? to : NULL, turned ? to + cast : NULL);
+        if (a.count == CKCA__ARRANGED) ckca__arrange_run(ctx, &a);
+    }
+    ckca__arrange_run(ctx, &a);
+}
+
+/* The weights as a pass reads them: as they are, ready, or made so in ws. */
 static const void *ckca__weights(ckca_context *ctx, const ckca__conv *s, int turned, const float *w, void *ws) {
-    const size_t count = (size_t)s->r * s->s * s->c * s->k;
-    const size_t tiles = (size_t)ckca__ceil(s->c, 32) * ckca__ceil(s->k, 32) * s->r * s->s;
-    const int half = ckca__math(ctx, s) == CKCA_BF16;
-    if (!turned && !half) return w;
-    ckca__typed(half, [&](auto type) {
-        typedef decltype(type) T;
-        if (turned)
-            CKCA__LAUNCH(ctx, ckca__turn_kernel<T>, ckca__grid(ctx, tiles * CKCA__THREADS, 1), s->k, s->r * s->s, s->c,
-                         w, (T *)ws);
-        else
-            CKCA__LAUNCH(ctx, ckca__cast_kernel<T>, ckca__grid(ctx, count, 1), count, w, (T *)ws);
-    });
+    const size_t cast = ckca__cast_bytes(ctx, s);
+    ckca__arrange a = {};
+    if (!turned && !cast) return w;
+    if (s->ready) return (char *)s->ready + (turned ? cast : 0);
+    ckca__arrange_add(ctx, &a, s, w, turned ? NULL : ws, turned ? ws : NULL);
+    ckca__arrange_run(ctx, &a);
     return ws;
 }
 
@@ -1621,7 +1695,7 @@ CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv 
 
 /* A linear layer is a 1 x 1 convolution over n pictures of one pixel. */
 static ckca__conv ckca__linear_as_conv(int n, int d, int k) {
-    const ckca__conv s = {n, 1, 1, d, k, 1, 1, 1, 0, 1, 1, NULL, 0, 0};
+    const ckca__conv s = {n, 1, 1, d, k, 1, 1, 1, 0, 1, 1, NULL, 0, 0, NULL};
     return s;
 }
 

@@ -126,7 +126,7 @@ static size_t device_x(const ckca__conv *s) { return (size_t)s->n * s->h * s->w 
 static size_t device_w(const ckca__conv *s) { return (size_t)s->k * s->r * s->s * s->c; }
 static size_t device_y(const ckca__conv *s) { return (size_t)s->n * s->p * s->q * s->k; }
 static size_t device_linear_workspace(ckca_context *ctx, int n, int d, int k) {
-    ckca__conv s = {1, 1, 0, 0, 0, 1, 1, 1, 0, 1, 0, NULL, 0, 0};
+    ckca__conv s = {1, 1, 0, 0, 0, 1, 1, 1, 0, 1, 0, NULL, 0, 0, NULL};
     s.w = s.q = n, s.c = d, s.k = k;
     return ckca__conv_workspace(ctx, &s);
 }

@@ -54,6 +54,7 @@ static ckca__conv shape(int n, int h, int w, int c, int k, int r, int s, int str
     v.q = (w + 2 * pad - s) / stride + 1;
     v.norm = NULL;
     v.half_x = v.half = 0;
+    v.ready = NULL;
     return v;
 }
 

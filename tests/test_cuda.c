@@ -113,6 +113,7 @@ static void test_convs(ckca_context *ctx) {
         s.pad = v[8];
         s.p = (s.h + 2 * s.pad - s.r) / s.stride + 1, s.q = (s.w + 2 * s.pad - s.s) / s.stride + 1;
         s.norm = NULL;
+        s.ready = NULL;
         for (half = 0; half <= (ctx->precision == CKCA_BF16 ? 2 : 0); half++) { /* 2: it reads the pictures */
             s.half_x = half == 1;
             s.half = half > 0;
@@ -124,7 +125,7 @@ static void test_convs(ckca_context *ctx) {
 /* Factors of more bits are rounded, not cut, so that their errors have no direction and do not add up. */
 static void test_rounding(ckca_context *ctx) {
     enum { N = 4096 };
-    ckca__conv s = {1, 1, 1, N, 1, 3, 3, 1, 1, 1, 1, NULL, 0, 0};
+    ckca__conv s = {1, 1, 1, N, 1, 3, 3, 1, 1, 1, 1, NULL, 0, 0, NULL};
     float *x = (float *)malloc(N * sizeof *x), *w = (float *)calloc(9 * N, sizeof *w), y;
     void *ws = malloc(ckca__conv_workspace(ctx, &s));
     double sum = 0;
@@ -153,7 +154,7 @@ static void test_rounding(ckca_context *ctx) {
    fills up a slab. */
 static void test_nan(ckca_context *ctx) {
     enum { SIDE = 8, C = 3, K = 5 };
-    const ckca__conv s = {1, SIDE, SIDE, C, K, 3, 3, 1, 1, SIDE, SIDE, NULL, 0, 0};
+    const ckca__conv s = {1, SIDE, SIDE, C, K, 3, 3, 1, 1, SIDE, SIDE, NULL, 0, 0, NULL};
     float *x = make(SIDE * SIDE * C, 1), *w = make(K * 9 * C, 2), *dy = make(SIDE * SIDE * K, 3);
     float *y = make(SIDE * SIDE * K, 4), *dx = make(SIDE * SIDE * C, 5);
     void *ws = malloc(ckca__conv_workspace(ctx, &s));
@@ -229,8 +230,8 @@ static void test_half_norms(ckca_context *ctx, size_t rows, int c) {
 }
 
 static void test_half_maps(ckca_context *ctx, int n, int c) {
-    ckca__conv pool = {0, 9, 7, 0, 0, 3, 3, 2, 1, 5, 4, NULL, 0, 0},
-               sub = {0, 9, 7, 0, 0, 1, 1, 2, 0, 5, 4, NULL, 0, 0};
+    ckca__conv pool = {0, 9, 7, 0, 0, 3, 3, 2, 1, 5, 4, NULL, 0, 0, NULL},
+               sub = {0, 9, 7, 0, 0, 1, 1, 2, 0, 5, 4, NULL, 0, 0, NULL};
     const size_t in = (size_t)n * 63 * (size_t)c, out = (size_t)n * 20 * (size_t)c;
     const size_t wide = (size_t)n * 20 * (size_t)(c + 4);
     float *x = make(in, 1), *b = make(in, 2), *dy = make(wide, 3), *fo = make(in, 4);
