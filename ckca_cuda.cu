@@ -1215,7 +1215,7 @@ __global__ void ckca__channel_gradients(ckca__moments m, int parts, const float 
 typedef struct ckca__normed {
     size_t count; /* values */
     int c;
-    ckca__norm norm, residual_norm; /* norm.inv_std NULL: from var; residual_norm.mean NULL: the residual is as it is */
+    ckca__norm norm, residual_norm; /* norm.inv_std NULL: from var */
     const float *var, *table;
     const void *x, *y, *dy, *residual; /* values of the kernel's type; so are the next two */
     void *out, *dresidual;
@@ -1236,19 +1236,18 @@ template <int WIDTH> struct ckca__affine {
     }
 };
 
-/* out = relu?(norm(x) + residual) */
-template <class T, int WIDTH> __global__ void ckca__batchnorm_apply(ckca__normed n) {
+/* out = relu?(norm(x) + residual), the residual through a norm of its own where NORMED. */
+template <class T, int WIDTH, int NORMED> __global__ void ckca__batchnorm_apply(ckca__normed n) {
     const size_t c = (size_t)n.c / WIDTH, threads = (size_t)gridDim.x * blockDim.x, stride = threads / c * c;
     const size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x, at = id % c * WIDTH;
-    const int other = n.residual_norm.mean != NULL;
     if (id >= stride) return;
-    const ckca__affine<WIDTH> norm(n.norm, n.var, at), residual_norm(other ? n.residual_norm : n.norm, n.var, at);
+    const ckca__affine<WIDTH> norm(n.norm, n.var, at), residual_norm(NORMED ? n.residual_norm : n.norm, n.var, at);
     for (size_t i = id * WIDTH; i < n.count; i += stride * WIDTH) {
         ckca__lane<WIDTH> x((const T *)n.x + i), add;
         if (n.residual) add = ckca__lane<WIDTH>((const T *)n.residual + i);
         for (int j = 0; j < WIDTH; j++) {
             float v = norm(j, x.v[j], 0);
-            if (n.residual) v += other ? residual_norm(j, add.v[j], n.residual_norm.relu) : add.v[j];
+            if (n.residual) v += NORMED ? residual_norm(j, add.v[j], n.residual_norm.relu) : add.v[j];
             x.v[j] = n.norm.relu && v <= 0 ? 0 : v;
         }
         x.store((T *)n.out + i);
@@ -1350,8 +1349,12 @@ static void ckca__run_apply(ckca_context *ctx, int half, size_t rows, int c, con
     n.out = y;
     ckca__typed_wide(half, c, [&](auto type, auto wide) {
         enum { WIDTH = decltype(wide)::VALUE };
-        CKCA__LAUNCH(ctx, (ckca__batchnorm_apply<decltype(type), WIDTH>),
-                     ckca__grid(ctx, n.count / WIDTH, (size_t)c / WIDTH), n);
+        typedef decltype(type) T;
+        const unsigned grid = ckca__grid(ctx, n.count / WIDTH, (size_t)c / WIDTH);
+        if (residual_norm)
+            CKCA__LAUNCH(ctx, (ckca__batchnorm_apply<T, WIDTH, 1>), grid, n);
+        else
+            CKCA__LAUNCH(ctx, (ckca__batchnorm_apply<T, WIDTH, 0>), grid, n);
     });
 }
 
