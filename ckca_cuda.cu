@@ -739,21 +739,21 @@ template <class T, int COLUMNS, int WHOLE> struct ckca__across {
         CHUNKS_A = CKCA__ROWS / VALUES,
         CHUNKS_B = COLUMNS / VALUES,
         APART_A = CKCA__THREADS / CHUNKS_A,
-        APART_B = CKCA__THREADS / CHUNKS_B
+        APART_B = CKCA__THREADS / CHUNKS_B,
+        ROWS = WHOLE ? 1 : VALUES /* that are fetched one by one: a whole chunk is under one tap */
     };
     const ckca__gemm &g;
-    int pixel, end, row, column;
-    int tap_y, tap_x, c; /* of row */
+    int pixel, end, column;
+    int tap_y[ROWS], tap_x[ROWS], c[ROWS];
     __device__ ckca__across(const ckca__gemm &g_, int row0, int column0, int begin, int end_)
-        : g(g_), pixel(begin), end(end_), row(row0 + (int)threadIdx.x % CHUNKS_A * VALUES),
-          column(column0 + (int)threadIdx.x % CHUNKS_B * VALUES) {
-        tap_of(row, &tap_y, &tap_x, &c);
-    }
-    __device__ __forceinline__ void tap_of(int line, int *y, int *x, int *channel) const {
-        const int tap = line / g.s.c;
-        *channel = line % g.s.c;
-        *y = tap < g.s.r * g.s.s ? tap / g.s.s - g.s.pad : -(1 << 29); /* no such row: outside of everything */
-        *x = tap % g.s.s - g.s.pad;
+        : g(g_), pixel(begin), end(end_), column(column0 + (int)threadIdx.x % CHUNKS_B * VALUES) {
+#pragma unroll
+        for (int j = 0; j < ROWS; j++) {
+            const int row = row0 + (int)threadIdx.x % CHUNKS_A * VALUES + j, tap = row / g.s.c;
+            c[j] = row % g.s.c;
+            tap_y[j] = tap < g.s.r * g.s.s ? tap / g.s.s - g.s.pad : -(1 << 29); /* no such row: outside of all */
+            tap_x[j] = tap % g.s.s - g.s.pad;
+        }
     }
     __device__ __forceinline__ void fetch(uint4 *a, uint4 *b) {
 #pragma unroll
@@ -762,12 +762,11 @@ template <class T, int COLUMNS, int WHOLE> struct ckca__across {
             const int above = ckca__quotient(k, g.q), n = ckca__quotient(above, g.p);
             const int y = (above - n * g.s.p) * g.s.stride, x = (k - above * g.s.q) * g.s.stride;
             uint4 *to = a + ckca__spot<CHUNKS_A, WORDS>(line, (int)threadIdx.x % CHUNKS_A);
-            for (int j = 0; j < (WHOLE ? 1 : VALUES); j++) {
-                int dy = tap_y, dx = tap_x, channel = c;
-                if (!WHOLE) tap_of(row + j, &dy, &dx, &channel);
-                const int there =
-                    k < end && (unsigned)(y + dy) < (unsigned)g.s.h && (unsigned)(x + dx) < (unsigned)g.s.w;
-                const ptrdiff_t at = (((ptrdiff_t)n * g.s.h + y + dy) * g.s.w + x + dx) * g.s.c + channel;
+#pragma unroll
+            for (int j = 0; j < ROWS; j++) {
+                const int sy = y + tap_y[j], sx = x + tap_x[j];
+                const int there = k < end && (unsigned)sy < (unsigned)g.s.h && (unsigned)sx < (unsigned)g.s.w;
+                const ptrdiff_t at = (((ptrdiff_t)n * g.s.h + sy) * g.s.w + sx) * g.s.c + c[j];
                 if (WHOLE)
                     ckca__copy_chunk(to, (const T *)g.a + at, there);
                 else if (there)
@@ -1008,11 +1007,24 @@ __global__ void __launch_bounds__(CKCA__THREADS, 2) ckca__gemm_kernel(ckca__gemm
     }
 }
 
-/* dw += the splits' sums, in their order. */
-__global__ void ckca__add_splits(size_t count, int splits, const float *parts, float *dw) {
-    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < count; i += (size_t)gridDim.x * blockDim.x) {
+/* dw += the splits' sums. A block's threads are so many slices of the splits (a power of two) times neighbouring
+   values; each adds every slices-th split, and then one thread the slices, in an order that depends on the sizes
+   alone. */
+__global__ void __launch_bounds__(CKCA__THREADS)
+    ckca__add_splits(size_t count, int splits, int slices, const float *parts, float *dw) {
+    __shared__ float sums[CKCA__THREADS];
+    const int wide = CKCA__THREADS / slices, me = (int)threadIdx.x, slice = me / wide;
+    for (size_t first = blockIdx.x * (size_t)wide; first < count; first += gridDim.x * (size_t)wide) {
+        const size_t i = first + me % wide;
         float sum = 0;
-        for (int j = 0; j < splits; j++) sum += parts[j * count + i];
+#pragma unroll 8
+        for (int j = slice; j < splits; j += slices)
+            if (i < count) sum += parts[j * count + i];
+        __syncthreads(); /* whoever still reads the last round's */
+        sums[me] = sum;
+        __syncthreads();
+        if (slice || i >= count) continue;
+        for (int j = 1; j < slices; j++) sum += sums[j * wide + me];
         dw[i] += sum;
     }
 }
@@ -1681,8 +1693,12 @@ CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv 
         g.accumulate = splits == 1;
         g.out = splits == 1 ? dw : (float *)ws;
         ckca__run_gemm<CKCA__WEIGHT>(ctx, &g);
-        if (splits > 1)
-            CKCA__LAUNCH(ctx, ckca__add_splits, ckca__grid(ctx, weights, 1), weights, splits, (const float *)ws, dw);
+        if (splits > 1) {
+            int slices = 1;
+            while (slices < 32 && slices * 8 <= splits) slices *= 2;
+            CKCA__LAUNCH(ctx, ckca__add_splits, ckca__grid(ctx, weights * slices, 1), weights, splits, slices,
+                         (const float *)ws, dw);
+        }
     }
     if (dbias) {
         ckca__moments m = {};
@@ -1859,6 +1875,7 @@ template <class T, int WIDTH> __global__ void ckca__avgpool_kernel(int n, int ar
         const T *from = x + (size_t)o.n * area * c + o.c;
         ckca__lane<WIDTH> sum;
         for (int j = 0; j < WIDTH; j++) sum.v[j] = 0;
+#pragma unroll 8
         for (int a = 0; a < area; a++) {
             const ckca__lane<WIDTH> v(from + (size_t)a * c);
             for (int j = 0; j < WIDTH; j++) sum.v[j] += v.v[j];
@@ -2082,24 +2099,31 @@ __device__ double ckca__block_dot(int d, const float *a, const float *b) {
 __device__ __forceinline__ double ckca__inverse_norm(double square) { return square > 0 ? 1 / sqrt(square) : square; }
 
 /* A block per picture: loss = 1 - cos; d cos / d f = (fo / |fo| - cos f / |f|) / |f|. */
-template <class T, class TEACHER>
+template <class T, class TEACHER, int WIDTH>
 __global__ void ckca__cosine_kernel(int d, const T *f, const TEACHER *fo, double scale, T *df, int accumulate,
                                     float *loss) {
-    const size_t row = (size_t)blockIdx.x * d;
+    const size_t row = (size_t)blockIdx.x * d, end = row + d;
     double square = 0, square_o = 0, product = 0;
-    for (size_t j = row + threadIdx.x; j < row + d; j += CKCA__THREADS) {
-        const double a = ckca__to_float(f[j]), b = ckca__to_float(fo[j]);
-        square += a * a;
-        square_o += b * b;
-        product += a * b;
+#pragma unroll 2
+    for (size_t j = row + threadIdx.x * WIDTH; j < end; j += CKCA__THREADS * WIDTH) {
+        const ckca__lane<WIDTH> a(f + j), b(fo + j);
+        for (int e = 0; e < WIDTH; e++) {
+            square += (double)a.v[e] * a.v[e];
+            square_o += (double)b.v[e] * b.v[e];
+            product += (double)a.v[e] * b.v[e];
+        }
     }
     const double inv_f = ckca__inverse_norm(ckca__block_sum(square));
     const double inv_o = ckca__inverse_norm(ckca__block_sum(square_o));
     const double cosine = ckca__block_sum(product) * inv_f * inv_o;
     const float alpha = (float)(scale * cosine * inv_f * inv_f), beta = (float)(-scale * inv_f * inv_o);
-    for (size_t j = row + threadIdx.x; j < row + d; j += CKCA__THREADS)
-        ckca__put(df + j, alpha * ckca__to_float(f[j]) + beta * ckca__to_float(fo[j]) +
-                              (accumulate ? ckca__to_float(df[j]) : 0));
+    for (size_t j = row + threadIdx.x * WIDTH; j < end; j += CKCA__THREADS * WIDTH) {
+        ckca__lane<WIDTH> a(f + j), was;
+        const ckca__lane<WIDTH> b(fo + j);
+        if (accumulate) was = ckca__lane<WIDTH>(df + j);
+        for (int e = 0; e < WIDTH; e++) a.v[e] = alpha * a.v[e] + beta * b.v[e] + (accumulate ? was.v[e] : 0);
+        a.store(df + j);
+    }
     if (threadIdx.x == 0) loss[blockIdx.x] = (float)(1 - cosine);
 }
 
@@ -2174,12 +2198,12 @@ CKCA__OP void ckca__op_featreg(ckca_context *ctx, ckca_featreg form, int half, i
     } else if (form == CKCA_FEATREG_L2) {
         CKCA__LAUNCH(ctx, ckca__l2_kernel, n, d, f, fo, scale * 2 / ((double)n * d), df, accumulate, loss);
     } else {
-        ckca__typed(half, [&](auto type) {
+        ckca__typed_wide(half, d, [&](auto type, auto wide) {
             ckca__typed(half_teacher, [&](auto teacher) {
                 typedef decltype(type) T;
                 typedef decltype(teacher) TEACHER;
-                CKCA__LAUNCH(ctx, (ckca__cosine_kernel<T, TEACHER>), n, d, (const T *)f, (const TEACHER *)fo,
-                             (double)scale / n, (T *)df, accumulate, loss);
+                CKCA__LAUNCH(ctx, (ckca__cosine_kernel<T, TEACHER, decltype(wide)::VALUE>), n, d, (const T *)f,
+                             (const TEACHER *)fo, (double)scale / n, (T *)df, accumulate, loss);
             });
         });
     }
