@@ -86,6 +86,7 @@ ifneq ($(CUDA),) # sanitizers, compilers and the shim are the host build's busin
 SCRIPTS := tests/test_examples.sh
 ASAN :=
 SHIM :=
+ONE := JOBS=1 # a GPU's memory is not shared
 endif
 
 .PHONY: all demo test check bench bench-peers asan shim sanitize fuzz install clean help FORCE
@@ -99,10 +100,10 @@ demo: build/incremental
 	build/incremental --out build/demo
 
 test: $(EXAMPLES) $(TESTS) $(ASAN) $(SHIM) build/bench
-	CC="$(CC)" sh tests/run.sh $(TESTS) $(SCRIPTS) $(ASAN) $(SHIM)
+	CC="$(CC)" $(ONE) sh tests/run.sh $(TESTS) $(SCRIPTS) $(ASAN) $(SHIM)
 
 check: $(TESTS)
-	sh tests/run.sh $(TESTS)
+	$(ONE) sh tests/run.sh $(TESTS)
 
 asan: $(ASAN)
 	sh tests/run.sh $(ASAN)
