@@ -1340,6 +1340,7 @@ int main(void) {
     test_decode();
 #endif
 #ifdef CKCA__POSIX
+    test_enter();
     make_files();
     test_cifar();
     test_idx();
@@ -1354,6 +1355,7 @@ int main(void) {
     fail_each_allocation("folder", job_folder);
 #endif
     remove_all("build/test_files");
+    test_leave();
 #endif
 #endif
     return test_summary();

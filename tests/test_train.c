@@ -859,7 +859,7 @@ int main(void) {
     ckca_context *ctx;
     ckca_data *data, *next, *test;
     ckca_model *start;
-    mkdir("build", 0777);
+    test_enter();
     mkdir(DIR, 0777);
     ckca_init(&ctx, NULL);
     data = pictures(ctx, COUNT, 1);
@@ -892,5 +892,8 @@ int main(void) {
     ckca_data_free(next);
     ckca_data_free(test);
     ckca_free(ctx);
+    unlink(DIR "/one.safetensors"), unlink(DIR "/two.safetensors"), unlink(DIR "/scarce.safetensors");
+    rmdir(DIR);
+    test_leave();
     return test_summary();
 }
