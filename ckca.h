@@ -670,6 +670,7 @@ CKCA__OP void ckca__op_ready(ckca_context *ctx, int count, const ckca__conv *s, 
 /* y = relu?(conv(x, w) + bias + residual). bias (K) and residual (like y) may be NULL. */
 CKCA__OP void ckca__op_conv_forward(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w,
                                     const float *bias, const float *residual, int relu, float *y, void *ws);
+/* Never asked of a convolution whose output alone is half: the pictures need no gradient. */
 CKCA__OP void ckca__op_conv_backward_data(ckca_context *ctx, const ckca__conv *s, const float *dy, const float *w,
                                           float *dx, int accumulate, void *ws);
 /* Adds to dw (K x R x S x C) and, where dbias is not NULL, to dbias (K). */
