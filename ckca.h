@@ -618,7 +618,7 @@ typedef struct ckca__conv {
     int stride, pad;
     int p, q; /* output: N x P x Q x K; p = (h + 2 pad - r) / stride + 1 */
     const ckca__norm *norm; /* what the input goes through on its way in, before the border of zeros; NULL: nothing */
-    int half_x, half;       /* the input is half; the output (where ops take but one of them into account, both are) */
+    int half_x, half;       /* the input is half; the output is (poolings: both, and half says so) */
     void *ready;            /* see ckca__op_ready; or NULL */
 } ckca__conv;
 

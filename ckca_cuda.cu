@@ -14,7 +14,7 @@
        CONTEXT        stream, cuBLAS handle, errors that wait to be reported, launching
        MEMORY         device memory, copies, stages for what comes in a stream, recorded work (CUDA graphs)
        INSTRUCTIONS   what C++ has no name for: tensor cores, copies under way, roundings; and values of either kind
-       GEMM           the one kernel behind the three passes of every convolution larger than 1 x 1
+       GEMM           the one kernel behind the three passes of every convolution but plain 1 x 1
        CONVOLUTION    the ops that choose it, or cuBLAS
        CHANNELS       sums over all pixels: batch norm, bias gradients
        ELEMENTS       element-wise ops, pooling, gathering
@@ -1513,7 +1513,10 @@ static int ckca__conv_fits(ckca_context *ctx, const ckca__conv *s) {
     if ((double)s->n * s->h * s->w < most && (double)s->n * s->p * s->q < most && lines * (s->s + 1.0) * s->c < most &&
         lines * (s->s + 1.0) * s->k < most && lines * s->w * s->c < most && lines * s->q * s->k < most)
         return 1;
-    return ckca__cuda_note(ckca__cuda_of(ctx), "convolution", "more than 2^31 pixels, or values in a window's reach");
+    char what[200];
+    snprintf(what, sizeof what, "%d x %d x %d x %d by %d x %d x %d: 2^31 pixels, or values in a window's reach", s->n,
+             s->h, s->w, s->c, s->k, s->r, s->s);
+    return ckca__cuda_note(ckca__cuda_of(ctx), "convolution", what);
 }
 
 template <int PRECISION, int PASS, int WHOLE>

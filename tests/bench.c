@@ -158,7 +158,7 @@ static void infer(ckca_context *ctx, ckca_model *model, int batch, int size, clo
    in training 7 times counting its gradient and momentum. */
 static void cost(const ckca_model *m, int batch, int training, double *gflop, double *mbyte) {
     ckca_model_info info;
-    double macs = 0, outputs = 0; /* in bytes */
+    double macs = 0, bytes = 0; /* bytes: of outputs */
     int i;
     ckca_model_info_get(m, &info);
     for (i = 0; i < m->nodes; i++) {
@@ -167,10 +167,10 @@ static void cost(const ckca_model *m, int batch, int training, double *gflop, do
         if (node->kind == CKCA__LINEAR) macs += values * in->h * in->w * in->c;
         if (node->kind != CKCA__CONV) continue;
         macs += values * node->kernel * node->kernel * in->c;
-        outputs += values * (node->half ? 2 : 4);
+        bytes += values * (node->half ? 2 : 4);
     }
     *gflop += 2e-9 * macs * batch * (training ? 3 : 1);
-    *mbyte += 1e-6 * (outputs * batch * (training ? 4 : 2) + 4.0 * (double)info.parameters * (training ? 7 : 1));
+    *mbyte += 1e-6 * (bytes * batch * (training ? 4 : 2) + 4.0 * (double)info.parameters * (training ? 7 : 1));
 }
 
 /* ---- what the machine can do ---- */

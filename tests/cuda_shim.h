@@ -4,7 +4,8 @@
 
    Blocks run one after the other. A block's threads are fibres: one runs until it waits at a barrier (or for its warp),
    then another, of the same warp if it can. Tensor-core instructions are functions that take and give the fragments of
-   PTX's documentation, cuBLAS's call is three loops. Slow, for small shapes.
+   PTX's documentation, cuBLAS's call is three loops; copies to shared memory (cp.async) happen when they are waited for.
+   Slow, for small shapes.
 
    It is stricter than a GPU where that finds mistakes: device memory cannot be touched by the host (outside of kernels
    and copies its pages are closed), starts as NaN and has closed pages or NaN around it; pointers among a kernel's

@@ -1,8 +1,9 @@
 /* test_cuda.c: what only the GPU path has. Without CKCA_CUDA: that it is refused in words. With it, on a device or on
    the shim: TF32 and BF16 convolutions against the naive twins on factors that these formats hold exactly, so that
-   nothing but the order of sums may differ; recorded steps against steps that run as they come; ops that no other test
-   calls; training on pictures that come in a stream. On the shim also: every call of CUDA failing in turn; device memory
-   running out; no waiting inside an epoch; streams that run behind, each for itself. */
+   nothing but the order of sums may differ; ops and networks whose maps are bfloat16 against float32; recorded steps
+   against steps that run as they come; ops that no other test calls; training on pictures that come in a stream. On the
+   shim also: every call of CUDA failing in turn; device memory running out; no waiting inside an epoch; streams that run
+   behind, each for itself. */
 #define CKCA_IMPLEMENTATION
 #include "ckca.h"
 #include "test.h"

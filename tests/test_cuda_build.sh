@@ -42,6 +42,9 @@ check "a kernel has ${frame:-an unknown number of} bytes in local memory ($dir/l
 for program in $dir/build/incremental $dir/build/train $dir/build/bench $dir/build/tests/test_ops; do
     check "$program does not exist" [ -x $program ]
 done
+for program in train update incremental; do
+    check "$program takes no --precision" sh -c "$dir/build/$program --help | grep -q -- --precision"
+done
 if [ ! -e /dev/nvidia0 ]; then
     said=$(cd $dir && build/train --data nowhere 2>&1)
     check "without a GPU build/train says: $said" sh -c "[ $? -ne 0 ] && echo \"$said\" | grep -q CUDA"
