@@ -1,4 +1,5 @@
-/* ckca.h - v0.1.0 - keeps an image classifier learning while data keeps arriving. MIT or public domain, your choice.
+/* ckca.h - v0.1.0 - keeps an image classifier learning while data keeps arriving. MIT or public domain, your choice:
+   both licences stand at the end of this file.
 
    Each new batch of labelled pictures improves the checkpoint you have, at a fixed cost in time and storage, without
    the old pictures. ResNets (or networks of your own), their training, loaders for pictures, and checkpoints that
@@ -19,7 +20,7 @@
            ckca_model *model = NULL;
            ckca_data *pictures = NULL;
            ckca_data_desc fit;
-           if (ckca_init(&ctx, NULL)) return 1;
+           if (ckca_init(&ctx, NULL)) goto failed;
            if (ckca_load(ctx, &model, "model.safetensors")) goto failed;
            fit = ckca_data_like(model);
            if (ckca_open_folder(ctx, &pictures, "new_pictures", &fit)) goto failed;
@@ -62,10 +63,10 @@
    THE METHOD
        CKCA (Knowledge Consolidation and Acquisition): "Step Out and Seek Around: On Warm-Start Training with
        Incremental Data", Shen, Yin, Molchanov, Mao, Alvarez 2024, arXiv 2406.04484. Data arrives in chunks; classes
-       and architecture stay. Step 1 trains from scratch. Every later step starts from the last checkpoint with a
-       fresh learning-rate schedule, so that the weights leave the point they had converged to, while two terms keep
-       what the checkpoint (the teacher, frozen, with running batch-norm statistics) knew and let the new data correct
-       it:
+       and architecture stay. The first update trains from scratch. Every later one starts from the last checkpoint
+       with a fresh learning-rate schedule, so that the weights leave the point they had converged to, while two terms
+       keep what the checkpoint (the teacher, frozen, with running batch-norm statistics) knew and let the new data
+       correct it:
 
            loss = cross-entropy + w_kd AdaKD + w_feat FeatReg
            AdaKD   = T^2 mean_i a_i KL(softmax(zo_i / T) || softmax(z_i / T))      z, zo: student's, teacher's logits
@@ -78,15 +79,18 @@
    DEFINITIONS
        picture    height x width x channels bytes, row by row, channels innermost (NHWC), as stb_image gives them
        N, K, D    pictures in a batch, classes (or output channels), features
-       step       one SGD update; epoch: one pass over a chunk; update: one whole time step, one call of ckca_update
-       chunk      the pictures of one time step
+       update     one call of ckca_update: the paper's time step. What is called step in ckca_model_info, ckca_report,
+                  ckca_progress and a checkpoint's ckca.step counts updates
+       SGD step   one batch forward, backward and into the weights; epoch: one pass over a chunk
+       chunk      the pictures of one update
        logits     the network's K outputs before the softmax; features: the input of the layer that makes them
        student    the network in training; teacher: the checkpoint it started from
        Tensors are float32 (but see CKCA_BF16). Files and ckca_tensor_* have PyTorch's orders (convolutions K x C x R
        x S); inside it is K x R x S x C. A linear layer on a map larger than 1 x 1 takes it in NHWC order.
 
    OWNERSHIP AND THREADS
-       You free what you create (ckca_*_free; NULL is allowed), data and models before their context. Strings,
+       You free what you create (ckca_*_free; NULL is allowed), data and models before their context. A call that
+       creates writes your pointer when it succeeds and leaves it alone when it fails, so begin with NULL. Strings,
        descriptors and arrays you hand in are copied or not needed after the call; what a call says is owned by the
        library stays valid while its owner lives. A context, and all that hangs on it, belongs to one thread at a
        time; contexts do not share anything. Inside, a context has ckca_desc.threads - 1 threads of its own, created
@@ -96,14 +100,17 @@
 
    ERRORS
        Every call that can fail returns a ckca_status, and ckca_error(ctx) then holds one sentence with the real names
-       and numbers in it. Nothing is printed, nothing exits. After a failure the objects are as they were before the
-       call. (What a GPU refuses is found when it is next waited for: CKCA_ECUDA, with the CUDA call's name.)
+       and numbers in it. Nothing is printed, nothing exits. After a failure the objects, and the pointers that were to
+       receive new ones, are as they were before the call. A call on an object that is NULL has no context to leave a
+       sentence in: CKCA_EINVAL is all it says. (What a GPU refuses is found when it is next waited for: CKCA_ECUDA,
+       with the CUDA call's name.)
        Files may be hostile: lengths are checked before they are used, and what is truncated or corrupt is refused.
        Files are written beside their place and renamed over it: at any moment the old or the new one is there.
 
    ZERO MEANS DEFAULT
        memset a descriptor to 0 (or = {0}) and set what you care about. Where the default is not nothing and you want
-       nothing, set the field to CKCA_OFF.
+       nothing, set the field to CKCA_OFF. Other negative values, NaN and infinity are refused. What zeros stand for in
+       an update, ckca_update_defaults says.
 
    FILE FORMATS
        Checkpoints are safetensors with torchvision's parameter names; safetensors.torch.load_file and load_state_dict
@@ -183,11 +190,13 @@ typedef struct ckca_desc {
     void *user; /* handed to alloc and release */
 } ckca_desc;
 
-/* Creates a context. desc may be NULL. On failure *ctx is NULL (CKCA_ECUDA: no usable GPU). */
+/* Creates a context. desc may be NULL. After a failure (CKCA_ECUDA: no usable GPU) *ctx can be asked for ckca_error and
+   be freed, no more: every other call refuses it. Where there was no memory for even that, *ctx is NULL. */
 CKCA_API ckca_status ckca_init(ckca_context **ctx, const ckca_desc *desc);
 /* Frees a context; free its models and data first. NULL is allowed, here and in every ckca_*_free. */
 CKCA_API void ckca_free(ckca_context *ctx);
-/* The last failure in one sentence, "" if there was none. Owned by the context, valid until its next failing call. */
+/* The last failure in one sentence, "" if there was none. Owned by the context, valid until its next failing call. ctx
+   may be NULL: the sentence then says that there is no context. */
 CKCA_API const char *ckca_error(const ckca_context *ctx);
 /* "ok", "bad argument", ... for any status. */
 CKCA_API const char *ckca_status_name(ckca_status status);
@@ -233,8 +242,9 @@ CKCA_API ckca_status ckca_open_cifar100(ckca_context *ctx, ckca_data **data, con
 CKCA_API ckca_status ckca_open_idx(ckca_context *ctx, ckca_data **data, const char *dir, ckca_part part,
                                    const ckca_data_desc *desc);
 #endif
-/* Pictures of your own: pixels is count x height x width x channels bytes, labels is count ints below classes. Both are
-   copied. names: classes strings, or NULL for "0", "1", ... desc as above (its classes are not used). */
+/* Pictures of your own: pixels is count x height x width x channels bytes (channels: 1 or 3), labels is count ints from
+   0 to classes - 1, class_names is classes strings, or NULL for "0", "1", ... All are copied. desc as above, or NULL;
+   its classes and class_names are not used. */
 typedef struct ckca_array {
     const unsigned char *pixels;
     const int *labels;
@@ -250,7 +260,9 @@ CKCA_API ckca_status ckca_read_picture(ckca_context *ctx, const char *path, cons
                                        unsigned char *out);
 #endif
 
-/* Cuts data into n random disjoint parts of equal size (they differ by at most one where desc->size is 0). */
+/* Cuts data into n random disjoint parts of equal size (they differ by at most one where desc->size is 0). parts is an
+   array of yours with room for n; each part is a view, to be freed with ckca_data_free like any other. desc may be
+   NULL. */
 typedef struct ckca_split_desc {
     int size;       /* pictures in each part; 0: all there are, divided by n */
     int stratified; /* 1: every part has the whole set's class proportions, to within a picture per class */
@@ -260,9 +272,10 @@ CKCA_API ckca_status ckca_split(const ckca_data *data, int n, const ckca_split_d
 /* The pictures of n sets as one; they must agree in shape and classes. Views of one store share it, others are
    copied. */
 CKCA_API ckca_status ckca_join(ckca_data **joined, ckca_data *const *parts, int n);
-/* A view of the pictures at index[0..n). */
+/* A view of the pictures at index[0..n), each from 0 to count - 1; one may be there several times. */
 CKCA_API ckca_status ckca_subset(ckca_data **subset, const ckca_data *data, const int *index, int n);
 
+/* All zeros where data is NULL. */
 CKCA_API void ckca_data_info_get(const ckca_data *data, ckca_data_info *info);
 CKCA_API int ckca_label(const ckca_data *data, int i);                   /* -1 if there is no picture i */
 CKCA_API const unsigned char *ckca_pixels(const ckca_data *data, int i); /* height x width x channels, or NULL */
@@ -289,8 +302,9 @@ typedef struct ckca_model_desc {
 CKCA_API ckca_status ckca_resnet(ckca_context *ctx, ckca_model **model, const char *arch, const ckca_model_desc *desc);
 
 /* A network of your own: create, add nodes, finish. Each call returns its node, to be handed to the next; a failing
-   one returns -1, which later calls pass on, and ckca_model_finish reports the first failure. Names are the prefixes
-   of the parameters' names ("conv1" gives "conv1.weight"); copied. */
+   one returns -1 and leaves its sentence in ckca_error, later calls pass the -1 on, and ckca_model_finish reports the
+   first failure once more (the model can then only be freed). A finished model takes no more nodes. Names are the
+   prefixes of the parameters' names ("conv1" gives "conv1.weight"); copied. */
 typedef struct ckca_conv_desc {
     int out, kernel, stride, pad; /* out channels; kernel 0: 3; stride 0: 1; pad as given */
     int bias;                     /* 1: with a bias */
@@ -307,7 +321,8 @@ CKCA_API int ckca_subsample(ckca_model *model, int input, int stride, int out); 
                                                                                    in front and behind to out channels */
 CKCA_API int ckca_linear(ckca_model *model, const char *name, int input, int out); /* input flattened: H x W x C */
 CKCA_API int ckca_stage(ckca_model *model, int input); /* marks a map for FeatReg's STAGES; returns input */
-/* logits is the output (N x 1 x 1 x classes, of a linear node); its input are the pooled features. */
+/* logits is the output (N x 1 x 1 x classes, of a linear node); its input are the pooled features. Draws the initial
+   weights. All calls below need a finished model. */
 CKCA_API ckca_status ckca_model_finish(ckca_model *model, int logits);
 CKCA_API void ckca_model_free(ckca_model *model);
 /* A second finished model of the same context: the same graph, weights, names and time step; gradients and momentum
@@ -319,10 +334,11 @@ typedef struct ckca_model_info {
     int height, width, channels, classes, features;
     const char *const *class_names; /* NULL before the first training where none were given */
     const float *mean, *std;        /* channels values; NULL likewise */
-    int step;                       /* updates done: 0 for a fresh network */
+    int step;                       /* updates done, see ckca_update: 0 for a fresh network */
     int64_t parameters;             /* trainable values */
     int nodes, logits;              /* nodes of the graph; the logits' node */
 } ckca_model_info;
+/* All zeros where model is NULL; features and logits are 0 until it is finished. */
 CKCA_API void ckca_model_info_get(const ckca_model *model, ckca_model_info *info);
 /* A data descriptor that fits the model: its size, channels and classes (names owned by the model). */
 CKCA_API ckca_data_desc ckca_data_like(const ckca_model *model);
@@ -334,9 +350,10 @@ typedef struct ckca_bytes {
 } ckca_bytes;
 CKCA_API ckca_status ckca_model_bytes(const ckca_model *model, int batch, int training, ckca_bytes *bytes);
 
-/* Parameters and buffers by index or name, in PyTorch's order (convolution K x C x R x S, linear K x D). */
+/* Parameters and buffers by index or name, in PyTorch's order (convolution K x C x R x S, linear K x D). Before the
+   model is finished there are none. Gradients and momentum are there from the first training forward on. */
 typedef struct ckca_tensor {
-    const char *name;
+    const char *name; /* owned by the model */
     int dims, shape[4];
     int64_t count;
     int trainable; /* 0: running_mean, running_var */
@@ -350,12 +367,13 @@ CKCA_API ckca_status ckca_tensor_write(ckca_model *model, int i, ckca_slot slot,
 
 /* A training step in your own hands: forward, a loss of your own, backward, sgd. Host memory throughout. */
 CKCA_API ckca_status ckca_forward(ckca_model *model, const float *pictures, int n, int training); /* N x H x W x C */
+/* Of a node's output, per picture; the model need not be finished. Any of the three pointers may be NULL. */
 CKCA_API ckca_status ckca_node_shape(const ckca_model *model, int node, int *height, int *width, int *channels);
 /* The output of a node in the last forward. In training every node can be read except those fused into a later one
    (a batch norm or add that only a ReLU reads); in evaluation the logits and the features only. */
 CKCA_API ckca_status ckca_node_read(ckca_model *model, int node, float *out);
-/* Gradients of the last training forward, added to the parameters' gradients. dlogits is N x classes, dfeatures
-   N x features or NULL. */
+/* Gradients of the last call, a training forward, added to the parameters' gradients. dlogits is N x classes, dfeatures
+   N x features or NULL. A forward serves one backward, which overwrites its outputs. */
 CKCA_API ckca_status ckca_backward(ckca_model *model, const float *dlogits, const float *dfeatures);
 CKCA_API ckca_status ckca_zero_gradients(ckca_model *model);
 
@@ -366,7 +384,8 @@ typedef struct ckca_sgd_desc {
     int plain;          /* 1: no Nesterov */
     float clip_norm;    /* 0: off. Else the global gradient norm is scaled down to this */
 } ckca_sgd_desc;
-/* v = m v + g + wd w; w -= lr (g + wd w + m v) with Nesterov, w -= lr v without (PyTorch's SGD). */
+/* v = m v + g + wd w; w -= lr (g + wd w + m v) with Nesterov, w -= lr v without (PyTorch's SGD). The gradients stay:
+   ckca_zero_gradients before the next backward. */
 CKCA_API ckca_status ckca_sgd(ckca_model *model, const ckca_sgd_desc *desc);
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -427,7 +446,8 @@ typedef struct ckca_update_desc {
     float w_feat;              /* 0: 1 (with STAGES: none where the networks have no stages alike to compare) */
     float temperature;         /* 0: 2 */
     float shrink, perturb;     /* 0: 0.4 and 0.1 */
-    const ckca_model *teacher; /* NULL: the model itself as it came; else any with the same classes */
+    const ckca_model *teacher; /* NULL: the model itself as it came; else any of the same context and input with as many
+                                  classes. Only read: a copy of it does the work */
     /* the training */
     int epochs, batch; /* 0: 40 and 64 */
     float lr;          /* 0: 0.1, the peak */
@@ -437,7 +457,7 @@ typedef struct ckca_update_desc {
     float step_factor;   /* 0: 0.1 */
     float momentum, weight_decay, clip_norm; /* as ckca_sgd_desc */
     int plain;
-    float label_smoothing;
+    float label_smoothing; /* 0 to 1; 0: none */
     ckca_augment augment;
     uint64_t seed; /* of order and augmentation (and of SCRATCH's and SHRINK_PERTURB's fresh weights) */
     /* files and reports */
@@ -450,33 +470,41 @@ typedef struct ckca_update_desc {
 } ckca_update_desc;
 
 typedef struct ckca_report {
-    int step; /* the model's time step now */
-    int sgd_steps;
+    int step;      /* the model's updates now, this one among them if it succeeded */
+    int sgd_steps; /* of this update */
     double loss, kd, feat, accuracy; /* means over the last epoch */
     double teacher_accuracy;         /* the old checkpoint's on the new pictures; -1 where there was none */
     double seconds;
 } ckca_report;
 
-/* One time step: freezes the teacher, starts as desc->method says, trains on data, raises the model's step by one. The
+/* One update: freezes the teacher, starts as desc->method says, trains on data, raises the model's step by one. The
    first update of a fresh model is plain training whatever the method. After a failure the model is as it was before
-   the call (CKCA_ESTOP: as far as it came). desc and report may be NULL. */
+   the call, its gradients and momentum too (CKCA_ESTOP: as far as it came). desc and report may be NULL. */
 CKCA_API ckca_status ckca_update(ckca_model *model, const ckca_data *data, const ckca_update_desc *desc,
                                  ckca_report *report);
+
+/* Replaces the fields of desc that are 0 by what ckca_update would take for them with this model and data, so that a
+   program can say what will run; the update of the result is the same. A term that will not be there gets CKCA_OFF.
+   desc is as it was where ckca_update would refuse one of its values. */
+CKCA_API ckca_status ckca_update_defaults(const ckca_model *model, const ckca_data *data, ckca_update_desc *desc);
 
 typedef struct ckca_score {
     int count;
     double top1, top5, loss; /* fractions; mean cross-entropy */
 } ckca_score;
-/* Evaluates with running statistics. per_class: classes top-1 fractions (-1 where no picture), or NULL. */
+/* Evaluates with running statistics. score may be NULL. per_class: classes top-1 fractions (-1 where no picture), or
+   NULL. A model without class names, mean or std takes them from data, as in ckca_update. */
 CKCA_API ckca_status ckca_evaluate(ckca_model *model, const ckca_data *data, ckca_score *score, float *per_class);
-/* Class probabilities of n pictures of bytes (n x height x width x channels); out is n x classes. */
+/* Class probabilities of n pictures of bytes (n x height x width x channels); out is n x classes. The model's mean and
+   std must be known: given, loaded, or measured by an update. */
 CKCA_API ckca_status ckca_predict(ckca_model *model, const unsigned char *pixels, int n, float *out);
 /* A batch as the network takes it: pictures index[0..n) of data, augmented (augment may be NULL) and normalised, into
-   pictures (N x H x W x C), their labels into labels (may be NULL). */
+   pictures (N x H x W x C), their labels into labels (may be NULL). Takes names, mean and std as ckca_evaluate does. */
 CKCA_API ckca_status ckca_get_batch(ckca_model *model, const ckca_data *data, const int *index, int n,
                                     const ckca_augment *augment, uint64_t seed, int epoch, float *pictures,
                                     int *labels);
-/* A random permutation of 0..n-1: a pure function of seed and epoch. ckca_update visits pictures in this order. */
+/* A random permutation of 0..n-1 into order (n ints): a pure function of seed and epoch. ckca_update visits pictures in
+   this order. */
 CKCA_API void ckca_shuffle(uint64_t seed, int epoch, int n, int *order);
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -548,6 +576,7 @@ enum { CKCA__DEVICE_IS_HOST = 1 };
 #endif
 
 #define CKCA__ALIGN 64
+enum { CKCA__CLASSES_MAX = 1000000 };
 
 struct ckca_context {
     int threads;
@@ -560,6 +589,7 @@ struct ckca_context {
     void *(*alloc)(size_t bytes, void *user);
     void (*release)(void *memory, size_t bytes, void *user);
     void *user;
+    ckca_status failed; /* of ckca_init: not CKCA_OK: error says why, and nothing else may be asked for */
     char device[64];
     char error[512];
 };
@@ -622,7 +652,7 @@ typedef struct ckca__conv {
     void *ready;            /* see ckca__op_ready; or NULL */
 } ckca__conv;
 
-/* The device behind a new context, and its end. */
+/* The device behind a new context (a failure's sentence goes to ctx->error), and its end. */
 CKCA__OP ckca_status ckca__device_init(ckca_context *ctx);
 CKCA__OP void ckca__device_free(ckca_context *ctx);
 /* Ops return nothing: the first call that the GPU refused waits here, to be reported once: CKCA_ECUDA with its name and
@@ -1062,7 +1092,40 @@ static ckca_status ckca__fail(ckca_context *ctx, ckca_status status, const char 
     return status;
 }
 
-CKCA_API const char *ckca_error(const ckca_context *ctx) { return ctx ? ctx->error : "no context"; }
+CKCA_API const char *ckca_error(const ckca_context *ctx) {
+    return ctx ? ctx->error : "there is no context: ckca_init was not called, or had no memory for one";
+}
+
+/* A number of a descriptor and the values that it may have. */
+typedef struct ckca__bound {
+    const char *name;
+    double value, least, most;
+    int off; /* 1: CKCA_OFF is one of them */
+} ckca__bound;
+
+/* 1: one of count values is out of its bounds (or no number); text says which, and what it may be. */
+static int ckca__out_of_bounds(const ckca__bound *b, int count, char *text, size_t room) {
+    for (; count > 0; count--, b++) {
+        if ((b->value >= b->least && b->value <= b->most) || (b->off && b->value == (double)CKCA_OFF)) continue;
+        snprintf(text, room, "%s is %.9g, it may be %.10g to %.10g%s", b->name,
+                 b->value == b->value ? b->value : fabs(b->value), b->least, b->most, b->off ? ", or CKCA_OFF" : "");
+        return 1;
+    }
+    return 0;
+}
+
+static ckca_status ckca__check_bounds(ckca_context *ctx, const char *call, const ckca__bound *b, int count) {
+    char text[160];
+    if (!ckca__out_of_bounds(b, count, text, sizeof text)) return CKCA_OK;
+    return ckca__fail(ctx, CKCA_EINVAL, "%s: %s", call, text);
+}
+
+static ckca_status ckca__null(ckca_context *ctx, const char *call, const char *argument) {
+    return ckca__fail(ctx, CKCA_EINVAL, "%s: %s is NULL", call, argument);
+}
+
+/* 1: not NULL, and ckca_init made it. */
+static int ckca__usable(const ckca_context *ctx) { return ctx && !ctx->failed; }
 
 CKCA_API const char *ckca_status_name(ckca_status status) {
     static const char *const name[] = {
@@ -1128,19 +1191,36 @@ static size_t ckca__context_bytes(int threads) {
 
 CKCA_API ckca_status ckca_init(ckca_context **out, const ckca_desc *desc) {
     static const char *const isa_name[] = {"best", "plain", "base", "avx2", "avx512"};
+    const ckca_isa best = ckca__best_isa();
+    ckca__bound bounds[4] = {{"threads", 0, 0, 4096, 0},
+                             {"isa", 0, 0, CKCA_ISA_AVX512, 0},
+                             {"direct", 0, 0, 1, 0},
+                             {"precision", 0, 0, CKCA_BF16, 0}};
     ckca_desc none;
     ckca_context *ctx;
-    ckca_status status;
+    char reason[160] = "";
     int threads;
     if (!out) return CKCA_EINVAL;
     *out = NULL;
     memset(&none, 0, sizeof none);
     if (!desc) desc = &none;
-    if (desc->threads < 0 || desc->threads > 4096 || (unsigned)desc->isa > CKCA_ISA_AVX512 ||
-        (unsigned)desc->precision > (CKCA__DEVICE_IS_HOST ? CKCA_FLOAT32 : CKCA_BF16) || !desc->alloc != !desc->release)
-        return CKCA_EINVAL;
-    if (desc->isa > CKCA_ISA_PLAIN && desc->isa > ckca__best_isa()) return CKCA_EINVAL;
-    threads = desc->threads ? desc->threads : ckca__processors();
+    bounds[0].value = desc->threads;
+    bounds[1].value = (int)desc->isa;
+    bounds[2].value = desc->direct;
+    bounds[3].value = (int)desc->precision;
+    if (!desc->alloc != !desc->release)
+        snprintf(reason, sizeof reason, "%s is NULL: alloc and release come together, or neither",
+                 desc->alloc ? "release" : "alloc");
+    else if (!ckca__out_of_bounds(bounds, 4, reason, sizeof reason)) {
+        if (desc->isa > CKCA_ISA_PLAIN && desc->isa > best)
+            snprintf(reason, sizeof reason, "isa is %s, the best of this processor and this build is %s",
+                     isa_name[desc->isa], isa_name[best]);
+        else if (CKCA__DEVICE_IS_HOST && desc->precision)
+            snprintf(reason, sizeof reason, "precision is %s, which a GPU has alone: this is built without CKCA_CUDA",
+                     desc->precision == CKCA_TF32 ? "CKCA_TF32" : "CKCA_BF16");
+    }
+    if (*reason) desc = &none; /* what is unusable is not used */
+    threads = *reason ? 1 : desc->threads ? desc->threads : ckca__processors();
 #ifndef CKCA__THREADS
     threads = 1;
 #endif
@@ -1148,7 +1228,9 @@ CKCA_API ckca_status ckca_init(ckca_context **out, const ckca_desc *desc) {
                                        : malloc(ckca__context_bytes(threads)));
     if (!ctx) return CKCA_ENOMEM;
     memset(ctx, 0, ckca__context_bytes(threads));
+    *out = ctx;
     ctx->threads = threads;
+    if (*reason) return ctx->failed = ckca__fail(ctx, CKCA_EINVAL, "ckca_init: %s", reason);
 #ifdef CKCA__THREADS
     if (threads > 1) {
         ctx->pool = (ckca__pool *)(ctx + 1);
@@ -1159,13 +1241,11 @@ CKCA_API ckca_status ckca_init(ckca_context **out, const ckca_desc *desc) {
     ctx->alloc = desc->alloc;
     ctx->release = desc->release;
     ctx->user = desc->user;
-    ctx->isa = desc->isa ? desc->isa : ckca__best_isa();
+    ctx->isa = desc->isa ? desc->isa : best;
     ctx->direct = desc->direct;
     ctx->precision = desc->precision;
     snprintf(ctx->device, sizeof ctx->device, "host %s x%d", isa_name[ctx->isa], ctx->threads);
-    if (!(status = ckca__device_init(ctx))) *out = ctx;
-    else ckca_free(ctx);
-    return status;
+    return ctx->failed = ckca__device_init(ctx);
 }
 
 CKCA_API void ckca_free(ckca_context *ctx) {
@@ -4964,14 +5044,22 @@ enum { CKCA__EVALUATE = 0, CKCA__TRAIN = 1, CKCA__STAGES = 2, CKCA__READABLE = 4
 
 static int ckca__broken(ckca_model *m, ckca_status status, const char *format, ...) CKCA__PRINTF(3, 4);
 static int ckca__broken(ckca_model *m, ckca_status status, const char *format, ...) {
-    if (!m->failed) {
-        va_list args;
-        va_start(args, format);
-        vsnprintf(m->failure, sizeof m->failure, format, args);
-        va_end(args);
+    char sentence[sizeof m->failure];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(sentence, sizeof sentence, format, args);
+    va_end(args);
+    if (!m->failed && !m->finished) { /* a finished model stays what it is */
+        memcpy(m->failure, sentence, sizeof sentence);
         m->failed = status;
     }
+    ckca__fail(m->ctx, status, "%s", sentence);
     return -1;
+}
+
+static ckca_status ckca__check_finished(const ckca_model *m, const char *call) {
+    if (m->finished) return CKCA_OK;
+    return ckca__fail(m->ctx, CKCA_EINVAL, "%s: the model is not finished (ckca_model_finish)", call);
 }
 
 /* A new node that reads a (and b), its shape and fields still to be set; NULL after a failure. */
@@ -4982,13 +5070,13 @@ static ckca__node *ckca__add_node(ckca_model *m, ckca__kind kind, const char *na
     in[1] = b;
     if (!m || m->failed) return NULL;
     if (m->finished) {
-        ckca__broken(m, CKCA_EINVAL, "%s: the model is finished", ckca__kind_name[kind]);
+        ckca__broken(m, CKCA_EINVAL, "%s: the model is finished, no node can be added", ckca__kind_name[kind]);
         return NULL;
     }
     for (i = 0; i < inputs; i++) {
         if (in[i] < 0 || in[i] >= m->nodes) {
-            ckca__broken(m, CKCA_EINVAL, "%s %s: there is no node %d (nodes are 0 to %d)", ckca__kind_name[kind],
-                         name ? name : "", in[i], m->nodes - 1);
+            ckca__broken(m, CKCA_EINVAL, "%s %.70s: there is no node %d (%s are 0 to %d)", ckca__kind_name[kind],
+                         name ? name : "", in[i], m->nodes ? "nodes" : "ckca_input is the first: nodes", m->nodes - 1);
             return NULL;
         }
     }
@@ -5071,7 +5159,7 @@ static ckca__parameter *ckca__add_parameter(ckca_model *m, const char *suffix, c
 
 CKCA_API int ckca_input(ckca_model *m) {
     ckca__node *node;
-    if (m && m->nodes && !m->failed)
+    if (m && m->nodes && !m->failed && !m->finished)
         return ckca__broken(m, CKCA_EINVAL, "input: it is the first node, and there is one");
     node = ckca__add_node(m, CKCA__INPUT, NULL, -1, -1, 0);
     if (!node) return -1;
@@ -5089,6 +5177,12 @@ static int ckca__window(int length, int kernel, int stride, int pad) {
 
 CKCA_API int ckca_conv(ckca_model *m, const char *name, int input, ckca_conv_desc desc) {
     ckca__node *node = ckca__add_node(m, CKCA__CONV, name ? name : "", input, -1, 1);
+    ckca__bound bounds[5] = {{"out", 0, 1, INT_MAX, 0},
+                             {"kernel", 0, 0, 255, 0},
+                             {"stride", 0, 0, 255, 0},
+                             {"pad", 0, 0, 0, 0}, /* the kernel less one */
+                             {"bias", 0, 0, 1, 0}};
+    char text[160];
     const ckca__node *x;
     if (!node) return -1;
     x = &m->node[input];
@@ -5096,12 +5190,14 @@ CKCA_API int ckca_conv(ckca_model *m, const char *name, int input, ckca_conv_des
     node->stride = desc.stride ? desc.stride : 1;
     node->pad = desc.pad;
     node->bias = !!desc.bias;
-    if (desc.out < 1 || node->kernel < 1 || node->kernel > 255 || node->stride < 1 || node->stride > 255 ||
-        node->pad < 0 || node->pad >= node->kernel)
-        return ckca__broken(m, CKCA_EINVAL,
-                            "conv %s: out %d, kernel %d, stride %d, pad %d: out, kernel and stride are "
-                            "1 or more, pad 0 to kernel - 1",
-                            name, desc.out, node->kernel, node->stride, node->pad);
+    bounds[0].value = desc.out;
+    bounds[1].value = desc.kernel;
+    bounds[2].value = desc.stride;
+    bounds[3].value = desc.pad;
+    bounds[3].most = node->kernel - 1;
+    bounds[4].value = desc.bias;
+    if (ckca__out_of_bounds(bounds, 5, text, sizeof text))
+        return ckca__broken(m, CKCA_EINVAL, "conv %s: %s", name, text);
     node->h = ckca__window(x->h, node->kernel, node->stride, node->pad);
     node->w = ckca__window(x->w, node->kernel, node->stride, node->pad);
     node->c = desc.out;
@@ -5154,14 +5250,16 @@ CKCA_API int ckca_add(ckca_model *m, int a, int b) {
 
 CKCA_API int ckca_maxpool(ckca_model *m, int input, int kernel, int stride, int pad) {
     ckca__node *node = ckca__add_node(m, CKCA__MAXPOOL, NULL, input, -1, 1);
+    ckca__bound bounds[3] = {{"kernel", 0, 1, 15, 0}, {"stride", 0, 1, 255, 0}, {"pad", 0, 0, 0, 0}};
+    char text[160];
     const ckca__node *x;
     if (!node) return -1;
     x = &m->node[input];
-    if (kernel < 1 || kernel > 15 || stride < 1 || stride > 255 || pad < 0 || pad > kernel / 2)
-        return ckca__broken(m, CKCA_EINVAL,
-                            "maxpool: kernel %d, stride %d, pad %d: the kernel is 1 to 15, pad at most half "
-                            "of it",
-                            kernel, stride, pad);
+    bounds[0].value = kernel;
+    bounds[1].value = stride;
+    bounds[2].value = pad;
+    bounds[2].most = kernel / 2;
+    if (ckca__out_of_bounds(bounds, 3, text, sizeof text)) return ckca__broken(m, CKCA_EINVAL, "maxpool: %s", text);
     node->kernel = kernel;
     node->stride = stride;
     node->pad = pad;
@@ -5184,14 +5282,15 @@ CKCA_API int ckca_avgpool(ckca_model *m, int input) {
 
 CKCA_API int ckca_subsample(ckca_model *m, int input, int stride, int out) {
     ckca__node *node = ckca__add_node(m, CKCA__SUBSAMPLE, NULL, input, -1, 1);
+    ckca__bound bounds[2] = {{"stride", 0, 1, 255, 0}, {"out", 0, 0, INT_MAX, 0}};
+    char text[160];
     const ckca__node *x;
     if (!node) return -1;
     x = &m->node[input];
-    if (stride < 1 || stride > 255 || out < x->c)
-        return ckca__broken(m, CKCA_EINVAL,
-                            "subsample: stride %d, %d channels out of %d: the stride is 1 or more, channels "
-                            "are only added",
-                            stride, out, x->c);
+    bounds[0].value = stride;
+    bounds[1].value = out;
+    bounds[1].least = x->c; /* channels are only added */
+    if (ckca__out_of_bounds(bounds, 2, text, sizeof text)) return ckca__broken(m, CKCA_EINVAL, "subsample: %s", text);
     node->kernel = 1;
     node->stride = stride;
     node->h = (x->h - 1) / stride + 1;
@@ -5205,7 +5304,8 @@ CKCA_API int ckca_linear(ckca_model *m, const char *name, int input, int out) {
     const ckca__node *x;
     if (!node) return -1;
     x = &m->node[input];
-    if (out < 1) return ckca__broken(m, CKCA_EINVAL, "linear %s: %d outputs", name, out);
+    if (out < 1)
+        return ckca__broken(m, CKCA_EINVAL, "linear %s: out is %d, it may be 1 to %d", name, out, INT_MAX);
     node->h = node->w = 1;
     node->c = out;
     if (!ckca__add_parameter(m, "weight", CKCA__WEIGHT, 2, out, x->h * x->w * x->c, 1, 1) ||
@@ -5216,8 +5316,10 @@ CKCA_API int ckca_linear(ckca_model *m, const char *name, int input, int out) {
 
 CKCA_API int ckca_stage(ckca_model *m, int input) {
     if (!m || m->failed) return -1;
-    if (input < 0 || input >= m->nodes || m->finished)
-        return ckca__broken(m, CKCA_EINVAL, "stage: there is no node %d to mark", input);
+    if (m->finished) return ckca__broken(m, CKCA_EINVAL, "stage: the model is finished, no node can be marked");
+    if (input < 0 || input >= m->nodes)
+        return ckca__broken(m, CKCA_EINVAL, "stage: there is no node %d (%s are 0 to %d)", input,
+                            m->nodes ? "nodes" : "ckca_input is the first: nodes", m->nodes - 1);
     m->node[input].stage = 1;
     return input;
 }
@@ -5244,18 +5346,31 @@ CKCA_API void ckca_model_free(ckca_model *m) {
 }
 
 CKCA_API ckca_status ckca_model_create(ckca_context *ctx, ckca_model **out, const ckca_model_desc *desc) {
+    ckca__bound bounds[7] = {{"height", 0, 0, 65536, 0},
+                             {"width", 0, 0, 65536, 0},
+                             {"channels", 0, 0, 65536, 0},
+                             {"classes", 0, 1, CKCA__CLASSES_MAX, 0},
+                             {"width_base", 0, 0, 4096, 0},
+                             {"projection", 0, 0, 1, 0},
+                             {"zero_residual", 0, 0, 1, 0}};
     ckca_model *m;
+    ckca_status status;
     int i;
-    if (!ctx || !out) return ctx ? ckca__fail(ctx, CKCA_EINVAL, "model: no place for the result") : CKCA_EINVAL;
-    *out = NULL;
-    if (!desc) return ckca__fail(ctx, CKCA_EINVAL, "model: no descriptor");
-    if (desc->classes < 1 || desc->classes > 1000000)
-        return ckca__fail(ctx, CKCA_EINVAL, "model: %d classes (1 to 1000000 can be)", desc->classes);
-    if (desc->height < 0 || desc->height > 65536 || desc->width < 0 || desc->width > 65536 || desc->channels < 0 ||
-        desc->channels > 65536)
-        return ckca__fail(ctx, CKCA_EINVAL, "model: an input of %d x %d x %d (each up to 65536)", desc->height,
-                          desc->width, desc->channels);
-    if (!desc->mean != !desc->std) return ckca__fail(ctx, CKCA_EINVAL, "model: mean and std come together");
+    if (!ckca__usable(ctx)) return CKCA_EINVAL;
+    if (!out || !desc) return ckca__null(ctx, "model", !out ? "model" : "desc");
+    bounds[0].value = desc->height;
+    bounds[1].value = desc->width;
+    bounds[2].value = desc->channels;
+    bounds[3].value = desc->classes;
+    bounds[4].value = desc->width_base;
+    bounds[5].value = desc->projection;
+    bounds[6].value = desc->zero_residual;
+    if ((status = ckca__check_bounds(ctx, "model", bounds, 7))) return status;
+    if (!desc->mean != !desc->std)
+        return ckca__fail(ctx, CKCA_EINVAL, "model: %s is NULL: mean and std come together, or neither",
+                          desc->mean ? "std" : "mean");
+    for (i = 0; desc->class_names && i < desc->classes; i++)
+        if (!desc->class_names[i]) return ckca__fail(ctx, CKCA_EINVAL, "model: class_names[%d] is NULL", i);
     m = (ckca_model *)ckca__alloc(ctx, sizeof *m);
     if (!m) return ckca__fail(ctx, CKCA_ENOMEM, "out of memory for a model");
     m->ctx = ctx;
@@ -5276,8 +5391,10 @@ CKCA_API ckca_status ckca_model_create(ckca_context *ctx, ckca_model **out, cons
             if (!(desc->std[i] > 0) || !(desc->std[i] < 1e6f) || !(fabsf(desc->mean[i]) < 1e6f)) {
                 float mean = desc->mean[i], std = desc->std[i];
                 ckca_model_free(m);
-                return ckca__fail(ctx, CKCA_EINVAL, "model: channel %d has mean %g, std %g", i, (double)mean,
-                                  (double)std);
+                return ckca__fail(ctx, CKCA_EINVAL,
+                                  "model: mean[%d] is %g and std[%d] is %g; a mean may be -1e6 to 1e6, a std above 0 "
+                                  "to 1e6",
+                                  i, (double)mean, i, (double)std);
             }
             m->normalization[i] = desc->mean[i];
             m->normalization[m->channels + i] = desc->std[i];
@@ -5291,6 +5408,10 @@ CKCA_API ckca_status ckca_model_create(ckca_context *ctx, ckca_model **out, cons
 /* Groups what runs as one op; in node order, so that an add finds its batch norm grouped and a ReLU its add. */
 static void ckca__fuse(ckca_model *m) {
     int i;
+    for (i = 0; i < m->nodes; i++) { /* what an earlier try of ckca_model_finish may have left */
+        m->node[i].fused = m->node[i].folded = m->node[i].relu = 0;
+        m->node[i].head = m->node[i].residual = -1;
+    }
     for (i = 0; i < m->nodes; i++) {
         ckca__node *node = &m->node[i];
         node->source = node->in[0];
@@ -5339,6 +5460,7 @@ static void ckca__place_parameters(ckca_model *m) {
         if (part == 1) m->trainable = offset;
     }
     m->all = offset;
+    m->saved_count = 0;
     for (i = 0; i < m->nodes; i++) {
         if (m->node[i].kind != CKCA__BATCHNORM) continue;
         m->node[i].saved = m->saved_count;
@@ -5369,9 +5491,13 @@ static void ckca__choose_half(ckca_model *m) {
 static ckca_status ckca__seal(ckca_model *m, int logits) {
     ckca_context *ctx = m->ctx;
     if (m->failed) return ckca__fail(ctx, m->failed, "%s", m->failure);
-    if (m->finished) return ckca__fail(ctx, CKCA_EINVAL, "the model is finished already");
-    if (logits < 0 || logits >= m->nodes || m->node[logits].kind != CKCA__LINEAR)
-        return ckca__fail(ctx, CKCA_EINVAL, "logits: node %d is not a linear node of this model", logits);
+    if (m->finished) return ckca__fail(ctx, CKCA_EINVAL, "ckca_model_finish: the model is finished already");
+    if (logits < 0 || logits >= m->nodes)
+        return ckca__fail(ctx, CKCA_EINVAL, "logits: there is no node %d (%s are 0 to %d)", logits,
+                          m->nodes ? "nodes" : "ckca_input is the first: nodes", m->nodes - 1);
+    if (m->node[logits].kind != CKCA__LINEAR)
+        return ckca__fail(ctx, CKCA_EINVAL, "logits: node %d is of the kind %s, not linear", logits,
+                          ckca__kind_name[m->node[logits].kind]);
     if (m->node[logits].c != m->classes)
         return ckca__fail(ctx, CKCA_ESHAPE, "logits: %s has %d outputs, the model has %d classes", m->node[logits].name,
                           m->node[logits].c, m->classes);
@@ -5438,8 +5564,14 @@ static ckca_status ckca__initialize(ckca_model *m, uint64_t seed, float *device)
 CKCA_API ckca_status ckca_model_finish(ckca_model *m, int logits) {
     ckca_status status;
     if (!m) return CKCA_EINVAL;
-    if ((status = ckca__seal(m, logits)) || (status = ckca__allocate_values(m))) return status;
-    return ckca__initialize(m, m->seed, m->values);
+    if ((status = ckca__seal(m, logits))) return status;
+    if (!(status = ckca__allocate_values(m)) && !(status = ckca__initialize(m, m->seed, m->values))) return CKCA_OK;
+    ckca__device_release(m->ctx, m->values, m->all * sizeof(float)); /* as it was, to be finished later */
+    m->values = NULL;
+    m->node[m->pooled].readers--;
+    m->node[m->logits].readers--;
+    m->finished = m->logits = m->pooled = m->features = 0;
+    return status;
 }
 
 /* ---- ResNets ---- */
@@ -5494,10 +5626,10 @@ CKCA_API ckca_status ckca_resnet(ckca_context *ctx, ckca_model **out, const char
     const int nets = (int)(sizeof net / sizeof *net);
     size_t length = arch ? strlen(arch) : 0;
     int i, stage, block, x, width, small_stem = 0;
-    ckca_model *m;
+    ckca_model *m = NULL;
     ckca_status status;
-    if (!ctx || !out) return ctx ? ckca__fail(ctx, CKCA_EINVAL, "resnet: no place for the result") : CKCA_EINVAL;
-    *out = NULL;
+    if (!ckca__usable(ctx)) return CKCA_EINVAL;
+    if (!out || !arch || !desc) return ckca__null(ctx, "resnet", !out ? "model" : !arch ? "arch" : "desc");
     if (length > 6 && !strcmp(arch + length - 6, "-cifar")) {
         small_stem = 1;
         length -= 6;
@@ -5508,14 +5640,10 @@ CKCA_API ckca_status ckca_resnet(ckca_context *ctx, ckca_model **out, const char
         return ckca__fail(ctx, CKCA_EINVAL,
                           "\"%.40s\" is none of resnet8, 20, 32, 44, 56, 110, 18, 34, 50, 18-cifar, "
                           "34-cifar, 50-cifar",
-                          arch ? arch : "");
+                          arch);
     if ((status = ckca_model_create(ctx, &m, desc))) return status;
     snprintf(m->arch, sizeof m->arch, "%s", arch);
     width = desc->width_base ? desc->width_base : net[i].cifar ? 16 : 64;
-    if (width < 1 || width > 4096) {
-        ckca_model_free(m);
-        return ckca__fail(ctx, CKCA_EINVAL, "resnet: width_base %d (1 to 4096)", width);
-    }
     x = ckca_input(m);
     x = ckca__conv_bn(m, "", "conv1", "bn1", x, width, net[i].cifar || small_stem ? 3 : 7,
                       net[i].cifar || small_stem ? 1 : 2, 1);
@@ -6014,13 +6142,15 @@ static ckca_status ckca__measure(const ckca_model *m, int n, int mode, ckca_byte
 
 CKCA_API ckca_status ckca_model_bytes(const ckca_model *model, int batch, int training, ckca_bytes *bytes) {
     ckca_model *m = (ckca_model *)(uintptr_t)model; /* planning fills in offsets, nothing that a caller can see */
+    ckca__bound bound = {"batch", 0, 1, CKCA__BATCH_MAX, 0};
     ckca_status status;
     int mode = training ? CKCA__TRAIN : CKCA__EVALUATE;
     if (!m) return CKCA_EINVAL;
-    if (!m->finished || batch < 1 || batch > CKCA__BATCH_MAX || !bytes)
-        return ckca__fail(m->ctx, CKCA_EINVAL,
-                          "bytes: needs a finished model, a batch of 1 to %d (not %d) and a result", CKCA__BATCH_MAX,
-                          batch);
+    if (!bytes) return ckca__null(m->ctx, "ckca_model_bytes", "bytes");
+    bound.value = batch;
+    if ((status = ckca__check_finished(m, "ckca_model_bytes")) ||
+        (status = ckca__check_bounds(m->ctx, "ckca_model_bytes", &bound, 1)))
+        return status;
     if (!m->plan_values[mode] && (status = ckca__plan(m, mode))) return status;
     return ckca__measure(m, batch, mode, bytes);
 }
@@ -6311,12 +6441,15 @@ static void ckca__clear_written(ckca_model *m) {
 
 CKCA_API ckca_status ckca_forward(ckca_model *m, const float *pictures, int n, int training) {
     const int mode = training ? CKCA__TRAIN | CKCA__READABLE : CKCA__EVALUATE;
+    ckca__bound bound = {"n", 0, 1, CKCA__BATCH_MAX, 0};
     ckca_status status;
     float *input;
     if (!m) return CKCA_EINVAL;
-    if (!m->finished || !pictures || n < 1 || n > CKCA__BATCH_MAX)
-        return ckca__fail(m->ctx, CKCA_EINVAL, "forward: needs a finished model and 1 to %d pictures (not %d)",
-                          CKCA__BATCH_MAX, n);
+    if (!pictures) return ckca__null(m->ctx, "ckca_forward", "pictures");
+    bound.value = n;
+    if ((status = ckca__check_finished(m, "ckca_forward")) ||
+        (status = ckca__check_bounds(m->ctx, "ckca_forward", &bound, 1)))
+        return status;
     if ((status = ckca__reserve(m, n, mode))) return status;
     input = ckca__input_buffer(m, n, mode);
     ckca__device_upload(m->ctx, input, pictures,
@@ -6325,10 +6458,13 @@ CKCA_API ckca_status ckca_forward(ckca_model *m, const float *pictures, int n, i
     return ckca__device_status(m->ctx);
 }
 
+static ckca_status ckca__no_node(const ckca_model *m, const char *call, int node) {
+    return ckca__fail(m->ctx, CKCA_EINVAL, "%s: there is no node %d (nodes are 0 to %d)", call, node, m->nodes - 1);
+}
+
 CKCA_API ckca_status ckca_node_shape(const ckca_model *m, int node, int *height, int *width, int *channels) {
     if (!m) return CKCA_EINVAL;
-    if (node < 0 || node >= m->nodes)
-        return ckca__fail(m->ctx, CKCA_EINVAL, "node: there is no node %d (nodes are 0 to %d)", node, m->nodes - 1);
+    if (node < 0 || node >= m->nodes) return ckca__no_node(m, "ckca_node_shape", node);
     if (height) *height = m->node[node].h;
     if (width) *width = m->node[node].w;
     if (channels) *channels = m->node[node].c;
@@ -6338,11 +6474,20 @@ CKCA_API ckca_status ckca_node_shape(const ckca_model *m, int node, int *height,
 CKCA_API ckca_status ckca_node_read(ckca_model *m, int node, float *out) {
     size_t values, i;
     if (!m) return CKCA_EINVAL;
-    if (node < 0 || node >= m->nodes || !out)
-        return ckca__fail(m->ctx, CKCA_EINVAL, "node: there is no node %d (nodes are 0 to %d)", node, m->nodes - 1);
-    if (!m->n) return ckca__fail(m->ctx, CKCA_EINVAL, "node %d: no forward has run", node);
-    if (!ckca__runs(m, node, m->mode) || (!(m->mode & CKCA__READABLE) && node != m->logits && node != m->pooled))
-        return ckca__fail(m->ctx, CKCA_EINVAL, "node %d (%s) leaves no output of its own in this mode", node,
+    if (!out) return ckca__null(m->ctx, "ckca_node_read", "out");
+    if (node < 0 || node >= m->nodes) return ckca__no_node(m, "ckca_node_read", node);
+    if (!m->n)
+        return ckca__fail(m->ctx, CKCA_EINVAL,
+                          "ckca_node_read: no ckca_forward before it, or its outputs are gone (ckca_backward "
+                          "overwrites them)");
+    if (!(m->mode & CKCA__READABLE) && node != m->logits && node != m->pooled)
+        return ckca__fail(m->ctx, CKCA_EINVAL,
+                          "ckca_node_read: node %d (%s) cannot be read: that takes a ckca_forward with training; after "
+                          "any other, the logits (%d) and the features (%d) can",
+                          node, ckca__kind_name[m->node[node].kind], m->logits, m->pooled);
+    if (!ckca__runs(m, node, m->mode))
+        return ckca__fail(m->ctx, CKCA_EINVAL,
+                          "ckca_node_read: node %d (%s) cannot be read: it is fused into the node that reads it", node,
                           ckca__kind_name[m->node[node].kind]);
     values = ckca__rows(&m->node[node], m->n) * (size_t)m->node[node].c;
     if (m->node[node].half) { /* to the end of out, and widened from its beginning */
@@ -6363,8 +6508,10 @@ CKCA_API ckca_status ckca_node_read(ckca_model *m, int node, float *out) {
 
 CKCA_API ckca_status ckca_backward(ckca_model *m, const float *dlogits, const float *dfeatures) {
     if (!m) return CKCA_EINVAL;
-    if (!m->n || m->mode != (CKCA__TRAIN | CKCA__READABLE) || !dlogits)
-        return ckca__fail(m->ctx, CKCA_EINVAL, "backward: needs a training forward before it and the logits' gradient");
+    if (!dlogits) return ckca__null(m->ctx, "ckca_backward", "dlogits");
+    if (!m->n || m->mode != (CKCA__TRAIN | CKCA__READABLE))
+        return ckca__fail(m->ctx, CKCA_EINVAL,
+                          "ckca_backward: it needs a ckca_forward with training right before it, one for each");
     ckca__clear_written(m);
     ckca__device_upload(m->ctx, ckca__grad(m, m->logits), dlogits, (size_t)m->n * (size_t)m->classes * sizeof(float));
     m->node[m->logits].written = 1;
@@ -6379,7 +6526,9 @@ CKCA_API ckca_status ckca_backward(ckca_model *m, const float *dlogits, const fl
 }
 
 CKCA_API ckca_status ckca_zero_gradients(ckca_model *m) {
+    ckca_status status;
     if (!m) return CKCA_EINVAL;
+    if ((status = ckca__check_finished(m, "ckca_zero_gradients"))) return status;
     if (m->gradients) ckca__device_zero(m->ctx, m->gradients, m->trainable * sizeof(float));
     return ckca__device_status(m->ctx);
 }
@@ -6395,20 +6544,123 @@ static void ckca__run_sgd(ckca_model *m, const ckca_sgd_desc *d, const float *lr
     m->folded_valid = 0;
 }
 
-/* A field's value: its default where it is 0, nothing where it is CKCA_OFF (or any negative value). */
-static float ckca__default(float value, float otherwise) { return value == 0 ? otherwise : value < 0 ? 0.0f : value; }
+/* The fields of a ckca_update_desc that are numbers, in its order: the one list that defaults, range checks, ckca_sgd's
+   too, and a training state's fingerprint and text come from. tests/test_train.c fails where one is missing. Defaults
+   that depend on other fields are in ckca_update_defaults. */
+typedef struct ckca__setting {
+    const char *name;
+    size_t offset;
+    int real;               /* 1: a float, 0: an int or an enum */
+    float otherwise;        /* what 0 stands for */
+    double least, most;
+    int off;                /* 1: may be CKCA_OFF */
+    int decides;            /* 1: the result depends on it */
+} ckca__setting;
+
+/* clang-format off */
+#define CKCA__AT(field) #field, offsetof(ckca_update_desc, field)
+static const ckca__setting ckca__settings[] = {
+    /*                                real  0 is   least       most  off  decides */
+    {CKCA__AT(method),                 0,    0,      0, CKCA_METHOD_LWF,      0, 1},
+    {CKCA__AT(adakd),                  0,    0,      0, CKCA_ADAKD_DOUBT,     0, 1},
+    {CKCA__AT(featreg),                0,    0,      0, CKCA_FEATREG_RELATION, 0, 1},
+    {CKCA__AT(w_kd),                   1,    1,      0, 1e6,                  1, 1},
+    {CKCA__AT(w_feat),                 1,    1,      0, 1e6,                  1, 1},
+    {CKCA__AT(temperature),            1,    2,      0, 1e6,                  0, 1},
+    {CKCA__AT(shrink),                 1,    0.4f,   0, 1,                    1, 1},
+    {CKCA__AT(perturb),                1,    0.1f,   0, 1e6,                  1, 1},
+    {CKCA__AT(epochs),                 0,    40,     0, 1e6,                  0, 1},
+    {CKCA__AT(batch),                  0,    64,     0, CKCA__BATCH_MAX,      0, 1},
+    {CKCA__AT(lr),                     1,    0.1f,   0, 1e6,                  0, 1},
+    {CKCA__AT(schedule),               0,    0,      0, CKCA_STEP,            0, 1},
+    {CKCA__AT(warmup_epochs),          1,    1,      0, 1e6,                  1, 1},
+    {CKCA__AT(step_epochs),            1,    0,      0, 1e6,                  0, 1},
+    {CKCA__AT(step_factor),            1,    0.1f,   0, 1,                    0, 1},
+    {CKCA__AT(momentum),               1,    0.9f,   0, 1,                    1, 1},
+    {CKCA__AT(weight_decay),           1,    5e-4f,  0, 1e6,                  1, 1},
+    {CKCA__AT(clip_norm),              1,    0,      0, 1e30,                 1, 1},
+    {CKCA__AT(plain),                  0,    0,      0, 1,                    0, 1},
+    {CKCA__AT(label_smoothing),        1,    0,      0, 1,                    1, 1},
+    {CKCA__AT(augment.pad),            0,    0,      0, 4096,                 0, 1},
+    {CKCA__AT(augment.flip),           0,    0,      0, 1,                    0, 1},
+    {CKCA__AT(augment.resized_crop),   0,    0,      0, 1,                    0, 1},
+    {CKCA__AT(augment.crop_min),       1,    0,      0, 1,                    0, 1},
+    {CKCA__AT(augment.jitter),         1,    0,      0, 1,                    0, 1},
+    {CKCA__AT(state_seconds),          1,    30,     0, 1e9,                  0, 0},
+};
+#undef CKCA__AT
+/* clang-format on */
+enum { CKCA__SETTINGS = sizeof ckca__settings / sizeof *ckca__settings };
+
+static double ckca__setting_get(const ckca_update_desc *d, const ckca__setting *s) {
+    const char *field = (const char *)d + s->offset;
+    float real;
+    int whole;
+    memcpy(&real, field, sizeof real);
+    memcpy(&whole, field, sizeof whole);
+    return s->real ? (double)real : (double)whole;
+}
+static void ckca__setting_set(ckca_update_desc *d, const ckca__setting *s, float value) {
+    const int whole = (int)value;
+    if (s->real) memcpy((char *)d + s->offset, &value, sizeof value);
+    else memcpy((char *)d + s->offset, &whole, sizeof whole);
+}
+
+static ckca_status ckca__settings_check(ckca_context *ctx, const char *call, const ckca_update_desc *d) {
+    ckca_status status = CKCA_OK;
+    int i;
+    for (i = 0; !status && i < CKCA__SETTINGS; i++) {
+        const ckca__setting *s = &ckca__settings[i];
+        ckca__bound bound;
+        bound.name = s->name;
+        bound.value = ckca__setting_get(d, s);
+        bound.least = s->least;
+        bound.most = s->most;
+        bound.off = s->off;
+        status = ckca__check_bounds(ctx, call, &bound, 1);
+    }
+    return status;
+}
+
+/* Zeros become what they stand for. */
+static void ckca__settings_fill(ckca_update_desc *d) {
+    int i;
+    for (i = 0; i < CKCA__SETTINGS; i++)
+        if (ckca__setting_get(d, &ckca__settings[i]) == 0)
+            ckca__setting_set(d, &ckca__settings[i], ckca__settings[i].otherwise);
+}
+
+/* And CKCA_OFF then becomes the 0 that the arithmetic takes. */
+static void ckca__settings_off(ckca_update_desc *d) {
+    int i;
+    for (i = 0; i < CKCA__SETTINGS; i++)
+        if (ckca__settings[i].off && ckca__setting_get(d, &ckca__settings[i]) < 0)
+            ckca__setting_set(d, &ckca__settings[i], 0);
+}
 
 CKCA_API ckca_status ckca_sgd(ckca_model *m, const ckca_sgd_desc *desc) {
     ckca_sgd_desc d;
+    ckca_update_desc settings;
+    ckca_status status;
     float *device; /* lr and gscale */
     if (!m) return CKCA_EINVAL;
-    if (!desc || !m->gradients || !(desc->lr >= 0) || !(desc->lr < 1e30f))
-        return ckca__fail(m->ctx, CKCA_EINVAL,
-                          "sgd: needs a backward before it and a learning rate of 0 or more (not %g)",
-                          desc ? (double)desc->lr : 0.0);
+    if (!desc) return ckca__null(m->ctx, "ckca_sgd", "desc");
     d = *desc;
-    d.momentum = ckca__default(d.momentum, 0.9f);
-    d.weight_decay = ckca__default(d.weight_decay, 5e-4f);
+    memset(&settings, 0, sizeof settings);
+    settings.lr = d.lr;
+    settings.momentum = d.momentum;
+    settings.weight_decay = d.weight_decay;
+    settings.clip_norm = d.clip_norm;
+    settings.plain = d.plain;
+    if ((status = ckca__settings_check(m->ctx, "ckca_sgd", &settings))) return status;
+    if (!m->gradients)
+        return ckca__fail(m->ctx, CKCA_EINVAL,
+                          "ckca_sgd: there are no gradients yet: ckca_forward with training, then ckca_backward");
+    ckca__settings_fill(&settings);
+    ckca__settings_off(&settings);
+    d.momentum = settings.momentum;
+    d.weight_decay = settings.weight_decay;
+    d.clip_norm = settings.clip_norm;
     device = (float *)ckca__device_alloc(m->ctx, 2 * sizeof *device);
     if (!device) return ckca__fail(m->ctx, CKCA_ENOMEM, "sgd: out of memory for two floats");
     ckca__device_upload(m->ctx, device, &d.lr, sizeof d.lr);
@@ -6422,10 +6674,11 @@ CKCA_API ckca_status ckca_model_copy(ckca_model **out, const ckca_model *m) {
     ckca_context *ctx;
     ckca_model *copy;
     size_t normalization;
+    ckca_status status;
     if (!m) return CKCA_EINVAL;
     ctx = m->ctx;
-    if (!out || !m->finished) return ckca__fail(ctx, CKCA_EINVAL, "copy: needs a finished model and a place for it");
-    *out = NULL;
+    if (!out) return ckca__null(ctx, "ckca_model_copy", "copy");
+    if ((status = ckca__check_finished(m, "ckca_model_copy"))) return status;
     normalization = (size_t)m->channels * 2 * sizeof(float);
     copy = (ckca_model *)ckca__alloc(ctx, sizeof *copy);
     if (!copy) return ckca__fail(ctx, CKCA_ENOMEM, "copy: out of memory for the model");
@@ -6491,21 +6744,32 @@ CKCA_API ckca_data_desc ckca_data_like(const ckca_model *m) {
     return desc;
 }
 
-CKCA_API int ckca_tensors(const ckca_model *m) { return m ? m->parameters : 0; }
+CKCA_API int ckca_tensors(const ckca_model *m) { return m && m->finished ? m->parameters : 0; }
 
 CKCA_API int ckca_tensor_find(const ckca_model *m, const char *name) {
     int i;
-    for (i = 0; m && name && i < m->parameters; i++)
+    for (i = 0; name && i < ckca_tensors(m); i++)
         if (!strcmp(m->parameter[i].name, name)) return i;
     return -1;
 }
 
+/* The first checks of a call that takes a tensor by its index, and argument to put it in or take it from. */
+static ckca_status ckca__check_tensor(const ckca_model *m, const char *call, int i, const void *memory,
+                                      const char *argument) {
+    ckca_status status = ckca__check_finished(m, call);
+    if (status) return status;
+    if (!memory) return ckca__null(m->ctx, call, argument);
+    if (i < 0 || i >= m->parameters)
+        return ckca__fail(m->ctx, CKCA_EINVAL, "%s: there is no tensor %d (they are 0 to %d)", call, i,
+                          m->parameters - 1);
+    return CKCA_OK;
+}
+
 CKCA_API ckca_status ckca_tensor_info(const ckca_model *m, int i, ckca_tensor *tensor) {
     const ckca__parameter *p;
+    ckca_status status;
     if (!m) return CKCA_EINVAL;
-    if (i < 0 || i >= m->parameters || !tensor)
-        return ckca__fail(m->ctx, CKCA_EINVAL, "tensor: there is no tensor %d (they are 0 to %d)", i,
-                          m->parameters - 1);
+    if ((status = ckca__check_tensor(m, "ckca_tensor_info", i, tensor, "tensor"))) return status;
     p = &m->parameter[i];
     tensor->name = p->name;
     tensor->dims = p->dims;
@@ -6534,16 +6798,22 @@ static void ckca__reorder(const ckca__parameter *p, const float *from, float *to
 }
 
 /* A tensor's place in the arena that slot names, and a host buffer of its size to be released. */
-static ckca_status ckca__tensor_place(ckca_model *m, int i, ckca_slot slot, const void *memory, float **place,
+static ckca_status ckca__tensor_place(ckca_model *m, const char *call, int i, ckca_slot slot, float **place,
                                       float **host) {
+    static const char *const slot_name[] = {"value", "gradient", "momentum"};
     float *arena = slot == CKCA_VALUE ? m->values : slot == CKCA_GRADIENT ? m->gradients : m->momentum;
-    const ckca__parameter *p;
-    if (i < 0 || i >= m->parameters || !memory || !m->finished)
-        return ckca__fail(m->ctx, CKCA_EINVAL, "tensor: there is no tensor %d (they are 0 to %d)", i,
-                          m->parameters - 1);
-    p = &m->parameter[i];
-    if (!arena || (slot != CKCA_VALUE && p->role >= CKCA__MEAN))
-        return ckca__fail(m->ctx, CKCA_EINVAL, "%s: it has no gradient or momentum (yet)", p->name);
+    const ckca__parameter *p = &m->parameter[i];
+    ckca__bound bound = {"slot", 0, 0, CKCA_MOMENTUM, 0};
+    ckca_status status;
+    bound.value = (int)slot;
+    if ((status = ckca__check_bounds(m->ctx, call, &bound, 1))) return status;
+    if (slot != CKCA_VALUE && p->role >= CKCA__MEAN)
+        return ckca__fail(m->ctx, CKCA_EINVAL, "%s: %s is a running statistic, it has no %s", call, p->name,
+                          slot_name[slot]);
+    if (!arena)
+        return ckca__fail(m->ctx, CKCA_EINVAL,
+                          "%s: %s has no %s yet: ckca_forward with training, or ckca_update, makes room for it", call,
+                          p->name, slot_name[slot]);
     *host = (float *)ckca__alloc(m->ctx, p->count * sizeof(float));
     if (!*host) return ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for a copy", p->name);
     *place = arena + p->offset;
@@ -6554,7 +6824,9 @@ CKCA_API ckca_status ckca_tensor_read(ckca_model *m, int i, ckca_slot slot, floa
     float *host, *place;
     ckca_status status;
     if (!m) return CKCA_EINVAL;
-    if ((status = ckca__tensor_place(m, i, slot, out, &place, &host))) return status;
+    if ((status = ckca__check_tensor(m, "ckca_tensor_read", i, out, "out")) ||
+        (status = ckca__tensor_place(m, "ckca_tensor_read", i, slot, &place, &host)))
+        return status;
     ckca__device_download(m->ctx, host, place, m->parameter[i].count * sizeof(float));
     ckca__reorder(&m->parameter[i], host, out, 1);
     ckca__release(m->ctx, host);
@@ -6565,7 +6837,9 @@ CKCA_API ckca_status ckca_tensor_write(ckca_model *m, int i, ckca_slot slot, con
     float *host, *place;
     ckca_status status;
     if (!m) return CKCA_EINVAL;
-    if ((status = ckca__tensor_place(m, i, slot, in, &place, &host))) return status;
+    if ((status = ckca__check_tensor(m, "ckca_tensor_write", i, in, "in")) ||
+        (status = ckca__tensor_place(m, "ckca_tensor_write", i, slot, &place, &host)))
+        return status;
     ckca__reorder(&m->parameter[i], in, host, 0);
     ckca__device_upload(m->ctx, place, host, m->parameter[i].count * sizeof(float));
     ckca__release(m->ctx, host);
@@ -6745,13 +7019,22 @@ static void ckca__make_batch(const ckca_model *m, const ckca_data *data, int n, 
                    m->normalization, m->normalization + m->channels, input);
 }
 
+/* Takes back, after a failure, what ckca__adopt gave a model that had none. */
+static void ckca__disown(ckca_model *m, int had_names, int was_normalized) {
+    m->normalized = was_normalized;
+    if (had_names) return;
+    ckca__free_names(m->ctx, m->class_names, m->classes);
+    m->class_names = NULL;
+}
+
 /* Checks that data is for this model; takes class names and normalisation from it where the model has none. */
 static ckca_status ckca__adopt(ckca_model *m, const ckca_data *data, const char *what) {
     ckca_context *ctx = m->ctx;
     const ckca__store *store = data ? data->store : NULL;
     int i, channel;
-    if (!m->finished) return ckca__fail(ctx, CKCA_EINVAL, "%s: the model is not finished", what);
-    if (!data || data->count < 1) return ckca__fail(ctx, CKCA_EINVAL, "%s: there are no pictures", what);
+    ckca_status status;
+    if ((status = ckca__check_finished(m, what))) return status;
+    if (!data) return ckca__null(ctx, what, "data");
     if (store->height != m->height || store->width != m->width || store->channels != m->channels)
         return ckca__fail(ctx, CKCA_ESHAPE, "%s: the pictures are %d x %d x %d, the model takes %d x %d x %d", what,
                           store->height, store->width, store->channels, m->height, m->width, m->channels);
@@ -6862,9 +7145,14 @@ static ckca_status ckca__survey(ckca_model *m, const ckca_model *like, const ckc
 CKCA_API ckca_status ckca_evaluate(ckca_model *m, const ckca_data *data, ckca_score *score, float *per_class) {
     ckca_score ignored;
     ckca_status status;
+    int had_names, was_normalized;
     if (!m) return CKCA_EINVAL;
+    had_names = m->class_names != NULL;
+    was_normalized = m->normalized;
     if ((status = ckca__adopt(m, data, "evaluate"))) return status;
-    return ckca__survey(m, m, data, score ? score : &ignored, per_class, NULL, NULL);
+    status = ckca__survey(m, m, data, score ? score : &ignored, per_class, NULL, NULL);
+    if (status) ckca__disown(m, had_names, was_normalized);
+    return status;
 }
 
 CKCA_API ckca_status ckca_predict(ckca_model *m, const unsigned char *pixels, int n, float *out) {
@@ -6872,13 +7160,13 @@ CKCA_API ckca_status ckca_predict(ckca_model *m, const unsigned char *pixels, in
     int first, i, batch;
     ckca__small b;
     unsigned char *device = NULL; /* a batch of pixels */
+    ckca__bound bound = {"n", 0, 1, INT_MAX, 0};
     ckca_status status;
     if (!m) return CKCA_EINVAL;
-    if (!m->finished || !pixels || !out || n < 1)
-        return ckca__fail(m->ctx, CKCA_EINVAL,
-                          "predict: needs a finished model, pictures, a result and n of 1 or more "
-                          "(not %d)",
-                          n);
+    if ((status = ckca__check_finished(m, "ckca_predict"))) return status;
+    if (!pixels || !out) return ckca__null(m->ctx, "ckca_predict", !pixels ? "pixels" : "out");
+    bound.value = n;
+    if ((status = ckca__check_bounds(m->ctx, "ckca_predict", &bound, 1))) return status;
     if (!m->normalized)
         return ckca__fail(m->ctx, CKCA_EINVAL, "predict: the model has no mean and std yet: train it or give them");
     batch = n < CKCA__EVAL_BATCH ? n : CKCA__EVAL_BATCH;
@@ -6904,52 +7192,54 @@ CKCA_API ckca_status ckca_predict(ckca_model *m, const unsigned char *pixels, in
     return status ? status : ckca__device_status(m->ctx);
 }
 
-static ckca_status ckca__check_augment(ckca_context *ctx, const ckca_augment *a) {
-    if (a->pad < 0 || a->pad > 4096 || !(a->crop_min >= 0 && a->crop_min <= 1) || !(a->jitter >= 0 && a->jitter <= 1))
-        return ckca__fail(ctx, CKCA_EINVAL, "augment: pad %d (0 to 4096), crop_min %g, jitter %g (each 0 to 1)", a->pad,
-                          (double)a->crop_min, (double)a->jitter);
-    return CKCA_OK;
-}
-
 CKCA_API ckca_status ckca_get_batch(ckca_model *m, const ckca_data *data, const int *index, int n,
                                     const ckca_augment *augment, uint64_t seed, int epoch, float *pictures,
                                     int *labels) {
     const size_t values = m ? (size_t)m->height * (size_t)m->width * (size_t)m->channels : 0;
-    float *device;
-    int i;
+    ckca_update_desc settings;
+    ckca__bound bound = {"n", 0, 1, CKCA__BATCH_MAX, 0};
+    float *device = NULL;
+    int i, had_names, was_normalized;
     ckca__small b;
     ckca_status status;
     if (!m) return CKCA_EINVAL;
-    if ((status = ckca__adopt(m, data, "batch")) || (augment && (status = ckca__check_augment(m->ctx, augment))))
+    if (!data || !index || !pictures)
+        return ckca__null(m->ctx, "ckca_get_batch", !data ? "data" : !index ? "index" : "pictures");
+    memset(&settings, 0, sizeof settings);
+    if (augment) settings.augment = *augment;
+    bound.value = n;
+    if ((status = ckca__check_bounds(m->ctx, "ckca_get_batch", &bound, 1)) ||
+        (status = ckca__settings_check(m->ctx, "ckca_get_batch", &settings)))
         return status;
-    if (!index || n < 1 || !pictures)
-        return ckca__fail(m->ctx, CKCA_EINVAL, "batch: needs indices and a result (n is %d)", n);
     for (i = 0; i < n; i++)
         if (index[i] < 0 || index[i] >= data->count)
-            return ckca__fail(m->ctx, CKCA_EINVAL, "batch: there is no picture %d (they are 0 to %d)", index[i],
-                              data->count - 1);
-    if ((status = ckca__small_alloc(m->ctx, &b, n, 1, 1))) return status;
-    if ((status = ckca__reside(m->ctx, data->store, n, &b))) {
-        ckca__small_free(m->ctx, &b);
-        return status;
+            return ckca__fail(m->ctx, CKCA_EINVAL, "ckca_get_batch: index[%d] is %d, there are %d pictures", i,
+                              index[i], data->count);
+    had_names = m->class_names != NULL;
+    was_normalized = m->normalized;
+    if ((status = ckca__adopt(m, data, "ckca_get_batch"))) return status;
+    status = ckca__small_alloc(m->ctx, &b, n, 1, 1);
+    if (!status) status = ckca__reside(m->ctx, data->store, n, &b);
+    if (!status) {
+        device = (float *)ckca__device_alloc(m->ctx, ckca__mul((size_t)n, values * sizeof(float)));
+        if (!device) status = ckca__fail(m->ctx, CKCA_ENOMEM, "ckca_get_batch: out of memory for %d pictures", n);
     }
-    device = (float *)ckca__device_alloc(m->ctx, ckca__mul((size_t)n, values * sizeof(float)));
     if (device) {
         ckca__send_batch(m->ctx, data, index, n, epoch, 0, &b);
         ckca__make_batch(m, data, n, augment, seed, &b, device);
         ckca__device_download(m->ctx, pictures, device, (size_t)n * values * sizeof(float));
         for (i = 0; labels && i < n; i++) labels[i] = ckca_label(data, index[i]);
         status = ckca__device_status(m->ctx);
-    } else {
-        status = ckca__fail(m->ctx, CKCA_ENOMEM, "batch: out of memory for %d pictures", n);
     }
     ckca__device_release(m->ctx, device, (size_t)n * values * sizeof(float));
     ckca__small_free(m->ctx, &b);
+    if (status) ckca__disown(m, had_names, was_normalized);
     return status;
 }
 
 CKCA_API void ckca_shuffle(uint64_t seed, int epoch, int n, int *order) {
     int i;
+    if (!order) return;
     for (i = 0; i < n; i++) order[i] = i;
     for (i = n - 1; i > 0; i--) { /* Fisher and Yates */
         const uint64_t r = ckca__random(seed, CKCA__STREAM_SHUFFLE, ((uint64_t)(unsigned)epoch << 32) + (uint64_t)i);
@@ -6965,7 +7255,7 @@ typedef struct ckca__update {
     ckca_context *ctx;
     ckca_model *m;
     ckca_model *old;     /* the model as it came: what a failure goes back to, and the teacher */
-    ckca_model *teacher; /* old, or desc->teacher, or NULL where no term needs one */
+    ckca_model *teacher; /* old, or a copy of desc->teacher (which is only read), or NULL where no term needs one */
     const ckca_data *data;
     ckca_update_desc d;       /* every default filled in, terms that are not used at weight 0 */
     int mode;                 /* of the student's forward */
@@ -7140,7 +7430,7 @@ static ckca_status ckca__fingerprint(ckca__update *u) {
     const ckca__store *store = u->data->store;
     const ckca_update_desc *d = &u->d;
     const size_t picture = ckca__picture_bytes(store);
-    double fields[26];
+    double fields[CKCA__SETTINGS + 1];
     uint64_t hash = u->d.seed;
     int i, k = 0;
     ckca_status status;
@@ -7149,17 +7439,9 @@ static ckca_status ckca__fingerprint(ckca__update *u) {
         hash = ckca__hash(hash, &store->labels[u->data->index[i]], sizeof(int));
         hash = ckca__hash(hash, &u->data->index[i], sizeof(int)); /* augmentation draws by it */
     }
-    /* clang-format off */
-    fields[k++] = d->method;        fields[k++] = d->adakd;           fields[k++] = d->featreg;     fields[k++] = d->w_kd;
-    fields[k++] = d->w_feat;        fields[k++] = d->temperature;     fields[k++] = d->shrink;      fields[k++] = d->perturb;
-    fields[k++] = d->epochs;        fields[k++] = d->batch;           fields[k++] = d->lr;          fields[k++] = d->schedule;
-    fields[k++] = d->warmup_epochs; fields[k++] = d->step_epochs;     fields[k++] = d->step_factor; fields[k++] = d->momentum;
-    fields[k++] = d->weight_decay;  fields[k++] = d->clip_norm;       fields[k++] = d->plain;
-    fields[k++] = d->label_smoothing;
-    fields[k++] = d->augment.pad;   fields[k++] = d->augment.flip;    fields[k++] = d->augment.resized_crop;
-    fields[k++] = d->augment.crop_min;                                fields[k++] = d->augment.jitter;
+    for (i = 0; i < CKCA__SETTINGS; i++)
+        if (ckca__settings[i].decides) fields[k++] = ckca__setting_get(d, &ckca__settings[i]);
     fields[k++] = u->m->step;
-    /* clang-format on */
     hash = ckca__hash(hash, fields, (size_t)k * sizeof *fields);
     if ((status = ckca__hash_weights(u->old, &hash))) return status;
     if (u->teacher && u->teacher != u->old && (status = ckca__hash_weights(u->teacher, &hash))) return status;
@@ -7178,62 +7460,39 @@ static int ckca__same_stages(const ckca_model *m, const ckca_model *t) {
     }
 }
 
-/* Fills in defaults and checks every field. */
-static ckca_status ckca__resolve(ckca__update *u, const ckca_update_desc *desc) {
-    ckca_update_desc *d = &u->d;
-    ckca_context *ctx = u->ctx;
-    const int plain = u->m->step == 0 && !(desc && desc->teacher); /* nothing to keep yet */
-    if (desc) *d = *desc;
-    if ((unsigned)d->method > CKCA_METHOD_LWF || (unsigned)d->adakd > CKCA_ADAKD_DOUBT ||
-        (unsigned)d->featreg > CKCA_FEATREG_RELATION || (unsigned)d->schedule > CKCA_STEP)
-        return ckca__fail(ctx, CKCA_EINVAL,
-                          "update: method %d, adakd %d, featreg %d, schedule %d: one of them does not exist",
-                          (int)d->method, (int)d->adakd, (int)d->featreg, (int)d->schedule);
-    if (d->epochs < 0 || d->epochs > 1000000 || d->batch < 0 || d->batch > CKCA__BATCH_MAX)
-        return ckca__fail(ctx, CKCA_EINVAL, "update: %d epochs, batch %d (each 1 to 1000000; 0 is the default)",
-                          d->epochs, d->batch);
-    if (!(d->lr >= 0 && d->lr < 1e6f) || !(d->momentum < 1) || !(d->weight_decay < 1e6f) || !(d->clip_norm < 1e30f) ||
-        !(d->label_smoothing >= 0 && d->label_smoothing < 1) || !(d->w_kd < 1e6f) || !(d->w_feat < 1e6f) ||
-        !(d->temperature >= 0 && d->temperature < 1e6f) || !(d->shrink <= 1) || !(d->perturb < 1e6f) ||
-        !(d->warmup_epochs < 1e6f) || !(d->step_epochs >= 0) || !(d->step_factor >= 0 && d->step_factor <= 1))
-        return ckca__fail(
-            ctx, CKCA_EINVAL,
-            "update: lr %g, momentum %g, weight_decay %g, clip_norm %g, label_smoothing %g, "
-            "w_kd %g, w_feat %g, temperature %g, shrink %g, perturb %g, warmup_epochs %g: one is out of range",
-            (double)d->lr, (double)d->momentum, (double)d->weight_decay, (double)d->clip_norm,
-            (double)d->label_smoothing, (double)d->w_kd, (double)d->w_feat, (double)d->temperature, (double)d->shrink,
-            (double)d->perturb, (double)d->warmup_epochs);
-    if (d->method == CKCA_METHOD_LWF) d->adakd = CKCA_ADAKD_CONSTANT;
-    d->w_kd = ckca__default(d->w_kd, d->adakd == CKCA_ADAKD_CLASS ? 2.0f : 1.0f);
-    if (d->w_feat == 0 && d->featreg == CKCA_FEATREG_STAGES && !ckca__same_stages(u->m, d->teacher ? d->teacher : u->m))
-        d->w_feat = CKCA_OFF;
-    d->w_feat = ckca__default(d->w_feat, 1.0f);
-    if (plain || (d->method != CKCA_METHOD_CKCA && d->method != CKCA_METHOD_LWF)) d->w_kd = d->w_feat = 0;
-    if (d->method == CKCA_METHOD_LWF) d->w_feat = 0;
-    if (plain) d->method = CKCA_METHOD_WARM;
-    if (d->temperature == 0) d->temperature = 2;
-    d->shrink = ckca__default(d->shrink, 0.4f);
-    d->perturb = ckca__default(d->perturb, 0.1f);
-    if (!d->epochs) d->epochs = 40;
-    if (!d->batch) d->batch = 64;
-    if (d->batch > u->data->count) d->batch = u->data->count;
-    if (d->lr == 0) d->lr = 0.1f;
-    d->warmup_epochs = ckca__default(d->warmup_epochs, 1.0f);
-    if (d->step_epochs == 0) d->step_epochs = (float)d->epochs / 3.0f;
-    if (d->step_factor == 0) d->step_factor = 0.1f;
-    d->momentum = ckca__default(d->momentum, 0.9f);
-    d->weight_decay = ckca__default(d->weight_decay, 5e-4f);
-    if (d->clip_norm < 0) d->clip_norm = 0;
-    if (d->state_seconds == 0) d->state_seconds = 30;
-    return ckca__check_augment(ctx, &d->augment);
+CKCA_API ckca_status ckca_update_defaults(const ckca_model *m, const ckca_data *data, ckca_update_desc *desc) {
+    ckca_update_desc d;
+    ckca_status status;
+    int plain;
+    if (!m) return CKCA_EINVAL;
+    if (!data || !desc) return ckca__null(m->ctx, "update", !data ? "data" : "desc");
+    if ((status = ckca__check_finished(m, "update")) || (status = ckca__settings_check(m->ctx, "update", desc)))
+        return status;
+    d = *desc;
+    plain = m->step == 0 && !d.teacher; /* nothing to keep yet */
+    if (d.method == CKCA_METHOD_LWF) d.adakd = CKCA_ADAKD_CONSTANT;
+    if (d.w_kd == 0 && d.adakd == CKCA_ADAKD_CLASS) d.w_kd = 2;
+    if (d.w_feat == 0 && d.featreg == CKCA_FEATREG_STAGES && !ckca__same_stages(m, d.teacher ? d.teacher : m))
+        d.w_feat = CKCA_OFF;
+    if (plain || (d.method != CKCA_METHOD_CKCA && d.method != CKCA_METHOD_LWF)) d.w_kd = d.w_feat = CKCA_OFF;
+    if (d.method == CKCA_METHOD_LWF) d.w_feat = CKCA_OFF;
+    if (plain) d.method = CKCA_METHOD_WARM;
+    if (d.augment.resized_crop && d.augment.crop_min == 0) d.augment.crop_min = 0.25f;
+    ckca__settings_fill(&d);
+    if (d.batch > data->count) d.batch = data->count;
+    if (d.step_epochs == 0) d.step_epochs = (float)d.epochs / 3.0f;
+    *desc = d;
+    return CKCA_OK;
 }
 
 /* Whether the terms in use can compare the student with this teacher. */
-static ckca_status ckca__check_teacher(ckca__update *u) {
-    const ckca_model *m = u->m, *t = u->teacher;
+static ckca_status ckca__check_teacher(const ckca__update *u, const ckca_model *t) {
+    const ckca_model *m = u->m;
     int i;
-    if (!t->finished || t->ctx != m->ctx || t->classes != m->classes || t->height != m->height ||
-        t->width != m->width || t->channels != m->channels)
+    if (t->ctx != m->ctx)
+        return ckca__fail(u->ctx, CKCA_EINVAL, "teacher: it belongs to another context than the model");
+    if (!t->finished) return ckca__fail(u->ctx, CKCA_EINVAL, "teacher: it is not finished (ckca_model_finish)");
+    if (t->classes != m->classes || t->height != m->height || t->width != m->width || t->channels != m->channels)
         return ckca__fail(u->ctx, CKCA_ESHAPE,
                           "teacher: it takes %d x %d x %d and has %d classes, the model %d x %d x %d and %d", t->height,
                           t->width, t->channels, t->classes, m->height, m->width, m->channels, m->classes);
@@ -7308,18 +7567,22 @@ static ckca_status ckca__starting_weights(ckca__update *u) {
 
 static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
     ckca_model *m = u->m;
+    const ckca_model *teacher = u->old;
     ckca_status status;
     int found = 0;
-    if ((status = ckca__resolve(u, desc))) return status;
-    if (u->d.w_kd > 0 || u->d.w_feat > 0) {
-        u->teacher = u->d.teacher && u->d.teacher != m ? (ckca_model *)(uintptr_t)u->d.teacher : u->old;
-        if (u->teacher != u->old && !m->normalized && u->teacher->normalized) {
-            memcpy(m->normalization, u->teacher->normalization, (size_t)m->channels * 2 * sizeof(float));
-            m->normalized = 1;
-        }
+    if (desc) u->d = *desc;
+    if ((status = ckca_update_defaults(m, u->data, &u->d))) return status;
+    ckca__settings_off(&u->d);
+    if (u->d.teacher && u->d.teacher != m) teacher = u->d.teacher;
+    if (!(u->d.w_kd > 0) && !(u->d.w_feat > 0)) teacher = NULL;
+    if (teacher && !m->normalized && teacher->normalized && teacher->channels == m->channels) {
+        memcpy(m->normalization, teacher->normalization, (size_t)m->channels * 2 * sizeof(float));
+        m->normalized = 1;
     }
     if ((status = ckca__adopt(m, u->data, "update"))) return status;
-    if (u->teacher && (status = ckca__check_teacher(u))) return status;
+    if (teacher && (status = ckca__check_teacher(u, teacher))) return status;
+    if (teacher == u->old) u->teacher = u->old;
+    else if (teacher && (status = ckca_model_copy(&u->teacher, teacher))) return status;
     u->mode = CKCA__TRAIN | (u->d.w_feat > 0 && u->d.featreg == CKCA_FEATREG_STAGES ? CKCA__STAGES : 0);
     u->batches = (u->data->count + u->d.batch - 1) / u->d.batch;
     u->order = (int *)ckca__alloc(u->ctx, (size_t)u->data->count * sizeof(int));
@@ -7433,8 +7696,8 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     ckca_status status;
     int had_names, was_normalized;
     if (!m) return CKCA_EINVAL;
-    if (!m->finished || !data || data->count < 1)
-        return ckca__fail(m->ctx, CKCA_EINVAL, "update: needs a finished model and pictures");
+    if ((status = ckca__check_finished(m, "update"))) return status;
+    if (!data) return ckca__null(m->ctx, "update", "data");
     memset(u, 0, sizeof *u);
     u->ctx = m->ctx;
     u->m = m;
@@ -7443,6 +7706,9 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     had_names = m->class_names != NULL;
     was_normalized = m->normalized;
     if ((status = ckca_model_copy(&u->old, m))) return status;
+    u->old->gradients = m->gradients; /* set aside for a failure: training makes its own */
+    u->old->momentum = m->momentum;
+    m->gradients = m->momentum = NULL;
     status = ckca__begin(u, desc);
     if (!status) status = ckca__train(u, start);
     ckca__device_forget(u->ctx, &u->recording[0]);
@@ -7451,20 +7717,23 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
         m->step++;
         if (u->d.state) ckca__state_remove(u);
     } else if (status != CKCA_ESTOP) { /* as it was before the call */
+        float *gradients = m->gradients, *momentum = m->momentum;
+        m->gradients = u->old->gradients;
+        m->momentum = u->old->momentum;
+        u->old->gradients = gradients;
+        u->old->momentum = momentum;
         ckca__device_copy(u->ctx, m->values, u->old->values, m->all * sizeof(float));
         m->batches_tracked = u->old->batches_tracked;
         m->folded_valid = 0;
-        m->normalized = was_normalized;
-        if (!had_names) {
-            ckca__free_names(m->ctx, m->class_names, m->classes);
-            m->class_names = NULL;
-        }
+        m->n = 0; /* what a forward left is the update's, not the caller's */
+        ckca__disown(m, had_names, was_normalized);
     }
     if (report) ckca__fill_report(u, ckca__seconds() - start, report);
     ckca__device_release(u->ctx, u->cache_z, u->cache_z_bytes);
     ckca__device_release(u->ctx, u->cache_f, u->cache_f_bytes);
     ckca__small_free(u->ctx, &u->b);
     ckca__release(u->ctx, u->order);
+    if (u->teacher != u->old) ckca_model_free(u->teacher);
     ckca_model_free(u->old);
     return status;
 }
@@ -7502,7 +7771,6 @@ static ckca_status ckca__store_create(ckca_context *ctx, ckca__store **out, size
                                       int channels, int classes, const char *const *names, const ckca_data_desc *desc) {
     ckca__store *store;
     size_t bytes;
-    *out = NULL;
     height = desc->height ? desc->height : height;
     width = desc->width ? desc->width : width;
     channels = desc->channels ? desc->channels : channels;
@@ -7535,7 +7803,6 @@ static ckca_status ckca__view(ckca_data **out, ckca__store *store, const int *in
     ckca_context *ctx = store->ctx;
     ckca_data *data = (ckca_data *)ckca__alloc(ctx, sizeof *data);
     int i;
-    *out = NULL;
     if (data) data->index = (int *)ckca__alloc(ctx, ckca__mul((size_t)n, sizeof *data->index));
     if (!data || !data->index) {
         ckca__release(ctx, data);
@@ -7559,6 +7826,7 @@ CKCA_API void ckca_data_free(ckca_data *data) {
 }
 
 CKCA_API void ckca_data_info_get(const ckca_data *data, ckca_data_info *info) {
+    if (!info) return;
     memset(info, 0, sizeof *info);
     if (!data) return;
     info->count = data->count;
@@ -7580,18 +7848,23 @@ CKCA_API const unsigned char *ckca_pixels(const ckca_data *data, int i) {
 
 /* Checks a descriptor of data and copies it, or defaults, to *out. */
 static ckca_status ckca__data_desc(ckca_context *ctx, const ckca_data_desc *desc, ckca_data_desc *out) {
+    ckca__bound bounds[3] = {{"height", 0, 0, CKCA__MAX_SIDE, 0},
+                             {"width", 0, 0, CKCA__MAX_SIDE, 0},
+                             {"classes", 0, 0, CKCA__CLASSES_MAX, 0}};
+    ckca_status status;
     int i, j;
     memset(out, 0, sizeof *out);
     if (!desc) return CKCA_OK;
     *out = *desc;
-    if (desc->height < 0 || desc->width < 0 || desc->height > CKCA__MAX_SIDE || desc->width > CKCA__MAX_SIDE)
-        return ckca__fail(ctx, CKCA_EINVAL, "height x width is %d x %d, each may be 0 to %d", desc->height, desc->width,
-                          (int)CKCA__MAX_SIDE);
+    bounds[0].value = desc->height;
+    bounds[1].value = desc->width;
+    bounds[2].value = desc->classes;
+    if ((status = ckca__check_bounds(ctx, "desc", bounds, 3))) return status;
     if (desc->channels != 0 && desc->channels != 1 && desc->channels != 3)
         return ckca__fail(ctx, CKCA_EINVAL, "channels is %d, it may be 1, 3, or 0 for what the data has",
                           desc->channels);
-    if (desc->classes < 0 || (desc->class_names && desc->classes == 0))
-        return ckca__fail(ctx, CKCA_EINVAL, "classes is %d, it is the length of class_names", desc->classes);
+    if (desc->class_names && desc->classes == 0)
+        return ckca__fail(ctx, CKCA_EINVAL, "desc: classes is 0, but there are class_names, whose number it is");
     for (i = 0; desc->class_names && i < desc->classes; i++) {
         if (!desc->class_names[i]) return ckca__fail(ctx, CKCA_EINVAL, "class_names[%d] is NULL", i);
         for (j = 0; j < i; j++)
@@ -7745,17 +8018,24 @@ CKCA_API ckca_status ckca_open_array(ckca_context *ctx, ckca_data **data, const 
     ckca_data_desc desc;
     ckca__store *store;
     ckca_status status;
+    ckca__bound bounds[4] = {{"count", 0, 1, INT_MAX, 0},
+                             {"height", 0, 1, CKCA__MAX_SIDE, 0},
+                             {"width", 0, 1, CKCA__MAX_SIDE, 0},
+                             {"classes", 0, 1, CKCA__CLASSES_MAX, 0}};
     int i;
-    if (data) *data = NULL;
-    if (!ctx) return CKCA_EINVAL;
-    if (!data || !array || !array->pixels || !array->labels)
-        return ckca__fail(ctx, CKCA_EINVAL, "ckca_open_array needs data, pixels and labels");
+    if (!ckca__usable(ctx)) return CKCA_EINVAL;
+    if (!data || !array) return ckca__null(ctx, "ckca_open_array", !data ? "data" : "array");
+    if (!array->pixels || !array->labels)
+        return ckca__null(ctx, "ckca_open_array", !array->pixels ? "array's pixels" : "array's labels");
     status = ckca__data_desc(ctx, desc_or_null, &desc);
     if (status) return status;
-    if (array->count < 1 || array->height < 1 || array->width < 1 || array->height > CKCA__MAX_SIDE ||
-        array->width > CKCA__MAX_SIDE || (array->channels != 1 && array->channels != 3) || array->classes < 1)
-        return ckca__fail(ctx, CKCA_EINVAL, "an array of %d pictures of %d x %d x %d with %d classes cannot be used",
-                          array->count, array->height, array->width, array->channels, array->classes);
+    bounds[0].value = array->count;
+    bounds[1].value = array->height;
+    bounds[2].value = array->width;
+    bounds[3].value = array->classes;
+    if ((status = ckca__check_bounds(ctx, "array", bounds, 4))) return status;
+    if (array->channels != 1 && array->channels != 3)
+        return ckca__fail(ctx, CKCA_EINVAL, "array: channels is %d, it may be 1 or 3", array->channels);
     for (i = 0; array->class_names && i < array->classes; i++)
         if (!array->class_names[i]) return ckca__fail(ctx, CKCA_EINVAL, "class_names[%d] is NULL", i);
     for (i = 0; i < array->count; i++)
@@ -7902,10 +8182,12 @@ static ckca_status ckca__parse_idx_pair(ckca_context *ctx, ckca_data **data, con
 /* What every opening call checks first. */
 static ckca_status ckca__open(ckca_context *ctx, ckca_data **data, const char *dir, int part,
                               const ckca_data_desc *desc_or_null, ckca_data_desc *desc) {
-    if (data) *data = NULL;
-    if (!ctx) return CKCA_EINVAL;
-    if (!data || !dir) return ckca__fail(ctx, CKCA_EINVAL, "opening data needs data and dir");
-    if (part != CKCA_TRAIN && part != CKCA_TEST) return ckca__fail(ctx, CKCA_EINVAL, "part is %d", part);
+    ckca__bound bound = {"part", 0, CKCA_TRAIN, CKCA_TEST, 0};
+    ckca_status status;
+    if (!ckca__usable(ctx)) return CKCA_EINVAL;
+    if (!data || !dir) return ckca__null(ctx, "opening data", !data ? "data" : "dir");
+    bound.value = part;
+    if ((status = ckca__check_bounds(ctx, "opening data", &bound, 1))) return status;
     return ckca__data_desc(ctx, desc_or_null, desc);
 }
 
@@ -8215,8 +8497,8 @@ CKCA_API ckca_status ckca_read_picture(ckca_context *ctx, const char *path, cons
                                        unsigned char *out) {
     ckca_data_desc checked;
     ckca_status status;
-    if (!ctx) return CKCA_EINVAL;
-    if (!path || !desc || !out) return ckca__fail(ctx, CKCA_EINVAL, "ckca_read_picture needs path, desc and out");
+    if (!ckca__usable(ctx)) return CKCA_EINVAL;
+    if (!path || !desc || !out) return ckca__null(ctx, "ckca_read_picture", !path ? "path" : !desc ? "desc" : "out");
     status = ckca__data_desc(ctx, desc, &checked);
     if (status) return status;
     if (!desc->height || !desc->width || !desc->channels)
@@ -8399,9 +8681,9 @@ CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const
 
 CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const char *dir,
                                       const ckca_data_desc *desc) {
-    (void)desc;
-    if (data) *data = NULL;
-    if (!ctx || !data || !dir) return CKCA_EINVAL;
+    ckca_data_desc checked;
+    ckca_status status = ckca__open(ctx, data, dir, CKCA_TRAIN, desc, &checked);
+    if (status) return status;
     return ckca__fail(ctx, CKCA_EINVAL, "%s: built without JPEG and PNG (CKCA_NO_STB_IMAGE)", ckca__tail(dir));
 }
 
@@ -8409,7 +8691,8 @@ CKCA_API ckca_status ckca_read_picture(ckca_context *ctx, const char *path, cons
                                        unsigned char *out) {
     (void)desc;
     (void)out;
-    if (!ctx || !path) return CKCA_EINVAL;
+    if (!ckca__usable(ctx)) return CKCA_EINVAL;
+    if (!path) return ckca__null(ctx, "ckca_read_picture", "path");
     return ckca__fail(ctx, CKCA_EINVAL, "%s: built without JPEG and PNG (CKCA_NO_STB_IMAGE)", ckca__tail(path));
 }
 
@@ -8450,24 +8733,33 @@ static void ckca__quota(const int *have, int classes, int n, int total, int *quo
 CKCA_API ckca_status ckca_split(const ckca_data *data, int n, const ckca_split_desc *desc, ckca_data **parts) {
     ckca_split_desc none;
     ckca_context *ctx;
+    ckca__bound bounds[3] = {{"n", 0, 1, INT_MAX, 0}, {"size", 0, 0, INT_MAX, 0}, {"stratified", 0, 0, 1, 0}};
+    ckca_data **made;                  /* the parts, which take their places when all are there */
     int *order, *dealt, *have, *quota; /* the pictures shuffled; part after part; per class */
     int i, j, k, count, total, classes;
     ckca_status status = CKCA_OK;
     memset(&none, 0, sizeof none);
-    for (i = 0; parts && i < n; i++) parts[i] = NULL;
     if (!data) return CKCA_EINVAL;
     ctx = data->store->ctx;
     count = data->count;
     classes = data->store->classes;
     if (!desc) desc = &none;
-    if (!parts || n < 1 || desc->size < 0)
-        return ckca__fail(ctx, CKCA_EINVAL, "ckca_split into %d parts of %d pictures", n, desc->size);
+    if (!parts) return ckca__null(ctx, "ckca_split", "parts");
+    bounds[0].value = n;
+    bounds[1].value = desc->size;
+    bounds[2].value = desc->stratified;
+    if ((status = ckca__check_bounds(ctx, "ckca_split", bounds, 3))) return status;
     if ((int64_t)n * (desc->size ? desc->size : 1) > count)
         return ckca__fail(ctx, CKCA_EINVAL, "%d parts of %d pictures need %.0f pictures, there are %d", n,
                           desc->size ? desc->size : 1, (double)n * (desc->size ? desc->size : 1), count);
     total = desc->size ? n * desc->size : count;
+    made = (ckca_data **)ckca__alloc(ctx, (size_t)n * sizeof *made);
     order = (int *)ckca__alloc(ctx, ckca__mul(sizeof(int), 2 * (size_t)count + 2 * (size_t)classes));
-    if (!order) return ckca__fail(ctx, CKCA_ENOMEM, "no memory to split %d pictures", count);
+    if (!made || !order) {
+        ckca__release(ctx, made);
+        ckca__release(ctx, order);
+        return ckca__fail(ctx, CKCA_ENOMEM, "no memory to split %d pictures", count);
+    }
     dealt = order + count;
     have = dealt + count;
     quota = have + classes;
@@ -8488,13 +8780,14 @@ CKCA_API ckca_status ckca_split(const ckca_data *data, int n, const ckca_split_d
         for (k = i; k < total; k += n) dealt[j++] = order[k];
     for (i = 0, j = 0; i < n && !status; i++) {
         int size = total / n + (i < total % n);
-        status = ckca__view(&parts[i], data->store, dealt + j, size);
+        status = ckca__view(&made[i], data->store, dealt + j, size);
         j += size;
     }
-    for (i = 0; i < n && status; i++) {
-        ckca_data_free(parts[i]);
-        parts[i] = NULL;
+    for (i = 0; i < n; i++) {
+        if (status) ckca_data_free(made[i]);
+        else parts[i] = made[i];
     }
+    ckca__release(ctx, made);
     ckca__release(ctx, order);
     return status;
 }
@@ -8503,13 +8796,16 @@ CKCA_API ckca_status ckca_subset(ckca_data **subset, const ckca_data *data, cons
     ckca_context *ctx;
     ckca_status status;
     int i;
-    if (subset) *subset = NULL;
+    ckca__bound bound = {"n", 0, 1, INT_MAX, 0};
     if (!data) return CKCA_EINVAL;
     ctx = data->store->ctx;
-    if (!subset || !index || n < 1) return ckca__fail(ctx, CKCA_EINVAL, "a subset of %d pictures", n);
+    if (!subset || !index) return ckca__null(ctx, "ckca_subset", !subset ? "subset" : "index");
+    bound.value = n;
+    if ((status = ckca__check_bounds(ctx, "ckca_subset", &bound, 1))) return status;
     for (i = 0; i < n; i++)
         if (index[i] < 0 || index[i] >= data->count)
-            return ckca__fail(ctx, CKCA_EINVAL, "index[%d] is %d, there are %d pictures", i, index[i], data->count);
+            return ckca__fail(ctx, CKCA_EINVAL, "ckca_subset: index[%d] is %d, there are %d pictures", i, index[i],
+                              data->count);
     status = ckca__view(subset, data->store, index, n);
     for (i = 0; !status && i < n; i++) (*subset)->index[i] = data->index[index[i]];
     return status;
@@ -8522,13 +8818,14 @@ CKCA_API ckca_status ckca_join(ckca_data **joined, ckca_data *const *parts, int 
     size_t total = 0, bytes;
     int i, j, k, at = 0, shared = 1;
     ckca_status status;
-    if (joined) *joined = NULL;
-    if (!parts || n < 1 || !parts[0]) return CKCA_EINVAL;
-    first = parts[0]->store;
+    ckca_data *together = NULL;
+    for (i = 0; parts && i < n && !parts[i];) i++;
+    if (!parts || i >= n) return CKCA_EINVAL; /* none that knows a context */
+    first = parts[i]->store;
     ctx = first->ctx;
-    if (!joined) return ckca__fail(ctx, CKCA_EINVAL, "ckca_join needs joined");
+    if (!joined) return ckca__null(ctx, "ckca_join", "joined");
     for (i = 0; i < n; i++) {
-        if (!parts[i]) return ckca__fail(ctx, CKCA_EINVAL, "parts[%d] is NULL", i);
+        if (!parts[i]) return ckca__fail(ctx, CKCA_EINVAL, "ckca_join: parts[%d] is NULL", i);
         store = parts[i]->store;
         total += (size_t)parts[i]->count;
         shared = shared && store == first;
@@ -8555,12 +8852,12 @@ CKCA_API ckca_status ckca_join(ckca_data **joined, ckca_data *const *parts, int 
                                     (const char *const *)first->class_names, &desc);
         if (status) return status;
     }
-    status = ckca__view(joined, store, NULL, (int)total);
+    status = ckca__view(&together, store, NULL, (int)total);
     bytes = ckca__picture_bytes(store);
     for (i = 0; !status && i < n; i++) {
         for (j = 0; j < parts[i]->count; j++, at++) {
             if (shared)
-                (*joined)->index[at] = parts[i]->index[j];
+                together->index[at] = parts[i]->index[j];
             else {
                 store->labels[at] = ckca_label(parts[i], j);
                 memcpy(store->pixels + (size_t)at * bytes, ckca_pixels(parts[i], j), bytes);
@@ -8568,6 +8865,7 @@ CKCA_API ckca_status ckca_join(ckca_data **joined, ckca_data *const *parts, int 
         }
     }
     ckca__store_release(store);
+    if (!status) *joined = together;
     return status;
 }
 
@@ -9654,17 +9952,18 @@ static ckca_status ckca__export_model(ckca_model *m, const char *path, const cha
 }
 
 CKCA_API ckca_status ckca_save(ckca_model *m, const char *path) {
+    ckca_status status;
     if (!m) return CKCA_EINVAL;
-    if (!m->finished || !path) return ckca__fail(m->ctx, CKCA_EINVAL, "save: needs a finished model and a path");
+    if (!path) return ckca__null(m->ctx, "ckca_save", "path");
+    if ((status = ckca__check_finished(m, "ckca_save"))) return status;
     return ckca__export_model(m, path, NULL);
 }
 
 CKCA_API ckca_status ckca_load(ckca_context *ctx, ckca_model **out, const char *path) {
     ckca__st_file file;
     ckca_status status;
-    if (!ctx) return CKCA_EINVAL;
-    if (out) *out = NULL;
-    if (!out || !path) return ckca__fail(ctx, CKCA_EINVAL, "load: needs a path and a place for the result");
+    if (!ckca__usable(ctx)) return CKCA_EINVAL;
+    if (!out || !path) return ckca__null(ctx, "ckca_load", !out ? "model" : "path");
     status = ckca__st_open(ctx, path, &file);
     if (!status) status = ckca__load_file(ctx, out, &file);
     ckca__st_close(&file);
@@ -9675,27 +9974,65 @@ CKCA_API ckca_status ckca_load_weights(ckca_model *m, const char *path) {
     ckca__st_file file;
     ckca_status status;
     if (!m) return CKCA_EINVAL;
-    if (!m->finished || !path) return ckca__fail(m->ctx, CKCA_EINVAL, "load: needs a finished model and a path");
+    if (!path) return ckca__null(m->ctx, "ckca_load_weights", "path");
+    if ((status = ckca__check_finished(m, "ckca_load_weights"))) return status;
     status = ckca__st_open(m->ctx, path, &file);
     if (!status) status = ckca__take_weights(m, &file);
     ckca__st_close(&file);
     return status;
 }
 
-/* ckca.state: fingerprint, epoch, batch, hits, and the three sums' bits, each as 16 hexadecimal digits. */
+/* The first setting whose value in the text behind a state's numbers is another than u's, as a sentence; "": none. */
+static void ckca__state_difference(const ckca__update *u, const char *settings, char *out, size_t room) {
+    int i;
+    *out = 0;
+    for (i = 0; i < CKCA__SETTINGS; i++) {
+        const ckca__setting *s = &ckca__settings[i];
+        char key[64];
+        const char *at;
+        double was;
+        if (!s->decides) continue;
+        snprintf(key, sizeof key, " %s=", s->name);
+        at = strstr(settings, key);
+        if (!at) continue; /* a state from before the text had it */
+        at += strlen(key);
+        if (!ckca__parse_decimal(&at, &was) || (float)was == (float)ckca__setting_get(&u->d, s)) continue;
+        snprintf(out, room, "its %s was %.9g, now it is %.9g", s->name, was, ckca__setting_get(&u->d, s));
+        return;
+    }
+}
+
+/* ckca.state: fingerprint, epoch, batch, hits, and the three sums' bits, each as 16 hexadecimal digits; then the
+   settings as name=value, for the sentence about a fingerprint that differs. Each has a space behind it. */
 static ckca_status ckca__state_save(ckca__update *u) {
     uint64_t field[7];
-    char text[7 * 17 + 1];
+    char numbers[7 * 17 + 1];
+    ckca__text text;
+    ckca_status status;
     int i;
+    memset(&text, 0, sizeof text);
+    text.ctx = u->ctx;
     field[0] = u->fingerprint;
     field[1] = (uint64_t)u->epoch;
     field[2] = (uint64_t)u->batch;
     field[3] = (uint64_t)u->hits;
     memcpy(field + 4, u->sums, sizeof u->sums);
     for (i = 0; i < 7; i++)
-        snprintf(text + 17 * i, 18, "%08lx%08lx ", (unsigned long)(field[i] >> 32),
+        snprintf(numbers + 17 * i, 18, "%08lx%08lx ", (unsigned long)(field[i] >> 32),
                  (unsigned long)(field[i] & 0xffffffffu));
-    return ckca__export_model(u->m, u->d.state, text);
+    ckca__text_puts(&text, numbers);
+    for (i = 0; i < CKCA__SETTINGS; i++) {
+        const float value = (float)ckca__setting_get(&u->d, &ckca__settings[i]);
+        if (!ckca__settings[i].decides) continue;
+        ckca__text_puts(&text, ckca__settings[i].name);
+        ckca__text_puts(&text, "=");
+        ckca__text_floats(&text, &value, 1);
+        ckca__text_puts(&text, " ");
+    }
+    status = text.failed ? ckca__fail(u->ctx, CKCA_ENOMEM, "%s: out of memory for writing it", ckca__tail(u->d.state))
+                         : ckca__export_model(u->m, u->d.state, text.at);
+    ckca__release(u->ctx, text.at);
+    return status;
 }
 
 static ckca_status ckca__state_load(ckca__update *u, int *found) {
@@ -9715,7 +10052,7 @@ static ckca_status ckca__state_load(ckca__update *u, int *found) {
     fclose(probe);
     status = ckca__st_open(u->ctx, u->d.state, &file);
     text = status ? NULL : ckca__st_meta(&file, "ckca.state");
-    if (!status && (!text || strlen(text) != 7 * 17))
+    if (!status && (!text || strlen(text) < 7 * 17))
         status = ckca__fail(u->ctx, CKCA_EFORMAT, "%s: it is no training state", path);
     for (i = 0; !status && i < 7 * 17; i++) {
         static const char digits[] = "0123456789abcdef";
@@ -9725,11 +10062,12 @@ static ckca_status ckca__state_load(ckca__update *u, int *found) {
         else if (i % 17 < 16 || text[i] != ' ')
             status = ckca__fail(u->ctx, CKCA_EFORMAT, "%s: ckca.state cannot be read", path);
     }
-    if (!status && field[0] != u->fingerprint)
-        status = ckca__fail(u->ctx, CKCA_EINVAL,
-                            "%s: a training state of another update (other pictures, weights or settings): "
-                            "remove it to start anew",
-                            path);
+    if (!status && field[0] != u->fingerprint) {
+        char difference[160];
+        ckca__state_difference(u, text + 7 * 17 - 1, difference, sizeof difference);
+        status = ckca__fail(u->ctx, CKCA_EINVAL, "%s: a training state of another update (%s): remove it to start anew",
+                            path, *difference ? difference : "other pictures, weights, seed, teacher or settings");
+    }
     if (!status &&
         (field[1] >= (uint64_t)u->d.epochs || field[2] > (uint64_t)u->batches || field[3] > (uint64_t)u->data->count))
         status = ckca__fail(u->ctx, CKCA_EFORMAT, "%s: it is at epoch %.0f, batch %.0f; there are %d and %d", path,
@@ -9783,3 +10121,52 @@ static void ckca__state_remove(ckca__update *u) { (void)u; }
 #pragma GCC diagnostic pop
 #endif
 #endif
+/*
+This software is available under two licences: choose whichever you prefer.
+
+-------------------------------------------------------------------------------
+ALTERNATIVE A - MIT License
+
+Copyright (c) 2026 the authors of ckca.h
+
+Permission is hereby granted, free of charge, to any person obtaining a copy of
+this software and associated documentation files (the "Software"), to deal in
+the Software without restriction, including without limitation the rights to
+use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies
+of the Software, and to permit persons to whom the Software is furnished to do
+so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all
+copies or substantial portions of the Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
+SOFTWARE.
+
+-------------------------------------------------------------------------------
+ALTERNATIVE B - Public Domain (www.unlicense.org)
+
+This is free and unencumbered software released into the public domain.
+
+Anyone is free to copy, modify, publish, use, compile, sell, or distribute this
+software, either in source code form or as a compiled binary, for any purpose,
+commercial or non-commercial, and by any means.
+
+In jurisdictions that recognize copyright laws, the author or authors of this
+software dedicate any and all copyright interest in the software to the public
+domain. We make this dedication for the benefit of the public at large and to
+the detriment of our heirs and successors. We intend this dedication to be an
+overt act of relinquishment in perpetuity of all present and future rights to
+this software under copyright law.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+AUTHORS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN
+ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION
+WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+*/

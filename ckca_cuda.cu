@@ -131,17 +131,25 @@ CKCA__OP void ckca__device_free(ckca_context *ctx) {
     ctx->cuda = NULL;
 }
 
-/* A failure here leaves no context and so no sentence: its status has to do. What was made is freed by the caller. */
+/* What a failure leaves is freed with the context. */
 CKCA__OP ckca_status ckca__device_init(ckca_context *ctx) {
     ckca__cuda *cuda = (ckca__cuda *)calloc(1, sizeof *cuda);
     static const char *const precision[] = {"float32", "tf32", "bf16"};
     cudaDeviceProp gpu;
     int device, ok, i;
-    if (!cuda) return CKCA_ENOMEM;
+    if (!cuda) {
+        snprintf(ctx->error, sizeof ctx->error, "ckca_init: out of memory for the GPU's %d bytes", (int)sizeof *cuda);
+        return CKCA_ENOMEM;
+    }
     ctx->cuda = cuda;
     ok = CKCA__CUDA(cuda, cudaGetDevice(&device)) && CKCA__CUDA(cuda, cudaGetDeviceProperties(&gpu, device));
-    if (!ok) return CKCA_ECUDA;
-    if (ctx->precision != CKCA_FLOAT32 && gpu.major < 8) return CKCA_EINVAL; /* as an instruction set it lacks */
+    if (!ok) return ckca__device_status(ctx);
+    if (ctx->precision != CKCA_FLOAT32 && gpu.major < 8) { /* as an instruction set it lacks */
+        snprintf(ctx->error, sizeof ctx->error,
+                 "ckca_init: precision is %s, which needs compute capability 8.0; %.100s has %d.%d",
+                 precision[ctx->precision], gpu.name, gpu.major, gpu.minor);
+        return CKCA_EINVAL;
+    }
     ok = CKCA__CUDA(cuda, cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking)) &&
          CKCA__CUDA(cuda, cudaStreamCreateWithFlags(&cuda->copies, cudaStreamNonBlocking)) &&
          CKCA__CUDA(cuda, cudaMalloc((void **)&cuda->scratch, sizeof *cuda->scratch)) &&
@@ -153,7 +161,7 @@ CKCA__OP ckca_status ckca__device_init(ckca_context *ctx) {
              CKCA__CUDA(cuda, cudaEventCreateWithFlags(&cuda->sent[i], cudaEventDisableTiming));
     cuda->blocks = 16 * gpu.multiProcessorCount;
     snprintf(ctx->device, sizeof ctx->device, "cuda %.40s %s", gpu.name, precision[ctx->precision]);
-    return ok ? CKCA_OK : CKCA_ECUDA;
+    return ckca__device_status(ctx);
 }
 
 CKCA__OP ckca_status ckca__device_status(ckca_context *ctx) {
