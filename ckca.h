@@ -1107,7 +1107,8 @@ typedef struct ckca__bound {
 static int ckca__out_of_bounds(const ckca__bound *b, int count, char *text, size_t room) {
     for (; count > 0; count--, b++) {
         if ((b->value >= b->least && b->value <= b->most) || (b->off && b->value == (double)CKCA_OFF)) continue;
-        snprintf(text, room, "%s is %.9g, it may be %.10g to %.10g%s", b->name,
+        snprintf(text, room, "%s is %.*g, it may be %.10g to %.10g%s", b->name,
+                 fabs(b->value) < 1e10 && b->value == floor(b->value) ? 10 : 7, /* an int, or what a float holds */
                  b->value == b->value ? b->value : fabs(b->value), b->least, b->most, b->off ? ", or CKCA_OFF" : "");
         return 1;
     }
@@ -9997,7 +9998,7 @@ static void ckca__state_difference(const ckca__update *u, const char *settings, 
         if (!at) continue; /* a state from before the text had it */
         at += strlen(key);
         if (!ckca__parse_decimal(&at, &was) || (float)was == (float)ckca__setting_get(&u->d, s)) continue;
-        snprintf(out, room, "its %s was %.9g, now it is %.9g", s->name, was, ckca__setting_get(&u->d, s));
+        snprintf(out, room, "its %s was %.7g, now it is %.7g", s->name, was, ckca__setting_get(&u->d, s));
         return;
     }
 }

@@ -487,7 +487,7 @@ int main(int argc, char **argv) {
     if (drawn && r.update.w_feat == 0) r.update.w_feat = 0.1f; /* more holds back what has most to learn yet */
 
     /* The pictures, in chunks. */
-    tool_check(ctx, ckca_init(&ctx, &desc));
+    ctx = tool_init(&desc);
     tool_open(ctx, &r.source, r.chunks * r.chunk_size, r.seed, &train, &test);
     ckca_data_info_get(test, &info);
     t = info.count;

@@ -29,6 +29,13 @@ static inline void tool_check(const ckca_context *ctx, ckca_status status) {
         tool_fail(1, "%s", ctx && *ckca_error(ctx) ? ckca_error(ctx) : ckca_status_name(status));
 }
 
+static inline ckca_context *tool_init(const ckca_desc *desc) {
+    ckca_context *ctx = NULL;
+    ckca_status status = ckca_init(&ctx, desc);
+    tool_check(ctx, status);
+    return ctx;
+}
+
 /* ---- Flags ---------------------------------------------------------------------------------------------------- */
 
 typedef enum tool_kind {

@@ -88,7 +88,7 @@ int main(int argc, char **argv) {
         update.state = state;
     }
 
-    tool_check(ctx, ckca_init(&ctx, &desc));
+    ctx = tool_init(&desc);
     tool_open(ctx, &source, count, seed, &train, &test);
     ckca_data_info_get(train, &info);
     model_desc.height = info.height;

@@ -60,7 +60,7 @@ int main(int argc, char **argv) {
     if ((size_t)snprintf(state, sizeof state, "%s.state", argv[2]) >= sizeof state)
         tool_fail(2, "the path is too long");
 
-    tool_check(ctx, ckca_init(&ctx, &desc));
+    ctx = tool_init(&desc);
     tool_check(ctx, ckca_load(ctx, &model, argv[0]));
     like = ckca_data_like(model); /* the network's size, channels and classes */
     tool_check(ctx, ckca_open_folder(ctx, &pictures, argv[1], &like));

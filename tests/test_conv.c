@@ -269,7 +269,9 @@ static ckca_context *context(ckca_isa isa, int threads) {
     memset(&desc, 0, sizeof desc);
     desc.isa = isa;
     desc.threads = threads;
-    return ckca_init(&ctx, &desc) == CKCA_OK ? ctx : NULL;
+    if (ckca_init(&ctx, &desc) == CKCA_OK) return ctx;
+    ckca_free(ctx);
+    return NULL;
 }
 
 /* Whether the forward pass and the gradients take Winograd's algorithm (of stride 2, not every weight gradient does): then

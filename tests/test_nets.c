@@ -565,7 +565,10 @@ int main(void) {
         if (i && !CKCA__DEVICE_IS_HOST) break; /* instruction sets are the host's */
         memset(&desc, 0, sizeof desc);
         desc.isa = isas[i];
-        if (ckca_init(&ctx, &desc) != CKCA_OK) continue; /* the processor lacks it */
+        if (ckca_init(&ctx, &desc) != CKCA_OK) { /* the processor lacks it */
+            ckca_free(ctx);
+            continue;
+        }
         for (j = 0; j < sizeof cases / sizeof *cases; j++)
             if (isas[i] == CKCA_ISA_BEST || j < (isas[i] == CKCA_ISA_PLAIN ? 2u : 3u)) test_net(ctx, &cases[j]);
         ckca_free(ctx);

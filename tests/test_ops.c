@@ -1265,8 +1265,10 @@ int main(int argc, char **argv) {
             memset(&desc, 0, sizeof desc);
             desc.threads = t + 1;
             desc.isa = (ckca_isa)(CKCA_ISA_PLAIN + isa);
-            if (ckca_init(&contexts[isa][t], &desc)) contexts[isa][t] = NULL;
-            else any = contexts[isa][0];
+            if (ckca_init(&contexts[isa][t], &desc)) {
+                ckca_free(contexts[isa][t]);
+                contexts[isa][t] = NULL;
+            } else any = contexts[isa][0];
         }
     test_workspace();
     test_norm();

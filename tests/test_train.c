@@ -206,7 +206,7 @@ static void test_graph_errors(ckca_context *ctx) {
     ckca_model *m;
     int x, y;
     memset(&desc, 0, sizeof desc);
-    CHECK(ckca_model_create(ctx, &m, &desc) == CKCA_EINVAL && strstr(ckca_error(ctx), "0 classes"), "%s", ckca_error(ctx));
+    CHECK(ckca_model_create(ctx, &m, &desc) == CKCA_EINVAL && strstr(ckca_error(ctx), "classes is 0"), "%s", ckca_error(ctx));
     desc.classes = 3;
 #define BROKEN(build, status, words)                                                                                      \
     do {                                                                                                                  \
@@ -217,16 +217,16 @@ static void test_graph_errors(ckca_context *ctx) {
         CHECK(ckca_model_finish(m, y) == status && strstr(ckca_error(ctx), words), #build ": \"%s\"", ckca_error(ctx)); \
         ckca_model_free(m);                                                                                               \
     } while (0)
-    BROKEN(ckca_conv(m, "c", x, conv(0, 3, 1, 1, 0)), CKCA_EINVAL, "conv c: out 0");
-    BROKEN(ckca_conv(m, "c", x, conv(4, 3, 1, 3, 0)), CKCA_EINVAL, "pad 3");
+    BROKEN(ckca_conv(m, "c", x, conv(0, 3, 1, 1, 0)), CKCA_EINVAL, "conv c: out is 0");
+    BROKEN(ckca_conv(m, "c", x, conv(4, 3, 1, 3, 0)), CKCA_EINVAL, "pad is 3, it may be 0 to 2");
     BROKEN(ckca_conv(m, "c", x, conv(4, 40, 1, 0, 0)), CKCA_ESHAPE, "kernel of 40");
     BROKEN(ckca_conv(m, "c", 7, conv(4, 3, 1, 1, 0)), CKCA_EINVAL, "no node 7");
     BROKEN(ckca_conv(m, "a b", x, conv(4, 3, 1, 1, 0)), CKCA_EINVAL, "\"a b\"");
     BROKEN(ckca_conv(m, NULL, x, conv(4, 3, 1, 1, 0)), CKCA_EINVAL, "name");
     BROKEN(ckca_conv(m, "c", ckca_conv(m, "c", x, conv(4, 3, 1, 1, 0)), conv(4, 3, 1, 1, 0)), CKCA_EINVAL, "node 1's already");
     BROKEN(ckca_add(m, x, ckca_conv(m, "c", x, conv(4, 3, 1, 1, 0))), CKCA_ESHAPE, "32 x 32 x 4");
-    BROKEN(ckca_maxpool(m, x, 0, 1, 0), CKCA_EINVAL, "kernel 0");
-    BROKEN(ckca_subsample(m, x, 2, 1), CKCA_EINVAL, "1 channels out of 3");
+    BROKEN(ckca_maxpool(m, x, 0, 1, 0), CKCA_EINVAL, "kernel is 0");
+    BROKEN(ckca_subsample(m, x, 2, 1), CKCA_EINVAL, "out is 1, it may be 3 to");
     BROKEN(ckca_conv(m, "c", x, conv(2000000000, 3, 1, 1, 0)), CKCA_ESHAPE, "too large");
     BROKEN(ckca_input(m), CKCA_EINVAL, "input");
     ckca_model_create(ctx, &m, &desc);
@@ -236,7 +236,7 @@ static void test_graph_errors(ckca_context *ctx) {
     CHECK(ckca_model_finish(m, y) == CKCA_ESHAPE && strstr(ckca_error(ctx), "4 outputs"), "%s", ckca_error(ctx));
     ckca_model_free(m);
     CHECK(ckca_resnet(ctx, &m, "resnet21", &desc) == CKCA_EINVAL && strstr(ckca_error(ctx), "resnet21"), "%s", ckca_error(ctx));
-    CHECK(ckca_resnet(ctx, &m, "resnet20-cifar", &desc) == CKCA_EINVAL && !m, "resnet20 has that stem anyway");
+    CHECK(ckca_resnet(ctx, &m, "resnet20-cifar", &desc) == CKCA_EINVAL, "resnet20 has that stem anyway");
     CHECK(ckca_resnet(ctx, &m, NULL, &desc) == CKCA_EINVAL, "no name");
 }
 
@@ -569,7 +569,7 @@ static void test_update_errors(ckca_context *ctx, ckca_model *start, const ckca_
     ckca_report report;
     int stop = 7;
     d.lr = 1e20f;
-    CHECK(ckca_update(m, data, &d, NULL) == CKCA_EINVAL && strstr(ckca_error(ctx), "lr 1e+20"), "%s", ckca_error(ctx));
+    CHECK(ckca_update(m, data, &d, NULL) == CKCA_EINVAL && strstr(ckca_error(ctx), "lr is 1e+20, it may be 0 to 1000000"), "%s", ckca_error(ctx));
     d.lr = 9e5f;
     d.momentum = 0.99f;
     d.epochs = 30;
@@ -583,12 +583,12 @@ static void test_update_errors(ckca_context *ctx, ckca_model *start, const ckca_
     CHECK(ckca_update(NULL, data, &d, NULL) == CKCA_EINVAL, "no model");
     CHECK(ckca_update(m, NULL, &d, NULL) == CKCA_EINVAL, "no data");
     d.epochs = -1;
-    CHECK(ckca_update(m, data, &d, NULL) == CKCA_EINVAL && strstr(ckca_error(ctx), "-1 epochs"), "%s", ckca_error(ctx));
+    CHECK(ckca_update(m, data, &d, NULL) == CKCA_EINVAL && strstr(ckca_error(ctx), "epochs is -1"), "%s", ckca_error(ctx));
     d = quick((ckca_method)9);
-    CHECK(ckca_update(m, data, &d, NULL) == CKCA_EINVAL && strstr(ckca_error(ctx), "method 9"), "%s", ckca_error(ctx));
+    CHECK(ckca_update(m, data, &d, NULL) == CKCA_EINVAL && strstr(ckca_error(ctx), "method is 9"), "%s", ckca_error(ctx));
     d = quick(CKCA_METHOD_CKCA);
     d.augment.crop_min = 2;
-    CHECK(ckca_update(m, data, &d, NULL) == CKCA_EINVAL && strstr(ckca_error(ctx), "crop_min 2"), "%s", ckca_error(ctx));
+    CHECK(ckca_update(m, data, &d, NULL) == CKCA_EINVAL && strstr(ckca_error(ctx), "augment.crop_min is 2"), "%s", ckca_error(ctx));
     memset(&desc, 0, sizeof desc);
     desc.classes = CLASSES;
     ckca_resnet(ctx, &other, "resnet8", &desc);
@@ -700,7 +700,8 @@ static void test_resume(ckca_context *ctx, ckca_model *start, const ckca_data *d
         m = copy_of(start);
         stop = 0;
         d.lr = 0.05f;
-        CHECK(ckca_update(m, data, &d, NULL) == CKCA_EINVAL && strstr(ckca_error(ctx), "another update"), "%s", ckca_error(ctx));
+        CHECK(ckca_update(m, data, &d, NULL) == CKCA_EINVAL && strstr(ckca_error(ctx), "another update (its lr was 0.1, now it is 0.05)"), "%s",
+              ckca_error(ctx));
         d.lr = 0;
         bytes = slurp(d.state, &size);
         CHECK(size > 1000, "the state has %zu bytes", size);
@@ -748,7 +749,7 @@ static void test_files(ckca_context *ctx, ckca_model *m, const ckca_data *data) 
     for (cut = 0; cut < size; cut += cut < 600 ? 1 : 997) { /* truncated anywhere: refused */
         ckca_model *none = m;
         spill(two, a, cut);
-        CHECK(ckca_load(ctx, &none, two) != CKCA_OK && !none, "a file cut to %zu of %zu bytes loads", cut, size);
+        CHECK(ckca_load(ctx, &none, two) != CKCA_OK && none == m, "a file cut to %zu of %zu bytes loads", cut, size);
         CHECK(ckca_load_weights(back, two) != CKCA_OK, "weights from a file cut to %zu bytes", cut);
     }
     ckca_model_free(back);
@@ -763,6 +764,7 @@ static void test_files(ckca_context *ctx, ckca_model *m, const ckca_data *data) 
     ckca_save(other, one);
     CHECK(ckca_load_weights(m, one) == CKCA_EFORMAT && strstr(ckca_error(ctx), "not of this network"), "%s", ckca_error(ctx));
     ckca_model_free(other);
+    other = NULL;
     CHECK(ckca_load(ctx, &other, DIR "/nothing") == CKCA_EIO && !other, "%s", ckca_error(ctx));
     CHECK(ckca_save(m, DIR "/no/such/folder/x") == CKCA_EIO, "%s", ckca_error(ctx));
 }
