@@ -5058,6 +5058,13 @@ static int ckca__broken(ckca_model *m, ckca_status status, const char *format, .
     return -1;
 }
 
+/* Which nodes there are, for a sentence about one that there is not. */
+static const char *ckca__which_nodes(const ckca_model *m, char *text, size_t room) {
+    if (m->nodes) snprintf(text, room, "nodes are 0 to %d", m->nodes - 1);
+    else snprintf(text, room, "there is none yet: begin with ckca_input");
+    return text;
+}
+
 static ckca_status ckca__check_finished(const ckca_model *m, const char *call) {
     if (m->finished) return CKCA_OK;
     return ckca__fail(m->ctx, CKCA_EINVAL, "%s: the model is not finished (ckca_model_finish)", call);
@@ -5076,8 +5083,9 @@ static ckca__node *ckca__add_node(ckca_model *m, ckca__kind kind, const char *na
     }
     for (i = 0; i < inputs; i++) {
         if (in[i] < 0 || in[i] >= m->nodes) {
-            ckca__broken(m, CKCA_EINVAL, "%s %.70s: there is no node %d (%s are 0 to %d)", ckca__kind_name[kind],
-                         name ? name : "", in[i], m->nodes ? "nodes" : "ckca_input is the first: nodes", m->nodes - 1);
+            char nodes[64];
+            ckca__broken(m, CKCA_EINVAL, "%s%s%.70s: there is no node %d (%s)", ckca__kind_name[kind],
+                         name && *name ? " " : "", name ? name : "", in[i], ckca__which_nodes(m, nodes, sizeof nodes));
             return NULL;
         }
     }
@@ -5316,11 +5324,12 @@ CKCA_API int ckca_linear(ckca_model *m, const char *name, int input, int out) {
 }
 
 CKCA_API int ckca_stage(ckca_model *m, int input) {
+    char nodes[64];
     if (!m || m->failed) return -1;
     if (m->finished) return ckca__broken(m, CKCA_EINVAL, "stage: the model is finished, no node can be marked");
     if (input < 0 || input >= m->nodes)
-        return ckca__broken(m, CKCA_EINVAL, "stage: there is no node %d (%s are 0 to %d)", input,
-                            m->nodes ? "nodes" : "ckca_input is the first: nodes", m->nodes - 1);
+        return ckca__broken(m, CKCA_EINVAL, "stage: there is no node %d (%s)", input,
+                            ckca__which_nodes(m, nodes, sizeof nodes));
     m->node[input].stage = 1;
     return input;
 }
@@ -5358,7 +5367,7 @@ CKCA_API ckca_status ckca_model_create(ckca_context *ctx, ckca_model **out, cons
     ckca_status status;
     int i;
     if (!ckca__usable(ctx)) return CKCA_EINVAL;
-    if (!out || !desc) return ckca__null(ctx, "model", !out ? "model" : "desc");
+    if (!out || !desc) return ckca__null(ctx, "ckca_model_create", !out ? "model" : "desc");
     bounds[0].value = desc->height;
     bounds[1].value = desc->width;
     bounds[2].value = desc->channels;
@@ -5491,11 +5500,12 @@ static void ckca__choose_half(ckca_model *m) {
 
 static ckca_status ckca__seal(ckca_model *m, int logits) {
     ckca_context *ctx = m->ctx;
+    char nodes[64];
     if (m->failed) return ckca__fail(ctx, m->failed, "%s", m->failure);
     if (m->finished) return ckca__fail(ctx, CKCA_EINVAL, "ckca_model_finish: the model is finished already");
     if (logits < 0 || logits >= m->nodes)
-        return ckca__fail(ctx, CKCA_EINVAL, "logits: there is no node %d (%s are 0 to %d)", logits,
-                          m->nodes ? "nodes" : "ckca_input is the first: nodes", m->nodes - 1);
+        return ckca__fail(ctx, CKCA_EINVAL, "logits: there is no node %d (%s)", logits,
+                          ckca__which_nodes(m, nodes, sizeof nodes));
     if (m->node[logits].kind != CKCA__LINEAR)
         return ckca__fail(ctx, CKCA_EINVAL, "logits: node %d is of the kind %s, not linear", logits,
                           ckca__kind_name[m->node[logits].kind]);
@@ -5630,7 +5640,7 @@ CKCA_API ckca_status ckca_resnet(ckca_context *ctx, ckca_model **out, const char
     ckca_model *m = NULL;
     ckca_status status;
     if (!ckca__usable(ctx)) return CKCA_EINVAL;
-    if (!out || !arch || !desc) return ckca__null(ctx, "resnet", !out ? "model" : !arch ? "arch" : "desc");
+    if (!out || !arch || !desc) return ckca__null(ctx, "ckca_resnet", !out ? "model" : !arch ? "arch" : "desc");
     if (length > 6 && !strcmp(arch + length - 6, "-cifar")) {
         small_stem = 1;
         length -= 6;
@@ -6460,7 +6470,9 @@ CKCA_API ckca_status ckca_forward(ckca_model *m, const float *pictures, int n, i
 }
 
 static ckca_status ckca__no_node(const ckca_model *m, const char *call, int node) {
-    return ckca__fail(m->ctx, CKCA_EINVAL, "%s: there is no node %d (nodes are 0 to %d)", call, node, m->nodes - 1);
+    char nodes[64];
+    return ckca__fail(m->ctx, CKCA_EINVAL, "%s: there is no node %d (%s)", call, node,
+                      ckca__which_nodes(m, nodes, sizeof nodes));
 }
 
 CKCA_API ckca_status ckca_node_shape(const ckca_model *m, int node, int *height, int *width, int *channels) {
@@ -6474,7 +6486,9 @@ CKCA_API ckca_status ckca_node_shape(const ckca_model *m, int node, int *height,
 
 CKCA_API ckca_status ckca_node_read(ckca_model *m, int node, float *out) {
     size_t values, i;
+    ckca_status status;
     if (!m) return CKCA_EINVAL;
+    if ((status = ckca__check_finished(m, "ckca_node_read"))) return status;
     if (!out) return ckca__null(m->ctx, "ckca_node_read", "out");
     if (node < 0 || node >= m->nodes) return ckca__no_node(m, "ckca_node_read", node);
     if (!m->n)
@@ -6508,7 +6522,9 @@ CKCA_API ckca_status ckca_node_read(ckca_model *m, int node, float *out) {
 }
 
 CKCA_API ckca_status ckca_backward(ckca_model *m, const float *dlogits, const float *dfeatures) {
+    ckca_status status;
     if (!m) return CKCA_EINVAL;
+    if ((status = ckca__check_finished(m, "ckca_backward"))) return status;
     if (!dlogits) return ckca__null(m->ctx, "ckca_backward", "dlogits");
     if (!m->n || m->mode != (CKCA__TRAIN | CKCA__READABLE))
         return ckca__fail(m->ctx, CKCA_EINVAL,
@@ -6645,6 +6661,7 @@ CKCA_API ckca_status ckca_sgd(ckca_model *m, const ckca_sgd_desc *desc) {
     ckca_status status;
     float *device; /* lr and gscale */
     if (!m) return CKCA_EINVAL;
+    if ((status = ckca__check_finished(m, "ckca_sgd"))) return status;
     if (!desc) return ckca__null(m->ctx, "ckca_sgd", "desc");
     d = *desc;
     memset(&settings, 0, sizeof settings);
@@ -7031,11 +7048,8 @@ static void ckca__disown(ckca_model *m, int had_names, int was_normalized) {
 /* Checks that data is for this model; takes class names and normalisation from it where the model has none. */
 static ckca_status ckca__adopt(ckca_model *m, const ckca_data *data, const char *what) {
     ckca_context *ctx = m->ctx;
-    const ckca__store *store = data ? data->store : NULL;
+    const ckca__store *store = data->store;
     int i, channel;
-    ckca_status status;
-    if ((status = ckca__check_finished(m, what))) return status;
-    if (!data) return ckca__null(ctx, what, "data");
     if (store->height != m->height || store->width != m->width || store->channels != m->channels)
         return ckca__fail(ctx, CKCA_ESHAPE, "%s: the pictures are %d x %d x %d, the model takes %d x %d x %d", what,
                           store->height, store->width, store->channels, m->height, m->width, m->channels);
@@ -7148,6 +7162,8 @@ CKCA_API ckca_status ckca_evaluate(ckca_model *m, const ckca_data *data, ckca_sc
     ckca_status status;
     int had_names, was_normalized;
     if (!m) return CKCA_EINVAL;
+    if ((status = ckca__check_finished(m, "ckca_evaluate"))) return status;
+    if (!data) return ckca__null(m->ctx, "ckca_evaluate", "data");
     had_names = m->class_names != NULL;
     was_normalized = m->normalized;
     if ((status = ckca__adopt(m, data, "evaluate"))) return status;
@@ -7209,7 +7225,8 @@ CKCA_API ckca_status ckca_get_batch(ckca_model *m, const ckca_data *data, const 
     memset(&settings, 0, sizeof settings);
     if (augment) settings.augment = *augment;
     bound.value = n;
-    if ((status = ckca__check_bounds(m->ctx, "ckca_get_batch", &bound, 1)) ||
+    if ((status = ckca__check_finished(m, "ckca_get_batch")) ||
+        (status = ckca__check_bounds(m->ctx, "ckca_get_batch", &bound, 1)) ||
         (status = ckca__settings_check(m->ctx, "ckca_get_batch", &settings)))
         return status;
     for (i = 0; i < n; i++)
@@ -7218,7 +7235,7 @@ CKCA_API ckca_status ckca_get_batch(ckca_model *m, const ckca_data *data, const 
                               index[i], data->count);
     had_names = m->class_names != NULL;
     was_normalized = m->normalized;
-    if ((status = ckca__adopt(m, data, "ckca_get_batch"))) return status;
+    if ((status = ckca__adopt(m, data, "batch"))) return status;
     status = ckca__small_alloc(m->ctx, &b, n, 1, 1);
     if (!status) status = ckca__reside(m->ctx, data->store, n, &b);
     if (!status) {
@@ -7466,8 +7483,9 @@ CKCA_API ckca_status ckca_update_defaults(const ckca_model *m, const ckca_data *
     ckca_status status;
     int plain;
     if (!m) return CKCA_EINVAL;
-    if (!data || !desc) return ckca__null(m->ctx, "update", !data ? "data" : "desc");
-    if ((status = ckca__check_finished(m, "update")) || (status = ckca__settings_check(m->ctx, "update", desc)))
+    if (!data || !desc) return ckca__null(m->ctx, "ckca_update_defaults", !data ? "data" : "desc");
+    if ((status = ckca__check_finished(m, "ckca_update_defaults")) ||
+        (status = ckca__settings_check(m->ctx, "update", desc)))
         return status;
     d = *desc;
     plain = m->step == 0 && !d.teacher; /* nothing to keep yet */
@@ -7697,8 +7715,8 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     ckca_status status;
     int had_names, was_normalized;
     if (!m) return CKCA_EINVAL;
-    if ((status = ckca__check_finished(m, "update"))) return status;
-    if (!data) return ckca__null(m->ctx, "update", "data");
+    if ((status = ckca__check_finished(m, "ckca_update"))) return status;
+    if (!data) return ckca__null(m->ctx, "ckca_update", "data");
     memset(u, 0, sizeof *u);
     u->ctx = m->ctx;
     u->m = m;
@@ -7862,15 +7880,15 @@ static ckca_status ckca__data_desc(ckca_context *ctx, const ckca_data_desc *desc
     bounds[2].value = desc->classes;
     if ((status = ckca__check_bounds(ctx, "desc", bounds, 3))) return status;
     if (desc->channels != 0 && desc->channels != 1 && desc->channels != 3)
-        return ckca__fail(ctx, CKCA_EINVAL, "channels is %d, it may be 1, 3, or 0 for what the data has",
+        return ckca__fail(ctx, CKCA_EINVAL, "desc: channels is %d, it may be 1, 3, or 0 for what the data has",
                           desc->channels);
     if (desc->class_names && desc->classes == 0)
         return ckca__fail(ctx, CKCA_EINVAL, "desc: classes is 0, but there are class_names, whose number it is");
     for (i = 0; desc->class_names && i < desc->classes; i++) {
-        if (!desc->class_names[i]) return ckca__fail(ctx, CKCA_EINVAL, "class_names[%d] is NULL", i);
+        if (!desc->class_names[i]) return ckca__fail(ctx, CKCA_EINVAL, "desc: class_names[%d] is NULL", i);
         for (j = 0; j < i; j++)
             if (!strcmp(desc->class_names[i], desc->class_names[j]))
-                return ckca__fail(ctx, CKCA_EINVAL, "class_names[%d] and [%d] are both \"%.100s\"", j, i,
+                return ckca__fail(ctx, CKCA_EINVAL, "desc: class_names[%d] and [%d] are both \"%.100s\"", j, i,
                                   desc->class_names[i]);
     }
     return CKCA_OK;
@@ -8038,10 +8056,10 @@ CKCA_API ckca_status ckca_open_array(ckca_context *ctx, ckca_data **data, const 
     if (array->channels != 1 && array->channels != 3)
         return ckca__fail(ctx, CKCA_EINVAL, "array: channels is %d, it may be 1 or 3", array->channels);
     for (i = 0; array->class_names && i < array->classes; i++)
-        if (!array->class_names[i]) return ckca__fail(ctx, CKCA_EINVAL, "class_names[%d] is NULL", i);
+        if (!array->class_names[i]) return ckca__fail(ctx, CKCA_EINVAL, "array: class_names[%d] is NULL", i);
     for (i = 0; i < array->count; i++)
         if (array->labels[i] < 0 || array->labels[i] >= array->classes)
-            return ckca__fail(ctx, CKCA_EINVAL, "labels[%d] is %d, there are %d classes", i, array->labels[i],
+            return ckca__fail(ctx, CKCA_EINVAL, "array: labels[%d] is %d, there are %d classes", i, array->labels[i],
                               array->classes);
     status = ckca__store_create(ctx, &store, (size_t)array->count, array->height, array->width, array->channels,
                                 array->classes, array->class_names, &desc);

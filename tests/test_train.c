@@ -614,6 +614,271 @@ static void test_update_errors(ckca_context *ctx, ckca_model *start, const ckca_
     ckca_model_free(m);
 }
 
+/* ---- contracts: what a failed update leaves, a teacher that is only read, the list of settings ---- */
+
+typedef struct { /* all that a caller can see of a model, and what its next update depends on */
+    ckca_model_info info;
+    float *values, *gradients, *momentum, normalization[6];
+    int64_t batches_tracked;
+    int names;
+} state_of;
+
+static float *arena(const ckca_model *m, const float *at, size_t n) {
+    float *all = at ? (float *)malloc(n * sizeof(float)) : NULL;
+    if (all) ckca__device_download(m->ctx, all, at, n * sizeof(float));
+    return all;
+}
+
+static state_of state(ckca_model *m) {
+    state_of s;
+    memset(&s, 0, sizeof s);
+    ckca_model_info_get(m, &s.info);
+    s.values = arena(m, m->values, m->all);
+    s.gradients = arena(m, m->gradients, m->trainable);
+    s.momentum = arena(m, m->momentum, m->trainable);
+    memcpy(s.normalization, m->normalization, sizeof s.normalization);
+    s.batches_tracked = m->batches_tracked;
+    s.names = m->class_names != NULL;
+    return s;
+}
+
+static void as_it_was(ckca_model *m, state_of *was, const char *after) {
+    state_of now = state(m);
+    CHECK(!memcmp(now.values, was->values, m->all * sizeof(float)), "%s: other weights or running statistics", after);
+    CHECK(!now.gradients == !was->gradients &&
+              (!now.gradients || !memcmp(now.gradients, was->gradients, m->trainable * sizeof(float))),
+          "%s: other gradients", after);
+    CHECK(!now.momentum == !was->momentum &&
+              (!now.momentum || !memcmp(now.momentum, was->momentum, m->trainable * sizeof(float))),
+          "%s: other momentum", after);
+    CHECK(now.info.step == was->info.step && now.batches_tracked == was->batches_tracked && now.names == was->names &&
+              !now.info.mean == !was->info.mean &&
+              (!now.info.mean || !memcmp(now.normalization, was->normalization, sizeof now.normalization)),
+          "%s: other step, names or normalisation", after);
+    free(now.values), free(now.gradients), free(now.momentum);
+}
+
+static void forget(state_of *s) { free(s->values), free(s->gradients), free(s->momentum); }
+
+static void test_failed_update(ckca_context *ctx, ckca_model *start, const ckca_data *data) {
+    ckca_model *fresh = small_net(ctx, "resnet8", 3), *m = copy_of(start), *other = copy_of(start);
+    ckca_update_desc good = quick(CKCA_METHOD_CKCA), diverging = good, unwritable = good;
+    state_of was;
+    CHECK(ckca_update(m, data, &good, NULL) == CKCA_OK && m->momentum, "%s", ckca_error(ctx));
+    diverging.lr = 9e5f;
+    diverging.momentum = 0.99f;
+    diverging.epochs = 30;
+    was = state(m);
+    CHECK(ckca_update(m, data, &diverging, NULL) == CKCA_ENAN, "%s", ckca_error(ctx));
+    as_it_was(m, &was, "a loss that is not finite");
+    unwritable.state = DIR "/no/such/folder/state";
+    unwritable.state_seconds = 1e-9f;
+    CHECK(ckca_update(m, data, &unwritable, NULL) == CKCA_EIO, "%s", ckca_error(ctx));
+    as_it_was(m, &was, "a state that cannot be written");
+    forget(&was);
+    was = state(fresh); /* had no names, normalisation, gradients and momentum, and has none after */
+    CHECK(ckca_update(fresh, data, &diverging, NULL) == CKCA_ENAN, "%s", ckca_error(ctx));
+    as_it_was(fresh, &was, "a fresh model's failure");
+    forget(&was);
+    CHECK(ckca_update(m, data, &good, NULL) == CKCA_OK && ckca_update(other, data, &good, NULL) == CKCA_OK &&
+              ckca_update(other, data, &good, NULL) == CKCA_OK && same_weights(m, other),
+          "after failures it trains to other bits: %s", ckca_error(ctx));
+    ckca_model_free(fresh);
+    ckca_model_free(m);
+    ckca_model_free(other);
+}
+
+/* Every byte of a teacher's bookkeeping, before and after; one student trains while another does, on the same teacher. */
+typedef struct {
+    ckca_model *student;
+    const ckca_model *teacher;
+    const ckca_data *data;
+    int depth;
+} shared_teacher;
+
+static int train_another(const ckca_progress *p, void *user) {
+    shared_teacher *s = (shared_teacher *)user;
+    ckca_update_desc d = quick(CKCA_METHOD_CKCA);
+    if (p->epoch != 1 || p->batch != 2 || s->depth++) return 0;
+    d.batch = 30;
+    d.w_feat = 1;
+    d.teacher = s->teacher;
+    return ckca_update(s->student, s->data, &d, NULL);
+}
+
+static void test_teacher_is_read(ckca_context *ctx, ckca_model *start, const ckca_data *data) {
+    ckca_model *teacher = copy_of(start), *m[2][2], before;
+    ckca_update_desc d = quick(CKCA_METHOD_CKCA);
+    ckca__node *nodes = (ckca__node *)malloc((size_t)teacher->nodes * sizeof *nodes);
+    shared_teacher s;
+    float *w = weights(teacher);
+    int i;
+    memcpy(&before, teacher, sizeof before);
+    memcpy(nodes, teacher->node, (size_t)teacher->nodes * sizeof *nodes);
+    for (i = 0; i < 4; i++) m[i / 2][i % 2] = copy_of(start);
+    d.teacher = teacher;
+    d.w_feat = 1;
+    CHECK(ckca_update(m[0][0], data, &d, NULL) == CKCA_OK, "%s", ckca_error(ctx)); /* one after the other */
+    d.batch = 30;
+    CHECK(ckca_update(m[0][1], data, &d, NULL) == CKCA_OK, "%s", ckca_error(ctx));
+    s.student = m[1][1];
+    s.teacher = teacher;
+    s.data = data;
+    s.depth = 0;
+    d.batch = 16;
+    d.progress = train_another;
+    d.user = &s;
+    CHECK(ckca_update(m[1][0], data, &d, NULL) == CKCA_OK && s.depth, "%s", ckca_error(ctx)); /* one within the other */
+    CHECK(same_weights(m[0][0], m[1][0]) && same_weights(m[0][1], m[1][1]), "students of one teacher disturb each other");
+    CHECK(!memcmp(&before, teacher, sizeof before) && !memcmp(nodes, teacher->node, (size_t)teacher->nodes * sizeof *nodes),
+          "an update writes to its teacher");
+    { /* what of a teacher is wrong is told */
+        ckca_context *elsewhere = NULL;
+        ckca_model *far, *raw = NULL;
+        ckca_model_desc desc;
+        ckca_init(&elsewhere, NULL);
+        far = small_net(elsewhere, "resnet8", 1);
+        d.progress = NULL;
+        d.teacher = far;
+        CHECK(ckca_update(m[0][0], data, &d, NULL) == CKCA_EINVAL && strstr(ckca_error(ctx), "another context"), "%s",
+              ckca_error(ctx));
+        memset(&desc, 0, sizeof desc);
+        desc.height = desc.width = SIZE;
+        desc.classes = CLASSES;
+        ckca_model_create(ctx, &raw, &desc);
+        d.teacher = raw;
+        d.featreg = CKCA_FEATREG_COSINE;
+        CHECK(ckca_update(m[0][0], data, &d, NULL) == CKCA_EINVAL && strstr(ckca_error(ctx), "teacher: it is not finished"),
+              "%s", ckca_error(ctx));
+        ckca_model_free(raw);
+        ckca_model_free(far);
+        ckca_free(elsewhere);
+    }
+    {
+        float *now = weights(teacher);
+        CHECK(!memcmp(w, now, teacher->all * sizeof(float)), "the teacher's weights changed");
+        free(now);
+    }
+    for (i = 0; i < 4; i++) ckca_model_free(m[i / 2][i % 2]);
+    ckca_model_free(teacher);
+    free(nodes);
+    free(w);
+}
+
+/* The fields of a struct as ckca.h declares them: each has to be in the list of settings, with prefix before its name, or
+   among the others. Returns how many it found. */
+static int declared(const char *header, const char *name, const char *prefix, const char *others) {
+    char start[64], field[64];
+    const char *at, *end;
+    int count = 0, i;
+    snprintf(start, sizeof start, "typedef struct %s {", name);
+    at = strstr(header, start);
+    end = at ? strchr(at, '}') : NULL;
+    CHECK(at && end, "ckca.h has no struct %s", name);
+    for (at = at ? at + strlen(start) : NULL; at && at < end;) {
+        size_t length;
+        if (!strncmp(at, "/*", 2)) {
+            at = strstr(at, "*/") + 2;
+            continue;
+        }
+        if (*at == '(' && at[1] == '*') { /* a pointer to a function: its name, and no more of it */
+            length = strcspn(at + 2, ")");
+            snprintf(field, sizeof field, " %.*s ", (int)length, at + 2);
+            CHECK(strstr(others, field) != NULL, "%s: what is%s?", name, field);
+            at = strchr(at, ';') + 1;
+            continue;
+        }
+        length = strspn(at, "abcdefghijklmnopqrstuvwxyz_0123456789");
+        if (!length) {
+            at++;
+            continue;
+        }
+        if (at[length] == ',' || at[length] == ';') { /* the last word of a declarator */
+            snprintf(field, sizeof field, " %.*s ", (int)length, at);
+            if (!strstr(others, field)) {
+                snprintf(field, sizeof field, "%s%.*s", prefix, (int)length, at);
+                for (i = 0; i < CKCA__SETTINGS && strcmp(ckca__settings[i].name, field); i++) {
+                }
+                CHECK(i < CKCA__SETTINGS, "%s.%s is not in ckca__settings", name, field);
+                count++;
+            }
+        }
+        at += length;
+    }
+    return count;
+}
+
+/* Before test_enter, at the repository's root. */
+static void test_settings_complete(void) {
+    static char header[2 << 20];
+    FILE *f = fopen("ckca.h", "rb");
+    size_t size = f ? fread(header, 1, sizeof header - 1, f) : 0;
+    int fields = declared(header, "ckca_update_desc", "", " teacher augment seed state progress user ");
+    if (f) fclose(f);
+    fields += declared(header, "ckca_augment", "augment.", " ");
+    CHECK(size && fields == CKCA__SETTINGS, "%d fields are declared, %d are in the list", fields, (int)CKCA__SETTINGS);
+}
+
+static uint64_t fingerprint(ckca_model *m, const ckca_data *data, const ckca_update_desc *d) {
+    ckca__update u;
+    memset(&u, 0, sizeof u);
+    u.ctx = m->ctx;
+    u.m = u.old = m;
+    u.data = data;
+    u.d = *d;
+    ckca__fingerprint(&u);
+    return u.fingerprint;
+}
+
+static void test_settings(ckca_context *ctx, ckca_model *start, const ckca_data *data) {
+    ckca_model *fresh = small_net(ctx, "resnet8", 1), *m[2];
+    ckca_update_desc d, again, base;
+    int i;
+    memset(&base, 0, sizeof base);
+    CHECK(ckca_update_defaults(start, data, &base) == CKCA_OK, "%s", ckca_error(ctx));
+    CHECK(base.method == CKCA_METHOD_CKCA && base.w_kd == 1 && base.w_feat == 1 && base.temperature == 2 &&
+              base.shrink == 0.4f && base.perturb == 0.1f && base.epochs == 40 && base.batch == 64 && base.lr == 0.1f &&
+              base.warmup_epochs == 1 && base.step_epochs == 40 / 3.0f && base.step_factor == 0.1f &&
+              base.momentum == 0.9f && base.weight_decay == 5e-4f && base.clip_norm == 0 && base.state_seconds == 30,
+          "defaults other than ckca.h says");
+    again = base;
+    CHECK(ckca_update_defaults(start, data, &again) == CKCA_OK && !memcmp(&again, &base, sizeof base),
+          "defaults of defaults are others");
+    memset(&d, 0, sizeof d);
+    d.adakd = CKCA_ADAKD_CLASS;
+    d.augment.resized_crop = 1;
+    d.momentum = CKCA_OFF;
+    d.batch = 1000;
+    CHECK(ckca_update_defaults(start, data, &d) == CKCA_OK && d.w_kd == 2 && d.augment.crop_min == 0.25f &&
+              d.momentum == CKCA_OFF && d.batch == COUNT,
+          "w_kd %g, crop_min %g, momentum %g, batch %d", (double)d.w_kd, (double)d.augment.crop_min, (double)d.momentum,
+          d.batch);
+    memset(&d, 0, sizeof d);
+    CHECK(ckca_update_defaults(fresh, data, &d) == CKCA_OK && d.method == CKCA_METHOD_WARM && d.w_kd == CKCA_OFF &&
+              d.w_feat == CKCA_OFF,
+          "a fresh model's update has terms");
+    d = quick(CKCA_METHOD_LWF);
+    CHECK(ckca_update_defaults(start, data, &d) == CKCA_OK && d.w_kd == 1 && d.w_feat == CKCA_OFF, "LwF's terms");
+    d = quick(CKCA_METHOD_CKCA); /* the update of the defaults is the update */
+    d.weight_decay = CKCA_OFF;
+    for (i = 0; i < 2; i++) {
+        m[i] = copy_of(start);
+        if (i) ckca_update_defaults(m[i], data, &d);
+        CHECK(ckca_update(m[i], data, &d, NULL) == CKCA_OK, "%s", ckca_error(ctx));
+    }
+    CHECK(same_weights(m[0], m[1]), "defaults filled in train to other bits");
+    for (i = 0; i < CKCA__SETTINGS; i++) {
+        const ckca__setting *s = &ckca__settings[i];
+        d = base;
+        ckca__setting_set(&d, s, (float)ckca__setting_get(&d, s) + 1);
+        CHECK((fingerprint(start, data, &d) != fingerprint(start, data, &base)) == s->decides,
+              "%s: the fingerprint does not tell", s->name);
+    }
+    ckca_model_free(m[0]);
+    ckca_model_free(m[1]);
+    ckca_model_free(fresh);
+}
+
 /* ---- bitwise: threads, resuming, files ---- */
 
 static void test_threads(void) {
@@ -861,6 +1126,7 @@ int main(void) {
     ckca_context *ctx;
     ckca_data *data, *next, *test;
     ckca_model *start;
+    test_settings_complete();
     test_enter();
     mkdir(DIR, 0777);
     ckca_init(&ctx, NULL);
@@ -883,6 +1149,9 @@ int main(void) {
     test_by_hand(ctx, start, next);
     test_copy(ctx, start, next);
     test_update_errors(ctx, start, next);
+    test_failed_update(ctx, start, next);
+    test_teacher_is_read(ctx, start, next);
+    test_settings(ctx, start, next);
     test_resume(ctx, start, next);
     test_files(ctx, start, next);
 #ifndef CKCA_CUDA_SHIM /* slow there, and about the host alone */
