@@ -596,6 +596,59 @@ static void test_finish_again(void) {
     ckca_free(own);
 }
 
+/* Whatever allocation of a creating call fails, the caller's pointers are as they were. */
+static void test_made_or_not(void) {
+    ckca_desc desc;
+    ckca_context *own = NULL;
+    ckca_data *set = NULL, *data;
+    ckca_model *m = NULL, *model;
+    ckca_array a = array();
+    const ckca_model_desc net = shape();
+    const int index[2] = {1, 3};
+    int call, failures = 0;
+    memset(&desc, 0, sizeof desc);
+    desc.alloc = scarce;
+    desc.release = scarce_free;
+    desc.threads = 1;
+    ckca_init(&own, &desc);
+    ckca_open_array(own, &set, &a, NULL);
+    ckca_resnet(own, &m, "resnet8", &net);
+    for (call = 0; call < 6; call++) {
+        long k;
+        ckca_status status = CKCA_ENOMEM;
+        for (k = 0; status && k < 1000; k++) {
+            ckca_data *parts[2], *joined[2];
+            data = parts[0] = parts[1] = (ckca_data *)(uintptr_t)sentinel_data;
+            model = (ckca_model *)(uintptr_t)sentinel_model;
+            joined[0] = joined[1] = set;
+            left = k;
+            if (call == 0) status = ckca_open_array(own, &data, &a, NULL);
+            if (call == 1) status = ckca_subset(&data, set, index, 2);
+            if (call == 2) status = ckca_join(&data, joined, 2);
+            if (call == 3) status = ckca_split(set, 2, NULL, parts);
+            if (call == 4) status = ckca_resnet(own, &model, "resnet8", &net);
+            if (call == 5) status = ckca_model_copy(&model, m);
+            left = LONG_MAX;
+            if (status) {
+                failures++;
+                CHECK(status == CKCA_ENOMEM && data == sentinel_data && parts[0] == sentinel_data &&
+                          parts[1] == sentinel_data && model == sentinel_model && strstr(ckca_error(own), "memory"),
+                      "call %d, allocation %ld: %s, \"%s\", or it wrote to the caller's pointer", call, k,
+                      ckca_status_name(status), ckca_error(own));
+            } else {
+                if (data != sentinel_data) ckca_data_free(data);
+                if (parts[0] != sentinel_data) ckca_data_free(parts[0]), ckca_data_free(parts[1]);
+                if (model != sentinel_model) ckca_model_free(model);
+            }
+        }
+        CHECK(!status, "call %d: %s", call, ckca_error(own));
+    }
+    CHECK(failures > 20, "%d allocations failed", failures);
+    ckca_model_free(m);
+    ckca_data_free(set);
+    ckca_free(own);
+}
+
 /* Who copies the one file has the licences with it. */
 static void test_licence(void) {
     static char header[2 << 20], licence[1 << 16];
@@ -624,7 +677,7 @@ int main(void) {
     test_building();
     test_model(m, raw, set);
     test_update_values(m, set);
-    if (CKCA__DEVICE_IS_HOST) test_finish_again();
+    if (CKCA__DEVICE_IS_HOST) test_finish_again(), test_made_or_not();
     ckca_model_free(m);
     ckca_model_free(raw);
     ckca_data_free(set);

@@ -871,8 +871,8 @@ static void test_settings(ckca_context *ctx, ckca_model *start, const ckca_data 
         const ckca__setting *s = &ckca__settings[i];
         d = base;
         ckca__setting_set(&d, s, (float)ckca__setting_get(&d, s) + 1);
-        CHECK((fingerprint(start, data, &d) != fingerprint(start, data, &base)) == s->decides,
-              "%s: the fingerprint does not tell", s->name);
+        CHECK((fingerprint(start, data, &d) != fingerprint(start, data, &base)) == !!strcmp(s->name, "state_seconds"),
+              "%s: the fingerprint does not tell, or tells what does not matter", s->name);
     }
     ckca_model_free(m[0]);
     ckca_model_free(m[1]);
