@@ -590,6 +590,9 @@ static void test_finish_again(void) {
         ckca_forward(m[i], picture, 1, 0);
         CHECK(ckca_node_read(m[i], fc[i], y[i]) == CKCA_OK, "%s", ckca_error(own));
     }
+    for (i = 0; i < m[1]->nodes; i++)
+        CHECK(m[0]->node[i].readers == m[1]->node[i].readers && m[0]->node[i].fused == m[1]->node[i].fused,
+              "finished late, node %d has %d readers, not %d", i, m[0]->node[i].readers, m[1]->node[i].readers);
     CHECK(!memcmp(weight[0], weight[1], sizeof weight[0]) && !memcmp(y[0], y[1], sizeof y[0]), "finished late, it differs");
     ckca_model_free(m[0]);
     ckca_model_free(m[1]);
