@@ -231,7 +231,7 @@ static void test_resize(void) {
         unsigned char in[512], out[64];
         int n = cases[i].height * cases[i].width * cases[i].channels, worst = 0;
         for (k = 0; k < cases[i].h * cases[i].w * cases[i].c; k++) in[k] = pattern(k);
-        CHECK(ckca__fit(ctx, in, cases[i].h, cases[i].w, cases[i].c, out, cases[i].height, cases[i].width,
+        CHECK(ckca__fit(ctx, in, cases[i].h, cases[i].w, cases[i].c, 1, out, cases[i].height, cases[i].width,
                         cases[i].channels),
               "resizing failed");
         for (k = 0; k < n; k++)
@@ -255,7 +255,7 @@ static void test_resize(void) {
             int h = 1 + (int)(noise() % 40), w = 1 + (int)(noise() % 40), height = 1 + (int)(noise() % 40),
                 width = 1 + (int)(noise() % 40), other = 0;
             memset(in, i % 2 ? 255 : 0, sizeof in);
-            if (!ckca__fit(ctx, in, h, w, 1, out, height, width, 1)) other = -1;
+            if (!ckca__fit(ctx, in, h, w, 1, 1, out, height, width, 1)) other = -1;
             for (k = 0; k < height * width; k++) other += out[k] != in[0];
             CHECK(other == 0, "%d x %d of %d to %d x %d: %d others", h, w, in[0], height, width, other);
         }
@@ -769,7 +769,7 @@ static void test_decode(void) {
     size_t size, at;
     for (i = 0; i < PICTURES; i++) {
         int worst = 0, taken = 0, crashes = 0;
-        ckca_status status = ckca__decode(ctx, "p", pictures[i].bytes, pictures[i].size, out, 8, 8, 3);
+        ckca_status status = ckca__decode(ctx, "p", pictures[i].bytes, pictures[i].size, out, 8, 8, 3, 0);
         CHECK(status == CKCA_OK, "%s: %s", pictures[i].name, ckca_error(ctx));
         for (k = 0; k < 4; k++)
             for (c = 0; c < 3; c++) {
@@ -777,10 +777,11 @@ static void test_decode(void) {
                 if (d > worst) worst = d;
             }
         CHECK(worst <= pictures[i].tolerance, "%s: %d away from Pillow", pictures[i].name, worst);
-        for (size = 0; size < pictures[i].size; size++) { /* copied to a block's end, where a sanitizer watches */
+        size_t end = pictures[i].size - (strstr(pictures[i].name, ".jpg") ? 2 : 0); /* a JPEG's end marker may lack */
+        for (size = 0; size < end; size++) { /* copied to a block's end, where a sanitizer watches */
             unsigned char *part = (unsigned char *)malloc(size ? size : 1);
             memcpy(part, pictures[i].bytes, size);
-            taken += ckca__decode(ctx, "p", part, size, out, 8, 8, 3) != CKCA_EFORMAT ||
+            taken += ckca__decode(ctx, "p", part, size, out, 8, 8, 3, 0) != CKCA_EFORMAT ||
                      (size >= 8 && !strstr(ckca_error(ctx), "truncated"));
             free(part);
         }
@@ -789,7 +790,7 @@ static void test_decode(void) {
             for (k = 0; k < 8; k++) {
                 memcpy(copy, pictures[i].bytes, pictures[i].size);
                 copy[at] ^= (unsigned char)(1 << k);
-                status = ckca__decode(ctx, "p", copy, pictures[i].size, out, 8, 8, 3);
+                status = ckca__decode(ctx, "p", copy, pictures[i].size, out, 8, 8, 3, 0);
                 crashes += status != CKCA_OK && status != CKCA_EFORMAT;
                 if (strstr(pictures[i].name, ".png")) taken += status == CKCA_OK;
             }
@@ -798,18 +799,18 @@ static void test_decode(void) {
         CHECK(crashes == 0, "%s: %d corruptions with another status", pictures[i].name, crashes);
         memcpy(copy, pictures[i].bytes, pictures[i].size);
         memset(copy + pictures[i].size, 0, 20);
-        CHECK(ckca__decode(ctx, "p", copy, pictures[i].size + 20, out, 8, 8, 3) == CKCA_OK, "%s, padded: %s",
+        CHECK(ckca__decode(ctx, "p", copy, pictures[i].size + 20, out, 8, 8, 3, 0) == CKCA_OK, "%s, padded: %s",
               pictures[i].name, ckca_error(ctx));
     }
     for (at = 0; memcmp(grey_jpg + at, "\xff\xc0", 2) != 0;) at++; /* the frame: length, depth, height, width */
     memcpy(copy, grey_jpg, sizeof grey_jpg);
     memset(copy + at + 5, 255, 4);
-    expect(ctx, "huge", ckca__decode(ctx, "p", copy, sizeof grey_jpg, out, 8, 8, 3), CKCA_EFORMAT,
+    expect(ctx, "huge", ckca__decode(ctx, "p", copy, sizeof grey_jpg, out, 8, 8, 3, 0), CKCA_EFORMAT,
            "65535 x 65535 pixels");
     for (at = 0; memcmp(grey_jpg + at, "\xff\xc4", 2) != 0;) at++; /* Huffman codes of each length, from 1 to 16 */
     memcpy(copy, grey_jpg, sizeof grey_jpg);
     copy[at + 5] = 200;
-    expect(ctx, "codes", ckca__decode(ctx, "p", copy, sizeof grey_jpg, out, 8, 8, 3), CKCA_EFORMAT,
+    expect(ctx, "codes", ckca__decode(ctx, "p", copy, sizeof grey_jpg, out, 8, 8, 3, 0), CKCA_EFORMAT,
            "bad Huffman tables");
     memcpy(copy, grey_jpg, at + 4); /* 257 codes, all of them there: one more than stb_image has room for */
     copy[at + 2] = (2 + 17 + 257) >> 8;
@@ -818,16 +819,16 @@ static void test_decode(void) {
     copy[at + 4 + 15] = 200;
     copy[at + 4 + 16] = 57;
     memcpy(copy + at + 4 + 17 + 257, "\xff\xd9", 2);
-    expect(ctx, "codes", ckca__decode(ctx, "p", copy, at + 4 + 17 + 257 + 2, out, 8, 8, 3), CKCA_EFORMAT,
+    expect(ctx, "codes", ckca__decode(ctx, "p", copy, at + 4 + 17 + 257 + 2, out, 8, 8, 3, 0), CKCA_EFORMAT,
            "bad Huffman tables");
-    expect(ctx, "text", ckca__decode(ctx, "p", (const unsigned char *)"hello", 5, out, 8, 8, 3), CKCA_EFORMAT,
+    expect(ctx, "text", ckca__decode(ctx, "p", (const unsigned char *)"hello", 5, out, 8, 8, 3, 0), CKCA_EFORMAT,
            "p: cannot be decoded: neither JPEG nor PNG");
-    expect(ctx, "empty", ckca__decode(ctx, "p", copy, 0, out, 8, 8, 3), CKCA_EFORMAT, "an empty file");
+    expect(ctx, "empty", ckca__decode(ctx, "p", copy, 0, out, 8, 8, 3, 0), CKCA_EFORMAT, "an empty file");
     for (i = 0; i < PICTURES; i++) { /* stb_image without memory */
         for (stb_fail = 1;; stb_fail++) {
             ckca_status status;
             stb_calls = 0;
-            status = ckca__decode(ctx, "p", pictures[i].bytes, pictures[i].size, out, 8, 8, 3);
+            status = ckca__decode(ctx, "p", pictures[i].bytes, pictures[i].size, out, 8, 8, 3, 0);
             if (stb_calls < stb_fail) break;
             CHECK(status == CKCA_ENOMEM, "%s, stb_image's allocation %ld fails: %s, %s", pictures[i].name, stb_fail,
                   ckca_status_name(status), ckca_error(ctx));
