@@ -242,12 +242,14 @@ typedef struct ckca_data_info {
    its size only if it has no more than 4 Mi pixels. With CKCA_NO_STB_IMAGE it only fails. */
 CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const char *dir, const ckca_data_desc *desc);
 /* CIFAR-10's and CIFAR-100's binary versions as unpacked: data_batch_{1..5}.bin and test_batch.bin, or train.bin and
-   test.bin (fine labels); names from batches.meta.txt or fine_label_names.txt where present. */
+   test.bin (fine labels), in dir or in cifar-10-batches-bin or cifar-100-binary in it; names from batches.meta.txt or
+   fine_label_names.txt where present. */
 CKCA_API ckca_status ckca_open_cifar10(ckca_context *ctx, ckca_data **data, const char *dir, ckca_part part,
                                        const ckca_data_desc *desc);
 CKCA_API ckca_status ckca_open_cifar100(ckca_context *ctx, ckca_data **data, const char *dir, ckca_part part,
                                         const ckca_data_desc *desc);
-/* MNIST's format: {train,t10k}-images-idx3-ubyte and -labels-idx1-ubyte in dir. */
+/* MNIST's format: {train,t10k}-images-idx3-ubyte and -labels-idx1-ubyte in dir, or in raw, MNIST/raw or FashionMNIST/raw
+   in it. */
 CKCA_API ckca_status ckca_open_idx(ckca_context *ctx, ckca_data **data, const char *dir, ckca_part part,
                                    const ckca_data_desc *desc);
 #endif
@@ -7959,6 +7961,59 @@ static ckca_status ckca__open(ckca_context *ctx, ckca_data **data, const char *d
     return ckca__data_desc(ctx, desc_or_null, desc);
 }
 
+/* A name that a folder has where something else was downloaded or not unpacked, and what to say then. */
+typedef struct ckca__mistake {
+    const char *name, *meaning;
+} ckca__mistake;
+
+/* The folder that has one of the files (NULL ends each list): dir itself or one of those usually inside it. Where none
+   has, dir again, so that it is opened and fails, or what the usual mistakes are. *found is the caller's to release. */
+static ckca_status ckca__find_set(ckca_context *ctx, const char *dir, const char *const *files,
+                                  const char *const *inside, const ckca__mistake *mistakes, char **found) {
+    char *path, above[64];
+    int i, k, there;
+    size_t size;
+    FILE *file;
+    ckca_status status = CKCA_OK;
+    for (i = -1; !status && (i < 0 || inside[i]); i++) {
+        *found = ckca__path(ctx, dir, i < 0 ? "." : inside[i]);
+        if (!*found) return ckca__fail(ctx, CKCA_ENOMEM, "no memory for a path");
+        if (i < 0) (*found)[strlen(dir)] = 0;
+        for (k = 0; !status && files[k]; k++) {
+            path = ckca__path(ctx, *found, files[k]);
+            there = path && ckca__file_exists(path);
+            if (!path) status = ckca__fail(ctx, CKCA_ENOMEM, "no memory for a path");
+            ckca__release(ctx, path);
+            if (there) return CKCA_OK;
+        }
+        ckca__release(ctx, *found);
+        *found = NULL;
+    }
+    for (i = -2; !status && (i < 0 || mistakes[i].name); i++) {
+        snprintf(above, sizeof above, i < -1 ? "../%s" : "%s.gz", files[0]);
+        path = ckca__path(ctx, dir, i < 0 ? above : mistakes[i].name);
+        there = path && ckca__file_exists(path);
+        if (!path) status = ckca__fail(ctx, CKCA_ENOMEM, "no memory for a path");
+        else if (there && i == -2)
+            status = ckca__fail(ctx, CKCA_EIO, "%s: no %s in it, but in the folder above it", ckca__tail(dir), files[0]);
+        else if (there && i == -1)
+            status = ckca__fail(ctx, CKCA_EIO, "%s: packed, unpack it with gunzip", ckca__tail(path));
+        else if (there)
+            status = ckca__fail(ctx, CKCA_EIO, "%s: %s in it is %s", ckca__tail(dir), mistakes[i].name,
+                                mistakes[i].meaning);
+        ckca__release(ctx, path);
+    }
+    if (!status && ckca__open_file(ctx, dir, SIZE_MAX, &file, &size) == CKCA_OK) {
+        fclose(file);
+        status = ckca__fail(ctx, CKCA_EIO, "%s: a file; the folder that it lies in is needed", ckca__tail(dir));
+    }
+    if (status) return status;
+    *found = ckca__path(ctx, dir, ".");
+    if (!*found) return ckca__fail(ctx, CKCA_ENOMEM, "no memory for a path");
+    (*found)[strlen(dir)] = 0;
+    return CKCA_OK;
+}
+
 /* The files in dir one after another. names_file: class names, where it is there; else default_names, may be NULL. */
 static ckca_status ckca__open_cifar(ckca_context *ctx, ckca_data **data, const char *dir, const char *const *files,
                                     int file_count, int label_bytes, int classes, const char *names_file,
@@ -7976,10 +8031,13 @@ static ckca_status ckca__open_cifar(ckca_context *ctx, ckca_data **data, const c
         if (!path[i]) status = ckca__fail(ctx, CKCA_ENOMEM, "no memory for a path");
     }
     for (i = 0; !status && i < file_count; i++) {
+        unsigned char begin[2] = {0, 0};
         status = ckca__open_file(ctx, path[i], (size_t)1 << 30, &file, &size);
         if (status) break;
+        if (fread(begin, 1, 2, file) == 2 && begin[0] == 0x1f && begin[1] == 0x8b && size % record)
+            status = ckca__fail(ctx, CKCA_EFORMAT, "%s: packed by gzip, unpack it with gunzip", ckca__tail(path[i]));
         fclose(file);
-        status = ckca__check_cifar(ctx, path[i], size, record);
+        if (!status) status = ckca__check_cifar(ctx, path[i], size, record);
         total += size;
     }
     for (i = 0; i < classes; i++) names[i] = default_names ? default_names[i] : NULL;
@@ -8024,39 +8082,77 @@ CKCA_API ckca_status ckca_open_cifar10(ckca_context *ctx, ckca_data **data, cons
     static const char *const test[] = {"test_batch.bin"};
     static const char *const names[] = {"airplane", "automobile", "bird",  "cat",  "deer",
                                         "dog",      "frog",       "horse", "ship", "truck"};
+    static const char *const inside[] = {"cifar-10-batches-bin", NULL};
+    static const char python[] = "the Python version of CIFAR-10: the binary version is needed (cifar-10-binary.tar.gz)";
+    static const ckca__mistake mistakes[] = {{"cifar-10-binary.tar.gz", "packed, unpack it with tar -xzf"},
+                                             {"data_batch_1", python},
+                                             {"test_batch", python},
+                                             {"cifar-10-batches-py", python},
+                                             {"cifar-10-python.tar.gz", python},
+                                             {"train.bin", "of CIFAR-100"},
+                                             {NULL, NULL}};
+    const char *file[2] = {NULL, NULL};
+    char *found = NULL;
     ckca_data_desc desc;
     ckca_status status = ckca__open(ctx, data, dir, part, desc_or_null, &desc);
     if (status) return status;
-    return ckca__open_cifar(ctx, data, dir, part == CKCA_TRAIN ? train : test, part == CKCA_TRAIN ? 5 : 1, 1, 10,
-                            "batches.meta.txt", names, &desc);
+    file[0] = part == CKCA_TRAIN ? train[0] : test[0];
+    status = ckca__find_set(ctx, dir, file, inside, mistakes, &found);
+    if (!status)
+        status = ckca__open_cifar(ctx, data, found, part == CKCA_TRAIN ? train : test, part == CKCA_TRAIN ? 5 : 1, 1,
+                                  10, "batches.meta.txt", names, &desc);
+    ckca__release(ctx, found);
+    return status;
 }
 
 CKCA_API ckca_status ckca_open_cifar100(ckca_context *ctx, ckca_data **data, const char *dir, ckca_part part,
                                         const ckca_data_desc *desc_or_null) {
-    static const char *const file[] = {"train.bin", "test.bin"};
+    static const char *const files[2][2] = {{"train.bin", NULL}, {"test.bin", NULL}};
+    static const char *const inside[] = {"cifar-100-binary", NULL};
+    static const char python[] = "the Python version of CIFAR-100: the binary version is needed (cifar-100-binary.tar.gz)";
+    static const ckca__mistake mistakes[] = {{"cifar-100-binary.tar.gz", "packed, unpack it with tar -xzf"},
+                                             {"meta", python},
+                                             {"train", python},
+                                             {"test", python},
+                                             {"cifar-100-python", python},
+                                             {"cifar-100-python.tar.gz", python},
+                                             {"data_batch_1.bin", "of CIFAR-10"},
+                                             {NULL, NULL}};
+    char *found = NULL;
     ckca_data_desc desc;
     ckca_status status = ckca__open(ctx, data, dir, part, desc_or_null, &desc);
     if (status) return status;
-    return ckca__open_cifar(ctx, data, dir, file + part, 1, 2, 100, "fine_label_names.txt", NULL, &desc);
+    status = ckca__find_set(ctx, dir, files[part], inside, mistakes, &found);
+    if (!status)
+        status = ckca__open_cifar(ctx, data, found, files[part], 1, 2, 100, "fine_label_names.txt", NULL, &desc);
+    ckca__release(ctx, found);
+    return status;
 }
 
 CKCA_API ckca_status ckca_open_idx(ckca_context *ctx, ckca_data **data, const char *dir, ckca_part part,
                                    const ckca_data_desc *desc_or_null) {
     static const char *const what[] = {"images-idx3-ubyte", "labels-idx1-ubyte"};
-    char name[2][64];
+    static const char *const files[2][5] = {{"train-images-idx3-ubyte", "train-images.idx3-ubyte",
+                                             "train-images-idx3-ubyte.gz", "train-images.idx3-ubyte.gz", NULL},
+                                            {"t10k-images-idx3-ubyte", "t10k-images.idx3-ubyte",
+                                             "t10k-images-idx3-ubyte.gz", "t10k-images.idx3-ubyte.gz", NULL}};
+    static const char *const inside[] = {"raw", "MNIST/raw", "FashionMNIST/raw", NULL}; /* where torchvision puts them */
+    static const ckca__mistake mistakes[] = {{NULL, NULL}};
+    char name[2][64], *found = NULL;
     char *path[2] = {NULL, NULL};
     unsigned char *bytes[2] = {NULL, NULL};
     size_t size[2] = {0, 0};
     ckca_data_desc desc;
     int i, form;
     ckca_status status = ckca__open(ctx, data, dir, part, desc_or_null, &desc);
+    if (!status) status = ckca__find_set(ctx, dir, files[part], inside, mistakes, &found);
     for (i = 0; i < 2 && !status; i++) {
         for (form = 0; form < 4; form++) { /* with a hyphen or, as some unpackers leave it, a dot; packed */
             snprintf(name[i], sizeof name[i], "%s-%s%s", part == CKCA_TRAIN ? "train" : "t10k", what[i],
                      form < 2 ? "" : ".gz");
             if (form & 1) *strstr(name[i], "-idx") = '.';
             ckca__release(ctx, path[i]);
-            path[i] = ckca__path(ctx, dir, name[i]);
+            path[i] = ckca__path(ctx, found, name[i]);
             if (!path[i] || ckca__file_exists(path[i])) break;
         }
         if (!path[i])
@@ -8075,6 +8171,7 @@ CKCA_API ckca_status ckca_open_idx(ckca_context *ctx, ckca_data **data, const ch
         ckca__release(ctx, bytes[i]);
         ckca__release(ctx, path[i]);
     }
+    ckca__release(ctx, found);
     return status;
 }
 
