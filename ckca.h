@@ -9008,16 +9008,16 @@ static ckca_status ckca__list(ckca_context *ctx, const char *dir, int folders, c
 
 enum { CKCA__MAX_DEPTH = 32 }; /* of folders below a class folder */
 
+typedef struct ckca__place { /* a folder that was read */
+    uint64_t device, inode;
+    int depth; /* -1: a second way to one that was read before */
+} ckca__place;
+
 /* Adds the pictures of a class folder and of all folders below it to a list: folder by folder, their paths in the order
    of their bytes, as torchvision's ImageFolder does. A folder that links lead to twice is read once. */
 static ckca_status ckca__list_class(ckca_context *ctx, const char *class_dir, ckca__files *files, int *left_out) {
-    typedef struct place {
-        dev_t device;
-        ino_t inode;
-        int depth;
-    } place;
     ckca__files folders;
-    place *places = NULL;
+    ckca__place *places = NULL;
     struct stat about;
     size_t i = 0, j, kept, capacity = 0;
     int none = 0;
@@ -9032,13 +9032,13 @@ static ckca_status ckca__list_class(ckca_context *ctx, const char *class_dir, ck
         status = ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for its path", ckca__tail(class_dir));
     }
     for (; !status && i < folders.count; i++) { /* folders known grow while they are gone through */
-        place here;
+        ckca__place here;
         if (stat(folders.path[i], &about) != 0) {
             status = ckca__fail(ctx, CKCA_EIO, "%s: cannot be opened: %s", ckca__tail(folders.path[i]), strerror(errno));
             break;
         }
-        here.device = about.st_dev;
-        here.inode = about.st_ino;
+        here.device = (uint64_t)about.st_dev;
+        here.inode = (uint64_t)about.st_ino;
         here.depth = 0;
         for (j = 0; j < i && (places[j].device != here.device || places[j].inode != here.inode); j++) {}
         if (j == i) {
@@ -9051,7 +9051,7 @@ static ckca_status ckca__list_class(ckca_context *ctx, const char *class_dir, ck
             else
                 status = ckca__list(ctx, folders.path[i], 1, &folders, &none);
         } else {
-            here.depth = -1; /* was there */
+            here.depth = -1;
         }
         if (!status && !ckca__grow(ctx, (void **)&places, i, &capacity, sizeof *places))
             status = ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for %.0f folders", ckca__tail(class_dir), (double)i);

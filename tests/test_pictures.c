@@ -5,8 +5,10 @@
 #include <stdint.h>
 #include <stdlib.h>
 
+#ifndef CKCA_NO_STB_IMAGE
 static int64_t most_pixels = (int64_t)1 << 26;
 #define CKCA__MAX_PIXELS most_pixels
+#endif
 #define CKCA_IMPLEMENTATION
 #include "ckca.h"
 
@@ -16,7 +18,7 @@ static int64_t most_pixels = (int64_t)1 << 26;
 
 #if !defined(CKCA_NO_STB_IMAGE) && defined(CKCA__POSIX)
 
-/* 24 x 16 pictures that Pillow 12 wrote: with a restart every two MCUs; progressive, with and without; CMYK. */
+/* 24 x 16 pictures that Pillow wrote: with a restart every two MCUs; progressive, with and without; CMYK. */
 static const unsigned char restarts_jpg[464] = {
     255, 216, 255, 224, 0, 16, 74, 70, 73, 70, 0, 1, 1, 0, 0, 1, 0, 1, 0, 0, 255, 219, 0, 67,
     0, 14, 10, 11, 13, 11, 9, 14, 13, 12, 13, 16, 15, 14, 17, 22, 36, 23, 22, 20, 20, 22, 44, 32,
