@@ -7687,6 +7687,10 @@ static int ckca__fit_strided(ckca_context *ctx, const unsigned char *in, ptrdiff
     unsigned char *row, *wide; /* one row of m channels; all rows at the new width */
     void *scratch = NULL;
     if (h == height && w == width) {
+        if (c == channels && right == c && down == (ptrdiff_t)w * c) {
+            memcpy(out, in, (size_t)h * (size_t)w * (size_t)c);
+            return 1;
+        }
         for (y = 0; y < h; y++)
             for (x = 0; x < w; x++, out += channels) ckca__pixel(in + y * down + x * right, c, out, channels);
         return 1;
@@ -8830,10 +8834,10 @@ static ckca_status ckca__check_picture(ckca_context *ctx, const char *path, cons
 static unsigned char *ckca__stb_load(const unsigned char *bytes, size_t size, int *h, int *w, int *c, int *memory) {
     unsigned char *pixels;
 #ifdef CKCA__STB_COUNTED
-    void *state = ckca__stb_malloc(1 << 15); /* as much as its own state: 2.26 takes for granted that it gets that */
+    void *state = malloc(1 << 15); /* as much as its own state: 2.26 takes for granted that it gets that */
     *memory = !state;
     if (!state) return NULL;
-    STBI_FREE(state);
+    free(state);
     ckca__stb_refused = 0;
     pixels = stbi_load_from_memory(bytes, (int)size, w, h, c, 0);
     *memory = ckca__stb_refused;
