@@ -46,7 +46,7 @@ ifeq ($(origin THREADS),undefined)
 THREADS := $(if $(call probe,<pthread.h>,-pthread),-pthread)
 endif
 ifeq ($(origin STB),undefined)
-STB := $(or $(call probe,<stb/stb_image.h>),$(call probe,<stb_image.h>))
+STB := $(or $(call probe,<stb/stb_image.h>),$(call probe,<stb_image.h>,-I.))
 endif
 ifneq ($(CUDA),)
 NVCC ?= $(or $(shell command -v nvcc 2>/dev/null),$(wildcard /usr/local/cuda/bin/nvcc))

@@ -44,9 +44,10 @@
    OPTIONS, defined before the implementation
        CKCA_STATIC          every function static, so that several files can have an implementation of their own
        CKCA_API             what to put before public declarations instead (dllexport, say)
-       CKCA_NO_STB_IMAGE    no JPEG and PNG: ckca_open_folder and ckca_read_picture say so and fail. (To use an
-                            stb_image.h of your own, include it before this header)
-       CKCA_NO_STDIO        no files at all: pictures come from arrays, weights through ckca_tensor_read and _write
+       CKCA_NO_STB_IMAGE    no JPEG and PNG: ckca_open_folder, ckca_read_picture and _memory say so and fail. (To use
+                            an stb_image.h of your own, put it beside this header or include it before)
+       CKCA_NO_STDIO        no files at all: pictures come from arrays or ckca_read_picture_memory, weights through
+                            ckca_tensor_read and _write
        CKCA_NO_SIMD         plain loops only
        CKCA_CUDA            the ops of ckca_cuda.cu in place of the host's
        CKCA_NO_THREADS      one thread only; also wherever there are no POSIX threads
@@ -117,6 +118,12 @@
        take them. In the metadata: ckca.graph (the network, so that ckca_load needs nothing else), ckca.arch,
        ckca.input, ckca.classes, ckca.class_names, ckca.mean, ckca.std, ckca.step. Training states have momentum and
        position besides.
+       Pictures are JPEG (baseline, extended and progressive with Huffman codes and 8 bits a sample; grey, YCbCr, RGB, and
+       CMYK with Adobe's segment) and PNG (all kinds; alpha is dropped, 16 bits are cut to 8). Both are turned upright as
+       EXIF's orientation says, unless ckca_data_desc.as_stored is set; sizes, crops and limits are those of the turned
+       picture. Before stb_image sees a file it is walked through: tables that lack, missing scans, wrong checksums,
+       restart markers that lack, come too many, out of order or behind other bytes, and data too short are refused. A
+       JPEG without its end marker is read if the codes of every pixel are there.
 */
 #ifndef CKCA__PASS
 #ifndef CKCA_H
@@ -218,6 +225,9 @@ typedef struct ckca_data_desc {
                                        just so many there have to be */
     const char *const *class_names; /* the labels' names in order; a picture of a class not in it is an error. Copied.
                                        CIFAR's labels are found by name, IDX's (which has no names) by number */
+    int as_stored;       /* 1: picture files as they are stored; 0: turned as the orientation in their EXIF says */
+    int skip_unreadable; /* folders: 1: pictures that cannot be read are left out and counted, see ckca_data_info; 0: the
+                            first one is an error */
 } ckca_data_desc;
 
 typedef enum ckca_part { CKCA_TRAIN = 0, CKCA_TEST = 1 } ckca_part;
@@ -225,20 +235,30 @@ typedef enum ckca_part { CKCA_TRAIN = 0, CKCA_TEST = 1 } ckca_part;
 typedef struct ckca_data_info {
     int count, height, width, channels, classes;
     const char *const *class_names; /* classes names, owned by the data */
+    /* Of the folder that the pictures came from, as it was opened; else 0 and NULL: */
+    int left_out;                 /* files of kinds that are not read, and pictures outside the class folders */
+    int unreadable;               /* pictures that skip_unreadable passed over */
+    const char *first_unreadable; /* the first one's path and what is wrong with it, owned by the data; NULL: none */
 } ckca_data_info;
 
 #ifndef CKCA_NO_STDIO
-/* DIR/CLASS/picture.{jpg,jpeg,png}, classes in the order of their bytes unless desc names them. Decoded by stb_image,
-   in parallel: pictures of at most 16384 pixels a side and 64 Mi in all, files of at most 256 MiB. With
-   CKCA_NO_STB_IMAGE it only fails. */
+/* DIR/CLASS/picture.{jpg,jpeg,jpe,jfif,png}, the ending in any case, also in folders below CLASS (up to 32 deep; of links
+   that lead to one folder, one counts). Classes in the order of their bytes unless desc names them; in a class, folder by
+   folder, as torchvision's ImageFolder. A class folder without pictures is a class without pictures where desc names the
+   classes, else an error, as is a name that is not UTF-8. Names that begin with a dot, Thumbs.db and desktop.ini are
+   passed over; other files are counted in ckca_data_info's left_out. Decoded by stb_image, in parallel: pictures of at
+   most 16384 pixels a side and 64 Mi in all, files of at most 256 MiB (see FILE FORMATS). The first picture gives a set
+   its size only if it has no more than 4 Mi pixels. With CKCA_NO_STB_IMAGE it only fails. */
 CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const char *dir, const ckca_data_desc *desc);
 /* CIFAR-10's and CIFAR-100's binary versions as unpacked: data_batch_{1..5}.bin and test_batch.bin, or train.bin and
-   test.bin (fine labels); names from batches.meta.txt or fine_label_names.txt where present. */
+   test.bin (fine labels), in dir or in cifar-10-batches-bin or cifar-100-binary in it; names from batches.meta.txt or
+   fine_label_names.txt where present. */
 CKCA_API ckca_status ckca_open_cifar10(ckca_context *ctx, ckca_data **data, const char *dir, ckca_part part,
                                        const ckca_data_desc *desc);
 CKCA_API ckca_status ckca_open_cifar100(ckca_context *ctx, ckca_data **data, const char *dir, ckca_part part,
                                         const ckca_data_desc *desc);
-/* MNIST's format: {train,t10k}-images-idx3-ubyte and -labels-idx1-ubyte in dir. */
+/* MNIST's format: {train,t10k}-images-idx3-ubyte and -labels-idx1-ubyte in dir, or in raw, MNIST/raw or FashionMNIST/raw
+   in it. */
 CKCA_API ckca_status ckca_open_idx(ckca_context *ctx, ckca_data **data, const char *dir, ckca_part part,
                                    const ckca_data_desc *desc);
 #endif
@@ -259,6 +279,9 @@ CKCA_API ckca_status ckca_open_array(ckca_context *ctx, ckca_data **data, const 
 CKCA_API ckca_status ckca_read_picture(ckca_context *ctx, const char *path, const ckca_data_desc *desc,
                                        unsigned char *out);
 #endif
+/* The same of a picture file's bytes (JPEG or PNG), which are read only. */
+CKCA_API ckca_status ckca_read_picture_memory(ckca_context *ctx, const void *bytes, size_t size,
+                                              const ckca_data_desc *desc, unsigned char *out);
 
 /* Cuts data into n random disjoint parts of equal size (they differ by at most one where desc->size is 0). parts is an
    array of yours with room for n; each part is a view, to be freed with ckca_data_free like any other. desc may be
@@ -4768,6 +4791,8 @@ typedef struct ckca__store {
     int streams;             /* 1: the device has not the room for that: batches are sent one by one */
     int *labels;             /* count, each below classes */
     char **class_names;      /* classes */
+    int left_out, unreadable; /* see ckca_data_info */
+    char *first_unreadable;
 } ckca__store;
 
 static size_t ckca__picture_bytes(const ckca__store *s) {
@@ -7774,10 +7799,12 @@ enum { CKCA__MAX_SIDE = 16384 }; /* of a picture, in pixels */
 /* Of a picture file: 8192 x 8192, so that a small file cannot ask for much. */
 #define CKCA__MAX_PIXELS ((int64_t)1 << 26)
 #endif
+enum { CKCA__MAX_UNASKED = 1 << 22 }; /* pixels of a picture that gives a whole set its size */
 
 static void ckca__store_release(ckca__store *store) {
     if (!store || --store->refs) return;
     ckca__free_names(store->ctx, store->class_names, store->classes);
+    ckca__release(store->ctx, store->first_unreadable);
     ckca__release(store->ctx, store->labels);
     if (!CKCA__DEVICE_IS_HOST) ckca__device_release(store->ctx, store->resident, ckca__store_bytes(store));
     ckca__release(store->ctx, store->pixels);
@@ -7854,6 +7881,9 @@ CKCA_API void ckca_data_info_get(const ckca_data *data, ckca_data_info *info) {
     info->channels = data->store->channels;
     info->classes = data->store->classes;
     info->class_names = (const char *const *)data->store->class_names;
+    info->left_out = data->store->left_out;
+    info->unreadable = data->store->unreadable;
+    info->first_unreadable = data->store->first_unreadable;
 }
 
 CKCA_API int ckca_label(const ckca_data *data, int i) {
@@ -7935,10 +7965,11 @@ static void ckca__pixel(const unsigned char *in, int c, unsigned char *out, int 
         out[0] = (unsigned char)((in[0] * 19595 + in[1] * 38470 + in[2] * 7471 + 32768) >> 16);
 }
 
-/* A picture of h x w x c (c: 1 to 4) as height x width x channels (1 or 3): scaled to cover, centre-cropped. The same
-   as Pillow's ImageOps.fit(picture, (width, height), Image.BILINEAR). Zero if there is no memory. */
-static int ckca__fit(ckca_context *ctx, const unsigned char *in, int h, int w, int c, unsigned char *out, int height,
-                     int width, int channels) {
+/* A picture of h x w x c (c: 1 to 4), whose rows are `down` bytes apart and whose pixels `right`, as height x width x
+   channels (1 or 3): scaled to cover, centre-cropped. The same as Pillow's ImageOps.fit(picture, (width, height),
+   Image.BILINEAR). Zero if there is no memory. */
+static int ckca__fit_strided(ckca_context *ctx, const unsigned char *in, ptrdiff_t down, ptrdiff_t right, int h, int w,
+                             int c, unsigned char *out, int height, int width, int channels) {
     int m = c < 3 || channels == 1 ? 1 : 3, x, y, k, i, x_taps, y_taps;
     int64_t in_aspect = (int64_t)w * height, out_aspect = (int64_t)width * h;
     /* the part of the picture that has the new picture's aspect */
@@ -7948,7 +7979,12 @@ static int ckca__fit(ckca_context *ctx, const unsigned char *in, int h, int w, i
     unsigned char *row, *wide; /* one row of m channels; all rows at the new width */
     void *scratch = NULL;
     if (h == height && w == width) {
-        for (i = 0; i < h * w; i++) ckca__pixel(in + (size_t)i * c, c, out + (size_t)i * channels, channels);
+        if (c == channels && right == c && down == (ptrdiff_t)w * c) {
+            memcpy(out, in, (size_t)h * (size_t)w * (size_t)c);
+            return 1;
+        }
+        for (y = 0; y < h; y++)
+            for (x = 0; x < w; x++, out += channels) ckca__pixel(in + y * down + x * right, c, out, channels);
         return 1;
     }
     x_taps = (int)ceil(box_width / width > 1.0 ? box_width / width : 1.0) * 2 + 1;
@@ -7969,7 +8005,7 @@ static int ckca__fit(ckca_context *ctx, const unsigned char *in, int h, int w, i
     ckca__taps(w, (w - box_width) * 0.5, box_width, width, x_taps, x_first, x_used, x_weight);
     ckca__taps(h, (h - box_height) * 0.5, box_height, height, y_taps, y_first, y_used, y_weight);
     for (y = y_first[0]; y < y_first[height - 1] + y_used[height - 1]; y++) {
-        for (x = 0; x < w; x++) ckca__pixel(in + ((size_t)y * w + x) * c, c, row + (size_t)x * m, m);
+        for (x = 0; x < w; x++) ckca__pixel(in + y * down + x * right, c, row + (size_t)x * m, m);
         for (x = 0; x < width; x++) {
             for (k = 0; k < m; k++) {
                 int sum = 1 << 21; /* a half: at the end fractions are cut off. The weights sum to 1, so 255 is kept */
@@ -7997,6 +8033,22 @@ static int ckca__fit(ckca_context *ctx, const unsigned char *in, int h, int w, i
     return 1;
 }
 
+/* The same for a picture of h x w x c as stored, turned as EXIF's orientation 1 to 8 says (1: not at all). */
+static int ckca__fit(ckca_context *ctx, const unsigned char *in, int h, int w, int c, int turn, unsigned char *out,
+                     int height, int width, int channels) {
+    ptrdiff_t row = (ptrdiff_t)w * c, pixel = c;
+    if (turn == 3 || turn == 4 || turn == 6 || turn == 7) { /* the stored rows from below */
+        in += row * (h - 1);
+        row = -row;
+    }
+    if (turn == 2 || turn == 3 || turn == 7 || turn == 8) { /* each of them from the right */
+        in += pixel * (w - 1);
+        pixel = -pixel;
+    }
+    if (turn > 4) return ckca__fit_strided(ctx, in, pixel, row, w, h, c, out, height, width, channels);
+    return ckca__fit_strided(ctx, in, row, pixel, h, w, c, out, height, width, channels);
+}
+
 typedef struct ckca__fit_job {
     ckca_context *ctx;
     const unsigned char *pixels;
@@ -8010,7 +8062,7 @@ static void ckca__fit_one(void *job, int i, int thread) {
     ckca__fit_job *a = (ckca__fit_job *)job;
     const ckca__store *store = a->store;
     (void)thread;
-    if (ckca__fit(a->ctx, a->pixels + (size_t)i * a->stride, a->h, a->w, a->c,
+    if (ckca__fit(a->ctx, a->pixels + (size_t)i * a->stride, a->h, a->w, a->c, 1,
                   store->pixels + (size_t)(a->first + i) * ckca__picture_bytes(store), store->height, store->width,
                   store->channels))
         return;
@@ -8133,10 +8185,14 @@ static ckca_status ckca__parse_lines(ckca_context *ctx, const char *path, char *
     return CKCA_OK;
 }
 
+#endif /* CKCA_NO_STDIO */
+
 /* Four bytes, the greatest first. */
 static uint32_t ckca__big_endian(const unsigned char *b) {
     return (uint32_t)b[0] << 24 | (uint32_t)b[1] << 16 | (uint32_t)b[2] << 8 | b[3];
 }
+
+#ifndef CKCA_NO_STDIO
 
 /* The header of an IDX file (LeCun's description of MNIST): 0, 0, type 8 (bytes), the number of dimensions, each of
    them in 4 bytes, greatest first; then that many bytes of data. */
@@ -8210,6 +8266,59 @@ static ckca_status ckca__open(ckca_context *ctx, ckca_data **data, const char *d
     return ckca__data_desc(ctx, desc_or_null, desc);
 }
 
+/* A name that a folder has where something else was downloaded or not unpacked, and what to say then. */
+typedef struct ckca__mistake {
+    const char *name, *meaning;
+} ckca__mistake;
+
+/* The folder that has one of the files (NULL ends each list): dir itself or one of those usually inside it. Where none
+   has, dir again, so that it is opened and fails, or what the usual mistakes are. *found is the caller's to release. */
+static ckca_status ckca__find_set(ckca_context *ctx, const char *dir, const char *const *files,
+                                  const char *const *inside, const ckca__mistake *mistakes, char **found) {
+    char *path, above[64];
+    int i, k, there;
+    size_t size;
+    FILE *file;
+    ckca_status status = CKCA_OK;
+    for (i = -1; !status && (i < 0 || inside[i]); i++) {
+        *found = ckca__path(ctx, dir, i < 0 ? "." : inside[i]);
+        if (!*found) return ckca__fail(ctx, CKCA_ENOMEM, "no memory for a path");
+        if (i < 0) (*found)[strlen(dir)] = 0;
+        for (k = 0; !status && files[k]; k++) {
+            path = ckca__path(ctx, *found, files[k]);
+            there = path && ckca__file_exists(path);
+            if (!path) status = ckca__fail(ctx, CKCA_ENOMEM, "no memory for a path");
+            ckca__release(ctx, path);
+            if (there) return CKCA_OK;
+        }
+        ckca__release(ctx, *found);
+        *found = NULL;
+    }
+    for (i = -2; !status && (i < 0 || mistakes[i].name); i++) {
+        snprintf(above, sizeof above, i < -1 ? "../%s" : "%s.gz", files[0]);
+        path = ckca__path(ctx, dir, i < 0 ? above : mistakes[i].name);
+        there = path && ckca__file_exists(path);
+        if (!path) status = ckca__fail(ctx, CKCA_ENOMEM, "no memory for a path");
+        else if (there && i == -2)
+            status = ckca__fail(ctx, CKCA_EIO, "%s: no %s in it, but in the folder above it", ckca__tail(dir), files[0]);
+        else if (there && i == -1)
+            status = ckca__fail(ctx, CKCA_EIO, "%s: packed, unpack it with gunzip", ckca__tail(path));
+        else if (there)
+            status = ckca__fail(ctx, CKCA_EIO, "%s: %s in it is %s", ckca__tail(dir), mistakes[i].name,
+                                mistakes[i].meaning);
+        ckca__release(ctx, path);
+    }
+    if (!status && ckca__open_file(ctx, dir, SIZE_MAX, &file, &size) == CKCA_OK) {
+        fclose(file);
+        status = ckca__fail(ctx, CKCA_EIO, "%s: a file; the folder that it lies in is needed", ckca__tail(dir));
+    }
+    if (status) return status;
+    *found = ckca__path(ctx, dir, ".");
+    if (!*found) return ckca__fail(ctx, CKCA_ENOMEM, "no memory for a path");
+    (*found)[strlen(dir)] = 0;
+    return CKCA_OK;
+}
+
 /* The files in dir one after another. names_file: class names, where it is there; else default_names, may be NULL. */
 static ckca_status ckca__open_cifar(ckca_context *ctx, ckca_data **data, const char *dir, const char *const *files,
                                     int file_count, int label_bytes, int classes, const char *names_file,
@@ -8227,10 +8336,13 @@ static ckca_status ckca__open_cifar(ckca_context *ctx, ckca_data **data, const c
         if (!path[i]) status = ckca__fail(ctx, CKCA_ENOMEM, "no memory for a path");
     }
     for (i = 0; !status && i < file_count; i++) {
+        unsigned char begin[2] = {0, 0};
         status = ckca__open_file(ctx, path[i], (size_t)1 << 30, &file, &size);
         if (status) break;
+        if (fread(begin, 1, 2, file) == 2 && begin[0] == 0x1f && begin[1] == 0x8b && size % record)
+            status = ckca__fail(ctx, CKCA_EFORMAT, "%s: packed by gzip, unpack it with gunzip", ckca__tail(path[i]));
         fclose(file);
-        status = ckca__check_cifar(ctx, path[i], size, record);
+        if (!status) status = ckca__check_cifar(ctx, path[i], size, record);
         total += size;
     }
     for (i = 0; i < classes; i++) names[i] = default_names ? default_names[i] : NULL;
@@ -8275,39 +8387,77 @@ CKCA_API ckca_status ckca_open_cifar10(ckca_context *ctx, ckca_data **data, cons
     static const char *const test[] = {"test_batch.bin"};
     static const char *const names[] = {"airplane", "automobile", "bird",  "cat",  "deer",
                                         "dog",      "frog",       "horse", "ship", "truck"};
+    static const char *const inside[] = {"cifar-10-batches-bin", NULL};
+    static const char python[] = "the Python version of CIFAR-10: the binary version is needed (cifar-10-binary.tar.gz)";
+    static const ckca__mistake mistakes[] = {{"cifar-10-binary.tar.gz", "packed, unpack it with tar -xzf"},
+                                             {"data_batch_1", python},
+                                             {"test_batch", python},
+                                             {"cifar-10-batches-py", python},
+                                             {"cifar-10-python.tar.gz", python},
+                                             {"train.bin", "of CIFAR-100"},
+                                             {NULL, NULL}};
+    const char *file[2] = {NULL, NULL};
+    char *found = NULL;
     ckca_data_desc desc;
     ckca_status status = ckca__open(ctx, data, dir, part, desc_or_null, &desc);
     if (status) return status;
-    return ckca__open_cifar(ctx, data, dir, part == CKCA_TRAIN ? train : test, part == CKCA_TRAIN ? 5 : 1, 1, 10,
-                            "batches.meta.txt", names, &desc);
+    file[0] = part == CKCA_TRAIN ? train[0] : test[0];
+    status = ckca__find_set(ctx, dir, file, inside, mistakes, &found);
+    if (!status)
+        status = ckca__open_cifar(ctx, data, found, part == CKCA_TRAIN ? train : test, part == CKCA_TRAIN ? 5 : 1, 1,
+                                  10, "batches.meta.txt", names, &desc);
+    ckca__release(ctx, found);
+    return status;
 }
 
 CKCA_API ckca_status ckca_open_cifar100(ckca_context *ctx, ckca_data **data, const char *dir, ckca_part part,
                                         const ckca_data_desc *desc_or_null) {
-    static const char *const file[] = {"train.bin", "test.bin"};
+    static const char *const files[2][2] = {{"train.bin", NULL}, {"test.bin", NULL}};
+    static const char *const inside[] = {"cifar-100-binary", NULL};
+    static const char python[] = "the Python version of CIFAR-100: the binary version is needed (cifar-100-binary.tar.gz)";
+    static const ckca__mistake mistakes[] = {{"cifar-100-binary.tar.gz", "packed, unpack it with tar -xzf"},
+                                             {"meta", python},
+                                             {"train", python},
+                                             {"test", python},
+                                             {"cifar-100-python", python},
+                                             {"cifar-100-python.tar.gz", python},
+                                             {"data_batch_1.bin", "of CIFAR-10"},
+                                             {NULL, NULL}};
+    char *found = NULL;
     ckca_data_desc desc;
     ckca_status status = ckca__open(ctx, data, dir, part, desc_or_null, &desc);
     if (status) return status;
-    return ckca__open_cifar(ctx, data, dir, file + part, 1, 2, 100, "fine_label_names.txt", NULL, &desc);
+    status = ckca__find_set(ctx, dir, files[part], inside, mistakes, &found);
+    if (!status)
+        status = ckca__open_cifar(ctx, data, found, files[part], 1, 2, 100, "fine_label_names.txt", NULL, &desc);
+    ckca__release(ctx, found);
+    return status;
 }
 
 CKCA_API ckca_status ckca_open_idx(ckca_context *ctx, ckca_data **data, const char *dir, ckca_part part,
                                    const ckca_data_desc *desc_or_null) {
     static const char *const what[] = {"images-idx3-ubyte", "labels-idx1-ubyte"};
-    char name[2][64];
+    static const char *const files[2][5] = {{"train-images-idx3-ubyte", "train-images.idx3-ubyte",
+                                             "train-images-idx3-ubyte.gz", "train-images.idx3-ubyte.gz", NULL},
+                                            {"t10k-images-idx3-ubyte", "t10k-images.idx3-ubyte",
+                                             "t10k-images-idx3-ubyte.gz", "t10k-images.idx3-ubyte.gz", NULL}};
+    static const char *const inside[] = {"raw", "MNIST/raw", "FashionMNIST/raw", NULL}; /* where torchvision puts them */
+    static const ckca__mistake mistakes[] = {{NULL, NULL}};
+    char name[2][64], *found = NULL;
     char *path[2] = {NULL, NULL};
     unsigned char *bytes[2] = {NULL, NULL};
     size_t size[2] = {0, 0};
     ckca_data_desc desc;
     int i, form;
     ckca_status status = ckca__open(ctx, data, dir, part, desc_or_null, &desc);
+    if (!status) status = ckca__find_set(ctx, dir, files[part], inside, mistakes, &found);
     for (i = 0; i < 2 && !status; i++) {
         for (form = 0; form < 4; form++) { /* with a hyphen or, as some unpackers leave it, a dot; packed */
             snprintf(name[i], sizeof name[i], "%s-%s%s", part == CKCA_TRAIN ? "train" : "t10k", what[i],
                      form < 2 ? "" : ".gz");
             if (form & 1) *strstr(name[i], "-idx") = '.';
             ckca__release(ctx, path[i]);
-            path[i] = ckca__path(ctx, dir, name[i]);
+            path[i] = ckca__path(ctx, found, name[i]);
             if (!path[i] || ckca__file_exists(path[i])) break;
         }
         if (!path[i])
@@ -8326,15 +8476,18 @@ CKCA_API ckca_status ckca_open_idx(ckca_context *ctx, ckca_data **data, const ch
         ckca__release(ctx, bytes[i]);
         ckca__release(ctx, path[i]);
     }
+    ckca__release(ctx, found);
     return status;
 }
+
+#endif /* CKCA_NO_STDIO */
 
 /* --- Picture files ------------------------------------------------------------------------------------------------ */
 
 #ifndef CKCA_NO_STB_IMAGE
 
-/* stb_image (Debian: libstb-dev), static, JPEG and PNG only. A program that has its own includes it before this header;
-   then that one is used. Memory comes zeroed from calloc, or from a STBI_MALLOC of yours that zeroes too: a corrupt
+/* stb_image (Debian: libstb-dev), static, JPEG and PNG only: one beside this header, or in the include path, or Debian's.
+   A program that has its own includes it before this header; then that one is used. Memory comes zeroed from calloc, or from a STBI_MALLOC of yours that zeroes too: a corrupt
    JPEG can make stb_image before 2.29 read tables that the file never defined. */
 #ifndef STBI_INCLUDE_STB_IMAGE_H
 #define STB_IMAGE_IMPLEMENTATION
@@ -8354,6 +8507,31 @@ CKCA_API ckca_status ckca_open_idx(ckca_context *ctx, ckca_data **data, const ch
 #define STBI_REALLOC(memory, bytes) realloc(memory, bytes)
 #define STBI_FREE(memory) free(memory)
 #endif
+/* Whether stb_image was refused memory since this was last cleared: it does not always say so itself. */
+#if defined(__cplusplus) && __cplusplus >= 201103L
+static thread_local int ckca__stb_refused;
+#elif defined(__GNUC__)
+static __thread int ckca__stb_refused;
+#elif defined(_MSC_VER)
+static __declspec(thread) int ckca__stb_refused;
+#else
+static int ckca__stb_refused;
+#endif
+static void *ckca__stb_malloc(size_t bytes) {
+    void *memory = STBI_MALLOC(bytes);
+    if (!memory) ckca__stb_refused = 1;
+    return memory;
+}
+static void *ckca__stb_realloc(void *memory, size_t bytes) {
+    memory = STBI_REALLOC(memory, bytes);
+    if (!memory) ckca__stb_refused = 1;
+    return memory;
+}
+#undef STBI_MALLOC
+#undef STBI_REALLOC
+#define STBI_MALLOC(bytes) ckca__stb_malloc(bytes)
+#define STBI_REALLOC(memory, bytes) ckca__stb_realloc(memory, bytes)
+#define CKCA__STB_COUNTED
 /* It declares one name and defines the other. */
 #define stbi_set_unpremultiply_on_load_thread stbi__unpremultiply_on_load_thread
 #if defined(__GNUC__)
@@ -8369,14 +8547,15 @@ CKCA_API ckca_status ckca_open_idx(ckca_context *ctx, ckca_data **data, const ch
 #pragma GCC diagnostic ignored "-Wdouble-promotion"
 #endif
 #ifdef __has_include
-#if __has_include(<stb/stb_image.h>)
-#define CKCA__STB_IN_FOLDER
-#endif
-#endif
-#ifdef CKCA__STB_IN_FOLDER
+#if __has_include("stb_image.h")
+#include "stb_image.h"
+#elif __has_include(<stb/stb_image.h>)
 #include <stb/stb_image.h>
 #else
-#include <stb_image.h>
+#error "no stb_image.h: install it (Debian: libstb-dev), put it beside this header, or define CKCA_NO_STB_IMAGE"
+#endif
+#else
+#include "stb_image.h"
 #endif
 #if defined(__GNUC__)
 #pragma GCC diagnostic pop
@@ -8398,114 +8577,651 @@ static uint32_t ckca__crc(const unsigned char *bytes, size_t size) { /* of a PNG
 }
 #endif
 
-/* Whether a JPEG's segment of Huffman tables (ITU-R T.81, B.2.4.2) has no more codes than there are bytes for and than
-   a table may have, 256: stb_image before 2.29 writes beyond its tables otherwise. */
-static int ckca__huffman_fits(const unsigned char *segment, size_t length) {
-    while (length) {
-        size_t codes = 0, i;
-        for (i = 1; i < 17 && i < length; i++) codes += segment[i];
-        if (codes > 256 || length < 17 + codes) return 0;
-        segment += 17 + codes;
-        length -= 17 + codes;
+/* What the walk over a picture file finds: enough to know that stb_image will read it right. */
+typedef struct ckca__picture {
+    int64_t height, width; /* as stored */
+    int turn;              /* EXIF's orientation, 1 to 8; 1: as stored */
+    size_t end;            /* of a JPEG that lacks its end marker: the bytes of it that count. Else 0 */
+} ckca__picture;
+
+/* The orientation (tag 0x112, a number of 1 to 8) in a block of EXIF, which is a TIFF file; 1 where there is none. What
+   is wrong with such a block is no reason to refuse the picture. */
+static int ckca__exif_turn(const unsigned char *tiff, size_t size) {
+    size_t at, entries, i;
+    int big = size >= 8 && tiff[0] == 'M';
+    if (size < 8 || memcmp(tiff, big ? "MM\0*" : "II*\0", 4) != 0) return 1;
+#define CKCA__EXIF(at, i) ((size_t)tiff[(at) + (big ? (i) : 1 - (i))]) /* byte i of a number of two bytes */
+#define CKCA__EXIF_SHORT(at) (CKCA__EXIF(at, 0) << 8 | CKCA__EXIF(at, 1))
+    at = CKCA__EXIF_SHORT(4) << (big ? 16 : 0) | CKCA__EXIF_SHORT(6) << (big ? 0 : 16);
+    if (at > size - 2) return 1;
+    entries = CKCA__EXIF_SHORT(at);
+    for (i = 0, at += 2; i < entries && size - at >= 12; i++, at += 12) { /* tag, type, count, value */
+        size_t type = CKCA__EXIF_SHORT(at + 2), value = 0;
+        if (CKCA__EXIF_SHORT(at) != 0x112) continue;
+        if (type == 3) value = CKCA__EXIF_SHORT(at + 8);
+        if (type == 4 && CKCA__EXIF_SHORT(at + (big ? 8 : 10)) == 0) value = CKCA__EXIF_SHORT(at + (big ? 10 : 8));
+        return value >= 1 && value <= 8 ? (int)value : 1;
+    }
+#undef CKCA__EXIF_SHORT
+#undef CKCA__EXIF
+    return 1;
+}
+
+static const char ckca__truncated[] = "truncated: it stops before its end marker";
+static const char ckca__no_memory[] = "no memory to look through it"; /* the one flaw that is not the file's */
+
+/* What is wrong with a PNG, chunk by chunk, or NULL. The data inside is stb_image's to judge. */
+static const char *ckca__walk_png(const unsigned char *bytes, size_t size, ckca__picture *picture) {
+    static const unsigned char depths[7] = {1 | 2 | 4 | 8 | 16, 0, 8 | 16, 1 | 2 | 4 | 8, 8 | 16, 0, 8 | 16};
+    int type = -1, palette = 0, data = 0;
+    size_t at, length;
+    for (at = 8; size - at >= 12; at += 12 + length) { /* length, type, data, checksum of type and data */
+        const unsigned char *name = bytes + at + 4, *chunk = bytes + at + 8;
+        length = ckca__big_endian(bytes + at);
+        if (length > size - at - 12) return ckca__truncated;
+#ifndef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION
+        if (ckca__crc(name, length + 4) != ckca__big_endian(chunk + length)) return "corrupt: a checksum is wrong";
+#endif
+        if (!memcmp(name, "CgBI", 4)) return "Apple's own form of PNG (CgBI), which is not supported";
+        if ((at == 8) != !memcmp(name, "IHDR", 4) || (at == 8 && length != 13))
+            return "corrupt: it does not begin with one header of 13 bytes";
+        if (at == 8) {
+            picture->width = ckca__big_endian(chunk);
+            picture->height = ckca__big_endian(chunk + 4);
+            type = chunk[9];
+            if (type > 6 || !(depths[type] & chunk[8]) || (chunk[8] & (chunk[8] - 1)))
+                return "corrupt: its type of colour and its bits do not go together";
+            if (chunk[10] || chunk[11] || chunk[12] > 1)
+                return "corrupt: its compression, filter or interlacing is unknown";
+        } else if (!memcmp(name, "PLTE", 4)) {
+            if (length % 3 || length < 3 || length > 768 || palette || data) return "corrupt: a bad palette";
+            palette = (int)length / 3;
+        } else if (!memcmp(name, "tRNS", 4)) {
+            if (data || type > 3 || (type == 3 ? length > (size_t)palette : length != (type ? 6 : 2)))
+                return "corrupt: a bad list of transparent colours";
+        } else if (!memcmp(name, "IDAT", 4)) {
+            if (type == 3 && !palette) return "corrupt: no palette";
+            data = 1;
+        } else if (!memcmp(name, "eXIf", 4)) {
+            picture->turn = ckca__exif_turn(chunk, length);
+        } else if (!memcmp(name, "IEND", 4)) {
+            return data ? NULL : "corrupt: no data in it";
+        } else if (!(name[0] & 0x20)) {
+            return "it has a critical chunk that is unknown";
+        }
+    }
+    return ckca__truncated;
+}
+
+/* --- JPEG (ITU-R T.81) ---
+
+   stb_image fills up what is missing with grey, or stops and keeps what it has. So a walk from marker to marker makes
+   sure that all it needs is there. Where more than markers is asked (is the data whole though the end marker is
+   missing? does each part end at its restart marker?) the codes of the data are counted too, without decoding them. */
+
+typedef struct ckca__jpeg_codes { /* a Huffman table */
+    const unsigned char *counts;  /* of codes of 1 to 16 bits, then the symbols (in the file). NULL: not defined */
+    uint16_t fast[512];           /* by the next nine bits: length << 8 | symbol; 0: the code is longer */
+} ckca__jpeg_codes;
+
+typedef struct ckca__jpeg_part { /* a component */
+    int id, h, v, quantization;
+    int across, down, stride; /* blocks that it has; blocks a row with those that fill up its last MCU */
+    int dc, ac;               /* tables of the scan under way */
+    int scanned;              /* 1: its first coefficient came */
+    uint64_t exact;           /* coefficients that came to their last bit */
+    uint64_t *nonzero;        /* progressive, counted: per block */
+} ckca__jpeg_part;
+
+typedef struct ckca__jpeg {
+    const unsigned char *bytes;
+    size_t size, at, scan_end; /* the last scan's data ends there */
+    int count;      /* 1: the codes of its data are counted */
+    int unfinished; /* the file ended without a marker */
+    int progressive, parts, across, down, interval, adobe;
+    int restarts; /* 1: some scan had an interval */
+    unsigned quantization; /* bit t: table t is defined */
+    int first, last, high, low, scan_parts, order[4]; /* of the scan under way */
+    int64_t mcu, mcus;
+    unsigned run; /* blocks yet to come without a new coefficient */
+    const unsigned char *next, *end; /* bytes not in the buffer yet */
+    uint32_t buffer;                 /* bits, the next one on top */
+    int bits, added;                 /* how many there are; how many of them the file did not have */
+    uint64_t used;                   /* bits taken since the last restart */
+    ckca__jpeg_part part[4];
+    ckca__jpeg_codes codes[2][4]; /* of first coefficients, of others */
+} ckca__jpeg;
+
+static void ckca__jpeg_take(ckca__jpeg *j, int n) { /* n up to 16 bits */
+    for (; j->bits <= 24; j->bits += 8) {
+        uint32_t byte = 0;
+        if (j->next < j->end) {
+            byte = *j->next++;
+            if (byte == 0xff) { /* a zero follows, or padding and a zero */
+                while (j->next < j->end && *j->next == 0xff) j->next++;
+                if (j->next < j->end) j->next++;
+            }
+        } else {
+            j->added += 8;
+        }
+        j->buffer |= byte << (24 - j->bits);
+    }
+    j->buffer <<= n;
+    j->bits -= n;
+    j->used += (uint64_t)n;
+}
+
+static unsigned ckca__jpeg_number(ckca__jpeg *j, int n) { /* of n bits, 0 to 16 */
+    unsigned value;
+    ckca__jpeg_take(j, 0);
+    value = n ? j->buffer >> (32 - n) : 0;
+    ckca__jpeg_take(j, n);
+    return value;
+}
+
+static int ckca__jpeg_symbol(ckca__jpeg *j, const ckca__jpeg_codes *codes) { /* -1: there is no such code */
+    unsigned fast, code = 0, index = 0;
+    int length;
+    ckca__jpeg_take(j, 0);
+    fast = codes->fast[j->buffer >> 23];
+    if (fast) {
+        ckca__jpeg_take(j, (int)(fast >> 8));
+        return (int)(fast & 255);
+    }
+    for (length = 1; length <= 16; length++) { /* code: this length's first one */
+        unsigned n = codes->counts[length - 1], bits = j->buffer >> (32 - length);
+        if (bits - code < n) {
+            ckca__jpeg_take(j, length);
+            return codes->counts[16 + index + (bits - code)];
+        }
+        index += n;
+        code = (code + n) << 1;
+    }
+    return -1;
+}
+
+static void ckca__jpeg_fast(ckca__jpeg_codes *codes) {
+    unsigned code = 0, index = 0, n, i;
+    int length;
+    memset(codes->fast, 0, sizeof codes->fast);
+    for (length = 1; length <= 9; length++, code <<= 1)
+        for (n = codes->counts[length - 1]; n; n--, code++, index++)
+            for (i = 0; i < 512u >> length; i++)
+                codes->fast[(code << (9 - length) | i) & 511] = (uint16_t)((unsigned)length << 8 | codes->counts[16 + index]);
+}
+
+/* Counts through one block of the scan under way (F.1.2, G.1.2). Zero where its codes make no sense. */
+static int ckca__jpeg_block(ckca__jpeg *j, const ckca__jpeg_part *part, uint64_t *nonzero) {
+    const ckca__jpeg_codes *ac = &j->codes[1][part->ac];
+    int k = j->first, symbol, zeros, bits;
+    if (k == 0) { /* the first coefficient */
+        if (j->high) {
+            ckca__jpeg_take(j, 1);
+        } else {
+            bits = ckca__jpeg_symbol(j, &j->codes[0][part->dc]);
+            if (bits < 0 || bits > 15) return 0;
+            ckca__jpeg_take(j, bits);
+        }
+        k = 1;
+    }
+    if (j->run) {
+        j->run--;
+        zeros = 64; /* to the end */
+    } else {
+        zeros = -1;
+    }
+    while (k <= j->last) {
+        int fresh = 0;
+        if (zeros < 0) {
+            symbol = ckca__jpeg_symbol(j, ac);
+            if (symbol < 0) return 0;
+            zeros = symbol >> 4;
+            bits = symbol & 15;
+            fresh = bits != 0;
+            if (!bits && zeros < 15) { /* the block ends here, in progressive files some blocks behind it too */
+                j->run = (1u << zeros) - 1 + ckca__jpeg_number(j, zeros);
+                if (!j->progressive) j->run = 0;
+                zeros = 64;
+            } else if (bits) {
+                if (j->high && bits != 1) return 0;
+                ckca__jpeg_take(j, bits);
+            }
+        }
+        if (!j->high) { /* no coefficient is there yet */
+            k += zeros;
+            if (fresh && nonzero && k < 64) *nonzero |= (uint64_t)1 << k;
+            k++;
+        } else {
+            for (; k <= j->last; k++) { /* those that are get a bit each */
+                if (*nonzero >> k & 1) {
+                    ckca__jpeg_take(j, 1);
+                } else if (zeros-- == 0) {
+                    if (fresh) *nonzero |= (uint64_t)1 << k;
+                    k++;
+                    break;
+                }
+            }
+        }
+        if (zeros != 64) zeros = -1;
     }
     return 1;
 }
 
-/* Height and width of a picture file; returns what is wrong with it, or NULL. stb_image takes truncated JPEGs, filling
-   up with grey, and does not look at a PNG's checksums, so the file is walked here from marker to marker, or chunk to
-   chunk. */
-static const char *ckca__walk_picture(const unsigned char *bytes, size_t size, int64_t *height, int64_t *width) {
-    static const unsigned char png[] = {0x89, 'P', 'N', 'G', '\r', '\n', 0x1a, '\n'};
-    static const char *const truncated = "truncated: it stops before its end marker";
-    size_t at = 2, length;
-    *height = *width = 0;
-    if (size == 0) return "an empty file";
-    if (size >= 8 && !memcmp(bytes, png, 8)) {
-        for (at = 8; size - at >= 12; at += 12 + length) { /* length, type, data, checksum of type and data */
-            const unsigned char *chunk = bytes + at;
-            length = ckca__big_endian(chunk);
-            if (length > size - at - 12) return truncated;
-#ifndef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION
-            if (ckca__crc(chunk + 4, length + 4) != ckca__big_endian(chunk + 8 + length))
-                return "corrupt: a checksum is wrong";
-#endif
-            if (at == 8 && length >= 8) { /* IHDR */
-                *width = ckca__big_endian(chunk + 8);
-                *height = ckca__big_endian(chunk + 12);
-            }
-            if (!memcmp(chunk + 4, "IEND", 4)) return NULL;
+/* Counts through the data from begin to end, up to the next restart or the scan's end. */
+static const char *ckca__jpeg_data(ckca__jpeg *j, const unsigned char *begin, const unsigned char *end, int restart) {
+    int64_t last = j->interval && j->interval < j->mcus - j->mcu ? j->mcu + j->interval : j->mcus;
+    int i, x, y, whole = 1;
+    j->next = begin;
+    j->end = end;
+    j->buffer = 0;
+    j->bits = j->added = 0;
+    j->used = 0;
+    j->run = 0;
+    for (; whole && j->mcu < last; j->mcu++) {
+        int across = j->scan_parts == 1 ? j->part[j->order[0]].across : j->across;
+        int row = (int)(j->mcu / across), column = (int)(j->mcu % across);
+        for (i = 0; whole && i < j->scan_parts; i++) {
+            ckca__jpeg_part *part = &j->part[j->order[i]];
+            int h = j->scan_parts == 1 ? 1 : part->h, v = j->scan_parts == 1 ? 1 : part->v;
+            for (y = 0; whole && y < v; y++)
+                for (x = 0; whole && x < h; x++)
+                    whole = ckca__jpeg_block(
+                        j, part,
+                        part->nonzero ? part->nonzero + (size_t)(row * v + y) * (size_t)part->stride + column * h + x : NULL);
         }
-        return truncated;
+        if (j->bits < j->added) /* it went on with bits that the file does not have */
+            return j->unfinished ? ckca__truncated : "corrupt: its data ends before its pixels do";
     }
-    if (size < 3 || bytes[0] != 0xff || bytes[1] != 0xd8 || bytes[2] != 0xff) return "neither JPEG nor PNG";
-    for (;;) { /* ff00 is a byte ff of the data, d0 to d7 restart it, ffff is padding, 01 and d8 stand alone */
-        const unsigned char *marker;
-        while (size - at >= 2 && (bytes[at] != 0xff || bytes[at + 1] <= 1 || bytes[at + 1] == 0xff ||
-                                  (bytes[at + 1] >= 0xd0 && bytes[at + 1] <= 0xd8)))
-            at++;
-        marker = bytes + at;
-        if (size - at < 2) return truncated;
-        if (marker[1] == 0xd9) return NULL;
-        if (size - at < 4) return truncated;
-        length = 2 + ((size_t)marker[2] << 8 | marker[3]);
-        if (length > size - at) return truncated;
-        if (length < 4) return "corrupt: a segment without a length";
-        if (marker[1] == 0xc4 && !ckca__huffman_fits(marker + 4, length - 4)) return "corrupt: bad Huffman tables";
-        if (marker[1] >= 0xc0 && marker[1] <= 0xc2 && length >= 9 && !*height) { /* a start of frame */
-            *height = marker[5] << 8 | marker[6];
-            *width = marker[7] << 8 | marker[8];
+    if (!whole)
+        return j->unfinished && j->next == j->end && j->bits - j->added < 16
+                   ? ckca__truncated
+                   : "corrupt: its data has a code that is not in its tables";
+    if (restart && (end > j->next || j->bits - j->added >= 8))
+        return "corrupt: there are bytes between its data and a restart marker";
+    if (j->unfinished) { /* what follows the last code does not belong to it */
+        uint64_t left = (j->used + 7) / 8;
+        for (; left; left--)
+            if (*begin++ == 0xff) {
+                while (*begin == 0xff) begin++;
+                begin++;
+            }
+        j->at = (size_t)(begin - j->bytes);
+    }
+    return NULL;
+}
+
+/* A frame's header (B.2.2); length without the two bytes of its length. */
+static const char *ckca__jpeg_frame(ckca_context *ctx, ckca__jpeg *j, const unsigned char *segment, size_t length,
+                                    ckca__picture *picture) {
+    int h_max = 1, v_max = 1, i;
+    if (length < 6 || length != 6 + 3 * (size_t)segment[5]) return "corrupt: a frame header of a wrong length";
+    if (segment[0] != 8) return segment[0] == 12 ? "a JPEG of 12 bits a sample, which is not supported (8 are)"
+                                                 : "a JPEG whose samples do not have 8 bits, which is not supported";
+    picture->height = segment[1] << 8 | segment[2];
+    picture->width = segment[3] << 8 | segment[4];
+    if (!picture->height || !picture->width) return "a JPEG without its height or width, which is not supported";
+    j->parts = segment[5];
+    if (j->parts != 1 && j->parts != 3 && j->parts != 4) return "a JPEG that has not 1, 3 or 4 components: not supported";
+    for (i = 0; i < j->parts; i++) {
+        ckca__jpeg_part *part = &j->part[i];
+        part->id = segment[6 + 3 * i];
+        part->h = segment[7 + 3 * i] >> 4;
+        part->v = segment[7 + 3 * i] & 15;
+        part->quantization = segment[8 + 3 * i];
+        if (part->h < 1 || part->h > 4 || part->v < 1 || part->v > 4 || part->quantization > 3)
+            return "corrupt: a component's sampling or table is out of range";
+        if (part->h > h_max) h_max = part->h;
+        if (part->v > v_max) v_max = part->v;
+    }
+    if (picture->height > CKCA__MAX_SIDE || picture->width > CKCA__MAX_SIDE) return NULL; /* refused by its caller */
+    j->across = ((int)picture->width + 8 * h_max - 1) / (8 * h_max);
+    j->down = ((int)picture->height + 8 * v_max - 1) / (8 * v_max);
+    for (i = 0; i < j->parts; i++) {
+        ckca__jpeg_part *part = &j->part[i];
+        if (h_max % part->h || v_max % part->v) return "a JPEG with fractional subsampling, which is not supported";
+        part->across = (((int)picture->width * part->h + h_max - 1) / h_max + 7) / 8;
+        part->down = (((int)picture->height * part->v + v_max - 1) / v_max + 7) / 8;
+        part->stride = j->across * part->h;
+        if (j->count && j->progressive && picture->height * picture->width <= CKCA__MAX_PIXELS) {
+            ckca__lock(ctx);
+            part->nonzero = (uint64_t *)ckca__alloc(
+                ctx, (size_t)part->stride * (size_t)(j->down * part->v) * sizeof *part->nonzero);
+            ckca__unlock(ctx);
+            if (!part->nonzero) return ckca__no_memory;
         }
-        at += length;
+    }
+    return NULL;
+}
+
+/* A scan's header (B.2.3), and its data up to the next marker that is no restart. */
+static const char *ckca__jpeg_scan(ckca__jpeg *j, const unsigned char *segment, size_t length) {
+    static const char few[] = "corrupt: its data ends before its pixels do";
+    int64_t least = 0, blocks; /* bits that its codes take at the least */
+    size_t begin = j->at, part_begin = begin;
+    int i, k, restart = 0;
+    uint64_t band;
+    j->scan_parts = length ? segment[0] : 0;
+    if (j->scan_parts < 1 || j->scan_parts > j->parts || length != 4 + 2 * (size_t)j->scan_parts)
+        return "corrupt: a scan header of a wrong length";
+    segment++;
+    j->first = segment[2 * j->scan_parts];
+    j->last = segment[2 * j->scan_parts + 1];
+    j->high = segment[2 * j->scan_parts + 2] >> 4;
+    j->low = segment[2 * j->scan_parts + 2] & 15;
+    if (!j->progressive) {
+        if (j->first || j->high || j->low) return "corrupt: a scan's range of coefficients is wrong";
+        j->last = 63;
+    } else if (j->first > j->last || j->last > 63 || j->high > 13 || j->low > 13 ||
+               (j->first ? j->scan_parts > 1 : j->last > 0)) {
+        return "corrupt: a scan's range of coefficients is wrong";
+    }
+    band = (j->last == 63 ? ~(uint64_t)0 : ((uint64_t)1 << (j->last + 1)) - 1) & ~(((uint64_t)1 << j->first) - 1);
+    for (i = 0; i < j->scan_parts; i++) {
+        ckca__jpeg_part *part;
+        for (k = 0; k < j->parts && j->part[k].id != segment[2 * i]; k++) {}
+        if (k == j->parts) return "corrupt: a scan of a component that it does not have";
+        j->order[i] = k;
+        part = &j->part[k];
+        part->dc = segment[2 * i + 1] >> 4;
+        part->ac = segment[2 * i + 1] & 15;
+        if (part->dc > 3 || part->ac > 3) return "corrupt: a scan asks for a Huffman table beyond 3";
+        if (!(j->quantization >> part->quantization & 1)) return "corrupt: it lacks a quantization table";
+        if ((j->first == 0 && !j->high && !j->codes[0][part->dc].counts) || (j->last > 0 && !j->codes[1][part->ac].counts))
+            return "it lacks a Huffman table (as frames of motion-JPEG do)";
+        if (j->first == 0) part->scanned = 1;
+        else if (!part->scanned) return "corrupt: a scan before its component's first one";
+        if (!j->low) part->exact |= band;
+        for (k = 0; k < i; k++)
+            if (j->order[k] == j->order[i]) return "corrupt: a component twice in a scan";
+        if (j->count) {
+            if (j->first == 0 && !j->high) ckca__jpeg_fast(&j->codes[0][part->dc]);
+            if (j->last > 0) ckca__jpeg_fast(&j->codes[1][part->ac]);
+        }
+        blocks = j->scan_parts == 1 ? (int64_t)part->across * part->down
+                                    : (int64_t)j->across * j->down * part->h * part->v;
+        if (j->first == 0) least += j->progressive ? blocks : 2 * blocks;
+        else least = 1;
+    }
+    j->mcu = 0;
+    j->mcus = j->scan_parts == 1 ? (int64_t)j->part[j->order[0]].across * j->part[j->order[0]].down
+                                 : (int64_t)j->across * j->down;
+    if (j->interval) j->restarts = 1;
+    for (;;) { /* from one ff to the next */
+        const unsigned char *found = (const unsigned char *)memchr(j->bytes + j->at, 0xff, j->size - j->at);
+        size_t marker = found ? (size_t)(found - j->bytes) : j->size, end = marker;
+        const char *flaw = NULL;
+        while (marker < j->size && j->bytes[marker] == 0xff) marker++; /* padding */
+        j->at = marker + 1;
+        j->unfinished = marker == j->size;
+        if (!j->unfinished && j->bytes[marker] == 0) continue; /* a byte ff of the data */
+        if (j->unfinished || j->bytes[marker] < 0xd0 || j->bytes[marker] > 0xd7) { /* the scan's end */
+            j->at = end;
+            if ((int64_t)(end - begin) * 8 < least) return j->unfinished ? ckca__truncated : few;
+            if (j->interval && j->mcus > (restart + (int64_t)1) * j->interval)
+                return j->unfinished ? ckca__truncated : "corrupt: it lacks restart markers";
+            if (j->count) flaw = ckca__jpeg_data(j, j->bytes + part_begin, j->bytes + end, 0);
+            j->scan_end = j->at;
+            return flaw;
+        }
+        if (!j->interval) return "corrupt: a restart marker where none is announced";
+        if (j->bytes[marker] != 0xd0 + restart % 8) return "corrupt: its restart markers are out of order";
+        if (++restart > j->mcus / j->interval) return "corrupt: too many restart markers";
+        if (j->count) flaw = ckca__jpeg_data(j, j->bytes + part_begin, j->bytes + end, 1);
+        if (flaw) return flaw;
+        part_begin = j->at;
     }
 }
 
-/* Height and width of a picture file in memory that may be decoded; path is for the message. */
-static ckca_status ckca__picture_size(ckca_context *ctx, const char *path, const unsigned char *bytes, size_t size,
-                                      int *height, int *width) {
-    int64_t h, w;
-    const char *flaw = ckca__walk_picture(bytes, size, &h, &w);
-    if (!flaw && size > INT_MAX) flaw = "more bytes than stb_image can take";
-    if (flaw) return ckca__fail(ctx, CKCA_EFORMAT, "%s: cannot be decoded: %s", ckca__tail(path), flaw);
-    if (h < 1 || w < 1 || h > CKCA__MAX_SIDE || w > CKCA__MAX_SIDE || h * w > CKCA__MAX_PIXELS)
+/* Quantization tables (B.2.4.1). */
+static const char *ckca__jpeg_quantization(ckca__jpeg *j, const unsigned char *segment, size_t length) {
+    while (length) {
+        size_t n = segment[0] >> 4 ? 129 : 65;
+        if (segment[0] >> 4 > 1 || (segment[0] & 15) > 3 || length < n) return "corrupt: bad quantization tables";
+        j->quantization |= 1u << (segment[0] & 15);
+        segment += n;
+        length -= n;
+    }
+    return NULL;
+}
+
+/* Huffman tables (B.2.4.2): no more codes than there are bytes for, than a table may have (256), and than can be told
+   apart: stb_image before 2.29 writes beyond its tables otherwise. */
+static const char *ckca__jpeg_huffman(ckca__jpeg *j, const unsigned char *segment, size_t length) {
+    while (length) {
+        size_t codes = 0, room = 1, i;
+        for (i = 1; i < 17 && i < length; i++) {
+            codes += segment[i];
+            room *= 2;
+            if (segment[i] > room) return "corrupt: bad Huffman tables";
+            room -= segment[i];
+        }
+        if (codes > 256 || length < 17 + codes || segment[0] >> 4 > 1 || (segment[0] & 15) > 3)
+            return "corrupt: bad Huffman tables";
+        j->codes[segment[0] >> 4][segment[0] & 15].counts = segment + 1;
+        segment += 17 + codes;
+        length -= 17 + codes;
+    }
+    return NULL;
+}
+
+static const char *ckca__jpeg_walk(ckca_context *ctx, ckca__jpeg *j, ckca__picture *picture) {
+    static const char *const kinds[16] = {/* by the second byte of their frame's marker, c0 to cf; NULL: read */
+        NULL, NULL, NULL, "a lossless JPEG, which is not supported", NULL,
+        "a hierarchical JPEG, which is not supported", "a hierarchical JPEG, which is not supported",
+        "a hierarchical lossless JPEG, which is not supported", "a JPEG with a reserved extension, which is not supported",
+        "an arithmetic-coded JPEG, which is not supported", "an arithmetic-coded progressive JPEG, which is not supported",
+        "an arithmetic-coded lossless JPEG, which is not supported", NULL,
+        "an arithmetic-coded hierarchical JPEG, which is not supported",
+        "an arithmetic-coded hierarchical JPEG, which is not supported",
+        "an arithmetic-coded hierarchical lossless JPEG, which is not supported"};
+    int frame = 0, scanned = 0, turned = 0, i;
+    const char *flaw = NULL;
+    for (j->at = 2; !flaw;) {
+        const unsigned char *segment;
+        size_t length;
+        int marker;
+        while (!frame && j->at < j->size && j->bytes[j->at] != 0xff) j->at++; /* stb_image skips them too */
+        if (j->at < j->size && j->bytes[j->at] != 0xff) return "corrupt: bytes between its segments";
+        while (j->at < j->size && j->bytes[j->at] == 0xff) j->at++;
+        if (j->at >= j->size) break;
+        marker = j->bytes[j->at++];
+        if (!frame && marker == 0) continue;
+        if (marker == 0xd9) {
+            if (!scanned) return "corrupt: there is no picture in it";
+            for (i = 0; i < j->parts; i++)
+                if (!j->part[i].scanned) return "corrupt: one of its components has no data";
+            return NULL;
+        }
+        if (marker < 0xc0 || (marker >= 0xd0 && marker <= 0xd8))
+            return "corrupt: a marker in it is out of place or unknown";
+        if (j->size - j->at < 2) break;
+        segment = j->bytes + j->at + 2;
+        length = (size_t)j->bytes[j->at] << 8 | j->bytes[j->at + 1];
+        if (length < 2) return "corrupt: a segment without a length";
+        if (length > j->size - j->at) break;
+        j->at += length;
+        length -= 2;
+        if (marker <= 0xcf && kinds[marker - 0xc0]) return kinds[marker - 0xc0];
+        if (marker == 0xdb) {
+            flaw = ckca__jpeg_quantization(j, segment, length);
+        } else if (marker == 0xc4) {
+            flaw = ckca__jpeg_huffman(j, segment, length);
+        } else if (marker == 0xdd) {
+            if (length != 2) return "corrupt: a restart interval of a wrong length";
+            j->interval = segment[0] << 8 | segment[1];
+        } else if (marker >= 0xc0 && marker <= 0xc2) {
+            if (frame) return "corrupt: a second frame in it";
+            frame = marker;
+            j->progressive = marker == 0xc2;
+            flaw = ckca__jpeg_frame(ctx, j, segment, length, picture);
+            if (!flaw && (picture->height > CKCA__MAX_SIDE || picture->width > CKCA__MAX_SIDE ||
+                          picture->height * picture->width > CKCA__MAX_PIXELS))
+                return NULL;
+        } else if (marker == 0xda) {
+            if (!frame) return "corrupt: data before its frame";
+            if (j->parts == 4 && j->adobe != 0 && j->adobe != 2)
+                return "a JPEG of four components whose colours no Adobe segment tells";
+            scanned = 1;
+            flaw = ckca__jpeg_scan(j, segment, length);
+            if (j->unfinished) break;
+        } else if (marker == 0xe1) {
+            if (!turned && length > 6 && !memcmp(segment, "Exif\0", 6)) {
+                picture->turn = ckca__exif_turn(segment + 6, length - 6);
+                turned = picture->turn != 1;
+            }
+        } else if (marker == 0xee) {
+            if (length >= 12 && !memcmp(segment, "Adobe", 6)) j->adobe = segment[11];
+        } else if (marker == 0xdc) { /* the number of lines: only if it says the same as the frame */
+            if (!scanned || length != 2 || (segment[0] << 8 | segment[1]) != picture->height)
+                return "corrupt: a second number of lines";
+        } else if (!(marker >= 0xe0 && marker <= 0xef) && marker != 0xfe) {
+            return marker == 0xf7 ? "a JPEG-LS, which is not supported"
+                   : marker == 0xde || marker == 0xdf ? kinds[5] : "corrupt: a marker in it is out of place or unknown";
+        }
+    }
+    /* the file ends without an end marker, after a whole scan or in the midst of something */
+    if (flaw || !scanned) return flaw ? flaw : ckca__truncated;
+    for (i = 0; i < j->parts; i++)
+        if (j->part[i].exact != ~(uint64_t)0) return ckca__truncated;
+    picture->end = j->scan_end;
+    return NULL;
+}
+
+/* What is wrong with a picture file, or NULL. */
+static const char *ckca__walk_picture(ckca_context *ctx, const unsigned char *bytes, size_t size,
+                                      ckca__picture *picture) {
+    static const unsigned char png[] = {0x89, 'P', 'N', 'G', '\r', '\n', 0x1a, '\n'};
+    ckca__jpeg jpeg;
+    const char *flaw;
+    int count, again, i;
+    memset(picture, 0, sizeof *picture);
+    picture->turn = 1;
+    if (size == 0) return "an empty file";
+    if (size >= 8 && !memcmp(bytes, png, 8)) return ckca__walk_png(bytes, size, picture);
+    if (size < 3 || bytes[0] != 0xff || bytes[1] != 0xd8 || bytes[2] != 0xff) return "neither JPEG nor PNG";
+    for (count = 0;; count = 1) { /* the codes are counted where markers alone don't tell enough */
+        memset(&jpeg, 0, sizeof jpeg);
+        jpeg.bytes = bytes;
+        jpeg.size = size;
+        jpeg.adobe = -1;
+        jpeg.count = count;
+        flaw = ckca__jpeg_walk(ctx, &jpeg, picture);
+        again = !flaw && !count && (picture->end || jpeg.restarts);
+        ckca__lock(ctx);
+        for (i = 0; i < 4; i++) ckca__release(ctx, jpeg.part[i].nonzero);
+        ckca__unlock(ctx);
+        if (!again) return flaw;
+    }
+}
+
+/* A picture file in memory that may be decoded; path is for the message. */
+static ckca_status ckca__check_picture(ckca_context *ctx, const char *path, const unsigned char *bytes, size_t size,
+                                       ckca__picture *picture) {
+    const char *flaw = ckca__walk_picture(ctx, bytes, size, picture);
+    if (!flaw && size > INT_MAX - 2) flaw = "more bytes than stb_image can take";
+    if (flaw)
+        return ckca__fail(ctx, flaw == ckca__no_memory ? CKCA_ENOMEM : CKCA_EFORMAT, "%s: cannot be decoded: %s",
+                          ckca__tail(path), flaw);
+    if (picture->height < 1 || picture->width < 1 || picture->height > CKCA__MAX_SIDE ||
+        picture->width > CKCA__MAX_SIDE || picture->height * picture->width > CKCA__MAX_PIXELS)
         return ckca__fail(ctx, CKCA_EFORMAT, "%s: %.0f x %.0f pixels; it may have 1 to %d a side and %.0f in all",
-                          ckca__tail(path), (double)h, (double)w, (int)CKCA__MAX_SIDE, (double)CKCA__MAX_PIXELS);
-    *height = (int)h;
-    *width = (int)w;
+                          ckca__tail(path), (double)picture->height, (double)picture->width, (int)CKCA__MAX_SIDE,
+                          (double)CKCA__MAX_PIXELS);
     return CKCA_OK;
 }
 
-/* A picture file in memory as height x width x channels bytes. */
-static ckca_status ckca__decode(ckca_context *ctx, const char *path, const unsigned char *bytes, size_t size,
-                                unsigned char *out, int height, int width, int channels) {
-    int h, w, c, fits;
+/* stb_image's pixels, or NULL; then *memory tells whether that is for want of memory. Its own reason may be none at all
+   (no memory to inflate a PNG, a block of an unknown kind in it) or that of another picture. */
+static unsigned char *ckca__stb_load(const unsigned char *bytes, size_t size, int *h, int *w, int *c, int *memory) {
     unsigned char *pixels;
-    ckca_status status = ckca__picture_size(ctx, path, bytes, size, &h, &w);
+#ifdef CKCA__STB_COUNTED
+    void *state = malloc(1 << 15); /* as much as its own state: 2.26 takes for granted that it gets that */
+    *memory = !state;
+    if (!state) return NULL;
+    free(state);
+    ckca__stb_refused = 0;
+    pixels = stbi_load_from_memory(bytes, (int)size, w, h, c, 0);
+    *memory = ckca__stb_refused;
+#else /* the program's own stb_image: what it says after a failure of another reason is about this picture */
+    const char *reason;
+    *memory = 0;
+    pixels = stbi_load_from_memory(bytes, (int)size, w, h, c, 0);
+    if (pixels || stbi_load_from_memory((const unsigned char *)"", 1, w, h, c, 0)) return pixels;
+    pixels = stbi_load_from_memory(bytes, (int)size, w, h, c, 0);
+    reason = stbi_failure_reason();
+    *memory = reason && (strstr(reason, "f memory") || strstr(reason, "outofmem"));
+#endif
+    return pixels;
+}
+
+/* A picture file in memory as height x width x channels bytes; as_stored: without turning it. */
+static ckca_status ckca__decode(ckca_context *ctx, const char *path, const unsigned char *bytes, size_t size,
+                                unsigned char *out, int height, int width, int channels, int as_stored) {
+    ckca__picture picture;
+    int h, w, c, memory, fits;
+    unsigned char *pixels, *whole = NULL;
+    ckca_status status = ckca__check_picture(ctx, path, bytes, size, &picture);
     if (status) return status;
-    pixels = stbi_load_from_memory(bytes, (int)size, &w, &h, &c, 0);
-    if (!pixels) {
-        const char *reason = stbi_failure_reason();
-        /* its kind is known by now: stb_image says otherwise when it has no memory to find out */
-        int memory = strstr(reason, "f memory") || strstr(reason, "outofmem") || strstr(reason, "any known type") ||
-                     strstr(reason, "unknown image type");
-        return ckca__fail(ctx, memory ? CKCA_ENOMEM : CKCA_EFORMAT, "%s: cannot be decoded: %s", ckca__tail(path),
-                          memory ? "no memory" : reason);
+    if (picture.end) { /* stb_image wants the end marker */
+        ckca__lock(ctx);
+        whole = (unsigned char *)ckca__alloc(ctx, picture.end + 2);
+        ckca__unlock(ctx);
+        if (!whole) return ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for a copy of it", ckca__tail(path));
+        memcpy(whole, bytes, picture.end);
+        memcpy(whole + picture.end, "\xff\xd9", 2);
     }
-    fits = ckca__fit(ctx, pixels, h, w, c, out, height, width, channels);
+    pixels = ckca__stb_load(whole ? whole : bytes, whole ? picture.end + 2 : size, &h, &w, &c, &memory);
+    ckca__lock(ctx);
+    ckca__release(ctx, whole);
+    ckca__unlock(ctx);
+    if (!pixels && memory)
+        return ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory to decode its %.0f x %.0f pixels", ckca__tail(path),
+                          (double)picture.height, (double)picture.width);
+    if (!pixels || h != picture.height || w != picture.width) {
+        stbi_image_free(pixels);
+        return ckca__fail(ctx, CKCA_EFORMAT, "%s: cannot be decoded: corrupt: the data of its pixels makes no sense",
+                          ckca__tail(path));
+    }
+    fits = ckca__fit(ctx, pixels, h, w, c, as_stored ? 1 : picture.turn, out, height, width, channels);
     stbi_image_free(pixels);
     if (!fits)
         return ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory to resize its %d x %d pixels", ckca__tail(path), h, w);
     return CKCA_OK;
 }
 
+/* What decoding one picture needs of a descriptor. */
+static ckca_status ckca__picture_desc(ckca_context *ctx, const ckca_data_desc *desc) {
+    ckca_data_desc checked;
+    ckca_status status = ckca__data_desc(ctx, desc, &checked);
+    if (!status && (!desc->height || !desc->width || !desc->channels))
+        status = ckca__fail(ctx, CKCA_EINVAL, "height x width x channels is %d x %d x %d, all three are needed",
+                            desc->height, desc->width, desc->channels);
+    return status;
+}
+
+CKCA_API ckca_status ckca_read_picture_memory(ckca_context *ctx, const void *bytes, size_t size,
+                                              const ckca_data_desc *desc, unsigned char *out) {
+    ckca_status status;
+    if (!ckca__usable(ctx)) return CKCA_EINVAL;
+    if (!bytes || !desc || !out)
+        return ckca__null(ctx, "ckca_read_picture_memory", !bytes ? "bytes" : !desc ? "desc" : "out");
+    status = ckca__picture_desc(ctx, desc);
+    if (status) return status;
+    return ckca__decode(ctx, "the picture in memory", (const unsigned char *)bytes, size, out, desc->height,
+                        desc->width, desc->channels, desc->as_stored);
+}
+
+#ifndef CKCA_NO_STDIO
+
 enum { CKCA__MAX_PICTURE_FILE = 256 << 20 };
 
 static ckca_status ckca__read_picture(ckca_context *ctx, const char *path, unsigned char *out, int height, int width,
-                                      int channels) {
+                                      int channels, int as_stored) {
     unsigned char *bytes;
     size_t size;
     ckca_status status = ckca__read_file(ctx, path, CKCA__MAX_PICTURE_FILE, &bytes, &size);
     if (status) return status;
-    status = ckca__decode(ctx, path, bytes, size, out, height, width, channels);
+    status = ckca__decode(ctx, path, bytes, size, out, height, width, channels, as_stored);
     ckca__lock(ctx);
     ckca__release(ctx, bytes);
     ckca__unlock(ctx);
@@ -8514,19 +9230,17 @@ static ckca_status ckca__read_picture(ckca_context *ctx, const char *path, unsig
 
 CKCA_API ckca_status ckca_read_picture(ckca_context *ctx, const char *path, const ckca_data_desc *desc,
                                        unsigned char *out) {
-    ckca_data_desc checked;
     ckca_status status;
     if (!ckca__usable(ctx)) return CKCA_EINVAL;
     if (!path || !desc || !out) return ckca__null(ctx, "ckca_read_picture", !path ? "path" : !desc ? "desc" : "out");
-    status = ckca__data_desc(ctx, desc, &checked);
+    status = ckca__picture_desc(ctx, desc);
     if (status) return status;
-    if (!desc->height || !desc->width || !desc->channels)
-        return ckca__fail(ctx, CKCA_EINVAL, "height x width x channels is %d x %d x %d, all three are needed",
-                          desc->height, desc->width, desc->channels);
-    return ckca__read_picture(ctx, path, out, desc->height, desc->width, desc->channels);
+    return ckca__read_picture(ctx, path, out, desc->height, desc->width, desc->channels, desc->as_stored);
 }
 
 #ifdef CKCA__POSIX
+
+static size_t ckca__utf8_flaw(const unsigned char *text, size_t size);
 
 typedef struct ckca__files {
     char **path;
@@ -8538,23 +9252,25 @@ static void ckca__files_free(ckca_context *ctx, ckca__files *files) {
     ckca__release(ctx, files->path);
 }
 
-static int ckca__is_picture(const char *name) {
-    static const char *const endings[] = {".jpg", ".jpeg", ".png"};
+/* Whether a file's name ends like those of the pictures that are read; of another kind than the system's own crumbs. */
+typedef enum ckca__name_kind { CKCA__PICTURE, CKCA__OTHER, CKCA__CRUMB } ckca__name_kind;
+static ckca__name_kind ckca__file_kind(const char *name) {
+    static const char *const endings[] = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", "Thumbs.db", "desktop.ini"};
     size_t length = strlen(name), i, j;
-    for (i = 0; i < 3; i++) {
+    for (i = 0; i < 7; i++) {
         size_t n = strlen(endings[i]);
-        if (length <= n) continue;
-        j = 0;
-        while (j < n && (name[length - n + j] | 0x20) == (endings[i][j] | 0x20)) j++;
-        if (j == n) return 1;
+        if (i < 5 ? length <= n : length != n) continue;
+        for (j = 0; j < n && (name[length - n + j] | 0x20) == (endings[i][j] | 0x20); j++) {}
+        if (j == n) return i < 5 ? CKCA__PICTURE : CKCA__CRUMB;
     }
-    return 0;
+    return CKCA__OTHER;
 }
 
 static int ckca__compare_paths(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
 
-/* Adds dir's folders, or its pictures, to a list, in the order of their bytes. Hidden ones are left out. */
-static ckca_status ckca__list(ckca_context *ctx, const char *dir, int folders, ckca__files *files) {
+/* Adds dir's folders, or its pictures, to a list, in the order of their bytes; *left_out counts files of other kinds (or,
+   of a list of folders, pictures). Hidden ones are passed over. */
+static ckca_status ckca__list(ckca_context *ctx, const char *dir, int folders, ckca__files *files, int *left_out) {
     size_t first = files->count;
     struct dirent *entry;
     struct stat about;
@@ -8563,14 +9279,21 @@ static ckca_status ckca__list(ckca_context *ctx, const char *dir, int folders, c
     if (!open_dir) return ckca__fail(ctx, CKCA_EIO, "%s: cannot be opened: %s", ckca__tail(dir), strerror(errno));
     for (;;) {
         char *path;
+        ckca__name_kind kind;
         errno = 0;
         entry = readdir(open_dir);
         if (!entry) break;
-        if (entry->d_name[0] == '.' || (!folders && !ckca__is_picture(entry->d_name))) continue;
+        if (entry->d_name[0] == '.') continue;
+        kind = ckca__file_kind(entry->d_name);
+        if (kind == CKCA__CRUMB) continue;
         path = ckca__path(ctx, dir, entry->d_name);
-        if (path && folders && (stat(path, &about) != 0 || !S_ISDIR(about.st_mode))) {
-            ckca__release(ctx, path);
-            continue;
+        if (path && (folders || kind != CKCA__PICTURE)) {
+            int is_folder = stat(path, &about) == 0 && S_ISDIR(about.st_mode);
+            if (!folders || !is_folder) {
+                *left_out += !is_folder && (folders ? kind == CKCA__PICTURE : kind == CKCA__OTHER);
+                ckca__release(ctx, path);
+                continue;
+            }
         }
         if (!path || !ckca__grow(ctx, (void **)&files->path, files->count, &files->capacity, sizeof *files->path)) {
             ckca__release(ctx, path);
@@ -8588,11 +9311,78 @@ static ckca_status ckca__list(ckca_context *ctx, const char *dir, int folders, c
     return status;
 }
 
+enum { CKCA__MAX_DEPTH = 32 }; /* of folders below a class folder */
+
+typedef struct ckca__place { /* a folder that was read */
+    uint64_t device, inode;
+    int depth; /* -1: a second way to one that was read before */
+} ckca__place;
+
+/* Adds the pictures of a class folder and of all folders below it to a list: folder by folder, their paths in the order
+   of their bytes, as torchvision's ImageFolder does. A folder that links lead to twice is read once. */
+static ckca_status ckca__list_class(ckca_context *ctx, const char *class_dir, ckca__files *files, int *left_out) {
+    ckca__files folders;
+    ckca__place *places = NULL;
+    struct stat about;
+    size_t i = 0, j, kept, capacity = 0;
+    int none = 0;
+    char *top = ckca__path(ctx, class_dir, "");
+    ckca_status status = CKCA_OK;
+    memset(&folders, 0, sizeof folders);
+    if (top) top[strlen(class_dir)] = 0;
+    if (top && ckca__grow(ctx, (void **)&folders.path, 0, &folders.capacity, sizeof *folders.path)) {
+        folders.path[folders.count++] = top;
+    } else {
+        ckca__release(ctx, top);
+        status = ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for its path", ckca__tail(class_dir));
+    }
+    for (; !status && i < folders.count; i++) { /* folders known grow while they are gone through */
+        ckca__place here;
+        if (stat(folders.path[i], &about) != 0) {
+            status = ckca__fail(ctx, CKCA_EIO, "%s: cannot be opened: %s", ckca__tail(folders.path[i]), strerror(errno));
+            break;
+        }
+        here.device = (uint64_t)about.st_dev;
+        here.inode = (uint64_t)about.st_ino;
+        here.depth = 0;
+        for (j = 0; j < i && (places[j].device != here.device || places[j].inode != here.inode); j++) {}
+        if (j == i) {
+            size_t length = strlen(class_dir);
+            const char *at;
+            for (at = folders.path[i] + length; *at; at++) here.depth += *at == '/';
+            if (here.depth > CKCA__MAX_DEPTH)
+                status = ckca__fail(ctx, CKCA_EINVAL, "%s: more than %d folders deep", ckca__tail(folders.path[i]),
+                                    (int)CKCA__MAX_DEPTH);
+            else
+                status = ckca__list(ctx, folders.path[i], 1, &folders, &none);
+        } else {
+            here.depth = -1;
+        }
+        if (!status && !ckca__grow(ctx, (void **)&places, i, &capacity, sizeof *places))
+            status = ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for %.0f folders", ckca__tail(class_dir), (double)i);
+        if (!status) places[i] = here;
+    }
+    for (i = kept = 0; !status && i < folders.count; i++) {
+        if (places[i].depth >= 0) folders.path[kept++] = folders.path[i];
+        else ckca__release(ctx, folders.path[i]);
+    }
+    if (!status) {
+        folders.count = kept;
+        qsort(folders.path, kept, sizeof *folders.path, ckca__compare_paths);
+    }
+    for (i = 0; !status && i < folders.count; i++) status = ckca__list(ctx, folders.path[i], 0, files, left_out);
+    ckca__release(ctx, places);
+    ckca__files_free(ctx, &folders);
+    return status;
+}
+
 typedef struct ckca__decode_job {
     ckca_context *ctx;
     const ckca__files *files;
     ckca__store *store;
-    int failed; /* the first file that failed; store->count: none */
+    int as_stored;
+    unsigned char *unreadable; /* 1: file i was skipped. NULL: none may be */
+    int failed;                /* the first file that failed; store->count: none */
     ckca_status failure;
 } ckca__decode_job;
 
@@ -8605,13 +9395,18 @@ static void ckca__decode_one(void *job, int i, int thread) {
     (void)thread;
     ckca__lock(a->ctx);
     own = *a->ctx;
-    skip = i > a->failed;
+    skip = i > a->failed && a->failure;
     ckca__unlock(a->ctx);
     if (skip) return;
     status = ckca__read_picture(&own, a->files->path[i], store->pixels + (size_t)i * ckca__picture_bytes(store),
-                                store->height, store->width, store->channels);
+                                store->height, store->width, store->channels, a->as_stored);
+    if (!status) return;
     ckca__lock(a->ctx);
-    if (status && i < a->failed) {
+    if (a->unreadable && status != CKCA_ENOMEM) {
+        a->unreadable[i] = 1;
+        status = CKCA_OK;
+    }
+    if (status ? i < a->failed || !a->failure : i < a->failed && !a->failure) {
         a->failed = i;
         a->failure = status;
         memcpy(a->ctx->error, own.error, sizeof own.error);
@@ -8619,11 +9414,73 @@ static void ckca__decode_one(void *job, int i, int thread) {
     ckca__unlock(a->ctx);
 }
 
-/* Decodes files into the store, in parallel. Of several failures the first in the list is reported. */
-static ckca_status ckca__decode_all(ckca_context *ctx, const ckca__files *files, ckca__store *store) {
-    ckca__decode_job job = {ctx, files, store, store->count, CKCA_OK};
+/* Decodes files into the store, in parallel. Of several failures the first in the list is reported. With skip, files that
+   cannot be read are left out of the store, which counts them and keeps the first one's message. */
+static ckca_status ckca__decode_all(ckca_context *ctx, const ckca__files *files, ckca__store *store, int as_stored,
+                                    int skip) {
+    ckca__decode_job job;
+    size_t size = ckca__picture_bytes(store);
+    int i, kept = 0;
+    memset(&job, 0, sizeof job);
+    job.ctx = ctx;
+    job.files = files;
+    job.store = store;
+    job.as_stored = as_stored;
+    job.failed = store->count;
+    job.unreadable = skip ? (unsigned char *)ckca__alloc(ctx, (size_t)store->count) : NULL;
+    if (skip && !job.unreadable) return ckca__fail(ctx, CKCA_ENOMEM, "no memory for %d marks", store->count);
     ckca__parallel(ctx, store->count, ckca__decode_one, &job);
+    if (!job.failure && job.failed < store->count) {
+        for (i = 0; i < store->count; i++) {
+            if (job.unreadable[i]) continue;
+            if (kept < i) memcpy(store->pixels + (size_t)kept * size, store->pixels + (size_t)i * size, size);
+            store->labels[kept++] = store->labels[i];
+        }
+        store->unreadable = store->count - kept;
+        store->count = kept;
+        store->first_unreadable = (char *)ckca__alloc(ctx, strlen(ctx->error) + 1);
+        if (!store->first_unreadable) job.failure = ckca__fail(ctx, CKCA_ENOMEM, "no memory for a message");
+        else if (kept == 0) job.failure = CKCA_EFORMAT; /* with the first one's message */
+        else memcpy(store->first_unreadable, ctx->error, strlen(ctx->error) + 1), ctx->error[0] = 0;
+    }
+    ckca__release(ctx, job.unreadable);
     return job.failure;
+}
+
+/* A folder whose name is not one of the classes asked for: the sentence lists these, and the name's bytes where it has
+   other than ASCII, since one letter can be written in two ways. */
+static ckca_status ckca__not_a_class(ckca_context *ctx, const char *path, const char *name, const ckca_data_desc *desc) {
+    char list[160], escaped[80];
+    size_t at = 0, i;
+    int k, ascii = 1;
+    for (k = 0; k < desc->classes; k++) {
+        size_t n = strlen(desc->class_names[k]);
+        if (at + n + 10 > sizeof list) break;
+        at += (size_t)snprintf(list + at, sizeof list - at, "%s%s", k ? ", " : "", desc->class_names[k]);
+    }
+    snprintf(list + at, sizeof list - at, "%s", k == desc->classes ? "" : k ? ", ..." : "...");
+    for (i = at = 0; name[i] && at + 5 < sizeof escaped; i++) {
+        unsigned char c = (unsigned char)name[i];
+        if (c >= 128) ascii = 0;
+        at += (size_t)snprintf(escaped + at, sizeof escaped - at, c < 128 ? "%c" : "\\x%02x", c);
+    }
+    return ckca__fail(ctx, CKCA_EINVAL, "%.200s: not one of the %d classes asked for: %s%s%s%s",
+                      strlen(path) > 200 ? path + (strlen(path) - 200) : path, desc->classes, list,
+                      ascii ? "" : " (names are compared byte by byte; the folder's is ", ascii ? "" : escaped,
+                      ascii ? "" : ")");
+}
+
+/* Class names go into checkpoints, which are UTF-8. */
+static ckca_status ckca__check_class_name(ckca_context *ctx, const char *dir, const char *name) {
+    char escaped[160];
+    size_t flaw = ckca__utf8_flaw((const unsigned char *)name, strlen(name)), i, at = 0;
+    if (!name[flaw]) return CKCA_OK;
+    for (i = 0; name[i] && at + 5 < sizeof escaped; i++) {
+        unsigned char c = (unsigned char)name[i];
+        at += (size_t)snprintf(escaped + at, sizeof escaped - at, c < 128 && c >= 32 ? "%c" : "\\x%02x", c);
+    }
+    return ckca__fail(ctx, CKCA_EINVAL, "%s: the name of its class folder \"%s\" is not UTF-8: rename it",
+                      ckca__tail(dir), escaped);
 }
 
 CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const char *dir,
@@ -8635,12 +9492,13 @@ CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const
     size_t *end = NULL, i, j;  /* files of folder i end here */
     unsigned char *bytes;
     size_t size;
-    int height = 0, width = 0;
+    int height = 0, width = 0, left_out = 0;
+    ckca__picture first;
     ckca_status status = ckca__open(ctx, data, dir, CKCA_TRAIN, desc_or_null, &desc);
     if (status) return status;
     memset(&folders, 0, sizeof folders);
     memset(&files, 0, sizeof files);
-    status = ckca__list(ctx, dir, 1, &folders);
+    status = ckca__list(ctx, dir, 1, &folders, &left_out);
     if (!status && folders.count == 0)
         status = ckca__fail(ctx, CKCA_EINVAL, "%s: no class folders in it", ckca__tail(dir));
     if (!status && desc.classes && !desc.class_names && (size_t)desc.classes != folders.count)
@@ -8653,20 +9511,36 @@ CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const
     }
     for (i = 0; !status && i < folders.count; i++) {
         names[i] = strrchr(folders.path[i], '/') + 1;
-        if (desc.class_names && ckca__find_name(desc.class_names, desc.classes, names[i]) < 0)
-            status = ckca__fail(ctx, CKCA_EINVAL, "%s: not one of the %d classes asked for",
-                                ckca__tail(folders.path[i]), desc.classes);
-        if (!status) status = ckca__list(ctx, folders.path[i], 0, &files);
+        status = ckca__check_class_name(ctx, dir, names[i]);
+        if (!status && desc.class_names && ckca__find_name(desc.class_names, desc.classes, names[i]) < 0)
+            status = ckca__not_a_class(ctx, folders.path[i], names[i], &desc);
+        if (!status) status = ckca__list_class(ctx, folders.path[i], &files, &left_out);
         end[i] = files.count;
-        if (!status && end[i] == (i ? end[i - 1] : 0))
-            status = ckca__fail(ctx, CKCA_EINVAL, "%s: no .jpg, .jpeg or .png in it", ckca__tail(folders.path[i]));
+        if (!status && !desc.class_names && end[i] == (i ? end[i - 1] : 0))
+            status = ckca__fail(ctx, CKCA_EINVAL, "%s: no .jpg, .jpeg, .jpe, .jfif or .png in it",
+                                ckca__tail(folders.path[i]));
     }
-    if (!status && (!desc.height || !desc.width)) {
-        status = ckca__read_file(ctx, files.path[0], CKCA__MAX_PICTURE_FILE, &bytes, &size);
+    if (!status && files.count == 0)
+        status = ckca__fail(ctx, CKCA_EINVAL, "%s: no .jpg, .jpeg, .jpe, .jfif or .png in its class folders",
+                            ckca__tail(dir));
+    for (i = 0; !status && i < files.count && (!desc.height || !desc.width); i++) { /* the first picture's size */
+        status = ckca__read_file(ctx, files.path[i], CKCA__MAX_PICTURE_FILE, &bytes, &size);
         if (!status) {
-            status = ckca__picture_size(ctx, files.path[0], bytes, size, &height, &width);
+            status = ckca__check_picture(ctx, files.path[i], bytes, size, &first);
             ckca__release(ctx, bytes);
         }
+        if (!status) {
+            int swap = first.turn > 4 && !desc.as_stored;
+            height = (int)(swap ? first.width : first.height);
+            width = (int)(swap ? first.height : first.width);
+            if ((int64_t)height * width > CKCA__MAX_UNASKED && !desc.height && !desc.width)
+                status = ckca__fail(ctx, CKCA_EINVAL,
+                                    "%s, the first picture, has %d x %d pixels, and no other size is given: set height "
+                                    "and width of ckca_data_desc (in the programs: --size)",
+                                    ckca__tail(files.path[i]), height, width);
+            break;
+        }
+        if (desc.skip_unreadable && status != CKCA_ENOMEM && i + 1 < files.count) status = CKCA_OK;
     }
     if (!status && desc.class_names)
         status = ckca__store_create(ctx, &store, files.count, height, width, 3, desc.classes, desc.class_names, &desc);
@@ -8675,7 +9549,8 @@ CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const
     for (i = 0; !status && i < folders.count; i++)
         for (j = i ? end[i - 1] : 0; j < end[i]; j++)
             store->labels[j] = desc.class_names ? ckca__find_name(desc.class_names, desc.classes, names[i]) : (int)i;
-    if (!status) status = ckca__decode_all(ctx, &files, store);
+    if (!status) status = ckca__decode_all(ctx, &files, store, desc.as_stored, desc.skip_unreadable);
+    if (!status) store->left_out = left_out;
     if (!status) status = ckca__view(data, store, NULL, store->count);
     ckca__store_release(store);
     ckca__release(ctx, names);
@@ -8695,9 +9570,18 @@ CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const
 }
 
 #endif /* CKCA__POSIX */
+#endif /* CKCA_NO_STDIO */
 
 #else /* CKCA_NO_STB_IMAGE: programs still link, and say what is missing */
 
+CKCA_API ckca_status ckca_read_picture_memory(ckca_context *ctx, const void *bytes, size_t size,
+                                              const ckca_data_desc *desc, unsigned char *out) {
+    (void)bytes, (void)size, (void)desc, (void)out;
+    if (!ckca__usable(ctx)) return CKCA_EINVAL;
+    return ckca__fail(ctx, CKCA_EINVAL, "ckca_read_picture_memory: built without JPEG and PNG (CKCA_NO_STB_IMAGE)");
+}
+
+#ifndef CKCA_NO_STDIO
 CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const char *dir,
                                       const ckca_data_desc *desc) {
     ckca_data_desc checked;
@@ -8715,8 +9599,8 @@ CKCA_API ckca_status ckca_read_picture(ckca_context *ctx, const char *path, cons
     return ckca__fail(ctx, CKCA_EINVAL, "%s: built without JPEG and PNG (CKCA_NO_STB_IMAGE)", ckca__tail(path));
 }
 
-#endif /* CKCA_NO_STB_IMAGE */
 #endif /* CKCA_NO_STDIO */
+#endif /* CKCA_NO_STB_IMAGE */
 
 /* --- Splitting ---------------------------------------------------------------------------------------------------- */
 

@@ -212,6 +212,15 @@ static inline void tool_check_source(const tool_source *source) {
         tool_fail(2, "only one of --data, --cifar10, --cifar100 and --idx can be given");
 }
 
+/* One line about what the folder has that was not read, if it has anything. */
+static inline void tool_tell_left_out(const ckca_data *data, const char *folder) {
+    ckca_data_info info;
+    ckca_data_info_get(data, &info);
+    if (info.left_out)
+        fprintf(stderr, "%s: %s: %d file%s left out (not JPEG or PNG by name, or in no class folder)\n", tool_name,
+                folder, info.left_out, info.left_out == 1 ? "" : "s");
+}
+
 /* Opens the training and the test part; shapes, training and test, says how many shapes to draw. The test part is made
    to fit the training part: the same size, the same classes in the same order. */
 static inline void tool_open(ckca_context *ctx, const tool_source *source, int shapes, uint64_t seed, ckca_data **train,
@@ -231,6 +240,7 @@ static inline void tool_open(ckca_context *ctx, const tool_source *source, int s
             int n = snprintf(path, sizeof path, "%s/%s", source->folder, part ? "test" : "train");
             if (n < 0 || (size_t)n >= sizeof path) tool_fail(2, "--data: the path is too long");
             tool_check(ctx, ckca_open_folder(ctx, data[part], path, &desc));
+            tool_tell_left_out(*data[part], path);
         } else if (source->cifar10) {
             tool_check(ctx, ckca_open_cifar10(ctx, data[part], source->cifar10, which, &desc));
         } else if (source->cifar100) {

@@ -64,12 +64,14 @@ int main(int argc, char **argv) {
     tool_check(ctx, ckca_load(ctx, &model, argv[0]));
     like = ckca_data_like(model); /* the network's size, channels and classes */
     tool_check(ctx, ckca_open_folder(ctx, &pictures, argv[1], &like));
+    tool_tell_left_out(pictures, argv[1]);
     ckca_model_info_get(model, &info);
     ckca_data_info_get(pictures, &data_info);
     printf("%s: %s after %d updates; %d new pictures, %d classes\n", argv[0], info.arch, info.step, data_info.count,
            info.classes);
     if (test_folder) {
         tool_check(ctx, ckca_open_folder(ctx, &test, test_folder, &like));
+        tool_tell_left_out(test, test_folder);
         tool_check(ctx, ckca_evaluate(model, test, &before, NULL));
     }
 

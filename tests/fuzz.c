@@ -87,7 +87,7 @@ static void fuzz_idx(ckca_context *ctx, const unsigned char *bytes, size_t size)
 static void fuzz_picture(ckca_context *ctx, const unsigned char *bytes, size_t size) {
 #ifndef CKCA_NO_STB_IMAGE
     unsigned char out[9 * 7 * 3];
-    ckca__decode(ctx, "fuzz", bytes, size, out, 9, 7, size & 1 ? 3 : 1);
+    ckca__decode(ctx, "fuzz", bytes, size, out, 9, 7, size & 1 ? 3 : 1, 0);
 #else
     (void)ctx, (void)bytes, (void)size;
 #endif
