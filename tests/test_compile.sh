@@ -111,18 +111,18 @@ for cc in $found; do
 done
 settle
 
-# The program in the header's manual, as it stands there
-awk '/^ *#define CKCA_IMPLEMENTATION$/ { inside = 1; text = ""; indent = $0; sub(/#.*/, "", indent) }
-     inside { text = text $0 "\n" }
-     inside && $0 == indent "}" && text ~ /int main/ { printf "%s", text; exit }' ckca.h > $dir/manual.c
-if grep -q 'int main' $dir/manual.c; then
-    for cc in $found; do
-        try manual_$cc $cc -I. -O0 -Wall -Wextra -Werror $dir/manual.c -o $dir/manual_$cc -lm -pthread
-    done
-    settle
-else
-    fail "no program in the header's manual"
-fi
+# The program in the manual and in the README is examples/hello.c, byte for byte (test_examples.sh runs build/hello)
+awk '/^ *\/\/ hello\.c: / { inside = 1; indent = index($0, "//") }
+     inside { print substr($0, indent) }
+     inside && substr($0, indent) == "}" && main { exit }
+     /int main/ { main = inside }' ckca.h > $dir/manual.c
+sed -n '/^```c$/,/^```$/p' README.md | sed -n '/hello\.c: /,/^```$/p' | sed '/^```$/,$d' > $dir/readme.c
+try manual_is_hello cmp examples/hello.c $dir/manual.c
+try readme_is_hello cmp examples/hello.c $dir/readme.c
+for cc in $found; do
+    try manual_$cc $cc -I. -std=c99 -O0 -Wall -Wextra -Wpedantic -Werror $dir/manual.c -o $dir/manual_$cc -lm -pthread
+done
+settle
 
 # Without vector kernels, without threads, without stb_image, by the compiler at hand: build and run what applies
 : "${CC:=cc}"
