@@ -1,7 +1,7 @@
-/* test.h: shared by the test programs. test_group("what is checked") begins a group of checks, CHECK(condition, "what was
-   expected, with the numbers", ...) counts one and prints it if it fails, and main ends with return test_summary().
-   Programs that write files do so between test_enter and test_leave, in a folder of their own, since several programs
-   may run at a time. */
+/* test.h: shared by the test programs. test_group("what is checked") begins a group of checks, CHECK(condition, "what
+   was expected, with the numbers", ...) counts one and prints it if it fails, and main ends with return
+   test_summary(). Programs that write files do so between test_enter and test_leave, in a folder of their own, since
+   several programs may run at a time. */
 #ifndef TEST_H
 #define TEST_H
 #include <stdio.h>

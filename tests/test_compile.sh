@@ -1,8 +1,8 @@
 #!/bin/sh
 # test_compile.sh: the header compiles without a warning as C99 and C++11, with gcc and clang (a missing one is reported
-# and left out), with every option macro and in two translation units. Builds without vector kernels, threads or stb_image
-# run the tests that apply to them. Then: the manual's program, make install, the size of a program and the time it takes
-# to compile. Run from the repository's root.
+# and left out), with every option macro and in two translation units. Builds without vector kernels, threads or
+# stb_image run the tests that apply to them. Then: the manual's program, make install, the size of a program and the
+# time it takes to compile. Run from the repository's root.
 dir=build/compile
 rm -rf $dir
 mkdir -p $dir
@@ -94,7 +94,7 @@ for cc in $found; do
         done
         # Strict C99 or C++11, without the declarations of _DEFAULT_SOURCE
         try whole_${cc}_${l}_strict $cc ${w#-D_DEFAULT_SOURCE} -fsyntax-only $dir/whole.c
-        # Two translation units: one implementation, or one in each. C++ needs the C++ linker: ending a thread may unwind
+        # Two translation units: one implementation, or one in each. Link C++ as C++: the end of a thread may unwind
         link=$cc
         [ $l = c99 ] || link=$cxx
         try two_${cc}_$l $link $w -O0 $dir/main.c $dir/other.c -o $dir/two_${cc}_$l -lm -pthread
@@ -160,8 +160,8 @@ for program in $dir/CKCA_NO_*_test_*; do
     fi
 done
 
-# The smallest program at -O3: its size and the CPU time to compile it. The limits are 1 MB and 20 s; the test allows 40 s,
-# since the machine may be busy.
+# The smallest program at -O3: its size and the CPU time to compile it. The limits are 1 MB and 20 s; the test allows
+# 40 s, since the machine may be busy.
 for cc in $found; do
     if (
         $cc $std -std=c99 -O3 -Wall -Wextra -Wpedantic -Werror $dir/whole.c -o $dir/whole_$cc -lm -pthread || exit 1

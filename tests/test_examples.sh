@@ -71,17 +71,17 @@ refuses 2 "--lr needs a value" "$inc" --lr --augment
 refuses 2 "--lr abc: it is not a number" "$inc" --lr abc
 refuses 2 "--lr 0.1x: it is not a number" "$inc" --lr 0.1x
 refuses 2 "--lr nan: it is not a number" "$inc" --lr nan
-refuses 2 "--lr -1: it must lie in" "$inc" --lr -1
+refuses 2 "--lr -1: it must be between" "$inc" --lr -1
 refuses 2 "--epochs 2.5: it must be a whole number" "$inc" --epochs 2.5
-refuses 2 "--epochs 0: it must lie in 1 to" "$inc" --epochs=0
+refuses 2 "--epochs 0: it must be between 1 and" "$inc" --epochs=0
 refuses 2 "--seed -1" "$inc" --seed -1
 refuses 2 "--augment takes no value" "$inc" --augment=1
 refuses 2 "must be one of constant|class|truth|doubt" "$inc" --adakd clas
-refuses 2 "--methods: \"warn\" is none of" "$inc" --methods warm,warn
-refuses 2 "warm is there twice" "$inc" --methods warm,warm
+refuses 2 "--methods: \"warn\" is not one of" "$inc" --methods warm,warn
+refuses 2 "warm is given twice" "$inc" --methods warm,warm
 refuses 2 "only one of" "$inc" --data a --idx b
 refuses 2 "--resume needs --out" "$inc" --resume
-refuses 2 "what is \"word\"" "$inc" word
+refuses 2 "unexpected argument \"word\"" "$inc" word
 refuses 1 "nowhere" "$inc" --data nowhere
 refuses 1 "nowhere" "$inc" --cifar10 nowhere
 refuses 1 "resnet9" "$inc" --arch resnet9 --chunk-size 20
@@ -115,9 +115,9 @@ grep -A 20 '^Test accuracy' memory | grep -v '^Best' >a
 works "$inc" $tiny --methods $all --out whole --resume
 grep -A 20 '^Test accuracy' out | grep -v '^Best' >b
 check "in memory and through files, with 1 thread and 2: the same table" cmp a b
-refuses 2 "is there already" "$inc" $tiny --methods $all --out whole
-refuses 2 "was begun with --lr=0.05, this command has --lr=0.2" "$inc" $tiny --methods $all --out whole --resume --lr 0.2
-refuses 2 "was begun with --w-kd=, this command has --w-kd=0" "$inc" $tiny --methods $all --out whole --resume --w-kd 0
+refuses 2 "add --resume to continue that run" "$inc" $tiny --methods $all --out whole
+refuses 2 "was started with --lr=0.05, this command has --lr=0.2" "$inc" $tiny --methods $all --out whole --resume --lr 0.2
+refuses 2 "was started with --w-kd=, this command has --w-kd=0" "$inc" $tiny --methods $all --out whole --resume --w-kd 0
 cp -r whole cut && head -c -30 whole/results.csv >cut/results.csv
 refuses 1 "line 21: not a row" "$inc" $tiny --methods $all --out cut --resume
 cp whole/results.csv cut/results.csv && echo "warm,9,60,0,0,0,0,0,0,0,0,0" >>cut/results.csv
@@ -138,7 +138,7 @@ works $train --save a.safetensors
 check "a line per epoch and one for the test" [ "$(grep -c -e '^epoch ' -e '^test: ' out)" -eq 5 ]
 check "train: no state left" [ ! -e a.safetensors.state ]
 check "train is killed" kill_when '[ -e b.safetensors.state ]' $train --save b.safetensors --state-seconds 0.001
-refuses 2 "--resume goes on with that run" $train --save b.safetensors
+refuses 2 "add --resume to continue that run" $train --save b.safetensors
 refuses 1 "b.safetensors.state" $train --save b.safetensors --resume --lr 0.05
 works $train --save b.safetensors --resume
 check "train: bitwise the same after a kill" cmp a.safetensors b.safetensors

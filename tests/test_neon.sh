@@ -1,6 +1,6 @@
 #!/bin/sh
-# test_neon.sh [TEST...]: the AArch64 kernels on any machine: cross-compiles test programs (default: test_conv, test_ops and
-# test_files; test_train and test_nets take one and three minutes) and runs them with qemu-user. Needs Debian's
+# test_neon.sh [TEST...]: the AArch64 kernels on any machine: cross-compiles test programs (default: test_conv, test_ops
+# and test_files; test_train and test_nets take one and three minutes) and runs them with qemu-user. Needs Debian's
 # gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user; without them it reports that it was skipped. Run from the
 # repository's root.
 dir=build/neon

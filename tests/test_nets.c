@@ -1,9 +1,9 @@
-/* Whole networks against PyTorch: logits, loss, every gradient, running statistics and one SGD step of CIFAR and ImageNet
-   ResNets, from tests/reference/nets.safetensors (written by tests/torch_nets.py, which has the formula of the weights and
-   pictures). Then the architectures' sizes and initial weights.
+/* test_nets.c: whole networks against PyTorch: logits, loss, every gradient, running statistics and one SGD step of CIFAR
+   and ImageNet ResNets, from tests/reference/nets.safetensors (written by tests/torch_nets.py, which has the formula of
+   the weights and pictures). Then the memory plan, the architectures' sizes and initial weights.
 
-   Tolerances are relative to the norm of what is compared and stand about tenfold above the error of PyTorch's own
-   float32 against the float64 reference, which torch_nets.py prints. */
+   Tolerances are relative to the norm of the compared tensor, about ten times the error of PyTorch's own float32 against
+   the float64 reference, which torch_nets.py prints. */
 #define CKCA_IMPLEMENTATION
 #include "ckca.h"
 
@@ -488,8 +488,8 @@ static float *gradients_in(ckca_model *m, int mode, int n, const float *x, const
     return all;
 }
 
-/* A step gives the same gradients, bit by bit, whatever the plan keeps, recomputes or overwrites. merged: number of batch
-   norms fused into their reader; merged_sums: those of them whose reader is a sum (on the GPU there are no others). */
+/* A step gives the same gradients, bit by bit, whatever the plan keeps, recomputes or overwrites. merged: number of
+   batch norms fused into their reader; merged_sums: those of them whose reader is a sum (on the GPU there are no others). */
 static void test_plan(ckca_context *ctx, const char *net, int n, int size, int merged, int merged_sums) {
     static const int modes[] = {CKCA__TRAIN | CKCA__READABLE, CKCA__TRAIN, CKCA__TRAIN | CKCA__STAGES};
     ckca_model_desc desc;
@@ -521,7 +521,8 @@ static void test_plan(ckca_context *ctx, const char *net, int n, int size, int m
     for (j = 0; j < m->agains[CKCA__TRAIN]; j++) made += m->again[CKCA__TRAIN][j].in != j;
     CHECK(made || strcmp(net, "resnet50"), "%s: no recomputed output overwrites its residual", net);
     for (j = made = 0; j < m->nodes; j++) made += m->node[j].merged[CKCA__TRAIN];
-    CHECK(made == (CKCA__DEVICE_IS_HOST ? merged : merged_sums), "%s: %d batch norms fused into their reader", net, made);
+    CHECK(made == (CKCA__DEVICE_IS_HOST ? merged : merged_sums), "%s: %d batch norms are fused into readers", net,
+          made);
     for (mode = 0; mode < 3; mode++) free(all[mode]);
     free(x);
     free(dz);
