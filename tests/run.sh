@@ -23,7 +23,7 @@ one() {
         p=${p:-0}
         f=$((${f:-0} + 1))
         group=$(grep '^-- ' "$log" | tail -n 1)
-        echo "$1 ended with status $status and reported no failure${group:+; it was checking: ${group#-- }}" >> "$log"
+        echo "$1: exit status $status without a matching summary${group:+; it was checking: ${group#-- }}" >> "$log"
     fi
     echo "$p $f" > "$log.counts"
     { # in one piece, so that the lines of two tests do not mix
