@@ -100,7 +100,7 @@
 
        The paper's own equations were not at hand when this was written. Its abstract says what the two terms are for;
        the forms of a_i and d here (ckca_adakd, ckca_featreg) are this project's reading and can be switched. Which
-       defaults, and why: see the README, which has the measurements.
+       defaults, and why: see tests/MEASUREMENTS.md.
 
    DEFINITIONS
        picture    height x width x channels bytes, row by row, channels innermost (NHWC), as stb_image gives them
@@ -7010,7 +7010,7 @@ typedef struct ckca__update {
     uint64_t fingerprint; /* of everything that decides the result */
 } ckca__update;
 
-/* Weights by default: see the README for what was measured. */
+/* Weights by default: tests/MEASUREMENTS.md says why. */
 
 static ckca_status ckca__state_save(ckca__update *u); /* in CHECKPOINTS */
 static ckca_status ckca__state_load(ckca__update *u, int *found);
