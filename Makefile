@@ -1,26 +1,25 @@
-# ckca.h is a header: nothing needs building to use it. This builds the examples, the tests and the benchmark.
+# ckca.h is a header: nothing is built to use it. This builds the examples, the tests and the benchmark.
 #
 #   make                    the examples, in build/
-#   make demo               the main example on the pictures it makes itself; checkpoints and plot in build/demo
-#   make test               every test, the ones below too, ending in "N passed, N failed"
-#   make check              the test programs only
-#   make bench              build/bench (see tests/bench.c)
-#   make bench-peers        ours against PyTorch, in turn, and against this machine's floors: a table. Installs PyTorch
-#                           into build/peers if need be. ROWS="train resnet20", ROUNDS=3, PYTHON=, PEERS=DIR and more:
-#                           see tests/bench_peers.py
+#   make demo               the main example on drawn pictures; checkpoints, table and plot in build/demo
+#   make test               all tests; ends with "N passed, N failed"
+#   make check              only the test programs
 #   make asan               the test programs under AddressSanitizer and UndefinedBehaviorSanitizer
-#   make fuzz TIME=60       libFuzzer on the file readers for so many seconds (needs clang)
-#   make install PREFIX=    the header and ckca.pc; DESTDIR is honoured
+#   make shim               the GPU kernels, tested on the CPU (tests/cuda_shim.h)
+#   make fuzz TIME=60       libFuzzer on the file readers for TIME seconds (needs clang)
+#   make bench              build/bench (see tests/bench.c)
+#   make bench-peers        a table against PyTorch and this machine's peak rates. Installs PyTorch into build/peers
+#                           unless PYTHON has it; ROWS="train resnet20", ROUNDS=3 and more: see tests/bench_peers.py
+#   make install PREFIX=    ckca.h, ckca_cuda.cu, LICENSE and ckca.pc; DESTDIR is honoured
 #   make clean
-#   make shim               the GPU's kernels tested on the CPU (tests/cuda_shim.h); make test does it too
-#   make CUDA=1 ...         any of these on a GPU: the same programs, linked with ckca_cuda.cu (needs the CUDA toolkit)
-#   make CUDA=1 bench-peers ours against PyTorch on the same GPU
-#   make CUDA=1 sanitize    the op tests under compute-sanitizer's four tools
+#   make CUDA=1 ...         any of these for an NVIDIA GPU, with ckca_cuda.cu (needs the CUDA toolkit)
+#   make CUDA=1 bench-peers against PyTorch on the same GPU
+#   make CUDA=1 sanitize    the op tests under the four tools of compute-sanitizer
 #
-# Yours to set: CC, CFLAGS, LDFLAGS, THREADS= (to build without), STB= (to build without pictures' files);
-# NVCC, CUDA_ARCH= (the GPUs to compile for, as in CUDA_ARCH="80 90"; the last one's PTX serves newer ones).
+# Variables: CC, CFLAGS, LDFLAGS; THREADS= builds without threads, STB= without JPEG and PNG files;
+# NVCC; CUDA_ARCH="80 90": the GPUs to compile for (newer ones use the PTX of the last).
 
-# As many compilers at a time as there are processors, unless told otherwise.
+# One job per processor unless -j says otherwise.
 ifeq ($(filter -j%,$(MAKEFLAGS)),)
 MAKEFLAGS += -j$(or $(shell getconf _NPROCESSORS_ONLN 2>/dev/null),2)
 endif
@@ -34,7 +33,7 @@ PREFIX ?= /usr/local
 TIME ?= 60
 VERSION := $(shell sed -n 's/.*define CKCA_VERSION "\(.*\)".*/\1/p' ckca.h 2>/dev/null)
 
-# What this machine has, found by compiling; asked only where something is to be compiled.
+# Finds what this machine has by compiling probes, only for targets that compile.
 ifeq ($(filter clean help install,$(MAKECMDGOALS)),)
 ifeq ($(CC),)
 $(error no C compiler found: install gcc or clang, or set CC)
@@ -66,7 +65,7 @@ ASAN_CFLAGS = -std=c99 -D_DEFAULT_SOURCE -O1 -g -fsanitize=address,undefined -fn
     -fno-omit-frame-pointer $(FEATURES) -I.
 LIBS = -lm
 
-# The GPU path: one object more, and CKCA_CUDA for everything that includes ckca.h.
+# The GPU path: one more object, and CKCA_CUDA for everything that includes ckca.h.
 CUDA_ARCH ?= 75 80 86 89 90
 ifneq ($(CUDA),)
 CUDA_HOME := $(patsubst %/bin/,%,$(dir $(realpath $(NVCC))))
@@ -80,13 +79,13 @@ EXAMPLES := $(patsubst examples/%.c,build/%,$(wildcard examples/*.c))
 TESTS := $(patsubst tests/%.c,build/tests/%,$(sort $(wildcard tests/test_*.c)))
 SCRIPTS := $(sort $(wildcard tests/test_*.sh))
 ASAN := $(patsubst build/tests/%,build/asan/%,$(TESTS))
-# The GPU's kernels on the CPU, see tests/cuda_shim.h.
+# The GPU kernels on the CPU, see tests/cuda_shim.h.
 SHIM := $(patsubst %,build/shim/test_%,conv cuda nets ops train)
-ifneq ($(CUDA),) # sanitizers, compilers and the shim are the host build's business
+ifneq ($(CUDA),) # the host build covers sanitizers, compilers and the shim
 SCRIPTS := tests/test_examples.sh
 ASAN :=
 SHIM :=
-ONE := JOBS=1 # a GPU's memory is not shared
+ONE := JOBS=1 # one test at a time may use the GPU's memory
 endif
 
 .PHONY: all demo test check bench bench-peers asan shim sanitize fuzz install clean help FORCE
@@ -122,7 +121,7 @@ bench: build/bench
 bench-peers: build/bench
 	python3 tests/bench_peers.py build/bench $(if $(CUDA),cuda)
 
-# Rewritten only when the flags change, so that everything is rebuilt then.
+# Changes only when the flags do; everything is rebuilt then.
 build/flags: FORCE
 	@mkdir -p build/tests build/asan build/shim
 	@echo '$(CC) $(ALL_CFLAGS) $(LDFLAGS) $(LIBS) $(ASAN_CFLAGS) $(NVCC_FLAGS)' > $@.new
@@ -160,10 +159,15 @@ fuzz: build/fuzz
 	mkdir -p build/corpus
 	FUZZ_SEEDS=build/corpus build/fuzz -max_len=6400 -max_total_time=$(TIME) -print_final_stats=1 -artifact_prefix=build/ build/corpus
 
+# ckca_cuda.cu is source that each program compiles for its own GPUs: pkg-config --variable=cuda_source ckca names it.
 install:
-	install -d '$(DESTDIR)$(PREFIX)/include' '$(DESTDIR)$(PREFIX)/lib/pkgconfig'
+	install -d '$(DESTDIR)$(PREFIX)/include' '$(DESTDIR)$(PREFIX)/lib/pkgconfig' '$(DESTDIR)$(PREFIX)/share/ckca' \
+	    '$(DESTDIR)$(PREFIX)/share/doc/ckca'
 	install -m 644 ckca.h '$(DESTDIR)$(PREFIX)/include/ckca.h'
-	printf '%s\n' 'prefix=$(PREFIX)' 'includedir=$${prefix}/include' '' 'Name: ckca' \
+	install -m 644 ckca_cuda.cu '$(DESTDIR)$(PREFIX)/share/ckca/ckca_cuda.cu'
+	install -m 644 LICENSE '$(DESTDIR)$(PREFIX)/share/doc/ckca/LICENSE'
+	printf '%s\n' 'prefix=$(PREFIX)' 'includedir=$${prefix}/include' \
+	    'cuda_source=$${prefix}/share/ckca/ckca_cuda.cu' '' 'Name: ckca' \
 	    'Description: Incremental training of image classifiers, a single C header' 'Version: $(VERSION)' \
 	    'Cflags: -I$${includedir}' 'Libs: -lm -pthread' > '$(DESTDIR)$(PREFIX)/lib/pkgconfig/ckca.pc'
 

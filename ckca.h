@@ -10,30 +10,57 @@
            #define CKCA_IMPLEMENTATION                               #include "ckca.h"
            #include "ckca.h"
 
-   A WHOLE PROGRAM: new pictures (new_pictures/CLASS/x.jpg) have arrived; the checkpoint learns from them.
+   A WHOLE PROGRAM (examples/hello.c)
 
+       // hello.c: trains a network, saves it, updates it when more pictures arrive, and classifies one.
        #define CKCA_IMPLEMENTATION
        #include "ckca.h"
 
-       int main(void) {
-           ckca_context *ctx;
-           ckca_model *model = NULL;
-           ckca_data *pictures = NULL;
-           ckca_data_desc fit;
-           if (ckca_init(&ctx, NULL)) goto failed;
-           if (ckca_load(ctx, &model, "model.safetensors")) goto failed;
-           fit = ckca_data_like(model);
-           if (ckca_open_folder(ctx, &pictures, "new_pictures", &fit)) goto failed;
-           if (ckca_update(model, pictures, NULL, NULL)) goto failed;
-           if (ckca_save(model, "model.safetensors")) goto failed;
-           return 0;
-       failed:
-           fprintf(stderr, "%s\n", ckca_error(ctx));
-           return 1;
+       // Draws grey pictures of faint stripes in noise. To open files: ckca_open_folder(ctx, data, "pictures", NULL)
+       static ckca_status draw(ckca_context *ctx, ckca_data **data, int count, unsigned seed) {
+           static unsigned char pixels[500 * 16 * 16];
+           static int labels[500];
+           static const char *const names[] = {"across", "down"};
+           ckca_array array = {pixels, labels, count, 16, 16, 1, 2, names};
+           srand(seed);
+           for (int i = 0; i < count * 16 * 16; i++) {
+               int down = labels[i / 256] = i / 256 % 2, line = down ? i % 16 : i / 16 % 16;
+               pixels[i] = (unsigned char)(rand() % 236 + line / 2 % 2 * 20);
+           }
+           return ckca_open_array(ctx, data, &array, NULL);
        }
 
-   The first checkpoint comes from the same calls, with a fresh network in the place of ckca_load:
-       ckca_model_desc net = {0};  net.classes = 10;  ckca_resnet(ctx, &model, "resnet20", &net);
+       int main(void) {
+           ckca_context *ctx = NULL;
+           ckca_model *model = NULL;
+           ckca_data *first = NULL, *more = NULL, *test = NULL;
+           ckca_model_desc net = {.height = 16, .width = 16, .channels = 1, .classes = 2};
+           ckca_score old, now;
+           float p[2];
+           if (ckca_init(&ctx, NULL) || ckca_resnet(ctx, &model, "resnet8", &net) || draw(ctx, &first, 40, 1) ||
+               draw(ctx, &more, 200, 2) || draw(ctx, &test, 500, 3) ||
+               ckca_update(model, first, NULL, NULL) || // the first update trains the network
+               ckca_save(model, "first.safetensors") || ckca_evaluate(model, test, &old, NULL) ||
+               ckca_update(model, more, NULL, NULL) || // the next ones improve it, each from its own pictures alone
+               ckca_save(model, "updated.safetensors") || ckca_evaluate(model, test, &now, NULL) ||
+               ckca_predict(model, ckca_pixels(test, 0), 1, p)) { // class probabilities
+               fprintf(stderr, "hello: %s\n", ckca_error(ctx));
+               return 1;
+           }
+           printf("right: %.1f%% of the test pictures, %.1f%% after the update\n", 100 * old.top1, 100 * now.top1);
+           printf("picture 0: %.1f%% across, %.1f%% down\n", 100 * p[0], 100 * p[1]);
+           ckca_data_free(first), ckca_data_free(more), ckca_data_free(test), ckca_model_free(model), ckca_free(ctx);
+           return 0;
+       }
+
+   With a checkpoint and pictures of your own (new_pictures/CLASS/x.jpg; pass fit, so that sizes and classes agree):
+       ckca_load(ctx, &model, "model.safetensors");
+       fit = ckca_data_like(model);
+       ckca_open_folder(ctx, &pictures, "new_pictures", &fit);
+       ckca_update(model, pictures, NULL, NULL);
+       ckca_save(model, "updated.safetensors");
+   The new checkpoint is written beside the old one: an update can make a network worse (few or wrongly labelled
+   pictures). Evaluate both on pictures that neither was trained on before you replace the old one.
 
    BUILD
        cc -O3 program.c -lm -pthread      (needs stb_image.h: Debian's libstb-dev)
@@ -75,7 +102,7 @@
 
        The paper's own equations were not at hand when this was written. Its abstract says what the two terms are for;
        the forms of a_i and d here (ckca_adakd, ckca_featreg) are this project's reading and can be switched. Which
-       defaults, and why: see the README, which has the measurements.
+       defaults, and why: see tests/MEASUREMENTS.md.
 
    DEFINITIONS
        picture    height x width x channels bytes, row by row, channels innermost (NHWC), as stb_image gives them
@@ -7316,7 +7343,7 @@ typedef struct ckca__update {
     uint64_t fingerprint; /* of everything that decides the result */
 } ckca__update;
 
-/* Weights by default: see the README for what was measured. */
+/* Weights by default: tests/MEASUREMENTS.md says why. */
 
 static ckca_status ckca__state_save(ckca__update *u); /* in CHECKPOINTS */
 static ckca_status ckca__state_load(ckca__update *u, int *found);

@@ -1,4 +1,4 @@
-/* classify.c: what a checkpoint sees in pictures: the five likeliest classes of each, with their probabilities.
+/* classify.c: the five most probable classes of each picture, with their probabilities.
 
        cc -O2 -I. examples/classify.c -o classify -lm -pthread
        ./classify resnet20.safetensors cat.jpg dog.png */
@@ -19,8 +19,8 @@ int main(int argc, char **argv) {
     int i, k, best, shown, failed = 0;
 
     if (argc > 1 && (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h"))) {
-        printf(
-            "classify CHECKPOINT.safetensors PICTURE...: the five likeliest classes of each picture (JPEG or PNG)\n");
+        printf("classify CHECKPOINT.safetensors PICTURE...\n"
+               "prints the five most probable classes of each picture (JPEG or PNG).\n");
         return 0;
     }
     if (argc < 3) {
@@ -48,8 +48,10 @@ int main(int argc, char **argv) {
         for (shown = 0; shown < 5 && shown < info.classes; shown++) {
             for (best = 0, k = 1; k < info.classes; k++)
                 if (probability[k] > probability[best]) best = k;
-            if (info.class_names) printf("  %6.2f%%  %s\n", 100 * probability[best], info.class_names[best]);
-            else printf("  %6.2f%%  class %d\n", 100 * probability[best], best);
+            if (info.class_names)
+                printf("  %6.2f%%  %s\n", 100 * probability[best], info.class_names[best]);
+            else
+                printf("  %6.2f%%  class %d\n", 100 * probability[best], best);
             probability[best] = -1; /* shown */
         }
     }

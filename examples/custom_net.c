@@ -1,6 +1,6 @@
-/* custom_net.c: a network of one's own and a loss of one's own. The network is a small one with a residual branch; the
-   loss is the focal loss (Lin et al. 2017, equation 4), which turns from pictures that are right already to those that
-   are not: with p the probability of the true class,
+/* custom_net.c: a network and a loss of your own. The network is small, with one residual branch. The loss is the focal
+   loss (Lin et al. 2017, equation 4), which gives less weight to pictures that are already classified well: with p the
+   probability of the true class,
 
        loss = -(1 - p)^g log p,        dloss/dz_k = ((1 - p)^g - g (1 - p)^(g - 1) p log p) (softmax(z)_k - [k = y])
 
@@ -17,7 +17,7 @@
 
 enum { COUNT = 2000, TESTS = 500, BATCH = 50, CLASSES = SHAPES_CLASSES };
 
-/* 3x3 convolution, batch norm, ReLU. Nodes are numbers; -1 from a failed call is handed on, finish reports it. */
+/* 3x3 convolution, batch norm, ReLU. A failed call returns -1, the next ones pass it on, and finish reports it. */
 static int block(ckca_model *net, const char *conv_name, const char *norm_name, int x, int out, int stride) {
     ckca_conv_desc conv = {0, 3, 0, 1, 0}; /* kernel 3, padding 1, no bias */
     conv.out = out;
@@ -46,7 +46,7 @@ static ckca_status build(ckca_context *ctx, ckca_model **net) {
     return ckca_model_finish(*net, ckca_linear(*net, "fc", ckca_avgpool(*net, x), CLASSES));
 }
 
-/* Mean focal loss of logits z (n x CLASSES); its gradient goes to dz. */
+/* Mean focal loss of logits z (n x CLASSES); writes its gradient to dz (n x CLASSES). */
 static double focal_loss(const float *z, const int *labels, int n, float *dz) {
     const double gamma = 2;
     double sum = 0;

@@ -1,15 +1,14 @@
-/* incremental.c: the question that ckca.h answers, as an experiment. A data set is cut into chunks that arrive one
-   after another; after each, every method improves its own checkpoint from that chunk alone (scratch-all: from all so
-   far) and is tested on pictures that none has seen.
+/* incremental.c: the experiment behind ckca.h. A data set is cut into chunks that arrive one after another. After each
+   chunk every method improves its own checkpoint from that chunk alone (scratch-all: from all chunks so far) and is
+   tested on pictures that no method was trained on.
 
        cc -O2 -I. examples/incremental.c -o incremental -lm -pthread
        ./incremental                                    ten classes of drawn shapes, about a minute on two cores
        ./incremental --cifar10 cifar-10-batches-bin --chunks 10 --chunk-size 500 --out run
-       ./incremental ... --out run --resume             goes on after a kill, to the same bits
+       ./incremental ... --out run --resume             continues a killed run, to bitwise the same results
 
    With --out DIR, that folder holds the last checkpoint of every method, results.csv, results.svg and, while a network
-   is being trained, state.safetensors. The table of results is the truth: a row is there if and only if the checkpoint
-   it speaks of is. */
+   is being trained, state.safetensors. results.csv says what is done: a row follows once its checkpoint is complete. */
 #define CKCA_IMPLEMENTATION
 #include "ckca.h"
 
@@ -21,7 +20,7 @@ typedef struct method {
     const char *name;
     ckca_method method;
     int joined;         /* 1: trained on all chunks so far */
-    const char *colour; /* Okabe and Ito's palette: told apart by colour-blind eyes, too */
+    const char *colour; /* after the palette of Okabe and Ito, for colour-blind readers too */
     const char *dash;
 } method;
 
@@ -33,7 +32,7 @@ static const method methods[] = {{"scratch-chunk", CKCA_METHOD_SCRATCH, 0, "#8a8
                                  {"ckca", CKCA_METHOD_CKCA, 0, "#0068ad", ""}};
 enum { METHODS = sizeof methods / sizeof *methods };
 
-/* What is known of a method after a chunk. Accuracies are fractions. */
+/* A method's results after a chunk. Accuracies are fractions. */
 typedef struct row {
     int done, pictures;
     double accuracy, top5, loss;                                   /* on the test part */
@@ -41,29 +40,29 @@ typedef struct row {
 } row;
 
 typedef struct run {
-    /* what was asked for */
+    /* settings */
     tool_source source;
     const char *arch, *method_list, *out;
     int projection, width, chunks, chunk_size, stratified, resume, augment;
     uint64_t seed;
     float w_lwf;
     ckca_update_desc update;
-    /* what came of it */
+    /* results */
     const method *method[METHODS];
     int columns; /* methods in use */
     row *rows;   /* chunks x columns */
     const tool_flag *flags;
-    char pictures[32], title[256]; /* the pictures' hash; what was trained on what, for people */
+    char pictures[32], title[256]; /* the pictures' hash; the subtitle of the plot */
     char path[4096];
     /* the progress line */
     char label[64];
-    double cost, cost_done, cost_left; /* picture visits: of this job, before it and after it, in this process */
-    double seconds, shown;             /* of the jobs before this one; when the line was last drawn */
+    double cost, cost_done, cost_left; /* picture visits of this job, of the jobs before it and of those after it */
+    double seconds, shown;             /* of the jobs before this one; time of the last redraw */
 } run;
 
 static row *at(const run *r, int chunk, int column) { return r->rows + chunk * r->columns + column; }
 
-/* DIR/name, or DIR/name-chunkNN.safetensors. The first chunk's checkpoint is common to all methods. */
+/* DIR/name, or DIR/name-chunkNN.safetensors. All methods share the first chunk's checkpoint. */
 static const char *path(run *r, const char *name) {
     int n = snprintf(r->path, sizeof r->path, "%s/%s", r->out, name);
     if (n < 0 || (size_t)n >= sizeof r->path) tool_fail(2, "--out: the path is too long");
@@ -81,7 +80,7 @@ static const char *checkpoint(run *r, int chunk, int column) {
 static const char columns_line[] = "method,chunk,pictures,accuracy,top5,loss,train_loss,train_accuracy,kd,feat,"
                                    "teacher_accuracy,seconds";
 
-/* Every setting that the results depend on, as " --name=value", so that a run is only continued as it was begun. */
+/* Every setting that the results depend on, as " --name=value": --resume must have the same ones. */
 static void settings(const run *r, char *line, size_t size) {
     const tool_flag *flag;
     char value[512];
@@ -109,7 +108,7 @@ static void write_csv(const run *r, FILE *file) {
         }
 }
 
-/* Takes the rows of an earlier run, if there is one. Refuses it if its settings were others. */
+/* Reads the rows of an earlier run, if there is one. Its settings must be the same. */
 static void read_csv(run *r) {
     char line[2048], mine[2048], name[32];
     const char *csv = path(r, "results.csv"), *a = line + 1, *b = mine;
@@ -119,25 +118,25 @@ static void read_csv(run *r) {
         if (errno != ENOENT) tool_fail(1, "%s: %s", csv, strerror(errno));
         return;
     }
-    if (!r->resume) tool_fail(2, "%s is there already: add --resume to go on with it, or name another folder", csv);
+    if (!r->resume) tool_fail(2, "%s exists: add --resume to continue that run, or name another folder", csv);
     snprintf(mine, sizeof mine, "# incremental, ckca.h %s, pictures %s\n", CKCA_VERSION, r->pictures);
     if (!fgets(line, sizeof line, file) || strncmp(line, mine, 14))
         tool_fail(1, "%s was not written by this program", csv);
     if (strcmp(line, mine))
-        tool_fail(2, "%s was begun with another ckca.h or other pictures: \"%.*s\" there, \"%.*s\" now", csv,
+        tool_fail(2, "%s was started with another ckca.h or other pictures: \"%.*s\" there, \"%.*s\" now", csv,
                   (int)strcspn(line, "\n") - 2, line + 2, (int)strcspn(mine, "\n") - 2, mine + 2);
     settings(r, mine, sizeof mine);
-    if (!fgets(line, sizeof line, file) || line[0] != '#') tool_fail(1, "%s, line 2: not the settings", csv);
+    if (!fgets(line, sizeof line, file) || line[0] != '#') tool_fail(1, "%s, line 2: the settings are missing", csv);
     line[strcspn(line, "\r\n")] = 0;
     while (*a || *b) { /* setting by setting */
         size_t n = *a ? 1 + strcspn(a + 1, " ") : 0, k = *b ? 1 + strcspn(b + 1, " ") : 0;
         if (n != k || strncmp(a, b, n))
-            tool_fail(2, "%s was begun with%.*s, this command has%.*s", csv, (int)n, a, (int)k, b);
+            tool_fail(2, "%s was started with%.*s, this command has%.*s", csv, (int)n, a, (int)k, b);
         a += n;
         b += k;
     }
     if (!fgets(line, sizeof line, file) || strncmp(line, columns_line, strlen(columns_line)))
-        tool_fail(1, "%s, line 3: not the names of its columns", csv);
+        tool_fail(1, "%s, line 3: the column names are missing", csv);
     while (i++, fgets(line, sizeof line, file)) {
         row now;
         memset(&now, 0, sizeof now);
@@ -152,12 +151,12 @@ static void read_csv(run *r) {
         known++;
     }
     fclose(file);
-    printf("%s: %d of %d rows are there already\n", csv, known, r->chunks * r->columns);
+    printf("%s has %d of %d rows\n", csv, known, r->chunks * r->columns);
 }
 
 /* ---- results.svg ---------------------------------------------------------------------------------------------- */
 
-/* A step of 1, 2 or 5 times a power of ten that cuts range into at most count pieces. */
+/* The smallest step of 1, 2 or 5 times a power of ten that divides range into at most count parts. */
 static double tick_step(double range, int count) {
     double step = pow(10, floor(log10(range / count)));
     if (range / step > count) step *= 2;
@@ -168,15 +167,19 @@ static double tick_step(double range, int count) {
 
 static void put_escaped(FILE *file, const char *text) {
     for (; *text; text++) {
-        if (*text == '<') fputs("&lt;", file);
-        else if (*text == '>') fputs("&gt;", file);
-        else if (*text == '&') fputs("&amp;", file);
-        else fputc(*text, file);
+        if (*text == '<')
+            fputs("&lt;", file);
+        else if (*text == '>')
+            fputs("&gt;", file);
+        else if (*text == '&')
+            fputs("&amp;", file);
+        else
+            fputc(*text, file);
     }
 }
 
-/* Accuracy against chunks: a line per method, named at its end. Colours and background are its own, so that it looks
-   the same in a light and in a dark viewer. */
+/* Accuracy over chunks: a line per method, labelled at its end. The plot sets its own colours and background, so that
+   it looks the same in light and dark viewers. */
 static void write_svg(const run *r, FILE *file) {
     const double left = 62, right = 690, top = 96, bottom = 448, gap = 19;
     double low = 100, high = 0, step, y_of[METHODS], label[METHODS];
@@ -196,7 +199,7 @@ static void write_svg(const run *r, FILE *file) {
     if (high - low < 3 * step) low = fmax(0, low - 2 * step);
     ticks = (int)((high - low) / step + 0.5);
 #define X(chunk) (r->chunks < 2 ? (left + right) / 2 : left + 14 + (right - left - 28) * (chunk) / (r->chunks - 1.0))
-#define Y(percent) (bottom - (bottom - top) * ((percent) - low) / (high - low))
+#define Y(percent) (bottom - (bottom - top) * ((percent)-low) / (high - low))
 
     fprintf(file, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 860 510\" width=\"860\" height=\"510\" "
                   "font-family=\"system-ui, 'Segoe UI', 'Helvetica Neue', 'DejaVu Sans', sans-serif\">\n"
@@ -219,7 +222,7 @@ static void write_svg(const run *r, FILE *file) {
                     bottom, X(t), bottom + 20, t + 1);
     fprintf(file, "<text x=\"%g\" y=\"%g\">chunks seen</text>\n</g>\n", (left + right) / 2, bottom + 44);
 
-    /* Labels in the order of their line's ends, pushed apart where they would overlap, then kept on the paper. */
+    /* Labels in the order of the line ends, moved apart where they would overlap, then kept inside the plot. */
     for (i = 0; i < lines; i++) y_of[order[i]] = Y(100 * at(r, last[order[i]], order[i])->accuracy);
     for (i = 1; i < lines; i++)
         for (t = i; t > 0 && y_of[order[t]] < y_of[order[t - 1]]; t--) {
@@ -238,19 +241,20 @@ static void write_svg(const run *r, FILE *file) {
     if (lines && label[lines - 1] > bottom - 4)
         for (label[lines - 1] = bottom - 4, i = lines - 2; i >= 0; i--) label[i] = fmin(label[i], label[i + 1] - gap);
 
-    for (i = 0; i < lines; i++) { /* the best at the end is drawn last, on top */
+    for (i = 0; i < lines; i++) { /* the best at the end is drawn last */
         const method *a = r->method[m = order[lines - 1 - i]];
         double y = label[lines - 1 - i];
-        fprintf(file, "<g stroke=\"%s\" fill=\"none\" stroke-width=\"%s\" stroke-linejoin=\"round\" "
-                      "stroke-linecap=\"round\"><path stroke-dasharray=\"%s\" d=\"", a->colour,
-                a->method == CKCA_METHOD_CKCA ? "3" : "2", *a->dash ? a->dash : "none");
+        fprintf(file,
+                "<g stroke=\"%s\" fill=\"none\" stroke-width=\"%s\" stroke-linejoin=\"round\" "
+                "stroke-linecap=\"round\"><path stroke-dasharray=\"%s\" d=\"",
+                a->colour, a->method == CKCA_METHOD_CKCA ? "3" : "2", *a->dash ? a->dash : "none");
         for (t = 0; t <= last[m]; t++)
             fprintf(file, "%c%.1f %.1f", t ? 'L' : 'M', X(t), Y(100 * at(r, t, m)->accuracy));
         fprintf(file, "\"/>");
         fprintf(file, "<path stroke-width=\"1\" stroke-opacity=\"0.5\" d=\"M%.1f %.1fL%g %.1f\"/></g>\n",
                 X(last[m]) + 7, y_of[m], right + 10, y);
         fprintf(file, "<g fill=\"%s\">", a->colour);
-        for (t = r->chunks > 40 ? last[m] : 0; t <= last[m]; t++) /* points, unless they would hide the line */
+        for (t = r->chunks > 40 ? last[m] : 0; t <= last[m]; t++) /* no points where they would hide the line */
             fprintf(file, "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"%s\" stroke=\"#fcfcfa\"/>", X(t),
                     Y(100 * at(r, t, m)->accuracy), a->method == CKCA_METHOD_CKCA ? "4.2" : "3.4");
         fprintf(file, "<text x=\"%g\" y=\"%.1f\" font-size=\"13\" font-weight=\"%s\">%s %.1f</text></g>\n", right + 15,
@@ -261,7 +265,7 @@ static void write_svg(const run *r, FILE *file) {
 #undef Y
 }
 
-/* Writes beside the file and renames, so that a kill leaves the old file or the new one, never half of one. */
+/* Writes a temporary file and renames it, so that a kill leaves the old file or the new one. */
 static void write_file(run *r, const char *name, void (*write)(const run *, FILE *)) {
     char temporary[sizeof r->path + 8];
     FILE *file;
@@ -290,15 +294,15 @@ static int show_progress(const ckca_progress *p, void *user) {
     char line[256], now[32], all[32];
     if (p->seconds - r->shown < 0.1 && p->seconds > r->shown && part < 1) return 0;
     r->shown = p->seconds;
-    snprintf(line, sizeof line, "%s  epoch %d/%d  loss %.3f  accuracy %.1f%%  %s left, %s in all", r->label,
+    snprintf(line, sizeof line, "%s  epoch %d/%d  loss %.3f  accuracy %.1f%%  %s left, %s in total", r->label,
              p->epoch + 1, p->epochs, p->loss, 100 * p->accuracy, tool_duration(p->seconds_left, now, sizeof now),
              tool_duration((r->seconds + p->seconds) * left / done, all, sizeof all));
     tool_status(line);
     return 0;
 }
 
-/* How long an update takes, in visits of a picture. A frozen teacher's forward pass costs about a third of a step; it
-   is needed once per picture, or on every visit if they differ. */
+/* Cost of an update in picture visits. The teacher's forward pass costs about a third of a step; it runs once per
+   picture, or on every visit if augmentation changes the pictures. */
 static double job_cost(const run *r, int chunk, int column, int pictures) {
     const method *a = r->method[column];
     double visits = (double)pictures * r->update.epochs * (a->joined ? chunk + 1 : 1);
@@ -307,7 +311,7 @@ static double job_cost(const run *r, int chunk, int column, int pictures) {
     return visits + (r->augment ? visits : pictures) / 3.0;
 }
 
-/* One update of one method, tested. model comes in as it was after the chunk before. */
+/* Runs and tests one update of one method. model is its checkpoint after the previous chunk. */
 static void do_job(ckca_context *ctx, run *r, ckca_model *model, ckca_data *const *chunks, const ckca_data *test, int t,
                    int m) {
     const method *a = r->method[m];
@@ -372,7 +376,7 @@ static void print_table(const run *r) {
     printf("\n");
 }
 
-/* "warm,ckca" to the columns. */
+/* Parses --methods, as in "warm,ckca", into columns. */
 static void choose_methods(run *r) {
     const char *text = r->method_list;
     while (*text || text == r->method_list) {
@@ -380,19 +384,19 @@ static void choose_methods(run *r) {
         for (m = 0; m < METHODS; m++)
             if ((int)strlen(methods[m].name) == length && !strncmp(methods[m].name, text, (size_t)length)) break;
         if (m == METHODS) {
-            fprintf(stderr, "%s: --methods: \"%.*s\" is none of", tool_name, length, text);
+            fprintf(stderr, "%s: --methods: \"%.*s\" is not one of", tool_name, length, text);
             for (m = 0; m < METHODS; m++) fprintf(stderr, " %s", methods[m].name);
             fprintf(stderr, "\n");
             exit(2);
         }
         for (i = 0; i < r->columns; i++)
-            if (r->method[i] == &methods[m]) tool_fail(2, "--methods: %s is there twice", methods[m].name);
+            if (r->method[i] == &methods[m]) tool_fail(2, "--methods: %s is given twice", methods[m].name);
         r->method[r->columns++] = &methods[m];
         text += length + (text[length] == ',' && text[length + 1]);
     }
 }
 
-/* A number that changes when a picture or a label does (FNV-1a). */
+/* FNV-1a hash of all pictures and labels, continued from hash. */
 static uint64_t data_hash(uint64_t hash, const ckca_data *data) {
     ckca_data_info info;
     size_t bytes, k;
@@ -415,47 +419,47 @@ int main(int argc, char **argv) {
         "Flags are --name value or --name=value; [defaults in brackets].\n";
     const tool_flag flags[] = {
         TOOL_SOURCE_FLAGS(r.source),
-        {"--chunks", TOOL_INT, &r.chunks, 1, 1000, "N", "chunks that arrive [10; of the shapes 6]", 0},
-        {"--chunk-size", TOOL_INT, &r.chunk_size, 1, 1e6, "N", "pictures in each [all there are; of the shapes 250]",
-         0},
-        {"--stratified", TOOL_SWITCH, &r.stratified, 0, 0, NULL, "the same share of every class in each chunk", 0},
+        {"--chunks", TOOL_INT, &r.chunks, 1, 1000, "N", "number of chunks [10; shapes: 6]", 0},
+        {"--chunk-size", TOOL_INT, &r.chunk_size, 1, 1e6, "N", "pictures per chunk [all / chunks; shapes: 250]", 0},
+        {"--stratified", TOOL_SWITCH, &r.stratified, 0, 0, NULL, "the same class proportions in every chunk", 0},
         {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Network", 0},
         {"--arch", TOOL_TEXT, &r.arch, 0, 0, "NAME", "resnet8, 20, 32, 44, 56, 110, 18, 34, 50, 18-cifar ... 50-cifar",
          0},
-        {"--width", TOOL_INT, &r.width, 1, 1024, "N", "channels of its first stage [16; resnet18 and larger 64]", 0},
-        {"--projection", TOOL_SWITCH, &r.projection, 0, 0, NULL, "1x1 convolutions as shortcuts (resnet8 ... 110)", 0},
+        {"--width", TOOL_INT, &r.width, 1, 1024, "N", "channels of the first stage [16; resnet18 and larger: 64]", 0},
+        {"--projection", TOOL_SWITCH, &r.projection, 0, 0, NULL, "shortcuts with 1x1 convolutions (resnet8 ... 110)",
+         0},
         {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Methods", 0},
         {"--methods", TOOL_TEXT, &r.method_list, 0, 0, "A,B",
          "scratch-chunk, scratch-all, warm, shrink-perturb, lwf, ckca", 0},
         {"--adakd", TOOL_CHOICE, &r.update.adakd, 0, 0, "constant|class|truth|doubt", "ckca's distillation weight", 0},
-        {"--w-kd", TOOL_FLOAT, &r.update.w_kd, 0, 1000, "X", "weight of ckca's distillation, 0: off [1; class 2]", 0},
+        {"--w-kd", TOOL_FLOAT, &r.update.w_kd, 0, 1000, "X", "weight of ckca's distillation, 0: off [1; class: 2]", 0},
         {"--w-lwf", TOOL_FLOAT, &r.w_lwf, 0, 1000, "X", "weight of lwf's distillation, 0: off [1]", 0},
-        {"--temperature", TOOL_FLOAT, &r.update.temperature, 0.1, 100, "X", "of both distillations [2]", 0},
+        {"--temperature", TOOL_FLOAT, &r.update.temperature, 0.1, 100, "X", "of ckca's and lwf's distillation [2]", 0},
         {"--featreg", TOOL_CHOICE, &r.update.featreg, 0, 0, "stages|cosine|l2|relation", "ckca's feature distance", 0},
         {"--w-feat", TOOL_FLOAT, &r.update.w_feat, 0, 1000, "X",
-         "weight of ckca's feature term, 0: off [1; on the shapes 0.1]", 0},
-        {"--shrink", TOOL_FLOAT, &r.update.shrink, 0.001, 1, "X", "of shrink-perturb: old weights times this [0.4]", 0},
-        {"--perturb", TOOL_FLOAT, &r.update.perturb, 0.001, 1, "X",
-         "of shrink-perturb: plus fresh ones times this [0.1]", 0},
+         "weight of ckca's feature term, 0: off [1; shapes: 0.1]", 0},
+        {"--shrink", TOOL_FLOAT, &r.update.shrink, 0.001, 1, "X", "shrink-perturb: factor of the old weights [0.4]", 0},
+        {"--perturb", TOOL_FLOAT, &r.update.perturb, 0.001, 1, "X", "shrink-perturb: factor of the fresh weights [0.1]",
+         0},
         {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Training on each chunk", 0},
-        {"--epochs", TOOL_INT, &r.update.epochs, 1, 100000, "N", "[40; on the shapes 20]", 0},
-        {"--batch", TOOL_INT, &r.update.batch, 1, 65536, "N", "pictures a step [64; on the shapes 16]", 0},
-        {"--lr", TOOL_FLOAT, &r.update.lr, 1e-9, 1000, "X", "peak learning rate [0.1; on the shapes 0.05]", 0},
+        {"--epochs", TOOL_INT, &r.update.epochs, 1, 100000, "N", "passes over a chunk [40; shapes: 20]", 0},
+        {"--batch", TOOL_INT, &r.update.batch, 1, 65536, "N", "pictures per step [64; shapes: 16]", 0},
+        {"--lr", TOOL_FLOAT, &r.update.lr, 1e-9, 1000, "X", "peak learning rate [0.1; shapes: 0.05]", 0},
         {"--schedule", TOOL_CHOICE, &r.update.schedule, 0, 0, "cosine|constant|step", "of the learning rate", 0},
         {"--warmup", TOOL_FLOAT, &r.update.warmup_epochs, 0, 100000, "X", "epochs of linear warm-up [1]", 0},
         {"--weight-decay", TOOL_FLOAT, &r.update.weight_decay, 0, 10, "X", "[0.0005]", 0},
-        {"--momentum", TOOL_FLOAT, &r.update.momentum, 0, 0.9999, "X", "Nesterov's [0.9]", 0},
+        {"--momentum", TOOL_FLOAT, &r.update.momentum, 0, 0.9999, "X", "Nesterov momentum [0.9]", 0},
         {"--label-smoothing", TOOL_FLOAT, &r.update.label_smoothing, 1e-6, 0.99, "X", "[off]", 0},
-        {"--clip", TOOL_FLOAT, &r.update.clip_norm, 1e-6, 1e6, "X", "greatest norm of a gradient [off]", 0},
-        {"--augment", TOOL_SWITCH, &r.augment, 0, 0, NULL, "shift by up to 4 pixels, mirror half of the time", 0},
-        {"--seed", TOOL_SEED, &r.seed, 0, 0, "N", "of chunks, weights, order (and of the shapes)", 0},
+        {"--clip", TOOL_FLOAT, &r.update.clip_norm, 1e-6, 1e6, "X", "largest gradient norm [off]", 0},
+        {"--augment", TOOL_SWITCH, &r.augment, 0, 0, NULL, "random crop with 4 pixels of padding, random flip", 0},
+        {"--seed", TOOL_SEED, &r.seed, 0, 0, "N", "of chunks, weights, order and shapes", 0},
         {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Running", 0},
         TOOL_DEVICE_FLAGS(desc),
         {"--out", TOOL_TEXT, &r.out, 0, 0, "DIR", "folder for checkpoints, results.csv and results.svg [none written]",
          1},
-        {"--resume", TOOL_SWITCH, &r.resume, 0, 0, NULL, "go on with the run in --out, which may have been killed", 1},
+        {"--resume", TOOL_SWITCH, &r.resume, 0, 0, NULL, "continue the run in --out, killed or complete", 1},
         {"--state-seconds", TOOL_FLOAT, &r.update.state_seconds, 0.001, 1e6, "X",
-         "between two states that a killed run resumes from [30]", 1},
+         "between training states, which --resume continues from [30]", 1},
         {NULL, TOOL_HEADING, NULL, 0, 0, NULL, NULL, 0}};
     const char *folder;
     ckca_context *ctx = NULL;
@@ -472,10 +476,11 @@ int main(int argc, char **argv) {
     r.arch = "resnet8";
     r.method_list = "warm,shrink-perturb,lwf,ckca";
     r.seed = 1;
-    if (tool_parse(argc, argv, usage, flags)) tool_fail(2, "what is \"%s\"? (--help lists the flags)", argv[0]);
+    if (tool_parse(argc, argv, usage, flags))
+        tool_fail(2, "unexpected argument \"%s\" (--help lists the flags)", argv[0]);
     tool_check_source(&r.source);
     choose_methods(&r);
-    if (r.resume && !r.out) tool_fail(2, "--resume needs --out, the folder of the run to go on with");
+    if (r.resume && !r.out) tool_fail(2, "--resume needs --out, the folder of the run to continue");
     drawn = !r.source.folder && !r.source.cifar10 && !r.source.cifar100 && !r.source.idx;
     if (!r.chunks) r.chunks = drawn ? 6 : 10;
     if (drawn && !r.chunk_size) r.chunk_size = 250;
@@ -484,9 +489,9 @@ int main(int argc, char **argv) {
     if (!r.update.epochs) r.update.epochs = drawn ? 20 : 40;
     if (!r.update.batch) r.update.batch = drawn ? 16 : 64;
     if (drawn && r.update.lr == 0) r.update.lr = 0.05f;
-    if (drawn && r.update.w_feat == 0) r.update.w_feat = 0.1f; /* more holds back what has most to learn yet */
+    if (drawn && r.update.w_feat == 0) r.update.w_feat = 0.1f; /* see tests/MEASUREMENTS.md */
 
-    /* The pictures, in chunks. */
+    /* Pictures, split into chunks. */
     ctx = tool_init(&desc);
     tool_open(ctx, &r.source, r.chunks * r.chunk_size, r.seed, &train, &test);
     ckca_data_info_get(test, &info);
@@ -501,7 +506,7 @@ int main(int argc, char **argv) {
     split.seed = r.seed;
     tool_check(ctx, ckca_split(train, r.chunks, &split, chunks));
 
-    /* The network, as it is before the first chunk. */
+    /* The untrained network. */
     memset(&model_desc, 0, sizeof model_desc);
     model_desc.height = info.height;
     model_desc.width = info.width;
@@ -517,7 +522,7 @@ int main(int argc, char **argv) {
            (long long)model_info.parameters, ckca_device(ctx), info.count, t, info.height, info.width, info.channels,
            info.classes);
 
-    /* What an earlier run left. */
+    /* Results of an earlier run. */
     folder = r.source.folder     ? r.source.folder
              : r.source.cifar10  ? "CIFAR-10"
              : r.source.cifar100 ? "CIFAR-100"
@@ -536,7 +541,7 @@ int main(int argc, char **argv) {
         write_results(&r);
     }
 
-    /* Chunk by chunk. With --out the checkpoints live on disk, one network at a time in memory; else all in memory. */
+    /* Chunk by chunk. With --out, checkpoints are files and one network is in memory; without, all networks are. */
     for (t = 0; t < r.chunks; t++)
         for (m = 0; m < r.columns; m++)
             if (!at(&r, t, m)->done) r.cost_left += job_cost(&r, t, m, info.count);
@@ -544,7 +549,7 @@ int main(int argc, char **argv) {
         for (m = 0; m < r.columns; m++) {
             if (at(&r, t, m)->done) continue;
             r.cost_left -= r.cost = job_cost(&r, t, m, info.count);
-            if (t == 0 && m > 0) { /* the first chunk is trained on from scratch, whatever the method */
+            if (t == 0 && m > 0) { /* every method trains the first chunk from scratch */
                 *at(&r, t, m) = *at(&r, t, 0);
                 if (!r.out) tool_check(ctx, ckca_model_copy(&model[m], model[0]));
             } else {

@@ -1,11 +1,10 @@
-/* shapes.h: ten classes of 32x32 colour pictures, drawn by arithmetic alone, for examples and tests that must work
-   without a download. As in photographs, no two of a class are alike: pose, size, colour, contrast and noise vary, the
-   outline leans towards another class's, and things lie about, some of them in front. A class has a favourite colour,
-   which helps a little.
+/* shapes.h: draws 32x32 colour pictures of ten classes, for examples and tests that work without a download. No two
+   pictures of a class are alike: pose, size, colour, contrast and noise vary, the outline is blended with another
+   class's, and other objects lie behind and in front. Each class has a preferred colour, a weak cue.
 
-   A picture is a pure function of (seed, i), so a set can be made in any order, in parts, on any machine. Every class
-   is a signed distance: a function of a point, negative inside the shape, whose value over a pixel's size gives the
-   share of that pixel that the shape covers. Include it after ckca.h to get shapes_open too. */
+   A picture is a pure function of (seed, i), so a set can be drawn in any order and in parts. Every class is a signed
+   distance: a function of a point, negative inside the shape; divided by the pixel size, it gives the share of the
+   pixel that the shape covers. Include it after ckca.h to get shapes_open too. */
 #ifndef SHAPES_H
 #define SHAPES_H
 
@@ -20,7 +19,7 @@
 static const char *const shapes_names[SHAPES_CLASSES] = {"cross",  "crescent", "disc",  "ell", "ring",
                                                          "square", "star",     "stripes", "tee", "triangle"};
 
-/* Draw number counter of a stream: SplitMix64 (Steele, Lea, Flood 2014). */
+/* A stream of random numbers: SplitMix64 (Steele, Lea, Flood 2014). */
 typedef struct shapes_random {
     uint64_t key, counter;
 } shapes_random;
@@ -80,8 +79,8 @@ static inline shapes_paint shapes_mix(shapes_random *random, float low, float hi
     return paint;
 }
 
-/* What is drawn: a class's outline with a share of other's in it; centre and radius in pixels; stretched along its own
-   axes by stretch and 1 / stretch, then turned by angle; opacity from 0 (unseen) to 1. Class -1 is a bar. */
+/* A figure: the outline of class label, blended with a share of class other's; centre and radius in pixels; scaled
+   along its axes by stretch and 1 / stretch, then rotated by angle; opacity in 0..1. Label -1 is a bar. */
 typedef struct shapes_figure {
     int label, other;
     float share, cx, cy, radius, stretch, angle, opacity;
@@ -109,7 +108,7 @@ static inline void shapes_stamp(float *picture, const shapes_figure *f) {
     }
 }
 
-/* The figure that gives a picture its label. */
+/* The figure that the picture is labelled by. */
 static inline shapes_figure shapes_subject(shapes_random *random, int label, const shapes_paint *ground) {
     shapes_figure f;
     float gap;
@@ -123,7 +122,7 @@ static inline shapes_figure shapes_subject(shapes_random *random, int label, con
     f.stretch = shapes_uniform(random, 0.85f, 1.18f);
     f.angle = shapes_uniform(random, -0.4f, 0.4f);
     f.opacity = shapes_uniform(random, 0.35f, 1);
-    do { /* a colour drawn towards the class's own, until it differs from the ground's */
+    do { /* a colour near the class's own, drawn until it differs from the background's */
         f.paint = shapes_mix(random, 0, 1, 0.3f);
         for (gap = 0, c = 0; c < 3; c++) {
             float own = 0.5f + 0.5f * cosf(6.2831853f * ((float)label / SHAPES_CLASSES + (float)c / 3));
@@ -134,7 +133,7 @@ static inline shapes_figure shapes_subject(shapes_random *random, int label, con
     return f;
 }
 
-/* Something that lies about: a bar, or a small figure of any class. */
+/* A distractor: a bar, or a small figure of any class. */
 static inline shapes_figure shapes_thing(shapes_random *random) {
     shapes_figure f;
     f.label = (int)fmaxf(-1, floorf(shapes_uniform(random, -10, 9.999f)));
@@ -150,7 +149,7 @@ static inline shapes_figure shapes_thing(shapes_random *random) {
     return f;
 }
 
-/* Picture i of the set that seed names: writes 32 x 32 x 3 bytes and returns its label, i % 10. */
+/* Draws picture i of the set of a seed: writes 32 x 32 x 3 bytes and returns the label, i % 10. */
 static inline int shapes_draw(uint64_t seed, int i, unsigned char *pixels) {
     float picture[SHAPES_BYTES], slope_x, slope_y, phase, height, noise;
     int label = i % SHAPES_CLASSES, behind, before, k, c;
@@ -160,7 +159,7 @@ static inline int shapes_draw(uint64_t seed, int i, unsigned char *pixels) {
     random.key = (seed * UINT64_C(0xd1342543de82ef95) + (uint64_t)i) * UINT64_C(0x2545f4914f6cdd1d) + 1;
     random.counter = 0;
 
-    /* The ground: a gradient with a soft wave in it. */
+    /* Background: a gradient with a soft wave. */
     ground = shapes_mix(&random, 0.25f, 0.75f, 0.3f);
     slope_x = shapes_uniform(&random, -0.6f, 0.6f);
     slope_y = shapes_uniform(&random, -0.6f, 0.6f);
@@ -177,11 +176,11 @@ static inline int shapes_draw(uint64_t seed, int i, unsigned char *pixels) {
     before = (int)shapes_uniform(&random, 0, 1.6f);
     for (k = 0; k < behind + 1 + before; k++) {
         figure = k == behind ? shapes_subject(&random, label, &ground) : shapes_thing(&random);
-        if (k > behind) figure.radius *= 0.7f; /* what lies in front hides little */
+        if (k > behind) figure.radius *= 0.7f; /* figures in front are smaller, to hide little */
         shapes_stamp(picture, &figure);
     }
 
-    /* Noise: the sum of three uniform draws is near enough to a bell. */
+    /* Noise: the sum of three uniform draws approximates a normal distribution. */
     noise = shapes_uniform(&random, 0.01f, 0.08f);
     for (k = 0; k < SHAPES_BYTES; k++) {
         float bell = 0;
@@ -192,7 +191,7 @@ static inline int shapes_draw(uint64_t seed, int i, unsigned char *pixels) {
 }
 
 #ifdef CKCA_H
-/* Pictures [first, first + count) of the set as data of the library; desc may be NULL. */
+/* Opens pictures [first, first + count) of the set; desc may be NULL. Free data with ckca_data_free. */
 static inline ckca_status shapes_open(ckca_context *ctx, ckca_data **data, uint64_t seed, int first, int count,
                                const ckca_data_desc *desc) {
     ckca_array array = {NULL, NULL, count, SHAPES_SIZE, SHAPES_SIZE, 3, SHAPES_CLASSES, shapes_names};

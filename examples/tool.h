@@ -1,5 +1,5 @@
-/* tool.h: what the command-line examples share: strict flags with a help text, opening the pictures that flags name,
-   a line of progress. Include it after ckca.h. None of it is needed to use the library. */
+/* tool.h: shared by the command-line examples: strict flags with a help text, pictures named by flags, a progress line.
+   Include it after ckca.h. The library does not need it. */
 #ifndef TOOL_H
 #define TOOL_H
 
@@ -12,9 +12,9 @@
 
 #include "shapes.h"
 
-static const char *tool_name = "tool"; /* goes in front of every message */
+static const char *tool_name = "tool"; /* precedes every message */
 
-/* One line on stderr; 2 for a mistake on the command line, 1 for anything that went wrong later. */
+/* Prints one line on stderr and exits: with 2 for a mistake on the command line, 1 for any later failure. */
 #define tool_fail(code, ...)                                                                                           \
     do {                                                                                                               \
         fflush(stdout);                                                                                                \
@@ -39,12 +39,12 @@ static inline ckca_context *tool_init(const ckca_desc *desc) {
 /* ---- Flags ---------------------------------------------------------------------------------------------------- */
 
 typedef enum tool_kind {
-    TOOL_HEADING, /* a line of the help text */
+    TOOL_HEADING, /* a heading in the help text */
     TOOL_SWITCH,  /* int: 1 if given */
     TOOL_INT,     /* int in low..high */
     TOOL_SEED,    /* uint64_t */
     TOOL_FLOAT,   /* float in low..high; a given 0 becomes CKCA_OFF (0 in a descriptor means the default) */
-    TOOL_CHOICE,  /* an enum: which of the words in arg, "this|that" */
+    TOOL_CHOICE,  /* an enum: index of the word in arg, "this|that" */
     TOOL_TEXT     /* const char *, points into argv */
 } tool_kind;
 
@@ -53,23 +53,23 @@ typedef struct tool_flag {
     tool_kind kind;
     void *value; /* holds the default */
     double low, high;
-    const char *arg, *help; /* a default is printed unless help has one of its own in brackets */
-    int free;               /* 1: may differ when a run is resumed */
+    const char *arg, *help; /* the default is printed unless help has one in brackets */
+    int free;               /* 1: may change when a run is resumed */
 } tool_flag;
 
-/* What a program runs on: the fields of a ckca_desc. */
+/* Flags for the fields of a ckca_desc. */
 #define TOOL_THREADS_FLAG(desc)                                                                                        \
-    {"--threads", TOOL_INT, &(desc).threads, 0, 1024, "N", "[one per processor]; results do not depend on it", 1}
+    {"--threads", TOOL_INT, &(desc).threads, 0, 1024, "N", "[one per processor]; results are the same for any N", 1}
 #ifdef CKCA_CUDA
 #define TOOL_DEVICE_FLAGS(desc)                                                                                        \
     TOOL_THREADS_FLAG(desc),                                                                                           \
         {"--precision", TOOL_CHOICE, &(desc).precision, 0, 0, "float32|tf32|bf16",                                     \
-         "of the GPU's products (bf16: of its maps too)", 0}
+         "of the GPU's multiplications (bf16: of its maps too)", 0}
 #else
 #define TOOL_DEVICE_FLAGS(desc) TOOL_THREADS_FLAG(desc)
 #endif
 
-/* Which word of "a|b|c" text is, or -1. */
+/* Index of text among the words "a|b|c", or -1. */
 static inline int tool_choice(const char *words, const char *text) {
     size_t length = strlen(text);
     int i;
@@ -81,7 +81,7 @@ static inline int tool_choice(const char *words, const char *text) {
     return -1;
 }
 
-/* The value of a flag as it would be typed; "" where it is the library's default or a text that was not given. */
+/* The value of a flag as a user would type it; "" if it is the library's default or a text that was not given. */
 static inline void tool_print_value(const tool_flag *flag, char *out, size_t size) {
     const char *words = flag->arg, *text;
     float number;
@@ -94,7 +94,7 @@ static inline void tool_print_value(const tool_flag *flag, char *out, size_t siz
     case TOOL_FLOAT:
         number = *(const float *)flag->value;
         if (number == CKCA_OFF) snprintf(out, size, "0");
-        else if (number != 0) /* with as many digits as it takes to name this float and no other */
+        else if (number != 0) /* the fewest digits that read back as this float */
             for (i = 6; i < 10 && (i == 6 || strtof(out, NULL) != number); i++) snprintf(out, size, "%.*g", i, number);
         break;
     case TOOL_CHOICE:
@@ -155,14 +155,14 @@ static inline void tool_set(const tool_flag *flag, const char *text) {
         if (flag->kind == TOOL_INT && number != floor(number))
             tool_fail(2, "%s %s: it must be a whole number", flag->name, text);
         if (number < flag->low || number > flag->high)
-            tool_fail(2, "%s %s: it must lie in %.9g to %.9g", flag->name, text, flag->low, flag->high);
+            tool_fail(2, "%s %s: it must be between %.9g and %.9g", flag->name, text, flag->low, flag->high);
         if (flag->kind == TOOL_INT) *(int *)flag->value = (int)number;
         else *(float *)flag->value = number == 0 ? CKCA_OFF : (float)number;
     }
 }
 
-/* Reads argv (--flag value or --flag=value) into the flags' values, moves what is no flag to the front of argv and
-   returns how many there are. flags ends with an entry whose help is NULL. */
+/* Parses argv (--flag value or --flag=value) into the flags' values, moves the other arguments to the front of argv and
+   returns their number. flags ends with an entry whose help is NULL. */
 static inline int tool_parse(int argc, char **argv, const char *usage, const tool_flag *flags) {
     int i, words = 0;
     for (i = 1; i < argc; i++) {
@@ -196,16 +196,16 @@ static inline int tool_parse(int argc, char **argv, const char *usage, const too
 
 typedef struct tool_source {
     const char *folder, *cifar10, *cifar100, *idx; /* at most one; none: the shapes */
-    int size;                                      /* 0: as they are */
+    int size;                                      /* 0: original size */
 } tool_source;
 
 #define TOOL_SOURCE_FLAGS(source)                                                                                      \
-    {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Pictures (without one of the first four: drawn shapes of ten classes)", 0},\
+    {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Pictures (default: drawn shapes of ten classes)", 0},\
     {"--data", TOOL_TEXT, &(source).folder, 0, 0, "DIR", "folders DIR/{train,test}/CLASS of JPEG or PNG files", 1},    \
     {"--cifar10", TOOL_TEXT, &(source).cifar10, 0, 0, "DIR", "CIFAR-10, binary version, unpacked", 1},                 \
     {"--cifar100", TOOL_TEXT, &(source).cifar100, 0, 0, "DIR", "CIFAR-100, binary version, unpacked", 1},              \
     {"--idx", TOOL_TEXT, &(source).idx, 0, 0, "DIR", "MNIST's or Fashion-MNIST's four files, unpacked", 1},            \
-    {"--size", TOOL_INT, &(source).size, 8, 1024, "N", "pictures are resized to N x N [as they are]", 0}
+    {"--size", TOOL_INT, &(source).size, 8, 1024, "N", "resize pictures to N x N [original size]", 0}
 
 static inline void tool_check_source(const tool_source *source) {
     if (!!source->folder + !!source->cifar10 + !!source->cifar100 + !!source->idx > 1)
@@ -221,8 +221,8 @@ static inline void tool_tell_left_out(const ckca_data *data, const char *folder)
                 folder, info.left_out, info.left_out == 1 ? "" : "s");
 }
 
-/* Opens the training and the test part; shapes, training and test, says how many shapes to draw. The test part is made
-   to fit the training part: the same size, the same classes in the same order. */
+/* Opens the training part and the test part; shapes is the number of shapes to draw for training. The test part gets
+   the size of the training part, and its classes in the same order. */
 static inline void tool_open(ckca_context *ctx, const tool_source *source, int shapes, uint64_t seed, ckca_data **train,
                       ckca_data **test) {
     ckca_data_desc desc;
@@ -271,7 +271,7 @@ static inline const char *tool_duration(double seconds, char *out, size_t size) 
     return out;
 }
 
-/* A line that the next one overwrites; nothing unless stderr is a terminal. NULL clears it. */
+/* Prints a line that the next call overwrites, if stderr is a terminal. NULL clears it. */
 static inline void tool_status(const char *line) {
     if (!isatty(2)) return;
     fprintf(stderr, "\r%s\033[K", line ? line : "");

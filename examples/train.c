@@ -1,17 +1,17 @@
-/* train.c: trains a ResNet from nothing, tests it, saves it. Plain training is the library's first update.
+/* train.c: trains a ResNet from scratch, tests it and saves it. The first update of a network is ordinary training.
 
        cc -O2 -I. examples/train.c -o train -lm -pthread
        ./train                                            ResNet-8 on drawn shapes
        ./train --cifar10 cifar-10-batches-bin --arch resnet20 --projection --augment --save net.safetensors
 
-   With --save FILE, FILE.state is written twice a minute and removed at the end; a run that was killed goes on from
-   it, to bitwise the same weights, when the same command is given again with --resume. */
+   With --save FILE, FILE.state is written every 30 seconds and removed at the end. After a kill, the same command with
+   --resume continues from it, to bitwise the same weights. */
 #define CKCA_IMPLEMENTATION
 #include "ckca.h"
 
 #include "tool.h"
 
-/* After every SGD step: a line per epoch, and on a terminal the state of the one under way. */
+/* Called after every SGD step: prints a line per epoch and, on a terminal, the progress within the epoch. */
 static int report_epoch(const ckca_progress *p, void *user) {
     double *epoch_start = (double *)user;
     char line[160], left[32];
@@ -40,29 +40,29 @@ int main(int argc, char **argv) {
     uint64_t seed = 1;
     const tool_flag flags[] = {
         TOOL_SOURCE_FLAGS(source),
-        {"--count", TOOL_INT, &count, 1, 1e6, "N", "shapes to draw for training", 0},
+        {"--count", TOOL_INT, &count, 1, 1e6, "N", "number of shapes to draw for training", 0},
         {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Network", 0},
         {"--arch", TOOL_TEXT, &arch, 0, 0, "NAME", "resnet8, 20, 32, 44, 56, 110, 18, 34, 50, 18-cifar ... 50-cifar",
          0},
         {"--width", TOOL_INT, &model_desc.width_base, 1, 1024, "N",
-         "channels of its first stage [16; resnet18 and larger 64]", 0},
+         "channels of the first stage [16; resnet18 and larger: 64]", 0},
         {"--projection", TOOL_SWITCH, &model_desc.projection, 0, 0, NULL,
-         "1x1 convolutions as shortcuts (resnet8 ... 110)", 0},
+         "shortcuts with 1x1 convolutions (resnet8 ... 110)", 0},
         {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Training", 0},
-        {"--epochs", TOOL_INT, &update.epochs, 1, 100000, "N", "", 0},
-        {"--batch", TOOL_INT, &update.batch, 1, 65536, "N", "pictures a step", 0},
+        {"--epochs", TOOL_INT, &update.epochs, 1, 100000, "N", "passes over the pictures", 0},
+        {"--batch", TOOL_INT, &update.batch, 1, 65536, "N", "pictures per step", 0},
         {"--lr", TOOL_FLOAT, &update.lr, 1e-9, 1000, "X", "peak learning rate [0.1]", 0},
         {"--schedule", TOOL_CHOICE, &update.schedule, 0, 0, "cosine|constant|step", "of the learning rate", 0},
         {"--warmup", TOOL_FLOAT, &update.warmup_epochs, 0, 100000, "X", "epochs of linear warm-up [1]", 0},
         {"--weight-decay", TOOL_FLOAT, &update.weight_decay, 0, 10, "X", "[0.0005]", 0},
         {"--label-smoothing", TOOL_FLOAT, &update.label_smoothing, 1e-6, 0.99, "X", "[off]", 0},
-        {"--augment", TOOL_SWITCH, &augment, 0, 0, NULL, "shift by up to 4 pixels, mirror half of the time", 0},
-        {"--seed", TOOL_SEED, &seed, 0, 0, "N", "of weights, order and augmentation (and of the shapes)", 0},
+        {"--augment", TOOL_SWITCH, &augment, 0, 0, NULL, "random crop with 4 pixels of padding, random flip", 0},
+        {"--seed", TOOL_SEED, &seed, 0, 0, "N", "of weights, order, augmentation and shapes", 0},
         {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Running", 0},
         TOOL_DEVICE_FLAGS(desc),
         {"--save", TOOL_TEXT, &save, 0, 0, "FILE", "checkpoint to write (safetensors) [none]", 0},
-        {"--resume", TOOL_SWITCH, &resume, 0, 0, NULL, "go on from FILE.state, which a killed run left", 0},
-        {"--state-seconds", TOOL_FLOAT, &update.state_seconds, 0.001, 1e6, "X", "between two such states [30]", 0},
+        {"--resume", TOOL_SWITCH, &resume, 0, 0, NULL, "continue from FILE.state, which a killed run left", 0},
+        {"--state-seconds", TOOL_FLOAT, &update.state_seconds, 0.001, 1e6, "X", "between training states [30]", 0},
         {NULL, TOOL_HEADING, NULL, 0, 0, NULL, NULL, 0}};
     ckca_context *ctx = NULL;
     ckca_data *train, *test;
@@ -78,13 +78,14 @@ int main(int argc, char **argv) {
     update.epochs = 20;
     update.batch = 128;
     if (tool_parse(argc, argv, "train [flags]: trains a ResNet and tests it. [Defaults in brackets.]\n", flags))
-        tool_fail(2, "what is \"%s\"? (--help lists the flags)", argv[0]);
+        tool_fail(2, "unexpected argument \"%s\" (--help lists the flags)", argv[0]);
     tool_check_source(&source);
-    if (resume && !save) tool_fail(2, "--resume needs --save, whose FILE.state holds the run to go on with");
+    if (resume && !save) tool_fail(2, "--resume needs --save FILE: FILE.state holds the run to continue");
     if (save) {
-        if ((size_t)snprintf(state, sizeof state, "%s.state", save) >= sizeof state) tool_fail(2, "--save: too long");
+        if ((size_t)snprintf(state, sizeof state, "%s.state", save) >= sizeof state)
+            tool_fail(2, "--save: the path is too long");
         if (!resume && (file = fopen(state, "rb")) != NULL)
-            tool_fail(2, "%s is there: --resume goes on with that run; remove it to begin anew", state);
+            tool_fail(2, "%s exists: add --resume to continue that run, or remove the file", state);
         update.state = state;
     }
 

@@ -1,12 +1,12 @@
-/* update.c: the deployed case. A checkpoint is in use, new labelled pictures have come in, the old ones are gone: one
-   update makes a better checkpoint from the new pictures alone.
+/* update.c: the deployed case. A checkpoint is in use, new labelled pictures have arrived, the old ones are gone: one
+   update improves the checkpoint from the new pictures alone.
 
        cc -O2 -I. examples/update.c -o update -lm -pthread
        ./update in-use.safetensors new-pictures better.safetensors
 
-   new-pictures holds a folder per class, named as the checkpoint names them (some may be missing). While it works,
-   better.safetensors.state is written now and then; if the program is killed, the same command goes on from there, to
-   the same bits. The old checkpoint is only read. */
+   new-pictures holds a folder per class, with the checkpoint's class names (some may be missing). The program writes
+   better.safetensors.state every 30 seconds; after a kill the same command continues from it, to bitwise the same
+   result. The old checkpoint is only read. Test both before you replace it: --test DIR. */
 #define CKCA_IMPLEMENTATION
 #include "ckca.h"
 
@@ -30,15 +30,14 @@ int main(int argc, char **argv) {
     int augment = 0, words;
     const tool_flag flags[] = {
         {"--epochs", TOOL_INT, &update.epochs, 1, 100000, "N", "passes over the new pictures [40]", 0},
-        {"--batch", TOOL_INT, &update.batch, 1, 65536, "N", "pictures a step [64]", 0},
+        {"--batch", TOOL_INT, &update.batch, 1, 65536, "N", "pictures per step [64]", 0},
         {"--lr", TOOL_FLOAT, &update.lr, 1e-9, 1000, "X", "peak learning rate [0.1]", 0},
-        {"--w-kd", TOOL_FLOAT, &update.w_kd, 0, 1000, "X", "weight of the distillation term, 0: off [2]", 0},
+        {"--w-kd", TOOL_FLOAT, &update.w_kd, 0, 1000, "X", "weight of the distillation, 0: off [the library's]", 0},
         {"--w-feat", TOOL_FLOAT, &update.w_feat, 0, 1000, "X", "weight of the feature term, 0: off [the library's]", 0},
-        {"--augment", TOOL_SWITCH, &augment, 0, 0, NULL, "shift by up to 4 pixels, mirror half of the time", 0},
+        {"--augment", TOOL_SWITCH, &augment, 0, 0, NULL, "random crop with 4 pixels of padding, random flip", 0},
         {"--seed", TOOL_SEED, &update.seed, 0, 0, "N", "of order and augmentation", 0},
         TOOL_DEVICE_FLAGS(desc),
-        {"--state-seconds", TOOL_FLOAT, &update.state_seconds, 0.001, 1e6, "X", "between states for a killed run [30]",
-         0},
+        {"--state-seconds", TOOL_FLOAT, &update.state_seconds, 0.001, 1e6, "X", "between training states [30]", 0},
         {"--test", TOOL_TEXT, &test_folder, 0, 0, "DIR", "labelled pictures to test both checkpoints on [none]", 0},
         {NULL, TOOL_HEADING, NULL, 0, 0, NULL, NULL, 0}};
     ckca_context *ctx = NULL;
@@ -62,7 +61,7 @@ int main(int argc, char **argv) {
 
     ctx = tool_init(&desc);
     tool_check(ctx, ckca_load(ctx, &model, argv[0]));
-    like = ckca_data_like(model); /* the network's size, channels and classes */
+    like = ckca_data_like(model); /* its size, channels and classes */
     tool_check(ctx, ckca_open_folder(ctx, &pictures, argv[1], &like));
     tool_tell_left_out(pictures, argv[1]);
     ckca_model_info_get(model, &info);
@@ -81,13 +80,13 @@ int main(int argc, char **argv) {
     tool_check(ctx, ckca_update(model, pictures, &update, &report));
     tool_check(ctx, ckca_save(model, argv[2]));
     tool_status(NULL);
-    printf(
-        "%s: update %d, %d steps in %.1f s; accuracy on the new pictures was %.1f%%, in training %.1f%%\n",
-        argv[2], report.step, report.sgd_steps, report.seconds, 100 * report.teacher_accuracy, 100 * report.accuracy);
+    printf("%s: update %d, %d steps in %.1f s; accuracy on the new pictures %.1f%% before, %.1f%% in training\n",
+           argv[2], report.step, report.sgd_steps, report.seconds, 100 * report.teacher_accuracy,
+           100 * report.accuracy);
     if (test) {
         tool_check(ctx, ckca_evaluate(model, test, &after, NULL));
-        printf("%s: %.2f%% before, %.2f%% now (%d pictures)\n", test_folder, 100 * before.top1, 100 * after.top1,
-               after.count);
+        printf("%s: accuracy %.2f%% before, %.2f%% after (%d pictures)\n", test_folder, 100 * before.top1,
+               100 * after.top1, after.count);
     }
 
     ckca_model_free(model);

@@ -1,12 +1,13 @@
 #!/bin/sh
-# run.sh TEST...: runs test programs and scripts, JOBS (2) at a time, from the repository's root, and adds up the lines
-# "N passed, N failed" that they end with. One that crashes, or ends without that line, is one more failure. What a test
-# left out for want of something on this machine (lines that begin with SKIPPED) is said too, and counted as neither.
+# run.sh TEST...: runs test programs and scripts from the repository's root, JOBS (2) at a time, and adds up the lines
+# "N passed, N failed" that they end with. A test that crashes, or ends without that line, counts as one more failure.
+# Lines that begin with SKIPPED (what a test could not check on this machine) are shown and count as neither.
+# build/log/TEST.log has the whole output of each test: the groups of checks it ran and what failed in each.
 logs=build/log
 rm -rf $logs
 mkdir -p $logs
 
-# Runs a test; says how it went, and "passed failed" in a file.
+# Runs a test, prints how it went, and writes "passed failed" to a file.
 one() {
     log=$logs/$(echo "$1" | tr / _).log
     start=$(date +%s)
@@ -21,18 +22,19 @@ one() {
     if [ -z "$counts" ] || { [ $status -ne 0 ] && [ "$f" -eq 0 ]; }; then
         p=${p:-0}
         f=$((${f:-0} + 1))
-        echo "$1 ended with status $status without saying what failed" >> "$log"
+        group=$(grep '^-- ' "$log" | tail -n 1)
+        echo "$1: exit status $status without a matching summary${group:+; it was checking: ${group#-- }}" >> "$log"
     fi
     echo "$p $f" > "$log.counts"
-    { # at once, so that two tests' lines do not mix
-        [ "$f" -eq 0 ] || tail -n 40 "$log"
+    { # in one piece, so that the lines of two tests do not mix
+        [ "$f" -eq 0 ] || grep -v '^ok ' "$log" | tail -n 40
         grep '^SKIPPED' "$log"
         echo "$1: $p passed, $f failed ($(($(date +%s) - start)) s)"
-    } > "$log.said"
-    cat "$log.said"
+    } > "$log.report"
+    cat "$log.report"
 }
 
-# Takes the next test that nobody has, until there are none.
+# Runs tests that no other worker has taken, until none is left.
 worker() {
     for test in "$@"; do
         mkdir "$logs/$(echo "$test" | tr / _).taken" 2> /dev/null && one "$test"

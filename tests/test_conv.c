@@ -1,9 +1,9 @@
 /* test_conv.c: the convolution and linear ops.
-     1. the naive twins against central differences of a convolution in double (they are the reference for the rest);
-     2. every op on every instruction set of this machine against the naive twins, on shapes picked to be awkward;
-     3. the same bits for 1, 2 and 3 threads; for a picture alone and in a batch (if both take the same algorithm);
+     1. the naive ops against central differences of a convolution in double (they are the reference for the rest);
+     2. every op on every instruction set of this machine against the naive ops, on irregular shapes;
+     3. the same bits for 1, 2 and 3 threads, and for a picture alone and in a batch (if both use the same algorithm);
      4. Winograd's algorithm against sums in double.
-   Inputs lie between NaNs, outputs and scratch between sentinels: reading or writing beyond them shows. */
+   Inputs lie between NaNs, outputs and workspace between sentinels, so that an access out of bounds is found. */
 #define CKCA_IMPLEMENTATION
 #define CKCA_STATIC
 #include "ckca.h"
@@ -576,27 +576,32 @@ int main(void) {
             if (ctx[isa][threads]) best = isa;
         }
     printf("instruction sets up to %s\n", ckca_device(ctx[best][0]));
+    test_group("NaN reaches the outputs; workspace for smaller batches");
     for (isa = CKCA_ISA_PLAIN; isa <= best; isa++) {
         test_nan(ctx[isa][0], 1, 2, 21);
         test_nan(ctx[isa][0], 16, 16, 32);
         test_scratch(ctx[isa][0]);
     }
+    test_group("naive convolutions against central differences in double");
     for (i = 0; i < sizeof small / sizeof *small; i++) {
         const int *v = small[i];
         s = shape(v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8]);
         test_naive(ctx[CKCA_ISA_PLAIN][0], &s);
     }
+    test_group("every instruction set against the naive convolutions; 1 to 3 threads; one picture or a batch");
     for (i = 0; i < sizeof table / sizeof *table; i++) {
         const int *v = table[i];
         s = shape(v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8]);
         test_shape(ctx, &s, i % 4 ? 2 : 3);
     }
+    test_group("Winograd convolutions against sums in double");
     for (i = 0; best > CKCA_ISA_PLAIN && i < sizeof winograds / sizeof *winograds; i++) {
         const int *v = winograds[i];
         s = shape(v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8]);
         test_winograd(ctx, &s);
     }
-    for (i = 0; i < 40; i++) { /* and at random */
+    test_group("the same for 40 random shapes");
+    for (i = 0; i < 40; i++) {
         int n = 1 + (int)(ckca__random(1, 1, i) % 5), r = 1 + (int)(ckca__random(1, 2, i) % 5);
         int t = 1 + (int)(ckca__random(1, 3, i) % 5), pad = (int)(ckca__random(1, 4, i) % 4);
         int h = r + (int)(ckca__random(1, 5, i) % 12), w = t + (int)(ckca__random(1, 6, i) % 12);

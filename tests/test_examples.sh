@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The examples as a person runs them: help, mistakes, tiny runs, kill -9 and resume. Binaries from $BUILD (build).
+# test_examples.sh: the examples as a user runs them: help, mistakes, tiny runs, kill -9 and resume. Binaries are in
+# $BUILD (build).
 set -u
 build=$(cd "${BUILD:-build}" && pwd) || exit 1
 tmp=$(mktemp -d "$build/examples.XXXXXX") || exit 1
@@ -10,13 +11,16 @@ passed=0 failed=0
 check() { # check WHAT COMMAND...: the command succeeds
     local what=$1
     shift
-    if "$@"; then passed=$((passed + 1)); else
+    if "$@"; then
+        passed=$((passed + 1))
+        echo "ok $what"
+    else
         failed=$((failed + 1))
-        echo "FAILED: $what: $*"
+        echo "FAIL $what: $*"
         sed 's/^/    stderr: /' err 2>/dev/null | head -3
     fi
 }
-refuses() { # refuses STATUS TEXT COMMAND...: that exit status, one line on stderr, and TEXT in it
+refuses() { # refuses STATUS TEXT COMMAND...: it exits with STATUS and prints one line with TEXT on stderr
     local status=$1 text=$2
     shift 2
     "$@" >out 2>err
@@ -25,15 +29,15 @@ refuses() { # refuses STATUS TEXT COMMAND...: that exit status, one line on stde
     check "one line on stderr from '$*'" [ "$(wc -l <err)" -eq 1 ]
     check "'$*' says why" grep -qF -- "$text" err
 }
-works() { # works COMMAND...: exit status 0, nothing on stderr; its output is in out
+works() { # works COMMAND...: it exits with 0 and prints nothing on stderr; its output goes to the file out
     "$@" >out 2>err
     local rc=$?
     check "exit status of '$*' is $rc" [ $rc -eq 0 ]
     check "'$*' is quiet on stderr" [ ! -s err ]
 }
 rows() { grep -v '^#' "$1/results.csv" 2>/dev/null | tail -n +2 | wc -l; }
-results() { cut -d, -f1-11 "$1/results.csv"; } # all but the seconds
-kill_when() { # kill_when TEST COMMAND...: kill -9 as soon as the shell test holds; fails if the command ends before
+results() { cut -d, -f1-11 "$1/results.csv"; } # without the column of seconds
+kill_when() { # kill_when TEST COMMAND...: kill -9 as soon as the shell test is true; fails if the command ends first
     local test=$1 i
     shift
     "$@" >out 2>err &
@@ -51,7 +55,7 @@ kill_when() { # kill_when TEST COMMAND...: kill -9 as soon as the shell test hol
 # ---- help and mistakes -----------------------------------------------------------------------------------------------
 for program in incremental train update classify; do
     works "$build/$program" --help
-    check "$program --help says something" [ "$(wc -l <out)" -ge 1 ]
+    check "$program --help prints a text" [ "$(wc -l <out)" -ge 1 ]
 done
 "$build/incremental" --help >out 2>err
 for flag in --data --cifar10 --cifar100 --idx --arch --width --size --projection --chunks --chunk-size --stratified --methods \
@@ -67,17 +71,17 @@ refuses 2 "--lr needs a value" "$inc" --lr --augment
 refuses 2 "--lr abc: it is not a number" "$inc" --lr abc
 refuses 2 "--lr 0.1x: it is not a number" "$inc" --lr 0.1x
 refuses 2 "--lr nan: it is not a number" "$inc" --lr nan
-refuses 2 "--lr -1: it must lie in" "$inc" --lr -1
+refuses 2 "--lr -1: it must be between" "$inc" --lr -1
 refuses 2 "--epochs 2.5: it must be a whole number" "$inc" --epochs 2.5
-refuses 2 "--epochs 0: it must lie in 1 to" "$inc" --epochs=0
+refuses 2 "--epochs 0: it must be between 1 and" "$inc" --epochs=0
 refuses 2 "--seed -1" "$inc" --seed -1
 refuses 2 "--augment takes no value" "$inc" --augment=1
 refuses 2 "must be one of constant|class|truth|doubt" "$inc" --adakd clas
-refuses 2 "--methods: \"warn\" is none of" "$inc" --methods warm,warn
-refuses 2 "warm is there twice" "$inc" --methods warm,warm
+refuses 2 "--methods: \"warn\" is not one of" "$inc" --methods warm,warn
+refuses 2 "warm is given twice" "$inc" --methods warm,warm
 refuses 2 "only one of" "$inc" --data a --idx b
 refuses 2 "--resume needs --out" "$inc" --resume
-refuses 2 "what is \"word\"" "$inc" word
+refuses 2 "unexpected argument \"word\"" "$inc" word
 refuses 1 "nowhere" "$inc" --data nowhere
 refuses 1 "nowhere" "$inc" --cifar10 nowhere
 refuses 1 "resnet9" "$inc" --arch resnet9 --chunk-size 20
@@ -93,10 +97,10 @@ tiny="--width 4 --size 8 --chunks 3 --chunk-size 60 --epochs 3 --batch 5"
 all=scratch-chunk,scratch-all,warm,shrink-perturb,lwf,ckca
 works "$inc" $tiny --methods $all --out whole --threads 1
 check "a row per method and chunk" [ "$(rows whole)" -eq 18 ]
-check "the first chunk is common" [ "$(grep -v '^#' whole/results.csv | grep ',1,60,' | cut -d, -f4- | sort -u | wc -l)" -eq 1 ]
+check "all methods share the first chunk" [ "$(grep -v '^#' whole/results.csv | grep ',1,60,' | cut -d, -f4- | sort -u | wc -l)" -eq 1 ]
 check "no file left over" [ "$(ls whole | grep -c -e state -e tmp)" -eq 0 ]
 check "the last checkpoint of every method" [ "$(ls whole/*-chunk03.safetensors | wc -l)" -eq 6 ]
-check "and none in between" [ ! -e whole/warm-chunk02.safetensors ]
+check "no older checkpoint" [ ! -e whole/warm-chunk02.safetensors ]
 check "svg begins" grep -q '^<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 [0-9]* [0-9]*"' whole/results.svg
 check "svg ends" [ "$(tail -n 1 whole/results.svg)" = "</svg>" ]
 for tag in g text; do
@@ -105,15 +109,15 @@ for tag in g text; do
 done
 check "svg: a path for each of 6 lines" [ "$(grep -c 'stroke-dasharray' whole/results.svg)" -eq 6 ]
 for method in ${all//,/ }; do check "svg names $method" grep -q ">$method [0-9.]*</text>" whole/results.svg; done
-check "svg: no number went wrong" [ "$(grep -c -i -e 'nan' -e '[^a-z]inf' whole/results.svg)" -eq 0 ]
-"$inc" $tiny --methods $all --threads 2 >memory 2>err # without --out: the same figures, nothing written
+check "svg: no NaN and no infinity" [ "$(grep -c -i -e 'nan' -e '[^a-z]inf' whole/results.svg)" -eq 0 ]
+"$inc" $tiny --methods $all --threads 2 >memory 2>err # without --out: the same table, no files
 grep -A 20 '^Test accuracy' memory | grep -v '^Best' >a
 works "$inc" $tiny --methods $all --out whole --resume
 grep -A 20 '^Test accuracy' out | grep -v '^Best' >b
 check "in memory and through files, with 1 thread and 2: the same table" cmp a b
-refuses 2 "is there already" "$inc" $tiny --methods $all --out whole
-refuses 2 "was begun with --lr=0.05, this command has --lr=0.2" "$inc" $tiny --methods $all --out whole --resume --lr 0.2
-refuses 2 "was begun with --w-kd=, this command has --w-kd=0" "$inc" $tiny --methods $all --out whole --resume --w-kd 0
+refuses 2 "add --resume to continue that run" "$inc" $tiny --methods $all --out whole
+refuses 2 "was started with --lr=0.05, this command has --lr=0.2" "$inc" $tiny --methods $all --out whole --resume --lr 0.2
+refuses 2 "was started with --w-kd=, this command has --w-kd=0" "$inc" $tiny --methods $all --out whole --resume --w-kd 0
 cp -r whole cut && head -c -30 whole/results.csv >cut/results.csv
 refuses 1 "line 21: not a row" "$inc" $tiny --methods $all --out cut --resume
 cp whole/results.csv cut/results.csv && echo "warm,9,60,0,0,0,0,0,0,0,0,0" >>cut/results.csv
@@ -134,7 +138,7 @@ works $train --save a.safetensors
 check "a line per epoch and one for the test" [ "$(grep -c -e '^epoch ' -e '^test: ' out)" -eq 5 ]
 check "train: no state left" [ ! -e a.safetensors.state ]
 check "train is killed" kill_when '[ -e b.safetensors.state ]' $train --save b.safetensors --state-seconds 0.001
-refuses 2 "--resume goes on with that run" $train --save b.safetensors
+refuses 2 "add --resume to continue that run" $train --save b.safetensors
 refuses 1 "b.safetensors.state" $train --save b.safetensors --resume --lr 0.05
 works $train --save b.safetensors --resume
 check "train: bitwise the same after a kill" cmp a.safetensors b.safetensors
@@ -146,20 +150,20 @@ cp new/disc/1.png strange/dodo
 head -c 100 new/disc/1.png >cut.png
 "$build/classify" a.safetensors new/disc/1.png >out 2>err
 if grep -q CKCA_NO_STB_IMAGE err; then
-    echo "classify and update were built without stb_image: not tested"
+    echo "SKIPPED classify and update: built without stb_image"
 else
     works "$build/classify" a.safetensors new/disc/1.png new/square/1.png
     check "classify: two pictures, five classes each" [ "$(grep -c '%' out)" -eq 10 ]
     check "classify names the classes" grep -qE '^ +[0-9.]+%  (cross|crescent|disc|ell|ring|square|star|stripes|tee|triangle)$' out
-    check "five different ones" [ "$(sed -n '2,6p' out | awk '{print $2}' | sort -u | wc -l)" -eq 5 ]
-    check "the likeliest first" sort -c -n -r <(sed -n '2,6s/%.*//p' out)
+    check "classify: five different classes" [ "$(sed -n '2,6p' out | awk '{print $2}' | sort -u | wc -l)" -eq 5 ]
+    check "classify: most probable first" sort -c -n -r <(sed -n '2,6s/%.*//p' out)
     refuses 1 "cut.png" "$build/classify" a.safetensors cut.png new/disc/1.png
-    check "classify goes on behind a bad picture" [ "$(grep -c '%' out)" -eq 5 ]
+    check "classify goes on after a bad picture" [ "$(grep -c '%' out)" -eq 5 ]
     refuses 1 "1.png" "$build/classify" new/disc/1.png new/disc/1.png
 
     update="$build/update a.safetensors new"
     works $update c.safetensors --epochs 200 --batch 1 --test new
-    check "update says what it did" grep -q 'update 2, 400 steps' out
+    check "update reports its steps" grep -q 'update 2, 400 steps' out
     check "update: no state left" [ ! -e c.safetensors.state ]
     check "update makes another checkpoint" [ "$(cmp a.safetensors c.safetensors >/dev/null; echo $?)" -eq 1 ]
     check "update is killed" kill_when '[ -e d.safetensors.state ]' $update d.safetensors --epochs 200 --batch 1 --state-seconds 0.001
@@ -174,8 +178,12 @@ else
     refuses 1 "need 27 pictures, there are 2" "$inc" --data set --size 8 --width 4 --chunks 3 --chunk-size 9
 fi
 
+works "$build/hello"
+check "hello improves its network" awk '/^right/ { found = $2 + 0 < $(NF - 3) + 0 } END { exit !found }' out
+check "hello classifies a picture" grep -qE '^picture 0: [0-9.]+% across, [0-9.]+% down$' out
+
 works "$build/custom_net" 1
-check "custom_net tests itself" grep -q '^epoch  1  focal loss [0-9.]*  test accuracy [0-9.]*%' out
+check "custom_net reports its test accuracy" grep -q '^epoch  1  focal loss [0-9.]*  test accuracy [0-9.]*%' out
 
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]

@@ -1,8 +1,8 @@
 #!/bin/sh
-# test_neon.sh [TEST...]: the AArch64 kernels, on any machine: test programs (test_conv, test_ops and test_files unless
-# others are named; test_train and test_nets pass too and take one minute and three) cross-compiled and run by
-# qemu-user. Where Debian's gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user are not here it says so and tests
-# nothing. Run from the repository's root.
+# test_neon.sh [TEST...]: the AArch64 kernels on any machine: cross-compiles test programs (default: test_conv, test_ops
+# and test_files; test_train and test_nets take one and three minutes) and runs them with qemu-user. Needs Debian's
+# gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user; without them it reports that it was skipped. Run from the
+# repository's root.
 dir=build/neon
 rm -rf $dir
 mkdir -p $dir
@@ -14,7 +14,7 @@ cc=aarch64-linux-gnu-gcc
 qemu=$(command -v qemu-aarch64 || command -v qemu-aarch64-static)
 lacking=""
 echo 'int main(void) { return 0; }' > $dir/probe.c
-$cc -static $dir/probe.c -o $dir/probe 2> /dev/null || lacking="no $cc that links"
+$cc -static $dir/probe.c -o $dir/probe 2> /dev/null || lacking="$cc is missing or cannot link"
 [ -n "$qemu" ] || lacking="${lacking:+$lacking, }no qemu-aarch64"
 if [ -n "$lacking" ]; then
     echo "SKIPPED the AArch64 kernels: $lacking (Debian: gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)"
@@ -22,7 +22,7 @@ if [ -n "$lacking" ]; then
     exit 0
 fi
 
-# Static, so that qemu needs no libraries.
+# Static: qemu then needs no AArch64 libraries.
 one() {
     $cc -std=c99 -D_DEFAULT_SOURCE -O2 -DCKCA_NO_STB_IMAGE -static -I. "tests/$1.c" -o "$dir/$1" -lm -pthread &&
         "$qemu" "$dir/$1"
@@ -45,11 +45,11 @@ for test in $tests; do
         [ "${counts#* }" -eq 0 ] || grep '^FAIL' "$dir/$test.log" | head -n 12
     else
         failed=$((failed + 1))
-        echo "FAIL $test did not come to its end:"
+        echo "FAIL $test did not finish:"
         tail -n 12 "$dir/$test.log"
     fi
 done
-# The plain loops would pass as well: the vector kernels must be among what ran.
+# Plain loops would pass too: the vector kernels must have run.
 if [ -e $dir/test_conv.log ]; then
     if grep -q '^instruction sets up to host base' $dir/test_conv.log; then
         passed=$((passed + 1))

@@ -1,9 +1,9 @@
-/* Whole networks against PyTorch: logits, loss, every gradient, running statistics and one SGD step of CIFAR and ImageNet
-   ResNets, from tests/reference/nets.safetensors (written by tests/torch_nets.py, which has the formula of the weights and
-   pictures). Then the architectures' sizes and initial weights.
+/* test_nets.c: whole networks against PyTorch: logits, loss, every gradient, running statistics and one SGD step of CIFAR
+   and ImageNet ResNets, from tests/reference/nets.safetensors (written by tests/torch_nets.py, which has the formula of
+   the weights and pictures). Then the memory plan, the architectures' sizes and initial weights.
 
-   Tolerances are relative to the norm of what is compared and stand about tenfold above the error of PyTorch's own
-   float32 against the float64 reference, which torch_nets.py prints. */
+   Tolerances are relative to the norm of the compared tensor, about ten times the error of PyTorch's own float32 against
+   the float64 reference, which torch_nets.py prints. */
 #define CKCA_IMPLEMENTATION
 #include "ckca.h"
 
@@ -368,7 +368,7 @@ static void test_initial(ckca_context *ctx, const char *arch, const char *last, 
     ckca_model_free(other);
 }
 
-/* ---- the memory plan: what is made again in the backward pass, and gradients in place ---- */
+/* ---- the memory plan: recomputed outputs, gradients in place ---- */
 
 static int conv(ckca_model *m, const char *name, int input, int out, int kernel, int stride, int pad) {
     ckca_conv_desc desc;
@@ -380,8 +380,8 @@ static int conv(ckca_model *m, const char *name, int input, int out, int kernel,
     return ckca_conv(m, name, input, desc);
 }
 
-/* A network with all that a plan may meet, sensible or not. */
-static ckca_model *knotty(ckca_context *ctx) {
+/* An irregular graph: every case of the memory planner, useful as a network or not. */
+static ckca_model *irregular(ckca_context *ctx) {
     ckca_model_desc desc;
     ckca_model *m;
     int x, y, z = 0, i;
@@ -421,7 +421,7 @@ static ckca_model *knotty(ckca_context *ctx) {
     y = conv(m, "conv15", ckca_relu(m, ckca_batchnorm(m, "bn14", conv(m, "conv14", x, 16, 3, 1, 1))), 16, 3, 1, 1);
     z = ckca_relu(m, ckca_batchnorm(m, "bn16", conv(m, "conv16", x, 16, 1, 1, 0)));
     x = ckca_relu(m, ckca_add(m, ckca_batchnorm(m, "bn15", y), z));
-    /* Two of what is made again, as in a network that normalises before its convolutions; each is the last to read it. */
+    /* Two recomputed outputs, as in a network that normalises before its convolutions; each is its last reader. */
     z = conv(m, "conv22", x, 16, 1, 1, 0);
     y = conv(m, "conv21", ckca_relu(m, ckca_batchnorm(m, "bn21", x)), 16, 3, 1, 1);
     x = ckca_relu(m, ckca_add(m, ckca_batchnorm(m, "bn22", y), z));
@@ -488,8 +488,8 @@ static float *gradients_in(ckca_model *m, int mode, int n, const float *x, const
     return all;
 }
 
-/* A step gives the same gradients, bit by bit, whatever the plan keeps, makes again or overwrites. merged: batch norms
-   that are; merged_sums: of these, those in sums (on the GPU there are no others). */
+/* A step gives the same gradients, bit by bit, whatever the plan keeps, recomputes or overwrites. merged: number of
+   batch norms fused into their reader; merged_sums: those of them whose reader is a sum (on the GPU there are no others). */
 static void test_plan(ckca_context *ctx, const char *net, int n, int size, int merged, int merged_sums) {
     static const int modes[] = {CKCA__TRAIN | CKCA__READABLE, CKCA__TRAIN, CKCA__TRAIN | CKCA__STAGES};
     ckca_model_desc desc;
@@ -502,7 +502,7 @@ static void test_plan(ckca_context *ctx, const char *net, int n, int size, int m
     desc.height = desc.width = size;
     desc.classes = 5;
     desc.seed = 1;
-    if (!strcmp(net, "knotty")) m = knotty(ctx);
+    if (!strcmp(net, "irregular")) m = irregular(ctx);
     else CHECK(ckca_resnet(ctx, &m, net, &desc) == CKCA_OK, "%s", ckca_error(ctx));
     x = (float *)malloc((size_t)(n * m->height * m->width * 3) * sizeof *x);
     dz = (float *)malloc((size_t)(n * 5) * sizeof *dz);
@@ -517,11 +517,12 @@ static void test_plan(ckca_context *ctx, const char *net, int n, int size, int m
     }
     CHECK(stages[2] == stages[0], "%s: its stages' outputs, added up: %g, not %g", net, stages[2], stages[0]);
     CHECK(m->plan_values[CKCA__TRAIN] < m->plan_values[CKCA__TRAIN | CKCA__READABLE] && m->agains[CKCA__TRAIN] > 0,
-          "%s: nothing is made again", net);
+          "%s: nothing is recomputed", net);
     for (j = 0; j < m->agains[CKCA__TRAIN]; j++) made += m->again[CKCA__TRAIN][j].in != j;
-    CHECK(made || strcmp(net, "resnet50"), "%s: no output takes its residual's place", net);
+    CHECK(made || strcmp(net, "resnet50"), "%s: no recomputed output overwrites its residual", net);
     for (j = made = 0; j < m->nodes; j++) made += m->node[j].merged[CKCA__TRAIN];
-    CHECK(made == (CKCA__DEVICE_IS_HOST ? merged : merged_sums), "%s: %d batch norms merged", net, made);
+    CHECK(made == (CKCA__DEVICE_IS_HOST ? merged : merged_sums), "%s: %d batch norms are fused into readers", net,
+          made);
     for (mode = 0; mode < 3; mode++) free(all[mode]);
     free(x);
     free(dz);
@@ -560,6 +561,7 @@ int main(void) {
         CHECK(0, "tests/reference/nets.safetensors cannot be read (run from the repository's root)");
         return test_summary();
     }
+    test_group("ResNets against PyTorch: logits, loss, gradients, statistics, an SGD step");
     for (i = 0; i < sizeof isas / sizeof *isas; i++) {
         ckca_desc desc;
         if (i && !CKCA__DEVICE_IS_HOST) break; /* instruction sets are the host's */
@@ -574,14 +576,18 @@ int main(void) {
         ckca_free(ctx);
     }
     CHECK(ckca_init(&ctx, NULL) == CKCA_OK, "no context");
-    test_plan(ctx, "knotty", 6, 0, 8, 3);
+    test_group("memory plan: the same gradients whatever is kept");
+    test_plan(ctx, "irregular", 6, 0, 8, 3);
     test_plan(ctx, "resnet20", 4, 16, 9, 0);
     test_plan(ctx, "resnet18", 2, 64, 8 + 1 + 3, 3);
     test_plan(ctx, "resnet50", 2, 32, 2 * 16 + 1 + 4, 4);
+    test_group("memory plan: bytes of activations");
     test_plan_size(ctx, "resnet20", 32, CKCA__DEVICE_IS_HOST ? 0.865e6 : 0.885e6);
     test_plan_size(ctx, "resnet18", 224, CKCA__DEVICE_IS_HOST ? 11.85e6 : 11.95e6);
     test_plan_size(ctx, "resnet50", 224, 47.4e6);
+    test_group("architectures: parameter counts and features");
     test_structure(ctx);
+    test_group("initial weights");
     test_initial(ctx, "resnet20", "bn2.weight", 0);
     test_initial(ctx, "resnet20", "bn2.weight", 1);
     test_initial(ctx, "resnet50-cifar", "bn3.weight", 1);

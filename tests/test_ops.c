@@ -124,8 +124,8 @@ static void norm_backward(ckca_context *ctx, const void *args, float *out) {
                                 a->residual ? out + n : NULL, a->accumulate, out + m, out + m + c, ws);
     free(ws);
 }
-/* out: y of the forward pass, then y made again in the place of the residual (or beside x): the same bits. So are they
-   if the residual goes through a norm of its own, at once or before; and statistics do not depend on y's being wanted. */
+/* out: y of the forward pass, then y recomputed over the residual (or into memory of its own): the same bits, also if
+   the residual has a batch norm of its own, applied here or before. Statistics are the same where y is not wanted. */
 static void norm_again(ckca_context *ctx, const void *args, float *out) {
     const norm *a = (const norm *)args;
     size_t n = a->rows * (size_t)a->c, c = (size_t)a->c, i;
@@ -139,7 +139,7 @@ static void norm_again(ckca_context *ctx, const void *args, float *out) {
     ckca__op_batchnorm_again(ctx, 0, a->rows, a->c, a->x, &saved, a->residual ? out + n : NULL, NULL, out + n);
     for (i = 0; i < n && out[i] == out[n + i]; i++) {
     }
-    CHECK(i == n, "%s: batch norm %dx%d made again differs at %d: %g, %g", ckca_device(ctx), (int)a->rows, a->c, (int)i,
+    CHECK(i == n, "%s: batch norm %dx%d recomputed differs at %d: %g, %g", ckca_device(ctx), (int)a->rows, a->c, (int)i,
           i < n ? (double)out[n + i] : 0.0, i < n ? (double)out[i] : 0.0);
     if (a->residual) {
         float *at_once = (float *)malloc((n + 4 * c) * sizeof *at_once), *stats = at_once + n;
@@ -147,17 +147,17 @@ static void norm_again(ckca_context *ctx, const void *args, float *out) {
         memcpy(stats + 3 * c, a->running_var, c * sizeof *stats);
         ckca__op_batchnorm_forward(ctx, 0, a->rows, a->c, a->x, a->gamma, a->beta, stats + 2 * c, stats + 3 * c,
                                    a->residual, &residuals, a->relu, NULL, stats, stats + c, ws);
-        CHECK(!memcmp(stats, y + n, 4 * c * sizeof *stats), "%s: batch norm %dx%d: other statistics without y",
+        CHECK(!memcmp(stats, y + n, 4 * c * sizeof *stats), "%s: batch norm %dx%d: statistics differ without y",
               ckca_device(ctx), (int)a->rows, a->c);
         ckca__op_batchnorm_again(ctx, 0, a->rows, a->c, a->residual, &residuals, NULL, NULL, other);
         ckca__op_batchnorm_again(ctx, 0, a->rows, a->c, a->x, &saved, other, NULL, other);
         ckca__op_batchnorm_forward(ctx, 0, a->rows, a->c, a->x, a->gamma, a->beta, stats + 2 * c, stats + 3 * c,
                                    a->residual, &residuals, a->relu, at_once, stats, stats + c, ws);
-        CHECK(!memcmp(at_once, other, n * sizeof *other), "%s: batch norm %dx%d: forward under a residual's norm",
+        CHECK(!memcmp(at_once, other, n * sizeof *other), "%s: batch norm %dx%d: forward with a normalised residual",
               ckca_device(ctx), (int)a->rows, a->c);
         memcpy(at_once, a->residual, n * sizeof *at_once);
         ckca__op_batchnorm_again(ctx, 0, a->rows, a->c, a->x, &saved, at_once, &residuals, at_once);
-        CHECK(!memcmp(at_once, other, n * sizeof *other), "%s: batch norm %dx%d: again under a residual's norm",
+        CHECK(!memcmp(at_once, other, n * sizeof *other), "%s: batch norm %dx%d: recomputed with a normalised residual",
               ckca_device(ctx), (int)a->rows, a->c);
         free(at_once);
     }
@@ -1270,21 +1270,37 @@ int main(int argc, char **argv) {
                 contexts[isa][t] = NULL;
             } else any = contexts[isa][0];
         }
+    test_group("workspace: a smaller batch never needs more");
     test_workspace();
+    test_group("batch norm against double: training, evaluation, recomputed, in place");
     test_norm();
+    test_group("batch norm: accuracy of the variance");
     test_norm_accuracy();
+    test_group("batch norm: gradients against central differences");
     test_norm_gradient();
+    test_group("batch norm folded into weights");
     test_fold();
+    test_group("element-wise ops and SGD");
     test_elements();
+    test_group("NaN passes through every op");
     test_nan_passes();
+    test_group("device memory");
     test_device();
+    test_group("pooling: values and gradients");
     test_pools();
+    test_group("max pooling: ties, NaN, infinities");
     test_maxpool_edges();
+    test_group("cross-entropy and AdaKD");
     test_class_losses();
+    test_group("cross-entropy and AdaKD: extreme logits");
     test_class_edges();
+    test_group("FeatReg");
     test_features();
+    test_group("batches: augmentation and normalisation");
     test_batch();
+    test_group("augmentation: distribution of the draws");
     test_draws();
+    test_group("values of PyTorch");
     test_torch(argc > 1 ? argv[1] : "tests/reference/ops.safetensors");
     for (isa = 0; isa < ISAS; isa++)
         for (t = 0; t < THREADS; t++) ckca_free(contexts[isa][t]);

@@ -401,6 +401,7 @@ int main(void) {
     ckca_context *ctx = context(0);
     int i;
     printf("%s\n", ckca_device(ctx));
+    test_group("default number of threads");
 #ifdef CKCA__THREADS
     alarm(300); /* a call that never returns is a failure too */
     CHECK(ctx->threads == ckca__processors(), "%d threads, %d processors", ctx->threads, ckca__processors());
@@ -408,17 +409,27 @@ int main(void) {
     CHECK(ctx->threads == 1, "%d threads without threads", ctx->threads);
 #endif
     ckca_free(ctx);
+    test_group("each task runs once, on a thread number of its own");
     for (i = 0; i < 4; i++) test_tasks(threads[i], 5000);
+    test_group("creating and freeing contexts");
     test_lives();
 #ifdef CKCA__THREADS
+    test_group("workers come");
     for (i = 1; i < 4; i++) test_meetings(threads[i], 500);
+    test_group("the call waits for claimed tasks");
     test_lingering();
+    test_group("order of tasks");
     test_order();
+    test_group("one thread alone");
     test_alone();
+    test_group("contexts in threads of the user");
     test_users();
+    test_group("the system grants fewer threads");
     test_few_threads();
 #ifndef __SANITIZE_THREAD__ /* allows neither threads after a fork nor such signals */
+    test_group("a stopped worker is not waited for");
     test_absent_worker();
+    test_group("a forked child goes on");
     test_fork();
 #endif
 #endif

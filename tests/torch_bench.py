@@ -1,24 +1,24 @@
 #!/usr/bin/env python3
-"""tests/bench.c in PyTorch: the same command line, the same line of figures.
+"""tests/bench.c in PyTorch: the same command line, the same line of results.
 
     python3 tests/torch_bench.py train NET BATCH SIZE THREADS STEPS [PRECISION] [SETTING]
     python3 tests/torch_bench.py infer NET BATCH SIZE THREADS STEPS [PRECISION] [SETTING]
     python3 tests/torch_bench.py distill STUDENT TEACHER BATCH SIZE THREADS STEPS [PRECISION] [SETTING]
-    python3 tests/torch_bench.py peak PRECISION          a GPU's matrix products and copies: rates for floors
+    python3 tests/torch_bench.py peak PRECISION          peak rates of a GPU: matrix products and copies
 
 On the processor SETTING is one of
-    tuned          channels-last, and glibc's malloc set to huge pages that are kept (Linux): the default
-    tcmalloc       channels-last, and tcmalloc in malloc's place
-    channels-last  channels-last alone
-    default        PyTorch as it comes
+    tuned          channels-last, and glibc's malloc set to use and keep huge pages (Linux): the default
+    tcmalloc       channels-last, and tcmalloc instead of malloc
+    channels-last  channels-last only
+    default        PyTorch without settings
 and on a GPU
-    eager          channels-last, cuDNN choosing by trial
+    eager          channels-last, cuDNN benchmark mode
     graph          the same, the whole step captured as a CUDA graph and replayed
 with float32, tf32 or bf16 (AMP: autocast, float32 weights) as PRECISION; the processor knows float32 only.
 
-Eager mode but for graph; on a GPU each step is waited for, as bench waits for its report of each. SGD is the fused one;
-a net that only evaluates (infer, and the teacher of distill) has its batch norms folded into its convolutions, as ours
-has. Pictures are ready in memory, where bench distill augments its own.
+Eager mode except for graph. On a GPU every step is synchronised, as in bench. SGD is the fused one. A network that only
+evaluates (infer, and the teacher of distill) has its batch norms folded into its convolutions, as in ckca.h. Pictures are
+ready in memory; bench distill augments its own.
 """
 import ctypes.util, os, resource, statistics, sys, time
 
@@ -29,12 +29,12 @@ PRECISIONS = ("float32", "tf32", "bf16")
 
 
 def tcmalloc():
-    """The library's name, None where there is none."""
+    """The name of the tcmalloc library, or None."""
     return ctypes.util.find_library("tcmalloc_minimal") or ctypes.util.find_library("tcmalloc")
 
 
 def arguments():
-    """mode, nets, numbers, precision, setting; the process starts anew if its allocator must be another."""
+    """Returns mode, nets, numbers, precision, setting; restarts the process if it needs another allocator."""
     argv = sys.argv[1:]
     nets = 2 if argv[:1] == ["distill"] else 1
     setting = argv.pop() if argv and argv[-1] in SETTINGS else "tuned"
@@ -44,10 +44,10 @@ def arguments():
     if argv[:1] not in (["train"], ["infer"], ["distill"]) or len(argv) != 1 + nets + 4:
         sys.exit(__doc__)
     if precision != "float32" and setting not in ("eager", "graph"):
-        sys.exit(f"torch_bench: {precision} is for eager and graph, on a GPU")
+        sys.exit(f"torch_bench: {precision} needs a GPU, with eager or graph")
     wanted = {"tuned": {"GLIBC_TUNABLES": MALLOC}, "tcmalloc": {"LD_PRELOAD": tcmalloc() or ""}}.get(setting, {})
     if wanted.get("LD_PRELOAD") == "":
-        sys.exit("torch_bench: no tcmalloc here (Debian: libtcmalloc-minimal4)")
+        sys.exit("torch_bench: tcmalloc not found (Debian: libtcmalloc-minimal4)")
     if any(os.environ.get(k) != v for k, v in wanted.items()):
         os.execve(sys.executable, [sys.executable] + sys.argv, dict(os.environ, **wanted))
     return argv[0], argv[1:1 + nets], [int(v) for v in argv[1 + nets:]], precision, setting
@@ -72,7 +72,7 @@ def wait():
 
 
 def captured(step):
-    """The step as a CUDA graph, after the warm-up on a stream of its own that capturing asks for."""
+    """The step as a CUDA graph, after the warm-up on a side stream that capturing requires."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -86,7 +86,7 @@ def captured(step):
 
 
 def peak():
-    """Multiply-adds of 8192 x 8192 matrices in the precision, and bytes of copying 1 GiB: the best of ten tries."""
+    """Peak rates: a product of 8192 x 8192 matrices in the precision, a copy of 1 GiB; the best of ten."""
     side, words = 8192, 1 << 28
     a, b = (torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16 if PRECISION == "bf16" else torch.float32)
             for _ in range(2))
@@ -117,7 +117,7 @@ def make(name, layout, evaluate):
 
 def main():
     if DEVICE == "cuda" and not torch.cuda.is_available():
-        sys.exit("torch_bench: PyTorch finds no GPU here")
+        sys.exit("torch_bench: PyTorch finds no GPU")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = PRECISION != "float32"
     torch.backends.cudnn.benchmark = True
     if MODE == "peak":

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Checkpoints to and fro: files of ckca.h in torchvision's networks, torchvision's files in ours, the same logits.
+"""Checkpoints both ways: ckca.h's files in torchvision's networks and torchvision's files in ckca.h give the same logits.
 
     make build/interop && python3 tests/torch_interop.py
 
-For ResNet-18, 34 and 50: a file that ckca_save wrote is loaded by safetensors.torch.load_file into torchvision's network
-(load_state_dict, strict), and torchvision's, saved by safetensors.torch.save_file as it is, by ckca_load_weights. Prints the relative error of the logits, |a - b| / |b|.
+For ResNet-18, 34 and 50: safetensors.torch.load_file and load_state_dict (strict) read a file of ckca_save into
+torchvision's network, and ckca_load_weights reads torchvision's, saved by safetensors.torch.save_file. Prints the relative
+error of the logits, |a - b| / |b|.
 """
 import os, subprocess, sys, tempfile
 
@@ -45,7 +46,7 @@ def main():
 
             net = getattr(torchvision.models, arch)(num_classes=CLASSES)
             net.train()
-            for _ in range(3):  # running statistics that are not the initial ones
+            for _ in range(3):  # move the running statistics away from their initial values
                 net(torch.randn(8, 3, SIZE, SIZE))
             save_file(net.state_dict(), path)
             theirs = net.eval()(x)

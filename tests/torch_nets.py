@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Writes tests/reference/nets.safetensors: what whole networks compute in PyTorch, for tests/test_nets.c.
+"""Writes tests/reference/nets.safetensors: results of whole networks in PyTorch, for tests/test_nets.c.
 
     python3 tests/torch_nets.py [--search N] [OUT]
 
-Nothing large is stored: weights, momentum, pictures and labels are a formula of (name, index) that both sides evaluate
-(draw below), and of each tensor of a result only its norm and a few values at agreed places are kept. Everything is
-computed in float64, so that the reference is exact where the test is not; PyTorch's own float32 error is printed beside it.
+The file is small: weights, momentum, pictures and labels are a formula of (name, index) that both sides evaluate (draw
+below); of each result it keeps the norm and a few values at agreed places. Everything is computed in float64; the script
+also prints the error of PyTorch's float32.
 
-A ReLU or max pool whose input lies on its kink makes the gradient a matter of rounding. The seeds in NETS were found by
---search N, which tries N seeds for each net and prints the one whose nearest kink is farthest.
+Where the input of a ReLU or max pool lies at its kink, rounding decides the gradient. The seeds in NETS avoid that: --search N
+tries N seeds for each network and prints the one whose nearest kink is farthest away.
 """
 import argparse, math, os, sys
 
@@ -44,7 +44,7 @@ class Subsample(nn.Module):
 
 
 def build(arch, classes, projection=0, width=16):
-    """The network that ckca_resnet(arch) builds."""
+    """The same network as ckca_resnet(arch)."""
     name, _, stem = arch.partition("-")
     depth = int(name[len("resnet"):])
     if depth not in (18, 34, 50):
@@ -73,7 +73,7 @@ def mix(x):
 
 
 def key(name, seed):
-    """FNV-1a of a name, moved by the seed."""
+    """FNV-1a hash of a name, offset by the seed."""
     h = 2166136261
     for b in name.encode():
         h = (h ^ b) * 16777619 % 2**32
@@ -85,12 +85,12 @@ def bits(name, seed, count):
 
 
 def draw(name, seed, count):
-    """count numbers in [-1, 1): exact in double."""
+    """count numbers in [-1, 1), exact in float64."""
     return bits(name, seed, count) / 2147483648.0 - 1.0
 
 
 def formula(name, shape, seed):
-    """The value of a parameter or buffer in float32: as Kaiming's for weights, near 1 or 0 for batch norm."""
+    """A parameter or buffer in float32: scaled as Kaiming's for weights, near 1 or 0 for batch norm."""
     u = draw(name, seed, math.prod(shape))
     if name.endswith("running_var"):
         v = 1.0 + 0.3 * u
@@ -99,7 +99,7 @@ def formula(name, shape, seed):
     elif name.endswith("bias"):
         v = 0.2 * u
     elif len(shape) == 1:
-        v = (0.8 + 0.2 * u) * (0.25 if name.endswith("bn3.weight") else 1.0)  # ResNet-50's branches small: less chaotic
+        v = (0.8 + 0.2 * u) * (0.25 if name.endswith("bn3.weight") else 1.0)  # small residual branches in ResNet-50: less sensitive to rounding
     else:
         v = math.sqrt((6.0 if len(shape) == 4 else 3.0) / math.prod(shape[1:])) * u
     return torch.from_numpy(v.astype(np.float32).reshape(shape))
@@ -118,7 +118,7 @@ def setup(spec, seed, dtype):
 
 
 def kink(spec, seed):
-    """The smallest distance of a ReLU's or max pool's input from its kink in the training forward."""
+    """The smallest distance of a ReLU or max pool input from its kink in the training forward pass."""
     nearest, relu, pool = [1.0], F.relu, F.max_pool2d
 
     def watch_relu(x, inplace=False):
@@ -143,7 +143,7 @@ def kink(spec, seed):
 
 
 def compute(spec, seed, dtype):
-    """One evaluation, one training step from a given momentum, one more evaluation."""
+    """An evaluation, a training step from a given momentum, and another evaluation."""
     net, x, y = setup(spec, seed, dtype)
     features = {}
     net.fc.register_forward_pre_hook(lambda _, args: features.update(f=args[0]))
@@ -184,7 +184,7 @@ def main():
     from safetensors.numpy import save_file
 
     torch.set_num_threads(2)
-    torch.backends.mkldnn.enabled = False  # oneDNN as in PyTorch 2.15 corrupts memory in backward passes this narrow
+    torch.backends.mkldnn.enabled = False  # oneDNN in PyTorch 2.15 corrupts memory in backward passes with so few channels
     if a.search:
         for net, spec in NETS.items():
             best = max((kink(spec, seed), seed) for seed in range(1, a.search + 1))

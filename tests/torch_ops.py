@@ -1,9 +1,9 @@
 """Writes tests/reference/ops.safetensors: inputs, outputs and gradients of single ops at tiny shapes, by PyTorch.
 
-    python tests/torch_ops.py [OUT]          (needs torch and safetensors; tests/test_ops.c reads the file)
+    python tests/torch_ops.py [OUT]          (needs torch and safetensors; read by tests/test_ops.c)
 
 Maps are N x H x W x C and convolution weights K x R x S x C, as in ckca.h; labels are int32. "NAME.d_X" is the gradient
-with respect to X when NAME's output gets the gradient "NAME.dy", or, for losses, of the loss itself.
+with respect to X, given the gradient "NAME.dy" of NAME's output; for losses, the gradient of the loss.
 """
 import sys
 import torch
@@ -39,7 +39,7 @@ def backward(name, y, inputs, maps=()):
         put(f"{name}.d_{key}", turn(grad))
 
 
-# Convolutions: kernel, stride, pad of those that ResNets have.
+# Convolutions of ResNets: kernel, stride, pad.
 for kernel, stride, pad in ((3, 1, 1), (3, 2, 1), (1, 1, 0), (1, 2, 0), (7, 2, 3)):
     x, w, b = leaf(2, 3, 9, 8), leaf(5, 3, kernel, kernel, scale=0.3), leaf(5)
     backward(f"conv{kernel}_{stride}", F.conv2d(x, w, b, stride, pad), dict(x=x, w=w, b=b))
@@ -47,7 +47,7 @@ for kernel, stride, pad in ((3, 1, 1), (3, 2, 1), (1, 1, 0), (1, 2, 0), (7, 2, 3
 x, w, b = leaf(4, 6), leaf(3, 6), leaf(3)
 backward("linear", F.linear(x, w, b), dict(x=x, w=w, b=b))
 
-# Batch norm with a residual and ReLU behind it; then the same in evaluation with the statistics it has by then.
+# Batch norm followed by a residual and ReLU; then the same in evaluation mode, with the updated statistics.
 x, residual = leaf(3, 5, 4, 6, scale=2, shift=3), leaf(3, 5, 4, 6)
 gamma, beta = leaf(5, shift=1, scale=0.3), leaf(5)
 mean, var = torch.randn(5), torch.rand(5) + 0.5
