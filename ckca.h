@@ -9953,7 +9953,7 @@ static ckca_status ckca__export_model(ckca_model *m, const char *path, const cha
     ckca__export export_;
     size_t most = 0;
     int i, k, items = 0, metas = 0;
-    ckca_status status = ckca__all_finite(m, path ? ckca__tail(path) : "save", state != NULL);
+    ckca_status status = ckca__all_finite(m, state ? "update" : path ? ckca__tail(path) : "save", state != NULL);
     memset(&mean, 0, sizeof mean);
     mean.ctx = ctx;
     std = mean;

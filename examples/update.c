@@ -5,8 +5,8 @@
        ./update in-use.safetensors new-pictures better.safetensors
 
    new-pictures holds a folder per class, named as the checkpoint names them (some may be missing). While it works,
-   better.safetensors.state is written now and then; if the program is killed, the same command goes on from there, to
-   the same bits. The old checkpoint is only read. */
+   better.safetensors.state is written now and then; if the program is stopped or killed, the same command goes on from
+   there, to the same bits. The old checkpoint is only read. */
 #define CKCA_IMPLEMENTATION
 #include "ckca.h"
 
@@ -19,7 +19,7 @@ static int show_progress(const ckca_progress *p, void *user) {
              p->epoch + 1, p->epochs, p->loss, p->kd, p->feat, 100 * p->accuracy,
              tool_duration(p->seconds_left, left, sizeof left));
     tool_status(line);
-    return 0;
+    return tool_signal;
 }
 
 int main(int argc, char **argv) {
@@ -32,8 +32,8 @@ int main(int argc, char **argv) {
         {"--epochs", TOOL_INT, &update.epochs, 1, 100000, "N", "passes over the new pictures [40]", 0},
         {"--batch", TOOL_INT, &update.batch, 1, 65536, "N", "pictures a step [64]", 0},
         {"--lr", TOOL_FLOAT, &update.lr, 1e-9, 1000, "X", "peak learning rate [0.1]", 0},
-        {"--w-kd", TOOL_FLOAT, &update.w_kd, 0, 1000, "X", "weight of the distillation term, 0: off [2]", 0},
-        {"--w-feat", TOOL_FLOAT, &update.w_feat, 0, 1000, "X", "weight of the feature term, 0: off [the library's]", 0},
+        {"--w-kd", TOOL_FLOAT, &update.w_kd, 0, 1000, "X", "weight of the distillation term, 0: off [1]", 0},
+        {"--w-feat", TOOL_FLOAT, &update.w_feat, 0, 1000, "X", "weight of the feature term, 0: off [1]", 0},
         {"--augment", TOOL_SWITCH, &augment, 0, 0, NULL, "shift by up to 4 pixels, mirror half of the time", 0},
         {"--seed", TOOL_SEED, &update.seed, 0, 0, "N", "of order and augmentation", 0},
         TOOL_DEVICE_FLAGS(desc),
@@ -59,6 +59,7 @@ int main(int argc, char **argv) {
         tool_fail(2, "usage: update CHECKPOINT.safetensors NEW_PICTURES_DIR OUT.safetensors (--help has more)");
     if ((size_t)snprintf(state, sizeof state, "%s.state", argv[2]) >= sizeof state)
         tool_fail(2, "the path is too long");
+    tool_check_output(argv[2]);
 
     tool_check(ctx, ckca_init(&ctx, &desc));
     tool_check(ctx, ckca_load(ctx, &model, argv[0]));
@@ -76,9 +77,8 @@ int main(int argc, char **argv) {
     update.state = state;
     update.progress = show_progress;
     if (augment) update.augment.pad = 4, update.augment.flip = 1;
-    tool_check(ctx, ckca_update(model, pictures, &update, &report));
+    tool_update(ctx, model, pictures, &update, &report, "the same command");
     tool_check(ctx, ckca_save(model, argv[2]));
-    tool_status(NULL);
     printf(
         "%s: update %d, %d steps in %.1f s; accuracy on the new pictures was %.1f%%, in training %.1f%%\n",
         argv[2], report.step, report.sgd_steps, report.seconds, 100 * report.teacher_accuracy, 100 * report.accuracy);
@@ -92,5 +92,5 @@ int main(int argc, char **argv) {
     ckca_data_free(pictures);
     ckca_data_free(test);
     ckca_free(ctx);
-    return 0;
+    return tool_end();
 }
