@@ -1107,7 +1107,7 @@ CKCA_API const char *ckca_error(const ckca_context *ctx) { return ctx ? ctx->err
 CKCA_API const char *ckca_status_name(ckca_status status) {
     static const char *const name[] = {
         "ok",       "bad argument",       "shapes do not fit", "out of memory", "input or output failed",
-        "bad file", "loss is not finite", "stopped",           "CUDA failed"};
+        "bad file", "not finite", "stopped",           "CUDA failed"};
     return (unsigned)status < sizeof name / sizeof *name ? name[status] : "unknown status";
 }
 

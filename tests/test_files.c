@@ -1518,6 +1518,10 @@ static void test_memory(void) {
     CHECK(ckca_load_weights_memory(other, changed, again) == CKCA_OK, "%s", ckca_error(ctx));
     free(changed);
     CHECK(ckca_load_weights_memory(other, untouched, size) == CKCA_OK, "%s", ckca_error(ctx));
+    changed = renamed(bytes, size, "", "model.", "_orig_mod.", &again); /* the order of the names changes */
+    CHECK(ckca_load_weights_memory(other, changed, again) == CKCA_OK, "%s", ckca_error(ctx));
+    free(changed);
+    CHECK(ckca_load_weights_memory(other, untouched, size) == CKCA_OK, "%s", ckca_error(ctx));
     changed = renamed(bytes, size, "net.", "net.", "net.", &again);
     expect(ctx, "unknown prefix", ckca_load_weights_memory(other, changed, again), CKCA_EFORMAT,
            "memory: it has no tensor conv1.weight, but 8 others. The nearest: net.conv1.weight, net.bn1.weight, "
