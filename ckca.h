@@ -73,8 +73,8 @@
        CKCA_API             what to put before public declarations instead (dllexport, say)
        CKCA_NO_STB_IMAGE    no JPEG and PNG: ckca_open_folder, ckca_read_picture and _memory say so and fail. (To use
                             an stb_image.h of your own, put it beside this header or include it before)
-       CKCA_NO_STDIO        no files at all: pictures come from arrays or ckca_read_picture_memory, weights through
-                            ckca_tensor_read and _write
+       CKCA_NO_STDIO        no files at all: pictures come from arrays or ckca_read_picture_memory, checkpoints through
+                            ckca_load_memory and ckca_save_memory; an update cannot be resumed
        CKCA_NO_SIMD         plain loops only
        CKCA_CUDA            the ops of ckca_cuda.cu in place of the host's
        CKCA_NO_THREADS      one thread only; also wherever there are no POSIX threads
@@ -133,24 +133,51 @@
        sentence in: CKCA_EINVAL is all it says. (What a GPU refuses is found when it is next waited for: CKCA_ECUDA,
        with the CUDA call's name.)
        Files may be hostile: lengths are checked before they are used, and what is truncated or corrupt is refused.
-       Files are written beside their place and renamed over it: at any moment the old or the new one is there.
+       Files are written beside their place (PATH.tmp) and renamed over it: at any moment the old or the new one is
+       there. A PATH.tmp that a killed run left is written over by the next.
+       Weights or statistics that are infinite or NaN are CKCA_ENAN: at the end of ckca_update, when saved, when loaded.
 
    ZERO MEANS DEFAULT
        memset a descriptor to 0 (or = {0}) and set what you care about. Where the default is not nothing and you want
        nothing, set the field to CKCA_OFF. Other negative values, NaN and infinity are refused. What zeros stand for in
-       an update, ckca_update_defaults says.
+       an update, ckca_update_defaults says. Where nothing has to be set, the descriptor itself may be NULL: ckca_init,
+       ckca_open_*, ckca_split, ckca_update.
+
+   RUNS THAT ARE KILLED
+       With ckca_update_desc.state = "net.state", ckca_update writes all that it needs to go on into that file now and
+       then, when it is stopped (CKCA_ESTOP), and once more at its end. The file stays when ckca_update returns: it
+       holds the result until the model's next ckca_save is done, which removes it. So, whenever a run is killed, the
+       same calls with the same arguments go on from there and come to the same bits, at once where only the save was
+       missing. Who keeps a result in another way than by ckca_save removes the file.
+       The state of another update (other pictures, weights or settings) is refused, CKCA_EINVAL, never written over.
+       While an update is at work, net.state.lock is locked, and a second one with that state is refused, CKCA_EIO; the
+       lock ends with its process, however that ends (flock; on systems and file systems without it, no such check).
 
    FILE FORMATS
        Checkpoints are safetensors with torchvision's parameter names; safetensors.torch.load_file and load_state_dict
-       take them. In the metadata: ckca.graph (the network, so that ckca_load needs nothing else), ckca.arch,
-       ckca.input, ckca.classes, ckca.class_names, ckca.mean, ckca.std, ckca.step. Training states have momentum and
-       position besides.
+       take them. In the metadata, as text:
+           format                 pt, which PyTorch's readers ask for
+           ckca.format            1; rises when an older ckca.h could not read the file right, and would refuse it
+           ckca.version           CKCA_VERSION of who wrote it
+           ckca.graph             the network, so that ckca_load needs nothing else
+           ckca.arch              the builder's name, or custom
+           ckca.input             height width channels
+           ckca.classes           how many, and
+           ckca.class_names       their names as a JSON list, where they are known
+           ckca.mean, ckca.std    per channel, likewise
+           ckca.step              updates done
+       Training states are such files with tensors momentum.* and ckca.state (which update it is, and how far).
        Pictures are JPEG (baseline, extended and progressive with Huffman codes and 8 bits a sample; grey, YCbCr, RGB, and
        CMYK with Adobe's segment) and PNG (all kinds; alpha is dropped, 16 bits are cut to 8). Both are turned upright as
        EXIF's orientation says, unless ckca_data_desc.as_stored is set; sizes, crops and limits are those of the turned
        picture. Before stb_image sees a file it is walked through: tables that lack, missing scans, wrong checksums,
        restart markers that lack, come too many, out of order or behind other bytes, and data too short are refused. A
        JPEG without its end marker is read if the codes of every pixel are there.
+
+   VERSIONS
+       CKCA_VERSION is MAJOR.MINOR.PATCH. A new PATCH changes no declaration. A new MINOR may add some and change
+       defaults and results' bits; before 1.0.0 it may also change declarations, from then on that takes a new MAJOR.
+       Every version reads the checkpoints of all before it. Training states are for the version that wrote them.
 */
 #ifndef CKCA__PASS
 #ifndef CKCA_H
@@ -172,6 +199,9 @@ extern "C" {
 #endif
 
 #define CKCA_VERSION "0.1.0"
+#define CKCA_VERSION_MAJOR 0
+#define CKCA_VERSION_MINOR 1
+#define CKCA_VERSION_PATCH 0
 
 /* The value of a descriptor's field whose zero means "default" when you want it switched off. */
 #define CKCA_OFF (-1.0f)
@@ -187,7 +217,7 @@ typedef enum ckca_status {
     CKCA_ENOMEM,  /* an allocation failed */
     CKCA_EIO,     /* the system refused to open, read, write or rename a file */
     CKCA_EFORMAT, /* a file is truncated, corrupt or of another kind */
-    CKCA_ENAN,    /* the loss is no longer finite */
+    CKCA_ENAN,    /* the loss, weights or running statistics are infinite or NaN */
     CKCA_ESTOP,   /* the progress callback asked to stop */
     CKCA_ECUDA    /* the GPU or its libraries refused a call */
 } ckca_status;
@@ -511,8 +541,9 @@ typedef struct ckca_update_desc {
     ckca_augment augment;
     uint64_t seed; /* of order and augmentation (and of SCRATCH's and SHRINK_PERTURB's fresh weights) */
     /* files and reports */
-    const char *state;   /* path of a training state, written every state_seconds and removed at the end. If it is
-                               there at the start, training resumes from it, to bitwise the same weights */
+    const char *state;   /* path of a training state, written every state_seconds and at the end, removed by the
+                               model's next ckca_save. If it is there at the start, training resumes from it, to bitwise
+                               the same weights. See RUNS THAT ARE KILLED */
     float state_seconds; /* 0: 30 */
     int (*progress)(const ckca_progress *progress, void *user); /* after every SGD step; non-zero stops (CKCA_ESTOP).
                                                                    A GPU stops for every report; without, once an epoch */
@@ -562,14 +593,22 @@ CKCA_API void ckca_shuffle(uint64_t seed, int epoch, int n, int *order);
    ------------------------------------------------------------------------------------------------------------------ */
 
 #ifndef CKCA_NO_STDIO
-/* Writes a safetensors file by way of a temporary one beside it: at any moment path is the old file or the new. */
+/* Writes a safetensors file by way of a temporary one beside it: at any moment path is the old file or the new. Then
+   removes the training states of the updates whose result it is. */
 CKCA_API ckca_status ckca_save(ckca_model *model, const char *path);
 /* A model from a file that ckca_save wrote (network, classes, normalisation and step come from its metadata). */
 CKCA_API ckca_status ckca_load(ckca_context *ctx, ckca_model **model, const char *path);
-/* Weights into a finished model from any safetensors file with its names and shapes (torchvision's, say). Classes,
-   normalisation and step are taken if they are there. On failure the model is as it was. */
+/* Weights into a finished model from any safetensors file with its names and shapes (torchvision's, say). The prefixes
+   module. _orig_mod. model. backbone. and chains of them are left out of its names where that makes every one fit.
+   Classes, normalisation and step are taken if they are there. On failure the model is as it was. */
 CKCA_API ckca_status ckca_load_weights(ckca_model *model, const char *path);
 #endif
+/* The same files in memory of yours. Saving: *size becomes the bytes that the file has; out, of room bytes, gets them.
+   out NULL: only the size, which stays the same until the model is trained or loaded. Too little room: CKCA_EINVAL. */
+CKCA_API ckca_status ckca_save_memory(ckca_model *model, void *out, size_t room, size_t *size);
+/* bytes[0..size) are not needed after the call, and may start at any address. */
+CKCA_API ckca_status ckca_load_memory(ckca_context *ctx, ckca_model **model, const void *bytes, size_t size);
+CKCA_API ckca_status ckca_load_weights_memory(ckca_model *model, const void *bytes, size_t size);
 
 #ifdef __cplusplus
 }
@@ -1181,7 +1220,7 @@ static int ckca__usable(const ckca_context *ctx) { return ctx && !ctx->failed; }
 CKCA_API const char *ckca_status_name(ckca_status status) {
     static const char *const name[] = {
         "ok",       "bad argument",       "shapes do not fit", "out of memory", "input or output failed",
-        "bad file", "loss is not finite", "stopped",           "CUDA failed"};
+        "bad file", "not finite", "stopped",           "CUDA failed"};
     return (unsigned)status < sizeof name / sizeof *name ? name[status] : "unknown status";
 }
 
@@ -5053,6 +5092,12 @@ typedef struct ckca__parameter {
     size_t count, offset;     /* in floats, in the arenas */
 } ckca__parameter;
 
+/* A training state that holds an update's result until ckca_save has written it. */
+typedef struct ckca__unsaved {
+    struct ckca__unsaved *next;
+    char *state, *lock; /* paths, behind this struct */
+} ckca__unsaved;
+
 struct ckca_model {
     ckca_context *ctx;
     ckca_status failed; /* the first failure of building; its sentence is kept below */
@@ -5087,6 +5132,7 @@ struct ckca_model {
     size_t workspace_bytes, ready_bytes;
     const float *input; /* the last forward's pictures, size and mode */
     int n, mode;
+    ckca__unsaved *unsaved;
 };
 
 /* A mode says what a forward has to leave behind, and so which plan holds: what backward needs, the stages' outputs for
@@ -5386,12 +5432,22 @@ CKCA_API int ckca_stage(ckca_model *m, int input) {
     return input;
 }
 
+/* The states' files stay. */
+static void ckca__forget_unsaved(ckca_model *m) {
+    while (m->unsaved) {
+        ckca__unsaved *u = m->unsaved;
+        m->unsaved = u->next;
+        ckca__release(m->ctx, u);
+    }
+}
+
 CKCA_API void ckca_model_free(ckca_model *m) {
     ckca_context *ctx;
     int mode;
     if (!m) return;
     ctx = m->ctx;
     ckca__free_names(ctx, m->class_names, m->classes);
+    ckca__forget_unsaved(m);
     ckca__release(ctx, m->normalization);
     ckca__release(ctx, m->node);
     ckca__release(ctx, m->parameter);
@@ -6760,6 +6816,7 @@ CKCA_API ckca_status ckca_model_copy(ckca_model **out, const ckca_model *m) {
     memset(copy->again_room, 0, sizeof copy->again_room);
     memset(copy->agains, 0, sizeof copy->agains);
     copy->workspace = copy->ready = NULL;
+    copy->unsaved = NULL;
     copy->folded_valid = copy->n = 0;
     copy->node = (ckca__node *)ckca__alloc(ctx, m->node_room * sizeof *m->node);
     copy->parameter = (ckca__parameter *)ckca__alloc(ctx, m->parameter_room * sizeof *m->parameter);
@@ -7341,13 +7398,16 @@ typedef struct ckca__update {
     void *recording[2]; /* of a whole batch's step and of a last, shorter one's */
     double teacher_accuracy;
     uint64_t fingerprint; /* of everything that decides the result */
+    ckca__unsaved *unsaved; /* the state's paths, until the model takes them over */
+    int lock;               /* the file descriptor of the state's .lock, or -1 */
 } ckca__update;
 
 /* Weights by default: tests/MEASUREMENTS.md says why. */
 
-static ckca_status ckca__state_save(ckca__update *u); /* in CHECKPOINTS */
+static ckca_status ckca__state_open(ckca__update *u); /* in CHECKPOINTS */
+static void ckca__state_close(ckca__update *u, int done);
+static ckca_status ckca__state_save(ckca__update *u);
 static ckca_status ckca__state_load(ckca__update *u, int *found);
-static void ckca__state_remove(ckca__update *u);
 
 /* The learning rate of SGD step s: linear up to the peak, then the schedule. */
 static float ckca__rate(const ckca_update_desc *d, int64_t s, int batches) {
@@ -7471,6 +7531,37 @@ static ckca_status ckca__look(ckca__update *u) {
                           u->m->step + 1, u->epoch + 1, u->batch + 1, u->batches,
                           (double)ckca__rate(&u->d, step, u->batches));
     return CKCA_OK;
+}
+
+/* Whether a parameter's values are all finite. what: whose they are, and prefix: what stands before its name there. */
+static ckca_status ckca__finite(ckca_context *ctx, const char *what, const char *prefix, const ckca__parameter *p,
+                                const float *values) {
+    size_t i;
+    for (i = 0; i < p->count && isfinite(values[i]); i++) continue;
+    if (i == p->count) return CKCA_OK;
+    return ckca__fail(ctx, CKCA_ENAN, "%s: %s%s is not finite: value %.0f of %.0f is %s", what, prefix, p->name,
+                      (double)i + 1, (double)p->count, isnan(values[i]) ? "NaN" : "infinite");
+}
+
+/* The same of a model's weights and running statistics, and of its momentum. */
+static ckca_status ckca__all_finite(const ckca_model *m, const char *what, int momentum) {
+    const size_t size = m->all > m->trainable ? m->all : m->trainable;
+    float *host = (float *)ckca__alloc(m->ctx, size * sizeof(float));
+    ckca_status status = CKCA_OK;
+    int i, slot;
+    if (!host)
+        return ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for %.1f MB of weights", what, (double)size * 4e-6);
+    for (slot = 0; !status && slot <= momentum; slot++) {
+        ckca__device_download(m->ctx, host, slot ? m->momentum : m->values,
+                              (slot ? m->trainable : m->all) * sizeof(float));
+        status = ckca__device_status(m->ctx);
+        for (i = 0; !status && i < m->parameters; i++)
+            if (!slot || m->parameter[i].role < CKCA__MEAN)
+                status = ckca__finite(m->ctx, what, slot ? "momentum." : "", &m->parameter[i],
+                                      host + m->parameter[i].offset);
+    }
+    ckca__release(m->ctx, host);
+    return status;
 }
 
 static uint64_t ckca__hash(uint64_t hash, const void *bytes, size_t size) {
@@ -7644,6 +7735,7 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
     if (desc) u->d = *desc;
     if ((status = ckca_update_defaults(m, u->data, &u->d))) return status;
     ckca__settings_off(&u->d);
+    if (u->d.state && (status = ckca__state_open(u))) return status;
     if (u->d.teacher && u->d.teacher != m) teacher = u->d.teacher;
     if (!(u->d.w_kd > 0) && !(u->d.w_feat > 0)) teacher = NULL;
     if (teacher && !m->normalized && teacher->normalized && teacher->channels == m->channels) {
@@ -7712,6 +7804,7 @@ static ckca_status ckca__train(ckca__update *u, double start) {
     const int count = u->data->count, size = u->d.batch;
     double saved = start, now;
     int64_t here = 0; /* SGD steps done by this call */
+    char what[64];
     ckca_status status = CKCA_OK;
     for (; u->epoch < u->d.epochs; u->epoch++, u->batch = 0) {
         ckca_shuffle(u->d.seed, u->epoch, count, u->order);
@@ -7724,7 +7817,9 @@ static ckca_status ckca__train(ckca__update *u, double start) {
             const int first = u->batch * size, n = count - first < size ? count - first : size;
             int save;
             if ((status = ckca__train_step(u, u->order + first, n))) return status;
-            save = u->d.state && ckca__seconds() - saved >= (double)u->d.state_seconds;
+            /* The last one keeps the result until ckca_save has it. */
+            save = u->d.state && (ckca__seconds() - saved >= (double)u->d.state_seconds ||
+                                  (u->epoch + 1 == u->d.epochs && u->batch + 1 == u->batches));
             /* A look costs nothing on the host; a GPU would have to stop for it. */
             if ((CKCA__DEVICE_IS_HOST || u->d.progress || save || u->batch + 1 == u->batches) &&
                 (status = ckca__look(u)))
@@ -7741,7 +7836,8 @@ static ckca_status ckca__train(ckca__update *u, double start) {
             if (status) return status;
         }
     }
-    return CKCA_OK;
+    snprintf(what, sizeof what, "update %d, peak learning rate %g", u->m->step + 1, (double)u->d.lr);
+    return ckca__all_finite(u->m, what, 0);
 }
 
 static void ckca__fill_report(const ckca__update *u, double seconds, ckca_report *report) {
@@ -7774,6 +7870,7 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     u->m = m;
     u->data = data;
     u->teacher_accuracy = -1;
+    u->lock = -1;
     had_names = m->class_names != NULL;
     was_normalized = m->normalized;
     if ((status = ckca_model_copy(&u->old, m))) return status;
@@ -7786,8 +7883,9 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     ckca__device_forget(u->ctx, &u->recording[1]);
     if (!status) {
         m->step++;
-        if (u->d.state) ckca__state_remove(u);
-    } else if (status != CKCA_ESTOP) { /* as it was before the call */
+    } else if (status == CKCA_ESTOP) { /* the results that earlier states hold are not this model's any more */
+        ckca__forget_unsaved(m);
+    } else { /* as it was before the call */
         float *gradients = m->gradients, *momentum = m->momentum;
         m->gradients = u->old->gradients;
         m->momentum = u->old->momentum;
@@ -7799,6 +7897,7 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
         m->n = 0; /* what a forward left is the update's, not the caller's */
         ckca__disown(m, had_names, was_normalized);
     }
+    ckca__state_close(u, !status);
     if (report) ckca__fill_report(u, ckca__seconds() - start, report);
     ckca__device_release(u->ctx, u->cache_z, u->cache_z_bytes);
     ckca__device_release(u->ctx, u->cache_f, u->cache_f_bytes);
@@ -9857,11 +9956,12 @@ static int ckca__json_hex(ckca__json *json) {
     return value;
 }
 
-/* A string, without its quotes, unescaped, ended by a zero. */
+/* A string, without its quotes, unescaped, ended by a zero. string NULL: it is passed over, and may hold \u0000. */
 static ckca_status ckca__json_string(ckca__json *json, char **string) {
     char *out;
     if (!ckca__json_take(json, '"')) return ckca__json_fail(json, "no string");
-    *string = out = json->text + json->at;
+    out = json->text + json->at;
+    if (string) *string = out;
     for (;;) {
         static const char escapes[] = "\"\\/bfnrt", meant[] = "\"\\/\b\f\n\r\t";
         unsigned char c;
@@ -9891,7 +9991,8 @@ static ckca_status ckca__json_string(ckca__json *json, char **string) {
             }
             code = low >= 0xdc00 && low < 0xe000 ? 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00) : -1;
         } else if (code >= 0xdc00 && code < 0xe000) code = -1;
-        if (code <= 0) return ckca__json_fail(json, "an escape that cannot be used"); /* nor can \u0000 in a C string */
+        if (code < 0 || (code == 0 && string)) /* a C string cannot hold \u0000 */
+            return ckca__json_fail(json, "an escape that cannot be used");
         if (code < 0x80) *out++ = (char)code;
         else if (code < 0x800) *out++ = (char)(0xc0 | code >> 6);
         else if (code < 0x10000) *out++ = (char)(0xe0 | code >> 12);
@@ -9933,6 +10034,58 @@ static ckca_status ckca__json_wholes(ckca__json *json, int64_t *values, int most
     } while (!status && ckca__json_take(json, ','));
     if (!status && !ckca__json_take(json, ']')) return ckca__json_fail(json, "no , or ]");
     return status;
+}
+
+/* Passes over digits; how many there were. */
+static size_t ckca__json_digits(ckca__json *json) {
+    const size_t first = json->at;
+    while (json->at < json->size && json->text[json->at] >= '0' && json->text[json->at] <= '9') json->at++;
+    return json->at - first;
+}
+
+/* Passes over one value of any kind. Lists and objects in each other: up to 125, as serde_json has it. */
+static ckca_status ckca__json_skip(ckca__json *json, int depth) {
+    static const char *const words[] = {"null", "true", "false"};
+    ckca_status status = CKCA_OK;
+    size_t first, n;
+    char c;
+    int i, ok;
+    ckca__json_space(json);
+    c = json->at < json->size ? json->text[json->at] : 0;
+    if (c == '"') return ckca__json_string(json, NULL);
+    if (c == '[' || c == '{') {
+        const char end = c == '[' ? ']' : '}';
+        if (depth == 125) return ckca__json_fail(json, "values nested too deep");
+        json->at++;
+        if (ckca__json_take(json, end)) return CKCA_OK;
+        do {
+            if (c == '{') status = ckca__json_string(json, NULL);
+            if (!status && c == '{' && !ckca__json_take(json, ':')) status = ckca__json_fail(json, "no :");
+            if (!status) status = ckca__json_skip(json, depth + 1);
+        } while (!status && ckca__json_take(json, ','));
+        if (!status && !ckca__json_take(json, end)) status = ckca__json_fail(json, "no , and no end of a value");
+        return status;
+    }
+    for (i = 0; i < 3; i++) {
+        n = strlen(words[i]);
+        if (json->size - json->at < n || memcmp(json->text + json->at, words[i], n)) continue;
+        json->at += n;
+        return CKCA_OK;
+    }
+    if (c == '-') json->at++; /* a number; the zero behind the text ends it */
+    first = json->at;
+    n = ckca__json_digits(json);
+    ok = n == 1 || (n > 1 && json->text[first] != '0');
+    if (ok && json->text[json->at] == '.') {
+        json->at++;
+        ok = ckca__json_digits(json) > 0;
+    }
+    if (ok && (json->text[json->at] == 'e' || json->text[json->at] == 'E')) {
+        json->at++;
+        if (json->text[json->at] == '-' || json->text[json->at] == '+') json->at++;
+        ok = ckca__json_digits(json) > 0;
+    }
+    return ok ? CKCA_OK : ckca__json_fail(json, "no value");
 }
 
 /* The place of the first byte that is not UTF-8 (Unicode 15, table 3-7), or size. */
@@ -10152,7 +10305,8 @@ static ckca_status ckca__st_parse_meta(ckca__json *json, ckca__st_file *file, si
     return ckca__json_take(json, '}') ? CKCA_OK : ckca__json_fail(json, "no , or }");
 }
 
-/* {"dtype":...,"shape":[...],"data_offsets":[begin,end]}, in any order, behind a tensor's name. */
+/* {"dtype":...,"shape":[...],"data_offsets":[begin,end]}, in any order, behind a tensor's name. As the reference
+   implementation does, fields of other names are passed over. */
 static ckca_status ckca__st_parse_tensor(ckca__json *json, ckca__st_tensor *tensor) {
     int64_t offset[2];
     int offsets = 0, have_dtype = 0, have_shape = 0, i;
@@ -10176,7 +10330,9 @@ static ckca_status ckca__st_parse_tensor(ckca__json *json, ckca__st_tensor *tens
             status = ckca__json_wholes(json, tensor->shape, 8, &tensor->dims);
         } else if (!strcmp(key, "data_offsets") && !offsets) {
             status = ckca__json_wholes(json, offset, 2, &offsets);
-        } else status = ckca__json_fail(json, "a field of a tensor that is unknown or there twice");
+        } else if (!strcmp(key, "dtype") || !strcmp(key, "shape") || !strcmp(key, "data_offsets")) {
+            status = ckca__json_fail(json, "a field of a tensor that is there twice");
+        } else status = ckca__json_skip(json, 0);
         if (status) return status;
     } while (ckca__json_take(json, ','));
     if (!ckca__json_take(json, '}')) return ckca__json_fail(json, "no , or }");
@@ -10211,7 +10367,9 @@ static ckca_status ckca__st_parse_header(ckca__json *json, ckca__st_file *file) 
             if (status) return status;
             if (!strcmp(name, "__metadata__")) {
                 if (have_meta++) return ckca__json_fail(json, "a second __metadata__");
-                status = ckca__st_parse_meta(json, file, &meta_capacity);
+                ckca__json_space(json);
+                status = json->text[json->at] == 'n' ? ckca__json_skip(json, 0) /* null: none */
+                                                     : ckca__st_parse_meta(json, file, &meta_capacity);
             } else if (!ckca__grow(json->ctx, (void **)&file->tensor, file->tensors, &tensor_capacity,
                                    sizeof *file->tensor)) {
                 status = ckca__fail(json->ctx, CKCA_ENOMEM, "%s: no memory for its header", ckca__tail(json->path));
@@ -10365,14 +10523,9 @@ static ckca_status ckca__st_open(ckca_context *ctx, const char *path, ckca__st_f
     return status;
 }
 
-/* --- Writing ------------------------------------------------------------------------------------------------------ */
+#endif /* CKCA_NO_STDIO */
 
-#ifdef CKCA__POSIX /* strict C99 hides these two of POSIX */
-#ifndef __cplusplus
-extern int fileno(FILE *);
-extern int fsync(int);
-#endif
-#endif
+/* --- Writing ------------------------------------------------------------------------------------------------------ */
 
 typedef struct ckca__st_item {
     const char *name, *dtype;
@@ -10424,53 +10577,144 @@ static void ckca__st_header(ckca__text *text, const ckca__st_item *items, int co
     while (text->length % 8 && !text->failed) ckca__text_puts(text, " ");
 }
 
-/* Writes a file: into PATH.tmp-<process>, which replaces path when it is on the disk whole. Metadata and, as far as
-   their types' widths allow, tensors keep their order. Where an item has no data, ask(user, i) gives a pointer to it
-   that is valid until the next call, so that whoever must rearrange tensors first needs room for one only. */
+/* Where a file's bytes go: into a file, or into memory that has room for them. */
+typedef struct ckca__sink {
+    FILE *file; /* or NULL */
+    unsigned char *memory;
+    size_t at;
+} ckca__sink;
+
+static int ckca__sink_put(ckca__sink *sink, const void *bytes, size_t size) {
+#ifndef CKCA_NO_STDIO
+    if (sink->file) return fwrite(bytes, 1, size, sink->file) == size;
+#endif
+    if (size) memcpy(sink->memory + sink->at, bytes, size);
+    sink->at += size;
+    return 1;
+}
+
+/* All of a file: length, header, tensors. Where an item has no data, ask(user, i) gives a pointer to it that is valid
+   until the next call, so that whoever must rearrange tensors first needs room for one only. 1: all of it was taken. */
+static int ckca__st_put(ckca__sink *sink, const ckca__text *header, const ckca__st_item *items, int count,
+                        const void *(*ask)(void *user, int i), void *user) {
+    unsigned char length[8];
+    size_t width;
+    int i, ok;
+    for (i = 0; i < 8; i++) length[i] = (unsigned char)((uint64_t)header->length >> 8 * i);
+    ok = ckca__sink_put(sink, length, 8) && ckca__sink_put(sink, header->at, header->length);
+    for (width = 8; width; width /= 2) {
+        for (i = 0; i < count && ok; i++) {
+            const size_t bytes = ckca__st_item_bytes(&items[i]);
+            if (ckca__st_value_bytes(items[i].dtype) != width || !bytes) continue;
+            ok = ckca__sink_put(sink, items[i].data ? items[i].data : ask(user, i), bytes);
+        }
+    }
+    return ok;
+}
+
+/* Writes what would be a file to out, which has room bytes; *size becomes how many there are. out NULL: only that. */
+static ckca_status ckca__st_write_memory(ckca_context *ctx, void *out, size_t room, size_t *size,
+                                         const ckca__st_item *items, int count, const ckca__st_pair *meta, int metas,
+                                         const void *(*ask)(void *user, int i), void *user) {
+    ckca__text header;
+    ckca__sink sink;
+    ckca_status status = CKCA_OK;
+    int i;
+    memset(&header, 0, sizeof header);
+    header.ctx = ctx;
+    ckca__st_header(&header, items, count, meta, metas);
+    *size = ckca__sum(header.length, 8);
+    for (i = 0; i < count; i++) *size = ckca__sum(*size, ckca__st_item_bytes(&items[i]));
+    if (header.failed) {
+        *size = 0;
+        status = ckca__fail(ctx, CKCA_ENOMEM, "save: no memory for its header");
+    } else if (out && room < *size) {
+        status = ckca__fail(ctx, CKCA_EINVAL, "save: there is room for %.0f bytes, the model takes %.0f", (double)room,
+                            (double)*size);
+    } else if (out) {
+        memset(&sink, 0, sizeof sink);
+        sink.memory = (unsigned char *)out;
+        ckca__st_put(&sink, &header, items, count, ask, user);
+        status = ckca__device_status(ctx); /* were all items fetched? */
+    }
+    ckca__release(ctx, header.at);
+    return status;
+}
+
+#ifndef CKCA_NO_STDIO
+
+#ifdef CKCA__POSIX
+#include <sys/file.h>
+#ifndef __cplusplus /* strict C99 hides these two of POSIX */
+extern int fileno(FILE *);
+extern int fsync(int);
+#endif
+
+/* Opens the file at path, made if need be, and locks it until this process closes it or ends, whatever way. -1: it cannot
+   be opened (errno); -2: it is locked. A file system without locks lets everyone in. */
+static int ckca__lock_path(const char *path) {
+    struct stat mine, there;
+    int tries;
+    for (tries = 0; tries < 100; tries++) {
+        int file = open(path, O_RDWR | O_CREAT, 0666);
+        if (file < 0) return -1;
+        fcntl(file, F_SETFD, FD_CLOEXEC);
+        if (flock(file, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK) {
+            close(file);
+            return -2;
+        }
+        /* Whoever held it before may have renamed or removed it since it was opened here. */
+        if (!fstat(file, &mine) && !stat(path, &there) && mine.st_dev == there.st_dev && mine.st_ino == there.st_ino)
+            return file;
+        close(file);
+    }
+    errno = EBUSY;
+    return -1;
+}
+#endif
+
+/* Writes a file: into PATH.tmp, which replaces path when it is on the disk whole. A killed run's PATH.tmp is written
+   over, one that is being written is locked. Metadata and, as far as their types' widths allow, tensors keep their
+   order. ask and user as in ckca__st_put. */
 static ckca_status ckca__st_write(ckca_context *ctx, const char *path, const ckca__st_item *items, int count,
                                   const ckca__st_pair *meta, int metas, const void *(*ask)(void *user, int i),
                                   void *user) {
     ckca__text header, temporary;
     const char *failed = NULL; /* what could not be done */
-    unsigned char length[8];
-    size_t width;
-    FILE *file = NULL;
+    ckca__sink sink;
     ckca_status status = CKCA_OK;
-    int i, error = 0;
+    int error = 0, lock = -1;
+    memset(&sink, 0, sizeof sink);
     memset(&header, 0, sizeof header);
     header.ctx = ctx;
     temporary = header;
     ckca__st_header(&header, items, count, meta, metas);
     ckca__text_puts(&temporary, path);
-    ckca__text_puts(&temporary, ".tmp-");
-#ifdef CKCA__POSIX
-    ckca__text_number(&temporary, (uint64_t)getpid());
-#endif
+    ckca__text_puts(&temporary, ".tmp");
     if (header.failed || temporary.failed) {
         status = ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for its header", ckca__tail(path));
     } else {
-        file = fopen(temporary.at, "wb");
-        if (!file) {
+#ifdef CKCA__POSIX
+        lock = ckca__lock_path(temporary.at);
+        if (lock == -2)
+            status = ckca__fail(ctx, CKCA_EIO, "%s: another process is writing it (its .tmp is locked)",
+                                ckca__tail(path));
+        else if (lock >= 0)
+#endif
+            sink.file = fopen(temporary.at, "wb");
+        if (!sink.file && !status) {
             failed = "created";
             error = errno;
         }
     }
-    for (i = 0; i < 8; i++) length[i] = (unsigned char)((uint64_t)header.length >> 8 * i);
-    if (file) {
-        int ok = fwrite(length, 1, 8, file) == 8 && fwrite(header.at, 1, header.length, file) == header.length;
-        for (width = 8; width; width /= 2) {
-            for (i = 0; i < count && ok; i++) {
-                size_t bytes = ckca__st_item_bytes(&items[i]);
-                if (ckca__st_value_bytes(items[i].dtype) != width || !bytes) continue;
-                ok = fwrite(items[i].data ? items[i].data : ask(user, i), 1, bytes, file) == bytes;
-            }
-        }
-        if (ok) ok = !(status = ckca__device_status(ctx)) && fflush(file) == 0; /* were all items fetched? */
+    if (sink.file) {
+        int ok = ckca__st_put(&sink, &header, items, count, ask, user);
+        if (ok) ok = !(status = ckca__device_status(ctx)) && fflush(sink.file) == 0; /* were all items fetched? */
 #ifdef CKCA__POSIX
-        ok = ok && fsync(fileno(file)) == 0;
+        ok = ok && fsync(fileno(sink.file)) == 0;
 #endif
         if (!ok) error = errno;
-        if (fclose(file) != 0 && ok) {
+        if (fclose(sink.file) != 0 && ok) {
             ok = 0;
             error = errno;
         }
@@ -10487,6 +10731,7 @@ static ckca_status ckca__st_write(ckca_context *ctx, const char *path, const ckc
     if (failed && !status)
         status = ckca__fail(ctx, CKCA_EIO, "%s: cannot be %s: %s", ckca__tail(path), failed, strerror(error));
 #ifdef CKCA__POSIX
+    if (lock >= 0) close(lock);
     if (!status) { /* the folder's entry too; some file systems have no such call, and the file is there already */
         char *slash = strrchr(temporary.at, '/');
         int folder;
@@ -10518,8 +10763,11 @@ static ckca_status ckca__st_write(ckca_context *ctx, const char *path, const ckc
 
    A checkpoint is a safetensors file with PyTorch's names and orders, and in its metadata, as text: ckca.graph (see
    ckca__graph_write), ckca.input "height width channels", ckca.classes, ckca.class_names (a JSON list), ckca.mean and
-   ckca.std, ckca.step, ckca.arch. A training state is a checkpoint with momentum.* and ckca.state beside them.
+   ckca.std, ckca.step, ckca.arch, ckca.format (CKCA__FORMAT), ckca.version. A training state is a checkpoint with
+   momentum.* and ckca.state beside them.
    ------------------------------------------------------------------------------------------------------------------ */
+
+#define CKCA__FORMAT 1 /* rises when a library that knows the number before could not read the files right */
 
 /* A non-negative number as %.9g writes it, whatever the locale; *text moves behind it. 1: it was one. */
 static int ckca__parse_decimal(const char **text, double *value) {
@@ -10575,6 +10823,20 @@ static int ckca__parse_floats(const char *text, float *value, int count) {
     return text && !*text;
 }
 
+/* A file that a newer library wrote may mean something else by the same words. Before there were numbers it was 1. */
+static ckca_status ckca__check_format(const ckca__st_file *file) {
+    const char *format = ckca__st_meta(file, "ckca.format");
+    int number;
+    if (!format || (ckca__parse_wholes(format, &number, 1) && number <= CKCA__FORMAT)) return CKCA_OK;
+    if (*format && strspn(format, "0123456789") == strlen(format))
+        return ckca__fail(file->ctx, CKCA_EFORMAT,
+                          "%s: a newer ckca.h wrote it: its ckca.format is %.20s, ckca.h " CKCA_VERSION
+                          " reads up to %d",
+                          ckca__tail(file->path), format, CKCA__FORMAT);
+    return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: ckca.format \"%.20s\" is not a whole number",
+                      ckca__tail(file->path), format);
+}
+
 /* Takes what a file's metadata says of classes, normalisation and step. */
 static ckca_status ckca__read_metadata(ckca_model *m, const ckca__st_file *file) {
     const char *names = ckca__st_meta(file, "ckca.class_names"), *mean = ckca__st_meta(file, "ckca.mean");
@@ -10621,32 +10883,35 @@ static ckca_status ckca__read_metadata(ckca_model *m, const ckca__st_file *file)
     return CKCA_OK;
 }
 
-/* The tensor for parameter p, whose name in the file is prefix and its own; NULL after a failure. */
-static const ckca__st_tensor *ckca__find_parameter(const ckca__st_file *file, const ckca__parameter *p,
-                                                   const char *prefix) {
-    char name[CKCA__NAME_MAX + 32];
-    const ckca__st_tensor *tensor;
+/* "64x3x3x3"; "a single value" without dimensions. */
+static void ckca__shape_text(const int64_t *shape, int dims, char *out, size_t room) {
+    size_t at = 0;
+    int i;
+    snprintf(out, room, "a single value");
+    for (i = 0; i < dims && at < room; i++)
+        at += (size_t)snprintf(out + at, room - at, "%s%.0f", i ? "x" : "", (double)shape[i]);
+}
+
+/* The tensor for parameter p, whose name in the file is prefix and its own. */
+static ckca_status ckca__find_parameter(const ckca__st_file *file, const ckca__parameter *p, const char *prefix,
+                                        const ckca__st_tensor **tensor) {
+    char name[CKCA__NAME_MAX + 32], has[200], wants[200];
+    int64_t shape[4];
     int i, fits;
     snprintf(name, sizeof name, "%s%s", prefix, p->name);
-    tensor = ckca__st_find(file, name);
-    if (!tensor) {
-        ckca__fail(file->ctx, CKCA_EFORMAT, "%s: it has no tensor %s", ckca__tail(file->path), name);
-        return NULL;
+    *tensor = ckca__st_find(file, name);
+    if (!*tensor)
+        return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: it has no tensor %s", ckca__tail(file->path), name);
+    fits = (*tensor)->dims == p->dims;
+    for (i = 0; i < p->dims; i++) {
+        shape[i] = p->shape[i];
+        fits = fits && (*tensor)->shape[i] == shape[i];
     }
-    fits = tensor->dims == p->dims;
-    for (i = 0; fits && i < p->dims; i++) fits = tensor->shape[i] == p->shape[i];
-    if (fits) return tensor;
-    {
-        char has[100] = "", wants[100] = "";
-        size_t h = 0, w = 0;
-        for (i = 0; i < tensor->dims && i < 4; i++)
-            h += (size_t)snprintf(has + h, sizeof has - h, "%s%.0f", i ? "x" : "", (double)tensor->shape[i]);
-        for (i = 0; i < p->dims; i++)
-            w += (size_t)snprintf(wants + w, sizeof wants - w, "%s%d", i ? "x" : "", p->shape[i]);
-        ckca__fail(file->ctx, CKCA_ESHAPE, "%s: %s is %s in the file, %s in the model", ckca__tail(file->path), name,
-                   has, wants);
-    }
-    return NULL;
+    if (fits) return CKCA_OK;
+    ckca__shape_text((*tensor)->shape, (*tensor)->dims, has, sizeof has);
+    ckca__shape_text(shape, p->dims, wants, sizeof wants);
+    return ckca__fail(file->ctx, CKCA_ESHAPE, "%s: %s is %s in the file, %s in the model", ckca__tail(file->path), name,
+                      has, wants);
 }
 
 /* All parameters of a file (momentum: momentum.*) into host, in the arenas' layout. */
@@ -10666,24 +10931,125 @@ static ckca_status ckca__read_parameters(const ckca_model *m, const ckca__st_fil
         const ckca__parameter *p = &m->parameter[i];
         const ckca__st_tensor *tensor;
         if (momentum && p->role >= CKCA__MEAN) continue;
-        tensor = ckca__find_parameter(file, p, prefix);
-        if (!tensor) {
-            status = CKCA_EFORMAT;
+        if ((status = ckca__find_parameter(file, p, prefix, &tensor)) ||
+            (status = ckca__st_read_floats(file, tensor, file_order)) ||
+            (status = ckca__finite(m->ctx, ckca__tail(file->path), prefix, p, file_order)))
             break;
-        }
-        if (!(status = ckca__st_read_floats(file, tensor, file_order)))
-            ckca__reorder(p, file_order, host + p->offset, 0);
+        ckca__reorder(p, file_order, host + p->offset, 0);
     }
     ckca__release(m->ctx, file_order);
     return status;
 }
 
-/* A file's tensors that the model has no place for would mean that it is another network's. */
-static ckca_status ckca__check_tensors(const ckca_model *m, const ckca__st_file *file) {
+/* What wrappers put in front of a network's names: torch.nn.DataParallel, torch.compile, and the usual attributes. */
+static const char *const ckca__prefixes[] = {"module.", "_orig_mod.", "model.", "backbone."};
+
+/* Behind such a prefix, or NULL. */
+static const char *ckca__behind_prefix(const char *name) {
+    size_t i;
+    for (i = 0; i < sizeof ckca__prefixes / sizeof *ckca__prefixes; i++)
+        if (!strncmp(name, ckca__prefixes[i], strlen(ckca__prefixes[i]))) return name + strlen(ckca__prefixes[i]);
+    return NULL;
+}
+
+/* The end of a tensor's name that the model knows, prefixes left out; NULL: none. *parameter: which it is, or -1. */
+static const char *ckca__bare_name(const ckca_model *m, const char *name, int *parameter) {
+    for (; name; name = ckca__behind_prefix(name)) {
+        const char *suffix = strrchr(name, '.');
+        const int counts = suffix && !strcmp(suffix, ".num_batches_tracked");
+        int i;
+        for (i = 0; i < m->parameters; i++) {
+            const ckca__parameter *p = &m->parameter[i];
+            const char *node = m->node[p->node].name;
+            *parameter = counts ? -1 : i;
+            if (counts ? p->role == CKCA__VAR && strlen(node) == (size_t)(suffix - name) &&
+                             !strncmp(node, name, strlen(node))
+                       : !strcmp(p->name, name))
+                return name;
+        }
+    }
+    return NULL;
+}
+
+/* How much of their beginnings and ends two names share. */
+static size_t ckca__likeness(const char *a, const char *b) {
+    size_t m = strlen(a), n = strlen(b), front = 0, back = 0;
+    while (front < m && front < n && a[front] == b[front]) front++;
+    while (back + front < m && back + front < n && a[m - 1 - back] == b[n - 1 - back]) back++;
+    return front + back;
+}
+
+/* There is no tensor of this name: says what there is instead, and why prefixes did not help. */
+static ckca_status ckca__name_missing(const ckca__st_file *file, const char *name, const char *prefixes) {
+    const char *nearest[3] = {NULL, NULL, NULL};
+    char has[250] = "";
+    size_t i, k, like[3] = {0, 0, 0}, at = 0;
+    for (i = 0; i < file->tensors; i++) {
+        size_t likeness = ckca__likeness(name, file->tensor[i].name) + 1;
+        for (k = 3; k > 0 && likeness > like[k - 1]; k--) {
+            if (k < 3) {
+                like[k] = like[k - 1];
+                nearest[k] = nearest[k - 1];
+            }
+            like[k - 1] = likeness;
+            nearest[k - 1] = file->tensor[i].name;
+        }
+    }
+    for (k = 0; k < 3 && nearest[k] && at < sizeof has; k++)
+        at += (size_t)snprintf(has + at, sizeof has - at, "%s%.70s", k ? ", " : " The nearest: ", nearest[k]);
+    return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: it has no tensor %s, but %.0f others.%s%s", ckca__tail(file->path), name,
+                      (double)file->tensors, has, prefixes);
+}
+
+/* Leaves out the prefixes in a file's names where that makes every name fit: one for each parameter, none over. */
+static ckca_status ckca__fit_names(const ckca_model *m, ckca__st_file *file) {
+    const char **bare, *missing = NULL;
+    char why[200] = "";
+    unsigned char *seen;
+    size_t i;
+    int j, prefixed = 0;
+    for (j = 0; !missing && j < m->parameters; j++)
+        if (!ckca__st_find(file, m->parameter[j].name)) missing = m->parameter[j].name;
+    if (!missing) return CKCA_OK;
+    bare = (const char **)ckca__alloc(m->ctx, file->tensors * sizeof *bare);
+    seen = (unsigned char *)ckca__alloc(m->ctx, (size_t)m->parameters);
+    if (!bare || !seen) {
+        ckca__release(m->ctx, bare);
+        ckca__release(m->ctx, seen);
+        return ckca__fail(m->ctx, CKCA_ENOMEM, "%s: no memory for its names", ckca__tail(file->path));
+    }
+    for (i = 0; i < file->tensors; i++) prefixed |= ckca__behind_prefix(file->tensor[i].name) != NULL;
+    for (i = 0; i < file->tensors && !*why && prefixed; i++) {
+        const char *name = file->tensor[i].name;
+        bare[i] = !strncmp(name, "momentum.", 9) ? name : ckca__bare_name(m, name, &j);
+        if (!bare[i])
+            snprintf(why, sizeof why, ". Without prefixes %.80s would not fit either", name);
+        else if (bare[i] != name && j >= 0 && seen[j])
+            snprintf(why, sizeof why, ". Without prefixes there would be two of %.80s", bare[i]);
+        else if (strncmp(name, "momentum.", 9) && j >= 0)
+            seen[j] = 1;
+    }
+    for (j = 0; j < m->parameters && !*why && prefixed; j++)
+        if (!seen[j])
+            snprintf(why, sizeof why, ". Without prefixes %.80s would still be missing", m->parameter[j].name);
+    if (prefixed && !*why) {
+        for (i = 0; i < file->tensors; i++) file->tensor[i].name = bare[i];
+        qsort(file->tensor, file->tensors, sizeof *file->tensor, ckca__st_by_name);
+    }
+    ckca__release(m->ctx, bare);
+    ckca__release(m->ctx, seen);
+    return prefixed && !*why ? CKCA_OK : ckca__name_missing(file, missing, why);
+}
+
+/* Whether a file's tensors are the model's. One that it has no place for would mean that it is another network's. */
+static ckca_status ckca__check_tensors(const ckca_model *m, ckca__st_file *file) {
+    const ckca__st_tensor *tensor;
+    ckca_status status;
     size_t i;
     int j;
+    if ((status = ckca__fit_names(m, file))) return status;
     for (i = 0; i < (size_t)m->parameters; i++)
-        if (!ckca__find_parameter(file, &m->parameter[i], "")) return CKCA_EFORMAT;
+        if ((status = ckca__find_parameter(file, &m->parameter[i], "", &tensor))) return status;
     for (i = 0; i < file->tensors; i++) {
         const char *name = file->tensor[i].name, *suffix = strrchr(name, '.');
         if ((suffix && !strcmp(suffix, ".num_batches_tracked")) || !strncmp(name, "momentum.", 9)) continue;
@@ -10712,10 +11078,10 @@ static void ckca__read_tracked(ckca_model *m, const ckca__st_file *file) {
 }
 
 /* Weights and what the metadata says, from an open file into a finished model; all or nothing. */
-static ckca_status ckca__take_weights(ckca_model *m, const ckca__st_file *file) {
+static ckca_status ckca__take_weights(ckca_model *m, ckca__st_file *file) {
     float *host;
     ckca_status status;
-    if ((status = ckca__check_tensors(m, file))) return status;
+    if ((status = ckca__check_format(file)) || (status = ckca__check_tensors(m, file))) return status;
     host = (float *)ckca__alloc(m->ctx, m->all * sizeof(float));
     if (!host)
         return ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for %.1f MB", ckca__tail(file->path),
@@ -10733,13 +11099,14 @@ static ckca_status ckca__take_weights(ckca_model *m, const ckca__st_file *file) 
 }
 
 /* A model from the bytes of a checkpoint. */
-static ckca_status ckca__load_file(ckca_context *ctx, ckca_model **out, const ckca__st_file *file) {
+static ckca_status ckca__load_file(ckca_context *ctx, ckca_model **out, ckca__st_file *file) {
     const char *graph = ckca__st_meta(file, "ckca.graph"), *arch = ckca__st_meta(file, "ckca.arch");
     const char *path = ckca__tail(file->path);
     int input[3], classes, i;
     ckca_model_desc desc;
     ckca_model *m;
     ckca_status status;
+    if ((status = ckca__check_format(file))) return status;
     if (!graph)
         return ckca__fail(ctx, CKCA_EFORMAT,
                           "%s: no network in its metadata (ckca.graph): build the model, then "
@@ -10767,9 +11134,7 @@ static ckca_status ckca__load_file(ckca_context *ctx, ckca_model **out, const ck
     return CKCA_OK;
 }
 
-#ifndef CKCA_NO_STDIO
-
-/* What ckca__st_write asks for: parameter i's values, then its momentum, in PyTorch's order. */
+/* What ckca__st_put asks for: parameter i's values, then its momentum, in PyTorch's order. */
 typedef struct ckca__export {
     ckca_model *m;
     const int *parameter; /* of item i: a parameter, or parameters + one for its momentum */
@@ -10797,23 +11162,25 @@ static void ckca__text_floats(ckca__text *text, const float *value, int count) {
     }
 }
 
-/* Writes a checkpoint; with state (ckca.state's text) a training state. */
-static ckca_status ckca__export_model(ckca_model *m, const char *path, const char *state) {
+/* Writes a checkpoint; with state (ckca.state's text) a training state. path NULL: into memory, as
+   ckca__st_write_memory takes it. */
+static ckca_status ckca__export_model(ckca_model *m, const char *path, const char *state, void *out, size_t out_room,
+                                      size_t *size) {
     ckca_context *ctx = m->ctx;
     const int room = m->parameters * 2 + m->nodes;
     const size_t graph_length = ckca__graph_write(m, NULL, 0) + 1;
-    ckca__st_pair meta[12];
+    ckca__st_pair meta[16];
     ckca__st_item *item = (ckca__st_item *)ckca__alloc(ctx, (size_t)room * sizeof *item);
     char(*tracked)[CKCA__NAME_MAX + 32] =
         (char(*)[CKCA__NAME_MAX + 32]) ckca__alloc(ctx, (size_t)room * sizeof *tracked);
     int *parameter = (int *)ckca__alloc(ctx, (size_t)room * sizeof *parameter);
     char *graph = (char *)ckca__alloc(ctx, graph_length), *names = NULL;
-    char input[64], classes[16], step[16];
+    char input[64], classes[16], step[16], format[16];
     ckca__text mean, std;
     ckca__export export_;
     size_t most = 0;
     int i, k, items = 0, metas = 0;
-    ckca_status status = CKCA_OK;
+    ckca_status status = ckca__all_finite(m, state ? "update" : path ? ckca__tail(path) : "save", state != NULL);
     memset(&mean, 0, sizeof mean);
     mean.ctx = ctx;
     std = mean;
@@ -10828,16 +11195,18 @@ static ckca_status ckca__export_model(ckca_model *m, const char *path, const cha
         ckca__text_floats(&mean, m->normalization, m->channels);
         ckca__text_floats(&std, m->normalization + m->channels, m->channels);
     }
-    if (!item || !tracked || !parameter || !graph || !export_.host || !export_.ordered || (m->class_names && !names) ||
-        mean.failed || std.failed) {
-        status = ckca__fail(ctx, CKCA_ENOMEM, "%s: out of memory for writing it", ckca__tail(path));
-    } else {
+    if (!status && (!item || !tracked || !parameter || !graph || !export_.host || !export_.ordered ||
+                    (m->class_names && !names) || mean.failed || std.failed))
+        status = ckca__fail(ctx, CKCA_ENOMEM, "%s: out of memory for writing it", path ? ckca__tail(path) : "save");
+    if (!status) {
         ckca__graph_write(m, graph, graph_length);
         snprintf(input, sizeof input, "%d %d %d", m->height, m->width, m->channels);
         snprintf(classes, sizeof classes, "%d", m->classes);
         snprintf(step, sizeof step, "%d", m->step);
+        snprintf(format, sizeof format, "%d", CKCA__FORMAT);
 #define CKCA__META(k, v) (meta[metas].key = k, meta[metas++].value = v)
         CKCA__META("format", "pt"); /* PyTorch's readers ask for it */
+        CKCA__META("ckca.format", format);
         CKCA__META("ckca.version", CKCA_VERSION);
         CKCA__META("ckca.arch", m->arch);
         CKCA__META("ckca.input", input);
@@ -10867,7 +11236,13 @@ static ckca_status ckca__export_model(ckca_model *m, const char *path, const cha
                 item[items++].data = &m->batches_tracked;
             }
         }
-        status = ckca__st_write(ctx, path, item, items, meta, metas, ckca__export_item, &export_);
+        if (!path)
+            status = ckca__st_write_memory(ctx, out, out_room, size, item, items, meta, metas, ckca__export_item,
+                                           &export_);
+#ifndef CKCA_NO_STDIO
+        else
+            status = ckca__st_write(ctx, path, item, items, meta, metas, ckca__export_item, &export_);
+#endif
     }
     ckca__release(ctx, mean.at);
     ckca__release(ctx, std.at);
@@ -10881,12 +11256,60 @@ static ckca_status ckca__export_model(ckca_model *m, const char *path, const cha
     return status;
 }
 
+CKCA_API ckca_status ckca_save_memory(ckca_model *m, void *out, size_t room, size_t *size) {
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    if (!size) return ckca__null(m->ctx, "ckca_save_memory", "size");
+    if ((status = ckca__check_finished(m, "ckca_save_memory"))) return status;
+    *size = 0;
+    return ckca__export_model(m, NULL, NULL, out, room, size);
+}
+
+CKCA_API ckca_status ckca_load_memory(ckca_context *ctx, ckca_model **out, const void *bytes, size_t size) {
+    ckca__st_file file;
+    ckca_status status;
+    if (!ckca__usable(ctx)) return CKCA_EINVAL;
+    if (!out || !bytes) return ckca__null(ctx, "ckca_load_memory", !out ? "model" : "bytes");
+    status = ckca__st_parse(ctx, "memory", (const unsigned char *)bytes, size, &file);
+    if (!status) status = ckca__load_file(ctx, out, &file);
+    ckca__st_close(&file);
+    return status;
+}
+
+CKCA_API ckca_status ckca_load_weights_memory(ckca_model *m, const void *bytes, size_t size) {
+    ckca__st_file file;
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    if (!bytes) return ckca__null(m->ctx, "ckca_load_weights_memory", "bytes");
+    if ((status = ckca__check_finished(m, "ckca_load_weights_memory"))) return status;
+    status = ckca__st_parse(m->ctx, "memory", (const unsigned char *)bytes, size, &file);
+    if (!status) status = ckca__take_weights(m, &file);
+    ckca__st_close(&file);
+    return status;
+}
+
+#ifndef CKCA_NO_STDIO
+
+/* 1: both paths lead to the same file. */
+static int ckca__same_file(const char *a, const char *b) {
+#ifdef CKCA__POSIX
+    struct stat x, y;
+    if (!stat(a, &x) && !stat(b, &y)) return x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+#endif
+    return !strcmp(a, b);
+}
+
 CKCA_API ckca_status ckca_save(ckca_model *m, const char *path) {
+    ckca__unsaved *u;
     ckca_status status;
     if (!m) return CKCA_EINVAL;
     if (!path) return ckca__null(m->ctx, "ckca_save", "path");
     if ((status = ckca__check_finished(m, "ckca_save"))) return status;
-    return ckca__export_model(m, path, NULL);
+    if ((status = ckca__export_model(m, path, NULL, NULL, 0, NULL))) return status;
+    for (u = m->unsaved; u; u = u->next) /* now nobody needs these any more */
+        if (!ckca__same_file(path, u->state)) remove(u->state);
+    ckca__forget_unsaved(m);
+    return CKCA_OK;
 }
 
 CKCA_API ckca_status ckca_load(ckca_context *ctx, ckca_model **out, const char *path) {
@@ -10960,13 +11383,55 @@ static ckca_status ckca__state_save(ckca__update *u) {
         ckca__text_puts(&text, " ");
     }
     status = text.failed ? ckca__fail(u->ctx, CKCA_ENOMEM, "%s: out of memory for writing it", ckca__tail(u->d.state))
-                         : ckca__export_model(u->m, u->d.state, text.at);
+                         : ckca__export_model(u->m, u->d.state, text.at, NULL, 0, NULL);
     ckca__release(u->ctx, text.at);
     return status;
 }
 
+/* Before a state is read or written: no other update may do so, and the folder must take files. */
+static ckca_status ckca__state_open(ckca__update *u) {
+    const size_t length = strlen(u->d.state);
+    ckca__unsaved *unsaved = (ckca__unsaved *)ckca__alloc(u->ctx, ckca__sum(sizeof *unsaved, 2 * length + 8));
+    if (!unsaved)
+        return ckca__fail(u->ctx, CKCA_ENOMEM, "%s: out of memory for its path", ckca__tail(u->d.state));
+    unsaved->state = (char *)(unsaved + 1);
+    unsaved->lock = unsaved->state + length + 1;
+    snprintf(unsaved->state, length + 1, "%s", u->d.state);
+    snprintf(unsaved->lock, length + 6, "%s.lock", u->d.state);
+    u->unsaved = unsaved;
+#ifdef CKCA__POSIX
+    u->lock = ckca__lock_path(unsaved->lock);
+    if (u->lock == -2)
+        return ckca__fail(u->ctx, CKCA_EIO, "%s: another update is at work on it (its .lock is held)",
+                          ckca__tail(u->d.state));
+    if (u->lock == -1)
+        return ckca__fail(u->ctx, CKCA_EIO, "%s: its .lock cannot be created: %s", ckca__tail(u->d.state),
+                          strerror(errno));
+#endif
+    return CKCA_OK;
+}
+
+/* At the end of an update. A done one leaves its state to the model, for ckca_save to remove. */
+static void ckca__state_close(ckca__update *u, int done) {
+    ckca__unsaved *other = u->m->unsaved;
+    if (!u->unsaved) return;
+#ifdef CKCA__POSIX
+    if (u->lock >= 0) {
+        remove(u->unsaved->lock); /* before it is released: see ckca__lock_path */
+        close(u->lock);
+    }
+#endif
+    while (other && strcmp(other->state, u->unsaved->state)) other = other->next;
+    if (done && !other) {
+        u->unsaved->next = u->m->unsaved;
+        u->m->unsaved = u->unsaved;
+    } else ckca__release(u->ctx, u->unsaved);
+    u->unsaved = NULL;
+}
+
 static ckca_status ckca__state_load(ckca__update *u, int *found) {
     ckca_model *m = u->m;
+    const ckca__unsaved *mine = m->unsaved;
     const char *path = ckca__tail(u->d.state), *text;
     uint64_t field[7] = {0, 0, 0, 0, 0, 0, 0};
     float *host = NULL;
@@ -10980,7 +11445,9 @@ static ckca_status ckca__state_load(ckca__update *u, int *found) {
         return ckca__fail(u->ctx, CKCA_EIO, "%s: cannot be opened: %s", path, strerror(errno));
     }
     fclose(probe);
+    while (mine && strcmp(mine->state, u->d.state)) mine = mine->next;
     status = ckca__st_open(u->ctx, u->d.state, &file);
+    if (!status) status = ckca__check_format(&file);
     text = status ? NULL : ckca__st_meta(&file, "ckca.state");
     if (!status && (!text || strlen(text) < 7 * 17))
         status = ckca__fail(u->ctx, CKCA_EFORMAT, "%s: it is no training state", path);
@@ -10992,10 +11459,16 @@ static ckca_status ckca__state_load(ckca__update *u, int *found) {
         else if (i % 17 < 16 || text[i] != ' ')
             status = ckca__fail(u->ctx, CKCA_EFORMAT, "%s: ckca.state cannot be read", path);
     }
+    if (!status && field[0] != u->fingerprint && mine) { /* of this model's last update, whose result it holds */
+        ckca__st_close(&file);
+        return CKCA_OK;
+    }
     if (!status && field[0] != u->fingerprint) {
         char difference[160];
         ckca__state_difference(u, text + 7 * 17 - 1, difference, sizeof difference);
-        status = ckca__fail(u->ctx, CKCA_EINVAL, "%s: a training state of another update (%s): remove it to start anew",
+        status = ckca__fail(u->ctx, CKCA_EINVAL,
+                            "%s: the training state of another update (%s), whose result may not be saved: finish that "
+                            "one, or remove it to start anew",
                             path, *difference ? difference : "other pictures, weights, seed, teacher or settings");
     }
     if (!status &&
@@ -11025,20 +11498,21 @@ static ckca_status ckca__state_load(ckca__update *u, int *found) {
     return status;
 }
 
-static void ckca__state_remove(ckca__update *u) { remove(u->d.state); }
-
 #else /* CKCA_NO_STDIO: an update cannot be resumed */
 
+static ckca_status ckca__state_open(ckca__update *u) {
+    return ckca__fail(u->ctx, CKCA_EINVAL,
+                      "update: built without files (CKCA_NO_STDIO), so there is no training state");
+}
+static void ckca__state_close(ckca__update *u, int done) { (void)u, (void)done; }
 static ckca_status ckca__state_save(ckca__update *u) {
     (void)u;
     return CKCA_OK;
 }
 static ckca_status ckca__state_load(ckca__update *u, int *found) {
-    *found = 0;
-    return ckca__fail(u->ctx, CKCA_EINVAL,
-                      "update: built without files (CKCA_NO_STDIO), so there is no training state");
+    (void)u, (void)found;
+    return CKCA_OK;
 }
-static void ckca__state_remove(ckca__update *u) { (void)u; }
 
 #endif
 

@@ -21,8 +21,10 @@ int main(int argc, char **argv) {
     if (argc > 1 && (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h"))) {
         printf("classify CHECKPOINT.safetensors PICTURE...\n"
                "prints the five most probable classes of each picture (JPEG or PNG).\n");
-        return 0;
+        if (fflush(stdout)) fprintf(stderr, "classify: standard output cannot be written\n");
+        return ferror(stdout) != 0;
     }
+    if (argc > 1 && !strcmp(argv[1], "--")) argc--, argv++; /* what follows are names, whatever they begin with */
     if (argc < 3) {
         fprintf(stderr, "classify: usage: classify CHECKPOINT.safetensors PICTURE...\n");
         return 2;
@@ -57,6 +59,11 @@ int main(int argc, char **argv) {
     }
     if (!pixels || !probability) {
         fprintf(stderr, "classify: out of memory\n");
+        failed = 1;
+    }
+
+    if (fflush(stdout) || ferror(stdout)) {
+        fprintf(stderr, "classify: standard output cannot be written\n");
         failed = 1;
     }
 

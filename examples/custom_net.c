@@ -101,6 +101,10 @@ int main(int argc, char **argv) {
         fflush(stdout);
     }
     if (status != CKCA_OK) fprintf(stderr, "custom_net: %s: %s\n", ckca_status_name(status), ckca_error(ctx));
+    if (ferror(stdout)) {
+        fprintf(stderr, "custom_net: standard output cannot be written\n");
+        if (status == CKCA_OK) status = CKCA_EIO;
+    }
 
     ckca_model_free(net);
     ckca_data_free(train);

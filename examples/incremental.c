@@ -14,8 +14,6 @@
 
 #include "tool.h"
 
-#include <sys/stat.h>
-
 typedef struct method {
     const char *name;
     ckca_method method;
@@ -292,13 +290,13 @@ static int show_progress(const ckca_progress *p, void *user) {
     double part = ((double)p->epoch * p->batches + p->batch) / ((double)p->epochs * p->batches);
     double done = r->cost_done + part * r->cost, left = (1 - part) * r->cost + r->cost_left;
     char line[256], now[32], all[32];
-    if (p->seconds - r->shown < 0.1 && p->seconds > r->shown && part < 1) return 0;
+    if (p->seconds - r->shown < 0.1 && p->seconds > r->shown && part < 1) return tool_signal;
     r->shown = p->seconds;
     snprintf(line, sizeof line, "%s  epoch %d/%d  loss %.3f  accuracy %.1f%%  %s left, %s in total", r->label,
              p->epoch + 1, p->epochs, p->loss, 100 * p->accuracy, tool_duration(p->seconds_left, now, sizeof now),
              tool_duration((r->seconds + p->seconds) * left / done, all, sizeof all));
     tool_status(line);
-    return 0;
+    return tool_signal;
 }
 
 /* Cost of an update in picture visits. The teacher's forward pass costs about a third of a step; it runs once per
@@ -327,15 +325,17 @@ static void do_job(ckca_context *ctx, run *r, ckca_model *model, ckca_data *cons
     if (a->method == CKCA_METHOD_LWF) desc.w_kd = r->w_lwf;
     desc.seed = r->seed * 1000 + (uint64_t)t;
     if (r->augment) desc.augment.pad = 4, desc.augment.flip = 1;
-    if (isatty(2)) desc.progress = show_progress, desc.user = r;
+#ifdef CKCA_CUDA /* a GPU would stop for every report */
+    if (isatty(2))
+#endif
+        desc.progress = show_progress, desc.user = r;
     if (r->out) desc.state = strcpy(state, path(r, "state.safetensors"));
     if (a->joined && t) tool_check(ctx, ckca_join(&joined, chunks, t + 1));
     ckca_data_info_get(joined ? joined : chunks[t], &info);
 
     snprintf(r->label, sizeof r->label, "chunk %d/%d  %s", t + 1, r->chunks, t ? a->name : "first");
     r->shown = 0;
-    tool_check(ctx, ckca_update(model, joined ? joined : chunks[t], &desc, &report));
-    tool_status(NULL);
+    tool_update(ctx, model, joined ? joined : chunks[t], &desc, &report, "the same command with --resume");
     tool_check(ctx, ckca_evaluate(model, test, &score, NULL));
     ckca_data_free(joined);
 
@@ -491,6 +491,11 @@ int main(int argc, char **argv) {
     if (drawn && r.update.lr == 0) r.update.lr = 0.05f;
     if (drawn && r.update.w_feat == 0) r.update.w_feat = 0.1f; /* see tests/MEASUREMENTS.md */
 
+    if (r.out) {
+        if (mkdir(r.out, 0777) && errno != EEXIST) tool_fail(1, "%s: %s", r.out, strerror(errno));
+        tool_check_output(path(&r, "results.csv"));
+    }
+
     /* Pictures, split into chunks. */
     ctx = tool_init(&desc);
     tool_open(ctx, &r.source, r.chunks * r.chunk_size, r.seed, &train, &test);
@@ -534,7 +539,6 @@ int main(int argc, char **argv) {
     snprintf(r.title, sizeof r.title, "%s on %.*s: %d chunks of %d pictures, %d epochs each", r.arch,
              folder ? m - t : 12, folder ? folder + t : "drawn shapes", r.chunks, info.count, r.update.epochs);
     if (r.out) {
-        if (mkdir(r.out, 0777) && errno != EEXIST) tool_fail(1, "%s: %s", r.out, strerror(errno));
         snprintf(r.pictures, sizeof r.pictures, "%016llx",
                  (unsigned long long)data_hash(data_hash(UINT64_C(0xcbf29ce484222325), train), test));
         read_csv(&r);
@@ -583,5 +587,5 @@ int main(int argc, char **argv) {
     free(chunks);
     free(r.rows);
     ckca_free(ctx);
-    return 0;
+    return tool_end();
 }

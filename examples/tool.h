@@ -1,13 +1,15 @@
-/* tool.h: shared by the command-line examples: strict flags with a help text, pictures named by flags, a progress line.
-   Include it after ckca.h. The library does not need it. */
+/* tool.h: shared by the command-line examples: strict flags with a help text, pictures named by flags, an update that
+   signals stop, a progress line. Include it after ckca.h. The library does not need it. */
 #ifndef TOOL_H
 #define TOOL_H
 
 #include <errno.h>
 #include <math.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h> /* isatty */
 
 #include "shapes.h"
@@ -34,6 +36,12 @@ static inline ckca_context *tool_init(const ckca_desc *desc) {
     ckca_status status = ckca_init(&ctx, desc);
     tool_check(ctx, status);
     return ctx;
+}
+
+/* The end of every program: 0, or a failure if its output could not all be written. */
+static inline int tool_end(void) {
+    if (fflush(stdout) || ferror(stdout)) tool_fail(1, "standard output cannot be written");
+    return 0;
 }
 
 /* ---- Flags ---------------------------------------------------------------------------------------------------- */
@@ -161,21 +169,25 @@ static inline void tool_set(const tool_flag *flag, const char *text) {
     }
 }
 
-/* Parses argv (--flag value or --flag=value) into the flags' values, moves the other arguments to the front of argv and
-   returns their number. flags ends with an entry whose help is NULL. */
+/* Parses argv (--flag value or --flag=value; -- ends the flags) into the flags' values, moves the other arguments to the
+   front of argv and returns their number. flags ends with an entry whose help is NULL. */
 static inline int tool_parse(int argc, char **argv, const char *usage, const tool_flag *flags) {
-    int i, words = 0;
+    int i, words = 0, ended = 0;
     for (i = 1; i < argc; i++) {
         const char *text = argv[i];
         size_t length = strcspn(text, "=");
         const tool_flag *flag = flags;
-        if (text[0] != '-' || !text[1]) {
+        if (ended || text[0] != '-' || !text[1]) {
             argv[words++] = argv[i];
+            continue;
+        }
+        if (!strcmp(text, "--")) {
+            ended = 1;
             continue;
         }
         if (!strcmp(text, "--help") || !strcmp(text, "-h")) {
             tool_help(usage, flags);
-            exit(0);
+            exit(tool_end());
         }
         while (flag->help && (!flag->name || strlen(flag->name) != length || strncmp(flag->name, text, length))) flag++;
         if (!flag->help) tool_fail(2, "unknown flag %s (--help lists them)", text);
@@ -258,6 +270,53 @@ static inline void tool_open(ckca_context *ctx, const tool_source *source, int s
         desc.classes = info.classes;
         desc.class_names = info.class_names;
     }
+}
+
+static inline void tool_status(const char *line);
+
+/* ---- Updates -------------------------------------------------------------------------------------------------- */
+
+/* Fails now, not after hours of training, if a file cannot be written at this path. */
+static inline void tool_check_output(const char *path) {
+    static char probe[4200];
+    struct stat about;
+    FILE *file;
+    if (!stat(path, &about) && S_ISDIR(about.st_mode)) tool_fail(1, "%s: it is a folder, not a file to write", path);
+    snprintf(probe, sizeof probe, "%s.%ld", path, (long)getpid());
+    file = fopen(probe, "wb");
+    if (!file) tool_fail(1, "%s: cannot be created: %s", path, strerror(errno));
+    fclose(file);
+    remove(probe);
+}
+
+static volatile sig_atomic_t tool_signal; /* the one that asked the update to stop, or 0: progress callbacks return it */
+
+static inline void tool_catch(int number) {
+    tool_signal = number;
+    signal(SIGINT, SIG_DFL); /* another one ends the program at once */
+    signal(SIGTERM, SIG_DFL);
+}
+
+/* ckca_update, which SIGINT and SIGTERM stop behind an SGD step: then desc->state has what is needed to go on, and the
+   program ends. hint: how to go on. Whoever ignores a signal (nohup) goes on ignoring it. */
+static inline void tool_update(const ckca_context *ctx, ckca_model *model, const ckca_data *data,
+                               const ckca_update_desc *desc, ckca_report *report, const char *hint) {
+    static const int caught[2] = {SIGINT, SIGTERM};
+    void (*before[2])(int);
+    ckca_status status;
+    int i;
+    for (i = 0; i < 2; i++) {
+        before[i] = signal(caught[i], desc->progress ? tool_catch : SIG_DFL);
+        if (before[i] == SIG_IGN) signal(caught[i], SIG_IGN);
+    }
+    status = ckca_update(model, data, desc, report);
+    for (i = 0; i < 2; i++) signal(caught[i], before[i]);
+    tool_status(NULL);
+    if (status == CKCA_ESTOP && desc->state)
+        tool_fail(128 + tool_signal, "%s; it is kept in %s: %s goes on", ckca_error(ctx), desc->state, hint);
+    if (status == CKCA_ESTOP) tool_fail(128 + tool_signal, "%s; nothing was kept", ckca_error(ctx));
+    tool_check(ctx, status);
+    if (tool_signal) raise(tool_signal); /* it came behind the last step; a state holds the result */
 }
 
 /* ---- Progress ------------------------------------------------------------------------------------------------- */

@@ -4,8 +4,8 @@
        ./train                                            ResNet-8 on drawn shapes
        ./train --cifar10 cifar-10-batches-bin --arch resnet20 --projection --augment --save net.safetensors
 
-   With --save FILE, FILE.state is written every 30 seconds and removed at the end. After a kill, the same command with
-   --resume continues from it, to bitwise the same weights. */
+   With --save FILE, FILE.state is written every 30 seconds and removed once FILE is written. After a kill or a stop, the
+   same command with --resume continues from it, to bitwise the same weights. */
 #define CKCA_IMPLEMENTATION
 #include "ckca.h"
 
@@ -26,7 +26,7 @@ static int report_epoch(const ckca_progress *p, void *user) {
                  p->batches, p->loss, tool_duration(p->seconds_left, left, sizeof left));
         tool_status(line);
     }
-    return 0;
+    return tool_signal;
 }
 
 int main(int argc, char **argv) {
@@ -61,7 +61,7 @@ int main(int argc, char **argv) {
         {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Running", 0},
         TOOL_DEVICE_FLAGS(desc),
         {"--save", TOOL_TEXT, &save, 0, 0, "FILE", "checkpoint to write (safetensors) [none]", 0},
-        {"--resume", TOOL_SWITCH, &resume, 0, 0, NULL, "continue from FILE.state, which a killed run left", 0},
+        {"--resume", TOOL_SWITCH, &resume, 0, 0, NULL, "continue from FILE.state, which a stopped run left", 0},
         {"--state-seconds", TOOL_FLOAT, &update.state_seconds, 0.001, 1e6, "X", "between training states [30]", 0},
         {NULL, TOOL_HEADING, NULL, 0, 0, NULL, NULL, 0}};
     ckca_context *ctx = NULL;
@@ -87,6 +87,7 @@ int main(int argc, char **argv) {
         if (!resume && (file = fopen(state, "rb")) != NULL)
             tool_fail(2, "%s exists: add --resume to continue that run, or remove the file", state);
         update.state = state;
+        tool_check_output(save);
     }
 
     ctx = tool_init(&desc);
@@ -106,7 +107,7 @@ int main(int argc, char **argv) {
     update.progress = report_epoch;
     update.user = &epoch_start;
     if (augment) update.augment.pad = 4, update.augment.flip = 1;
-    tool_check(ctx, ckca_update(model, train, &update, &report));
+    tool_update(ctx, model, train, &update, &report, "the same command with --resume");
     if (save) tool_check(ctx, ckca_save(model, save));
     tool_check(ctx, ckca_evaluate(model, test, &score, NULL));
     printf("test: accuracy %.2f%%, top-5 %.2f%%, loss %.4f on %d pictures; trained in %.1f s (%.0f pictures/s)\n",
@@ -117,5 +118,5 @@ int main(int argc, char **argv) {
     ckca_data_free(train);
     ckca_data_free(test);
     ckca_free(ctx);
-    return 0;
+    return tool_end();
 }

@@ -5,8 +5,8 @@
        ./update in-use.safetensors new-pictures better.safetensors
 
    new-pictures holds a folder per class, with the checkpoint's class names (some may be missing). The program writes
-   better.safetensors.state every 30 seconds; after a kill the same command continues from it, to bitwise the same
-   result. The old checkpoint is only read. Test both before you replace it: --test DIR. */
+   better.safetensors.state every 30 seconds; after a stop or a kill the same command continues from it, to bitwise the
+   same result. The old checkpoint is only read. Test both before you replace it: --test DIR. */
 #define CKCA_IMPLEMENTATION
 #include "ckca.h"
 
@@ -19,7 +19,7 @@ static int show_progress(const ckca_progress *p, void *user) {
              p->epoch + 1, p->epochs, p->loss, p->kd, p->feat, 100 * p->accuracy,
              tool_duration(p->seconds_left, left, sizeof left));
     tool_status(line);
-    return 0;
+    return tool_signal;
 }
 
 int main(int argc, char **argv) {
@@ -58,6 +58,7 @@ int main(int argc, char **argv) {
         tool_fail(2, "usage: update CHECKPOINT.safetensors NEW_PICTURES_DIR OUT.safetensors (--help has more)");
     if ((size_t)snprintf(state, sizeof state, "%s.state", argv[2]) >= sizeof state)
         tool_fail(2, "the path is too long");
+    tool_check_output(argv[2]);
 
     ctx = tool_init(&desc);
     tool_check(ctx, ckca_load(ctx, &model, argv[0]));
@@ -77,7 +78,7 @@ int main(int argc, char **argv) {
     update.state = state;
     update.progress = show_progress;
     if (augment) update.augment.pad = 4, update.augment.flip = 1;
-    tool_check(ctx, ckca_update(model, pictures, &update, &report));
+    tool_update(ctx, model, pictures, &update, &report, "the same command");
     tool_check(ctx, ckca_save(model, argv[2]));
     tool_status(NULL);
     printf("%s: update %d, %d steps in %.1f s; accuracy on the new pictures %.1f%% before, %.1f%% in training\n",
@@ -93,5 +94,5 @@ int main(int argc, char **argv) {
     ckca_data_free(pictures);
     ckca_data_free(test);
     ckca_free(ctx);
-    return 0;
+    return tool_end();
 }

@@ -149,6 +149,8 @@ for test in test_conv test_ops test_train test_threads test_files; do
     esac
     try build_${options}_$test $CC $std -std=c99 -O2 -D$options tests/$test.c -o $dir/${options}_$test -lm -pthread
 done
+try build_CKCA_NO_STDIO_test_files $CC $std -std=c99 -O1 -DCKCA_NO_STDIO -DCKCA_NO_SIMD tests/test_files.c \
+    -o $dir/CKCA_NO_STDIO_test_files -lm -pthread
 settle
 for program in $dir/CKCA_NO_*_test_*; do
     case $program in *.log | *.ok) continue ;; esac

@@ -51,6 +51,25 @@ kill_when() { # kill_when TEST COMMAND...: kill -9 as soon as the shell test is 
     wait $pid 2>/dev/null
     [ $? -eq 137 ]
 }
+stops() { # stops SIGNAL STATUS TEST COMMAND...: the signal as soon as the test holds; that exit status, one line, and a state
+    local signal=$1 status=$2 test=$3 i
+    shift 3
+    set -m # or the shell has the program ignore SIGINT
+    "$@" >out 2>err &
+    local pid=$!
+    set +m
+    for ((i = 0; i < 1000; i++)); do
+        if eval "$test"; then break; fi
+        kill -0 $pid 2>/dev/null || break
+        sleep 0.01
+    done
+    kill -$signal $pid 2>/dev/null
+    wait $pid 2>/dev/null
+    local rc=$?
+    check "exit status of '$*' after SIG$signal is $rc" [ $rc -eq $status ]
+    check "one line on stderr after SIG$signal" [ "$(wc -l <err)" -eq 1 ]
+    check "it says where it goes on from" grep -q 'was stopped in epoch .* goes on$' err
+}
 
 # ---- help and mistakes -----------------------------------------------------------------------------------------------
 for program in incremental train update classify; do
@@ -86,6 +105,14 @@ refuses 1 "nowhere" "$inc" --data nowhere
 refuses 1 "nowhere" "$inc" --cifar10 nowhere
 refuses 1 "resnet9" "$inc" --arch resnet9 --chunk-size 20
 refuses 1 "file/x: Not a directory" "$inc" --chunk-size 20 --out "$(touch file && echo file)/x"
+refuses 1 "nowhere/x: cannot be created: No such file" "$build/train" --save nowhere/x
+mkdir folder
+refuses 1 "folder: it is a folder" "$build/train" --save folder
+refuses 1 "file/x: cannot be created: Not a directory" "$build/update" nowhere.safetensors b file/x
+refuses 2 "what is \"--lr\"" "$build/train" -- --lr
+refuses 1 "--nowhere: cannot be opened" "$build/update" -- --nowhere b c
+refuses 1 "--nowhere: cannot be opened" "$build/classify" -- --nowhere b
+check "looking whether files can be written leaves none" [ "$(ls | grep -c -v -e '^out$' -e '^err$' -e '^file$' -e '^folder$')" -eq 0 ]
 refuses 2 "--resume needs --save" "$build/train" --resume
 refuses 2 "usage: update" "$build/update" a b
 refuses 1 "nowhere.safetensors" "$build/update" nowhere.safetensors b c
@@ -143,6 +170,31 @@ refuses 1 "b.safetensors.state" $train --save b.safetensors --resume --lr 0.05
 works $train --save b.safetensors --resume
 check "train: bitwise the same after a kill" cmp a.safetensors b.safetensors
 
+stops TERM 143 '[ -e c.safetensors.state ]' $train --save c.safetensors --epochs 400 --state-seconds 0.001
+check "train: a state, no checkpoint" [ -e c.safetensors.state -a ! -e c.safetensors ]
+rm c.safetensors.state
+works $train --save c.safetensors --epochs 1
+cp c.safetensors kept
+refuses 1 "no longer finite" $train --save c.safetensors --epochs 4 --lr 1000
+check "a checkpoint is not lost to a training that failed" cmp kept c.safetensors
+rm -f c.safetensors* kept
+# two with the same output: the second is refused, the first goes on
+$train --save c.safetensors --epochs 4000 --state-seconds 0.001 >out1 2>err1 &
+first=$!
+for ((i = 0; i < 1000; i++)); do [ -e c.safetensors.state ] && break || sleep 0.01; done
+refuses 1 "c.safetensors.state: another update is at work on it" $train --save c.safetensors --epochs 4000 --resume
+check "the first goes on" kill -9 $first
+wait $first 2>/dev/null
+rm -f c.safetensors*
+if [ -e /dev/full ]; then
+    for command in "$inc --help" "$build/train --help" "$build/update --help" "$build/classify --help" \
+        "$train --epochs 1" "$inc $tiny --chunks 1 --epochs 1 --methods warm"; do
+        $command >/dev/full 2>err
+        check "'$command' fails when its output cannot be written" [ $? -eq 1 ]
+        check "and says so" grep -q "standard output cannot be written" err
+    done
+fi
+
 mkdir -p new/disc new/square strange/dodo
 base64 -d >new/disc/1.png <<<iVBORw0KGgoAAAANSUhEUgAAAAwAAAAKCAIAAAAPTiitAAAAOklEQVR42mPUsFnAQAiwIHP29XTA2U4lFXA2E1YVaFwmrCrQBJkYiABUV4TsF0wPMmH1MxqXkZjABAAVaREdOCsa7gAAAABJRU5ErkJggg==
 base64 -d >new/square/1.png <<<iVBORw0KGgoAAAANSUhEUgAAAAwAAAAKCAIAAAAPTiitAAAAKUlEQVR42mPUsFnAQAgwMRABWOCsLVxz0OR8vqWQYNJgVMSC6RcyTQIAKXMFwonw+n0AAAAASUVORK5CYII=
@@ -170,6 +222,12 @@ else
     check "the new checkpoint is not there yet" [ ! -e d.safetensors ]
     works $update d.safetensors --epochs 200 --batch 1
     check "update: bitwise the same after a kill" cmp c.safetensors d.safetensors
+    stops INT 130 '[ -e e.safetensors.state ]' $update e.safetensors --epochs 200 --batch 1 --state-seconds 0.001
+    check "the new checkpoint is not there yet" [ ! -e e.safetensors ]
+    works $update e.safetensors --epochs 200 --batch 1
+    check "update: bitwise the same after SIGINT" cmp c.safetensors e.safetensors
+    check "update: no state, lock or temporary file left" [ "$(ls | grep -c '^e\.safetensors\.')" -eq 0 ]
+    rm e.safetensors
     refuses 1 "dodo" "$build/update" a.safetensors strange e.safetensors
     refuses 1 "empty" "$build/update" a.safetensors "$(mkdir empty && echo empty)" e.safetensors
     mkdir -p set && cp -r new set/train && cp -r new set/test

@@ -455,6 +455,7 @@ static ckca_status parse_header(ckca_context *ctx, const char *header, size_t by
 }
 
 static void test_hostile_headers(void) {
+#define X(extra) "{\"dtype\":\"F32\",\"shape\":[1]," extra ",\"data_offsets\":[0,4]}" /* with another field */
 #define T(dtype, shape, offsets) "{\"dtype\":\"" dtype "\",\"shape\":[" shape "],\"data_offsets\":[" offsets "]}"
     static const struct {
         const char *header;
@@ -497,7 +498,27 @@ static void test_hostile_headers(void) {
         {"{\"a\":{\"dtype\":\"F32\",\"data_offsets\":[0,4]}}", 4, "lacks its dtype"},
         {"{\"a\":{\"shape\":[1],\"data_offsets\":[0,4]}}", 4, "lacks its dtype"},
         {"{\"a\":{\"dtype\":\"F32\",\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]}}", 4, "there twice"},
-        {"{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4],\"extra\":0}}", 4, "unknown or there twice"},
+        {"{\"a\":" X("\"shape\":[1]") "}", 4, "there twice"},
+        {"{\"a\":" X("\"x\":") "}", 4, "no value"},
+        {"{\"a\":" X("\"x\":nul") "}", 4, "no value"},
+        {"{\"a\":" X("\"x\":nulll") "}", 4, "no , or }"},
+        {"{\"a\":" X("\"x\":NaN") "}", 4, "no value"},
+        {"{\"a\":" X("\"x\":+1") "}", 4, "no value"},
+        {"{\"a\":" X("\"x\":01") "}", 4, "no value"},
+        {"{\"a\":" X("\"x\":-") "}", 4, "no value"},
+        {"{\"a\":" X("\"x\":.5") "}", 4, "no value"},
+        {"{\"a\":" X("\"x\":1.") "}", 4, "no value"},
+        {"{\"a\":" X("\"x\":1e") "}", 4, "no value"},
+        {"{\"a\":" X("\"x\":[1,]") "}", 4, "no value"},
+        {"{\"a\":" X("\"x\":[1}") "}", 4, "no , and no end of a value"},
+        {"{\"a\":" X("\"x\":{\"a\"}") "}", 4, "no :"},
+        {"{\"a\":" X("\"x\":{1:1}") "}", 4, "no string"},
+        {"{\"a\":" X("\"x\":\"\\ud800\"") "}", 4, "an escape that cannot be used"},
+        {"{\"a\":" X("\"x\":\"\t\"") "}", 4, "a control character"},
+        {"{\"a\":{\"dtype\":\"F32\",\"x\":[[{\"y\":", 0, "no value"},
+        {"{\"__metadata__\":nul}", 0, "no value"},
+        {"{\"__metadata__\":null,\"__metadata__\":null}", 0, "a second __metadata__"},
+        {"{\"__metadata__\":{\"k\":null}}", 0, "no string"},
         {"{\"a\":{}}", 0, "no string"},
         {"{\"a\":[]}", 0, "a tensor that is no object"},
         {"{\"a\"}", 0, "no :"},
@@ -529,6 +550,10 @@ static void test_hostile_headers(void) {
         {"{}", 0},
         {"{} \t\r\n ", 0},
         {"{\"__metadata__\":{}}", 0},
+        {"{\"__metadata__\":null}", 0}, /* as safetensors 0.8.0 takes these */
+        {"{\"a\":" X("\"comment\":\"x\"") ",\"__metadata__\": null }", 4},
+        {"{\"a\":" X("\"x\":0,\"x\" : -1.5e+3 , \"\":null") "}", 4},
+        {"{\"a\":" X("\"x\":[ ],\"y\":{ },\"z\":[true,false,{\"dtype\":[0E-0,\"\\u0000\"]} , 10]") "}", 4},
         {"{ \"a\" : { \"shape\" : [ ] , \"data_offsets\" : [ 0 , 8 ] , \"dtype\" : \"I64\" } }", 8},
         {"{\"b\":" T("F32", "1", "4,8") ",\"a\":" T("F32", "1", "0,4") "}", 8},
         {"{\"b\":" T("F32", "0,5", "4,4") ",\"a\":" T("F32", "1", "0,4") "}", 4},
@@ -547,7 +572,15 @@ static void test_hostile_headers(void) {
     memcpy(deep, "{\"a\":", 5);
     expect(ctx, "deep", parse_header(ctx, deep, 0), CKCA_EFORMAT, "a tensor that is no object");
     for (i = 0; i + 5 < sizeof deep; i += 5) memcpy(deep + i, "{\"a\":", 5);
-    expect(ctx, "deep", parse_header(ctx, deep, 0), CKCA_EFORMAT, "a field of a tensor that is unknown");
+    expect(ctx, "deep", parse_header(ctx, deep, 0), CKCA_EFORMAT, "values nested too deep");
+    for (size = 124; size <= 125; size++) { /* an object in one field and so many lists */
+        memset(deep, '[', 1000);
+        memcpy(deep, "{\"a\":{\"x\":{\"y\":", 15);
+        memset(deep + 15 + size, ']', size);
+        strcpy(deep + 15 + 2 * size, "},\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]}}");
+        CHECK((parse_header(ctx, deep, 4) == CKCA_OK) == (size == 124), "%d lists in each other: %s", (int)size,
+              ckca_error(ctx));
+    }
     for (i = 0; i < 64; i++) { /* lengths of every order of magnitude */
         uint64_t huge = UINT64_MAX >> i;
         int k;
@@ -563,6 +596,7 @@ static void test_hostile_headers(void) {
     CHECK(wrong == 0, "%d hopeless files taken", wrong);
     ckca_free(ctx);
 #undef T
+#undef X
 }
 
 static void test_names_json(void) {
@@ -1053,7 +1087,7 @@ static void test_safetensors(void) {
     }
 
     /* A disk that is full: the temporary file's name leads to a device that always is. The old file stays. */
-    snprintf(temporary, sizeof temporary, "%s.tmp-%ld", path, (long)getpid());
+    snprintf(temporary, sizeof temporary, "%s.tmp", path);
     if (access("/dev/full", W_OK) == 0) {
         CHECK(symlink("/dev/full", temporary) == 0, "no link: %s", strerror(errno));
         expect(ctx, "full disk", ckca__st_write(ctx, path, items, 5, NULL, 0, ask_item, values), CKCA_EIO,
@@ -1085,7 +1119,18 @@ static void test_safetensors(void) {
               !memcmp(again, whole_file, size),
           "the old file did not survive");
     ckca__release(ctx, again);
+    { /* a killed run's temporary file is written over; one that is being written is left alone */
+        int lock;
+        put(temporary, values, sizeof values);
+        lock = ckca__lock_path(temporary);
+        CHECK(lock >= 0, "no lock: %s", strerror(errno));
+        expect(ctx, "locked", ckca__st_write(ctx, path, items, 5, NULL, 0, ask_item, values), CKCA_EIO,
+               "w.safetensors: another process is writing it");
+        CHECK(access(temporary, F_OK) == 0, "%s is gone while it is locked", temporary);
+        close(lock);
+    }
     CHECK(ckca__st_write(ctx, path, items, 5, meta, 2, ask_item, values) == CKCA_OK, "%s", ckca_error(ctx));
+    CHECK(access(temporary, F_OK) != 0, "%s was left behind", temporary);
     CHECK(ckca__read_file(ctx, path, 1 << 20, &again, &again_size) == CKCA_OK && again_size == size &&
               !memcmp(again, whole_file, size),
           "written twice, the files differ");
@@ -1196,7 +1241,269 @@ static ckca_status job_views(ckca_context *ctx) {
     return status;
 }
 
+/* ---- checkpoints in memory ---- */
+
+/* A small network with every kind of parameter; names are as torchvision's. */
+static ckca_model *tiny_model(ckca_context *ctx, uint64_t seed) {
+    ckca_model *model = NULL;
+    ckca_model_desc desc;
+    ckca_conv_desc conv;
+    memset(&desc, 0, sizeof desc);
+    memset(&conv, 0, sizeof conv);
+    desc.height = desc.width = 4;
+    desc.classes = 2;
+    desc.seed = seed;
+    conv.out = 5;
+    conv.pad = 1;
+    if (ckca_model_create(ctx, &model, &desc)) return NULL;
+    if (ckca_model_finish(
+            model, ckca_linear(model, "fc",
+                               ckca_avgpool(model, ckca_relu(model, ckca_batchnorm(model, "bn1",
+                                                                                   ckca_conv(model, "conv1", ckca_input(model), conv)))),
+                               2))) {
+        ckca_model_free(model);
+        return NULL;
+    }
+    return model;
+}
+
+static unsigned char *saved(ckca_context *ctx, ckca_model *model, size_t *size) {
+    unsigned char *bytes;
+    CHECK(ckca_save_memory(model, NULL, 0, size) == CKCA_OK, "%s", ckca_error(ctx));
+    bytes = (unsigned char *)malloc(*size);
+    CHECK(ckca_save_memory(model, bytes, *size, size) == CKCA_OK, "%s", ckca_error(ctx));
+    return bytes;
+}
+
+/* The file with its header changed: the first from behind after becomes to, every one where after is NULL. */
+static unsigned char *edited(const unsigned char *bytes, size_t size, const char *after, const char *from,
+                             const char *to, size_t *out_size) {
+    const size_t header = bytes[0] + 256u * bytes[1];
+    unsigned char *out = (unsigned char *)malloc(size + header * 20);
+    char *text = (char *)malloc(header + 1), *at, *next;
+    size_t n = 8;
+    int changed = 0;
+    memcpy(text, bytes + 8, header);
+    text[header] = 0;
+    at = text;
+    if (after) {
+        at = strstr(text, after);
+        if (!at) abort();
+        memcpy(out + n, text, (size_t)(at - text));
+        n += (size_t)(at - text);
+    }
+    while ((next = strstr(at, from)) != NULL && !(after && changed)) {
+        memcpy(out + n, at, (size_t)(next - at));
+        n += (size_t)(next - at);
+        memcpy(out + n, to, strlen(to));
+        n += strlen(to);
+        at = next + strlen(from);
+        changed++;
+    }
+    if (!changed) abort();
+    memcpy(out + n, at, strlen(at));
+    n += strlen(at);
+    out[0] = (unsigned char)(n - 8);
+    out[1] = (unsigned char)((n - 8) >> 8);
+    memset(out + 2, 0, 6);
+    memcpy(out + n, bytes + 8 + header, size - 8 - header);
+    *out_size = n + size - 8 - header;
+    free(text);
+    return out;
+}
+
+/* The file with its tensors' names changed: kind by kind, what stands in front of them. */
+static unsigned char *renamed(const unsigned char *bytes, size_t size, const char *conv, const char *bn, const char *fc,
+                              size_t *out_size) {
+    char to[3][100];
+    unsigned char *a, *b;
+    snprintf(to[0], 100, "\"%sconv1.", conv);
+    snprintf(to[1], 100, "\"%sbn1.", bn);
+    snprintf(to[2], 100, "\"%sfc.", fc);
+    a = edited(bytes, size, NULL, "\"conv1.", to[0], &size);
+    b = edited(a, size, NULL, "\"bn1.", to[1], &size);
+    free(a);
+    a = edited(b, size, NULL, "\"fc.", to[2], out_size);
+    free(b);
+    return a;
+}
+
+static void test_memory(void) {
+    static const char *const prefixes[] = {"module.", "_orig_mod.", "model.", "backbone.", "module.model.",
+                                           "_orig_mod.module.backbone.", "module.module."};
+    ckca_context *ctx = new_context(1);
+    ckca_model *model = tiny_model(ctx, 1), *other = tiny_model(ctx, 2), *back = NULL;
+    size_t size, again, cut;
+    unsigned char *bytes = saved(ctx, model, &size), *copy, *changed, *untouched, *shifted;
+    float value[200];
+    size_t i;
+    int k, wrong = 0;
+
+    /* there and back: the same bytes, from any address */
+    shifted = (unsigned char *)malloc(size + 1);
+    memcpy(shifted + 1, bytes, size);
+    CHECK(ckca_load_memory(ctx, &back, shifted + 1, size) == CKCA_OK, "%s", ckca_error(ctx));
+    free(shifted);
+    copy = saved(ctx, back, &again);
+    CHECK(again == size && !memcmp(copy, bytes, size), "save, load, save: %d and %d bytes", (int)size, (int)again);
+    free(copy);
+    ckca_model_free(back);
+    copy = (unsigned char *)malloc(size);
+    memset(copy, 7, size);
+    expect(ctx, "room", ckca_save_memory(model, copy, size - 1, &again), CKCA_EINVAL, "save: there is room for");
+    for (i = 0; i < size; i++) wrong += copy[i] != 7;
+    CHECK(again == size && !wrong, "%d bytes needed, %d written all the same", (int)again, wrong);
+    expect(ctx, "size", ckca_save_memory(model, copy, size, NULL), CKCA_EINVAL, "a place for the size");
+    free(copy);
+    expect(ctx, "bytes", ckca_load_weights_memory(other, NULL, 0), CKCA_EINVAL, "needs a finished model and bytes");
+    expect(ctx, "bytes", ckca_load_memory(ctx, &back, NULL, 0), CKCA_EINVAL, "needs bytes");
+    untouched = saved(ctx, other, &again);
+    for (cut = 0; cut < size; cut++) { /* truncated anywhere, in a block of just that size */
+        copy = (unsigned char *)malloc(cut + !cut);
+        memcpy(copy, bytes, cut);
+        wrong += ckca_load_memory(ctx, &back, copy, cut) == CKCA_OK;
+        wrong += ckca_load_weights_memory(other, copy, cut) == CKCA_OK;
+        free(copy);
+    }
+    for (i = 0; i < size; i++) { /* and with a wrong byte, it loads or does not; the header's bytes alone */
+        if (i >= 8 + bytes[0] + 256u * bytes[1]) break;
+        bytes[i] ^= (unsigned char)(1 << i % 8);
+        back = NULL;
+        if (ckca_load_memory(ctx, &back, bytes, size) == CKCA_OK) ckca_model_free(back);
+        bytes[i] ^= (unsigned char)(1 << i % 8);
+    }
+    CHECK(wrong == 0, "%d truncated files taken", wrong);
+
+    /* prefixes */
+    for (i = 0; i < sizeof prefixes / sizeof *prefixes; i++) {
+        changed = renamed(bytes, size, prefixes[i], prefixes[i], prefixes[i], &again);
+        CHECK(ckca_load_weights_memory(other, changed, again) == CKCA_OK, "%s: %s", prefixes[i], ckca_error(ctx));
+        free(changed);
+        copy = saved(ctx, other, &again);
+        CHECK(again == size && !memcmp(copy, bytes, size), "%s: other weights", prefixes[i]);
+        free(copy);
+        CHECK(ckca_load_weights_memory(other, untouched, size) == CKCA_OK, "%s", ckca_error(ctx));
+    }
+    changed = renamed(bytes, size, "backbone.", "backbone.", "", &again); /* a head beside its backbone */
+    CHECK(ckca_load_weights_memory(other, changed, again) == CKCA_OK, "%s", ckca_error(ctx));
+    free(changed);
+    CHECK(ckca_load_weights_memory(other, untouched, size) == CKCA_OK, "%s", ckca_error(ctx));
+    changed = renamed(bytes, size, "", "model.", "_orig_mod.", &again); /* the order of the names changes */
+    CHECK(ckca_load_weights_memory(other, changed, again) == CKCA_OK, "%s", ckca_error(ctx));
+    free(changed);
+    CHECK(ckca_load_weights_memory(other, untouched, size) == CKCA_OK, "%s", ckca_error(ctx));
+    changed = renamed(bytes, size, "net.", "net.", "net.", &again);
+    expect(ctx, "unknown prefix", ckca_load_weights_memory(other, changed, again), CKCA_EFORMAT,
+           "memory: it has no tensor conv1.weight, but 8 others. The nearest: net.conv1.weight, net.bn1.weight, "
+           "net.fc.weight");
+    CHECK(!strstr(ckca_error(ctx), "refix"), "%s", ckca_error(ctx));
+    free(changed);
+    changed = renamed(bytes, size, "module.", "module.", "module.head.", &again);
+    expect(ctx, "too much", ckca_load_weights_memory(other, changed, again), CKCA_EFORMAT,
+           "it has no tensor conv1.weight, but 8 others. The nearest: module.conv1.weight");
+    expect(ctx, "too much", CKCA_EFORMAT, CKCA_EFORMAT, "Without prefixes module.head.fc.bias would not fit either");
+    free(changed);
+    changed = edited(bytes, size, "fc.weight", "fc.weight", "module.fc.bias", &again);
+    expect(ctx, "twice", ckca_load_weights_memory(other, changed, again), CKCA_EFORMAT,
+           "Without prefixes there would be two of fc.bias");
+    free(changed);
+    changed = edited(bytes, size, "fc.weight", "fc.weight", "module.bn1.num_batches_tracked", &again);
+    expect(ctx, "one less", ckca_load_weights_memory(other, changed, again), CKCA_EFORMAT,
+           "Without prefixes fc.weight would still be missing");
+    free(changed);
+
+    /* shapes, numbers that are none, files of the future */
+    changed = edited(bytes, size, "\"fc.weight", "[2,5]", "[5,2]", &again);
+    expect(ctx, "shape", ckca_load_weights_memory(other, changed, again), CKCA_ESHAPE,
+           "fc.weight is 5x2 in the file, 2x5 in the model");
+    expect(ctx, "shape", ckca_load_memory(ctx, &back, changed, again), CKCA_ESHAPE, "fc.weight is 5x2 in the file");
+    free(changed);
+    changed = edited(bytes, size, "\"fc.weight", "[2,5]", "[1,2,1,5,1,1]", &again);
+    expect(ctx, "shape", ckca_load_weights_memory(other, changed, again), CKCA_ESHAPE, "fc.weight is 1x2x1x5x1x1 in");
+    free(changed);
+    changed = edited(bytes, size, "ckca.format", "\"1\"", "\"2\"", &again);
+    expect(ctx, "format 2", ckca_load_memory(ctx, &back, changed, again), CKCA_EFORMAT,
+           "memory: a newer ckca.h wrote it: its ckca.format is 2, ckca.h " CKCA_VERSION " reads up to 1");
+    expect(ctx, "format 2", ckca_load_weights_memory(other, changed, again), CKCA_EFORMAT, "a newer ckca.h");
+    free(changed);
+    changed = edited(bytes, size, "ckca.format", "\"1\"", "\"99999999999999999999\"", &again);
+    expect(ctx, "format 1e20", ckca_load_memory(ctx, &back, changed, again), CKCA_EFORMAT, "a newer ckca.h");
+    free(changed);
+    changed = edited(bytes, size, "ckca.format", "\"1\"", "\"one\"", &again);
+    expect(ctx, "format one", ckca_load_memory(ctx, &back, changed, again), CKCA_EFORMAT, "is not a whole number");
+    free(changed);
+    changed = edited(bytes, size, NULL, "\"ckca.format\":\"1\",", "", &again); /* as before there were numbers */
+    back = NULL;
+    CHECK(ckca_load_memory(ctx, &back, changed, again) == CKCA_OK, "%s", ckca_error(ctx));
+    ckca_model_free(back);
+    free(changed);
+    for (k = 0; k < ckca_tensors(other); k++) {
+        ckca_tensor tensor;
+        const float bad[3] = {NAN, INFINITY, -INFINITY};
+        const ckca__st_tensor *place;
+        ckca__st_file file;
+        float good;
+        ckca_tensor_info(other, k, &tensor);
+        ckca_tensor_read(other, k, CKCA_VALUE, value);
+        good = value[tensor.count - 1];
+        value[tensor.count - 1] = bad[k % 3];
+        ckca_tensor_write(other, k, CKCA_VALUE, value);
+        copy = (unsigned char *)malloc(size);
+        expect(ctx, tensor.name, ckca_save_memory(other, copy, size, &again), CKCA_ENAN, tensor.name);
+        CHECK(strstr(ckca_error(ctx), k % 3 ? "is infinite" : "is NaN"), "%s", ckca_error(ctx));
+        value[tensor.count - 1] = good;
+        ckca_tensor_write(other, k, CKCA_VALUE, value);
+        memcpy(copy, bytes, size);
+        if (ckca__st_parse(ctx, "x", bytes, size, &file) || !(place = ckca__st_find(&file, tensor.name))) abort();
+        memcpy(copy + place->end - 4, &bad[k % 3], 4);
+        ckca__st_close(&file);
+        expect(ctx, tensor.name, ckca_load_weights_memory(other, copy, size), CKCA_ENAN, tensor.name);
+        back = NULL;
+        expect(ctx, tensor.name, ckca_load_memory(ctx, &back, copy, size), CKCA_ENAN, "memory: ");
+        free(copy);
+    }
+    copy = saved(ctx, other, &again);
+    CHECK(again == size && !memcmp(copy, untouched, size), "the model is not as it was");
+    free(copy);
+    free(untouched);
+    free(bytes);
+    ckca_model_free(model);
+    ckca_model_free(other);
+    ckca_free(ctx);
+}
+
+static ckca_status job_memory(ckca_context *ctx) { /* with prefixes, so that names are fitted */
+    ckca_model *model = tiny_model(ctx, 1), *back = NULL;
+    unsigned char *bytes = NULL, *changed = NULL;
+    size_t size, again;
+    ckca_status status = model ? CKCA_OK : CKCA_ENOMEM;
+    if (!status) status = ckca_save_memory(model, NULL, 0, &size);
+    if (!status) {
+        bytes = (unsigned char *)malloc(size);
+        status = ckca_save_memory(model, bytes, size, &size);
+    }
+    if (!status) {
+        changed = renamed(bytes, size, "model.", "model.", "model.", &again);
+        status = ckca_load_weights_memory(model, changed, again);
+    }
+    if (!status) status = ckca_load_memory(ctx, &back, bytes, size);
+    ckca_model_free(back);
+    ckca_model_free(model);
+    free(bytes);
+    free(changed);
+    return status;
+}
+
+static void test_version(void) {
+    char text[32];
+    snprintf(text, sizeof text, "%d.%d.%d", CKCA_VERSION_MAJOR, CKCA_VERSION_MINOR, CKCA_VERSION_PATCH);
+    CHECK(!strcmp(text, CKCA_VERSION), "CKCA_VERSION is %s, its numbers %s", CKCA_VERSION, text);
+}
+
 int main(void) {
+    test_version();
+    test_memory();
+    fail_each_allocation("memory", job_memory);
     test_array();
     test_resize();
     test_split();

@@ -950,9 +950,13 @@ static void test_resume(ckca_context *ctx, ckca_model *start, const ckca_data *d
               "resumed after %d steps, the weights differ", after);
         CHECK(report.loss == expected.loss && report.accuracy == expected.accuracy, "resumed after %d: loss %g, uninterrupted %g",
               after, report.loss, expected.loss);
+        left = fopen(d.state, "rb");
+        CHECK(left, "the state stays until the save");
+        if (left) fclose(left);
+        CHECK(ckca_save(m, DIR "/one.safetensors") == CKCA_OK, "%s", ckca_error(ctx));
         ckca_model_free(m);
         left = fopen(d.state, "rb");
-        CHECK(!left, "the state is removed at the end");
+        CHECK(!left, "the state is removed by the save");
         if (left) fclose(left);
     }
     { /* a state of another run is refused, and so is a broken one; the model stays as it is */
@@ -976,12 +980,148 @@ static void test_resume(ckca_context *ctx, ckca_model *start, const ckca_data *d
         free(bytes);
         remove(d.state);
         d.state = DIR "/no/such/folder/state";
-        d.state_seconds = 1e-9f;
-        CHECK(ckca_update(m, data, &d, NULL) == CKCA_EIO, "a state that cannot be written: %s", ckca_error(ctx));
+        d.progress = NULL;
+        CHECK(ckca_update(m, data, &d, &report) == CKCA_EIO && report.sgd_steps == 0, "told after %d steps: %s",
+              report.sgd_steps, ckca_error(ctx));
         CHECK(same_weights(m, start), "the model is as it was");
         ckca_model_free(m);
     }
     ckca_model_free(whole);
+}
+
+static int there(const char *path) {
+    struct stat about;
+    return stat(path, &about) == 0;
+}
+
+/* Between an update and its save: what a kill there leaves is the result. */
+static void test_unsaved(ckca_context *ctx, ckca_model *start, const ckca_data *data, const ckca_data *next) {
+    const char *one = DIR "/one.safetensors", *state = DIR "/a.state", *other = DIR "/b.state";
+    ckca_model *whole = copy_of(start), *m = copy_of(start), *again;
+    ckca_update_desc d = quick(CKCA_METHOD_WARM);
+    ckca_report expected, report;
+    int stop = 1;
+    d.epochs = 2;
+    CHECK(ckca_update(whole, data, &d, &expected) == CKCA_OK, "%s", ckca_error(ctx));
+    d.state = state;
+    spill(DIR "/a.state.tmp", "left by a killed run", 20);
+    spill(DIR "/a.state.lock", "", 0);
+    CHECK(ckca_update(m, data, &d, &report) == CKCA_OK, "%s", ckca_error(ctx));
+    CHECK(there(state) && !there(DIR "/a.state.tmp") && !there(DIR "/a.state.lock"), "files of a killed run are left");
+    ckca_model_free(m); /* all that remains is the file */
+    m = copy_of(start);
+    d.progress = never; /* stops at the first step, but there is none */
+    d.user = &stop;
+    CHECK(ckca_update(m, data, &d, &report) == CKCA_OK && same_weights(m, whole) && m->step == whole->step,
+          "at once, the same: %s", ckca_error(ctx));
+    CHECK(report.loss == expected.loss && report.accuracy == expected.accuracy && report.step == expected.step &&
+              report.sgd_steps == expected.sgd_steps,
+          "loss %g, uninterrupted %g", report.loss, expected.loss);
+    again = copy_of(start); /* and nobody else's update may write over it */
+    CHECK(ckca_update(again, next, &d, NULL) == CKCA_EINVAL && strstr(ckca_error(ctx), "another update") && there(state),
+          "%s", ckca_error(ctx));
+    ckca_model_free(again);
+    CHECK(ckca_save(m, DIR "/no/such/folder/x") == CKCA_EIO && there(state), "a save that fails keeps the state");
+
+    /* the model itself goes on: with the same path, then another one; one save is for both */
+    d.progress = NULL;
+    CHECK(ckca_update(m, next, &d, NULL) == CKCA_OK && m->step == 3, "%s", ckca_error(ctx));
+    d.state = other;
+    CHECK(ckca_update(m, data, &d, NULL) == CKCA_OK && m->step == 4, "%s", ckca_error(ctx));
+    CHECK(there(state) && there(other), "both states wait");
+    again = copy_of(m);
+    CHECK(ckca_save(again, one) == CKCA_OK && there(state) && there(other), "a copy's save leaves them alone");
+    ckca_model_free(again);
+    CHECK(ckca_save(m, one) == CKCA_OK && !there(state) && !there(other), "both are gone");
+
+    /* a model that was stopped later does not hold the first one's result */
+    d.state = state;
+    CHECK(ckca_update(m, next, &d, NULL) == CKCA_OK, "%s", ckca_error(ctx));
+    d.state = other;
+    d.progress = never;
+    CHECK(ckca_update(m, data, &d, NULL) == CKCA_ESTOP, "%s", ckca_error(ctx));
+    CHECK(ckca_save(m, one) == CKCA_OK && there(state) && there(other), "the states of what is not saved stay");
+    remove(state);
+    remove(other);
+
+    /* a checkpoint in the state's own place is not removed, whatever the path is called */
+    d.progress = NULL;
+    d.state = state;
+    CHECK(ckca_update(m, data, &d, NULL) == CKCA_OK && ckca_save(m, DIR "/./a.state") == CKCA_OK && there(state), "%s",
+          ckca_error(ctx));
+    remove(state);
+    ckca_model_free(m);
+
+#ifdef CKCA__POSIX
+    { /* two at a time */
+        int lock = ckca__lock_path(DIR "/a.state.lock");
+        m = copy_of(start);
+        CHECK(lock >= 0, "no lock: %s", strerror(errno));
+        CHECK(ckca_update(m, data, &d, NULL) == CKCA_EIO && strstr(ckca_error(ctx), "a.state: another update is at work"),
+              "%s", ckca_error(ctx));
+        CHECK(there(DIR "/a.state.lock") && !there(state) && same_weights(m, start), "the other's files are as they were");
+        close(lock);
+        CHECK(ckca_update(m, data, &d, NULL) == CKCA_OK && same_weights(m, whole), "%s", ckca_error(ctx));
+        CHECK(ckca_save(m, one) == CKCA_OK && !there(DIR "/a.state.lock"), "%s", ckca_error(ctx));
+        ckca_model_free(m);
+    }
+#endif
+    ckca_model_free(whole);
+}
+
+typedef struct spoiler {
+    ckca_model *m;
+    int tensor, at;
+    float value;
+} spoiler;
+
+/* Puts a value into a tensor behind step at. */
+static int spoil(const ckca_progress *p, void *user) {
+    spoiler *s = (spoiler *)user;
+    float *values;
+    if (p->epoch * p->batches + p->batch != s->at) return 0;
+    values = (float *)calloc(s->m->parameter[s->tensor].count, sizeof *values);
+    values[s->m->parameter[s->tensor].count / 2] = s->value;
+    ckca_tensor_write(s->m, s->tensor, CKCA_VALUE, values);
+    free(values);
+    return 0;
+}
+
+/* A training whose weights or running statistics end as no numbers, though its losses were all finite. */
+static void test_not_finite(ckca_context *ctx, ckca_model *start, const ckca_data *data) {
+    const char *one = DIR "/one.safetensors", *state = DIR "/nan.state";
+    ckca_update_desc d = quick(CKCA_METHOD_WARM);
+    size_t size, again;
+    char *before, *after;
+    int i, with_state;
+    spoiler s;
+    CHECK(ckca_save(start, one) == CKCA_OK, "%s", ckca_error(ctx));
+    before = slurp(one, &size);
+    d.epochs = 1;
+    d.progress = spoil;
+    d.user = &s;
+    s.at = (COUNT + d.batch - 1) / d.batch;
+    for (i = 0; i < 2 * ckca_tensors(start); i += 3) {
+        ckca_model *m = copy_of(start);
+        char words[200];
+        s.m = m;
+        s.tensor = i % ckca_tensors(start);
+        s.value = i % 2 ? INFINITY : NAN;
+        with_state = i / ckca_tensors(start);
+        d.state = with_state ? state : NULL;
+        snprintf(words, sizeof words, "%s is not finite", m->parameter[s.tensor].name);
+        CHECK(ckca_update(m, data, &d, NULL) == CKCA_ENAN && strstr(ckca_error(ctx), words), "%s: %s", words,
+              ckca_error(ctx));
+        CHECK(same_weights(m, start) && m->step == start->step, "%s: the model is not as it was", words);
+        CHECK(!there(state), "a state that is not finite was written");
+        spoil(&(ckca_progress){0, 0, 1, s.at, s.at, 0, 0, 0, 0, 0, 0, 0}, &s);
+        CHECK(ckca_save(m, one) == CKCA_ENAN && strstr(ckca_error(ctx), words), "%s: %s", words, ckca_error(ctx));
+        ckca_model_free(m);
+    }
+    after = slurp(one, &again);
+    CHECK(again == size && !memcmp(before, after, size), "the checkpoint was written over");
+    free(before);
+    free(after);
 }
 
 static void test_files(ckca_context *ctx, ckca_model *m, const ckca_data *data) {
@@ -1103,7 +1243,7 @@ static void test_allocations(void) {
         if (!status && !(data = pictures(ctx, COUNT, 1))) status = CKCA_ENOMEM;
         if (!status) status = ckca_resnet(ctx, &m, "resnet8", &model);
         if (!status) status = ckca_update(m, data, &d, NULL);
-        if (!status) status = ckca_update(m, data, &d, NULL);
+        if (!status) status = ckca_update(m, data, &d, NULL); /* over the state of the first */
         if (!status) status = ckca_evaluate(m, data, NULL, NULL);
         if (!status) status = ckca_save(m, DIR "/scarce.safetensors");
         if (!status) status = ckca_load(ctx, &back, DIR "/scarce.safetensors");
@@ -1153,6 +1293,8 @@ int main(void) {
     test_teacher_is_read(ctx, start, next);
     test_settings(ctx, start, next);
     test_resume(ctx, start, next);
+    test_unsaved(ctx, start, next, data);
+    test_not_finite(ctx, start, next);
     test_files(ctx, start, next);
 #ifndef CKCA_CUDA_SHIM /* slow there, and about the host alone */
     test_threads();
