@@ -167,12 +167,12 @@
            ckca.mean, ckca.std    per channel, likewise
            ckca.step              updates done
        Training states are such files with tensors momentum.* and ckca.state (which update it is, and how far).
-       Pictures are JPEG (baseline, extended and progressive with Huffman codes and 8 bits a sample; grey, YCbCr, RGB, and
-       CMYK with Adobe's segment) and PNG (all kinds; alpha is dropped, 16 bits are cut to 8). Both are turned upright as
-       EXIF's orientation says, unless ckca_data_desc.as_stored is set; sizes, crops and limits are those of the turned
-       picture. Before stb_image sees a file it is walked through: tables that lack, missing scans, wrong checksums,
-       restart markers that lack, come too many, out of order or behind other bytes, and data too short are refused. A
-       JPEG without its end marker is read if the codes of every pixel are there.
+       Pictures are JPEG (baseline, extended and progressive with Huffman codes and 8 bits a sample; grey, YCbCr, RGB,
+       and CMYK with Adobe's segment) and PNG (all kinds; alpha is dropped, 16 bits are cut to 8). Both are turned
+       upright as EXIF's orientation says, unless ckca_data_desc.as_stored is set; sizes, crops and limits are those
+       of the turned picture. Before stb_image sees a file it is walked through: tables that lack, missing scans,
+       wrong checksums, restart markers that lack, come too many, out of order or behind other bytes, and data too
+       short are refused. A JPEG without its end marker is read if the codes of every pixel are there.
 
    VERSIONS
        CKCA_VERSION is MAJOR.MINOR.PATCH. A new PATCH changes no declaration. A new MINOR may add some and change
@@ -283,8 +283,8 @@ typedef struct ckca_data_desc {
     const char *const *class_names; /* the labels' names in order; a picture of a class not in it is an error. Copied.
                                        CIFAR's labels are found by name, IDX's (which has no names) by number */
     int as_stored;       /* 1: picture files as they are stored; 0: turned as the orientation in their EXIF says */
-    int skip_unreadable; /* folders: 1: pictures that cannot be read are left out and counted, see ckca_data_info; 0: the
-                            first one is an error */
+    int skip_unreadable; /* folders: 1: pictures that cannot be read are left out and counted, see
+                            ckca_data_info; 0: the first one is an error */
 } ckca_data_desc;
 
 typedef enum ckca_part { CKCA_TRAIN = 0, CKCA_TEST = 1 } ckca_part;
@@ -299,13 +299,14 @@ typedef struct ckca_data_info {
 } ckca_data_info;
 
 #ifndef CKCA_NO_STDIO
-/* DIR/CLASS/picture.{jpg,jpeg,jpe,jfif,png}, the ending in any case, also in folders below CLASS (up to 32 deep; of links
-   that lead to one folder, one counts). Classes in the order of their bytes unless desc names them; in a class, folder by
-   folder, as torchvision's ImageFolder. A class folder without pictures is a class without pictures where desc names the
-   classes, else an error, as is a name that is not UTF-8. Names that begin with a dot, Thumbs.db and desktop.ini are
-   passed over; other files are counted in ckca_data_info's left_out. Decoded by stb_image, in parallel: pictures of at
-   most 16384 pixels a side and 64 Mi in all, files of at most 256 MiB (see FILE FORMATS). The first picture gives a set
-   its size only if it has no more than 4 Mi pixels. With CKCA_NO_STB_IMAGE it only fails. */
+/* DIR/CLASS/picture.{jpg,jpeg,jpe,jfif,png}, the ending in any case, also in folders below CLASS (up to 32 deep; of
+   links that lead to one folder, one counts). Classes in the order of their bytes unless desc names them; in a class,
+   folder by folder, as torchvision's ImageFolder. A class folder without pictures is a class without pictures where
+   desc names the classes, else an error, as is a name that is not UTF-8. Names that begin with a dot, Thumbs.db and
+   desktop.ini are passed over; other files are counted in ckca_data_info's left_out. Decoded by stb_image, in
+   parallel: pictures of at most 16384 pixels a side and 64 Mi in all, files of at most 256 MiB (see FILE FORMATS).
+   The first picture gives a set its size only if it has no more than 4 Mi pixels. With CKCA_NO_STB_IMAGE it only
+   fails. */
 CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const char *dir, const ckca_data_desc *desc);
 /* CIFAR-10's and CIFAR-100's binary versions as unpacked: data_batch_{1..5}.bin and test_batch.bin, or train.bin and
    test.bin (fine labels), in dir or in cifar-10-batches-bin or cifar-100-binary in it; names from batches.meta.txt or
@@ -314,8 +315,8 @@ CKCA_API ckca_status ckca_open_cifar10(ckca_context *ctx, ckca_data **data, cons
                                        const ckca_data_desc *desc);
 CKCA_API ckca_status ckca_open_cifar100(ckca_context *ctx, ckca_data **data, const char *dir, ckca_part part,
                                         const ckca_data_desc *desc);
-/* MNIST's format: {train,t10k}-images-idx3-ubyte and -labels-idx1-ubyte in dir, or in raw, MNIST/raw or FashionMNIST/raw
-   in it. */
+/* MNIST's format: {train,t10k}-images-idx3-ubyte and -labels-idx1-ubyte in dir, or in raw, MNIST/raw or
+   FashionMNIST/raw in it. */
 CKCA_API ckca_status ckca_open_idx(ckca_context *ctx, ckca_data **data, const char *dir, ckca_part part,
                                    const ckca_data_desc *desc);
 #endif
@@ -8424,14 +8425,16 @@ static ckca_status ckca__find_set(ckca_context *ctx, const char *dir, const char
         snprintf(above, sizeof above, i < -1 ? "../%s" : "%s.gz", files[0]);
         path = ckca__path(ctx, dir, i < 0 ? above : mistakes[i].name);
         there = path && ckca__file_exists(path);
-        if (!path) status = ckca__fail(ctx, CKCA_ENOMEM, "no memory for a path");
+        if (!path)
+            status = ckca__fail(ctx, CKCA_ENOMEM, "no memory for a path");
         else if (there && i == -2)
-            status = ckca__fail(ctx, CKCA_EIO, "%s: no %s in it, but in the folder above it", ckca__tail(dir), files[0]);
+            status =
+                ckca__fail(ctx, CKCA_EIO, "%s: no %s in it, but in the folder above it", ckca__tail(dir), files[0]);
         else if (there && i == -1)
             status = ckca__fail(ctx, CKCA_EIO, "%s: packed, unpack it with gunzip", ckca__tail(path));
         else if (there)
-            status = ckca__fail(ctx, CKCA_EIO, "%s: %s in it is %s", ckca__tail(dir), mistakes[i].name,
-                                mistakes[i].meaning);
+            status =
+                ckca__fail(ctx, CKCA_EIO, "%s: %s in it is %s", ckca__tail(dir), mistakes[i].name, mistakes[i].meaning);
         ckca__release(ctx, path);
     }
     if (!status && ckca__open_file(ctx, dir, SIZE_MAX, &file, &size) == CKCA_OK) {
@@ -8514,7 +8517,8 @@ CKCA_API ckca_status ckca_open_cifar10(ckca_context *ctx, ckca_data **data, cons
     static const char *const names[] = {"airplane", "automobile", "bird",  "cat",  "deer",
                                         "dog",      "frog",       "horse", "ship", "truck"};
     static const char *const inside[] = {"cifar-10-batches-bin", NULL};
-    static const char python[] = "the Python version of CIFAR-10: the binary version is needed (cifar-10-binary.tar.gz)";
+    static const char python[] =
+        "the Python version of CIFAR-10: the binary version is needed (cifar-10-binary.tar.gz)";
     static const ckca__mistake mistakes[] = {{"cifar-10-binary.tar.gz", "packed, unpack it with tar -xzf"},
                                              {"data_batch_1", python},
                                              {"test_batch", python},
@@ -8540,7 +8544,8 @@ CKCA_API ckca_status ckca_open_cifar100(ckca_context *ctx, ckca_data **data, con
                                         const ckca_data_desc *desc_or_null) {
     static const char *const files[2][2] = {{"train.bin", NULL}, {"test.bin", NULL}};
     static const char *const inside[] = {"cifar-100-binary", NULL};
-    static const char python[] = "the Python version of CIFAR-100: the binary version is needed (cifar-100-binary.tar.gz)";
+    static const char python[] =
+        "the Python version of CIFAR-100: the binary version is needed (cifar-100-binary.tar.gz)";
     static const ckca__mistake mistakes[] = {{"cifar-100-binary.tar.gz", "packed, unpack it with tar -xzf"},
                                              {"meta", python},
                                              {"train", python},
@@ -8567,7 +8572,8 @@ CKCA_API ckca_status ckca_open_idx(ckca_context *ctx, ckca_data **data, const ch
                                              "train-images-idx3-ubyte.gz", "train-images.idx3-ubyte.gz", NULL},
                                             {"t10k-images-idx3-ubyte", "t10k-images.idx3-ubyte",
                                              "t10k-images-idx3-ubyte.gz", "t10k-images.idx3-ubyte.gz", NULL}};
-    static const char *const inside[] = {"raw", "MNIST/raw", "FashionMNIST/raw", NULL}; /* where torchvision puts them */
+    static const char *const inside[] = {"raw", "MNIST/raw", "FashionMNIST/raw",
+                                         NULL}; /* where torchvision puts them */
     static const ckca__mistake mistakes[] = {{NULL, NULL}};
     char name[2][64], *found = NULL;
     char *path[2] = {NULL, NULL};
@@ -8612,9 +8618,10 @@ CKCA_API ckca_status ckca_open_idx(ckca_context *ctx, ckca_data **data, const ch
 
 #ifndef CKCA_NO_STB_IMAGE
 
-/* stb_image (Debian: libstb-dev), static, JPEG and PNG only: one beside this header, or in the include path, or Debian's.
-   A program that has its own includes it before this header; then that one is used. Memory comes zeroed from calloc, or from a STBI_MALLOC of yours that zeroes too: a corrupt
-   JPEG can make stb_image before 2.29 read tables that the file never defined. */
+/* stb_image (Debian: libstb-dev), static, JPEG and PNG only: one beside this header, or in the include path, or
+   Debian's. A program that has its own includes it before this header; then that one is used. Memory comes zeroed
+   from calloc, or from a STBI_MALLOC of yours that zeroes too: a corrupt JPEG can make stb_image before 2.29 read
+   tables that the file never defined. */
 #ifndef STBI_INCLUDE_STB_IMAGE_H
 #define STB_IMAGE_IMPLEMENTATION
 #define STB_IMAGE_STATIC
@@ -8802,14 +8809,14 @@ typedef struct ckca__jpeg_part { /* a component */
 typedef struct ckca__jpeg {
     const unsigned char *bytes;
     size_t size, at, scan_end; /* the last scan's data ends there */
-    int count;      /* 1: the codes of its data are counted */
-    int unfinished; /* the file ended without a marker */
+    int count;                 /* 1: the codes of its data are counted */
+    int unfinished;            /* the file ended without a marker */
     int progressive, parts, across, down, interval, adobe;
-    int restarts; /* 1: some scan had an interval */
-    unsigned quantization; /* bit t: table t is defined */
+    int restarts;                                     /* 1: some scan had an interval */
+    unsigned quantization;                            /* bit t: table t is defined */
     int first, last, high, low, scan_parts, order[4]; /* of the scan under way */
     int64_t mcu, mcus;
-    unsigned run; /* blocks yet to come without a new coefficient */
+    unsigned run;                    /* blocks yet to come without a new coefficient */
     const unsigned char *next, *end; /* bytes not in the buffer yet */
     uint32_t buffer;                 /* bits, the next one on top */
     int bits, added;                 /* how many there are; how many of them the file did not have */
@@ -8873,7 +8880,8 @@ static void ckca__jpeg_fast(ckca__jpeg_codes *codes) {
     for (length = 1; length <= 9; length++, code <<= 1)
         for (n = codes->counts[length - 1]; n; n--, code++, index++)
             for (i = 0; i < 512u >> length; i++)
-                codes->fast[(code << (9 - length) | i) & 511] = (uint16_t)((unsigned)length << 8 | codes->counts[16 + index]);
+                codes->fast[(code << (9 - length) | i) & 511] =
+                    (uint16_t)((unsigned)length << 8 | codes->counts[16 + index]);
 }
 
 /* Counts through one block of the scan under way (F.1.2, G.1.2). Zero where its codes make no sense. */
@@ -8953,7 +8961,8 @@ static const char *ckca__jpeg_data(ckca__jpeg *j, const unsigned char *begin, co
                 for (x = 0; whole && x < h; x++)
                     whole = ckca__jpeg_block(
                         j, part,
-                        part->nonzero ? part->nonzero + (size_t)(row * v + y) * (size_t)part->stride + column * h + x : NULL);
+                        part->nonzero ? part->nonzero + (size_t)(row * v + y) * (size_t)part->stride + column * h + x
+                                      : NULL);
         }
         if (j->bits < j->added) /* it went on with bits that the file does not have */
             return j->unfinished ? ckca__truncated : "corrupt: its data ends before its pixels do";
@@ -8981,13 +8990,15 @@ static const char *ckca__jpeg_frame(ckca_context *ctx, ckca__jpeg *j, const unsi
                                     ckca__picture *picture) {
     int h_max = 1, v_max = 1, i;
     if (length < 6 || length != 6 + 3 * (size_t)segment[5]) return "corrupt: a frame header of a wrong length";
-    if (segment[0] != 8) return segment[0] == 12 ? "a JPEG of 12 bits a sample, which is not supported (8 are)"
-                                                 : "a JPEG whose samples do not have 8 bits, which is not supported";
+    if (segment[0] != 8)
+        return segment[0] == 12 ? "a JPEG of 12 bits a sample, which is not supported (8 are)"
+                                : "a JPEG whose samples do not have 8 bits, which is not supported";
     picture->height = segment[1] << 8 | segment[2];
     picture->width = segment[3] << 8 | segment[4];
     if (!picture->height || !picture->width) return "a JPEG without its height or width, which is not supported";
     j->parts = segment[5];
-    if (j->parts != 1 && j->parts != 3 && j->parts != 4) return "a JPEG that has not 1, 3 or 4 components: not supported";
+    if (j->parts != 1 && j->parts != 3 && j->parts != 4)
+        return "a JPEG that has not 1, 3 or 4 components: not supported";
     for (i = 0; i < j->parts; i++) {
         ckca__jpeg_part *part = &j->part[i];
         part->id = segment[6 + 3 * i];
@@ -9010,8 +9021,8 @@ static const char *ckca__jpeg_frame(ckca_context *ctx, ckca__jpeg *j, const unsi
         part->stride = j->across * part->h;
         if (j->count && j->progressive && picture->height * picture->width <= CKCA__MAX_PIXELS) {
             ckca__lock(ctx);
-            part->nonzero = (uint64_t *)ckca__alloc(
-                ctx, (size_t)part->stride * (size_t)(j->down * part->v) * sizeof *part->nonzero);
+            part->nonzero = (uint64_t *)ckca__alloc(ctx, (size_t)part->stride * (size_t)(j->down * part->v) *
+                                                             sizeof *part->nonzero);
             ckca__unlock(ctx);
             if (!part->nonzero) return ckca__no_memory;
         }
@@ -9044,7 +9055,8 @@ static const char *ckca__jpeg_scan(ckca__jpeg *j, const unsigned char *segment, 
     band = (j->last == 63 ? ~(uint64_t)0 : ((uint64_t)1 << (j->last + 1)) - 1) & ~(((uint64_t)1 << j->first) - 1);
     for (i = 0; i < j->scan_parts; i++) {
         ckca__jpeg_part *part;
-        for (k = 0; k < j->parts && j->part[k].id != segment[2 * i]; k++) {}
+        for (k = 0; k < j->parts && j->part[k].id != segment[2 * i]; k++) {
+        }
         if (k == j->parts) return "corrupt: a scan of a component that it does not have";
         j->order[i] = k;
         part = &j->part[k];
@@ -9052,10 +9064,13 @@ static const char *ckca__jpeg_scan(ckca__jpeg *j, const unsigned char *segment, 
         part->ac = segment[2 * i + 1] & 15;
         if (part->dc > 3 || part->ac > 3) return "corrupt: a scan asks for a Huffman table beyond 3";
         if (!(j->quantization >> part->quantization & 1)) return "corrupt: it lacks a quantization table";
-        if ((j->first == 0 && !j->high && !j->codes[0][part->dc].counts) || (j->last > 0 && !j->codes[1][part->ac].counts))
+        if ((j->first == 0 && !j->high && !j->codes[0][part->dc].counts) ||
+            (j->last > 0 && !j->codes[1][part->ac].counts))
             return "it lacks a Huffman table (as frames of motion-JPEG do)";
-        if (j->first == 0) part->scanned = 1;
-        else if (!part->scanned) return "corrupt: a scan before its component's first one";
+        if (j->first == 0)
+            part->scanned = 1;
+        else if (!part->scanned)
+            return "corrupt: a scan before its component's first one";
         if (!j->low) part->exact |= band;
         for (k = 0; k < i; k++)
             if (j->order[k] == j->order[i]) return "corrupt: a component twice in a scan";
@@ -9063,10 +9078,12 @@ static const char *ckca__jpeg_scan(ckca__jpeg *j, const unsigned char *segment, 
             if (j->first == 0 && !j->high) ckca__jpeg_fast(&j->codes[0][part->dc]);
             if (j->last > 0) ckca__jpeg_fast(&j->codes[1][part->ac]);
         }
-        blocks = j->scan_parts == 1 ? (int64_t)part->across * part->down
-                                    : (int64_t)j->across * j->down * part->h * part->v;
-        if (j->first == 0) least += j->progressive ? blocks : 2 * blocks;
-        else least = 1;
+        blocks =
+            j->scan_parts == 1 ? (int64_t)part->across * part->down : (int64_t)j->across * j->down * part->h * part->v;
+        if (j->first == 0)
+            least += j->progressive ? blocks : 2 * blocks;
+        else
+            least = 1;
     }
     j->mcu = 0;
     j->mcus = j->scan_parts == 1 ? (int64_t)j->part[j->order[0]].across * j->part[j->order[0]].down
@@ -9079,7 +9096,7 @@ static const char *ckca__jpeg_scan(ckca__jpeg *j, const unsigned char *segment, 
         while (marker < j->size && j->bytes[marker] == 0xff) marker++; /* padding */
         j->at = marker + 1;
         j->unfinished = marker == j->size;
-        if (!j->unfinished && j->bytes[marker] == 0) continue; /* a byte ff of the data */
+        if (!j->unfinished && j->bytes[marker] == 0) continue;                     /* a byte ff of the data */
         if (j->unfinished || j->bytes[marker] < 0xd0 || j->bytes[marker] > 0xd7) { /* the scan's end */
             j->at = end;
             if ((int64_t)(end - begin) * 8 < least) return j->unfinished ? ckca__truncated : few;
@@ -9132,14 +9149,22 @@ static const char *ckca__jpeg_huffman(ckca__jpeg *j, const unsigned char *segmen
 
 static const char *ckca__jpeg_walk(ckca_context *ctx, ckca__jpeg *j, ckca__picture *picture) {
     static const char *const kinds[16] = {/* by the second byte of their frame's marker, c0 to cf; NULL: read */
-        NULL, NULL, NULL, "a lossless JPEG, which is not supported", NULL,
-        "a hierarchical JPEG, which is not supported", "a hierarchical JPEG, which is not supported",
-        "a hierarchical lossless JPEG, which is not supported", "a JPEG with a reserved extension, which is not supported",
-        "an arithmetic-coded JPEG, which is not supported", "an arithmetic-coded progressive JPEG, which is not supported",
-        "an arithmetic-coded lossless JPEG, which is not supported", NULL,
-        "an arithmetic-coded hierarchical JPEG, which is not supported",
-        "an arithmetic-coded hierarchical JPEG, which is not supported",
-        "an arithmetic-coded hierarchical lossless JPEG, which is not supported"};
+                                          NULL,
+                                          NULL,
+                                          NULL,
+                                          "a lossless JPEG, which is not supported",
+                                          NULL,
+                                          "a hierarchical JPEG, which is not supported",
+                                          "a hierarchical JPEG, which is not supported",
+                                          "a hierarchical lossless JPEG, which is not supported",
+                                          "a JPEG with a reserved extension, which is not supported",
+                                          "an arithmetic-coded JPEG, which is not supported",
+                                          "an arithmetic-coded progressive JPEG, which is not supported",
+                                          "an arithmetic-coded lossless JPEG, which is not supported",
+                                          NULL,
+                                          "an arithmetic-coded hierarchical JPEG, which is not supported",
+                                          "an arithmetic-coded hierarchical JPEG, which is not supported",
+                                          "an arithmetic-coded hierarchical lossless JPEG, which is not supported"};
     int frame = 0, scanned = 0, turned = 0, i;
     const char *flaw = NULL;
     for (j->at = 2; !flaw;) {
@@ -9201,8 +9226,9 @@ static const char *ckca__jpeg_walk(ckca_context *ctx, ckca__jpeg *j, ckca__pictu
             if (!scanned || length != 2 || (segment[0] << 8 | segment[1]) != picture->height)
                 return "corrupt: a second number of lines";
         } else if (!(marker >= 0xe0 && marker <= 0xef) && marker != 0xfe) {
-            return marker == 0xf7 ? "a JPEG-LS, which is not supported"
-                   : marker == 0xde || marker == 0xdf ? kinds[5] : "corrupt: a marker in it is out of place or unknown";
+            return marker == 0xf7                     ? "a JPEG-LS, which is not supported"
+                   : marker == 0xde || marker == 0xdf ? kinds[5]
+                                                      : "corrupt: a marker in it is out of place or unknown";
         }
     }
     /* the file ends without an end marker, after a whole scan or in the midst of something */
@@ -9386,7 +9412,8 @@ static ckca__name_kind ckca__file_kind(const char *name) {
     for (i = 0; i < 7; i++) {
         size_t n = strlen(endings[i]);
         if (i < 5 ? length <= n : length != n) continue;
-        for (j = 0; j < n && (name[length - n + j] | 0x20) == (endings[i][j] | 0x20); j++) {}
+        for (j = 0; j < n && (name[length - n + j] | 0x20) == (endings[i][j] | 0x20); j++) {
+        }
         if (j == n) return i < 5 ? CKCA__PICTURE : CKCA__CRUMB;
     }
     return CKCA__OTHER;
@@ -9394,8 +9421,8 @@ static ckca__name_kind ckca__file_kind(const char *name) {
 
 static int ckca__compare_paths(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
 
-/* Adds dir's folders, or its pictures, to a list, in the order of their bytes; *left_out counts files of other kinds (or,
-   of a list of folders, pictures). Hidden ones are passed over. */
+/* Adds dir's folders, or its pictures, to a list, in the order of their bytes; *left_out counts files of other kinds
+   (or, of a list of folders, pictures). Hidden ones are passed over. */
 static ckca_status ckca__list(ckca_context *ctx, const char *dir, int folders, ckca__files *files, int *left_out) {
     size_t first = files->count;
     struct dirent *entry;
@@ -9465,13 +9492,15 @@ static ckca_status ckca__list_class(ckca_context *ctx, const char *class_dir, ck
     for (; !status && i < folders.count; i++) { /* folders known grow while they are gone through */
         ckca__place here;
         if (stat(folders.path[i], &about) != 0) {
-            status = ckca__fail(ctx, CKCA_EIO, "%s: cannot be opened: %s", ckca__tail(folders.path[i]), strerror(errno));
+            status =
+                ckca__fail(ctx, CKCA_EIO, "%s: cannot be opened: %s", ckca__tail(folders.path[i]), strerror(errno));
             break;
         }
         here.device = (uint64_t)about.st_dev;
         here.inode = (uint64_t)about.st_ino;
         here.depth = 0;
-        for (j = 0; j < i && (places[j].device != here.device || places[j].inode != here.inode); j++) {}
+        for (j = 0; j < i && (places[j].device != here.device || places[j].inode != here.inode); j++) {
+        }
         if (j == i) {
             size_t length = strlen(class_dir);
             const char *at;
@@ -9489,8 +9518,10 @@ static ckca_status ckca__list_class(ckca_context *ctx, const char *class_dir, ck
         if (!status) places[i] = here;
     }
     for (i = kept = 0; !status && i < folders.count; i++) {
-        if (places[i].depth >= 0) folders.path[kept++] = folders.path[i];
-        else ckca__release(ctx, folders.path[i]);
+        if (places[i].depth >= 0)
+            folders.path[kept++] = folders.path[i];
+        else
+            ckca__release(ctx, folders.path[i]);
     }
     if (!status) {
         folders.count = kept;
@@ -9540,8 +9571,8 @@ static void ckca__decode_one(void *job, int i, int thread) {
     ckca__unlock(a->ctx);
 }
 
-/* Decodes files into the store, in parallel. Of several failures the first in the list is reported. With skip, files that
-   cannot be read are left out of the store, which counts them and keeps the first one's message. */
+/* Decodes files into the store, in parallel. Of several failures the first in the list is reported. With skip, files
+   that cannot be read are left out of the store, which counts them and keeps the first one's message. */
 static ckca_status ckca__decode_all(ckca_context *ctx, const ckca__files *files, ckca__store *store, int as_stored,
                                     int skip) {
     ckca__decode_job job;
@@ -9565,9 +9596,12 @@ static ckca_status ckca__decode_all(ckca_context *ctx, const ckca__files *files,
         store->unreadable = store->count - kept;
         store->count = kept;
         store->first_unreadable = (char *)ckca__alloc(ctx, strlen(ctx->error) + 1);
-        if (!store->first_unreadable) job.failure = ckca__fail(ctx, CKCA_ENOMEM, "no memory for a message");
-        else if (kept == 0) job.failure = CKCA_EFORMAT; /* with the first one's message */
-        else memcpy(store->first_unreadable, ctx->error, strlen(ctx->error) + 1), ctx->error[0] = 0;
+        if (!store->first_unreadable)
+            job.failure = ckca__fail(ctx, CKCA_ENOMEM, "no memory for a message");
+        else if (kept == 0)
+            job.failure = CKCA_EFORMAT; /* with the first one's message */
+        else
+            memcpy(store->first_unreadable, ctx->error, strlen(ctx->error) + 1), ctx->error[0] = 0;
     }
     ckca__release(ctx, job.unreadable);
     return job.failure;
@@ -9575,7 +9609,8 @@ static ckca_status ckca__decode_all(ckca_context *ctx, const ckca__files *files,
 
 /* A folder whose name is not one of the classes asked for: the sentence lists these, and the name's bytes where it has
    other than ASCII, since one letter can be written in two ways. */
-static ckca_status ckca__not_a_class(ckca_context *ctx, const char *path, const char *name, const ckca_data_desc *desc) {
+static ckca_status ckca__not_a_class(ckca_context *ctx, const char *path, const char *name,
+                                     const ckca_data_desc *desc) {
     char list[160], escaped[80];
     size_t at = 0, i;
     int k, ascii = 1;
