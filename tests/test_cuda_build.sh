@@ -45,7 +45,13 @@ done
 for program in train update incremental; do
     check "$program takes no --precision" sh -c "$dir/build/$program --help | grep -q -- --precision"
 done
-if [ ! -e /dev/nvidia0 ]; then
+# Whether there is a GPU is the CUDA runtime's to say: its files in /dev have other names in other places.
+echo '#include <cuda_runtime.h>
+int main(void) { int count = 0; return cudaGetDeviceCount(&count) != cudaSuccess || count == 0; }' > $dir/count.c
+cuda=$(sed -n 's/.*-L\([^ ]*\)\/lib64 .*/\1/p' $dir/build/flags)
+check "a program of the CUDA runtime builds" \
+    ${CC:-cc} -I"$cuda/include" $dir/count.c -o $dir/count -L"$cuda/lib64" -Wl,-rpath,"$cuda/lib64" -lcudart
+if [ -x $dir/count ] && ! $dir/count; then
     said=$(cd $dir && build/train --data nowhere 2>&1)
     check "without a GPU build/train says: $said" sh -c "[ $? -ne 0 ] && echo \"$said\" | grep -q CUDA"
 fi
