@@ -15,6 +15,7 @@
 #   make shim               the GPU's kernels tested on the CPU (tests/cuda_shim.h); make test does it too
 #   make CUDA=1 ...         any of these on a GPU: the same programs, linked with ckca_cuda.cu (needs the CUDA toolkit)
 #   make CUDA=1 bench-peers ours against PyTorch on the same GPU
+#   make CUDA=1 bench-cuda  build/bench_cuda: every kernel alone, checked and timed beside its floor (tests/bench_cuda.cu)
 #   make CUDA=1 sanitize    the op tests under compute-sanitizer's four tools; TOOLS="memcheck initcheck" for some of them
 #
 # Yours to set: CC, CFLAGS, LDFLAGS, THREADS= (to build without), STB= (to build without pictures' files);
@@ -81,7 +82,7 @@ TESTS := $(patsubst tests/%.c,build/tests/%,$(sort $(wildcard tests/test_*.c)))
 SCRIPTS := $(sort $(wildcard tests/test_*.sh))
 ASAN := $(patsubst build/tests/%,build/asan/%,$(TESTS))
 # The GPU's kernels on the CPU, see tests/cuda_shim.h.
-SHIM := $(patsubst %,build/shim/test_%,conv cuda nets ops train)
+SHIM := $(patsubst %,build/shim/test_%,conv cuda nets ops train) build/shim/bench_cuda
 ifneq ($(CUDA),) # sanitizers, compilers and the shim are the host build's business
 SCRIPTS := tests/test_examples.sh
 ASAN :=
@@ -89,7 +90,7 @@ SHIM :=
 ONE := JOBS=1 # a GPU's memory is not shared
 endif
 
-.PHONY: all demo test check bench bench-peers asan shim sanitize fuzz install clean help FORCE
+.PHONY: all demo test check bench bench-peers bench-cuda asan shim sanitize fuzz install clean help FORCE
 .DELETE_ON_ERROR:
 
 all: $(EXAMPLES)
@@ -99,7 +100,7 @@ demo: build/incremental
 	mkdir -p build/demo
 	build/incremental --out build/demo
 
-test: $(EXAMPLES) $(TESTS) $(ASAN) $(SHIM) build/bench
+test: $(EXAMPLES) $(TESTS) $(ASAN) $(SHIM) $(if $(CUDA),,build/shim/bench build/shim/incremental) build/bench
 	CC="$(CC)" $(ONE) sh tests/run.sh $(TESTS) $(SCRIPTS) $(ASAN) $(SHIM)
 
 check: $(TESTS)
@@ -137,6 +138,8 @@ build/sanitize/%: tests/%.c ckca.h $(wildcard tests/*.h) build/flags build/sanit
 
 bench: build/bench
 
+bench-cuda: build/bench_cuda
+
 # The variables reach the script through the environment.
 bench-peers: build/bench
 	python3 tests/bench_peers.py build/bench $(if $(CUDA),cuda)
@@ -169,6 +172,33 @@ build/shim/ckca_cuda.o: ckca_cuda.cu ckca.h tests/cuda_shim.h build/flags
 	    -x c++ -c $< -o $@
 
 build/shim/test_%: tests/test_%.c build/shim/ckca_cuda.o ckca.h $(wildcard tests/*.h) build/flags
+	$(CC) -std=c99 -D_DEFAULT_SOURCE $(SHIM_FLAGS) $(FEATURES) -O1 -c $< -o $@.o
+	$(CXX) $(THREADS) $@.o build/shim/ckca_cuda.o -o $@ -lm
+
+# The linker hands the library's calls of ops to tests/bench_cuda.cu, which names those it wants.
+WRAP := $(shell sed -n 's/^OP(\([a-z_]*\)).*/-Wl,--wrap=ckca__op_\1/p; \
+    s/.*__wrap_\(ckca__device_[a-z]*\)(.*/-Wl,--wrap=\1/p' tests/bench_cuda.cu 2>/dev/null)
+
+build/bench_cuda.o: tests/bench_cuda.cu ckca_cuda.cu ckca.h build/flags
+	$(NVCC) $(NVCC_FLAGS) --extended-lambda -lineinfo -I. -c $< -o $@
+
+build/bench_cuda: build/bench_cuda.o ckca.h build/flags
+	echo '#include "ckca.h"' | $(CC) $(ALL_CFLAGS) -DCKCA_IMPLEMENTATION -x c -c - -o $@.library.o
+	$(CC) $(THREADS) $(WRAP) $< $@.library.o -o $@ $(LDFLAGS) $(LIBS) -ldl
+
+build/shim/bench_cuda: tests/bench_cuda.cu ckca_cuda.cu ckca.h tests/cuda_shim.h build/flags
+	$(CXX) -std=c++17 $(SHIM_FLAGS) -O1 -g0 -Wno-unknown-pragmas -Wno-maybe-uninitialized -include tests/cuda_shim.h \
+	    -x c++ -c $< -o $@.o
+	echo '#include "ckca.h"' | $(CC) -std=c99 -D_DEFAULT_SOURCE $(SHIM_FLAGS) $(FEATURES) -O1 -DCKCA_IMPLEMENTATION \
+	    -x c -c - -o $@.library.o
+	$(CXX) $(THREADS) $(WRAP) $@.o $@.library.o -o $@ -lm
+
+# The benchmark and the main example through the shim: for tests/test_gpu.sh, which tries tests/gpu.sh.
+build/shim/bench: tests/bench.c build/shim/ckca_cuda.o ckca.h build/flags
+	$(CC) -std=c99 -D_DEFAULT_SOURCE $(SHIM_FLAGS) $(FEATURES) -O1 -c $< -o $@.o
+	$(CXX) $(THREADS) $@.o build/shim/ckca_cuda.o -o $@ -lm
+
+build/shim/incremental: examples/incremental.c build/shim/ckca_cuda.o ckca.h $(wildcard examples/*.h) build/flags
 	$(CC) -std=c99 -D_DEFAULT_SOURCE $(SHIM_FLAGS) $(FEATURES) -O1 -c $< -o $@.o
 	$(CXX) $(THREADS) $@.o build/shim/ckca_cuda.o -o $@ -lm
 
