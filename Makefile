@@ -177,7 +177,7 @@ build/shim/test_%: tests/test_%.c build/shim/ckca_cuda.o ckca.h $(wildcard tests
 
 # The linker hands the library's calls of ops to tests/bench_cuda.cu, which names those it wants.
 WRAP := $(shell sed -n 's/^OP(\([a-z_]*\)).*/-Wl,--wrap=ckca__op_\1/p; \
-    s/.*__wrap_\(ckca__device_[a-z]*\)(.*/-Wl,--wrap=\1/p' tests/bench_cuda.cu 2>/dev/null)
+    s/.*__wrap_\(ckca__device_[a-z]*\).*/-Wl,--wrap=\1/p' tests/bench_cuda.cu 2>/dev/null)
 
 build/bench_cuda.o: tests/bench_cuda.cu ckca_cuda.cu ckca.h build/flags
 	$(NVCC) $(NVCC_FLAGS) --extended-lambda -lineinfo -I. -c $< -o $@

@@ -13,8 +13,8 @@
    shapes that are new,
        1. check it: at up to 1024 places of every output, drawn at random, a reference kernel of a few loops, a block a
           place, computes in double what must come out, before the op runs (which may overwrite its input);
-       2. time it in a CUDA graph of many calls, launched ten times ("warm": what fits stays in the L2 cache), and call
-          by call behind a write of 256 MB ("cold": about 1 microsecond of events is in it); then put back what it wrote;
+       2. time it in a CUDA graph of many calls, launched five times ("warm": what fits stays in the L2 cache), and call
+          by call behind a write of 256 MB ("cold": events add about 1 microsecond); then put back what it wrote;
        3. time each of its kernels alone in the same way, where it has several: the graph's nodes one by one.
 
    The floor is the greater of bytes over the memory's bandwidth and flops over the peak of the unit they run on; GB/s
@@ -45,7 +45,7 @@
 #ifdef CKCA_CUDA_SHIM
 enum { PLACES = 12, CALLS_MS = 0, LAUNCHES = 1, COLD = 0, FLUSH = 0, WARM_UP_MS = 0 };
 #else
-enum { PLACES = 1024, CALLS_MS = 2, LAUNCHES = 10, COLD = 20, FLUSH = 256 << 20, WARM_UP_MS = 1500 };
+enum { PLACES = 1024, CALLS_MS = 1, LAUNCHES = 5, COLD = 15, FLUSH = 256 << 20, WARM_UP_MS = 1500 };
 #endif
 
 static double now() { /* ms */
@@ -59,10 +59,11 @@ static const struct peaks {
     const char *name;
     double gbps, tflops[3];
 } data_sheet[] = {
-    {"H200", 4800, {66.9, 494.7, 989.4}},          {"H100 PCIe", 2039, {51.2, 378, 756}},
-    {"H100 NVL", 3938, {60, 417.5, 835}},          {"H100", 3352, {66.9, 494.7, 989.4}},
-    {"A100-SXM4-40GB", 1555, {19.5, 156, 312}},    {"A100-PCIE-40GB", 1555, {19.5, 156, 312}},
-    {"A100-SXM4-80GB", 2039, {19.5, 156, 312}},    {"A100 80GB PCIe", 1935, {19.5, 156, 312}},
+    {"H200 NVL", 4800, {60, 417.5, 835}},       {"H200", 4800, {66.9, 494.7, 989.4}},
+    {"H100 PCIe", 2039, {51.2, 378, 756}},      {"H100 NVL", 3938, {60, 417.5, 835}},
+    {"H100", 3352, {66.9, 494.7, 989.4}},       {"A100-SXM4-40GB", 1555, {19.5, 156, 312}},
+    {"A100-PCIE-40GB", 1555, {19.5, 156, 312}}, {"A100-SXM4-80GB", 2039, {19.5, 156, 312}},
+    {"A100 80GB PCIe", 1935, {19.5, 156, 312}},
 };
 static peaks peak;
 
@@ -74,8 +75,8 @@ struct array {
     const void *at;
     int kind;
     __device__ double operator[](size_t i) const {
-        return kind == HALF  ? ckca__to_float(((const ckca__bf16 *)at)[i])
-               : kind == INT ? ((const int *)at)[i]
+        return kind == HALF     ? ckca__to_float(((const ckca__bf16 *)at)[i])
+               : kind == INT    ? ((const int *)at)[i]
                : kind == DOUBLE ? ((const double *)at)[i]
                                 : ((const float *)at)[i];
     }
@@ -106,7 +107,7 @@ __device__ static size_t place_of(size_t count, int b) {
     return b == 0 ? 0 : b == 1 ? count - 1 : count <= PLACES ? (size_t)b : ckca__random(3, count, b) % count;
 }
 
-/* f(i, size) is computed by a whole block: what must be at i; *size is what rounding errors are relative to, a NaN where
+/* f(i, size) is computed by a whole block: what must be at i; *size: what rounding errors are relative to, a NaN where
    nothing can be said. */
 template <class F> __global__ void expected_kernel(F f, size_t count, double *value, double *size) {
     double measure = 0;
@@ -176,7 +177,8 @@ static double time_graph(cudaStream_t stream, cudaGraph_t one) {
     int copies = 1;
     must(cudaGraphInstantiate(&run, one, 0));
     must(cudaGraphLaunch(run, stream));
-    copies += (int)(CALLS_MS / between(stream, [] {}, [&] { must(cudaGraphLaunch(run, stream)); }));
+    copies += (int)(CALLS_MS / between(
+                                   stream, [] {}, [&] { must(cudaGraphLaunch(run, stream)); }));
     if (copies > 200) copies = 200;
     must(cudaGraphExecDestroy(run));
     cudaGraph_t many;
@@ -190,7 +192,9 @@ static double time_graph(cudaStream_t stream, cudaGraph_t one) {
     must(cudaGraphInstantiate(&run, many, 0));
     must(cudaGraphLaunch(run, stream));
     for (int i = 0; i < LAUNCHES; i++)
-        ms.push_back(between(stream, [] {}, [&] { must(cudaGraphLaunch(run, stream)); }) / copies);
+        ms.push_back(between(
+                         stream, [] {}, [&] { must(cudaGraphLaunch(run, stream)); }) /
+                     copies);
     must(cudaGraphExecDestroy(run));
     must(cudaGraphDestroy(many));
     return median(ms);
@@ -490,41 +494,45 @@ static void expect_conv_weight(call &it, const ckca__conv *shape, const float *x
 
 #define OP(name) extern "C" void __wrap_ckca__op_##name
 
-OP(conv_forward)(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w, const float *bias,
-                 const float *residual, int relu, float *y, void *ws) {
-    call it(ctx, ckca__math(ctx, s), map_bytes(s) + 4 * weights_of(s) + (residual ? values(s, 1) * bytes_of(map_kind(s->half)) : 0),
-            flops(s), "conv forward %s%s%s%s", shape(s).c_str(), bias ? " +bias" : "", residual ? " +residual" : "",
+OP(conv_forward)
+(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w, const float *bias, const float *residual,
+ int relu, float *y, void *ws) {
+    call it(ctx, ckca__math(ctx, s),
+            map_bytes(s) + 4 * weights_of(s) + (residual ? values(s, 1) * bytes_of(map_kind(s->half)) : 0), flops(s),
+            "conv forward %s%s%s%s", shape(s).c_str(), bias ? " +bias" : "", residual ? " +residual" : "",
             relu ? " relu" : "");
     expect_conv_forward(it, s, x, w, bias, residual, relu, y);
     it.run([&] { ckca__op_conv_forward(ctx, s, x, w, bias, residual, relu, y, ws); });
 }
-OP(conv_backward_data)(ckca_context *ctx, const ckca__conv *s, const float *dy, const float *w, float *dx,
-                       int accumulate, void *ws) {
+OP(conv_backward_data)
+(ckca_context *ctx, const ckca__conv *s, const float *dy, const float *w, float *dx, int accumulate, void *ws) {
     call it(ctx, ckca__math(ctx, s),
-            map_bytes(s) + 4 * weights_of(s) + (accumulate ? values(s, 0) * bytes_of(map_kind(s->half_x)) : 0), flops(s),
-            "conv data    %s%s", shape(s).c_str(), accumulate ? " +=" : "");
+            map_bytes(s) + 4 * weights_of(s) + (accumulate ? values(s, 0) * bytes_of(map_kind(s->half_x)) : 0),
+            flops(s), "conv data    %s%s", shape(s).c_str(), accumulate ? " +=" : "");
     expect_conv_data(it, s, dy, w, dx, accumulate);
     it.run([&] { ckca__op_conv_backward_data(ctx, s, dy, w, dx, accumulate, ws); });
 }
-OP(conv_backward_weight)(ckca_context *ctx, const ckca__conv *s, const float *x, const float *dy, float *dw,
-                         float *dbias, void *ws) {
+OP(conv_backward_weight)
+(ckca_context *ctx, const ckca__conv *s, const float *x, const float *dy, float *dw, float *dbias, void *ws) {
     call it(ctx, ckca__math(ctx, s), map_bytes(s) + 8 * weights_of(s), flops(s), "conv weight  %s%s", shape(s).c_str(),
             dbias ? " +bias" : "");
     expect_conv_weight(it, s, x, dy, dw, dbias);
     it.run([&] { ckca__op_conv_backward_weight(ctx, s, x, dy, dw, dbias, ws); });
 }
-OP(linear_forward)(ckca_context *ctx, int n, int d, int k, const float *x, const float *w, const float *bias, float *y,
-                   void *ws) {
+OP(linear_forward)
+(ckca_context *ctx, int n, int d, int k, const float *x, const float *w, const float *bias, float *y, void *ws) {
     const ckca__conv s = ckca__linear_as_conv(n, d, k);
     call it(ctx, ckca__math(ctx, &s), map_bytes(&s) + 4 * weights_of(&s), flops(&s), "linear forward %d x %d -> %d", n,
             d, k);
     expect_conv_forward(it, &s, x, w, bias, NULL, 0, y);
     it.run([&] { ckca__op_linear_forward(ctx, n, d, k, x, w, bias, y, ws); });
 }
-OP(linear_backward)(ckca_context *ctx, int n, int d, int k, const float *x, const float *w, const float *dy, float *dx,
-                    int accumulate, float *dw, float *dbias, void *ws) {
+OP(linear_backward)
+(ckca_context *ctx, int n, int d, int k, const float *x, const float *w, const float *dy, float *dx, int accumulate,
+ float *dw, float *dbias, void *ws) {
     const ckca__conv s = ckca__linear_as_conv(n, d, k);
-    call it(ctx, ckca__math(ctx, &s), 4 * (values(&s, 1) + (dx ? 2 : 1) * values(&s, 0) + (dx ? 3 : 2) * weights_of(&s)),
+    call it(ctx, ckca__math(ctx, &s),
+            4 * (values(&s, 1) + (dx ? 2 : 1) * values(&s, 0) + (dx ? 3 : 2) * weights_of(&s)),
             flops(&s) * (dx ? 2 : 1), "linear backward %d x %d -> %d%s", n, d, k, accumulate ? " +=" : "");
     if (dx) expect_conv_data(it, &s, dy, w, dx, accumulate);
     expect_conv_weight(it, &s, x, dy, dw, dbias);
@@ -564,8 +572,7 @@ struct residual_of {
         if (!exists) return 0;
         const double x = value[i];
         if (!normed_too) return *size += fabs(x), x;
-        const double v =
-            normed(x, norm.mean[c], (double)norm.gamma[c] * norm.inv_std[c], norm.beta[c], size);
+        const double v = normed(x, norm.mean[c], (double)norm.gamma[c] * norm.inv_std[c], norm.beta[c], size);
         return norm.relu && v <= 0 ? 0 : v;
     }
 };
@@ -575,15 +582,17 @@ static residual_of residual_at(const float *residual, const ckca__norm *norm, in
     return r;
 }
 
-OP(batchnorm_forward)(ckca_context *ctx, int half, size_t rows, int c, const float *x_, const float *gamma,
-                      const float *beta, float *running_mean, float *running_var, const float *residual,
-                      const ckca__norm *residual_norm, int relu, float *y, float *mean, float *inv_std, void *ws) {
+OP(batchnorm_forward)
+(ckca_context *ctx, int half, size_t rows, int c, const float *x_, const float *gamma, const float *beta,
+ float *running_mean, float *running_var, const float *residual, const ckca__norm *residual_norm, int relu, float *y,
+ float *mean, float *inv_std, void *ws) {
     const int kind = map_kind(half);
     const array x = {x_, kind};
     const residual_of other = residual_at(residual, residual_norm, half);
     call it(ctx, 0, (double)rows * c * bytes_of(kind) * (2 + (y != NULL) + (residual != NULL) - (y == NULL)), 0,
             "batch norm forward %zu x %d, %s%s%s%s", rows, c, map_name(half),
-            residual ? residual_norm ? " +normed residual" : " +residual" : "", relu ? " relu" : "", y ? "" : ", statistics");
+            residual ? residual_norm ? " +normed residual" : " +residual" : "", relu ? " relu" : "",
+            y ? "" : ", statistics");
     it.expect(mean, FLOAT, (size_t)c, 2e-5, [=] __device__(size_t i, double *size) -> double {
         return total(rows, size, [&](size_t t) -> double { return x[t * c + i] / (double)rows; });
     });
@@ -606,8 +615,9 @@ OP(batchnorm_forward)(ckca_context *ctx, int half, size_t rows, int c, const flo
                                    residual_norm, relu, y, mean, inv_std, ws);
     });
 }
-OP(batchnorm_again)(ckca_context *ctx, int half, size_t rows, int c, const float *x_, const ckca__norm *norm,
-                    const float *residual, const ckca__norm *residual_norm, float *y) {
+OP(batchnorm_again)
+(ckca_context *ctx, int half, size_t rows, int c, const float *x_, const ckca__norm *norm, const float *residual,
+ const ckca__norm *residual_norm, float *y) {
     const int kind = map_kind(half);
     const array x = {x_, kind};
     const ckca__norm own = *norm;
@@ -622,9 +632,9 @@ OP(batchnorm_again)(ckca_context *ctx, int half, size_t rows, int c, const float
     });
     it.run([&] { ckca__op_batchnorm_again(ctx, half, rows, c, x_, norm, residual, residual_norm, y); });
 }
-OP(batchnorm_eval)(ckca_context *ctx, int half, size_t rows, int c, const float *x_, const float *gamma,
-                   const float *beta, const float *running_mean, const float *running_var, const float *residual,
-                   int relu, float *y) {
+OP(batchnorm_eval)
+(ckca_context *ctx, int half, size_t rows, int c, const float *x_, const float *gamma, const float *beta,
+ const float *running_mean, const float *running_var, const float *residual, int relu, float *y) {
     const int kind = map_kind(half);
     const array x = {x_, kind};
     const residual_of other = residual_at(residual, NULL, half);
@@ -632,8 +642,8 @@ OP(batchnorm_eval)(ckca_context *ctx, int half, size_t rows, int c, const float 
             rows, c, map_name(half), residual ? " +residual" : "", relu ? " relu" : "");
     it.expect(y, kind, rows * c, 2e-5, [=] __device__(size_t i, double *size) -> double {
         const int at = (int)(i % c);
-        const double v =
-            normed(x[i], running_mean[at], gamma[at] / sqrt(running_var[at] + 1e-5), beta[at], size) + other(i, at, size);
+        const double v = normed(x[i], running_mean[at], gamma[at] / sqrt(running_var[at] + 1e-5), beta[at], size) +
+                         other(i, at, size);
         return relu && v <= 0 ? 0 : v;
     });
     it.run([&] {
@@ -658,9 +668,9 @@ struct gated {
     }
 };
 
-OP(batchnorm_backward)(ckca_context *ctx, int half, size_t rows, int c, const float *x_, const float *y_,
-                       const float *dy_, const ckca__norm *norm, float *dx, float *dresidual, int accumulate,
-                       float *dgamma, float *dbeta, void *ws) {
+OP(batchnorm_backward)
+(ckca_context *ctx, int half, size_t rows, int c, const float *x_, const float *y_, const float *dy_,
+ const ckca__norm *norm, float *dx, float *dresidual, int accumulate, float *dgamma, float *dbeta, void *ws) {
     const int kind = map_kind(half);
     const array x = {x_, kind}, before = {dresidual, kind};
     const gated g = {x, {y_, kind}, {dy_, kind}, norm->relu, y_ != NULL, *norm};
@@ -668,8 +678,8 @@ OP(batchnorm_backward)(ckca_context *ctx, int half, size_t rows, int c, const fl
     call it(ctx, 0,
             (double)rows * c * bytes_of(kind) *
                 (5 + (norm->relu && y_ ? 2 : 0) + (dresidual != NULL) + (dresidual && accumulate)),
-            0, "batch norm backward %zu x %d, %s%s%s", rows, c, map_name(half), norm->relu ? y_ ? " relu" : " relu of x" : "",
-            dresidual ? accumulate ? " residual +=" : " residual" : "");
+            0, "batch norm backward %zu x %d, %s%s%s", rows, c, map_name(half),
+            norm->relu ? y_ ? " relu" : " relu of x" : "", dresidual ? accumulate ? " residual +=" : " residual" : "");
     it.expect(dbeta, FLOAT, (size_t)c, 1e-4, [=] __device__(size_t i, double *size) -> double {
         *size += fabs(dbeta[i]);
         return dbeta[i] + total(rows, size, [&](size_t t) -> double { return g(t * c + i, (int)i); });
@@ -691,18 +701,20 @@ OP(batchnorm_backward)(ckca_context *ctx, int half, size_t rows, int c, const fl
         *size = g.doubtful(i, at) ? NAN : fabs(scale) * (fabs(g(i, at)) + (first + fabs(xhat) * second) / (double)rows);
         return scale * (g(i, at) - sum / (double)rows - xhat * product / (double)rows);
     });
-    it.expect(dresidual == dx ? NULL : dresidual, kind, rows * c, 1e-5, [=] __device__(size_t i, double *size) -> double {
-        const double v = g(i, (int)(i % c)), was = accumulate ? before[i] : 0;
-        *size = g.doubtful(i, (int)(i % c)) ? NAN : fabs(v) + fabs(was);
-        return v + was;
-    });
+    it.expect(dresidual == dx ? NULL : dresidual, kind, rows * c, 1e-5,
+              [=] __device__(size_t i, double *size) -> double {
+                  const double v = g(i, (int)(i % c)), was = accumulate ? before[i] : 0;
+                  *size = g.doubtful(i, (int)(i % c)) ? NAN : fabs(v) + fabs(was);
+                  return v + was;
+              });
     it.run([&] {
         ckca__op_batchnorm_backward(ctx, half, rows, c, x_, y_, dy_, norm, dx, dresidual, accumulate, dgamma, dbeta,
                                     ws);
     });
 }
-OP(fold)(ckca_context *ctx, int k, size_t per, const float *w, const float *bias, const float *gamma, const float *beta,
-         const float *mean, const float *var, float *w_out, float *bias_out) {
+OP(fold)
+(ckca_context *ctx, int k, size_t per, const float *w, const float *bias, const float *gamma, const float *beta,
+ const float *mean, const float *var, float *w_out, float *bias_out) {
     call it(ctx, 0, 8.0 * k * (double)per, 0, "fold %d x %zu", k, per);
     it.expect(w_out, FLOAT, k * per, 1e-6, [=] __device__(size_t i, double *size) -> double {
         const double v = w[i] * (gamma[i / per] / sqrt(var[i / per] + 1e-5));
@@ -728,12 +740,12 @@ OP(add)(ckca_context *ctx, int half, size_t count, const float *a_, const float 
     });
     it.run([&] { ckca__op_add(ctx, half, count, a_, b_, relu, y); });
 }
-OP(add_backward)(ckca_context *ctx, int half, size_t count, const float *y_, const float *dy_, float *dx,
-                 int accumulate) {
+OP(add_backward)
+(ckca_context *ctx, int half, size_t count, const float *y_, const float *dy_, float *dx, int accumulate) {
     const int kind = map_kind(half);
     const array y = {y_, kind}, dy = {dy_, kind}, before = {dx, kind};
-    call it(ctx, 0, (double)count * bytes_of(kind) * (2 + (y_ != NULL) + accumulate), 0, "add backward %zu, %s%s%s", count,
-            map_name(half), y_ ? " relu" : "", accumulate ? " +=" : "");
+    call it(ctx, 0, (double)count * bytes_of(kind) * (2 + (y_ != NULL) + accumulate), 0, "add backward %zu, %s%s%s",
+            count, map_name(half), y_ ? " relu" : "", accumulate ? " +=" : "");
     it.expect(dx, kind, count, 1e-6, [=] __device__(size_t i, double *size) -> double {
         const double v = y_ && !(y[i] > 0) ? 0 : dy[i], was = accumulate ? before[i] : 0;
         *size += fabs(v) + fabs(was);
@@ -744,8 +756,8 @@ OP(add_backward)(ckca_context *ctx, int half, size_t count, const float *y_, con
 OP(maxpool_forward)(ckca_context *ctx, const ckca__conv *shape_, const float *x_, float *y, unsigned char *at) {
     const ckca__conv s = *shape_;
     const array x = {x_, map_kind(s.half)};
-    call it(ctx, 0, (values(&s, 0) + values(&s, 1)) * bytes_of(x.kind) + (at ? values(&s, 1) : 0), 0,
-            "max pool %s%s", shape(&s).c_str(), at ? "" : ", evaluation");
+    call it(ctx, 0, (values(&s, 0) + values(&s, 1)) * bytes_of(x.kind) + (at ? values(&s, 1) : 0), 0, "max pool %s%s",
+            shape(&s).c_str(), at ? "" : ", evaluation");
     it.expect(y, x.kind, (size_t)values(&s, 1), 0, [=] __device__(size_t i, double *) -> double {
         const int c = (int)(i % s.k), q = (int)(i / s.k % s.q), p = (int)(i / s.k / s.q % s.p);
         const size_t n = i / s.k / s.q / s.p;
@@ -761,8 +773,8 @@ OP(maxpool_forward)(ckca_context *ctx, const ckca__conv *shape_, const float *x_
     });
     it.run([&] { ckca__op_maxpool_forward(ctx, shape_, x_, y, at); });
 }
-OP(maxpool_backward)(ckca_context *ctx, const ckca__conv *shape_, const float *dy_, const unsigned char *at, float *dx,
-                     int accumulate) {
+OP(maxpool_backward)
+(ckca_context *ctx, const ckca__conv *shape_, const float *dy_, const unsigned char *at, float *dx, int accumulate) {
     const ckca__conv s = *shape_;
     const array dy = {dy_, map_kind(s.half)}, before = {dx, map_kind(s.half)};
     call it(ctx, 0, (values(&s, 0) * (1 + accumulate) + values(&s, 1)) * bytes_of(dy.kind) + values(&s, 1), 0,
@@ -788,8 +800,7 @@ OP(avgpool_forward)(ckca_context *ctx, int half, int n, int area, int c, const f
     call it(ctx, 0, (double)n * c * (area * bytes_of(x.kind) + 4), 0, "average pool %d x %d x %d, %s", n, area, c,
             map_name(half));
     it.expect(y, FLOAT, (size_t)n * c, 1e-5, [=] __device__(size_t i, double *size) -> double {
-        return total((size_t)area, size,
-                     [&](size_t t) -> double { return x[(i / c * area + t) * c + i % c] / area; });
+        return total((size_t)area, size, [&](size_t t) -> double { return x[(i / c * area + t) * c + i % c] / area; });
     });
     it.run([&] { ckca__op_avgpool_forward(ctx, half, n, area, c, x_, y); });
 }
@@ -841,12 +852,14 @@ __device__ static double log_sum_exp(int k, const float *z, double t) {
         if (z[j] > most) most = z[j];
     return most / t + log(total((size_t)k, &unused, [&](size_t j) -> double { return exp((z[j] - most) / t); }));
 }
-OP(cross_entropy)(ckca_context *ctx, int n, int k, const float *z, const int *labels, float smoothing, float *dz,
-                  float *loss, int *hit) {
+OP(cross_entropy)
+(ckca_context *ctx, int n, int k, const float *z, const int *labels, float smoothing, float *dz, float *loss,
+ int *hit) {
     call it(ctx, 0, 4.0 * n * (k * (dz ? 2.0 : 1.0) + 3), 0, "cross-entropy %d x %d%s", n, k, dz ? "" : ", evaluation");
     it.expect(loss, FLOAT, (size_t)n, 1e-5, [=] __device__(size_t i, double *size) -> double {
         const float *row = z + i * k;
-        const double lse = log_sum_exp(k, row, 1), sum = total((size_t)k, size, [&](size_t j) -> double { return row[j]; });
+        const double lse = log_sum_exp(k, row, 1),
+                     sum = total((size_t)k, size, [&](size_t j) -> double { return row[j]; });
         *size = fabs(lse) + fabs((double)row[labels[i]]) + *size / k;
         return lse - (1 - smoothing) * row[labels[i]] - smoothing * sum / k;
     });
@@ -855,7 +868,8 @@ OP(cross_entropy)(ckca_context *ctx, int n, int k, const float *z, const int *la
         const int j = (int)(i % k);
         *size = 1.0 / n;
         return (exp(z[i] - log_sum_exp(k, z + picture * k, 1)) - (j == labels[picture] ? 1 - smoothing : 0) -
-                smoothing / k) / n;
+                smoothing / k) /
+               n;
     });
     it.expect(hit, INT, (size_t)n, 0, [=] __device__(size_t i, double *) -> double {
         const float *row = z + i * k;
@@ -876,15 +890,17 @@ OP(softmax)(ckca_context *ctx, int n, int k, const float *z, float *p) {
     });
     it.run([&] { ckca__op_softmax(ctx, n, k, z, p); });
 }
-OP(adakd)(ckca_context *ctx, ckca_adakd form, int n, int k, const float *z, const float *zo, const int *labels,
-          const float *class_weight, float temperature, float scale, float *dz, float *loss) {
+OP(adakd)
+(ckca_context *ctx, ckca_adakd form, int n, int k, const float *z, const float *zo, const int *labels,
+ const float *class_weight, float temperature, float scale, float *dz, float *loss) {
     const double t = temperature;
     call it(ctx, 0, 4.0 * n * (4.0 * k + 3), 0, "AdaKD %d x %d, form %d", n, k, (int)form);
     if (form == CKCA_ADAKD_CONSTANT || form == CKCA_ADAKD_CLASS) {
         it.expect(dz, FLOAT, (size_t)n * k, 1e-5, [=] __device__(size_t i, double *size) -> double {
             const size_t row = i / k * k;
             const double a = form == CKCA_ADAKD_CLASS ? class_weight[labels[i / k]] : 1;
-            const double p = exp(z[i] / t - log_sum_exp(k, z + row, t)), o = exp(zo[i] / t - log_sum_exp(k, zo + row, t));
+            const double p = exp(z[i] / t - log_sum_exp(k, z + row, t)),
+                         o = exp(zo[i] / t - log_sum_exp(k, zo + row, t));
             *size = fabs(dz[i]) + fabs(scale * t * a / n);
             return dz[i] + scale * t * a * (p - o) / n;
         });
@@ -904,8 +920,9 @@ OP(adakd)(ckca_context *ctx, ckca_adakd form, int n, int k, const float *z, cons
     }
     it.run([&] { ckca__op_adakd(ctx, form, n, k, z, zo, labels, class_weight, temperature, scale, dz, loss); });
 }
-OP(featreg)(ckca_context *ctx, ckca_featreg form, int half, int half_teacher, int n, int d, int d_teacher,
-            const float *f_, const float *fo_, float scale, float *df, int accumulate, float *loss, void *ws) {
+OP(featreg)
+(ckca_context *ctx, ckca_featreg form, int half, int half_teacher, int n, int d, int d_teacher, const float *f_,
+ const float *fo_, float scale, float *df, int accumulate, float *loss, void *ws) {
     const array f = {f_, map_kind(half)}, fo = {fo_, map_kind(half_teacher)}, before = {df, map_kind(half)};
     call it(ctx, 0, (double)n * d * (bytes_of(f.kind) * (2 + accumulate) + bytes_of(fo.kind)), 0,
             "FeatReg %d x %d, form %d, %s%s", n, d, (int)form, map_name(half), accumulate ? " +=" : "");
@@ -917,7 +934,8 @@ OP(featreg)(ckca_context *ctx, ckca_featreg form, int half, int half_teacher, in
             const double oo = total((size_t)d, &unused, [&](size_t j) -> double { return fo[row + j] * fo[row + j]; });
             const double fofo = total((size_t)d, &unused, [&](size_t j) -> double { return f[row + j] * fo[row + j]; });
             const double inv_f = ff > 0 ? 1 / sqrt(ff) : 0, inv_o = oo > 0 ? 1 / sqrt(oo) : 0;
-            const double a = scale / n * fofo * inv_f * inv_o * inv_f * inv_f * f[i], b = scale / n * inv_f * inv_o * fo[i];
+            const double a = scale / n * fofo * inv_f * inv_o * inv_f * inv_f * f[i],
+                         b = scale / n * inv_f * inv_o * fo[i];
             const double was = accumulate ? before[i] : 0;
             *size = fabs(a) + fabs(b) + fabs(was);
             return a - b + was;
@@ -951,8 +969,9 @@ OP(gather)(ckca_context *ctx, int n, int d, const float *rows, const int *index,
               [=] __device__(size_t i, double *) -> double { return rows[(size_t)index[i / d] * d + i % d]; });
     it.run([&] { ckca__op_gather(ctx, n, d, rows, index, out); });
 }
-OP(sgd)(ckca_context *ctx, size_t count, size_t decayed, float *w, const float *g, float *v, const float *lr,
-        float momentum, float weight_decay, int nesterov, const float *gscale) {
+OP(sgd)
+(ckca_context *ctx, size_t count, size_t decayed, float *w, const float *g, float *v, const float *lr, float momentum,
+ float weight_decay, int nesterov, const float *gscale) {
     call it(ctx, 0, 20.0 * (double)count, 0, "SGD %zu", count);
     it.expect(v, FLOAT, count, 1e-6, [=] __device__(size_t i, double *size) -> double {
         const double d = (double)g[i] * (gscale ? *gscale : 1) + (i < decayed ? weight_decay * (double)w[i] : 0);
@@ -987,9 +1006,9 @@ OP(shrink_perturb)(ckca_context *ctx, size_t count, float *w, const float *fresh
 struct colours {
     float mean[3], std[3];
 };
-OP(batch)(ckca_context *ctx, int n, int h, int w, int c, const unsigned char *pixels, int gathered, const int *index,
-          const ckca_augment *augment, uint64_t seed, const int *epoch, const float *mean, const float *std,
-          float *out) {
+OP(batch)
+(ckca_context *ctx, int n, int h, int w, int c, const unsigned char *pixels, int gathered, const int *index,
+ const ckca_augment *augment, uint64_t seed, const int *epoch, const float *mean, const float *std, float *out) {
     const size_t count = (size_t)n * h * w * c;
     call it(ctx, 0, 5.0 * (double)count, 0, "pictures %d x %dx%dx%d%s", n, h, w, c, augment ? ", augmented" : "");
     if (c == 3 && !(augment && (augment->resized_crop || augment->jitter > 0))) {
@@ -1039,8 +1058,11 @@ struct config {
 #ifdef CKCA_CUDA_SHIM
 static const config networks[] = {{"resnet8", 3, 8, 7}, {"stem", 2, 16, 7}};
 #else
-static const config networks[] = {{"resnet20", 128, 32, 7},  {"resnet18-cifar", 512, 32, 7}, {"resnet18", 32, 224, 7},
-                             {"resnet18", 128, 224, 7}, {"resnet50", 128, 224, 7}};
+static const config networks[] = {{"resnet20", 128, 32, 7},
+                                  {"resnet18-cifar", 512, 32, 7},
+                                  {"resnet18", 32, 224, 7},
+                                  {"resnet18", 128, 224, 7},
+                                  {"resnet50", 128, 224, 7}};
 #endif
 static const char *const precision_name[] = {"float32", "tf32", "bf16"};
 
@@ -1110,13 +1132,20 @@ static void find_peaks(ckca_context *ctx) {
     ckca__device_zero(ctx, arrays, 3 * count * sizeof(float));
     const double end = now() + WARM_UP_MS;
     for (int i = 0; i < 10 || now() < end; i++) {
-        best[3] = std::min(best[3], between(stream, [] {}, [&] {
-            CKCA__LAUNCH(ctx, triad_kernel, ckca__grid(ctx, count / 4, 1), count, arrays, arrays + count, arrays + 2 * count);
-        }));
-        best[ctx->precision] = std::min(best[ctx->precision], between(stream, [] {}, [&] {
-            ckca__product(ctx, SIDE, SIDE, SIDE, ctx->precision == CKCA_BF16, arrays, 0, arrays + count, 0,
-                          ctx->precision == CKCA_BF16, arrays + 2 * count, 0);
-        }));
+        best[3] = std::min(best[3], between(
+                                        stream, [] {},
+                                        [&] {
+                                            CKCA__LAUNCH(ctx, triad_kernel, ckca__grid(ctx, count / 4, 1), count,
+                                                         arrays, arrays + count, arrays + 2 * count);
+                                        }));
+        best[ctx->precision] =
+            std::min(best[ctx->precision], between(
+                                               stream, [] {},
+                                               [&] {
+                                                   ckca__product(ctx, SIDE, SIDE, SIDE, ctx->precision == CKCA_BF16,
+                                                                 arrays, 0, arrays + count, 0,
+                                                                 ctx->precision == CKCA_BF16, arrays + 2 * count, 0);
+                                               }));
     }
     must(ctx);
     ckca__device_release(ctx, arrays, 3 * count * sizeof(float));
@@ -1136,13 +1165,14 @@ static void find_peaks(ckca_context *ctx) {
 static void show(const char *net, int batch, int size, const char *precision) {
     double sums[3] = {0, 0, 0};
     printf("\n%s, batch %d of %d x %d, %s. Times in microseconds; n: calls in a CKCA step\n"
-           "%4s %9s %9s %9s %6s %7s %8s  %-10s op\n", net, batch, size, size, precision, "n", "cold", "warm", "floor",
-           "of it", "GB/s", "TFLOP/s", "check");
+           "%4s %9s %9s %9s %6s %7s %8s  %-10s op\n",
+           net, batch, size, size, precision, "n", "cold", "warm", "floor", "of it", "GB/s", "TFLOP/s", "check");
     for (const row &r : rows) {
         const double floor = std::max(r.bytes / (peak.gbps * 1e6), r.flops / (peak.tflops[r.unit] * 1e9));
         const double cold = r.cold > 0 ? r.cold : INFINITY;
-        printf("%4d %9.2f %9.2f %9.2f %5.0f%% %7.0f %8.2f  %-10s %s\n", r.count, 1e3 * r.cold, 1e3 * r.warm, 1e3 * floor,
-               100 * floor / cold, r.bytes / cold * 1e-6, r.flops / cold * 1e-9, r.checked.c_str(), r.name.c_str());
+        printf("%4d %9.2f %9.2f %9.2f %5.0f%% %7.0f %8.2f  %-10s %s\n", r.count, 1e3 * r.cold, 1e3 * r.warm,
+               1e3 * floor, 100 * floor / cold, r.bytes / cold * 1e-6, r.flops / cold * 1e-9, r.checked.c_str(),
+               r.name.c_str());
         for (const std::string &kernel : r.kernels) printf("%14s %s\n", "", kernel.c_str());
         sums[0] += r.count * r.cold, sums[1] += r.count * r.warm, sums[2] += r.count * floor;
     }

@@ -1,26 +1,27 @@
 #!/bin/sh
-# gpu.sh STEP...: all there is to do on a machine with an NVIDIA GPU, in calls of less than ten minutes each, any of which
-# may be repeated. From the repository's root or anywhere. Needs the CUDA toolkit, make and a C and C++ compiler; no network.
+# gpu.sh STEP...: all there is to do on a machine with an NVIDIA GPU, in calls of less than ten minutes each, which
+# may be repeated. Run from anywhere. Needs the CUDA toolkit, make and a C and a C++ compiler; no network.
 #
 #   sh tests/gpu.sh build      the examples, tests, benchmarks, for this GPU's architecture; what GPU it is
 #   sh tests/gpu.sh test       make CUDA=1 test
 #   sh tests/gpu.sh sanitize   make CUDA=1 sanitize: memcheck, racecheck, initcheck, synccheck; TOOLS="memcheck" for one
-#   sh tests/gpu.sh kernels    build/bench_cuda: every kernel alone, at the shapes of the four networks
+#   sh tests/gpu.sh kernels    build/bench_cuda: every kernel alone, at the shapes of the four networks;
+#                              KERNELS="resnet50 128 224 bf16" for one network, batch, size and precision
 #   sh tests/gpu.sh peers      make CUDA=1 bench-peers, ROUNDS (1); needs a Python (PYTHON, python3) with torch,
 #                              torchvision and numpy; summary.txt says which of the bars are met
 #   sh tests/gpu.sh real       build/incremental --precision bf16 --arch resnet18-cifar on cifar10 and tinyimagenet100
 #
 # Set by environment variables:
 #   OUT=DIR          where logs go: STEP.log, and what else a step leaves (build/gpu)
-#   DATA=DIR         has the folders cifar10 and tinyimagenet100, or SET.tar.xz of them, each SET/{train,test}/CLASS/*.jpg
-#                    (data, ../shared/data, /work/shared/data: the first that is there)
+#   DATA=DIR         has the folders cifar10 and tinyimagenet100 (SET/{train,test}/CLASS/*.jpg), or their SET.tar.xz
+#                    (data or ../shared/data, whichever is there)
 #   CUDA_ARCH=NN     [what the GPU says]; NVCC=FILE where nvcc is in neither PATH nor /usr/local/cuda/bin
 #   LIMIT=S          seconds after which a step is stopped (570); what it said until then is in its log
 #   EPOCHS=N         of real (10)
 #   DRY=1            no GPU: the same script with the kernels on the CPU (tests/cuda_shim.h), tiny, stand-ins for the
 #                    sanitizer and PyTorch. It tries this script, and measures nothing
 #
-# Exits with 1 if a step failed. A step that lacks something says so in a line that begins with SKIPPED, and has not failed.
+# Exits with 1 if a step failed. A step that lacks something has not failed, but says so in a line with SKIPPED.
 cd "$(dirname "$0")/.." || exit 1
 steps="build test sanitize kernels peers real"
 usage() { sed -n '2,/^# Exits/s/^# \{0,1\}//p' tests/gpu.sh; }
@@ -102,7 +103,7 @@ do_sanitize() {
 }
 do_kernels() {
     [ -n "$DRY" ] && { build/shim/bench_cuda stem 1 8 bf16; return; }
-    gpu_make bench-cuda && build/bench_cuda
+    gpu_make bench-cuda && build/bench_cuda $KERNELS # the words are its arguments
 }
 do_peers() {
     peers=build/gpu/peers
@@ -112,8 +113,13 @@ do_peers() {
         line="median_ms=2.000 min_ms=1.900 max_ms=2.100 images_per_s=64000.0 peak_rss_mb=90"
         gpu="unsynced_ms=1.500 device_mb=300 gflop=1.0 mbyte=10 threads=4"
         printf '#!/bin/sh\necho "%s %s"\n' "$line" "$gpu" > $peers/bench
-        printf '#!/bin/sh\ncase "$*" in -c*name*) echo stand-in;; -c*) echo 0;; *peak*) echo %s;;\n*) echo "%s %s";; esac\n' \
-            "threads=\${3} fma_gflops=1000 triad_gbps=100" "$(echo "$line" | sed 's/=2/=7/')" "$gpu" > $peers/python
+        {
+            echo '#!/bin/sh'
+            echo 'case "$*" in'
+            echo '-c*name*) echo stand-in ;; -c*) echo 0 ;; *peak*) echo threads=$3 fma_gflops=1000 triad_gbps=100 ;;'
+            echo "*) echo $(echo "$line" | sed 's/=2/=7/') $gpu ;;"
+            echo esac
+        } > $peers/python
         chmod +x $peers/bench $peers/python
         PEERS=$peers PYTHON=$peers/python ROUNDS=1 STEPS=1 python3 tests/bench_peers.py $peers/bench cuda
     else
@@ -137,7 +143,7 @@ do_real() {
     fi
     gpu_make build/incremental || return
     data=$DATA
-    for place in data ../shared/data /work/shared/data; do
+    for place in data ../shared/data; do
         [ -z "$data" ] && [ -d $place ] && data=$place
     done
     failed=0

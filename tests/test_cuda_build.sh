@@ -39,6 +39,11 @@ check "warnings from nvcc: $(grep -i 'warning' $dir/log)" sh -c "! grep -qi warn
 # Sums that a kernel indexes by what is not known when it is compiled are kept in memory instead of registers.
 frame=$(sed -n 's/^ *\([0-9][0-9]*\) bytes stack frame.*/\1/p' $dir/log | sort -n | tail -n 1)
 check "a kernel has ${frame:-an unknown number of} bytes in local memory ($dir/log names it)" [ "${frame:-65}" -le 64 ]
+# The harness of kernels holds them all once more: that it compiles and links is enough here.
+NVCC_APPEND_FLAGS="-Xcicc -O0 -Xptxas -O0" make -C $dir CUDA=1 CUDA_ARCH=90 CFLAGS=-O0 ${CC:+CC="$CC"} bench-cuda \
+    > $dir/log_bench 2>&1
+check "make CUDA=1 bench-cuda: $(tail -n 20 $dir/log_bench)" [ $? -eq 0 ]
+check "warnings from nvcc: $(grep -i 'warning' $dir/log_bench)" sh -c "! grep -qi warning $dir/log_bench"
 for program in $dir/build/incremental $dir/build/train $dir/build/bench $dir/build/tests/test_ops; do
     check "$program does not exist" [ -x $program ]
 done
