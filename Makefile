@@ -15,8 +15,8 @@
 #   make shim               the GPU's kernels tested on the CPU (tests/cuda_shim.h); make test does it too
 #   make CUDA=1 ...         any of these on a GPU: the same programs, linked with ckca_cuda.cu (needs the CUDA toolkit)
 #   make CUDA=1 bench-peers ours against PyTorch on the same GPU
-#   make CUDA=1 bench-cuda  build/bench_cuda: every kernel alone, checked and timed beside its floor (tests/bench_cuda.cu)
-#   make CUDA=1 sanitize    the op tests under compute-sanitizer's four tools; TOOLS="memcheck initcheck" for some of them
+#   make CUDA=1 bench-cuda  build/bench_cuda: every kernel alone, checked, and timed beside its floor
+#   make CUDA=1 sanitize    the op tests under compute-sanitizer's four tools; TOOLS="memcheck initcheck" for some
 #
 # Yours to set: CC, CFLAGS, LDFLAGS, THREADS= (to build without), STB= (to build without pictures' files);
 # NVCC, CUDA_ARCH= (the GPUs to compile for, as in CUDA_ARCH="80 90"; the last one's PTX serves newer ones).
@@ -112,8 +112,8 @@ asan: $(ASAN)
 shim: $(SHIM)
 	sh tests/run.sh $(SHIM)
 
-# Tests let allocations fail on purpose: those are no errors. New memory is left as it is (CKCA_FRESH), so that initcheck
-# sees who reads it before anything is there.
+# Tests let allocations fail on purpose: those are no errors. New memory is left as it is (CKCA_FRESH), so that
+# initcheck sees who reads it before anything is there.
 SANITIZER = $(or $(wildcard $(CUDA_HOME)/bin/compute-sanitizer),$(shell command -v compute-sanitizer 2>/dev/null))
 SANITIZE = "$(SANITIZER)" --error-exitcode 1 --report-api-errors no
 TOOLS = memcheck racecheck initcheck synccheck

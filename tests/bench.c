@@ -10,8 +10,8 @@
    NET is any name ckca_resnet knows; ISA one of plain, base, avx2, avx512. Three steps warm up, STEPS are timed.
    Built for a GPU, in place of ISA a PRECISION (float32, tf32, bf16); warming up takes at least a second, so that the
    clocks have settled, and STEPS at least two. Each of those is waited for. unsynced_ms is a step's time where none is
-   waited for but the last of two seconds' worth; device_mb what the GPU's free memory fell by since the context was made
-   (the context's own buffers, 33 MB, and CUDA's are not in it).
+   waited for but the last of two seconds' worth; device_mb what the GPU's free memory fell by since the context was
+   made (the context's own buffers, 33 MB, and CUDA's are not in it).
    gflop and mbyte are what a step asks for at least when convolutions are direct (see cost below); over bench peak's
    rates they give the floor of its time. tests/torch_bench.py is the same in PyTorch; tests/bench_peers.py compares. */
 #define CKCA_IMPLEMENTATION

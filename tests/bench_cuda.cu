@@ -43,7 +43,7 @@
 #endif
 
 #ifdef CKCA_CUDA_SHIM
-enum { PLACES = 12, CALLS_MS = 0, LAUNCHES = 1, COLD = 0, FLUSH = 0, WARM_UP_MS = 0 };
+enum { PLACES = 20, CALLS_MS = 0, LAUNCHES = 1, COLD = 0, FLUSH = 0, WARM_UP_MS = 0 };
 #else
 enum { PLACES = 1024, CALLS_MS = 1, LAUNCHES = 5, COLD = 15, FLUSH = 256 << 20, WARM_UP_MS = 1500 };
 #endif
@@ -1056,7 +1056,7 @@ struct config {
     int batch, size, precisions; /* bits */
 };
 #ifdef CKCA_CUDA_SHIM
-static const config networks[] = {{"resnet8", 3, 8, 7}, {"stem", 2, 16, 7}};
+static const config networks[] = {{"resnet8", 3, 8, 7}, {"stem", 3, 16, 7}};
 #else
 static const config networks[] = {{"resnet20", 128, 32, 7},
                                   {"resnet18-cifar", 512, 32, 7},

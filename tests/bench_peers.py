@@ -23,8 +23,8 @@ parts, and a run that was killed loses nothing. Set by environment variables, or
 The ratio is of adjacent runs: median [min, max]. Floors are the step's nominal flops over the rate of multiply-adds,
 and the bytes it cannot do without over the memory's rate (bench.c, cost), both rates measured here and now with the
 same number of threads. On a GPU they are those of PyTorch's matrix products in the same precision and of its copies;
-steps are shown waited for (ms: the bars' ratio) and queued without waiting (unsynced), memory is the GPU's, and clocks are
-what nvidia-smi said in the last two seconds of the runs. summary.txt, in PEERS, holds every bar, met or not or not
+steps are shown waited for (ms: the bars' ratio) and queued without waiting (unsynced), memory is the GPU's, and clocks
+are what nvidia-smi said in the last two seconds of the runs. summary.txt, in PEERS, holds every bar, met or not or not
 measured.
 Leave the machine alone meanwhile: whatever else runs is in the figures.
 """

@@ -1,6 +1,6 @@
 #!/bin/sh
-# test_gpu.sh: tests/gpu.sh tried without a GPU: every step through the shim, and in places that lack something. From the
-# repository's root, after make has built build/shim/{bench_cuda,bench,incremental}. (On a machine with a GPU too.)
+# test_gpu.sh: tests/gpu.sh tried without a GPU: every step through the shim, and in places that lack something. From
+# the repository's root, after make has built build/shim/{bench_cuda,bench,incremental}. (On a machine with a GPU too.)
 dir=build/gpu_test
 passed=0
 failed=0

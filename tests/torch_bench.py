@@ -18,7 +18,8 @@ with float32, tf32 or bf16 (AMP: autocast, float32 weights) as PRECISION; the pr
 
 Eager mode but for graph. On a GPU warming up takes at least a second and STEPS at least two; each of those is waited
 for, as bench waits for its report of each; unsynced_ms is a step's time where only the last of two seconds' worth is,
-device_mb the most that PyTorch's allocator has held (CUDA's own share is not in it, nor in bench's). SGD is the fused one;
+device_mb the most that PyTorch's allocator has held (CUDA's own share is not in it, nor in bench's). SGD is the fused
+one;
 a net that only evaluates (infer, and the teacher of distill) has its batch norms folded into its convolutions, as ours
 has. Pictures are ready in memory, where bench distill augments its own.
 """
@@ -89,8 +90,8 @@ def captured(step):
 
 
 def peak():
-    """Multiply-adds of 8192 x 8192 matrices in the precision, and bytes of copying 1 GiB: the best of at least ten tries
-    in three seconds, of which the first warms up."""
+    """Multiply-adds of 8192 x 8192 matrices in the precision, and bytes of copying 1 GiB: the best of at least ten
+    tries in three seconds, of which the first warms up."""
     side, words = 8192, 1 << 28
     a, b = (torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16 if PRECISION == "bf16" else torch.float32)
             for _ in range(2))
