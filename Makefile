@@ -14,7 +14,8 @@
 #   make clean
 #   make CUDA=1 ...         any of these for an NVIDIA GPU, with ckca_cuda.cu (needs the CUDA toolkit)
 #   make CUDA=1 bench-peers against PyTorch on the same GPU
-#   make CUDA=1 sanitize    the op tests under the four tools of compute-sanitizer
+#   make CUDA=1 bench-cuda  build/bench_cuda: every kernel alone, checked, and timed beside its floor
+#   make CUDA=1 sanitize    the op tests under the four tools of compute-sanitizer; TOOLS="memcheck initcheck" for some
 #
 # Variables: CC, CFLAGS, LDFLAGS; THREADS= builds without threads, STB= without JPEG and PNG files;
 # NVCC; CUDA_ARCH="80 90": the GPUs to compile for (newer ones use the PTX of the last).
@@ -80,7 +81,7 @@ TESTS := $(patsubst tests/%.c,build/tests/%,$(sort $(wildcard tests/test_*.c)))
 SCRIPTS := $(sort $(wildcard tests/test_*.sh))
 ASAN := $(patsubst build/tests/%,build/asan/%,$(TESTS))
 # The GPU kernels on the CPU, see tests/cuda_shim.h.
-SHIM := $(patsubst %,build/shim/test_%,conv cuda nets ops train)
+SHIM := $(patsubst %,build/shim/test_%,conv cuda nets ops train) build/shim/bench_cuda
 ifneq ($(CUDA),) # the host build covers sanitizers, compilers and the shim
 SCRIPTS := tests/test_examples.sh
 ASAN :=
@@ -88,7 +89,7 @@ SHIM :=
 ONE := JOBS=1 # one test at a time may use the GPU's memory
 endif
 
-.PHONY: all demo test check bench bench-peers asan shim sanitize fuzz install clean help FORCE
+.PHONY: all demo test check bench bench-peers bench-cuda asan shim sanitize fuzz install clean help FORCE
 .DELETE_ON_ERROR:
 
 all: $(EXAMPLES)
@@ -98,7 +99,7 @@ demo: build/incremental
 	mkdir -p build/demo
 	build/incremental --out build/demo
 
-test: $(EXAMPLES) $(TESTS) $(ASAN) $(SHIM) build/bench
+test: $(EXAMPLES) $(TESTS) $(ASAN) $(SHIM) $(if $(CUDA),,build/shim/bench build/shim/incremental) build/bench
 	CC="$(CC)" $(ONE) sh tests/run.sh $(TESTS) $(SCRIPTS) $(ASAN) $(SHIM)
 
 check: $(TESTS)
@@ -110,12 +111,33 @@ asan: $(ASAN)
 shim: $(SHIM)
 	sh tests/run.sh $(SHIM)
 
-SANITIZE = compute-sanitizer --error-exitcode 1
-sanitize: build/tests/test_conv build/tests/test_ops build/tests/test_cuda
-	for test in $^; do for tool in "memcheck --leak-check full" racecheck initcheck synccheck; do \
-	    echo "$$tool $$test" && $(SANITIZE) --tool $$tool $$test || exit 1; done; done
+# Tests let allocations fail on purpose: those are no errors. New memory is left as it is (CKCA_FRESH), so that
+# initcheck sees who reads it before anything is there.
+SANITIZER = $(or $(wildcard $(CUDA_HOME)/bin/compute-sanitizer),$(shell command -v compute-sanitizer 2>/dev/null))
+SANITIZE = "$(SANITIZER)" --error-exitcode 1 --report-api-errors no
+TOOLS = memcheck racecheck initcheck synccheck
+ifneq ($(filter sanitize,$(MAKECMDGOALS)),)
+ifeq ($(CUDA),)
+$(error sanitize looks at what runs on a GPU: make CUDA=1 sanitize)
+endif
+ifeq ($(SANITIZER),)
+$(error no compute-sanitizer in $(CUDA_HOME)/bin or in PATH: it comes with the CUDA toolkit, as the package cuda-sanitizer)
+endif
+endif
+sanitize: $(patsubst %,build/sanitize/test_%,conv ops cuda)
+	set -e; for tool in $(TOOLS); do for test in $^; do more=; [ $$tool != memcheck ] || more='--leak-check full'; \
+	    echo "$$tool $$test"; $(SANITIZE) --tool $$tool $$more $$test; done; done
+
+build/sanitize/ckca_cuda.o: ckca_cuda.cu ckca.h build/flags
+	@mkdir -p build/sanitize
+	$(NVCC) $(NVCC_FLAGS) -lineinfo -DCKCA_FRESH=-1 -c $< -o $@
+
+build/sanitize/%: tests/%.c ckca.h $(wildcard tests/*.h) build/flags build/sanitize/ckca_cuda.o
+	$(CC) $(ALL_CFLAGS) -g $< build/sanitize/ckca_cuda.o -o $@ $(LDFLAGS) $(LIBS)
 
 bench: build/bench
+
+bench-cuda: build/bench_cuda
 
 # The variables reach the script through the environment.
 bench-peers: build/bench
@@ -142,12 +164,40 @@ build/asan/%: tests/%.c ckca.h $(wildcard tests/*.h) build/flags
 build/ckca_cuda.o: ckca_cuda.cu ckca.h build/flags
 	$(NVCC) $(NVCC_FLAGS) -c $< -o $@
 
-SHIM_FLAGS = -O2 -g -Wall -Wextra -I. -DCKCA_CUDA -DCKCA_CUDA_SHIM
+# New memory is NaN there.
+SHIM_FLAGS = -O2 -g -Wall -Wextra -I. -DCKCA_CUDA -DCKCA_CUDA_SHIM -DCKCA_FRESH=0xff
 build/shim/ckca_cuda.o: ckca_cuda.cu ckca.h tests/cuda_shim.h build/flags
 	$(CXX) -std=c++17 $(SHIM_FLAGS) -O3 -Wno-unknown-pragmas -Wno-maybe-uninitialized -include tests/cuda_shim.h \
 	    -x c++ -c $< -o $@
 
 build/shim/test_%: tests/test_%.c build/shim/ckca_cuda.o ckca.h $(wildcard tests/*.h) build/flags
+	$(CC) -std=c99 -D_DEFAULT_SOURCE $(SHIM_FLAGS) $(FEATURES) -O1 -c $< -o $@.o
+	$(CXX) $(THREADS) $@.o build/shim/ckca_cuda.o -o $@ -lm
+
+# The linker hands the library's calls of ops to tests/bench_cuda.cu, which names those it wants.
+WRAP := $(shell sed -n 's/^OP(\([a-z_]*\)).*/-Wl,--wrap=ckca__op_\1/p; \
+    s/.*__wrap_\(ckca__device_[a-z]*\).*/-Wl,--wrap=\1/p' tests/bench_cuda.cu 2>/dev/null)
+
+build/bench_cuda.o: tests/bench_cuda.cu ckca_cuda.cu ckca.h build/flags
+	$(NVCC) $(NVCC_FLAGS) --extended-lambda -lineinfo -I. -c $< -o $@
+
+build/bench_cuda: build/bench_cuda.o ckca.h build/flags
+	echo '#include "ckca.h"' | $(CC) $(ALL_CFLAGS) -DCKCA_IMPLEMENTATION -x c -c - -o $@.library.o
+	$(CC) $(THREADS) $(WRAP) $< $@.library.o -o $@ $(LDFLAGS) $(LIBS) -ldl
+
+build/shim/bench_cuda: tests/bench_cuda.cu ckca_cuda.cu ckca.h tests/cuda_shim.h build/flags
+	$(CXX) -std=c++17 $(SHIM_FLAGS) -O1 -g0 -Wno-unknown-pragmas -Wno-maybe-uninitialized -include tests/cuda_shim.h \
+	    -x c++ -c $< -o $@.o
+	echo '#include "ckca.h"' | $(CC) -std=c99 -D_DEFAULT_SOURCE $(SHIM_FLAGS) $(FEATURES) -O1 -DCKCA_IMPLEMENTATION \
+	    -x c -c - -o $@.library.o
+	$(CXX) $(THREADS) $(WRAP) $@.o $@.library.o -o $@ -lm
+
+# The benchmark and the main example through the shim: for tests/test_gpu.sh, which tries tests/gpu.sh.
+build/shim/bench: tests/bench.c build/shim/ckca_cuda.o ckca.h build/flags
+	$(CC) -std=c99 -D_DEFAULT_SOURCE $(SHIM_FLAGS) $(FEATURES) -O1 -c $< -o $@.o
+	$(CXX) $(THREADS) $@.o build/shim/ckca_cuda.o -o $@ -lm
+
+build/shim/incremental: examples/incremental.c build/shim/ckca_cuda.o ckca.h $(wildcard examples/*.h) build/flags
 	$(CC) -std=c99 -D_DEFAULT_SOURCE $(SHIM_FLAGS) $(FEATURES) -O1 -c $< -o $@.o
 	$(CXX) $(THREADS) $@.o build/shim/ckca_cuda.o -o $@ -lm
 

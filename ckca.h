@@ -756,7 +756,7 @@ CKCA__OP int ckca__device_record(ckca_context *ctx, void **recording);
 CKCA__OP void ckca__device_recorded(ckca_context *ctx, void **recording);
 CKCA__OP void ckca__device_forget(ckca_context *ctx, void **recording);
 
-/* Memory on the device. ckca__device_alloc returns zeroed memory or NULL. */
+/* Memory on the device. ckca__device_alloc returns NULL or memory whose contents nobody may rely on. */
 CKCA__OP void *ckca__device_alloc(ckca_context *ctx, size_t bytes);
 CKCA__OP void ckca__device_release(ckca_context *ctx, void *memory, size_t bytes);
 CKCA__OP void ckca__device_upload(ckca_context *ctx, void *device, const void *host, size_t bytes);
@@ -6285,6 +6285,15 @@ static int ckca__arena(ckca_context *ctx, void **arena, size_t *room, size_t byt
     return *arena != NULL;
 }
 
+/* Gradients or momentum, which start as zeros, where there are none yet. */
+static int ckca__reserve_zeroed(const ckca_model *m, float **arena) {
+    const size_t bytes = m->trainable * sizeof(float);
+    if (*arena) return 1;
+    *arena = (float *)ckca__device_alloc(m->ctx, bytes);
+    if (*arena) ckca__device_zero(m->ctx, *arena, bytes);
+    return *arena != NULL;
+}
+
 /* Memory for n pictures in a mode; after it a step allocates nothing. */
 static ckca_status ckca__reserve(ckca_model *m, int n, int mode) {
     ckca_bytes bytes;
@@ -6306,9 +6315,7 @@ static ckca_status ckca__reserve(ckca_model *m, int n, int mode) {
     if (ok && !m->saved && m->saved_count)
         ok = (m->saved = (float *)ckca__device_alloc(m->ctx, m->saved_count * sizeof(float))) != NULL;
     if (ok && (mode & CKCA__TRAIN)) {
-        if (!m->gradients) m->gradients = (float *)ckca__device_alloc(m->ctx, m->trainable * sizeof(float));
-        if (!m->momentum) m->momentum = (float *)ckca__device_alloc(m->ctx, m->trainable * sizeof(float));
-        ok = m->gradients && m->momentum;
+        ok = ckca__reserve_zeroed(m, &m->gradients) && ckca__reserve_zeroed(m, &m->momentum);
     } else if (ok && !m->folded) {
         ok = (m->folded = (float *)ckca__device_alloc(m->ctx, m->trainable * sizeof(float))) != NULL;
         m->folded_valid = 0;
@@ -7061,6 +7068,7 @@ static ckca_status ckca__small_alloc(ckca_context *ctx, ckca__small *b, int n, i
         ckca__small_free(ctx, b);
         return ckca__fail(ctx, CKCA_ENOMEM, "out of memory for the labels and logits of a batch of %d", n);
     }
+    ckca__device_zero(ctx, b->block, b->bytes); /* sums are added to */
     at = (char *)b->block;
     b->lr = (float *)(void *)at;
     b->epoch = (int *)(void *)(at + sizeof(float));

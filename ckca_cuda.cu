@@ -184,12 +184,17 @@ static int ckca__cuda_granted(ckca__cuda *cuda, const char *call, cudaError_t st
     return 0;
 }
 
+/* For tests: the byte that new memory is filled with, 0xff (NaN) to see who relies on zeros; -1: none, for initcheck. */
+#ifndef CKCA_FRESH
+#define CKCA_FRESH 0
+#endif
+
 CKCA__OP void *ckca__device_alloc(ckca_context *ctx, size_t bytes) {
     ckca__cuda *cuda = ckca__cuda_of(ctx);
     void *memory = NULL;
     size_t total;
     if (ckca__cuda_granted(cuda, "cudaMalloc", cudaMalloc(&memory, bytes ? bytes : 1))) {
-        CKCA__CUDA(cuda, cudaMemsetAsync(memory, 0, bytes, cuda->stream));
+        if (CKCA_FRESH >= 0) CKCA__CUDA(cuda, cudaMemsetAsync(memory, CKCA_FRESH, bytes, cuda->stream));
         return memory;
     }
     ctx->refused = bytes;

@@ -8,6 +8,10 @@
                                                                      registers, a[i] = b[i] + s c[i] in memory
 
    NET is any name ckca_resnet knows; ISA one of plain, base, avx2, avx512. Three steps warm up, STEPS are timed.
+   Built for a GPU, in place of ISA a PRECISION (float32, tf32, bf16); warming up takes at least a second, so that the
+   clocks have settled, and STEPS at least two. Each of those is waited for. unsynced_ms is a step's time where none is
+   waited for but the last of two seconds' worth; device_mb what the GPU's free memory fell by since the context was
+   made (the context's own buffers, 33 MB, and CUDA's are not in it).
    gflop and mbyte are what a step asks for at least when convolutions are direct (see cost below); over bench peak's
    rates they give the floor of its time. tests/torch_bench.py is the same in PyTorch; tests/bench_peers.py compares. */
 #define CKCA_IMPLEMENTATION
@@ -18,7 +22,14 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { WARM_UP = 3 };
+enum { WARM_UP = 3, MARKS = 200000 };
+#ifdef CKCA_CUDA_SHIM /* tries this program, measures nothing */
+enum { WARM_UP_MS = 1, TIMED_MS = 1 };
+#elif defined(CKCA_CUDA)
+enum { WARM_UP_MS = 1000, TIMED_MS = 2000 };
+#else
+enum { WARM_UP_MS = 0, TIMED_MS = 0 };
+#endif
 
 static double now(void) {
     struct timespec t;
@@ -31,21 +42,32 @@ static void die(const char *what, ckca_context *ctx) {
     exit(1);
 }
 
-/* When each step ended: ms[0] is the end of the last step of warm-up. */
+/* When each step ended: ms[0] is the end of the last step of warm-up, ms[count] that of the last one. */
 typedef struct clock_marks {
-    double *ms;
-    int steps, seen; /* steps in all, warm-up included */
+    ckca_context *ctx;
+    double *ms, begin;
+    int steps, seen, warm, count; /* to be timed at least; done so far; warmed up; timed so far */
+    size_t room, left;            /* bytes of the GPU that were free before, and once everything was there */
 } clock_marks;
 
-static void mark(clock_marks *marks) {
-    marks->seen++;
-    if (marks->seen >= WARM_UP && marks->seen <= marks->steps) marks->ms[marks->seen - WARM_UP] = now();
+/* After every step: 1 if that was the last. */
+static int mark(clock_marks *marks) {
+    double at = now();
+    if (!marks->seen++) marks->begin = at;
+    if (!marks->warm) {
+        marks->warm = marks->seen >= WARM_UP && at - marks->begin >= WARM_UP_MS;
+        if (!marks->warm) return 0;
+        marks->left = ckca__device_room(marks->ctx);
+        marks->ms[0] = now();
+        return 0;
+    }
+    marks->ms[++marks->count] = at;
+    return (marks->count >= marks->steps && at - marks->ms[0] >= TIMED_MS) || marks->count == marks->steps + MARKS;
 }
 
 static int on_progress(const ckca_progress *progress, void *user) {
     (void)progress;
-    mark((clock_marks *)user);
-    return 0;
+    return mark((clock_marks *)user);
 }
 
 static int by_size(const void *a, const void *b) {
@@ -104,8 +126,10 @@ static ckca_data *make_data(ckca_context *ctx, int batch, int size, int classes)
     return data;
 }
 
-static void train(ckca_context *ctx, ckca_model *student, const ckca_model *teacher, int batch, int size,
-                  clock_marks *marks) {
+/* Runs steps and notes their marks; on a GPU returns what a step takes where none is waited for. */
+static double train(ckca_context *ctx, ckca_model *student, const ckca_model *teacher, int batch, int size,
+                    clock_marks *marks) {
+    double unsynced = 0;
     ckca_model_info info;
     ckca_update_desc desc;
     ckca_data *data;
@@ -127,29 +151,65 @@ static void train(ckca_context *ctx, ckca_model *student, const ckca_model *teac
         desc.augment.pad = 4;
         desc.augment.flip = 1;
     }
-    desc.epochs = marks->steps; /* of one step each */
+    desc.epochs = 1000000; /* of one step each, until there are marks enough */
     desc.progress = on_progress;
     desc.user = marks;
-    if (ckca_update(student, data, &desc, NULL) != CKCA_OK) die("update", ctx);
+    if (ckca_update(student, data, &desc, NULL) != CKCA_ESTOP) die("update", ctx);
+#ifdef CKCA_CUDA
+    { /* An epoch ends with a wait, so here it has many steps; what two epochs take longer than one is theirs alone. */
+        const double step = (marks->ms[marks->count] - marks->ms[0]) / marks->count;
+        const int steps = (int)(TIMED_MS / step) + 1;
+        int *index = (int *)malloc((size_t)steps * (size_t)batch * sizeof *index), i;
+        double took[2];
+        ckca_data *many;
+        if (!index) die("no memory", ctx);
+        for (i = 0; i < steps * batch; i++) index[i] = i % batch;
+        if (ckca_subset(&many, data, index, steps * batch) != CKCA_OK) die("subset", ctx);
+        desc.progress = NULL;
+        for (i = 0; i < 2; i++) {
+            desc.epochs = i + 1;
+            took[i] = now();
+            if (ckca_update(student, many, &desc, NULL) != CKCA_OK) die("update without reports", ctx);
+            took[i] = now() - took[i];
+        }
+        unsynced = (took[1] - took[0]) / steps;
+        ckca_data_free(many);
+        free(index);
+    }
+#endif
     ckca_data_free(data);
+    return unsynced;
 }
 
-static void infer(ckca_context *ctx, ckca_model *model, int batch, int size, clock_marks *marks) {
+static double infer(ckca_context *ctx, ckca_model *model, int batch, int size, clock_marks *marks) {
+    double unsynced = 0;
     ckca_model_info info;
     size_t count = (size_t)batch * (size_t)size * (size_t)size * 3, i;
     float *pictures = (float *)malloc(count * sizeof *pictures), *logits;
-    int step;
+    int done = 0;
     ckca_model_info_get(model, &info);
     logits = (float *)malloc((size_t)batch * (size_t)info.classes * sizeof *logits);
     if (!pictures || !logits) die("no memory", ctx);
     for (i = 0; i < count; i++) pictures[i] = (float)(4 * ckca__uniform(1, 99, i) - 2);
-    for (step = 0; step < marks->steps; step++) {
+    while (!done) {
         if (ckca_forward(model, pictures, batch, 0) != CKCA_OK) die("forward", ctx);
         if (ckca_node_read(model, info.logits, logits) != CKCA_OK) die("logits", ctx);
-        mark(marks);
+        done = mark(marks);
     }
+#ifdef CKCA_CUDA
+    {
+        const int steps = (int)(TIMED_MS / ((marks->ms[marks->count] - marks->ms[0]) / marks->count)) + 1;
+        const double begin = now();
+        int step;
+        for (step = 0; step < steps; step++)
+            if (ckca_forward(model, pictures, batch, 0) != CKCA_OK) die("forward", ctx);
+        if (ckca_node_read(model, info.logits, logits) != CKCA_OK) die("logits", ctx);
+        unsynced = (now() - begin) / steps;
+    }
+#endif
     free(pictures);
     free(logits);
+    return unsynced;
 }
 
 /* Adds what one forward pass (training: with backward and SGD) costs at least. Nominal flops: 2 per multiply-add, three
@@ -282,7 +342,7 @@ int main(int argc, char **argv) {
     ckca_model *model, *teacher = NULL;
     clock_marks marks;
     struct rusage usage;
-    double median, gflop = 0, mbyte = 0;
+    double median, unsynced, gflop = 0, mbyte = 0;
     if (!known || argc < numbers + count || argc > numbers + count + 1) {
         fprintf(stderr, "usage: bench train|infer NET BATCH SIZE THREADS STEPS [ISA or PRECISION]\n"
                         "       bench distill STUDENT TEACHER BATCH SIZE THREADS STEPS [ISA or PRECISION]\n"
@@ -315,16 +375,18 @@ int main(int argc, char **argv) {
         ckca_free(ctx);
         return 0;
     }
-    marks.steps = WARM_UP + steps;
-    marks.seen = 0;
-    marks.ms = (double *)malloc((size_t)(steps + 1) * sizeof *marks.ms);
+    memset(&marks, 0, sizeof marks);
+    marks.ctx = ctx;
+    marks.steps = steps;
+    marks.room = ckca__device_room(ctx);
+    marks.ms = (double *)malloc(((size_t)steps + MARKS + 1) * sizeof *marks.ms);
     if (!marks.ms) die("no memory", ctx);
     model = make_net(ctx, argv[2], size);
     if (distill) teacher = make_net(ctx, argv[3], size);
     cost(model, batch, !inference, &gflop, &mbyte);
     if (distill) cost(teacher, batch, 0, &gflop, &mbyte);
-    if (inference) infer(ctx, model, batch, size, &marks);
-    else train(ctx, model, teacher, batch, size, &marks);
+    unsynced = inference ? infer(ctx, model, batch, size, &marks) : train(ctx, model, teacher, batch, size, &marks);
+    steps = marks.count;
 
     for (i = 0; i < steps; i++) marks.ms[i] = marks.ms[i + 1] - marks.ms[i];
     qsort(marks.ms, (size_t)steps, sizeof *marks.ms, by_size);
@@ -334,10 +396,14 @@ int main(int argc, char **argv) {
     while ((blank = strchr(device, ' ')) != NULL) *blank = '_';
     printf("net=%s ", argv[2]);
     if (distill) printf("teacher=%s ", argv[3]);
-    printf("batch=%d size=%d threads=%d steps=%d median_ms=%.2f min_ms=%.2f max_ms=%.2f images_per_s=%.1f "
-           "peak_rss_mb=%.0f gflop=%.3f mbyte=%.0f device=%s\n",
+    printf("batch=%d size=%d threads=%d steps=%d median_ms=%.3f min_ms=%.3f max_ms=%.3f images_per_s=%.1f "
+           "peak_rss_mb=%.0f gflop=%.3f mbyte=%.0f device=%s",
            batch, size, desc.threads, steps, median, marks.ms[0], marks.ms[steps - 1], batch * 1e3 / median,
            (double)usage.ru_maxrss / 1024, gflop, mbyte, device);
+    if (unsynced > 0) /* on a GPU */
+        printf(" unsynced_ms=%.3f device_mb=%.0f", unsynced,
+               marks.room > marks.left ? (double)(marks.room - marks.left) * 1e-6 : 0.0);
+    printf("\n");
     ckca_model_free(teacher);
     ckca_model_free(model);
     ckca_free(ctx);

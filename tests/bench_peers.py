@@ -22,16 +22,19 @@ parts, and a run that was killed loses nothing. Set by environment variables, or
 
 The ratio is of adjacent runs: median [min, max]. Floors are the step's nominal flops over the rate of multiply-adds,
 and the bytes it cannot do without over the memory's rate (bench.c, cost), both rates measured here and now with the
-same number of threads. On a GPU they are those of PyTorch's matrix products in the same precision and of its copies.
+same number of threads. On a GPU they are those of PyTorch's matrix products in the same precision and of its copies;
+steps are shown waited for (ms: the bars' ratio) and queued without waiting (unsynced), memory is the GPU's, and clocks
+are what nvidia-smi said in the last two seconds of the runs. summary.txt, in PEERS, holds every bar, met or not or not
+measured.
 Leave the machine alone meanwhile: whatever else runs is in the figures.
 """
-import csv, ctypes.util, hashlib, os, statistics, subprocess, sys, time
+import csv, ctypes.util, hashlib, os, shutil, statistics, subprocess, sys, threading, time
 from collections import defaultdict
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 BUSY = [sys.executable, "-c", "import os; p = os.getppid()\nwhile os.getppid() == p:\n    for _ in range(10**6): pass"]
 FIELDS = ("when build torch row round side setting median_ms min_ms max_ms images_per_s peak_rss_mb gflop mbyte "
-          "threads fma_gflops triad_gbps").split()
+          "threads fma_gflops triad_gbps unsynced_ms device_mb sm_mhz mem_mhz").split()
 
 # What is raced: name, batch, size, PyTorch's milliseconds for a training step with 2 threads as the issue measured them
 # (only to estimate how long things take), and its peak memory there in MB.
@@ -95,11 +98,11 @@ def gpu_rows():
             out.append(Row(f"train resnet20 {precision} {setting}", "train", ["resnet20"], 128, 32, threads, 20,
                            at_least=bar, precision=precision, setting=setting))
     for net, batch, size, bars, ms in (("resnet18-cifar", 512, 32, (None, 1.0), 200),
-                                       ("resnet18", 256, 224, (0.9, 0.7), 200), ("resnet50", 128, 224, (0.9, 0.7), 300)):
+                                       ("resnet18", 256, 224, (1.0, 1.0), 200), ("resnet50", 128, 224, (1.0, 1.0), 300)):
         for precision, bar in zip(("tf32", "bf16"), bars):
             out.append(Row(f"train {net} {precision} eager", "train", [net], batch, size, threads, ms, at_least=bar,
                            precision=precision, setting="eager"))
-    for precision in ("tf32", "bf16"):
+    for precision in ("float32", "tf32", "bf16"):
         out.append(Row(f"teacher resnet20 {precision}", "train", ["resnet20"], 128, 32, threads, 20,
                        "with a resnet20 teacher", at_most=1.4, precision=precision, nets_b=["resnet20", "resnet20"]))
     return out
@@ -139,14 +142,50 @@ def install(peers):
     return python, version
 
 
-def figures(command):
+class Clocks:
+    """What nvidia-smi says of the GPU's clocks while the body of a with runs."""
+
+    def __init__(self, gpu):
+        self.command = shutil.which("nvidia-smi") if gpu else None
+        self.seen, self.ended = [], threading.Event()
+
+    def watch(self):
+        query = [self.command, "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader,nounits"]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+        query += ["--id=" + visible] if visible else []
+        while not self.ended.wait(0.25):
+            try:
+                said = subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.splitlines()
+                self.seen.append((time.time(), *(int(v) for v in said[0].split(","))))
+            except (OSError, ValueError, IndexError, subprocess.TimeoutExpired):
+                return  # it does not tell
+
+    def __enter__(self):
+        if self.command:
+            self.thread = threading.Thread(target=self.watch)
+            self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.ended.set()
+        if self.command:
+            self.thread.join()
+
+    def figures(self):
+        """Medians over the last two seconds; nothing where nothing was said."""
+        late = [s for s in self.seen if s[0] > time.time() - 2.5] or self.seen[-1:]
+        return {k: round(statistics.median(s[i] for s in late)) for i, k in ((1, "sm_mhz"), (2, "mem_mhz")) if late}
+
+
+def figures(command, gpu=False):
     """Runs it and reads its line of name=value. None if it says that it cannot."""
     clean = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "LD_PRELOAD")}
-    done = subprocess.run(command, capture_output=True, text=True, env=clean)
+    with Clocks(gpu) as clocks:
+        done = subprocess.run(command, capture_output=True, text=True, env=clean)
     if done.returncode:
         say(f"bench-peers: {' '.join(command)} failed ({done.returncode}): {done.stderr.strip()[-300:]}")
         return None
-    return dict(word.split("=", 1) for word in done.stdout.split())
+    return {**dict(word.split("=", 1) for word in done.stdout.split()), **clocks.figures()}
 
 
 def race(row, bench, python, settings, rounds, append):
@@ -162,7 +201,7 @@ def race(row, bench, python, settings, rounds, append):
                 os.sched_setaffinity(0, sorted(processors)[:2])
                 busy = subprocess.Popen(BUSY) if side == "B" else None
             try:
-                found = figures(command + row.command(side) + ([setting] if peer else []))
+                found = figures(command + row.command(side) + ([setting] if peer else []), bool(row.precision))
             finally:
                 os.sched_setaffinity(0, processors)
                 if busy:
@@ -195,7 +234,23 @@ def judge(value, at_least, at_most):
     return (f"<= {at_most:g}", "yes" if value <= at_most else "NO") if at_most else ("", "")
 
 
-def table(all_rows, records, settings, torch, machine):
+def median_of(records, key):
+    """None where there is none."""
+    values = [float(r[key]) for r in records if r.get(key)]
+    return statistics.median(values) if values else None
+
+
+def gpu_line(name, a, b):
+    """What is known of a GPU's runs beside the step that is waited for."""
+    ms = [median_of(side, "unsynced_ms") for side in (a, b)]
+    ratio = f"{ms[1] / ms[0]:.2f}" if all(ms) else ""
+    memory, clock, memory_clock = ([median_of(side, key) for side in (a, b)]
+                                   for key in ("device_mb", "sm_mhz", "mem_mhz"))
+    both = [" / ".join("?" if v is None else f"{v:.0f}" for v in pair) for pair in (memory, clock, memory_clock)]
+    return [name, *("" if v is None else f"{v:.3f}" for v in ms), ratio, *both]
+
+
+def table(all_rows, records, settings, torch, machine, summary):
     peak = {}  # by threads or precision; the best seen, since other work on the machine can only lower it
     for r in records:
         if r["row"] == "peak":
@@ -206,13 +261,17 @@ def table(all_rows, records, settings, torch, machine):
         times[0] += [f"PyTorch {s}, ms" for s in settings]
     floors = [["row", "A, ms", "flops' floor, ms", "bytes' floor, ms", "A reaches", "A's peak MB", "bar", "met",
                "B's peak MB"]]
+    gpu = [["row", "A unsynced, ms", "B unsynced, ms", "B / A", "GPU MB A / B", "SM MHz A / B", "memory MHz A / B"]]
+    verdicts = []
     for row in all_rows:
         mine = [r for r in records if r["row"] == row.name]
         by_setting = defaultdict(list)
         for r in mine:
             if r["side"] == "B" and (row.other != "PyTorch" or row.setting or r["setting"] in settings):
                 by_setting[r["setting"]].append(r)
+        bar = judge(0, row.at_least, row.at_most)[0]
         if not by_setting:
+            verdicts += [f"not measured  {row.name}: {bar}"] * bool(bar)
             continue
         # PyTorch's fastest setting is the one that counts.
         setting = min(by_setting, key=lambda s: statistics.median(float(r["median_ms"]) for r in by_setting[s]))
@@ -223,6 +282,11 @@ def table(all_rows, records, settings, torch, machine):
         times.append([row.name, f"{row.batch}, {row.size}", row.rate, spread(ours, 1),
                       f"{row.other} {setting}".strip(), spread(other, 1), spread(ratios, 2),
                       *judge(statistics.median(ratios), row.at_least, row.at_most)])
+        met = times[-1][-1]
+        verdicts += [f"{'met' if met == 'yes' else 'NOT MET':12}  {row.name}: {statistics.median(ratios):.2f}, "
+                     f"bar {bar}"] * bool(bar)
+        if row.precision:
+            gpu.append(gpu_line(row.name, list(a.values()), list(b.values())))
         if len(settings) > 1:
             times[-1] += [spread([float(r["median_ms"]) for r in by_setting[s]], 1) if s in by_setting else ""
                           for s in settings]
@@ -230,7 +294,8 @@ def table(all_rows, records, settings, torch, machine):
         if row.other == "PyTorch" and rate:
             middle = statistics.median(ours)
             flops, moved = (float(one[k]) / rate[r] for k, r in (("gflop", "fma_gflops"), ("mbyte", "triad_gbps")))
-            memory = [max(float(r["peak_rss_mb"]) for r in side.values()) for side in (a, b)]
+            size = "device_mb" if row.precision else "peak_rss_mb"
+            memory = [max(float(r[size] or "nan") for r in side.values()) for side in (a, b)]
             floors.append([row.name, f"{middle:.1f}", f"{1000 * flops:.1f}", f"{moved:.1f}",
                            f"{100000 * flops / middle:.0f}%", f"{memory[0]:.0f}", *judge(memory[0], None, row.memory),
                            f"{memory[1]:.0f}"])
@@ -244,6 +309,13 @@ def table(all_rows, records, settings, torch, machine):
               f"multiply-adds, {r['triad_gbps']} GB/s of {'triad' if rate.isdigit() else 'copying'}")
     print("Floors are of direct convolution; what A reaches is of the flops' floor, which Winograd may pass.\n")
     show(floors)
+    if machine:
+        if not any(r.get("sm_mhz") for r in records):
+            print("Clocks are unknown: there is no nvidia-smi here, or it does not tell.\n")
+        show(gpu)
+    with open(summary, "w") as f:
+        f.write(f"{machine}; PyTorch {torch}; ratios B / A (A is ours) of steps that are waited for\n")
+        f.write("".join(line + "\n" for line in verdicts))
 
 
 def main():
@@ -269,6 +341,10 @@ def main():
         ["tcmalloc"] if ctypes.util.find_library("tcmalloc_minimal") or ctypes.util.find_library("tcmalloc") else [])
     build = hashlib.sha256(open(bench, "rb").read()).hexdigest()[:12]
     path = os.path.join(peers, "results.csv")
+    if os.path.exists(path):
+        with open(path, newline="") as f:
+            if next(csv.reader(f), None) != list(FIELDS):  # of a bench_peers.py before this one
+                os.replace(path, path + f".{time.time():.0f}")
     if not os.path.exists(path):
         with open(path, "w", newline="") as f:
             csv.writer(f).writerow(FIELDS)
@@ -283,7 +359,7 @@ def main():
             say(f"bench-peers: the load here is {os.getloadavg()[0]:.1f} already: the figures will carry it")
         for way in sorted({r.precision for r in all_rows} if gpu else {1, 2, os.cpu_count()}):
             peer = [python, os.path.join(HERE, "torch_bench.py")]
-            append(row="peak", **(figures((peer if gpu else [bench]) + ["peak", str(way)]) or sys.exit(1)))
+            append(row="peak", **(figures((peer if gpu else [bench]) + ["peak", str(way)], gpu) or sys.exit(1)))
     left = rounds * sum(r.estimate(len(settings)) for r in chosen)
     for i, row in enumerate(chosen if rounds else []):
         say(f"bench-peers: {row.name} ({i + 1} of {len(chosen)}), {rounds} rounds; all that is left takes about "
@@ -292,7 +368,7 @@ def main():
         left -= rounds * row.estimate(len(settings))
     with open(path, newline="") as f:
         records = [r for r in csv.DictReader(f) if r["build"] == build and r["torch"] == torch]
-    table(all_rows, records, settings, torch, machine)
+    table(all_rows, records, settings, torch, machine, os.path.join(peers, "summary.txt"))
 
 
 if __name__ == "__main__":

@@ -398,6 +398,7 @@ static int look(const ckca_progress *p, void *user) { /* halfway, what the recor
     w->bytes = w->m->workspace_bytes;
     ckca__arena(w->m->ctx, &w->m->workspace, &w->m->workspace_bytes, w->bytes + 4096);
     w->squatter = (unsigned char *)ckca__device_alloc(w->m->ctx, w->bytes);
+    ckca__device_zero(w->m->ctx, w->squatter, w->bytes);
     return 0;
 }
 

@@ -39,13 +39,24 @@ check "warnings from nvcc: $(grep -i 'warning' $dir/log)" sh -c "! grep -qi warn
 # Sums that a kernel indexes by what is not known when it is compiled are kept in memory instead of registers.
 frame=$(sed -n 's/^ *\([0-9][0-9]*\) bytes stack frame.*/\1/p' $dir/log | sort -n | tail -n 1)
 check "a kernel has ${frame:-an unknown number of} bytes in local memory ($dir/log names it)" [ "${frame:-65}" -le 64 ]
+# The harness of kernels holds them all once more: that it compiles and links is enough here.
+NVCC_APPEND_FLAGS="-Xcicc -O0 -Xptxas -O0" make -C $dir CUDA=1 CUDA_ARCH=90 CFLAGS=-O0 ${CC:+CC="$CC"} bench-cuda \
+    > $dir/log_bench 2>&1
+check "make CUDA=1 bench-cuda: $(tail -n 20 $dir/log_bench)" [ $? -eq 0 ]
+check "warnings from nvcc: $(grep -i 'warning' $dir/log_bench)" sh -c "! grep -qi warning $dir/log_bench"
 for program in $dir/build/incremental $dir/build/train $dir/build/bench $dir/build/tests/test_ops; do
     check "$program does not exist" [ -x $program ]
 done
 for program in train update incremental; do
     check "$program takes no --precision" sh -c "$dir/build/$program --help | grep -q -- --precision"
 done
-if [ ! -e /dev/nvidia0 ]; then
+# Whether there is a GPU is the CUDA runtime's to say: its files in /dev have other names in other places.
+echo '#include <cuda_runtime.h>
+int main(void) { int count = 0; return cudaGetDeviceCount(&count) != cudaSuccess || count == 0; }' > $dir/count.c
+cuda=$(sed -n 's/.*-L\([^ ]*\)\/lib64 .*/\1/p' $dir/build/flags)
+check "a program of the CUDA runtime builds" \
+    ${CC:-cc} -I"$cuda/include" $dir/count.c -o $dir/count -L"$cuda/lib64" -Wl,-rpath,"$cuda/lib64" -lcudart
+if [ -x $dir/count ] && ! $dir/count; then
     said=$(cd $dir && build/train --data nowhere 2>&1)
     check "without a GPU build/train says: $said" sh -c "[ $? -ne 0 ] && echo \"$said\" | grep -q CUDA"
 fi

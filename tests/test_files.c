@@ -1353,10 +1353,10 @@ static void test_memory(void) {
     expect(ctx, "room", ckca_save_memory(model, copy, size - 1, &again), CKCA_EINVAL, "save: there is room for");
     for (i = 0; i < size; i++) wrong += copy[i] != 7;
     CHECK(again == size && !wrong, "%d bytes needed, %d written all the same", (int)again, wrong);
-    expect(ctx, "size", ckca_save_memory(model, copy, size, NULL), CKCA_EINVAL, "a place for the size");
+    expect(ctx, "size", ckca_save_memory(model, copy, size, NULL), CKCA_EINVAL, "size is NULL");
     free(copy);
-    expect(ctx, "bytes", ckca_load_weights_memory(other, NULL, 0), CKCA_EINVAL, "needs a finished model and bytes");
-    expect(ctx, "bytes", ckca_load_memory(ctx, &back, NULL, 0), CKCA_EINVAL, "needs bytes");
+    expect(ctx, "bytes", ckca_load_weights_memory(other, NULL, 0), CKCA_EINVAL, "bytes is NULL");
+    expect(ctx, "bytes", ckca_load_memory(ctx, &back, NULL, 0), CKCA_EINVAL, "bytes is NULL");
     untouched = saved(ctx, other, &again);
     for (cut = 0; cut < size; cut++) { /* truncated anywhere, in a block of just that size */
         copy = (unsigned char *)malloc(cut + !cut);

@@ -502,8 +502,7 @@ static void test_nan_passes(void) {
 static void test_device(void) {
     float in[3] = {1, 2, 3}, out[3] = {9, 9, 9};
     float *a = (float *)ckca__device_alloc(any, sizeof in), *b = (float *)ckca__device_alloc(any, sizeof in);
-    ckca__device_download(any, out, a, sizeof in);
-    CHECK(a && b && out[0] == 0 && out[2] == 0 && (uintptr_t)a % 64 == 0, "device memory is not zeroed and aligned");
+    CHECK(a && b && (uintptr_t)a % 64 == 0, "device memory is not aligned");
     ckca__device_upload(any, a, in, sizeof in);
     ckca__device_copy(any, b, a, sizeof in);
     ckca__device_download(any, out, b, sizeof in);

@@ -742,6 +742,7 @@ static void test_mutations(ckca_context *ctx, long count) {
             taken += read;
             desc.skip_unreadable = 1;
             if (draw(2)) desc.height = desc.width = 0;
+            data = NULL; /* a failing call leaves it alone */
             status = ckca_open_folder(ctx, &data, DIR_ "mutated", &desc);
             if (status == CKCA_OK) {
                 ckca_data_info info;

@@ -16,9 +16,11 @@ and on a GPU
     graph          the same, the whole step captured as a CUDA graph and replayed
 with float32, tf32 or bf16 (AMP: autocast, float32 weights) as PRECISION; the processor knows float32 only.
 
-Eager mode except for graph. On a GPU every step is synchronised, as in bench. SGD is the fused one. A network that only
-evaluates (infer, and the teacher of distill) has its batch norms folded into its convolutions, as in ckca.h. Pictures are
-ready in memory; bench distill augments its own.
+Eager mode except for graph. On a GPU the warm-up takes at least a second and STEPS at least two; each step is
+synchronised, as bench synchronises for its report of each; unsynced_ms is the time of a step where only the last of two
+seconds' worth is synchronised, device_mb the most that PyTorch's allocator has held (CUDA's own share is not in it, nor in
+bench's). SGD is the fused one. A network that only evaluates (infer, and the teacher of distill) has its batch norms
+folded into its convolutions, as in ckca.h. Pictures are ready in memory; bench distill augments its own.
 """
 import ctypes.util, os, resource, statistics, sys, time
 
@@ -63,6 +65,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from torch_nets import build
 
 WARM_UP = 3
+WARM_UP_S, TIMED_S = (1, 2) if SETTING in ("eager", "graph") else (0, 0)
 DEVICE = "cuda" if SETTING in ("eager", "graph") else "cpu"
 
 
@@ -86,19 +89,21 @@ def captured(step):
 
 
 def peak():
-    """Peak rates: a product of 8192 x 8192 matrices in the precision, a copy of 1 GiB; the best of ten."""
+    """Multiply-adds of 8192 x 8192 matrices in the precision, and bytes of copying 1 GiB: the best of at least ten
+    tries in three seconds, of which the first warms up."""
     side, words = 8192, 1 << 28
     a, b = (torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16 if PRECISION == "bf16" else torch.float32)
             for _ in range(2))
     x, y = (torch.ones(words, device=DEVICE) for _ in range(2))
-    best = [float("inf")] * 2
-    for _ in range(WARM_UP + 10):
+    best, tries, begin = [float("inf")] * 2, 0, time.perf_counter()
+    while tries < WARM_UP + 10 or time.perf_counter() - begin < WARM_UP_S + TIMED_S:
         for i, step in enumerate((lambda: torch.mm(a, b), lambda: y.copy_(x))):
             wait()
             start = time.perf_counter()
             step()
             wait()
             best[i] = min(best[i], time.perf_counter() - start)
+        tries += 1
     print(f"threads={PRECISION} fma_gflops={2e-9 * side ** 3 / best[0]:.0f} triad_gbps={8e-9 * words / best[1]:.0f} "
           f"device={torch.cuda.get_device_name().replace(' ', '_')}")
 
@@ -170,19 +175,32 @@ def main():
     step = infer if mode == "infer" else train
     if SETTING == "graph":
         step = captured(step)
-    ms = []
-    wait()
-    for i in range(WARM_UP + steps):
+    begin, done = time.perf_counter(), 0
+    while done < WARM_UP or time.perf_counter() - begin < WARM_UP_S:
+        step()
+        wait()
+        done += 1
+    ms, begin = [], time.perf_counter()
+    while len(ms) < steps or time.perf_counter() - begin < TIMED_S:
         start = time.perf_counter()
         step()
         wait()
         ms.append(1e3 * (time.perf_counter() - start))
-    ms = sorted(ms[WARM_UP:])
+    gpu = ""
+    if DEVICE == "cuda":
+        count, start = int(1e3 * TIMED_S / statistics.mean(ms)) + 1, time.perf_counter()
+        for _ in range(count):
+            step()
+        wait()
+        gpu = (f" unsynced_ms={1e3 * (time.perf_counter() - start) / count:.3f} "
+               f"device_mb={torch.cuda.max_memory_reserved() / 1e6:.0f}")
+    steps = len(ms)
+    ms.sort()
     median = statistics.median(ms)
     other = f"teacher={NETS[1]} " if mode == "distill" else ""
-    print(f"net={name} {other}batch={batch} size={size} threads={threads} steps={steps} median_ms={median:.2f} "
-          f"min_ms={ms[0]:.2f} max_ms={ms[-1]:.2f} images_per_s={1e3 * batch / median:.1f} "
-          f"peak_rss_mb={resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}")
+    print(f"net={name} {other}batch={batch} size={size} threads={threads} steps={steps} median_ms={median:.3f} "
+          f"min_ms={ms[0]:.3f} max_ms={ms[-1]:.3f} images_per_s={1e3 * batch / median:.1f} "
+          f"peak_rss_mb={resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}{gpu}")
 
 
 if __name__ == "__main__":
