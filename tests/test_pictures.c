@@ -572,7 +572,7 @@ static void test_folders(ckca_context *ctx) {
 }
 
 static ckca_status job_folders(ckca_context *ctx) {
-    ckca_data *data;
+    ckca_data *data = NULL;
     ckca_data_desc desc;
     ckca_status status;
     memset(&desc, 0, sizeof desc);
@@ -605,7 +605,7 @@ static void test_sets(ckca_context *ctx) {
                  {"file/test_batch.bin", "file/test_batch.bin", "a file; the folder that it lies in is needed", 10}};
     char path[200];
     size_t i;
-    ckca_data *data;
+    ckca_data *data = NULL;
     put(DIR_ "fine/cifar-10-batches-bin/test_batch.bin", record, 3073);
     put(DIR_ "fine/cifar-100-binary/test.bin", record, 3074);
     put(DIR_ "digits/MNIST/raw/t10k-images-idx3-ubyte", pictures, sizeof pictures);
@@ -717,7 +717,7 @@ static void test_mutations(ckca_context *ctx, long count) {
     most_pixels = 1 << 14; /* the time shall go into parsing */
     for (done = 0; done < count; done += BATCH)
         for (is_png = 0; is_png < 2; is_png++) {
-            ckca_data *data;
+            ckca_data *data = NULL;
             ckca_data_desc desc;
             ckca_status status;
             int read = 0;
