@@ -49,7 +49,7 @@
            }
            printf("right: %.1f%% of the test pictures, %.1f%% after the update\n", 100 * old.top1, 100 * now.top1);
            printf("picture 0: %.1f%% across, %.1f%% down\n", 100 * p[0], 100 * p[1]);
-           ckca_data_free(first), ckca_data_free(more), ckca_data_free(test), ckca_model_free(model), ckca_free(ctx);
+           ckca_data_free(first), ckca_data_free(more), ckca_data_free(test), ckca_model_free(model), ckca_context_free(ctx);
            return 0;
        }
 
@@ -80,13 +80,32 @@
        CKCA_NO_THREADS      one thread only; also wherever there are no POSIX threads
        CKCA_FILE            "its/name.h", if you rename this header (it includes itself once per instruction set)
 
-   CONTENTS, each a section under this name
-       public:   CONTEXT  DATA  MODELS  TRAINING  FILES
-       private:  PRIVATE (what the floors share)  OPS (the seam to the GPU)  THREADS  CORE  SIMD  CONVOLUTION  the
-                 other OPS  DATA TYPES  GRAPH  TRAINING  DATA  FILES: SAFETENSORS  FILES: CHECKPOINTS
-   A picture's way through all of it: ckca_open_* decodes it into the store's bytes; ckca_update picks it in
-   ckca__train; ckca__train_step follows it through ckca__make_batch (augmented, normalised), ckca__run_forward,
-   the loss, ckca__run_backward and ckca__run_sgd to the weights.
+   CONTENTS: search for a tag; each stands here once and once at its section
+       the API       >>context      threads, memory, errors
+                     >>pictures     data sets: folders, CIFAR, MNIST, arrays; splits and joins
+                     >>networks     ResNets by name
+                     >>update       update, evaluate, predict
+                     >>files        checkpoints
+                     >>advanced     memory in advance, tensors, networks and training steps of your own
+       the library   >>shared       what ckca_cuda.cu uses too: the context, sizes, random numbers
+                     >>backend      the interface to what computes: device memory and ops
+                     >>core         context, errors, memory, small files
+                     >>data         pictures: stores and views, resizing, readers, splitting
+                     >>model        layers, ResNets, the graph as text
+                     >>train        one update from the top down: epochs, SGD steps, losses, batches, evaluation
+                     >>run          forward, backward, SGD; tensors
+                     >>plan         where every value and gradient lies in memory
+                     >>checkpoint   checkpoints and training states
+                     >>safetensors  the file format, and the JSON it needs
+       the engine    >>reference    what every op computes, in plain loops: a ResNet to read
+       for the CPU   >>threads      sharing work out
+                     >>vector       vector kernels, compiled once per instruction set
+                     >>ops          the ops: how work is cut, which kernel does it
+       the end       >>licence      licence, history
+   A picture's way: ckca_open_folder decodes it into a store (DATA). ckca_update takes it, batch by batch, through
+   ckca__train and ckca__step_ops (TRAINING) to ckca__run_forward, ckca__run_backward and ckca__run_sgd (EXECUTION),
+   which call the ops of BACKEND. What an op computes stands in REFERENCE KERNELS; how it does so fast, in VECTOR KERNELS
+   and HOST OPS.
 
    THE METHOD
        CKCA (Knowledge Consolidation and Acquisition): "Step Out and Seek Around: On Warm-Start Training with
@@ -113,7 +132,7 @@
        chunk      the pictures of one update
        logits     the network's K outputs before the softmax; features: the input of the layer that makes them
        student    the network in training; teacher: the checkpoint it started from
-       Tensors are float32 (but see CKCA_BF16). Files and ckca_tensor_* have PyTorch's orders (convolutions K x C x R
+       Tensors are float32 (but see CKCA_PRECISION_BF16). Files and ckca_tensor_* have PyTorch's orders (convolutions K x C x R
        x S); inside it is K x R x S x C. A linear layer on a map larger than 1 x 1 takes it in NHWC order.
 
    OWNERSHIP AND THREADS
@@ -122,7 +141,7 @@
        descriptors and arrays you hand in are copied or not needed after the call; what a call says is owned by the
        library stays valid while its owner lives. A context, and all that hangs on it, belongs to one thread at a
        time; contexts do not share anything. Inside, a context has ckca_desc.threads - 1 threads of its own, created
-       by the first call that has work for them, asleep between calls, ended by ckca_free; results are the same bits
+       by the first call that has work for them, asleep between calls, ended by ckca_context_free; results are the same bits
        for any number of them. The child of a fork() may go on with a context that was not working then: the threads
        are created anew.
 
@@ -206,9 +225,11 @@ extern "C" {
 /* The value of a descriptor's field whose zero means "default" when you want it switched off. */
 #define CKCA_OFF (-1.0f)
 
-/* ------------------------------------------------------------------------------------------------------------------
-   CONTEXT
-   ------------------------------------------------------------------------------------------------------------------ */
+/* ===================================================================================================================
+   API: CONTEXT                                                                                              >>context
+
+   Threads, memory, errors: the object that everything else belongs to.
+   =================================================================================================================== */
 
 typedef enum ckca_status {
     CKCA_OK = 0,
@@ -229,9 +250,9 @@ typedef enum ckca_isa { CKCA_ISA_BEST = 0, CKCA_ISA_PLAIN, CKCA_ISA_BASE, CKCA_I
    SGD are float32 in all three. The host has FLOAT32 alone: there another is an error, like an instruction set it
    lacks. */
 typedef enum ckca_precision {
-    CKCA_FLOAT32 = 0,
-    CKCA_TF32, /* tensor cores, factors rounded to 10 bits of mantissa (needs compute capability 8.0) */
-    CKCA_BF16  /* tensor cores, factors rounded to 7 bits of mantissa (likewise). Maps between the pictures and the
+    CKCA_PRECISION_FLOAT32 = 0,
+    CKCA_PRECISION_TF32, /* tensor cores, factors rounded to 10 bits of mantissa (needs compute capability 8.0) */
+    CKCA_PRECISION_BF16 /* tensor cores, factors rounded to 7 bits of mantissa (likewise). Maps between the pictures and the
                   average pooling, and their gradients, are kept in bfloat16 too: half the memory and its traffic. A
                   network without an average pooling keeps float32, and multiplies in TF32 */
 } ckca_precision;
@@ -243,7 +264,7 @@ typedef struct ckca_data ckca_data;       /* labelled pictures: a view of a shar
 typedef struct ckca_desc {
     int threads;  /* 0: as many as there are processors on line. Without POSIX threads, and with CKCA_NO_THREADS: 1 */
     ckca_isa isa; /* kernels to use; one the processor lacks is an error */
-    int direct;   /* 1: no Winograd: every convolution sums its products one by one (3 x 3 of 64 channels and more: 1.9
+    int no_winograd; /* 1: no Winograd: every convolution sums its products one by one (3 x 3 of 64 channels and more: 1.9
                      to 2.9 times slower with stride 1, 1 to 1.4 with 2; and closer: about 3e-7 of the output's rms
                      instead of 1e-6) */
     ckca_precision precision; /* of the GPU's convolutions */
@@ -258,7 +279,7 @@ typedef struct ckca_desc {
    be freed, no more: every other call refuses it. Where there was no memory for even that, *ctx is NULL. */
 CKCA_API ckca_status ckca_init(ckca_context **ctx, const ckca_desc *desc);
 /* Frees a context; free its models and data first. NULL is allowed, here and in every ckca_*_free. */
-CKCA_API void ckca_free(ckca_context *ctx);
+CKCA_API void ckca_context_free(ckca_context *ctx);
 /* The last failure in one sentence, "" if there was none. Owned by the context, valid until its next failing call. ctx
    may be NULL: the sentence then says that there is no context. */
 CKCA_API const char *ckca_error(const ckca_context *ctx);
@@ -267,9 +288,11 @@ CKCA_API const char *ckca_status_name(ckca_status status);
 /* What runs the kernels, for example "host avx512 x2" or "cuda NVIDIA H100 tf32". Owned by the context. */
 CKCA_API const char *ckca_device(const ckca_context *ctx);
 
-/* ------------------------------------------------------------------------------------------------------------------
-   DATA
-   ------------------------------------------------------------------------------------------------------------------ */
+/* ===================================================================================================================
+   API: DATA                                                                                                >>pictures
+
+   Labelled pictures from folders, from CIFAR's and MNIST's files, from memory; splits and joins of them.
+   =================================================================================================================== */
 
 /* What pictures are turned into when a set is opened. */
 typedef struct ckca_data_desc {
@@ -287,7 +310,7 @@ typedef struct ckca_data_desc {
                             ckca_data_info; 0: the first one is an error */
 } ckca_data_desc;
 
-typedef enum ckca_part { CKCA_TRAIN = 0, CKCA_TEST = 1 } ckca_part;
+typedef enum ckca_part { CKCA_PART_TRAIN = 0, CKCA_PART_TEST = 1 } ckca_part;
 
 typedef struct ckca_data_info {
     int count, height, width, channels, classes;
@@ -362,9 +385,11 @@ CKCA_API int ckca_label(const ckca_data *data, int i);                   /* -1 i
 CKCA_API const unsigned char *ckca_pixels(const ckca_data *data, int i); /* height x width x channels, or NULL */
 CKCA_API void ckca_data_free(ckca_data *data);
 
-/* ------------------------------------------------------------------------------------------------------------------
-   MODELS
-   ------------------------------------------------------------------------------------------------------------------ */
+/* ===================================================================================================================
+   API: MODELS                                                                                              >>networks
+
+   ResNets by name. Networks of your own are in API: ADVANCED.
+   =================================================================================================================== */
 
 typedef struct ckca_model_desc {
     int height, width, channels;    /* of the input; 0: 32, 32, 3 */
@@ -382,40 +407,12 @@ typedef struct ckca_model_desc {
    torchvision's), "resnet18-cifar", 34, 50 (the same with a 3x3 stem of stride 1 and no max pooling). */
 CKCA_API ckca_status ckca_resnet(ckca_context *ctx, ckca_model **model, const char *arch, const ckca_model_desc *desc);
 
-/* A network of your own: create, add nodes, finish. Each call returns its node, to be handed to the next; a failing
-   one returns -1 and leaves its sentence in ckca_error, later calls pass the -1 on, and ckca_model_finish reports the
-   first failure once more (the model can then only be freed). A finished model takes no more nodes. Names are the
-   prefixes of the parameters' names ("conv1" gives "conv1.weight"); copied. */
-typedef struct ckca_conv_desc {
-    int out, kernel, stride, pad; /* out channels; kernel 0: 3; stride 0: 1; pad as given */
-    int bias;                     /* 1: with a bias */
-} ckca_conv_desc;
-CKCA_API ckca_status ckca_model_create(ckca_context *ctx, ckca_model **model, const ckca_model_desc *desc);
-CKCA_API int ckca_input(ckca_model *model);
-CKCA_API int ckca_conv(ckca_model *model, const char *name, int input, ckca_conv_desc desc);
-CKCA_API int ckca_batchnorm(ckca_model *model, const char *name, int input);
-CKCA_API int ckca_relu(ckca_model *model, int input);
-CKCA_API int ckca_add(ckca_model *model, int a, int b);
-CKCA_API int ckca_maxpool(ckca_model *model, int input, int kernel, int stride, int pad);
-CKCA_API int ckca_avgpool(ckca_model *model, int input); /* global: N x H x W x C to N x 1 x 1 x C */
-CKCA_API int ckca_subsample(ckca_model *model, int input, int stride, int out);    /* every stride-th pixel, zeros added
-                                                                                   in front and behind to out channels */
-CKCA_API int ckca_linear(ckca_model *model, const char *name, int input, int out); /* input flattened: H x W x C */
-CKCA_API int ckca_stage(ckca_model *model, int input); /* marks a map for FeatReg's STAGES; returns input */
-/* logits is the output (N x 1 x 1 x classes, of a linear node); its input are the pooled features. Draws the initial
-   weights. All calls below need a finished model. */
-CKCA_API ckca_status ckca_model_finish(ckca_model *model, int logits);
-CKCA_API void ckca_model_free(ckca_model *model);
-/* A second finished model of the same context: the same graph, weights, names and time step; gradients and momentum
-   start anew. */
-CKCA_API ckca_status ckca_model_copy(ckca_model **copy, const ckca_model *model);
-
 typedef struct ckca_model_info {
     const char *arch; /* the builder's name, or "custom" */
     int height, width, channels, classes, features;
     const char *const *class_names; /* NULL before the first training where none were given */
     const float *mean, *std;        /* channels values; NULL likewise */
-    int step;                       /* updates done, see ckca_update: 0 for a fresh network */
+    int updates;                    /* updates done, see ckca_update: 0 for a fresh network */
     int64_t parameters;             /* trainable values */
     int nodes, logits;              /* nodes of the graph; the logits' node */
 } ckca_model_info;
@@ -423,55 +420,16 @@ typedef struct ckca_model_info {
 CKCA_API void ckca_model_info_get(const ckca_model *model, ckca_model_info *info);
 /* A data descriptor that fits the model: its size, channels and classes (names owned by the model). */
 CKCA_API ckca_data_desc ckca_data_like(const ckca_model *model);
+/* A second finished model of the same context: the same graph, weights, names and time step; gradients and momentum
+   start anew. */
+CKCA_API ckca_status ckca_model_copy(ckca_model **copy, const ckca_model *model);
+CKCA_API void ckca_model_free(ckca_model *model);
 
-/* Bytes a model takes at a batch size, known before they are allocated; training: in ckca_update. (ckca_forward in
-   training takes more activations, since it keeps all of them readable.) */
-typedef struct ckca_bytes {
-    size_t parameters, gradients, momentum, activations, workspace, total;
-} ckca_bytes;
-CKCA_API ckca_status ckca_model_bytes(const ckca_model *model, int batch, int training, ckca_bytes *bytes);
+/* ===================================================================================================================
+   API: TRAINING                                                                                              >>update
 
-/* Parameters and buffers by index or name, in PyTorch's order (convolution K x C x R x S, linear K x D). Before the
-   model is finished there are none. Gradients and momentum are there from the first training forward on. */
-typedef struct ckca_tensor {
-    const char *name; /* owned by the model */
-    int dims, shape[4];
-    int64_t count;
-    int trainable; /* 0: running_mean, running_var */
-} ckca_tensor;
-typedef enum ckca_slot { CKCA_VALUE = 0, CKCA_GRADIENT, CKCA_MOMENTUM } ckca_slot;
-CKCA_API int ckca_tensors(const ckca_model *model);
-CKCA_API ckca_status ckca_tensor_info(const ckca_model *model, int i, ckca_tensor *tensor);
-CKCA_API int ckca_tensor_find(const ckca_model *model, const char *name); /* index, or -1 */
-CKCA_API ckca_status ckca_tensor_read(ckca_model *model, int i, ckca_slot slot, float *out);
-CKCA_API ckca_status ckca_tensor_write(ckca_model *model, int i, ckca_slot slot, const float *in);
-
-/* A training step in your own hands: forward, a loss of your own, backward, sgd. Host memory throughout. */
-CKCA_API ckca_status ckca_forward(ckca_model *model, const float *pictures, int n, int training); /* N x H x W x C */
-/* Of a node's output, per picture; the model need not be finished. Any of the three pointers may be NULL. */
-CKCA_API ckca_status ckca_node_shape(const ckca_model *model, int node, int *height, int *width, int *channels);
-/* The output of a node in the last forward. In training every node can be read except those fused into a later one
-   (a batch norm or add that only a ReLU reads); in evaluation the logits and the features only. */
-CKCA_API ckca_status ckca_node_read(ckca_model *model, int node, float *out);
-/* Gradients of the last call, a training forward, added to the parameters' gradients. dlogits is N x classes, dfeatures
-   N x features or NULL. A forward serves one backward, which overwrites its outputs. */
-CKCA_API ckca_status ckca_backward(ckca_model *model, const float *dlogits, const float *dfeatures);
-CKCA_API ckca_status ckca_zero_gradients(ckca_model *model);
-
-typedef struct ckca_sgd_desc {
-    float lr;           /* needed here; ckca_update's comes from its schedule */
-    float momentum;     /* 0: 0.9 */
-    float weight_decay; /* 0: 5e-4; not on batch norm and biases */
-    int plain;          /* 1: no Nesterov */
-    float clip_norm;    /* 0: off. Else the global gradient norm is scaled down to this */
-} ckca_sgd_desc;
-/* v = m v + g + wd w; w -= lr (g + wd w + m v) with Nesterov, w -= lr v without (PyTorch's SGD). The gradients stay:
-   ckca_zero_gradients before the next backward. */
-CKCA_API ckca_status ckca_sgd(ckca_model *model, const ckca_sgd_desc *desc);
-
-/* ------------------------------------------------------------------------------------------------------------------
-   TRAINING
-   ------------------------------------------------------------------------------------------------------------------ */
+   Update, evaluate, predict.
+   =================================================================================================================== */
 
 /* Augmentation: a pure function of (seed, epoch, picture). Everything off when zero. */
 typedef struct ckca_augment {
@@ -483,7 +441,7 @@ typedef struct ckca_augment {
     float jitter;     /* brightness, contrast, saturation each scaled by 1 -+ jitter */
 } ckca_augment;
 
-typedef enum ckca_schedule { CKCA_COSINE = 0, CKCA_CONSTANT, CKCA_STEP } ckca_schedule;
+typedef enum ckca_schedule { CKCA_SCHEDULE_COSINE = 0, CKCA_SCHEDULE_CONSTANT, CKCA_SCHEDULE_STEP } ckca_schedule;
 
 typedef enum ckca_method {
     CKCA_METHOD_CKCA = 0,       /* warm start + AdaKD + FeatReg */
@@ -510,7 +468,7 @@ typedef enum ckca_featreg {
 } ckca_featreg;
 
 typedef struct ckca_progress {
-    int step;           /* the update under way: 1 is the first */
+    int update;         /* the update under way: 1 is the first */
     int epoch, epochs;  /* 0-based */
     int batch, batches; /* SGD steps done in this epoch; of how many */
     float lr;
@@ -534,10 +492,11 @@ typedef struct ckca_update_desc {
     float lr;          /* 0: 0.1, the peak */
     ckca_schedule schedule;
     float warmup_epochs; /* 0: 1; linear from lr / steps. CKCA_OFF: none */
-    float step_epochs;   /* CKCA_STEP: lr is multiplied by step_factor every so many epochs; 0: a third of epochs */
-    float step_factor;   /* 0: 0.1 */
+    float
+        step_epochs; /* CKCA_SCHEDULE_STEP: lr is multiplied by step_factor every so many epochs; 0: a third of epochs */
+    float step_factor;                       /* 0: 0.1 */
     float momentum, weight_decay, clip_norm; /* as ckca_sgd_desc */
-    int plain;
+    int no_nesterov;
     float label_smoothing; /* 0 to 1; 0: none */
     ckca_augment augment;
     uint64_t seed; /* of order and augmentation (and of SCRATCH's and SHRINK_PERTURB's fresh weights) */
@@ -552,8 +511,8 @@ typedef struct ckca_update_desc {
 } ckca_update_desc;
 
 typedef struct ckca_report {
-    int step;      /* the model's updates now, this one among them if it succeeded */
-    int sgd_steps; /* of this update */
+    int updates;                     /* the model's updates now, this one among them if it succeeded */
+    int steps;                       /* of this update */
     double loss, kd, feat, accuracy; /* means over the last epoch */
     double teacher_accuracy;         /* the old checkpoint's on the new pictures; -1 where there was none */
     double seconds;
@@ -580,18 +539,12 @@ CKCA_API ckca_status ckca_evaluate(ckca_model *model, const ckca_data *data, ckc
 /* Class probabilities of n pictures of bytes (n x height x width x channels); out is n x classes. The model's mean and
    std must be known: given, loaded, or measured by an update. */
 CKCA_API ckca_status ckca_predict(ckca_model *model, const unsigned char *pixels, int n, float *out);
-/* A batch as the network takes it: pictures index[0..n) of data, augmented (augment may be NULL) and normalised, into
-   pictures (N x H x W x C), their labels into labels (may be NULL). Takes names, mean and std as ckca_evaluate does. */
-CKCA_API ckca_status ckca_get_batch(ckca_model *model, const ckca_data *data, const int *index, int n,
-                                    const ckca_augment *augment, uint64_t seed, int epoch, float *pictures,
-                                    int *labels);
-/* A random permutation of 0..n-1 into order (n ints): a pure function of seed and epoch. ckca_update visits pictures in
-   this order. */
-CKCA_API void ckca_shuffle(uint64_t seed, int epoch, int n, int *order);
 
-/* ------------------------------------------------------------------------------------------------------------------
-   FILES
-   ------------------------------------------------------------------------------------------------------------------ */
+/* ===================================================================================================================
+   API: FILES                                                                                                  >>files
+
+   Checkpoints.
+   =================================================================================================================== */
 
 #ifndef CKCA_NO_STDIO
 /* Writes a safetensors file by way of a temporary one beside it: at any moment path is the old file or the new. Then
@@ -611,17 +564,104 @@ CKCA_API ckca_status ckca_save_memory(ckca_model *model, void *out, size_t room,
 CKCA_API ckca_status ckca_load_memory(ckca_context *ctx, ckca_model **model, const void *bytes, size_t size);
 CKCA_API ckca_status ckca_load_weights_memory(ckca_model *model, const void *bytes, size_t size);
 
+/* ===================================================================================================================
+   API: ADVANCED                                                                                            >>advanced
+
+   Memory in advance, tensors, networks of your own, training steps of your own.
+   =================================================================================================================== */
+
+/* Bytes a model takes at a batch size, known before they are allocated; training: in ckca_update. (ckca_forward in
+   training takes more activations, since it keeps all of them readable.) */
+typedef struct ckca_bytes {
+    size_t parameters, gradients, momentum, activations, workspace, total;
+} ckca_bytes;
+CKCA_API ckca_status ckca_model_bytes(const ckca_model *model, int batch, int training, ckca_bytes *bytes);
+
+/* Parameters and buffers by index or name, in PyTorch's order (convolution K x C x R x S, linear K x D). Before the
+   model is finished there are none. Gradients and momentum are there from the first training forward on. */
+typedef struct ckca_tensor_info {
+    const char *name; /* owned by the model */
+    int dims, shape[4];
+    int64_t count;
+    int trainable; /* 0: running_mean, running_var */
+} ckca_tensor_info;
+typedef enum ckca_slot { CKCA_SLOT_VALUE = 0, CKCA_SLOT_GRADIENT, CKCA_SLOT_MOMENTUM } ckca_slot;
+CKCA_API int ckca_tensor_count(const ckca_model *model);
+CKCA_API ckca_status ckca_tensor_info_get(const ckca_model *model, int i, ckca_tensor_info *tensor);
+CKCA_API int ckca_tensor_find(const ckca_model *model, const char *name); /* index, or -1 */
+CKCA_API ckca_status ckca_tensor_read(ckca_model *model, int i, ckca_slot slot, float *out);
+CKCA_API ckca_status ckca_tensor_write(ckca_model *model, int i, ckca_slot slot, const float *in);
+
+/* A network of your own: create, add nodes, finish. Each call returns its node, to be handed to the next; a failing
+   one returns -1 and leaves its sentence in ckca_error, later calls pass the -1 on, and ckca_model_finish reports the
+   first failure once more (the model can then only be freed). A finished model takes no more nodes. Names are the
+   prefixes of the parameters' names ("conv1" gives "conv1.weight"); copied. */
+typedef struct ckca_conv_desc {
+    int out, kernel, stride, pad; /* out channels; kernel 0: 3; stride 0: 1; pad as given */
+    int bias;                     /* 1: with a bias */
+} ckca_conv_desc;
+CKCA_API ckca_status ckca_model_create(ckca_context *ctx, ckca_model **model, const ckca_model_desc *desc);
+CKCA_API int ckca_layer_input(ckca_model *model);
+CKCA_API int ckca_layer_conv(ckca_model *model, const char *name, int input, ckca_conv_desc desc);
+CKCA_API int ckca_layer_batchnorm(ckca_model *model, const char *name, int input);
+CKCA_API int ckca_layer_relu(ckca_model *model, int input);
+CKCA_API int ckca_layer_add(ckca_model *model, int a, int b);
+CKCA_API int ckca_layer_maxpool(ckca_model *model, int input, int kernel, int stride, int pad);
+CKCA_API int ckca_layer_avgpool(ckca_model *model, int input); /* global: N x H x W x C to N x 1 x 1 x C */
+CKCA_API int ckca_layer_subsample(ckca_model *model, int input, int stride,
+                                  int out); /* every stride-th pixel, zeros added
+                                                                                   in front and behind to out channels */
+CKCA_API int ckca_layer_linear(ckca_model *model, const char *name, int input,
+                               int out);                     /* input flattened: H x W x C */
+CKCA_API int ckca_layer_stage(ckca_model *model, int input); /* marks a map for FeatReg's STAGES; returns input */
+/* logits is the output (N x 1 x 1 x classes, of a linear node); its input are the pooled features. Draws the initial
+   weights. All calls below need a finished model. */
+CKCA_API ckca_status ckca_model_finish(ckca_model *model, int logits);
+
+/* A training step in your own hands: forward, a loss of your own, backward, sgd. Host memory throughout. */
+CKCA_API ckca_status ckca_forward(ckca_model *model, const float *pictures, int n, int training); /* N x H x W x C */
+/* Of a node's output, per picture; the model need not be finished. Any of the three pointers may be NULL. */
+CKCA_API ckca_status ckca_node_shape(const ckca_model *model, int node, int *height, int *width, int *channels);
+/* The output of a node in the last forward. In training every node can be read except those fused into a later one
+   (a batch norm or add that only a ReLU reads); in evaluation the logits and the features only. */
+CKCA_API ckca_status ckca_node_read(ckca_model *model, int node, float *out);
+/* Gradients of the last call, a training forward, added to the parameters' gradients. dlogits is N x classes, dfeatures
+   N x features or NULL. A forward serves one backward, which overwrites its outputs. */
+CKCA_API ckca_status ckca_backward(ckca_model *model, const float *dlogits, const float *dfeatures);
+CKCA_API ckca_status ckca_zero_gradients(ckca_model *model);
+
+typedef struct ckca_sgd_desc {
+    float lr;           /* needed here; ckca_update's comes from its schedule */
+    float momentum;     /* 0: 0.9 */
+    float weight_decay; /* 0: 5e-4; not on batch norm and biases */
+    int no_nesterov;    /* 1: no Nesterov */
+    float clip_norm;    /* 0: off. Else the global gradient norm is scaled down to this */
+} ckca_sgd_desc;
+/* v = m v + g + wd w; w -= lr (g + wd w + m v) with Nesterov, w -= lr v without (PyTorch's SGD). The gradients stay:
+   ckca_zero_gradients before the next backward. */
+CKCA_API ckca_status ckca_sgd(ckca_model *model, const ckca_sgd_desc *desc);
+
+/* A batch as the network takes it: pictures index[0..n) of data, augmented (augment may be NULL) and normalised, into
+   pictures (N x H x W x C), their labels into labels (may be NULL). Takes names, mean and std as ckca_evaluate does. */
+CKCA_API ckca_status ckca_get_batch(ckca_model *model, const ckca_data *data, const int *index, int n,
+                                    const ckca_augment *augment, uint64_t seed, int epoch, float *pictures,
+                                    int *labels);
+/* A random permutation of 0..n-1 into order (n ints): a pure function of seed and epoch. ckca_update visits pictures in
+   this order. */
+CKCA_API void ckca_shuffle(uint64_t seed, int epoch, int n, int *order);
+
 #ifdef __cplusplus
 }
 #endif
 #endif /* CKCA_H */
-#if defined(CKCA_IMPLEMENTATION) || defined(CKCA_CUDA_IMPLEMENTATION)
-#ifndef CKCA__PRIVATE
-#define CKCA__PRIVATE
+#if (defined(CKCA_IMPLEMENTATION) || defined(CKCA_CUDA_IMPLEMENTATION)) && !defined(CKCA__SHARED)
+#define CKCA__SHARED
 
-/* ------------------------------------------------------------------------------------------------------------------
-   PRIVATE: what the floors share
-   ------------------------------------------------------------------------------------------------------------------ */
+/* ===================================================================================================================
+   SHARED                                                                                                     >>shared
+
+   What every section uses, ckca_cuda.cu included: the context, sizes that cannot overflow, random numbers.
+   =================================================================================================================== */
 
 #include <limits.h>
 #include <math.h>
@@ -672,10 +712,10 @@ struct ckca_context {
     int threads;
     struct ckca__pool *pool; /* NULL: one thread */
     ckca_isa isa;
-    int direct; /* no Winograd */
+    int no_winograd;
     ckca_precision precision;
-    void *cuda;           /* what ckca_cuda.cu keeps */
-    size_t refused, room; /* bytes that the GPU's memory did not have when last asked, and what it had */
+    void *cuda;                 /* what ckca_cuda.cu keeps */
+    size_t refused, free_bytes; /* bytes that the GPU's memory did not have when last asked, and what it had */
     void *(*alloc)(size_t bytes, void *user);
     void (*release)(void *memory, size_t bytes, void *user);
     void *user;
@@ -687,7 +727,6 @@ struct ckca_context {
 #ifdef CKCA_IMPLEMENTATION
 /* Records the failure's sentence and hands its status back: return ckca__fail(ctx, CKCA_EINVAL, "...", ...). */
 static ckca_status ckca__fail(ckca_context *ctx, ckca_status status, const char *format, ...) CKCA__PRINTF(3, 4);
-
 /* Host memory: zeroed, 64-byte aligned; NULL when there is none. bytes may be 0. */
 static void *ckca__alloc(ckca_context *ctx, size_t bytes);
 static void ckca__release(ckca_context *ctx, void *memory); /* NULL is allowed */
@@ -715,16 +754,19 @@ CKCA__BOTH double ckca__uniform(uint64_t seed, uint64_t stream, uint64_t index) 
     return (double)(ckca__random(seed, stream, index) >> 11) * (1.0 / 9007199254740992.0);
 }
 
-/* ------------------------------------------------------------------------------------------------------------------
-   OPS: the seam. The host's are in this file, the GPU's, with the same signatures, in ckca_cuda.cu.
+/* ===================================================================================================================
+   BACKEND                                                                                                   >>backend
 
-   All pointers are device memory (the host's own, on the host), float32, NHWC, 64-byte aligned at their start; they do
-   not overlap unless said. "accumulate" adds to the output instead of writing it. ws is scratch of at least the size
-   that ckca__conv_workspace and ckca__op_workspace ask for. Results do not depend on the number of threads.
+   The interface between the library and what computes: memory on the device and the ops. The host implements it in
+   HOST OPS, a GPU in ckca_cuda.cu, with the same signatures; CKCA_CUDA chooses when the program is compiled.
 
-   Where "half" is 1, which it is on a GPU alone, an op's maps and their gradients (x, y, residual and their d...) are
-   bfloat16 behind the float pointers. Weights, statistics, and all that comes out of a pooling to 1 x 1, never are.
-   ------------------------------------------------------------------------------------------------------------------ */
+   All pointers are device memory (on the host, ordinary memory), float32, NHWC, 64-byte aligned at their start; they do
+   not overlap unless stated. "accumulate" adds to the output instead of overwriting it. ws is scratch memory of at least
+   the size that ckca__conv_workspace and ckca__op_workspace return. Results do not depend on the number of threads.
+
+   Where "bf16" is 1, which happens on a GPU only, an op's maps and their gradients (x, y, residual and their d...) are
+   bfloat16 behind the float pointers. Weights, statistics and everything that a global pooling produces never are.
+   =================================================================================================================== */
 
 /* A training batch norm once its statistics are taken: relu?((x - mean) inv_std gamma + beta). */
 typedef struct ckca__norm {
@@ -736,10 +778,10 @@ typedef struct ckca__conv {
     int n, h, w, c; /* input: N x H x W x C */
     int k, r, s;    /* weight: K x R x S x C */
     int stride, pad;
-    int p, q; /* output: N x P x Q x K; p = (h + 2 pad - r) / stride + 1 */
+    int p, q;               /* output: N x P x Q x K; p = (h + 2 pad - r) / stride + 1 */
     const ckca__norm *norm; /* what the input goes through on its way in, before the border of zeros; NULL: nothing */
-    int half_x, half;       /* the input is half; the output is (poolings: both, and half says so) */
-    void *ready;            /* see ckca__op_ready; or NULL */
+    int bf16_x, bf16;       /* the input is half; the output is (poolings: both, and half says so) */
+    void *packed_weights;   /* see ckca__op_pack_weights; or NULL */
 } ckca__conv;
 
 /* The device behind a new context (a failure's sentence goes to ctx->error), and its end. */
@@ -764,16 +806,16 @@ CKCA__OP void ckca__device_download(ckca_context *ctx, void *host, const void *d
 CKCA__OP void ckca__device_copy(ckca_context *ctx, void *to, const void *from, size_t bytes);
 CKCA__OP void ckca__device_zero(ckca_context *ctx, void *device, size_t bytes);
 /* Bytes that are free. */
-CKCA__OP size_t ckca__device_room(const ckca_context *ctx);
+CKCA__OP size_t ckca__device_free_bytes(const ckca_context *ctx);
 
 /* A stage is where what comes in a stream, batch by batch, is put together on the host while the device works on the
-   batch before: fill the memory that ckca__device_stage returns, then ckca__device_staged sends it to device, behind
+   batch before: fill the memory that ckca__device_staging_buffer returns, then ckca__device_staging_send sends it to device, behind
    all work that was asked for earlier, and returns at once. bytes: at most, at a time. open returns NULL where there is
    no memory, stage where there was a failure. */
-CKCA__OP void *ckca__device_stage_open(ckca_context *ctx, size_t bytes);
-CKCA__OP void *ckca__device_stage(ckca_context *ctx, void *stage);
-CKCA__OP void ckca__device_staged(ckca_context *ctx, void *stage, void *device, size_t bytes);
-CKCA__OP void ckca__device_stage_close(ckca_context *ctx, void *stage);
+CKCA__OP void *ckca__device_staging_open(ckca_context *ctx, size_t bytes);
+CKCA__OP void *ckca__device_staging_buffer(ckca_context *ctx, void *staging);
+CKCA__OP void ckca__device_staging_send(ckca_context *ctx, void *staging, void *device, size_t bytes);
+CKCA__OP void ckca__device_staging_close(ckca_context *ctx, void *staging);
 
 /* Scratch bytes that the three convolution passes of this shape need; and any other op on rows x c values. */
 CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *s);
@@ -784,8 +826,9 @@ CKCA__OP size_t ckca__op_workspace(const ckca_context *ctx, size_t rows, int c);
 /* Weights as a GPU's convolutions read them (rounded, turned for the gradient of the input): made for many convolutions
    at once, where each one's ready points, in this many bytes (0: w is read as it is). A convolution whose ready is NULL
    makes them for itself. */
-CKCA__OP size_t ckca__ready_bytes(const ckca_context *ctx, const ckca__conv *s, int backward);
-CKCA__OP void ckca__op_ready(ckca_context *ctx, int count, const ckca__conv *s, const float *const *w, int backward);
+CKCA__OP size_t ckca__packed_bytes(const ckca_context *ctx, const ckca__conv *s, int backward);
+CKCA__OP void ckca__op_pack_weights(ckca_context *ctx, int count, const ckca__conv *s, const float *const *w,
+                                    int backward);
 
 /* y = relu?(conv(x, w) + bias + residual). bias (K) and residual (like y) may be NULL. */
 CKCA__OP void ckca__op_conv_forward(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w,
@@ -806,23 +849,23 @@ CKCA__OP void ckca__op_linear_backward(ckca_context *ctx, int n, int d, int k, c
 /* Batch norm over rows x c (rows = N H W), training: mean and inv_std (c each) are saved for the backward pass, the
    running statistics move by momentum 0.1 (unbiased variance). y = relu?((x - mean) inv_std gamma + beta +
    residual), unless y is NULL; the residual goes through residual_norm before, if that is not NULL. */
-CKCA__OP void ckca__op_batchnorm_forward(ckca_context *ctx, int half, size_t rows, int c, const float *x,
+CKCA__OP void ckca__op_batchnorm_forward(ckca_context *ctx, int bf16, size_t rows, int c, const float *x,
                                          const float *gamma, const float *beta, float *running_mean, float *running_var,
                                          const float *residual, const ckca__norm *residual_norm, int relu, float *y,
                                          float *mean, float *inv_std, void *ws);
 /* y of the last forward pass once more, bit by bit, from x and what that pass saved. y may be residual. */
-CKCA__OP void ckca__op_batchnorm_again(ckca_context *ctx, int half, size_t rows, int c, const float *x,
-                                       const ckca__norm *norm, const float *residual, const ckca__norm *residual_norm,
-                                       float *y);
+CKCA__OP void ckca__op_batchnorm_recompute(ckca_context *ctx, int bf16, size_t rows, int c, const float *x,
+                                           const ckca__norm *norm, const float *residual,
+                                           const ckca__norm *residual_norm, float *y);
 /* dy is the gradient of y; where relu, it passes only where y > 0. y may be NULL where there was no residual: whether
    y > 0 is then seen from x. Writes dx; writes (or adds to) dresidual unless it is NULL; adds to dgamma and dbeta. dx
    may be dy, or it may be x and dresidual dy. */
-CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, int half, size_t rows, int c, const float *x,
+CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, int bf16, size_t rows, int c, const float *x,
                                           const float *y, const float *dy, const ckca__norm *norm, float *dx,
                                           float *dresidual, int accumulate_residual, float *dgamma, float *dbeta,
                                           void *ws);
 /* Evaluation: with running statistics. */
-CKCA__OP void ckca__op_batchnorm_eval(ckca_context *ctx, int half, size_t rows, int c, const float *x,
+CKCA__OP void ckca__op_batchnorm_eval(ckca_context *ctx, int bf16, size_t rows, int c, const float *x,
                                       const float *gamma, const float *beta, const float *running_mean,
                                       const float *running_var, const float *residual, int relu, float *y);
 /* Folds an evaluating batch norm into the convolution before it: w_out = w gamma / std per output channel (k of them,
@@ -832,10 +875,10 @@ CKCA__OP void ckca__op_fold(ckca_context *ctx, int k, size_t per, const float *w
                             float *bias_out);
 
 /* y = relu?(a + b), b may be NULL. */
-CKCA__OP void ckca__op_add(ckca_context *ctx, int half, size_t count, const float *a, const float *b, int relu,
+CKCA__OP void ckca__op_add(ckca_context *ctx, int bf16, size_t count, const float *a, const float *b, int relu,
                            float *y);
 /* dx (+)= dy where y > 0 (y NULL: everywhere). */
-CKCA__OP void ckca__op_add_backward(ckca_context *ctx, int half, size_t count, const float *y, const float *dy,
+CKCA__OP void ckca__op_add_backward(ckca_context *ctx, int bf16, size_t count, const float *y, const float *dy,
                                     float *dx, int accumulate);
 /* s: r = s = kernel, k = c. at (NULL in evaluation) holds, per output, which of the kernel's positions won (the first
    of equals). */
@@ -844,9 +887,9 @@ CKCA__OP void ckca__op_maxpool_forward(ckca_context *ctx, const ckca__conv *s, c
 CKCA__OP void ckca__op_maxpool_backward(ckca_context *ctx, const ckca__conv *s, const float *dy,
                                         const unsigned char *at, float *dx, int accumulate);
 /* Mean over area = H W. x is n x area x c (half: it and dx alone). */
-CKCA__OP void ckca__op_avgpool_forward(ckca_context *ctx, int half, int n, int area, int c, const float *x, float *y);
-CKCA__OP void ckca__op_avgpool_backward(ckca_context *ctx, int half, int n, int area, int c, const float *dy,
-                                        float *dx, int accumulate);
+CKCA__OP void ckca__op_avgpool_forward(ckca_context *ctx, int bf16, int n, int area, int c, const float *x, float *y);
+CKCA__OP void ckca__op_avgpool_backward(ckca_context *ctx, int bf16, int n, int area, int c, const float *dy, float *dx,
+                                        int accumulate);
 /* The parameterless shortcut (option A of He et al. 2016): every stride-th pixel; (k - c) / 2 zero channels in
    front. */
 CKCA__OP void ckca__op_subsample_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y);
@@ -857,20 +900,20 @@ CKCA__OP void ckca__op_subsample_backward(ckca_context *ctx, const ckca__conv *s
    (unscaled; their mean over n is the term) to loss[n].
    Softmax cross-entropy with label smoothing (PyTorch's: target (1 - e) onehot + e / K). hit[i] = 1 if the arg max
    (lowest index of equals) is the label, | 2 if the label is among the 5 greatest. dz may be NULL. */
-CKCA__OP void ckca__op_cross_entropy(ckca_context *ctx, int n, int k, const float *z, const int *labels,
-                                     float smoothing, float *dz, float *loss, int *hit);
-CKCA__OP void ckca__op_softmax(ckca_context *ctx, int n, int k, const float *z, float *p);
+CKCA__OP void ckca__op_cross_entropy(ckca_context *ctx, int n, int k, const float *logits, const int *labels,
+                                     float smoothing, float *dlogits, float *loss, int *hit);
+CKCA__OP void ckca__op_softmax(ckca_context *ctx, int n, int k, const float *logits, float *p);
 /* AdaKD: class_weight is k values, for ADAKD_CLASS only. Adds to dz. */
-CKCA__OP void ckca__op_adakd(ckca_context *ctx, ckca_adakd form, int n, int k, const float *z, const float *zo,
-                             const int *labels, const float *class_weight, float temperature, float scale, float *dz,
-                             float *loss);
+CKCA__OP void ckca__op_adakd(ckca_context *ctx, ckca_adakd form, int n, int k, const float *student_logits,
+                             const float *teacher_logits, const int *labels, const float *class_weight,
+                             float temperature, float scale, float *dlogits, float *loss);
 /* FeatReg on n rows of d values: COSINE (also for STAGES: one call per stage with d = H W C), L2, RELATION (f is n x d,
    fo n x d_teacher; ws: op_workspace(n, max(d, d_teacher) + 2 n)). For COSINE and L2 d_teacher is d. Writes df or adds
-   to it. cos of a zero vector is 0 with zero gradient. half is about f and df, half_teacher about fo: COSINE alone has
+   to it. cos of a zero vector is 0 with zero gradient. half is about f and df, bf16_teacher about fo: COSINE alone has
    them. */
-CKCA__OP void ckca__op_featreg(ckca_context *ctx, ckca_featreg form, int half, int half_teacher, int n, int d,
-                               int d_teacher, const float *f, const float *fo, float scale, float *df, int accumulate,
-                               float *loss, void *ws);
+CKCA__OP void ckca__op_featreg(ckca_context *ctx, ckca_featreg form, int bf16, int bf16_teacher, int n, int d,
+                               int d_teacher, const float *student_features, const float *teacher_features, float scale,
+                               float *dfeatures, int accumulate, float *loss, void *ws);
 /* *sum += the sum of values[0..n), in double. */
 CKCA__OP void ckca__op_sum(ckca_context *ctx, int n, const float *values, double *sum);
 /* *sum += how many of hit[0..n) are right (bit 0). */
@@ -897,276 +940,114 @@ CKCA__OP void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, cons
                              const int *index, const ckca_augment *augment, uint64_t seed, const int *epoch,
                              const float *mean, const float *std, float *out);
 
-#endif /* CKCA__PRIVATE */
-#endif
-#endif /* CKCA__PASS */
-#ifndef CKCA__PASS
-#ifdef CKCA_IMPLEMENTATION
-#ifndef CKCA__CORE
-#define CKCA__CORE
+/* ---- augmentation: what it draws, the same on every device ---- */
 
-/* ------------------------------------------------------------------------------------------------------------------
-   THREADS: ckca__parallel, which all work that is shared among threads goes through
+/* What augmentation does to one picture: which rectangle of it is shown, mirrored or not, in which colours. */
+typedef struct ckca__framing {
+    int top, left, height, width; /* may reach outside, where it is black, when it has the picture's own size */
+    int flip;
+    float brightness, contrast, saturation; /* factors */
+} ckca__framing;
 
-   A call's tasks are dealt out in runs of neighbours, the same run to the same thread call after call: tasks go through
-   pictures in order, so that a thread mostly reads what it wrote itself and has in its own caches. (Two threads whose
-   cores share no cache took 152 ms for a resnet20 step when each task went to who came first; now they take 109, and
-   103 where they share one.) Who is done with its own helps the others, from the far end of their runs. Tasks are run
-   by the caller and by workers that it woke; it returns when all are done, and so waits for tasks that were claimed,
-   never for a worker that did not come: where other processes keep a processor busy, the caller does that worker's
-   tasks meanwhile. Who waits looks again for a moment, then sleeps. Results must not depend on which thread runs a task.
-   ------------------------------------------------------------------------------------------------------------------ */
+enum {
+    CKCA__AUGMENT_FLIP,
+    CKCA__AUGMENT_TOP,
+    CKCA__AUGMENT_LEFT,
+    CKCA__AUGMENT_BRIGHTNESS,
+    CKCA__AUGMENT_CONTRAST,
+    CKCA__AUGMENT_SATURATION,
+    CKCA__AUGMENT_CROP
+};
 
-#if !defined(CKCA_NO_THREADS) && (defined(__unix__) || defined(__APPLE__))
-#define CKCA__THREADS
-#include <pthread.h>
-#include <unistd.h>
-
-/* A thread's tasks that nobody has claimed yet: [first, end). Mostly its own business, so in cache lines of its own. */
-typedef struct ckca__share {
-    pthread_mutex_t mutex;
-    int first, end;
-    char apart[128];
-} ckca__share;
-
-typedef struct ckca__worker {
-    struct ckca__pool *pool;
-    int number; /* 1 and up; 0 is the caller */
-    pthread_t thread;
-    pthread_cond_t wake; /* tasks to claim, or stop. One for each worker: a signal to a condition that several wait for
-                            may, in glibc, itself wait until one signalled earlier has run */
-    int asleep;          /* waits for wake, and nobody has signalled it yet */
-    ckca__share share;
-} ckca__worker;
-
-typedef struct ckca__pool {
-    ckca__share share;      /* the caller's */
-    pthread_mutex_t mutex;  /* guards finished, calls, stop and asleep */
-    pthread_cond_t done;    /* all tasks are finished: the caller waits for it */
-    void (*work)(void *job, int task, int thread); /* this, job, tasks and back stay while a task is unfinished */
-    void *job;
-    int tasks, back;        /* of the call under way, or of the last one; 1: from the last to the first */
-    int finished;           /* of these tasks */
-    int calls;              /* so far; wraps */
-    int stop;
-    pthread_mutex_t shared; /* of ckca__lock; free whenever no call is under way */
-    long process;           /* whose threads the workers are; 0: not created yet */
-    int workers, most;      /* how many there are; how many were asked for */
-    ckca__worker worker[1]; /* most */
-} ckca__pool;
-
-/* Looks at a counter, without the mutex, until it changes or CKCA__PATIENCE looks were in vain: 25 microseconds here,
-   about what falling asleep and being woken takes (measured: 5% of a resnet20 step, whose 200 calls follow each other
-   sooner; beside a busy process nothing is lost). Entered and left with the mutex held. */
-#define CKCA__PATIENCE 1000
-static void ckca__pool_look(ckca__pool *pool, const int *counter) {
-#ifdef __GNUC__
-    int was = *counter, looks;
-    pthread_mutex_unlock(&pool->mutex);
-    for (looks = 0; looks < CKCA__PATIENCE && __atomic_load_n(counter, __ATOMIC_RELAXED) == was; looks++) {
-#ifdef __x86_64__
-        __builtin_ia32_pause();
-#elif defined(__aarch64__)
-        __asm__ volatile("isb"); /* yield does nothing on most */
-#endif
-    }
-    pthread_mutex_lock(&pool->mutex);
-#else
-    (void)pool, (void)counter;
-#endif
+CKCA__BOTH double ckca__augment_uniform(uint64_t picture_seed, int draw) {
+    return ckca__uniform(picture_seed, CKCA__STREAM_AUGMENT, (uint64_t)draw);
+}
+CKCA__BOTH int ckca__augment_int(uint64_t picture_seed, int draw, int below) {
+    int i = (int)(ckca__augment_uniform(picture_seed, draw) * below);
+    return i < below ? i : below - 1;
 }
 
-/* A counter that is looked at. With the mutex held. */
-static void ckca__pool_count(int *counter, int value) {
-#ifdef __GNUC__
-    __atomic_store_n(counter, value, __ATOMIC_RELAXED);
-#else
-    *counter = value;
-#endif
-}
-
-static ckca__share *ckca__pool_share(ckca__pool *pool, int thread) {
-    return thread ? &pool->worker[thread - 1].share : &pool->share;
-}
-
-/* The next task of a share, or the one furthest from that; -1: there is none. */
-static int ckca__pool_claim(const ckca__pool *pool, ckca__share *share, int furthest) {
-    int task = -1;
-    pthread_mutex_lock(&share->mutex);
-    if (share->first < share->end) task = pool->back == furthest ? share->first++ : --share->end;
-    pthread_mutex_unlock(&share->mutex);
-    return task;
-}
-
-/* Runs a thread's own tasks, then others', until none is left to claim. Returns how many it ran, all of one call. */
-static int ckca__pool_work(ckca__pool *pool, int thread) {
-    int threads = pool->workers + 1, ran = 0, i, task;
-    for (i = 0; i < threads; i++) {
-        ckca__share *share = ckca__pool_share(pool, (thread + i) % threads);
-        while ((task = ckca__pool_claim(pool, share, i > 0)) >= 0) {
-            pool->work(pool->job, task, thread);
-            ran++;
-        }
-    }
-    return ran;
-}
-
-static void *ckca__pool_worker(void *argument) {
-    ckca__worker *worker = (ckca__worker *)argument;
-    ckca__pool *pool = worker->pool;
-    pthread_mutex_lock(&pool->mutex); /* by now all workers have been created, and there is a call */
-    while (!pool->stop) {
-        int seen = pool->calls, ran;
-        pthread_mutex_unlock(&pool->mutex);
-        ran = ckca__pool_work(pool, worker->number);
-        pthread_mutex_lock(&pool->mutex);
-        if (ran) {
-            ckca__pool_count(&pool->finished, pool->finished + ran);
-            if (pool->finished == pool->tasks) pthread_cond_signal(&pool->done);
-        }
-        if (seen == pool->calls && !pool->stop) ckca__pool_look(pool, &pool->calls);
-        if (seen == pool->calls && !pool->stop) {
-            worker->asleep = 1;
-            pthread_cond_wait(&worker->wake, &pool->mutex);
-            worker->asleep = 0;
-        }
-    }
-    pthread_mutex_unlock(&pool->mutex);
-    return NULL;
-}
-
-static void ckca__share_init(ckca__share *share) {
-    pthread_mutex_init(&share->mutex, NULL);
-    share->first = share->end = 0;
-}
-
-/* Takes the mutex for a call. Before the first one, and the first in a forked child, which has none of its parent's
-   workers, creates them: there the mutex and the conditions are made anew too, since a worker may have held them. Fewer
-   workers than asked for do. */
-static void ckca__pool_enter(ckca__pool *pool) {
-    const long process = (long)getpid();
-    const int started = pool->process == process;
-    if (!started) pthread_mutex_init(&pool->mutex, NULL);
-    pthread_mutex_lock(&pool->mutex);
-    if (started) return;
-    pool->process = process;
-    pthread_cond_init(&pool->done, NULL);
-    ckca__share_init(&pool->share);
-    for (pool->workers = 0; pool->workers < pool->most; pool->workers++) {
-        ckca__worker *worker = &pool->worker[pool->workers];
-        worker->pool = pool;
-        worker->number = pool->workers + 1;
-        worker->asleep = 0;
-        ckca__share_init(&worker->share);
-        pthread_cond_init(&worker->wake, NULL);
-        if (pthread_create(&worker->thread, NULL, ckca__pool_worker, worker)) break;
-    }
-}
-
-/* Ends and joins the workers, unless they are a parent process's. */
-static void ckca__pool_stop(ckca__pool *pool) {
-    int i;
-    pthread_mutex_destroy(&pool->shared);
-    if (pool->process != (long)getpid()) return;
-    pthread_mutex_lock(&pool->mutex);
-    pool->stop = 1;
-    for (i = 0; i < pool->workers; i++) pthread_cond_signal(&pool->worker[i].wake);
-    pthread_mutex_unlock(&pool->mutex);
-    for (i = 0; i < pool->workers; i++) {
-        pthread_join(pool->worker[i].thread, NULL);
-        pthread_cond_destroy(&pool->worker[i].wake);
-        pthread_mutex_destroy(&pool->worker[i].share.mutex);
-    }
-    pthread_mutex_destroy(&pool->share.mutex);
-    pthread_cond_destroy(&pool->done);
-    pthread_mutex_destroy(&pool->mutex);
-}
-#endif
-
-/* Runs work(job, task, thread) once for every task in 0..tasks-1 and returns when all are done; alone: by the caller
-   alone; back: each thread from the last of its run to the first. thread is below ctx->threads and, among tasks that
-   run at the same time, each one's own: it selects scratch. Tasks must not call this themselves. */
-static void ckca__parallel_so(ckca_context *ctx, int tasks, int alone, int back,
-                              void (*work)(void *job, int task, int thread), void *job) {
-    int i;
-#ifdef CKCA__THREADS
-    ckca__pool *pool = ctx->pool;
-    if (pool && tasks > 1 && !alone) {
-        int shares, woken;
-        ckca__pool_enter(pool);
-        shares = tasks < pool->workers + 1 ? tasks : pool->workers + 1;
-        pool->work = work;
-        pool->job = job;
-        pool->tasks = tasks;
-        pool->back = back;
-        ckca__pool_count(&pool->finished, 0);
-        ckca__pool_count(&pool->calls, (int)((unsigned)pool->calls + 1));
-        for (i = 0; i < shares; i++) { /* the others are empty since the last call */
-            ckca__share *share = ckca__pool_share(pool, i);
-            pthread_mutex_lock(&share->mutex);
-            share->first = (int)((int64_t)tasks * i / shares);
-            share->end = (int)((int64_t)tasks * (i + 1) / shares);
-            pthread_mutex_unlock(&share->mutex);
-        }
-        for (i = 0, woken = 1; i < pool->workers && woken < tasks; i++) /* one for each task but the caller's own */
-            if (pool->worker[i].asleep) {
-                pool->worker[i].asleep = 0;
-                pthread_cond_signal(&pool->worker[i].wake);
-                woken++;
-            }
-        pthread_mutex_unlock(&pool->mutex);
-        i = ckca__pool_work(pool, 0);
-        pthread_mutex_lock(&pool->mutex);
-        ckca__pool_count(&pool->finished, pool->finished + i);
-        for (i = -1; pool->finished < tasks && pool->finished != i;) { /* while others finish one after another */
-            i = pool->finished;
-            ckca__pool_look(pool, &pool->finished);
-        }
-        while (pool->finished < tasks) pthread_cond_wait(&pool->done, &pool->mutex);
-        pthread_mutex_unlock(&pool->mutex);
+/* torchvision's RandomResizedCrop.get_params: ten tries at an area of crop_min..1 and an aspect of 3/4..4/3 (uniform in
+   its logarithm) that fits, else the largest centred rectangle of allowed aspect. */
+CKCA__BOTH void ckca__augment_crop(uint64_t seed, int h, int w, double crop_min, ckca__framing *f) {
+    const double low = 3.0 / 4, high = 4.0 / 3;
+    int attempt;
+    if (!(crop_min > 0)) crop_min = 0.25;
+    if (crop_min > 1) crop_min = 1;
+    for (attempt = 0; attempt < 10; attempt++) {
+        int draw = CKCA__AUGMENT_CROP + 2 * attempt;
+        double area = (double)h * w * (crop_min + (1 - crop_min) * ckca__augment_uniform(seed, draw));
+        double aspect = exp(log(low) + (log(high) - log(low)) * ckca__augment_uniform(seed, draw + 1));
+        f->width = (int)floor(sqrt(area * aspect) + 0.5);
+        f->height = (int)floor(sqrt(area / aspect) + 0.5);
+        if (f->width < 1 || f->width > w || f->height < 1 || f->height > h) continue;
+        f->top = ckca__augment_int(seed, CKCA__AUGMENT_TOP, h - f->height + 1);
+        f->left = ckca__augment_int(seed, CKCA__AUGMENT_LEFT, w - f->width + 1);
         return;
     }
-#endif
-    (void)ctx;
-    (void)alone;
-    for (i = 0; i < tasks; i++) work(job, back ? tasks - 1 - i : i, 0);
+    f->height = h;
+    f->width = w;
+    if (w < low * h)
+        f->height = (int)floor(w / low + 0.5);
+    else if (w > high * h)
+        f->width = (int)floor(h * high + 0.5);
+    f->top = (h - f->height) / 2;
+    f->left = (w - f->width) / 2;
 }
 
-static void ckca__parallel(ckca_context *ctx, int tasks, void (*work)(void *job, int task, int thread), void *job) {
-    ckca__parallel_so(ctx, tasks, 0, 0, work, job);
+CKCA__BOTH void ckca__augment_framing(const ckca_augment *augment, uint64_t seed, int epoch, int index, int h, int w,
+                                      ckca__framing *f) {
+    memset(f, 0, sizeof *f);
+    f->height = h;
+    f->width = w;
+    f->brightness = f->contrast = f->saturation = 1;
+    if (!augment) return;
+    seed = ckca__random(seed, CKCA__STREAM_AUGMENT, (uint64_t)(uint32_t)epoch << 32 | (uint32_t)index);
+    if (augment->resized_crop)
+        ckca__augment_crop(seed, h, w, augment->crop_min, f);
+    else if (augment->pad > 0) {
+        int y = augment->pad < h ? augment->pad : h, x = augment->pad < w ? augment->pad : w;
+        f->top = ckca__augment_int(seed, CKCA__AUGMENT_TOP, 2 * y + 1) - y;
+        f->left = ckca__augment_int(seed, CKCA__AUGMENT_LEFT, 2 * x + 1) - x;
+    }
+    f->flip = augment->flip && ckca__augment_uniform(seed, CKCA__AUGMENT_FLIP) < 0.5;
+    if (augment->jitter > 0) {
+        double low = augment->jitter < 1 ? 1 - augment->jitter : 0, range = 1 + augment->jitter - low;
+        f->brightness = (float)(low + range * ckca__augment_uniform(seed, CKCA__AUGMENT_BRIGHTNESS));
+        f->contrast = (float)(low + range * ckca__augment_uniform(seed, CKCA__AUGMENT_CONTRAST));
+        f->saturation = (float)(low + range * ckca__augment_uniform(seed, CKCA__AUGMENT_SATURATION));
+    }
 }
 
-/* Between these, a task is alone with what all tasks share (the user's alloc and release, a common result). */
-static void ckca__lock(ckca_context *ctx) {
-    (void)ctx;
-#ifdef CKCA__THREADS
-    if (ctx->pool) pthread_mutex_lock(&ctx->pool->shared);
-#endif
+CKCA__BOTH float ckca__augment_clamp(float v) { return v < 0 ? 0 : v > 255 ? 255 : v; }
+/* Luma of ITU-R BT.601, as torchvision's rgb_to_grayscale. */
+CKCA__BOTH float ckca__augment_grey(int c, const float *v) {
+    return c == 3 ? 0.2989f * v[0] + 0.587f * v[1] + 0.114f * v[2] : v[0];
 }
-static void ckca__unlock(ckca_context *ctx) {
-    (void)ctx;
-#ifdef CKCA__THREADS
-    if (ctx->pool) pthread_mutex_unlock(&ctx->pool->shared);
-#endif
-}
+#endif /* CKCA__SHARED */
 
-/* The default of ckca_desc.threads. */
-static int ckca__processors(void) {
-#ifdef CKCA__THREADS
-    long count = sysconf(_SC_NPROCESSORS_ONLN);
-    return count < 1 ? 1 : count > 4096 ? 4096 : (int)count;
-#else
-    return 1;
-#endif
-}
+#if defined(CKCA_IMPLEMENTATION) && !defined(CKCA__LIBRARY)
+#define CKCA__LIBRARY
 
-/* ------------------------------------------------------------------------------------------------------------------
-   CORE: context, errors, memory
-   ------------------------------------------------------------------------------------------------------------------ */
+/* ===================================================================================================================
+   CORE                                                                                                         >>core
 
-#if defined(__linux__) && !defined(CKCA_NO_STDIO)
-#include <sys/mman.h>
+   Context, errors, memory, clock, names and small files.
+   =================================================================================================================== */
+
+/* In THREADS: */
+#if !defined(CKCA_NO_THREADS) && (defined(__unix__) || defined(__APPLE__))
+static void ckca__pool_stop(struct ckca__pool *pool);
 #endif
+static void ckca__lock(ckca_context *ctx);
+static void ckca__unlock(ckca_context *ctx);
+static int ckca__processors(void);
+static size_t ckca__context_bytes(int threads);
+
+/* In VECTOR KERNELS: */
+static ckca_isa ckca__best_isa(void);
+
+/* ---- errors ---- */
 
 static ckca_status ckca__fail(ckca_context *ctx, ckca_status status, const char *format, ...) {
     va_list args;
@@ -1176,7 +1057,7 @@ static ckca_status ckca__fail(ckca_context *ctx, ckca_status status, const char 
     if (status == CKCA_ENOMEM && ctx->refused) { /* only ever set by the GPU */
         size_t length = strlen(ctx->error);
         snprintf(ctx->error + length, sizeof ctx->error - length, " (the GPU refused %.1f MB, %.1f MB are free)",
-                 (double)ctx->refused * 1e-6, (double)ctx->room * 1e-6);
+                 (double)ctx->refused * 1e-6, (double)ctx->free_bytes * 1e-6);
     }
     ctx->refused = 0;
     return status;
@@ -1220,10 +1101,91 @@ static int ckca__usable(const ckca_context *ctx) { return ctx && !ctx->failed; }
 
 CKCA_API const char *ckca_status_name(ckca_status status) {
     static const char *const name[] = {
-        "ok",       "bad argument",       "shapes do not fit", "out of memory", "input or output failed",
-        "bad file", "not finite", "stopped",           "CUDA failed"};
+        "ok",       "bad argument", "shapes do not fit", "out of memory", "input or output failed",
+        "bad file", "not finite",   "stopped",           "CUDA failed"};
     return (unsigned)status < sizeof name / sizeof *name ? name[status] : "unknown status";
 }
+
+/* ---- context ---- */
+
+CKCA_API ckca_status ckca_init(ckca_context **out, const ckca_desc *desc) {
+    static const char *const isa_name[] = {"best", "plain", "base", "avx2", "avx512"};
+    const ckca_isa best = ckca__best_isa();
+    ckca__bound bounds[4] = {{"threads", 0, 0, 4096, 0},
+                             {"isa", 0, 0, CKCA_ISA_AVX512, 0},
+                             {"no_winograd", 0, 0, 1, 0},
+                             {"precision", 0, 0, CKCA_PRECISION_BF16, 0}};
+    ckca_desc none;
+    ckca_context *ctx;
+    char reason[160] = "";
+    int threads;
+    if (!out) return CKCA_EINVAL;
+    *out = NULL;
+    memset(&none, 0, sizeof none);
+    if (!desc) desc = &none;
+    bounds[0].value = desc->threads;
+    bounds[1].value = (int)desc->isa;
+    bounds[2].value = desc->no_winograd;
+    bounds[3].value = (int)desc->precision;
+    if (!desc->alloc != !desc->release)
+        snprintf(reason, sizeof reason, "%s is NULL: alloc and release come together, or neither",
+                 desc->alloc ? "release" : "alloc");
+    else if (!ckca__out_of_bounds(bounds, 4, reason, sizeof reason)) {
+        if (desc->isa > CKCA_ISA_PLAIN && desc->isa > best)
+            snprintf(reason, sizeof reason, "isa is %s, the best of this processor and this build is %s",
+                     isa_name[desc->isa], isa_name[best]);
+        else if (CKCA__DEVICE_IS_HOST && desc->precision)
+            snprintf(reason, sizeof reason, "precision is %s, which a GPU has alone: this is built without CKCA_CUDA",
+                     desc->precision == CKCA_PRECISION_TF32 ? "CKCA_PRECISION_TF32" : "CKCA_PRECISION_BF16");
+    }
+    if (*reason) desc = &none; /* what is unusable is not used */
+    threads = *reason ? 1 : desc->threads ? desc->threads : ckca__processors();
+#ifndef CKCA__THREADS
+    threads = 1;
+#endif
+    ctx = (ckca_context *)(desc->alloc ? desc->alloc(ckca__context_bytes(threads), desc->user)
+                                       : malloc(ckca__context_bytes(threads)));
+    if (!ctx) return CKCA_ENOMEM;
+    memset(ctx, 0, ckca__context_bytes(threads));
+    *out = ctx;
+    ctx->threads = threads;
+    if (*reason) return ctx->failed = ckca__fail(ctx, CKCA_EINVAL, "ckca_init: %s", reason);
+#ifdef CKCA__THREADS
+    if (threads > 1) {
+        ctx->pool = (ckca__pool *)(ctx + 1);
+        ctx->pool->most = threads - 1;
+        pthread_mutex_init(&ctx->pool->shared, NULL);
+    }
+#endif
+    ctx->alloc = desc->alloc;
+    ctx->release = desc->release;
+    ctx->user = desc->user;
+    ctx->isa = desc->isa ? desc->isa : best;
+    ctx->no_winograd = desc->no_winograd;
+    ctx->precision = desc->precision;
+    snprintf(ctx->device, sizeof ctx->device, "host %s x%d", isa_name[ctx->isa], ctx->threads);
+    return ctx->failed = ckca__device_init(ctx);
+}
+
+CKCA_API void ckca_context_free(ckca_context *ctx) {
+    if (!ctx) return;
+    ckca__device_free(ctx);
+#ifdef CKCA__THREADS
+    if (ctx->pool) ckca__pool_stop(ctx->pool);
+#endif
+    if (ctx->release)
+        ctx->release(ctx, ckca__context_bytes(ctx->threads), ctx->user);
+    else
+        free(ctx);
+}
+
+CKCA_API const char *ckca_device(const ckca_context *ctx) { return ctx ? ctx->device : ""; }
+
+/* ---- memory ---- */
+
+#if defined(__linux__) && !defined(CKCA_NO_STDIO)
+#include <sys/mman.h>
+#endif
 
 /* Large blocks are aligned to 2 MiB and advised to be huge pages: a first touch of 4 KiB at a time costs more than the
    arithmetic done on it. The block carries its start in front. */
@@ -1256,3622 +1218,46 @@ static void ckca__release(ckca_context *ctx, void *memory) {
         free(block);
 }
 
-static ckca_isa ckca__best_isa(void) {
-#if !defined(CKCA__SIMD)
-    return CKCA_ISA_PLAIN;
-#elif defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        return CKCA_ISA_AVX512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return CKCA_ISA_AVX2;
-    return CKCA_ISA_BASE;
-#else
-    return CKCA_ISA_BASE;
-#endif
-}
-
-/* A context and, behind it, its pool. */
-static size_t ckca__context_bytes(int threads) {
-#ifdef CKCA__THREADS
-    if (threads > 1)
-        return sizeof(ckca_context) + sizeof(ckca__pool) + (size_t)(threads - 2) * sizeof(ckca__worker);
-#endif
-    (void)threads;
-    return sizeof(ckca_context);
-}
-
-CKCA_API ckca_status ckca_init(ckca_context **out, const ckca_desc *desc) {
-    static const char *const isa_name[] = {"best", "plain", "base", "avx2", "avx512"};
-    const ckca_isa best = ckca__best_isa();
-    ckca__bound bounds[4] = {{"threads", 0, 0, 4096, 0},
-                             {"isa", 0, 0, CKCA_ISA_AVX512, 0},
-                             {"direct", 0, 0, 1, 0},
-                             {"precision", 0, 0, CKCA_BF16, 0}};
-    ckca_desc none;
-    ckca_context *ctx;
-    char reason[160] = "";
-    int threads;
-    if (!out) return CKCA_EINVAL;
-    *out = NULL;
-    memset(&none, 0, sizeof none);
-    if (!desc) desc = &none;
-    bounds[0].value = desc->threads;
-    bounds[1].value = (int)desc->isa;
-    bounds[2].value = desc->direct;
-    bounds[3].value = (int)desc->precision;
-    if (!desc->alloc != !desc->release)
-        snprintf(reason, sizeof reason, "%s is NULL: alloc and release come together, or neither",
-                 desc->alloc ? "release" : "alloc");
-    else if (!ckca__out_of_bounds(bounds, 4, reason, sizeof reason)) {
-        if (desc->isa > CKCA_ISA_PLAIN && desc->isa > best)
-            snprintf(reason, sizeof reason, "isa is %s, the best of this processor and this build is %s",
-                     isa_name[desc->isa], isa_name[best]);
-        else if (CKCA__DEVICE_IS_HOST && desc->precision)
-            snprintf(reason, sizeof reason, "precision is %s, which a GPU has alone: this is built without CKCA_CUDA",
-                     desc->precision == CKCA_TF32 ? "CKCA_TF32" : "CKCA_BF16");
-    }
-    if (*reason) desc = &none; /* what is unusable is not used */
-    threads = *reason ? 1 : desc->threads ? desc->threads : ckca__processors();
-#ifndef CKCA__THREADS
-    threads = 1;
-#endif
-    ctx = (ckca_context *)(desc->alloc ? desc->alloc(ckca__context_bytes(threads), desc->user)
-                                       : malloc(ckca__context_bytes(threads)));
-    if (!ctx) return CKCA_ENOMEM;
-    memset(ctx, 0, ckca__context_bytes(threads));
-    *out = ctx;
-    ctx->threads = threads;
-    if (*reason) return ctx->failed = ckca__fail(ctx, CKCA_EINVAL, "ckca_init: %s", reason);
-#ifdef CKCA__THREADS
-    if (threads > 1) {
-        ctx->pool = (ckca__pool *)(ctx + 1);
-        ctx->pool->most = threads - 1;
-        pthread_mutex_init(&ctx->pool->shared, NULL);
-    }
-#endif
-    ctx->alloc = desc->alloc;
-    ctx->release = desc->release;
-    ctx->user = desc->user;
-    ctx->isa = desc->isa ? desc->isa : best;
-    ctx->direct = desc->direct;
-    ctx->precision = desc->precision;
-    snprintf(ctx->device, sizeof ctx->device, "host %s x%d", isa_name[ctx->isa], ctx->threads);
-    return ctx->failed = ckca__device_init(ctx);
-}
-
-CKCA_API void ckca_free(ckca_context *ctx) {
-    if (!ctx) return;
-    ckca__device_free(ctx);
-#ifdef CKCA__THREADS
-    if (ctx->pool) ckca__pool_stop(ctx->pool);
-#endif
-    if (ctx->release)
-        ctx->release(ctx, ckca__context_bytes(ctx->threads), ctx->user);
-    else
-        free(ctx);
-}
-
-CKCA_API const char *ckca_device(const ckca_context *ctx) { return ctx ? ctx->device : ""; }
-
-#endif /* CKCA__CORE */
-#endif /* CKCA_IMPLEMENTATION */
-#endif /* CKCA__PASS */
-/* ------------------------------------------------------------------------------------------------------------------
-   SIMD: the kernels' vectors, one pass over the kernels per instruction set
-
-   Kernels are written once, on vectors of CKCA__VW floats, between "#ifdef CKCA__PASS" and "#endif". This file includes
-   itself once for every instruction set with CKCA__PASS saying which, and CKCA__NAME(f) gives each copy a name of its
-   own; ops choose with CKCA__DISPATCH. Kernels are single-threaded: threads are the ops' business.
-   ------------------------------------------------------------------------------------------------------------------ */
-#ifndef CKCA__PASS
-#if defined(CKCA_IMPLEMENTATION) && !defined(CKCA__SIMD_DONE)
-#define CKCA__SIMD_DONE
-#ifdef CKCA__SIMD
-#ifndef CKCA_FILE
-#define CKCA_FILE "ckca.h" /* set this if you rename the header */
-#endif
-#ifdef __x86_64__
-#include <immintrin.h>
-#define CKCA__PASS 512
-#include CKCA_FILE
-#undef CKCA__PASS
-#define CKCA__PASS 256
-#include CKCA_FILE
-#undef CKCA__PASS
-#else
-#include <arm_neon.h>
-#endif
-#define CKCA__PASS 128
-#include CKCA_FILE
-#undef CKCA__PASS
-#ifdef __x86_64__
-#define CKCA__DISPATCH(ctx, name, args)                   \
-    do {                                                  \
-        if ((ctx)->isa == CKCA_ISA_AVX512) name##_512 args; \
-        else if ((ctx)->isa == CKCA_ISA_AVX2) name##_256 args; \
-        else name##_128 args;                             \
-    } while (0)
-#else
-#define CKCA__DISPATCH(ctx, name, args) name##_128 args
-#endif
-#endif
-#endif
-#else /* CKCA__PASS */
-#if CKCA__PASS == 512
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512vl,avx512dq,avx2,fma")
-#endif
-#define CKCA__NAME(f) f##_512
-#define CKCA__VW 16
-#define CKCA__V __m512
-#define CKCA__LOAD(p) _mm512_loadu_ps(p)
-#define CKCA__STORE(p, v) _mm512_storeu_ps(p, v)
-#define CKCA__SET(s) _mm512_set1_ps(s)
-#define CKCA__ADD(a, b) _mm512_add_ps(a, b)
-#define CKCA__SUB(a, b) _mm512_sub_ps(a, b)
-#define CKCA__MUL(a, b) _mm512_mul_ps(a, b)
-#define CKCA__FMA(a, b, c) _mm512_fmadd_ps(a, b, c) /* a b + c */
-#define CKCA__MAX(a, b) _mm512_maskz_max_ps((__mmask16)-1, a, b) /* g++ 12 warns of _mm512_max_ps itself */
-/* a where y > 0, else 0 */
-#define CKCA__WHERE_POSITIVE(y, a) _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_GT_OQ), a)
-#elif CKCA__PASS == 256
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
-#define CKCA__NAME(f) f##_256
-#define CKCA__VW 8
-#define CKCA__V __m256
-#define CKCA__LOAD(p) _mm256_loadu_ps(p)
-#define CKCA__STORE(p, v) _mm256_storeu_ps(p, v)
-#define CKCA__SET(s) _mm256_set1_ps(s)
-#define CKCA__ADD(a, b) _mm256_add_ps(a, b)
-#define CKCA__SUB(a, b) _mm256_sub_ps(a, b)
-#define CKCA__MUL(a, b) _mm256_mul_ps(a, b)
-#define CKCA__FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
-#define CKCA__MAX(a, b) _mm256_max_ps(a, b)
-#define CKCA__WHERE_POSITIVE(y, a) _mm256_and_ps(_mm256_cmp_ps(y, _mm256_setzero_ps(), _CMP_GT_OQ), a)
-#elif defined(__x86_64__)
-#define CKCA__NAME(f) f##_128
-#define CKCA__VW 4
-#define CKCA__V __m128
-#define CKCA__LOAD(p) _mm_loadu_ps(p)
-#define CKCA__STORE(p, v) _mm_storeu_ps(p, v)
-#define CKCA__SET(s) _mm_set1_ps(s)
-#define CKCA__ADD(a, b) _mm_add_ps(a, b)
-#define CKCA__SUB(a, b) _mm_sub_ps(a, b)
-#define CKCA__MUL(a, b) _mm_mul_ps(a, b)
-#define CKCA__FMA(a, b, c) _mm_add_ps(_mm_mul_ps(a, b), c)
-#define CKCA__MAX(a, b) _mm_max_ps(a, b)
-#define CKCA__WHERE_POSITIVE(y, a) _mm_and_ps(_mm_cmpgt_ps(y, _mm_setzero_ps()), a)
-#else
-#define CKCA__NAME(f) f##_128
-#define CKCA__VW 4
-#define CKCA__V float32x4_t
-#define CKCA__LOAD(p) vld1q_f32(p)
-#define CKCA__STORE(p, v) vst1q_f32(p, v)
-#define CKCA__SET(s) vdupq_n_f32(s)
-#define CKCA__ADD(a, b) vaddq_f32(a, b)
-#define CKCA__SUB(a, b) vsubq_f32(a, b)
-#define CKCA__MUL(a, b) vmulq_f32(a, b)
-#define CKCA__FMA(a, b, c) vfmaq_f32(c, a, b)
-#define CKCA__MAX(a, b) vmaxq_f32(a, b)
-#define CKCA__WHERE_POSITIVE(y, a) \
-    vreinterpretq_f32_u32(vandq_u32(vcgtq_f32(y, vdupq_n_f32(0)), vreinterpretq_u32_f32(a)))
-#endif
-#endif
-/* ------------------------------------------------------------------------------------------------------------------
-   CONVOLUTION, the fast passes (the mathematics stands with the naive twins, further down)
-
-   Numbers are those of one core of the machine this was tuned on, a Zen 4 with AVX-512: one multiply-add of 16 floats
-   per cycle (118 GFLOP/s), its result 4 cycles later, about one load per cycle, 32 KiB of L1, 1 MiB of L2 cache.
-
-   All passes: a tile of 12 x 32 sums is 24 registers (of 32). A step of the reduction costs 2 loads, of 32 values of
-   one operand, and 12 broadcast loads, of the other, for 24 multiply-adds, so loads hide behind arithmetic: 113 to 117
-   GFLOP/s with operands in L1 or L2. What then costs time is memory: a source read for the first time stalls the tile
-   that meets it. So tiles fetch into L2, a line or a few every 16 steps, what their thread will read next.
-
-   Forward pass and input gradient: 12 pixels x 32 output channels. A task reads its part of the source in place if it
-   has no border, or first copies it (to 256 KiB, so that it stays in L2) with zeros around it: then nothing needs to
-   look where the border is, and the S C values under a row of taps are neighbours, one loop. Weights are packed in the
-   order of that loop, 32 output channels at a time (3 x 3 x 64 of them: 72 KiB, 3 x 3 x 512: 576), and come from L2 at
-   128 bytes per 24 cycles, well below the 32 per cycle it can give. Pixels of 1024 channels, 4 KiB apart, would compete
-   for the same lines of L1, and are copied apart (8% faster).
-   Weight gradient: 12 output channels x 32 source channels of a tap, pixels as the reduction, in regions of 256 pixels.
-   Both sides are sorted into panels first, 12 or 32 channels of all pixels, which a tile reads in a row.
-   Where x has a norm (ckca__conv), it is normalised by whoever first moves it: into a copied region or list, into
-   panels, or to Winograd's points. That saves batch norm's write and the read after it.
-   ------------------------------------------------------------------------------------------------------------------ */
-#if defined(CKCA_IMPLEMENTATION) && defined(CKCA__SIMD) && !defined(CKCA__CONV_TYPES)
-#define CKCA__CONV_TYPES
-
-#define CKCA__INLINE static inline __attribute__((always_inline))
-#define CKCA__APART static __attribute__((noinline))
-#ifdef __clang__
-#define CKCA__UNROLL _Pragma("clang loop unroll(full)")
-#define CKCA__ROLL _Pragma("clang loop unroll(disable)")
-#else
-#define CKCA__UNROLL _Pragma("GCC unroll 16")
-#define CKCA__ROLL _Pragma("GCC unroll 1")
-#endif
-
-enum {
-    CKCA__CONV_PHASES = 8,        /* greatest stride of the fast passes */
-    CKCA__CONV_REGION = 1 << 16,  /* floats of source in a task */
-    CKCA__CONV_TASKS = 16,        /* tasks to cut forward pass and input gradient into at least, if possible */
-    CKCA__CONV_LIST = 240,        /* output pixels that meet all weights in turn: whole tiles */
-    CKCA__CONV_PIXELS = 256,      /* weight gradient: output pixels in a region, and least in a group */
-    CKCA__CONV_PANELS = 1 << 17,  /* weight gradient: floats of panels, so that they stay in L2 */
-    CKCA__CONV_GROUPS = 8,        /* weight gradient: tasks, if possible */
-    CKCA__CONV_PARTIAL = 1 << 19  /* weight gradient: floats of partial sums, all groups together */
-};
-
-/* Forward pass and input gradient are both a *correlation*: output i of an axis is the sum over t < taps of source
-   i step + from + t (zero where there is none) times a weight. The input gradient of a convolution of stride s falls
-   into s phases per axis: every s-th pixel of dx meets the same taps of w. */
-typedef struct ckca__axis {
-    int taps, first, before; /* how many taps; which of w's is the first; taps of the phases before this one */
-    int from;                /* source coordinate of output 0's first tap */
-    int at, count;           /* outputs are pixels at, at + spread, ...: count of them */
-} ckca__axis;
-
-typedef struct ckca__job {
-    ckca_isa isa;
-    int n, h, w, c;         /* source: N x H x W x C */
-    int oh, ow, k;          /* output: N x OH x OW x K */
-    int r, s;               /* taps of w */
-    int step, spread;       /* pixels from one output's source to the next's; from one output to the next */
-    int tap_step;           /* from one tap to the next of w: 1, or -spread in the input gradient */
-    size_t tap, in, out;    /* floats in w from one tap, source channel, output channel to the next */
-    ckca__axis y[CKCA__CONV_PHASES], x[CKCA__CONV_PHASES]; /* spread phases each; 0 has the most outputs */
-    int top, left, extra_h; /* a task's region of the source starts there, relative to its first row's outputs */
-    int width;              /* pixels in a row of the region */
-    int direct;             /* 1: the region needs no zeros around it and is read where it is */
-    int pictures, rows;     /* of outputs, per task and phase */
-    int list;               /* output pixels that meet all weights in turn: whole tiles */
-    int apart;              /* 1: pixels of a list are copied first: they would compete for lines of L1, or for norm */
-    size_t after;           /* from a task's source to that of the task its thread will likely take next; 0: unknown */
-    const ckca__norm *norm; /* of the source, or NULL */
-    const float *source, *weights, *bias, *residual;
-    float *output, *packed, *scratch;
-    size_t scratch_size;    /* floats per thread */
-    int relu;
-} ckca__job;
-
-/* What all tiles of one block of output channels share. */
-typedef struct ckca__block {
-    const ckca__job *job;
-    int r, j;                    /* rows of taps; values in a row (S C) */
-    size_t pitch;                /* floats from one source row to the next */
-    const float *weights, *bias; /* r x j x vectors; vectors. Zero-padded */
-    int first, channels;         /* the first output channel; how many there are */
-    const float *next;           /* what to fetch meanwhile: */
-    int lines;                   /* so many times 64 bytes for every 16 steps of the sums */
-} ckca__block;
-
-/* The weight gradient is a matrix product, rows x lanes, summed over pixels. Rows are dy's channels and lanes x's, tap
-   by tap; swapped, where x has too few to fill a vector, rows are x's channels under all taps and lanes are dy's. */
-typedef struct ckca__wjob {
-    ckca_isa isa;
-    ckca__conv s;
-    int swap, rows, lanes;
-    int groups;             /* of the pixels */
-    int row_cut, lane_cut;  /* of a task, at most */
-    int row_cuts, lane_cuts; /* so many times */
-    int pixels;             /* in a region, at most */
-    int partial;            /* 1: sums are each group's own; 0: there is one group and they are dw */
-    const float *x, *dy;
-    float *sums;            /* groups x K x R x S x C; swapped: groups x R x S x C x K */
-    float *dw, *scratch;
-    size_t scratch_size;    /* floats per thread: panels of rows, then, where they start: */
-    size_t at_b, at_zeros, at_taps; /* panels of lanes; zeros for as many lanes; swapped, what the taps meet */
-} ckca__wjob;
-
-/* out[row][lane] += the sum over pixels of a[pixel][row] b[pixel][lane], both in panels: [panel][pixel][value]. */
-typedef struct ckca__outer {
-    int pixels, rows, lanes;
-    const float *a, *b;
-    float *out;
-    size_t pitch;                 /* from one row of out to the next */
-    const float *next_a, *next_b; /* the first pixel of what the next panels are made of, to fetch meanwhile; or NULL */
-    size_t step_a, step_b;        /* from that pixel to the next */
-} ckca__outer;
-
-/* Floats from one panel to the next: no multiple of 4 KiB, where all would compete for the same lines of L1. */
-static size_t ckca__panel(int size, int pixels) { return (size_t)size * pixels + 16; }
-
-/* Winograd's algorithm. Pixels (and dy) turned to points lie [point][group of tiles][vector of channels][tile], a
-   vector each, so that products read them in a row; groups are the tiles of a register tile, in the weight gradient all
-   tiles of a block. */
-enum {
-    CKCA__WINO_POINTS = 36,       /* of weights; pixels have 81 where the stride is 2 */
-    CKCA__WINO_BLOCK = 160 << 10, /* floats that a block of tiles should take, at the points */
-    CKCA__WINO_TASKS = 16,        /* tasks to cut a pass into, if possible */
-    CKCA__WINO_SUMS = 5 << 17     /* weight gradient: floats of a task's sums, at the points */
-};
-enum { CKCA__WINO_SOURCE, CKCA__WINO_DY, CKCA__WINO_SOURCE_2, CKCA__WINO_DY_2, CKCA__WINO_DX_2 }; /* _2: stride 2 */
-typedef struct ckca__maps {
-    const float *at;
-    int h, w, c;  /* of N x H x W x C values */
-    int step;     /* pixels from one tile to the next */
-    int pad;      /* tile (0, 0) begins so far outside */
-    int channels; /* from at on, that are meant */
-    const ckca__norm *norm; /* or NULL; then at is the first channel */
-} ckca__maps;
-typedef struct ckca__wino {
-    ckca_isa isa;
-    ckca__maps source, dy;   /* dy: in the weight gradient */
-    int c, oh, ow, k;        /* channels of the source; output: N x OH x OW x K */
-    int stride;
-    int turned;              /* 1: input gradient: weights read from their other end */
-    int axis, points;        /* points of a tile along an axis, in all */
-    int outputs;             /* of a tile along an axis */
-    int across, down, tiles; /* tiles: in a row, in a column, in all */
-    int parts, ranges;       /* tasks: parts of the tiles times ranges of output channels */
-    int block;               /* tiles that pass the three steps together */
-    const float *weights, *bias, *residual;
-    float *output;           /* weight gradient: dw */
-    float *sums;             /* weight gradient: parts x K x 3 x 3 x C, or dw itself if there is one part */
-    float *packed;           /* weights at the points, [block of channels][point][c][channels]; NULL: each task's own */
-    float *scratch;
-    size_t scratch_size;     /* floats per thread */
-    int relu;
-} ckca__wino;
-
-/* Floats from one point of a block of tiles to the next: no multiple of 4 KiB, where all points would compete for the
-   same lines of L1. */
-static size_t ckca__wino_point(int block, int channels) { return (size_t)block * channels + 16; }
-
-/* Batch norm for rows of a tensor: channels repeat in them, see OPS, the kernels. */
-typedef struct ckca__table {
-    const float *mean, *scale, *beta;
-    int relu;
-} ckca__table;
-
-/* Which of the 36 points of the weights a point of the pixels meets: along an axis 0 to 4, then 5 for all others. */
-static int ckca__wino_weights(const ckca__wino *job, int point) {
-    int i = point / job->axis, j = point % job->axis;
-    return (i < 5 ? i : 5) * 6 + (j < 5 ? j : 5);
-}
-#endif
-
-#ifdef CKCA__PASS
-#if CKCA__PASS == 512 || defined(__aarch64__) /* 32 registers: sums of 12 pixels x 2 vectors fit; of 16, 6 x 2 */
-#define CKCA__TILE 4
-#else
-#define CKCA__TILE 2
-#endif
-#define CKCA__KB (2 * CKCA__VW) /* output channels in a block */
-
-/* x of channels c to c + CKCA__VW as it is met under a norm: in batch norm's own operations, so to the same bits. */
-CKCA__INLINE CKCA__V CKCA__NAME(ckca__norm)(const ckca__norm *norm, int c, CKCA__V x) {
-    CKCA__V scale = CKCA__MUL(CKCA__LOAD(norm->gamma + c), CKCA__LOAD(norm->inv_std + c));
-    x = CKCA__FMA(CKCA__SUB(x, CKCA__LOAD(norm->mean + c)), scale, CKCA__LOAD(norm->beta + c));
-    return norm->relu ? CKCA__MAX(CKCA__SET(0.0f), x) : x; /* in this order NaN comes through */
-}
-
-/* Copies some values, channel c first, under a norm if there is one. */
-CKCA__INLINE void CKCA__NAME(ckca__norm_copy)(const ckca__norm *norm, int c, int values, const float *from,
-                                              float *to) {
-    int i;
-    if (!norm) memcpy(to, from, sizeof *to * values);
-    else
-        for (i = 0; i < values; i += CKCA__VW)
-            CKCA__STORE(to + i, CKCA__NAME(ckca__norm)(norm, c + i, CKCA__LOAD(from + i)));
-}
-
-/* Where the packed weights of a phase start, in floats. */
-static size_t CKCA__NAME(ckca__conv_packed)(const ckca__job *job, const ckca__axis *y, const ckca__axis *x) {
-    return ((size_t)y->before * job->s + (size_t)y->taps * x->before) * job->c * ckca__round_up(job->k, CKCA__VW);
-}
-
-/* Packs the weights of one block of output channels of phase (a, b): taps x source channels x output channels, zeros
-   after the last up to a whole vector. */
-static void CKCA__NAME(ckca__conv_pack)(const ckca__job *job, int a, int b, int first) {
-    const ckca__axis *y = &job->y[a], *x = &job->x[b];
-    int channels = job->k - first < CKCA__KB ? job->k - first : CKCA__KB, r, s, c, k, i, some;
-    int wide = channels > CKCA__VW ? CKCA__KB : CKCA__VW;
-    float *to = job->packed + CKCA__NAME(ckca__conv_packed)(job, y, x) + (size_t)first * y->taps * x->taps * job->c;
-    for (r = 0; r < y->taps; r++)
-        for (s = 0; s < x->taps; s++) {
-            const float *from = job->weights + first * job->out +
-                job->tap * ((y->first + r * job->tap_step) * job->s + x->first + s * job->tap_step);
-            for (c = 0; c < job->c; c += some, to += some * wide, from += some * job->in) {
-                some = job->c - c < 16 ? job->c - c : 16; /* a line of cache at a time */
-                if (job->out == 1)
-                    for (i = 0; i < some; i++) {
-                        __builtin_prefetch(from + (i + 16) * job->in);
-                        __builtin_prefetch(from + (i + 16) * job->in + 16);
-                        memcpy(to + i * wide, from + i * job->in, sizeof *to * channels);
-                    }
-                else
-                    for (k = 0; k < channels; k++) {
-                        __builtin_prefetch(from + k * job->out + 32);
-                        for (i = 0; i < some; i++) to[i * wide + k] = from[k * job->out + i];
-                    }
-                for (i = 0; i < some; i++) memset(to + i * wide + channels, 0, sizeof *to * (wide - channels));
-            }
-        }
-}
-
-/* Where a pixel's output channels fill no whole vectors, their sums become outputs one by one: bias, residual, ReLU. */
-static void CKCA__NAME(ckca__conv_finish)(const ckca__block *b, const float *sums, float *y) {
-    const ckca__job *job = b->job;
-    int i;
-    for (i = 0; i < b->channels; i++) {
-        float sum = sums[i] + b->bias[i];
-        if (job->residual) sum += job->residual[y + i - job->output];
-        y[i] = job->relu && sum < 0 ? 0 : sum; /* NaN comes through */
-    }
-}
-
-/* The inner loop of forward pass and input gradient: P pixels x V vectors of output channels stay in registers while
-   taps and source channels go by (P and V are constants once this is inlined). Where count is below P, the last pixel
-   stands in for the missing ones, whose sums are dropped. Whatever the tile, a sum is added up in the same order. */
-CKCA__INLINE void CKCA__NAME(ckca__conv_tile)(const int P, const int V, const ckca__block *b, int count,
-                                              const float *const *from, float *const *to) {
-    const ckca__job *job = b->job;
-    CKCA__V sum[3 * CKCA__TILE][2];
-    const float *x[3 * CKCA__TILE], *w = b->weights, *next = b->next;
-    float tile[3 * CKCA__TILE][CKCA__KB];
-    int p, v, r, i, j;
-    CKCA__UNROLL for (p = 0; p < P; p++) {
-        const float *y = to[p < count ? p : count - 1] + b->first; /* in cache by the time the sums are ready */
-        x[p] = from[p < count ? p : count - 1];
-        CKCA__UNROLL for (v = 0; v < V; v++) {
-            __builtin_prefetch(y + v * CKCA__VW, 1);
-            if (job->residual) __builtin_prefetch(job->residual + (y - job->output) + v * CKCA__VW);
-            sum[p][v] = CKCA__SET(0.0f);
-        }
-    }
-    for (r = 0; r < b->r; r++) {
-        for (j = 0; j < b->j;) {
-            int end = b->j - j < 16 ? b->j : j + 16;
-            for (i = 0; i < b->lines; i++, next += 16) __builtin_prefetch(next, 0, 2);
-            for (; j < end; j++, w += V * CKCA__VW) {
-                CKCA__V weight[2];
-                CKCA__UNROLL for (v = 0; v < V; v++) weight[v] = CKCA__LOAD(w + v * CKCA__VW);
-                CKCA__UNROLL for (p = 0; p < P; p++) {
-                    CKCA__V value = CKCA__SET(x[p][j]);
-                    CKCA__UNROLL for (v = 0; v < V; v++) sum[p][v] = CKCA__FMA(value, weight[v], sum[p][v]);
-                }
-            }
-        }
-        CKCA__UNROLL for (p = 0; p < P; p++) x[p] += b->pitch;
-    }
-    if (b->channels == V * CKCA__VW) {
-        CKCA__V bias[2];
-        CKCA__UNROLL for (v = 0; v < V; v++) bias[v] = CKCA__LOAD(b->bias + v * CKCA__VW);
-        CKCA__UNROLL for (p = 0; p < P; p++) {
-            if (p < count) {
-                float *y = to[p] + b->first;
-                CKCA__UNROLL for (v = 0; v < V; v++) sum[p][v] = CKCA__ADD(sum[p][v], bias[v]);
-                if (job->residual) {
-                    const float *residual = job->residual + (y - job->output);
-                    CKCA__UNROLL for (v = 0; v < V; v++)
-                        sum[p][v] = CKCA__ADD(sum[p][v], CKCA__LOAD(residual + v * CKCA__VW));
-                }
-                if (job->relu) { /* in this order NaN comes through */
-                    CKCA__UNROLL for (v = 0; v < V; v++) sum[p][v] = CKCA__MAX(CKCA__SET(0.0f), sum[p][v]);
-                }
-                CKCA__UNROLL for (v = 0; v < V; v++) CKCA__STORE(y + v * CKCA__VW, sum[p][v]);
-            }
-        }
-        return;
-    }
-    CKCA__UNROLL for (p = 0; p < P; p++) {
-        CKCA__UNROLL for (v = 0; v < V; v++) CKCA__STORE(tile[p] + v * CKCA__VW, sum[p][v]);
-    }
-    for (p = 0; p < P && p < count; p++) CKCA__NAME(ckca__conv_finish)(b, tile[p], to[p] + b->first);
-}
-
-/* A function for each size of tile: side by side in one, they are too much for compilers' choice of registers. */
-#define CKCA__CONV_TILE(T, V)                                                                                         \
-    CKCA__APART void CKCA__NAME(ckca__conv_tile_##T##V)(const ckca__block *b, int count, const float *const *from,    \
-                                                        float *const *to) {                                           \
-        CKCA__NAME(ckca__conv_tile)(T * CKCA__TILE, V, b, count, from, to);                                           \
-    }
-CKCA__CONV_TILE(1, 1)
-CKCA__CONV_TILE(1, 2)
-CKCA__CONV_TILE(2, 1)
-CKCA__CONV_TILE(2, 2)
-CKCA__CONV_TILE(3, 1)
-CKCA__CONV_TILE(3, 2)
-#undef CKCA__CONV_TILE
-
-/* Output pixels in from (their sources) and to, through all blocks of output channels, in tiles. Meanwhile those fetch
-   the sources of as many pixels from next on, if it is not NULL. */
-static void CKCA__NAME(ckca__conv_list)(const ckca__job *job, const ckca__axis *y, const ckca__axis *x, size_t pitch,
-                                        int count, const float *const *from, float *const *to, const float *next,
-                                        float *scratch) {
-    static void (*const tile[3][2])(const ckca__block *, int, const float *const *, float *const *) = {
-        {CKCA__NAME(ckca__conv_tile_11), CKCA__NAME(ckca__conv_tile_12)},
-        {CKCA__NAME(ckca__conv_tile_21), CKCA__NAME(ckca__conv_tile_22)},
-        {CKCA__NAME(ckca__conv_tile_31), CKCA__NAME(ckca__conv_tile_32)}};
-    size_t per = (size_t)y->taps * x->taps * job->c;
-    int lines = (3 * CKCA__TILE * CKCA__KB + job->k - 1) / job->k; /* so that all is fetched by the last block */
-    const float *apart[CKCA__CONV_LIST], *end = next ? next + (size_t)count * job->c : NULL;
-    float bias[CKCA__KB];
-    ckca__block b;
-    int i, size;
-    if (job->apart && per == (size_t)job->c) {
-        for (i = 0; i < count; i++, scratch += job->c + 16) {
-            CKCA__NAME(ckca__norm_copy)(job->norm, 0, job->c, from[i], scratch);
-            apart[i] = scratch;
-        }
-        from = apart;
-    }
-    b.job = job;
-    b.r = y->taps;
-    b.j = x->taps * job->c;
-    b.pitch = pitch;
-    b.bias = bias;
-    b.weights = job->packed + CKCA__NAME(ckca__conv_packed)(job, y, x);
-    for (b.first = 0; b.first < job->k; b.first += CKCA__KB, b.weights += CKCA__KB * per) {
-        int two = job->k - b.first > CKCA__VW;
-        b.channels = job->k - b.first < CKCA__KB ? job->k - b.first : CKCA__KB;
-        memset(bias, 0, sizeof bias);
-        if (job->bias) memcpy(bias, job->bias + b.first, sizeof *bias * b.channels);
-        for (i = 0; i < count; i += size) {
-            int left = count - i;
-            b.next = next;
-            b.lines = next < end ? lines : 0;
-            if (b.lines) next += (size_t)b.lines * ((b.j + 15) / 16) * b.r * 16;
-            size = left > 2 * CKCA__TILE ? 3 : left > CKCA__TILE ? 2 : 1;
-            tile[size - 1][two](&b, left, from + i, to + i);
-            size *= CKCA__TILE;
-        }
-    }
-}
-
-/* One task: the outputs of some pictures' rows, all phases. */
-static void CKCA__NAME(ckca__conv_task)(const ckca__job *job, int task, float *scratch) {
-    int bands = (job->y[0].count + job->rows - 1) / job->rows, n0 = task / bands * job->pictures;
-    int i0 = task % bands * job->rows, pictures = job->n - n0 < job->pictures ? job->n - n0 : job->pictures;
-    int rows = job->y[0].count - i0 < job->rows ? job->y[0].count - i0 : job->rows;
-    int top = i0 * job->step + job->top, height = (rows - 1) * job->step + job->extra_h, width = job->width;
-    const float *region = scratch, *next = NULL, *end = job->source + (size_t)job->n * job->h * job->w * job->c;
-    int n, i, j, a, b;
-    if (job->direct) {
-        region = job->source + (((size_t)n0 * job->h + top) * job->w + job->left) * job->c;
-        height = job->h;
-        width = job->w;
-    } else { /* copy the region, with zeros where the source ends */
-        int l = job->left < 0 ? -job->left : 0, end = job->w - job->left, c = job->c;
-        int middle = (end < width ? end : width) - l;
-        float *to = scratch;
-        if (l > width) l = width;
-        if (middle < 0) middle = 0;
-        for (n = n0; n < n0 + pictures; n++)
-            for (i = top; i < top + height; i++, to += (size_t)width * c) {
-                int inside = i >= 0 && i < job->h ? middle : 0;
-                memset(to, 0, sizeof *to * l * c);
-                if (inside) {
-                    const float *from = job->source + (((size_t)n * job->h + i) * job->w + job->left + l) * c;
-                    if (!job->norm) memcpy(to + l * c, from, sizeof *to * inside * c);
-                    else
-                        for (j = 0; j < inside; j++)
-                            CKCA__NAME(ckca__norm_copy)(job->norm, 0, c, from + j * c, to + (l + j) * c);
-                }
-                memset(to + (l + inside) * c, 0, sizeof *to * (width - l - inside) * c);
-            }
-    }
-    for (a = 0; a < job->spread; a++)
-        for (b = 0; b < job->spread; b++) {
-            const ckca__axis *y = &job->y[a], *x = &job->x[b];
-            const float *from[CKCA__CONV_LIST];
-            float *to[CKCA__CONV_LIST];
-            int count = 0;
-            if (job->after && end - region > (ptrdiff_t)job->after) next = region + job->after;
-            for (n = 0; n < pictures; n++)
-                for (i = 0; i < rows && i0 + i < y->count; i++) {
-                    const float *source = region + (((size_t)n * height + i * job->step + y->from - job->top) * width +
-                                                    x->from - job->left) * job->c;
-                    float *output = job->output + (((size_t)(n0 + n) * job->oh + y->at + (i0 + i) * job->spread) *
-                                                       job->ow + x->at) * job->k;
-                    for (j = 0; j < x->count; j++, source += job->step * job->c, output += job->spread * job->k) {
-                        from[count] = source;
-                        to[count] = output;
-                        if (++count == job->list) {
-                            const float *more = job->after && i + 1 < rows ? source + job->c : next;
-                            CKCA__NAME(ckca__conv_list)(job, y, x, (size_t)width * job->c, count, from, to, more,
-                                                        scratch);
-                            count = 0;
-                        }
-                    }
-                }
-            CKCA__NAME(ckca__conv_list)(job, y, x, (size_t)width * job->c, count, from, to, next, scratch);
-        }
-}
-
-/* Sorts the values of count pixels, pitch floats apart, into panels of WIDE values, the last of as many UNITs as it
-   needs. The first of them is pixel number at, of `pixels`. Under a norm values are whole vectors, channel c first. */
-CKCA__INLINE void CKCA__NAME(ckca__panels)(const int WIDE, const int UNIT, int pixels, int at, int count, int values,
-                                           const ckca__norm *norm, int c, const float *from, size_t pitch, float *to) {
-    for (; count > 0; count--, at++, from += pitch) {
-        float *panel = to;
-        int left = values, i;
-        for (i = 0; left >= WIDE; left -= WIDE, i += WIDE, panel += ckca__panel(WIDE, pixels))
-            CKCA__NAME(ckca__norm_copy)(norm, c + i, WIDE, from + i, panel + at * WIDE);
-        panel += at * ((left + UNIT - 1) / UNIT * UNIT);
-        for (; left >= UNIT; left -= UNIT, i += UNIT, panel += UNIT)
-            CKCA__NAME(ckca__norm_copy)(norm, c + i, UNIT, from + i, panel);
-        if (left > 0) memcpy(panel, from + i, sizeof *to * left); /* what stands after it makes sums nobody stores */
-    }
-}
-static void CKCA__NAME(ckca__row_panels)(int pixels, int values, const float *from, size_t pitch, float *to) {
-    CKCA__NAME(ckca__panels)(3 * CKCA__TILE, CKCA__TILE, pixels, 0, pixels, values, NULL, 0, from, pitch, to);
-}
-static void CKCA__NAME(ckca__lane_panels)(int pixels, int at, int count, int values, const float *from, size_t pitch,
-                                          float *to) {
-    CKCA__NAME(ckca__panels)(CKCA__KB, CKCA__VW, pixels, at, count, values, NULL, 0, from, pitch, to);
-}
-static void CKCA__NAME(ckca__norm_panels)(int pixels, int at, int count, int values, const ckca__norm *norm, int c,
-                                          const float *from, size_t pitch, float *to) {
-    CKCA__NAME(ckca__panels)(CKCA__KB, CKCA__VW, pixels, at, count, values, norm, c, from, pitch, to);
-}
-
-/* The outputs [*begin, *end) of an axis whose tap lies inside the source. */
-static void CKCA__NAME(ckca__conv_inside)(int tap, int pad, int stride, int size, int *begin, int *end) {
-    int low = pad > tap ? (pad - tap + stride - 1) / stride : 0, high = size - 1 + pad - tap;
-    high = high < 0 ? 0 : high / stride + 1;
-    if (*begin < low) *begin = low;
-    if (*end > high) *end = high;
-}
-
-/* Panels of what output pixels from first on meet under tap (r, t): x's channels from lane on. */
-static void CKCA__NAME(ckca__conv_lanes)(const ckca__wjob *job, size_t first, int pixels, int r, int t, int lane,
-                                         int lanes, const float *zeros, float *to) {
-    const ckca__conv *s = &job->s;
-    int picture = (int)(first / ((size_t)s->p * s->q)), p = (int)(first / s->q % s->p), q = (int)(first % s->q), at = 0;
-    while (at < pixels) {
-        int end = s->q - q < pixels - at ? s->q : q + pixels - at, left = q, right = end;
-        int y = p * s->stride - s->pad + r;
-        const float *row = job->x + ((ptrdiff_t)picture * s->h + y) * s->w * s->c + lane;
-        CKCA__NAME(ckca__conv_inside)(t, s->pad, s->stride, s->w, &left, &right);
-        if (y < 0 || y >= s->h || right <= left) left = right = end;
-        CKCA__NAME(ckca__lane_panels)(pixels, at, left - q, lanes, zeros, 0, to);
-        row += (ptrdiff_t)(left * s->stride - s->pad + t) * s->c;
-        if (s->norm)
-            CKCA__NAME(ckca__norm_panels)(pixels, at + left - q, right - left, lanes, s->norm, lane, row,
-                                          (size_t)s->stride * s->c, to);
-        else
-            CKCA__NAME(ckca__lane_panels)(pixels, at + left - q, right - left, lanes, row, (size_t)s->stride * s->c,
-                                          to);
-        CKCA__NAME(ckca__lane_panels)(pixels, at + right - q, end - right, lanes, zeros, 0, to);
-        at += end - q;
-        q = 0;
-        if (++p == s->p) {
-            p = 0;
-            picture++;
-        }
-    }
-}
-
-/* What output pixels from first on meet under all taps: R x S x C values each. */
-static void CKCA__NAME(ckca__conv_taps)(const ckca__wjob *job, size_t first, int pixels, float *to) {
-    const ckca__conv *s = &job->s;
-    int wide = s->s * s->c, r, i;
-    for (; pixels > 0; pixels--, first++) {
-        int y = (int)(first / s->q % s->p) * s->stride - s->pad, x = (int)(first % s->q) * s->stride - s->pad;
-        int low = x < 0 ? -x : 0, high = s->w - x < s->s ? s->w - x : s->s;
-        for (r = 0; r < s->r; r++, y++, to += wide) {
-            const float *from = job->x + (((ptrdiff_t)(first / ((size_t)s->p * s->q)) * s->h + y) * s->w + x) * s->c;
-            if (y < 0 || y >= s->h || high <= low) memset(to, 0, sizeof *to * wide);
-            else if (high - low == s->s && wide >= CKCA__VW) {
-                for (i = 0; i + CKCA__VW <= wide; i += CKCA__VW) CKCA__STORE(to + i, CKCA__LOAD(from + i));
-                CKCA__STORE(to + wide - CKCA__VW, CKCA__LOAD(from + wide - CKCA__VW));
-            } else {
-                memset(to, 0, sizeof *to * wide);
-                memcpy(to + low * s->c, from + low * s->c, sizeof *to * (high - low) * s->c);
-            }
-        }
-    }
-}
-
-/* The inner loop of the weight gradient: A rows x V vectors of sums stay in registers while the pixels go by. Of the
-   rows and lanes, what is there is stored. A line of what is wanted next is fetched with every pixel. */
-CKCA__INLINE void CKCA__NAME(ckca__outer_tile)(const int A, const int V, int pixels, const float *a, const float *b,
-                                               int rows, int lanes, float *out, size_t pitch, const float *next,
-                                               size_t step) {
-    CKCA__V sum[3 * CKCA__TILE][2];
-    int i, v;
-    CKCA__UNROLL for (i = 0; i < A; i++) {
-        CKCA__UNROLL for (v = 0; v < V; v++) {
-            __builtin_prefetch(out + (i < rows ? i : 0) * pitch + v * CKCA__VW, 1);
-            sum[i][v] = CKCA__SET(0.0f);
-        }
-    }
-    for (; pixels > 0; pixels--, a += A, b += V * CKCA__VW, next += step) {
-        CKCA__V value[2];
-        if (step) __builtin_prefetch(next, 0, 2);
-        CKCA__UNROLL for (v = 0; v < V; v++) value[v] = CKCA__LOAD(b + v * CKCA__VW);
-        CKCA__UNROLL for (i = 0; i < A; i++) {
-            CKCA__V factor = CKCA__SET(a[i]);
-            CKCA__UNROLL for (v = 0; v < V; v++) sum[i][v] = CKCA__FMA(factor, value[v], sum[i][v]);
-        }
-    }
-    if (rows >= A && lanes >= V * CKCA__VW) {
-        CKCA__UNROLL for (i = 0; i < A; i++, out += pitch) {
-            CKCA__UNROLL for (v = 0; v < V; v++)
-                CKCA__STORE(out + v * CKCA__VW, CKCA__ADD(CKCA__LOAD(out + v * CKCA__VW), sum[i][v]));
-        }
-    } else {
-        float tile[3 * CKCA__TILE][CKCA__KB];
-        CKCA__UNROLL for (i = 0; i < A; i++) {
-            CKCA__UNROLL for (v = 0; v < V; v++) CKCA__STORE(tile[i] + v * CKCA__VW, sum[i][v]);
-        }
-        for (i = 0; i < A && i < rows; i++, out += pitch)
-            for (v = 0; v < V * CKCA__VW && v < lanes; v++) out[v] += tile[i][v];
-    }
-}
-
-#define CKCA__OUTER_TILE(T, V)                                                                                        \
-    CKCA__APART void CKCA__NAME(ckca__outer_tile_##T##V)(int pixels, const float *a, const float *b, int rows,        \
-                                                         int lanes, float *out, size_t pitch, const float *next,      \
-                                                         size_t step) {                                               \
-        CKCA__NAME(ckca__outer_tile)(T * CKCA__TILE, V, pixels, a, b, rows, lanes, out, pitch, next, step);           \
-    }
-CKCA__OUTER_TILE(1, 1)
-CKCA__OUTER_TILE(1, 2)
-CKCA__OUTER_TILE(2, 1)
-CKCA__OUTER_TILE(2, 2)
-CKCA__OUTER_TILE(3, 1)
-CKCA__OUTER_TILE(3, 2)
-#undef CKCA__OUTER_TILE
-
-/* All panels of rows with all of lanes. */
-static void CKCA__NAME(ckca__outer)(const ckca__outer *o) {
-    static void (*const outer[3][2])(int, const float *, const float *, int, int, float *, size_t, const float *,
-                                     size_t) = {
-        {CKCA__NAME(ckca__outer_tile_11), CKCA__NAME(ckca__outer_tile_12)},
-        {CKCA__NAME(ckca__outer_tile_21), CKCA__NAME(ckca__outer_tile_22)},
-        {CKCA__NAME(ckca__outer_tile_31), CKCA__NAME(ckca__outer_tile_32)}};
-    int panels = (o->rows + 3 * CKCA__TILE - 1) / (3 * CKCA__TILE), lines = (o->lanes + 15) / 16, tile = 0, left, size;
-    int lanes = o->lanes;
-    const float *a, *b = o->b;
-    float *column = o->out, *out;
-    for (; lanes > 0; lanes -= CKCA__KB, b += ckca__panel(CKCA__KB, o->pixels), column += CKCA__KB) {
-        int two = lanes > CKCA__VW;
-        a = o->a;
-        out = column;
-        for (left = o->rows; left > 0; left -= size, out += size * o->pitch, tile++) {
-            /* The first tiles fetch a panel of rows each, the next ones a line of lanes each. */
-            const float *next = a;
-            size_t step = 0;
-            if (tile < panels && o->next_a) {
-                next = o->next_a + tile * 3 * CKCA__TILE;
-                step = o->step_a;
-            } else if (tile >= panels && tile < panels + lines && o->next_b) {
-                next = o->next_b + (tile - panels) * 16;
-                step = o->step_b;
-            }
-            size = left > 2 * CKCA__TILE ? 3 : left > CKCA__TILE ? 2 : 1;
-            outer[size - 1][two](o->pixels, a, b, left, lanes, out, o->pitch, next, step);
-            size *= CKCA__TILE;
-            a += ckca__panel(size, o->pixels);
-        }
-    }
-}
-
-/* One task: a group of pixels, a range of rows and one of lanes. */
-static void CKCA__NAME(ckca__conv_weight_task)(const ckca__wjob *job, int task, float *scratch) {
-    const ckca__conv *s = &job->s;
-    int lane = task % job->lane_cuts * job->lane_cut, row = task / job->lane_cuts % job->row_cuts * job->row_cut;
-    int g = task / job->lane_cuts / job->row_cuts, taps = job->swap ? 1 : s->r * s->s, i, t;
-    size_t all = (size_t)s->n * s->p * s->q, per = (size_t)s->r * s->s * s->c;
-    size_t first = all * g / job->groups, end = all * (g + 1) / job->groups;
-    float *a = scratch, *b = scratch + job->at_b, *zeros = scratch + job->at_zeros, *met = scratch + job->at_taps;
-    float *sums;
-    ckca__outer o;
-    o.rows = job->rows - row < job->row_cut ? job->rows - row : job->row_cut;
-    o.lanes = job->lanes - lane < job->lane_cut ? job->lanes - lane : job->lane_cut;
-    o.a = a;
-    o.b = b;
-    o.pitch = job->swap ? (size_t)s->k : per;
-    sums = job->sums + g * per * s->k + row * o.pitch + lane;
-    memset(zeros, 0, sizeof *zeros * o.lanes);
-    if (job->partial)
-        for (i = 0; i < o.rows; i++)
-            for (t = 0; t < taps; t++) memset(sums + i * o.pitch + t * s->c, 0, sizeof *sums * o.lanes);
-    for (; first < end; first += o.pixels) {
-        size_t next;
-        o.pixels = end - first < (size_t)job->pixels ? (int)(end - first) : job->pixels;
-        next = first + o.pixels;
-        o.next_a = next < end && !job->swap ? job->dy + next * s->k + row : NULL;
-        o.step_a = s->k;
-        o.next_b = next >= end ? NULL : job->swap ? job->dy + next * s->k + lane
-                                                  : job->x + next * s->stride * s->stride * s->c + lane;
-        o.step_b = job->swap ? s->k : s->stride * s->c;
-        if (job->swap) {
-            CKCA__NAME(ckca__conv_taps)(job, first, o.pixels, met);
-            CKCA__NAME(ckca__row_panels)(o.pixels, o.rows, met + row, job->rows, a);
-            CKCA__NAME(ckca__lane_panels)(o.pixels, 0, o.pixels, o.lanes, job->dy + first * s->k + lane, s->k, b);
-        } else CKCA__NAME(ckca__row_panels)(o.pixels, o.rows, job->dy + first * s->k + row, s->k, a);
-        for (t = 0; t < taps; t++) {
-            if (!job->swap)
-                CKCA__NAME(ckca__conv_lanes)(job, first, o.pixels, t / s->s, t % s->s, lane, o.lanes, zeros, b);
-            o.out = sums + t * s->c;
-            CKCA__NAME(ckca__outer)(&o);
-            o.next_a = o.next_b = NULL; /* fetched with the first tap */
-        }
-    }
-}
-
-/* Winograd's F(4 x 4, 3 x 3): what it does is told further down, where its tasks are cut. The five maps along one axis,
-   between pixels, weights or outputs and values at the points 0, a, -a, b, -b and infinity: */
-#define CKCA__WA 0.70710678f /* a a = 1/2 */
-#define CKCA__WB 1.41421356f /* b b = 2 */
-#define CKCA__GROUP (3 * CKCA__TILE) /* tiles whose products are summed side by side */
-
-/* Of two weights, F(4, 2): five pixels at the points a, -a, b, -b and infinity. What both sizes share. */
-CKCA__INLINE void CKCA__NAME(ckca__wino_pair_source)(const CKCA__V *d, CKCA__V *u) {
-    CKCA__V even_a = CKCA__FMA(CKCA__SET(-2.0f), d[1], d[3]), odd_a = CKCA__FMA(CKCA__SET(-2.0f), d[0], d[2]);
-    CKCA__V even_b = CKCA__FMA(CKCA__SET(-0.5f), d[1], d[3]), odd_b = CKCA__FMA(CKCA__SET(-0.5f), d[0], d[2]);
-    u[0] = CKCA__FMA(CKCA__SET(CKCA__WA), odd_a, even_a);
-    u[1] = CKCA__FMA(CKCA__SET(-CKCA__WA), odd_a, even_a);
-    u[2] = CKCA__FMA(CKCA__SET(CKCA__WB), odd_b, even_b);
-    u[3] = CKCA__FMA(CKCA__SET(-CKCA__WB), odd_b, even_b);
-    u[4] = CKCA__ADD(d[0], CKCA__FMA(CKCA__SET(-2.5f), d[2], d[4]));
-}
-
-/* u = B^T d: six pixels of the source at the six points. */
-CKCA__INLINE void CKCA__NAME(ckca__wino_source)(const CKCA__V *d, CKCA__V *u) {
-    u[0] = CKCA__ADD(d[0], CKCA__FMA(CKCA__SET(-2.5f), d[2], d[4]));
-    CKCA__NAME(ckca__wino_pair_source)(d + 1, u + 1);
-}
-
-/* u = G g: three weights at the six points. */
-CKCA__INLINE void CKCA__NAME(ckca__wino_weight)(const CKCA__V *g, CKCA__V *u) {
-    CKCA__V even_a = CKCA__MUL(CKCA__SET(-2.0f / 3), CKCA__FMA(CKCA__SET(0.5f), g[2], g[0]));
-    CKCA__V even_b = CKCA__MUL(CKCA__SET(1.0f / 6), CKCA__FMA(CKCA__SET(2.0f), g[2], g[0]));
-    u[0] = g[0];
-    u[1] = CKCA__FMA(CKCA__SET(-2 * CKCA__WA / 3), g[1], even_a);
-    u[2] = CKCA__FMA(CKCA__SET(2 * CKCA__WA / 3), g[1], even_a);
-    u[3] = CKCA__FMA(CKCA__SET(CKCA__WB / 6), g[1], even_b);
-    u[4] = CKCA__FMA(CKCA__SET(-CKCA__WB / 6), g[1], even_b);
-    u[5] = g[2];
-}
-
-/* Of stride 2: the outer two of three weights at five points, then the middle one. */
-CKCA__INLINE void CKCA__NAME(ckca__wino_pair_weight)(const CKCA__V *g, CKCA__V *u) {
-    CKCA__V low = CKCA__MUL(CKCA__SET(1.0f / 3), g[2]);
-    u[0] = CKCA__SUB(CKCA__MUL(CKCA__SET(-2 * CKCA__WA / 3), g[0]), low);
-    u[1] = CKCA__SUB(CKCA__MUL(CKCA__SET(2 * CKCA__WA / 3), g[0]), low);
-    u[2] = CKCA__FMA(CKCA__SET(CKCA__WB / 6), g[0], low);
-    u[3] = CKCA__FMA(CKCA__SET(-CKCA__WB / 6), g[0], low);
-    u[4] = g[2];
-    u[5] = g[1];
-}
-
-/* y = A^T m: from the points back to four outputs. */
-CKCA__INLINE void CKCA__NAME(ckca__wino_pair_output)(const CKCA__V *m, CKCA__V *y) {
-    CKCA__V sum_a = CKCA__ADD(m[0], m[1]), dif_a = CKCA__MUL(CKCA__SET(CKCA__WA), CKCA__SUB(m[0], m[1]));
-    CKCA__V sum_b = CKCA__ADD(m[2], m[3]), dif_b = CKCA__MUL(CKCA__SET(CKCA__WB), CKCA__SUB(m[2], m[3]));
-    y[0] = CKCA__ADD(sum_a, sum_b);
-    y[1] = CKCA__ADD(dif_a, dif_b);
-    y[2] = CKCA__FMA(CKCA__SET(2.0f), sum_b, CKCA__MUL(CKCA__SET(0.5f), sum_a));
-    y[3] = CKCA__FMA(CKCA__SET(2.0f), dif_b, CKCA__FMA(CKCA__SET(0.5f), dif_a, m[4]));
-}
-CKCA__INLINE void CKCA__NAME(ckca__wino_output)(const CKCA__V *m, CKCA__V *y) {
-    CKCA__NAME(ckca__wino_pair_output)(m + 1, y);
-    y[0] = CKCA__ADD(m[0], y[0]);
-}
-
-/* m = A y: its transpose, for gradients. */
-CKCA__INLINE void CKCA__NAME(ckca__wino_pair_output_turned)(const CKCA__V *y, CKCA__V *m) {
-    CKCA__V even_a = CKCA__FMA(CKCA__SET(0.5f), y[2], y[0]), odd_a = CKCA__FMA(CKCA__SET(0.5f), y[3], y[1]);
-    CKCA__V even_b = CKCA__FMA(CKCA__SET(2.0f), y[2], y[0]), odd_b = CKCA__FMA(CKCA__SET(2.0f), y[3], y[1]);
-    m[0] = CKCA__FMA(CKCA__SET(CKCA__WA), odd_a, even_a);
-    m[1] = CKCA__FMA(CKCA__SET(-CKCA__WA), odd_a, even_a);
-    m[2] = CKCA__FMA(CKCA__SET(CKCA__WB), odd_b, even_b);
-    m[3] = CKCA__FMA(CKCA__SET(-CKCA__WB), odd_b, even_b);
-    m[4] = y[3];
-}
-CKCA__INLINE void CKCA__NAME(ckca__wino_output_turned)(const CKCA__V *y, CKCA__V *m) {
-    m[0] = y[0];
-    CKCA__NAME(ckca__wino_pair_output_turned)(y, m + 1);
-}
-
-/* g = G^T u: the gradient of three weights. */
-CKCA__INLINE void CKCA__NAME(ckca__wino_weight_turned)(const CKCA__V *u, CKCA__V *g) {
-    CKCA__V sum_a = CKCA__MUL(CKCA__SET(-2.0f / 3), CKCA__ADD(u[1], u[2]));
-    CKCA__V sum_b = CKCA__MUL(CKCA__SET(1.0f / 6), CKCA__ADD(u[3], u[4]));
-    g[0] = CKCA__ADD(u[0], CKCA__ADD(sum_a, sum_b));
-    g[1] = CKCA__FMA(CKCA__SET(-2 * CKCA__WA / 3), CKCA__SUB(u[1], u[2]),
-                     CKCA__MUL(CKCA__SET(CKCA__WB / 6), CKCA__SUB(u[3], u[4])));
-    g[2] = CKCA__ADD(CKCA__FMA(CKCA__SET(0.5f), sum_a, u[5]), CKCA__MUL(CKCA__SET(2.0f), sum_b));
-}
-CKCA__INLINE void CKCA__NAME(ckca__wino_pair_weight_turned)(const CKCA__V *u, CKCA__V *g) {
-    CKCA__V sum = CKCA__SUB(CKCA__ADD(u[2], u[3]), CKCA__ADD(u[0], u[1]));
-    g[0] = CKCA__FMA(CKCA__SET(-2 * CKCA__WA / 3), CKCA__SUB(u[0], u[1]),
-                     CKCA__MUL(CKCA__SET(CKCA__WB / 6), CKCA__SUB(u[2], u[3])));
-    g[1] = u[5];
-    g[2] = CKCA__FMA(CKCA__SET(1.0f / 3), sum, u[4]);
-}
-
-/* The maps of pixels to points, along one axis. */
-CKCA__INLINE void CKCA__NAME(ckca__wino_turn)(const int kind, const CKCA__V *d, CKCA__V *u) {
-    int i;
-    if (kind == CKCA__WINO_SOURCE) CKCA__NAME(ckca__wino_source)(d, u);
-    else if (kind == CKCA__WINO_DY) CKCA__NAME(ckca__wino_output_turned)(d, u);
-    else if (kind == CKCA__WINO_SOURCE_2) {
-        CKCA__V e[5];
-        CKCA__UNROLL for (i = 0; i < 5; i++) e[i] = d[2 * i];
-        CKCA__NAME(ckca__wino_pair_source)(e, u);
-        CKCA__UNROLL for (i = 0; i < 4; i++) u[5 + i] = d[2 * i + 1];
-    } else {
-        if (kind == CKCA__WINO_DY_2) CKCA__NAME(ckca__wino_pair_output_turned)(d, u);
-        else CKCA__NAME(ckca__wino_pair_source)(d, u);
-        CKCA__UNROLL for (i = 0; i < 4; i++) u[5 + i] = d[i];
-    }
-}
-
-/* The maps of sums at points to outputs, along one axis. */
-CKCA__INLINE void CKCA__NAME(ckca__wino_back)(const int kind, const CKCA__V *m, CKCA__V *y) {
-    int i;
-    if (kind == CKCA__WINO_SOURCE) CKCA__NAME(ckca__wino_output)(m, y);
-    else {
-        CKCA__V outer[4];
-        CKCA__NAME(ckca__wino_pair_output)(m, outer);
-        CKCA__UNROLL for (i = 0; i < 4; i++) {
-            if (kind == CKCA__WINO_SOURCE_2) y[i] = CKCA__ADD(outer[i], m[5 + i]);
-            else {
-                y[2 * i] = m[5 + i];
-                y[2 * i + 1] = outer[i];
-            }
-        }
-    }
-}
-
-/* Turns tiles [first, first + count) of some channels of maps to points, with zeros outside. Groups are of CKCA__GROUP
-   tiles, or else there is one. */
-CKCA__INLINE void CKCA__NAME(ckca__wino_gather)(const int kind, const ckca__wino *job, const ckca__maps *maps,
-                                                int first, int count, int group, const float *zeros, float *to) {
-    const int size = kind == CKCA__WINO_SOURCE     ? 6
-                     : kind == CKCA__WINO_SOURCE_2 ? 9
-                     : kind == CKCA__WINO_DX_2     ? 5
-                                                   : 4; /* pixels of a tile along an axis */
-    const int axis = kind == CKCA__WINO_SOURCE || kind == CKCA__WINO_DY ? 6 : 9;
-    size_t point = ckca__wino_point(job->block, maps->channels);
-    size_t step = (size_t)CKCA__GROUP * (group == CKCA__GROUP ? maps->channels : CKCA__VW);
-    const float *pixel[CKCA__GROUP][9 * 9];
-    int t, i, j, k;
-    for (; count > 0; count -= CKCA__GROUP, first += CKCA__GROUP, to += step) {
-        int tiles = count < CKCA__GROUP ? count : CKCA__GROUP;
-        for (t = 0; t < tiles; t++) {
-            int tile = first + t, picture = tile / (job->across * job->down), rest = tile % (job->across * job->down);
-            int y = rest / job->across * maps->step - maps->pad, x = rest % job->across * maps->step - maps->pad;
-            for (i = 0; i < size; i++)
-                for (j = 0; j < size; j++) {
-                    ptrdiff_t at = (((ptrdiff_t)picture * maps->h + y + i) * maps->w + x + j) * maps->c;
-                    int inside = ((unsigned)(y + i) < (unsigned)maps->h) & ((unsigned)(x + j) < (unsigned)maps->w);
-                    pixel[t][i * size + j] = inside ? maps->at + at : zeros;
-                }
-        }
-        for (t = 0; t < tiles; t++)
-            for (k = 0; k < maps->channels; k += CKCA__VW) {
-                const float *const *here = pixel[t], *const *next = pixel[t + 1 < tiles ? t + 1 : t];
-                float *at = to + (size_t)k * group + t * CKCA__VW;
-                CKCA__V d[9], u[9], half[9][9];
-                CKCA__ROLL for (j = 0; j < size; j++) {
-                    CKCA__UNROLL for (i = 0; i < size; i++) {
-                        d[i] = CKCA__LOAD(here[i * size + j] + k);
-                        if (maps->norm && here[i * size + j] != zeros)
-                            d[i] = CKCA__NAME(ckca__norm)(maps->norm, k, d[i]);
-                        __builtin_prefetch(next[i * size + j] + k);
-                    }
-                    CKCA__NAME(ckca__wino_turn)(kind, d, u);
-                    CKCA__UNROLL for (i = 0; i < axis; i++) half[i][j] = u[i];
-                }
-                CKCA__ROLL for (i = 0; i < axis; i++) {
-                    CKCA__NAME(ckca__wino_turn)(kind, half[i], u);
-                    CKCA__UNROLL for (j = 0; j < axis; j++) CKCA__STORE(at + (i * axis + j) * point, u[j]);
-                }
-            }
-    }
-}
-
-static int CKCA__NAME(ckca__wino_channels)(const ckca__wino *job, int block) { /* in a block of output channels */
-    return job->k - block * CKCA__KB < CKCA__KB ? CKCA__VW : CKCA__KB;
-}
-
-/* Turns the weights of a block of output channels to points: [point][c][channels]. */
-static void CKCA__NAME(ckca__wino_pack)(const ckca__wino *job, int block, float *to) {
-    size_t in_step = job->turned ? (size_t)9 * job->k : 1, out_step = job->turned ? 1 : (size_t)9 * job->c;
-    size_t tap_step = job->turned ? job->k : job->c;
-    int first = block * CKCA__KB, channels = CKCA__NAME(ckca__wino_channels)(job, block);
-    float taps[9][16][CKCA__KB];
-    int c, i, k, t;
-    for (c = 0; c < job->c; c += 16) {
-        for (t = 0; t < 9; t++) { /* the input gradient meets the taps backwards */
-            const float *from = job->weights + first * out_step + c * in_step + (job->turned ? 8 - t : t) * tap_step;
-            if (job->turned)
-                for (i = 0; i < 16; i++) {
-                    __builtin_prefetch(from + (i + 16) * in_step);
-                    __builtin_prefetch(from + (i + 16) * in_step + 16);
-                    memcpy(taps[t][i], from + i * in_step, sizeof(float) * channels);
-                }
-            else
-                for (k = 0; k < channels; k++) {
-                    __builtin_prefetch(from + k * out_step + 16);
-                    for (i = 0; i < 16; i++) taps[t][i][k] = from[k * out_step + i];
-                }
-        }
-        for (i = 0; i < 16; i++)
-            for (k = 0; k < channels; k += CKCA__VW) {
-                CKCA__V g[3], u[6], half[6][3];
-                int a, b;
-                CKCA__ROLL for (b = 0; b < 3; b++) {
-                    CKCA__UNROLL for (a = 0; a < 3; a++) g[a] = CKCA__LOAD(taps[a * 3 + b][i] + k);
-                    if (job->stride == 2) CKCA__NAME(ckca__wino_pair_weight)(g, u);
-                    else CKCA__NAME(ckca__wino_weight)(g, u);
-                    CKCA__UNROLL for (a = 0; a < 6; a++) half[a][b] = u[a];
-                }
-                CKCA__ROLL for (a = 0; a < 6; a++) {
-                    if (job->stride == 2) CKCA__NAME(ckca__wino_pair_weight)(half[a], u);
-                    else CKCA__NAME(ckca__wino_weight)(half[a], u);
-                    CKCA__UNROLL for (b = 0; b < 6; b++)
-                        CKCA__STORE(to + ((size_t)(a * 6 + b) * job->c + c + i) * channels + k, u[b]);
-                }
-            }
-    }
-}
-
-/* to[tile][V vectors] = the sum over channels of x[tile][c] w[c][V vectors], P tiles of a group. */
-CKCA__INLINE void CKCA__NAME(ckca__wino_product)(const int P, const int V, int c, const float *x, const float *w,
-                                                 float *to) {
-    CKCA__V sum[CKCA__GROUP][2];
-    int p, v, j;
-    CKCA__UNROLL for (p = 0; p < P; p++) {
-        CKCA__UNROLL for (v = 0; v < V; v++) sum[p][v] = CKCA__SET(0.0f);
-    }
-    for (; c > 0; c -= CKCA__VW, x += (CKCA__GROUP - 1) * CKCA__VW)
-        for (j = 0; j < CKCA__VW; j++, x++, w += V * CKCA__VW) {
-            CKCA__V weight[2];
-            CKCA__UNROLL for (v = 0; v < V; v++) weight[v] = CKCA__LOAD(w + v * CKCA__VW);
-            CKCA__UNROLL for (p = 0; p < P; p++) {
-                CKCA__V value = CKCA__SET(x[p * CKCA__VW]);
-                CKCA__UNROLL for (v = 0; v < V; v++) sum[p][v] = CKCA__FMA(value, weight[v], sum[p][v]);
-            }
-        }
-    CKCA__UNROLL for (p = 0; p < P; p++) {
-        CKCA__UNROLL for (v = 0; v < V; v++) CKCA__STORE(to + (p * V + v) * CKCA__VW, sum[p][v]);
-    }
-}
-
-/* All tiles of a block at one point. */
-static void CKCA__NAME(ckca__wino_products)(int count, int two, int c, const float *x, const float *w, float *to) {
-    int size = two ? CKCA__KB : CKCA__VW;
-    for (; count > 0; count -= CKCA__GROUP, x += CKCA__GROUP * c, to += CKCA__GROUP * size) {
-        if (count > 2 * CKCA__TILE && two) CKCA__NAME(ckca__wino_product)(CKCA__GROUP, 2, c, x, w, to);
-        else if (count > 2 * CKCA__TILE) CKCA__NAME(ckca__wino_product)(CKCA__GROUP, 1, c, x, w, to);
-        else if (count > CKCA__TILE && two) CKCA__NAME(ckca__wino_product)(2 * CKCA__TILE, 2, c, x, w, to);
-        else if (count > CKCA__TILE) CKCA__NAME(ckca__wino_product)(2 * CKCA__TILE, 1, c, x, w, to);
-        else if (two) CKCA__NAME(ckca__wino_product)(CKCA__TILE, 2, c, x, w, to);
-        else CKCA__NAME(ckca__wino_product)(CKCA__TILE, 1, c, x, w, to);
-    }
-}
-
-/* Sums at the points, [point][tile of the block][channels], become outputs: bias, residual, ReLU. */
-CKCA__INLINE void CKCA__NAME(ckca__wino_scatter)(const int kind, const ckca__wino *job, int k0, int channels, int first,
-                                                 int count, const float *from) {
-    const int axis = kind == CKCA__WINO_SOURCE ? 6 : 9, outputs = kind == CKCA__WINO_DX_2 ? 8 : 4;
-    size_t point = ckca__wino_point(job->block, channels);
-    int t, k, i, j;
-    for (t = 0; t < count; t++) {
-        int tile = first + t, picture = tile / (job->across * job->down), rest = tile % (job->across * job->down);
-        int top = rest / job->across * outputs, left = rest % job->across * outputs;
-        int rows = job->oh - top < outputs ? job->oh - top : outputs;
-        int cols = job->ow - left < outputs ? job->ow - left : outputs;
-        size_t at = (((size_t)picture * job->oh + top) * job->ow + left) * job->k + k0;
-        for (k = 0; k < channels; k += CKCA__VW, at += CKCA__VW) {
-            CKCA__V m[9], y[8], half[8][9], bias = job->bias ? CKCA__LOAD(job->bias + k0 + k) : CKCA__SET(0.0f);
-            CKCA__ROLL for (j = 0; j < axis; j++) {
-                CKCA__UNROLL for (i = 0; i < axis; i++)
-                    m[i] = CKCA__LOAD(from + (i * axis + j) * point + (size_t)t * channels + k);
-                CKCA__NAME(ckca__wino_back)(kind, m, y);
-                CKCA__UNROLL for (i = 0; i < outputs; i++) half[i][j] = y[i];
-            }
-            CKCA__ROLL for (i = 0; i < rows; i++) {
-                size_t to = at + (size_t)i * job->ow * job->k;
-                CKCA__NAME(ckca__wino_back)(kind, half[i], y);
-                CKCA__UNROLL for (j = 0; j < outputs; j++) {
-                    if (j < cols) {
-                        CKCA__V sum = CKCA__ADD(y[j], bias);
-                        if (job->residual) sum = CKCA__ADD(sum, CKCA__LOAD(job->residual + to));
-                        if (job->relu) sum = CKCA__MAX(CKCA__SET(0.0f), sum); /* in this order NaN comes through */
-                        CKCA__STORE(job->output + to, sum);
-                        to += job->k;
-                    }
-                }
-            }
-        }
-    }
-}
-
-/* One task of the forward pass or the input gradient. */
-static void CKCA__NAME(ckca__wino_task)(const ckca__wino *job, int task, float *scratch) {
-    int part = task / job->ranges, range = task % job->ranges, blocks = (job->k + CKCA__KB - 1) / CKCA__KB, tile, b, i;
-    int begin = (int)((long long)job->tiles * part / job->parts);
-    int end = (int)((long long)job->tiles * (part + 1) / job->parts);
-    int from = blocks * range / job->ranges, to = blocks * (range + 1) / job->ranges;
-    float *zeros = scratch, *pixels = zeros + job->c;
-    float *sums = pixels + job->points * ckca__wino_point(job->block, job->c);
-    float *own = sums + job->points * ckca__wino_point(job->block, CKCA__KB);
-    size_t per = (size_t)CKCA__WINO_POINTS * job->c * CKCA__KB;
-    const float *weights = job->packed ? job->packed + from * per : own;
-    memset(zeros, 0, sizeof *zeros * job->c);
-    if (!job->packed)
-        for (b = from; b < to; b++) CKCA__NAME(ckca__wino_pack)(job, b, own + (b - from) * per);
-    for (tile = begin; tile < end; tile += job->block) {
-        int count = end - tile < job->block ? end - tile : job->block;
-#define CKCA__WINO_GATHER(kind) \
-    CKCA__NAME(ckca__wino_gather)(kind, job, &job->source, tile, count, CKCA__GROUP, zeros, pixels)
-        if (job->stride == 1) CKCA__WINO_GATHER(CKCA__WINO_SOURCE);
-        else if (job->turned) CKCA__WINO_GATHER(CKCA__WINO_DX_2);
-        else CKCA__WINO_GATHER(CKCA__WINO_SOURCE_2);
-#undef CKCA__WINO_GATHER
-        for (b = from; b < to; b++) {
-            int channels = CKCA__NAME(ckca__wino_channels)(job, b);
-            for (i = 0; i < job->points; i++)
-                CKCA__NAME(ckca__wino_products)(count, channels > CKCA__VW, job->c,
-                                                pixels + i * ckca__wino_point(job->block, job->c),
-                                                weights + (b - from) * per +
-                                                    (size_t)ckca__wino_weights(job, i) * job->c * channels,
-                                                sums + i * ckca__wino_point(job->block, channels));
-#define CKCA__WINO_SCATTER(kind) CKCA__NAME(ckca__wino_scatter)(kind, job, b * CKCA__KB, channels, tile, count, sums)
-            if (job->stride == 1) CKCA__WINO_SCATTER(CKCA__WINO_SOURCE);
-            else if (job->turned) CKCA__WINO_SCATTER(CKCA__WINO_DX_2);
-            else CKCA__WINO_SCATTER(CKCA__WINO_SOURCE_2);
-#undef CKCA__WINO_SCATTER
-        }
-    }
-}
-
-/* to[2 CKCA__TILE rows of k][V vectors of c] += the sum over a block's tiles of dy[tile][k] x[tile][c], at one
-   point. The first block finds nothing there yet. */
-CKCA__INLINE void CKCA__NAME(ckca__wino_outer)(const int V, int c, int block, int count, int first, const float *dy,
-                                               const float *x, float *to) {
-    size_t vector = (size_t)block * CKCA__VW; /* to the next vector's tiles */
-    CKCA__V sum[2 * CKCA__TILE][2];
-    int i, v;
-    CKCA__UNROLL for (i = 0; i < 2 * CKCA__TILE; i++) {
-        CKCA__UNROLL for (v = 0; v < V; v++) {
-            __builtin_prefetch(to + i * c + v * CKCA__VW, 1);
-            sum[i][v] = CKCA__SET(0.0f);
-        }
-    }
-    for (; count > 0; count--, dy += CKCA__VW, x += CKCA__VW) {
-        CKCA__V value[2];
-        CKCA__UNROLL for (v = 0; v < V; v++) value[v] = CKCA__LOAD(x + v * vector);
-        CKCA__UNROLL for (i = 0; i < 2 * CKCA__TILE; i++) { /* rows may go on in the next vector of dy */
-            CKCA__V factor = CKCA__SET(dy[i / CKCA__VW * vector + i % CKCA__VW]);
-            CKCA__UNROLL for (v = 0; v < V; v++) sum[i][v] = CKCA__FMA(factor, value[v], sum[i][v]);
-        }
-    }
-    CKCA__UNROLL for (i = 0; i < 2 * CKCA__TILE; i++, to += c) {
-        CKCA__UNROLL for (v = 0; v < V; v++)
-            CKCA__STORE(to + v * CKCA__VW, first ? sum[i][v] : CKCA__ADD(CKCA__LOAD(to + v * CKCA__VW), sum[i][v]));
-    }
-}
-
-/* One task of the weight gradient: what its tiles add to dw of a range of output channels. */
-static void CKCA__NAME(ckca__wino_weight_task)(const ckca__wino *job, int task, float *scratch) {
-    int part = task / job->ranges, range = task % job->ranges, tile, i, j, k, c;
-    int begin = (int)((long long)job->tiles * part / job->parts);
-    int end = (int)((long long)job->tiles * (part + 1) / job->parts);
-    int k0 = job->k / 16 * range / job->ranges * 16, channels = job->k / 16 * (range + 1) / job->ranges * 16 - k0;
-    size_t c_point = ckca__wino_point(job->block, job->c), k_point = ckca__wino_point(job->block, channels);
-    float *zeros = scratch, *x = zeros + (job->c > job->k ? job->c : job->k);
-    float *dy = x + job->points * c_point, *sums = dy + job->points * k_point;
-    ckca__maps range_dy = job->dy;
-    range_dy.at += k0;
-    range_dy.channels = channels;
-    memset(zeros, 0, sizeof *zeros * (x - zeros));
-    for (tile = begin; tile < end; tile += job->block) {
-        int count = end - tile < job->block ? end - tile : job->block;
-        if (job->stride == 1) {
-            CKCA__NAME(ckca__wino_gather)(CKCA__WINO_SOURCE, job, &job->source, tile, count, job->block, zeros, x);
-            CKCA__NAME(ckca__wino_gather)(CKCA__WINO_DY, job, &range_dy, tile, count, job->block, zeros, dy);
-        } else {
-            CKCA__NAME(ckca__wino_gather)(CKCA__WINO_SOURCE_2, job, &job->source, tile, count, job->block, zeros, x);
-            CKCA__NAME(ckca__wino_gather)(CKCA__WINO_DY_2, job, &range_dy, tile, count, job->block, zeros, dy);
-        }
-        for (i = 0; i < job->points; i++) {
-            int at = ckca__wino_weights(job, i), first = tile == begin && i / job->axis < 6 && i % job->axis < 6;
-            for (c = 0; c < job->c; c += CKCA__KB)
-                for (k = 0; k < channels; k += 2 * CKCA__TILE) {
-                    const float *a = dy + i * k_point + (size_t)k / CKCA__VW * job->block * CKCA__VW + k % CKCA__VW;
-                    const float *b = x + i * c_point + (size_t)c * job->block;
-                    float *to = sums + ((size_t)at * channels + k) * job->c + c;
-                    if (job->c - c > CKCA__VW)
-                        CKCA__NAME(ckca__wino_outer)(2, job->c, job->block, count, first, a, b, to);
-                    else CKCA__NAME(ckca__wino_outer)(1, job->c, job->block, count, first, a, b, to);
-                }
-        }
-    }
-    for (k = 0; k < channels; k++)
-        for (c = 0; c < job->c; c += CKCA__VW) {
-            CKCA__V u[6], g[3], half[3][6];
-            float *to = job->sums + (((size_t)part * job->k + k0 + k) * 9) * job->c + c;
-            CKCA__ROLL for (j = 0; j < 6; j++) {
-                CKCA__UNROLL for (i = 0; i < 6; i++)
-                    u[i] = CKCA__LOAD(sums + ((size_t)(i * 6 + j) * channels + k) * job->c + c);
-                if (job->stride == 2) CKCA__NAME(ckca__wino_pair_weight_turned)(u, g);
-                else CKCA__NAME(ckca__wino_weight_turned)(u, g);
-                CKCA__UNROLL for (i = 0; i < 3; i++) half[i][j] = g[i];
-            }
-            CKCA__ROLL for (i = 0; i < 3; i++) {
-                if (job->stride == 2) CKCA__NAME(ckca__wino_pair_weight_turned)(half[i], g);
-                else CKCA__NAME(ckca__wino_weight_turned)(half[i], g);
-                CKCA__UNROLL for (j = 0; j < 3; j++, to += job->c)
-                    CKCA__STORE(to, job->parts > 1 ? g[j] : CKCA__ADD(CKCA__LOAD(to), g[j]));
-            }
-        }
-}
-#undef CKCA__GROUP
-
-#undef CKCA__TILE
-#undef CKCA__KB
-#endif /* CKCA__PASS */
-
-#ifndef CKCA__PASS
-#ifdef CKCA_IMPLEMENTATION
-#ifndef CKCA__CONVOLUTION
-#define CKCA__CONVOLUTION
-
-/* ------------------------------------------------------------------------------------------------------------------
-   CONVOLUTION, the naive twins: what the fast passes compute, in plain loops
-
-       y[n][p][q][k] = sum over r, s, c of x[n][p stride - pad + r][q stride - pad + s][c] w[k][r][s][c]
-
-   Pixels outside x count as zero. Each output is linear in x and in w, so both gradients are the same sum read from
-   the other ends: every product x w that went into y sends dy w back to x, and dy x back to w. The loops are ordered so
-   that the innermost one runs over neighbours in memory, which compilers turn into vector code.
-   ------------------------------------------------------------------------------------------------------------------ */
-
-/* What the tasks of the three passes are given; each pass sets what it uses. */
-typedef struct ckca__naive_conv {
-    const ckca__conv *s;
-    const float *x, *w, *dy, *bias, *residual; /* w: in the forward pass R x S x C x K */
-    float *y, *dx, *dw, *dbias;
-    int relu, accumulate;
-} ckca__naive_conv;
-
-/* A row of y. */
-static void ckca__naive_conv_forward_row(void *job, int row, int thread) {
-    const ckca__naive_conv *a = (const ckca__naive_conv *)job;
-    const ckca__conv *s = a->s;
-    int n = row / s->p, p = row % s->p, q, r, t, c, j;
-    (void)thread;
-    for (q = 0; q < s->q; q++) {
-        size_t at = ((size_t)row * s->q + q) * s->k;
-        float *to = a->y + at;
-        for (j = 0; j < s->k; j++) to[j] = a->bias ? a->bias[j] : 0.0f;
-        for (r = 0; r < s->r; r++)
-            for (t = 0; t < s->s; t++) {
-                int iy = p * s->stride - s->pad + r, ix = q * s->stride - s->pad + t;
-                const float *from = a->x + (((ptrdiff_t)n * s->h + iy) * s->w + ix) * s->c;
-                if (iy < 0 || iy >= s->h || ix < 0 || ix >= s->w) continue;
-                for (c = 0; c < s->c; c++) {
-                    const float *weight = a->w + (((size_t)r * s->s + t) * s->c + c) * s->k;
-                    for (j = 0; j < s->k; j++) to[j] += from[c] * weight[j];
-                }
-            }
-        for (j = 0; j < s->k; j++) {
-            if (a->residual) to[j] += a->residual[at + j];
-            if (a->relu && to[j] < 0) to[j] = 0;
-        }
-    }
-}
-
-/* y = relu?(conv(x, w) + bias + residual). ws: K R S C floats, for w turned to R x S x C x K. */
-static void ckca__naive_conv_forward(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w,
-                                     const float *bias, const float *residual, int relu, float *y, float *ws) {
-    ckca__naive_conv job;
-    size_t per = (size_t)s->r * s->s * s->c, i;
-    int k;
-    for (k = 0; k < s->k; k++)
-        for (i = 0; i < per; i++) ws[i * s->k + k] = w[k * per + i];
-    memset(&job, 0, sizeof job);
-    job.s = s;
-    job.x = x;
-    job.w = ws;
-    job.bias = bias;
-    job.residual = residual;
-    job.relu = relu;
-    job.y = y;
-    ckca__parallel(ctx, s->n * s->p, ckca__naive_conv_forward_row, &job);
-}
-
-/* A row of dx. */
-static void ckca__naive_conv_backward_data_row(void *job, int row, int thread) {
-    const ckca__naive_conv *a = (const ckca__naive_conv *)job;
-    const ckca__conv *s = a->s;
-    int n = row / s->h, y = row % s->h, x, r, t, k, c;
-    (void)thread;
-    for (x = 0; x < s->w; x++) {
-        float *to = a->dx + ((size_t)row * s->w + x) * s->c;
-        if (!a->accumulate) memset(to, 0, sizeof *to * s->c);
-        for (r = 0; r < s->r; r++)
-            for (t = 0; t < s->s; t++) {
-                int top = y + s->pad - r, left = x + s->pad - t, p = top / s->stride, q = left / s->stride;
-                const float *from = a->dy + (((ptrdiff_t)n * s->p + p) * s->q + q) * s->k;
-                if (top < 0 || top % s->stride || p >= s->p || left < 0 || left % s->stride || q >= s->q) continue;
-                for (k = 0; k < s->k; k++) {
-                    const float *weight = a->w + (((size_t)k * s->r + r) * s->s + t) * s->c;
-                    for (c = 0; c < s->c; c++) to[c] += from[k] * weight[c];
-                }
-            }
-    }
-}
-
-/* dx (+)= the sum over the outputs that a pixel of x took part in of dy w. */
-static void ckca__naive_conv_backward_data(ckca_context *ctx, const ckca__conv *s, const float *dy, const float *w,
-                                           float *dx, int accumulate) {
-    ckca__naive_conv job;
-    memset(&job, 0, sizeof job);
-    job.s = s;
-    job.dy = dy;
-    job.w = w;
-    job.dx = dx;
-    job.accumulate = accumulate;
-    ckca__parallel(ctx, s->n * s->h, ckca__naive_conv_backward_data_row, &job);
-}
-
-/* One output channel's weights. */
-static void ckca__naive_conv_backward_weight_channel(void *job, int k, int thread) {
-    const ckca__naive_conv *a = (const ckca__naive_conv *)job;
-    const ckca__conv *s = a->s;
-    size_t row, rows = (size_t)s->n * s->p;
-    float sum = 0.0f;
-    int q, r, t, c;
-    (void)thread;
-    for (row = 0; row < rows; row++)
-        for (q = 0; q < s->q; q++) {
-            ptrdiff_t n = (ptrdiff_t)(row / s->p);
-            float from = a->dy[(row * s->q + q) * s->k + k];
-            sum += from;
-            for (r = 0; r < s->r; r++)
-                for (t = 0; t < s->s; t++) {
-                    int iy = (int)(row % s->p) * s->stride - s->pad + r, ix = q * s->stride - s->pad + t;
-                    const float *pixel = a->x + ((n * s->h + iy) * s->w + ix) * s->c;
-                    float *to = a->dw + (((size_t)k * s->r + r) * s->s + t) * s->c;
-                    if (iy < 0 || iy >= s->h || ix < 0 || ix >= s->w) continue;
-                    for (c = 0; c < s->c; c++) to[c] += from * pixel[c];
-                }
-        }
-    if (a->dbias) a->dbias[k] += sum;
-}
-
-/* dw += the sum over output pixels of dy x, dbias += the sum over them of dy. */
-static void ckca__naive_conv_backward_weight(ckca_context *ctx, const ckca__conv *s, const float *x, const float *dy,
-                                             float *dw, float *dbias) {
-    ckca__naive_conv job;
-    memset(&job, 0, sizeof job);
-    job.s = s;
-    job.x = x;
-    job.dy = dy;
-    job.dw = dw;
-    job.dbias = dbias;
-    ckca__parallel(ctx, s->k, ckca__naive_conv_backward_weight_channel, &job);
-}
-
-/* ------------------------------------------------------------------------------------------------------------------
-   CONVOLUTION, the ops: cut into tasks, each a call of a kernel by one thread
-
-   What a task adds up, and in which order, follows from the shapes alone, never from the threads. In the forward pass
-   and the input gradient a picture's results do not depend on its neighbours, but its last bits may on their number: a
-   batch of few tiles is summed directly, one of more goes by Winograd's algorithm.
-   ------------------------------------------------------------------------------------------------------------------ */
-#ifndef CKCA_CUDA
-#ifdef CKCA__SIMD
-
-/* A 1 x 1 convolution sees no neighbours: all pixels of the batch become one picture, a pixel to a row. */
-static ckca__conv ckca__conv_flat(const ckca__conv *shape) {
-    ckca__conv s = *shape;
-    double pixels = (double)s.n * s.h * s.w;
-    if (s.r != 1 || s.s != 1 || s.stride != 1 || s.pad || pixels > INT_MAX) return s;
-    s.h = s.p = (int)pixels;
-    s.n = s.w = s.q = 1;
-    return s;
-}
-
-/* One axis of a correlation's phases. Input gradient: pixel i of dx met tap t of w in dy's pixel (i + pad - t) / stride
-   where that is whole, that is, where t = i + pad modulo stride; from the last such t backwards dy's pixels go upwards.
-   Returns the least from; *extra is how far the taps reach from there. */
-static int ckca__conv_axes(ckca__axis *axis, int gradient, int taps, int stride, int pad, int outputs, int *extra) {
-    int spread = gradient ? stride : 1, i, before = 0, low = INT_MAX, high = INT_MIN;
-    for (i = 0; i < spread; i++) {
-        ckca__axis *a = &axis[i];
-        int first = gradient ? (i + pad) % stride : 0;
-        a->taps = !gradient ? taps : first < taps ? (taps - first + stride - 1) / stride : 0;
-        a->first = gradient ? first + stride * (a->taps - 1) : 0;
-        a->from = gradient ? (i + pad) / stride - (a->taps - 1) : -pad;
-        a->before = before;
-        a->at = i;
-        a->count = outputs > i ? (outputs - i + spread - 1) / spread : 0;
-        before += a->taps;
-        if (a->taps && a->from < low) low = a->from;
-        if (a->taps && a->from + a->taps > high) high = a->from + a->taps;
-    }
-    for (i = 0; i < spread; i++)
-        if (!axis[i].taps) axis[i].from = low;
-    *extra = high - low;
-    return low;
-}
-
-/* The forward pass (gradient 0) or the input gradient (1) of a shape, cut into tasks. */
-static void ckca__conv_plan(ckca__job *job, const ckca__conv *shape, int gradient) {
-    ckca__conv s = ckca__conv_flat(shape);
-    int extra_w, bands, least;
-    size_t region, row;
-    memset(job, 0, sizeof *job);
-    job->n = s.n;
-    job->h = gradient ? s.p : s.h;
-    job->w = gradient ? s.q : s.w;
-    job->c = gradient ? s.k : s.c;
-    job->oh = gradient ? s.h : s.p;
-    job->ow = gradient ? s.w : s.q;
-    job->k = gradient ? s.c : s.k;
-    job->r = s.r;
-    job->s = s.s;
-    job->step = gradient ? 1 : s.stride;
-    job->spread = gradient ? s.stride : 1;
-    job->tap_step = gradient ? -s.stride : 1;
-    job->norm = gradient ? NULL : s.norm;
-    job->tap = s.c;
-    job->in = gradient ? (size_t)s.r * s.s * s.c : 1;
-    job->out = gradient ? 1 : (size_t)s.r * s.s * s.c;
-    job->top = ckca__conv_axes(job->y, gradient, s.r, s.stride, s.pad, job->oh, &job->extra_h);
-    job->left = ckca__conv_axes(job->x, gradient, s.s, s.stride, s.pad, job->ow, &extra_w);
-    job->width = (job->x->count - 1) * job->step + extra_w;
-    job->direct = job->top >= 0 && job->left >= 0 && job->left + job->width <= job->w &&
-                  job->top + (job->y->count - 1) * job->step + job->extra_h <= job->h &&
-                  (!job->norm || s.r * s.s == 1);
-
-    /* Rows while they fit the region, or whole pictures while they do; fewer where that makes too few tasks. */
-    row = (size_t)job->width * job->c;
-    job->rows = CKCA__CONV_REGION / (job->step * row) < (size_t)job->y->count
-                    ? (int)(CKCA__CONV_REGION / (job->step * row)) : job->y->count;
-    if (job->rows < 1) job->rows = 1;
-    bands = (job->y->count + job->rows - 1) / job->rows;
-    least = (CKCA__CONV_TASKS + job->n - 1) / job->n;
-    if (bands < least) bands = least;
-    job->rows = (job->y->count + bands - 1) / bands;
-    region = ((size_t)(job->rows - 1) * job->step + job->extra_h) * row;
-    job->pictures = 1;
-    if (bands == 1)
-        while (region * (job->pictures + 1) <= CKCA__CONV_REGION && (job->pictures + 1) * CKCA__CONV_TASKS <= job->n &&
-               job->pictures * job->y->count * job->x->count < CKCA__CONV_LIST)
-            job->pictures++;
-    job->scratch_size = job->direct ? 0 : ckca__round_up(region * job->pictures, 16);
-
-    /* Where pixels are read in place, lists need not end with a task's region: as many pixels as fit L2 beside the
-       weights, and whole tiles in a task. */
-    job->list = CKCA__CONV_LIST;
-    job->apart = job->direct && (job->norm || job->c % 1024 == 0);
-    if (job->direct) {
-        int most = 3 * CKCA__CONV_REGION / 2 / job->c / 12 * 12;
-        if (job->list > most) job->list = most > 12 ? most : 12;
-    }
-    if (job->direct && s.n == 1 && s.w == 1 && s.q == 1) {
-        int share = (s.h / CKCA__CONV_TASKS + 11) / 12 * 12;
-        if (job->list > share) job->list = share > 12 ? share : 12;
-        job->rows = s.h / (4 * CKCA__CONV_TASKS) / job->list * job->list;
-        if (job->rows < job->list) job->rows = job->list;
-        job->after = (size_t)job->rows * job->c;
-    }
-    if (job->apart) job->scratch_size = (size_t)job->list * (job->c + 16);
-}
-
-/* Floats from one thread's scratch to the next one's, where each needs size: mostly the same for all ops, so that a
-   thread finds its scratch in its own caches and not in another's (10% of a resnet20 step where two cores share no
-   cache). 2 MiB are a huge page. */
-static size_t ckca__apart(const ckca_context *ctx, size_t size) {
-    return ckca__round_up(size, ctx->threads > 1 ? ((size_t)1 << 21) / sizeof(float) : 16);
-}
-
-static int ckca__conv_vector(ckca_isa isa) { return 4 << (isa - CKCA_ISA_BASE); } /* floats */
-
-/* Packs the weights of one block of output channels and one phase. */
-static void ckca__conv_pack_run(void *argument, int task, int thread) {
-    const ckca__job *job = (const ckca__job *)argument;
-    int block = 2 * ckca__conv_vector(job->isa), blocks = (job->k + block - 1) / block;
-    int a = task / blocks / job->spread, b = task / blocks % job->spread;
-    (void)thread;
-    CKCA__DISPATCH(job, ckca__conv_pack, (job, a, b, task % blocks * block));
-}
-static void ckca__conv_task_run(void *argument, int task, int thread) {
-    const ckca__job *job = (const ckca__job *)argument;
-    CKCA__DISPATCH(job, ckca__conv_task, (job, task, job->scratch + thread * job->scratch_size));
-}
-
-/* Packs the weights, then runs the tasks. ws: each thread's scratch, then packed weights. */
-static void ckca__conv_run(ckca_context *ctx, ckca__job *job, void *ws) {
-    int block = 2 * ckca__conv_vector(ctx->isa), blocks = (job->k + block - 1) / block, tasks;
-    job->isa = ctx->isa;
-    job->scratch_size = ckca__apart(ctx, job->scratch_size);
-    job->scratch = (float *)ws;
-    job->packed = job->scratch + ctx->threads * job->scratch_size;
-    ckca__parallel(ctx, job->spread * job->spread * blocks, ckca__conv_pack_run, job);
-    tasks = (job->n + job->pictures - 1) / job->pictures * ((job->y->count + job->rows - 1) / job->rows);
-    ckca__parallel(ctx, tasks, ckca__conv_task_run, job);
-}
-
-/* The weight gradient's tasks: groups of pixels, each with sums of its own, as long as these stay small; then cuts of
-   the side that costs more to read, so that it is read once. */
-static void ckca__conv_weight_plan(const ckca_context *ctx, ckca__wjob *job, const ckca__conv *s) {
-    size_t sums = (size_t)s->r * s->s * s->c * s->k, pixels = (size_t)s->n * s->p * s->q, most = pixels;
-    int cuts, both;
-    memset(job, 0, sizeof *job);
-    job->s = *s;
-    job->swap = s->c < ckca__conv_vector(ctx->isa);
-    job->rows = job->swap ? s->r * s->s * s->c : s->k;
-    job->lanes = job->swap ? s->k : s->c;
-    most /= CKCA__CONV_PIXELS;
-    if (most > CKCA__CONV_PARTIAL / sums) most = CKCA__CONV_PARTIAL / sums;
-    job->groups = most > CKCA__CONV_GROUPS ? CKCA__CONV_GROUPS : most ? (int)most : 1;
-    job->partial = job->swap || job->groups > 1;
-    cuts = (CKCA__CONV_GROUPS + job->groups - 1) / job->groups;
-    job->row_cut = job->rows;
-    job->lane_cut = job->lanes;
-    if (job->rows >= (job->swap ? 1.0 : (double)s->r * s->s) * job->lanes)
-        job->row_cut = ((job->rows + cuts - 1) / cuts + 3) / 4 * 4;
-    else job->lane_cut = ((job->lanes + cuts - 1) / cuts + 31) / 32 * 32;
-    job->row_cuts = (job->rows + job->row_cut - 1) / job->row_cut;
-    job->lane_cuts = (job->lanes + job->lane_cut - 1) / job->lane_cut;
-    job->pixels = CKCA__CONV_PANELS / (job->row_cut + job->lane_cut);
-    if (job->pixels > CKCA__CONV_PIXELS) job->pixels = CKCA__CONV_PIXELS;
-    if (job->pixels < 16) job->pixels = 16;
-
-    /* Scratch for any cuts and so for any number of pixels: a short batch fits where a full one does. */
-    both = job->rows + job->lanes;
-    most = (size_t)CKCA__CONV_PIXELS * both;
-    if (most > CKCA__CONV_PANELS) most = CKCA__CONV_PANELS;
-    if (most < (size_t)16 * both) most = (size_t)16 * both;
-    job->at_b = (size_t)job->pixels * ckca__round_up(job->row_cut, 12) + 16 * (job->row_cut / 6 + 1);
-    job->at_b = ckca__round_up(job->at_b, 16);
-    job->at_zeros = job->at_b + (size_t)job->pixels * ckca__round_up(job->lane_cut, 32) + 16 * (job->lane_cut / 8 + 1);
-    job->at_taps = job->at_zeros + ckca__round_up(job->lane_cut, 16);
-    job->scratch_size = most + CKCA__CONV_PIXELS * 48 + 16 * (job->rows / 6 + job->lanes / 8 + 4) + job->lanes + 32;
-    if (job->swap) job->scratch_size += (size_t)CKCA__CONV_PIXELS * job->rows;
-    job->scratch_size = ckca__apart(ctx, job->scratch_size);
-}
-
-static void ckca__conv_weight_run(void *argument, int task, int thread) {
-    const ckca__wjob *job = (const ckca__wjob *)argument;
-    CKCA__DISPATCH(job, ckca__conv_weight_task, (job, task, job->scratch + thread * job->scratch_size));
-}
-
-/* Output channel k of: dw += the groups' sums. */
-static void ckca__conv_weight_reduce(void *argument, int k, int thread) {
-    const ckca__wjob *job = (const ckca__wjob *)argument;
-    size_t per = (size_t)job->s.r * job->s.s * job->s.c, all = per * job->s.k, i;
-    float *to = job->dw + k * per;
-    const float *sums = job->sums;
-    int g;
-    (void)thread;
-    for (g = 0; g < job->groups; g++, sums += all)
-        if (job->swap)
-            for (i = 0; i < per; i++) to[i] += sums[i * job->s.k + k];
-        else
-            for (i = 0; i < per; i++) to[i] += sums[k * per + i];
-}
-
-typedef struct ckca__bias_gradient {
-    size_t rows;
-    int k;
-    const float *dy;
-    float *dbias;
-} ckca__bias_gradient;
-
-/* 32 channels. */
-static void ckca__conv_bias_block(void *job, int block, int thread) {
-    const ckca__bias_gradient *a = (const ckca__bias_gradient *)job;
-    int first = block * 32, count = a->k - first < 32 ? a->k - first : 32, i;
-    double total[32];
-    size_t row, begin;
-    (void)thread;
-    for (i = 0; i < 32; i++) total[i] = 0;
-    for (begin = 0; begin < a->rows; begin += 256) {
-        float sum[32];
-        memset(sum, 0, sizeof sum);
-        for (row = begin; row < a->rows && row < begin + 256; row++)
-            for (i = 0; i < count; i++) sum[i] += a->dy[row * a->k + first + i];
-        for (i = 0; i < count; i++) total[i] += sum[i];
-    }
-    for (i = 0; i < count; i++) a->dbias[first + i] += (float)total[i];
-}
-
-/* dbias[k] += the sum of dy[row][k]; in double over blocks of 256 rows. */
-static void ckca__conv_bias_gradient(ckca_context *ctx, size_t rows, int k, const float *dy, float *dbias) {
-    ckca__bias_gradient job = {rows, k, dy, dbias};
-    ckca__parallel(ctx, (k + 31) / 32, ckca__conv_bias_block, &job);
-}
-
-static int ckca__conv_is_plain(const ckca_context *ctx, const ckca__conv *s) {
-    return ctx->isa == CKCA_ISA_PLAIN || s->stride > CKCA__CONV_PHASES;
-}
-
-/* ------------------------------------------------------------------------------------------------------------------
-   CONVOLUTION, Winograd's algorithm for 3 x 3 kernels of stride 1 and 2 (Winograd 1980; Lavin and Gray 2016)
-
-   Four outputs along an axis are 12 products of six pixels d with three weights g. Seen as polynomials they are given
-   by their values at six points, and values multiply one by one: y = A^T ((G g) (B^T d)) needs 6 products; on both
-   axes, for a tile of 4 x 4 outputs, 36 instead of 144. With the points 0, a, -a, b, -b, infinity, and a^2 = 1/2 and
-   b^2 = 2:
-
-             1    0  -5/2    0   1   0           1     0      0
-             0   -2a  -2     a   1   0         -2/3  -2a/3  -1/3          1   1   1    1    1   0
-     B^T =   0    2a  -2    -a   1   0     G = -2/3   2a/3  -1/3    A^T = 0   a  -a    b   -b   0
-             0  -b/2 -1/2    b   1   0          1/6   b/6    1/3          0  1/2 1/2   2    2   0
-             0   b/2 -1/2   -b   1   0          1/6  -b/6    1/3          0  a/2 -a/2  2b  -2b  1
-             0    1    0   -5/2  0   1           0     0      1
-
-   (The usual points 0, 1, -1, 2, -2 make errors twice as large, at worst six times: measured.) The sum over channels is
-   taken at the points: 36 products of matrices, tiles x C by C x K. The input gradient is the same with the weights
-   turned round and C and K exchanged; the weight gradient runs backwards through it, G^T ((A dy) (B^T d)), its matrices
-   summed over tiles. What is saved in products is partly spent on turning pixels and outputs, 270 operations on vectors
-   per tile of 36 C: the fewer channels, the less is won. On the machine above, in units of direct products, the forward
-   pass makes 150 GFLOP/s with 16 channels, 226 with 32, 280 to 340 with 64 and more.
-
-   With stride 2, output i is g0 d[2i] + g2 d[2i + 2], two weights on the even pixels, plus g1 d[2i + 1] on the odd ones.
-   Of a tile's nine pixels the five even ones go to the points a, -a, b, -b and infinity, F(4, 2), and the four odd ones
-   stay what they are: 9 products instead of 12, on both axes 81 instead of 144. The weights still have 36 matrices,
-   since all odd pixels meet the same g1. The input gradient makes tiles of 8 x 8 out of 5 x 5 of dy: with padding 1 its
-   even pixels meet g1, its odd ones the other two. On the machine above: 150 GFLOP/s with 128 channels, 130 with 256
-   (on maps of 14 x 14, where a quarter of the tiles is margin); errors 1 to 1.3 times (y) and 1.8 to 2.6 times (dx)
-   those of direct sums.
-
-   Each task takes some of the tiles, in blocks that stay in L2: turn the pixels, multiply at each point, turn the
-   outputs, with no memory of its own but scratch. Where there are few tiles and many weights, tasks are ranges of
-   output channels, each of which turns its own weights; else they are turned once for all.
-   ------------------------------------------------------------------------------------------------------------------ */
-
-/* Plans the forward pass (0), the input gradient (1) or the weight gradient (2) of a shape; 0 if it is better off
-   direct: too few tiles to pay for turning the weights, tiles that are mostly margin, channels that fill no vectors. */
-static int ckca__wino_plan(const ckca_context *ctx, ckca__wino *job, const ckca__conv *s, int pass) {
-    int lanes, blocks, channels, least;
-    if (ctx->direct || ckca__conv_is_plain(ctx, s) || s->r != 3 || s->s != 3 || s->stride > 2 || s->pad > 2 ||
-        s->c % 16 || s->k % 16)
-        return 0;
-    if (s->stride == 2 && (s->pad != 1 || s->c < 32 || s->k < 32)) return 0; /* few channels: not worth the turning */
-    memset(job, 0, sizeof *job);
-    job->isa = ctx->isa;
-    job->stride = s->stride;
-    job->turned = pass == 1;
-    job->axis = s->stride == 1 ? 6 : 9;
-    job->points = job->axis * job->axis;
-    job->outputs = s->stride == 2 && job->turned ? 8 : 4;
-    job->source.h = job->turned ? s->p : s->h;
-    job->source.w = job->turned ? s->q : s->w;
-    job->source.c = job->source.channels = job->c = job->turned ? s->k : s->c;
-    job->source.pad = !job->turned ? s->pad : s->stride == 1 ? 2 - s->pad : 0;
-    job->source.step = s->stride == 2 && !job->turned ? 8 : 4;
-    job->source.norm = job->turned ? NULL : s->norm;
-    job->dy.step = 4;
-    job->dy.h = s->p;
-    job->dy.w = s->q;
-    job->dy.c = job->dy.channels = s->k;
-    job->oh = job->turned ? s->h : s->p;
-    job->ow = job->turned ? s->w : s->q;
-    job->k = job->turned ? s->c : s->k;
-    job->across = (job->ow + job->outputs - 1) / job->outputs;
-    job->down = (job->oh + job->outputs - 1) / job->outputs;
-    if ((double)s->n * job->across * job->down > INT_MAX / 2) return 0;
-    job->tiles = s->n * job->across * job->down;
-    if (job->tiles < 16 || (s->stride == 1 ? 0.5 : 0.7) * job->outputs * job->outputs * job->across * job->down >
-                               (double)job->oh * job->ow)
-        return 0;
-
-    lanes = 2 * ckca__conv_vector(ctx->isa);
-    blocks = (job->k + lanes - 1) / lanes;
-    job->ranges = 1;
-    job->parts = CKCA__WINO_TASKS;
-    if (pass == 2) {
-        double sums = (double)CKCA__WINO_POINTS * job->c * job->k / CKCA__WINO_SUMS;
-        job->ranges = sums > job->k / 16 ? job->k / 16 : (int)ceil(sums);
-        job->parts = (CKCA__WINO_TASKS + job->ranges - 1) / job->ranges;
-        if (s->stride == 2 && job->ranges > 1) return 0; /* too many visits to the sums */
-    }
-    while (job->parts > 1 && job->parts * 48 > job->tiles) job->parts /= 2; /* shares of an even number of tasks */
-    if (pass < 2 && job->parts < 4) {
-        job->parts = 1;
-        job->ranges = blocks < 8 ? blocks : 8;
-    }
-
-    /* The greatest range of output channels, then the scratch: zeros, pixels, then sums and a task's own weights; or dy
-       and sums. It does not depend on the number of tiles: a short batch fits where a full one does. */
-    channels = pass == 2 ? (job->k / 16 + job->ranges - 1) / job->ranges * 16 : lanes;
-    job->block = CKCA__WINO_BLOCK / (job->points * (job->c + channels)) / 12 * 12;
-    if (job->block > 96) job->block = 96;
-    least = pass < 2 ? 24 : s->stride == 1 ? 72 : 36; /* dw's sums at the points are long to visit */
-    if (job->block < least) job->block = least;
-    job->scratch_size = job->c > job->k ? job->c : job->k;
-    job->scratch_size += job->points * ckca__wino_point(job->block, job->c);
-    job->scratch_size += job->points * ckca__wino_point(job->block, channels);
-    job->scratch_size += (size_t)CKCA__WINO_POINTS * job->c * (pass == 2 ? channels : (blocks + 7) / 8 * lanes);
-    if (job->block > job->tiles) job->block = (job->tiles + 11) / 12 * 12;
-    job->scratch_size = ckca__apart(ctx, job->scratch_size);
+/* Makes room for one more item in a growing array. Zero if there is no memory. */
+static int ckca__grow(ckca_context *ctx, void **items, size_t count, size_t *capacity, size_t item_bytes) {
+    size_t more = *capacity ? ckca__mul(*capacity, 2) : 16;
+    void *grown;
+    if (count < *capacity) return 1;
+    grown = ckca__alloc(ctx, ckca__mul(more, item_bytes));
+    if (!grown) return 0;
+    if (count) memcpy(grown, *items, count * item_bytes);
+    ckca__release(ctx, *items);
+    *items = grown;
+    *capacity = more;
     return 1;
 }
 
-/* Floats that all three passes can do with. */
-static size_t ckca__wino_workspace(const ckca_context *ctx, const ckca__conv *s) {
-    size_t most = 0;
-    int pass;
-    for (pass = 0; pass < 3; pass++) {
-        ckca__wino job;
-        size_t floats;
-        if (!ckca__wino_plan(ctx, &job, s, pass)) continue;
-        /* Fewer tiles never take more parts, nor one range where these took many. */
-        floats = job.scratch_size * ctx->threads; /* first, then what they share */
-        if (pass == 2) floats += job.parts > 1 ? (size_t)job.parts * 9 * job.c * job.k : 0;
-        else if (job.ranges == 1) floats += (size_t)CKCA__WINO_POINTS * job.c * ckca__round_up(job.k, 32);
-        if (floats > most) most = floats;
-    }
-    return most;
-}
+/* ---- clock ---- */
 
-/* Turns the weights of a block of output channels. */
-static void ckca__wino_pack_run(void *argument, int b, int thread) {
-    const ckca__wino *job = (const ckca__wino *)argument;
-    int lanes = 2 * ckca__conv_vector(job->isa);
-    (void)thread;
-    CKCA__DISPATCH(job, ckca__wino_pack, (job, b, job->packed + (size_t)b * CKCA__WINO_POINTS * job->c * lanes));
-}
-static void ckca__wino_task_run(void *argument, int task, int thread) {
-    const ckca__wino *job = (const ckca__wino *)argument;
-    CKCA__DISPATCH(job, ckca__wino_task, (job, task, job->scratch + thread * job->scratch_size));
-}
-
-static void ckca__wino_run(ckca_context *ctx, ckca__wino *job, void *ws) {
-    int lanes = 2 * ckca__conv_vector(ctx->isa);
-    job->scratch = (float *)ws;
-    if (job->ranges == 1) {
-        job->packed = job->scratch + ctx->threads * job->scratch_size;
-        ckca__parallel(ctx, (job->k + lanes - 1) / lanes, ckca__wino_pack_run, job);
-    }
-    ckca__parallel(ctx, job->parts * job->ranges, ckca__wino_task_run, job);
-}
-
-static void ckca__wino_weight_task_run(void *argument, int task, int thread) {
-    const ckca__wino *job = (const ckca__wino *)argument;
-    CKCA__DISPATCH(job, ckca__wino_weight_task, (job, task, job->scratch + thread * job->scratch_size));
-}
-
-/* Output channel k of: dw += the parts' sums. */
-static void ckca__wino_weight_reduce(void *argument, int k, int thread) {
-    const ckca__wino *job = (const ckca__wino *)argument;
-    size_t per = (size_t)9 * job->c, all = per * job->k, i;
-    int part;
-    (void)thread;
-    for (part = 0; part < job->parts; part++)
-        for (i = 0; i < per; i++) job->output[k * per + i] += job->sums[part * all + k * per + i];
-}
-
-static void ckca__wino_weight_run(ckca_context *ctx, ckca__wino *job, float *dw, void *ws) {
-    job->output = dw;
-    job->scratch = (float *)ws;
-    job->sums = job->parts > 1 ? job->scratch + ctx->threads * job->scratch_size : dw;
-    ckca__parallel(ctx, job->parts * job->ranges, ckca__wino_weight_task_run, job);
-    if (job->parts > 1) ckca__parallel(ctx, job->k, ckca__wino_weight_reduce, job);
-}
-#endif /* CKCA__SIMD */
-
-CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *s) {
-    size_t taps = ckca__mul(s->r, s->s), floats = ckca__mul(taps, ckca__mul(s->c, s->k));
-#ifdef CKCA__SIMD
-    if (!ckca__conv_is_plain(ctx, s)) {
-        ckca__job job;
-        ckca__wjob weight;
-        int gradient;
-        ckca__conv_weight_plan(ctx, &weight, s);
-        if (floats < CKCA__CONV_PARTIAL / CKCA__CONV_GROUPS) floats *= CKCA__CONV_GROUPS; /* partial sums */
-        else if (floats < CKCA__CONV_PARTIAL) floats = CKCA__CONV_PARTIAL;
-        floats = ckca__sum(floats, ckca__mul(weight.scratch_size, ctx->threads));
-        for (gradient = 0; gradient < 2; gradient++) {
-            size_t packed;
-            ckca__conv_plan(&job, s, gradient);
-            packed = ckca__mul(taps, ckca__mul(job.c, ckca__round_up(job.k, 16)));
-            packed = ckca__sum(packed, ckca__mul(ckca__apart(ctx, job.scratch_size), ctx->threads));
-            if (packed > floats) floats = packed;
-        }
-        if (ckca__wino_workspace(ctx, s) > floats) floats = ckca__wino_workspace(ctx, s);
-    }
+#include <time.h>
+#if defined(__unix__) || defined(__APPLE__)
+#include <sys/time.h>
 #endif
-    (void)ctx;
-    return ckca__mul(floats, sizeof(float));
-}
 
-/* Convolutions here arrange weights for themselves. */
-CKCA__OP size_t ckca__ready_bytes(const ckca_context *ctx, const ckca__conv *s, int backward) {
-    (void)ctx;
-    (void)s;
-    (void)backward;
-    return 0;
-}
-CKCA__OP void ckca__op_ready(ckca_context *ctx, int count, const ckca__conv *s, const float *const *w, int backward) {
-    (void)ctx;
-    (void)count;
-    (void)s;
-    (void)w;
-    (void)backward;
-}
-
-CKCA__OP int ckca__may_norm(const ckca_context *ctx, const ckca__conv *s) {
-#ifdef CKCA__SIMD
-    return !ckca__conv_is_plain(ctx, s) && s->c % 16 == 0; /* whole vectors pass through registers on their way in */
+static double ckca__seconds(void) {
+#if defined(__unix__) || defined(__APPLE__)
+#ifdef CLOCK_MONOTONIC /* strict C99 hides it */
+    struct timespec now;
+    if (clock_gettime(CLOCK_MONOTONIC, &now) == 0) return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+#endif
+    {
+        struct timeval wall;
+        gettimeofday(&wall, NULL);
+        return (double)wall.tv_sec + 1e-6 * (double)wall.tv_usec;
+    }
 #else
-    (void)ctx;
-    (void)s;
-    return 0;
+    return (double)clock() / CLOCKS_PER_SEC; /* one thread: processor time is close to the wall's */
 #endif
 }
 
-CKCA__OP void ckca__op_conv_forward(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w,
-                                    const float *bias, const float *residual, int relu, float *y, void *ws) {
-#ifdef CKCA__SIMD
-    ckca__wino wino;
-    if (ckca__wino_plan(ctx, &wino, s, 0)) {
-        wino.source.at = x;
-        wino.weights = w;
-        wino.bias = bias;
-        wino.residual = residual;
-        wino.relu = relu;
-        wino.output = y;
-        ckca__wino_run(ctx, &wino, ws);
-        return;
-    }
-    if (!ckca__conv_is_plain(ctx, s)) {
-        ckca__job job;
-        ckca__conv_plan(&job, s, 0);
-        job.source = x;
-        job.weights = w;
-        job.bias = bias;
-        job.residual = residual;
-        job.relu = relu;
-        job.output = y;
-        ckca__conv_run(ctx, &job, ws);
-        return;
-    }
-#endif
-    ckca__naive_conv_forward(ctx, s, x, w, bias, residual, relu, y, (float *)ws);
-}
-
-CKCA__OP void ckca__op_conv_backward_data(ckca_context *ctx, const ckca__conv *s, const float *dy, const float *w,
-                                          float *dx, int accumulate, void *ws) {
-#ifdef CKCA__SIMD
-    ckca__wino wino;
-    if (ckca__wino_plan(ctx, &wino, s, 1)) {
-        wino.source.at = dy;
-        wino.weights = w;
-        wino.residual = accumulate ? dx : NULL;
-        wino.output = dx;
-        ckca__wino_run(ctx, &wino, ws);
-        return;
-    }
-    if (!ckca__conv_is_plain(ctx, s)) {
-        ckca__job job;
-        ckca__conv_plan(&job, s, 1);
-        job.source = dy;
-        job.weights = w;
-        job.residual = accumulate ? dx : NULL;
-        job.output = dx;
-        ckca__conv_run(ctx, &job, ws);
-        return;
-    }
-#endif
-    (void)ws;
-    ckca__naive_conv_backward_data(ctx, s, dy, w, dx, accumulate);
-}
-
-CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv *s, const float *x, const float *dy,
-                                            float *dw, float *dbias, void *ws) {
-#ifdef CKCA__SIMD
-    ckca__wino wino;
-    if (ckca__wino_plan(ctx, &wino, s, 2)) {
-        wino.source.at = x;
-        wino.dy.at = dy;
-        ckca__wino_weight_run(ctx, &wino, dw, ws);
-        if (dbias) ckca__conv_bias_gradient(ctx, (size_t)s->n * s->p * s->q, s->k, dy, dbias);
-        return;
-    }
-    if (!ckca__conv_is_plain(ctx, s)) {
-        ckca__wjob job;
-        ckca__conv_weight_plan(ctx, &job, s);
-        job.isa = ctx->isa;
-        job.x = x;
-        job.dy = dy;
-        job.dw = dw;
-        job.scratch = (float *)ws;
-        job.sums = job.partial ? job.scratch + job.scratch_size * ctx->threads : dw;
-        ckca__parallel(ctx, job.groups * job.row_cuts * job.lane_cuts, ckca__conv_weight_run, &job);
-        if (job.partial) ckca__parallel(ctx, s->k, ckca__conv_weight_reduce, &job);
-        if (dbias) ckca__conv_bias_gradient(ctx, (size_t)s->n * s->p * s->q, s->k, dy, dbias);
-        return;
-    }
-#endif
-    (void)ws;
-    ckca__naive_conv_backward_weight(ctx, s, x, dy, dw, dbias);
-}
-
-/* A linear layer is a 1 x 1 convolution over n pictures of one pixel. */
-static void ckca__linear_as_conv(ckca__conv *s, int n, int d, int k) {
-    s->n = n;
-    s->c = d;
-    s->k = k;
-    s->h = s->w = s->r = s->s = s->stride = s->p = s->q = 1;
-    s->pad = 0;
-    s->norm = NULL;
-}
-
-CKCA__OP void ckca__op_linear_forward(ckca_context *ctx, int n, int d, int k, const float *x, const float *w,
-                                      const float *bias, float *y, void *ws) {
-    ckca__conv s;
-    ckca__linear_as_conv(&s, n, d, k);
-    ckca__op_conv_forward(ctx, &s, x, w, bias, NULL, 0, y, ws);
-}
-
-/* dx may be NULL: then only the gradients of the parameters are wanted. */
-CKCA__OP void ckca__op_linear_backward(ckca_context *ctx, int n, int d, int k, const float *x, const float *w,
-                                       const float *dy, float *dx, int accumulate, float *dw, float *dbias, void *ws) {
-    ckca__conv s;
-    ckca__linear_as_conv(&s, n, d, k);
-    if (dx) ckca__op_conv_backward_data(ctx, &s, dy, w, dx, accumulate, ws);
-    ckca__op_conv_backward_weight(ctx, &s, x, dy, dw, dbias, ws);
-}
-#endif /* CKCA_CUDA */
-
-#endif /* CKCA__CONVOLUTION */
-#endif /* CKCA_IMPLEMENTATION */
-#endif /* CKCA__PASS */
-#ifdef CKCA__PASS
-
-/* ------------------------------------------------------------------------------------------------------------------
-   OPS, the kernels
-
-   Channels are innermost, so activations are one long array whose channels repeat every c values, and every cols values
-   for any multiple cols of c. Batch norm's kernels walk count values in rows of cols, a multiple that fills whole
-   vectors (ckca__wide); the last row may be a part of one.
-   ------------------------------------------------------------------------------------------------------------------ */
-
-/* sum[j] += d, square[j] += d^2 with d = x - shift[j], over some rows. The sums are too many for registers: taking four
-   rows at once reads and writes them (in cache) once for four. Long rows are taken singly, since memory is read fastest
-   from front to back. */
-static inline void CKCA__NAME(ckca__moments_rows)(int rows, size_t cols, const float *x, const float *shift, float *sum,
-                                                  float *square) {
-    size_t j = 0;
-    int r;
-    for (; j + CKCA__VW <= cols; j += CKCA__VW) {
-        CKCA__V m = CKCA__LOAD(shift + j), s = CKCA__LOAD(sum + j), q = CKCA__LOAD(square + j);
-        for (r = 0; r < rows; r++) {
-            CKCA__V d = CKCA__SUB(CKCA__LOAD(x + r * cols + j), m);
-            s = CKCA__ADD(s, d);
-            q = CKCA__FMA(d, d, q);
-        }
-        CKCA__STORE(sum + j, s);
-        CKCA__STORE(square + j, q);
-    }
-    for (; j < cols; j++)
-        for (r = 0; r < rows; r++) {
-            float d = x[r * cols + j] - shift[j];
-            sum[j] += d;
-            square[j] += d * d;
-        }
-}
-
-static void CKCA__NAME(ckca__moments)(size_t count, size_t cols, const float *x, const float *shift, float *sum,
-                                      float *square) {
-    size_t i = 0;
-    for (; cols < 256 && i + 4 * cols <= count; i += 4 * cols)
-        CKCA__NAME(ckca__moments_rows)(4, cols, x + i, shift, sum, square);
-    for (; i < count; i += cols)
-        CKCA__NAME(ckca__moments_rows)(1, count - i < cols ? count - i : cols, x + i, shift, sum, square);
-}
-
-/* Where a ReLU let x through: y > 0 or, y being NULL, (x - mean) scale + beta > 0; everywhere if scale is NULL too.
-   d is x - mean. */
-CKCA__INLINE CKCA__V CKCA__NAME(ckca__gate)(CKCA__V g, CKCA__V d, const float *y, const float *scale,
-                                            const float *beta) {
-    if (y) return CKCA__WHERE_POSITIVE(CKCA__LOAD(y), g);
-    return scale ? CKCA__WHERE_POSITIVE(CKCA__FMA(d, CKCA__LOAD(scale), CKCA__LOAD(beta)), g) : g;
-}
-CKCA__INLINE float CKCA__NAME(ckca__gate_one)(float g, float d, const float *y, const float *scale, const float *beta) {
-    return (y ? *y : scale ? d * *scale + *beta : 1.0f) > 0 ? g : 0;
-}
-
-/* sum[j] += g, product[j] += g (x - mean[j]), with g = dy where the gate lets it. */
-static inline void CKCA__NAME(ckca__products_rows)(int rows, size_t cols, const float *x, const float *y,
-                                                   const float *dy, const float *mean, const float *scale,
-                                                   const float *beta, float *sum, float *product) {
-    size_t j = 0, i;
-    int r;
-    for (; j + CKCA__VW <= cols; j += CKCA__VW) {
-        CKCA__V m = CKCA__LOAD(mean + j), s = CKCA__LOAD(sum + j), p = CKCA__LOAD(product + j);
-        for (r = 0, i = j; r < rows; r++, i += cols) {
-            CKCA__V d = CKCA__SUB(CKCA__LOAD(x + i), m);
-            CKCA__V g = CKCA__NAME(ckca__gate)(CKCA__LOAD(dy + i), d, y ? y + i : NULL, scale ? scale + j : NULL,
-                                               scale ? beta + j : NULL);
-            s = CKCA__ADD(s, g);
-            p = CKCA__FMA(g, d, p);
-        }
-        CKCA__STORE(sum + j, s);
-        CKCA__STORE(product + j, p);
-    }
-    for (; j < cols; j++)
-        for (r = 0, i = j; r < rows; r++, i += cols) {
-            float d = x[i] - mean[j];
-            float g = CKCA__NAME(ckca__gate_one)(dy[i], d, y ? y + i : NULL, scale ? scale + j : NULL,
-                                                 scale ? beta + j : NULL);
-            sum[j] += g;
-            product[j] += g * d;
-        }
-}
-
-static void CKCA__NAME(ckca__products)(size_t count, size_t cols, const float *x, const float *y, const float *dy,
-                                       const float *mean, const float *scale, const float *beta, float *sum,
-                                       float *product) {
-    size_t i = 0;
-    for (; cols < 128 && i + 4 * cols <= count; i += 4 * cols)
-        CKCA__NAME(ckca__products_rows)(4, cols, x + i, y ? y + i : NULL, dy + i, mean, scale, beta, sum, product);
-    for (; i < count; i += cols)
-        CKCA__NAME(ckca__products_rows)(1, count - i < cols ? count - i : cols, x + i, y ? y + i : NULL, dy + i, mean,
-                                        scale, beta, sum, product);
-}
-
-/* (x - mean) scale + beta, of a vector and of one value. */
-CKCA__INLINE CKCA__V CKCA__NAME(ckca__scaled)(const ckca__table *t, size_t j, const float *x) {
-    return CKCA__FMA(CKCA__SUB(CKCA__LOAD(x), CKCA__LOAD(t->mean + j)), CKCA__LOAD(t->scale + j),
-                     CKCA__LOAD(t->beta + j));
-}
-CKCA__INLINE float CKCA__NAME(ckca__scaled_one)(const ckca__table *t, size_t j, float x) {
-    return (x - t->mean[j]) * t->scale[j] + t->beta[j];
-}
-
-/* y = relu?((x - mean) scale + beta + residual); residual and its table may be NULL. */
-static void CKCA__NAME(ckca__normalize)(size_t count, size_t cols, const float *x, const ckca__table *table,
-                                        const float *residual, const ckca__table *residual_table, float *y) {
-    const CKCA__V zero = CKCA__SET(0);
-    const ckca__table t = *table, r = residual_table ? *residual_table : t;
-    const int normed = residual_table != NULL;
-    size_t i, j, end;
-    for (i = 0; i < count; i += cols) {
-        end = count - i < cols ? count - i : cols;
-        for (j = 0; j + CKCA__VW <= end; j += CKCA__VW) {
-            CKCA__V v = CKCA__NAME(ckca__scaled)(&t, j, x + i + j);
-            if (residual) {
-                CKCA__V add = normed ? CKCA__NAME(ckca__scaled)(&r, j, residual + i + j) : CKCA__LOAD(residual + i + j);
-                if (normed && r.relu) add = CKCA__MAX(zero, add);
-                v = CKCA__ADD(v, add);
-            }
-            if (t.relu) v = CKCA__MAX(zero, v); /* in this order NaN stays NaN */
-            CKCA__STORE(y + i + j, v);
-        }
-        for (; j < end; j++) {
-            float v = CKCA__NAME(ckca__scaled_one)(&t, j, x[i + j]), add = residual ? residual[i + j] : 0;
-            if (normed) {
-                add = CKCA__NAME(ckca__scaled_one)(&r, j, add);
-                if (r.relu && add <= 0) add = 0;
-            }
-            if (residual) v += add;
-            y[i + j] = t.relu && v <= 0 ? 0 : v;
-        }
-    }
-}
-
-/* dx = scale g - b (x - mean) - c; dresidual (+)= g. beta NULL: the gate does not look at x. */
-static void CKCA__NAME(ckca__normalize_backward)(size_t count, size_t cols, const float *x, const float *y,
-                                                 const float *dy, const float *mean, const float *scale, const float *b,
-                                                 const float *c, const float *beta, float *dx, float *dresidual,
-                                                 int accumulate) {
-    const float *gate = beta ? scale : NULL;
-    size_t i, j, end;
-    for (i = 0; i < count; i += cols) {
-        end = count - i < cols ? count - i : cols;
-        for (j = 0; j + CKCA__VW <= end; j += CKCA__VW) {
-            CKCA__V d = CKCA__SUB(CKCA__LOAD(x + i + j), CKCA__LOAD(mean + j));
-            CKCA__V g = CKCA__NAME(ckca__gate)(CKCA__LOAD(dy + i + j), d, y ? y + i + j : NULL,
-                                               gate ? gate + j : NULL, gate ? beta + j : NULL);
-            d = CKCA__FMA(d, CKCA__LOAD(b + j), CKCA__LOAD(c + j));
-            CKCA__STORE(dx + i + j, CKCA__SUB(CKCA__MUL(g, CKCA__LOAD(scale + j)), d));
-            if (dresidual)
-                CKCA__STORE(dresidual + i + j, accumulate ? CKCA__ADD(g, CKCA__LOAD(dresidual + i + j)) : g);
-        }
-        for (; j < end; j++) {
-            float d = x[i + j] - mean[j];
-            float g = CKCA__NAME(ckca__gate_one)(dy[i + j], d, y ? y + i + j : NULL, gate ? gate + j : NULL,
-                                                 gate ? beta + j : NULL);
-            dx[i + j] = scale[j] * g - (d * b[j] + c[j]);
-            if (dresidual) dresidual[i + j] = accumulate ? dresidual[i + j] + g : g;
-        }
-    }
-}
-
-/* y = relu?(a + b), b may be NULL. */
-static void CKCA__NAME(ckca__add)(size_t count, const float *a, const float *b, int relu, float *y) {
-    const CKCA__V zero = CKCA__SET(0);
-    size_t i = 0;
-    for (; i + CKCA__VW <= count; i += CKCA__VW) {
-        CKCA__V v = CKCA__LOAD(a + i);
-        if (b) v = CKCA__ADD(v, CKCA__LOAD(b + i));
-        if (relu) v = CKCA__MAX(zero, v);
-        CKCA__STORE(y + i, v);
-    }
-    for (; i < count; i++) {
-        float v = b ? a[i] + b[i] : a[i];
-        y[i] = relu && v <= 0 ? 0 : v;
-    }
-}
-
-/* dx (+)= dy where y > 0 */
-static void CKCA__NAME(ckca__add_backward)(size_t count, const float *y, const float *dy, float *dx, int accumulate) {
-    size_t i = 0;
-    for (; i + CKCA__VW <= count; i += CKCA__VW) {
-        CKCA__V g = CKCA__LOAD(dy + i);
-        if (y) g = CKCA__WHERE_POSITIVE(CKCA__LOAD(y + i), g);
-        CKCA__STORE(dx + i, accumulate ? CKCA__ADD(g, CKCA__LOAD(dx + i)) : g);
-    }
-    for (; i < count; i++) {
-        float g = y && !(y[i] > 0) ? 0 : dy[i];
-        dx[i] = accumulate ? dx[i] + g : g;
-    }
-}
-
-static void CKCA__NAME(ckca__sgd)(size_t count, float *w, const float *g, float *v, float lr, float momentum,
-                                  float weight_decay, int nesterov, float gscale) {
-    const CKCA__V m = CKCA__SET(momentum), decay = CKCA__SET(weight_decay), s = CKCA__SET(gscale),
-                  rate = CKCA__SET(-lr);
-    size_t i = 0;
-    for (; i + CKCA__VW <= count; i += CKCA__VW) {
-        CKCA__V to = CKCA__LOAD(w + i);
-        CKCA__V d = CKCA__FMA(decay, to, CKCA__MUL(CKCA__LOAD(g + i), s));
-        CKCA__V step = CKCA__FMA(m, CKCA__LOAD(v + i), d);
-        CKCA__STORE(v + i, step);
-        if (nesterov) step = CKCA__FMA(m, step, d);
-        CKCA__STORE(w + i, CKCA__FMA(rate, step, to));
-    }
-    for (; i < count; i++) {
-        float d = g[i] * gscale + weight_decay * w[i];
-        v[i] = momentum * v[i] + d;
-        w[i] -= lr * (nesterov ? d + momentum * v[i] : v[i]);
-    }
-}
-
-/* a . b: vectors of floats over runs of 4096, whose sums are added in double. */
-static double CKCA__NAME(ckca__dot)(size_t count, const float *a, const float *b) {
-    float lane[CKCA__VW];
-    double sum = 0;
-    size_t i = 0, end;
-    int j;
-    while (i + 2 * CKCA__VW <= count) {
-        CKCA__V s = CKCA__SET(0), t = s;
-        end = count - i < 4096 ? count : i + 4096;
-        for (; i + 2 * CKCA__VW <= end; i += 2 * CKCA__VW) {
-            s = CKCA__FMA(CKCA__LOAD(a + i), CKCA__LOAD(b + i), s);
-            t = CKCA__FMA(CKCA__LOAD(a + i + CKCA__VW), CKCA__LOAD(b + i + CKCA__VW), t);
-        }
-        CKCA__STORE(lane, CKCA__ADD(s, t));
-        for (j = 0; j < CKCA__VW; j++) sum += lane[j];
-    }
-    for (; i < count; i++) sum += (double)a[i] * b[i];
-    return sum;
-}
-
-/* y = alpha a + beta b, or adds it. */
-static void CKCA__NAME(ckca__combine)(size_t count, float alpha, const float *a, float beta, const float *b, float *y,
-                                      int accumulate) {
-    const CKCA__V va = CKCA__SET(alpha), vb = CKCA__SET(beta);
-    size_t i = 0;
-    for (; i + CKCA__VW <= count; i += CKCA__VW) {
-        CKCA__V v = CKCA__FMA(va, CKCA__LOAD(a + i), CKCA__MUL(vb, CKCA__LOAD(b + i)));
-        CKCA__STORE(y + i, accumulate ? CKCA__ADD(v, CKCA__LOAD(y + i)) : v);
-    }
-    for (; i < count; i++) y[i] = alpha * a[i] + beta * b[i] + (accumulate ? y[i] : 0);
-}
-
-/* Vectors of 32-bit integers and of bytes, as many as floats in a CKCA__V. Comparing two CKCA__V gives one of the
-   first, -1 where true (GNU C's vector extensions). */
-typedef int CKCA__NAME(ckca__ints) __attribute__((vector_size(4 * CKCA__VW)));
-typedef unsigned char CKCA__NAME(ckca__bytes) __attribute__((vector_size(CKCA__VW)));
-
-/* One output pixel of a max pooling, see ckca__naive_maxpool_pixel. */
-static void CKCA__NAME(ckca__maxpool_pixel)(int c, int taps, const float *const *from, const ckca__norm *norm,
-                                            const unsigned char *position, float *y, unsigned char *at) {
-    int j = 0, t;
-    for (; j + CKCA__VW <= c; j += CKCA__VW) {
-        CKCA__V best = CKCA__SET(-INFINITY);
-        CKCA__NAME(ckca__ints) where = {0}, take, here;
-        CKCA__NAME(ckca__bytes) narrow;
-        for (t = 0; t < taps; t++) {
-            CKCA__V v = CKCA__LOAD(from[t] + j);
-            if (norm) v = CKCA__NAME(ckca__norm)(norm, j, v);
-            take = (CKCA__NAME(ckca__ints))(v > best) | (CKCA__NAME(ckca__ints))(v != v);
-            here = where & 0;
-            here += position[t];
-            where = (take & here) | (~take & where);
-            best = (CKCA__V)((take & (CKCA__NAME(ckca__ints))v) | (~take & (CKCA__NAME(ckca__ints))best));
-        }
-        CKCA__STORE(y + j, best);
-        narrow = __builtin_convertvector(where, CKCA__NAME(ckca__bytes));
-        if (at) memcpy(at + j, &narrow, sizeof narrow);
-    }
-    for (; j < c; j++) {
-        unsigned char where = 0;
-        y[j] = -INFINITY;
-        for (t = 0; t < taps; t++)
-            if (from[t][j] > y[j] || from[t][j] != from[t][j]) y[j] = from[t][j], where = position[t];
-        if (at) at[j] = where;
-    }
-}
-
-/* One input pixel's gradient, see ckca__naive_maxpool_pixel_backward. */
-static void CKCA__NAME(ckca__maxpool_pixel_backward)(int c, int taps, const size_t *from,
-                                                     const unsigned char *position, const float *dy,
-                                                     const unsigned char *at, float *dx, int accumulate) {
-    int j = 0, t;
-    for (; j + CKCA__VW <= c; j += CKCA__VW) {
-        CKCA__V sum = accumulate ? CKCA__LOAD(dx + j) : CKCA__SET(0);
-        for (t = 0; t < taps; t++) {
-            CKCA__V g = CKCA__LOAD(dy + from[t] + j);
-            CKCA__NAME(ckca__bytes) narrow;
-            CKCA__NAME(ckca__ints) won;
-            memcpy(&narrow, at + from[t] + j, sizeof narrow);
-            won = __builtin_convertvector(narrow, CKCA__NAME(ckca__ints)) == position[t];
-            sum = CKCA__ADD(sum, (CKCA__V)(won & (CKCA__NAME(ckca__ints))g));
-        }
-        CKCA__STORE(dx + j, sum);
-    }
-    for (; j < c; j++) {
-        float sum = accumulate ? dx[j] : 0;
-        for (t = 0; t < taps; t++)
-            if (at[from[t] + (size_t)j] == position[t]) sum += dy[from[t] + (size_t)j];
-        dx[j] = sum;
-    }
-}
-
-#elif defined(CKCA_IMPLEMENTATION) && !defined(CKCA_CUDA)
-#ifndef CKCA__OPS
-#define CKCA__OPS
-
-/* ------------------------------------------------------------------------------------------------------------------
-   OPS: all but convolution and linear
-   ------------------------------------------------------------------------------------------------------------------ */
-
-/* On the host the device's memory is the host's own, and nothing about it can fail later. */
-static ckca_status ckca__device_init(ckca_context *ctx) {
-    (void)ctx;
-    return CKCA_OK;
-}
-static void ckca__device_free(ckca_context *ctx) { (void)ctx; }
-static ckca_status ckca__device_status(ckca_context *ctx) {
-    (void)ctx;
-    return CKCA_OK;
-}
-static int ckca__device_record(ckca_context *ctx, void **recording) {
-    (void)ctx, (void)recording;
-    return 1;
-}
-static void ckca__device_recorded(ckca_context *ctx, void **recording) { (void)ctx, (void)recording; }
-static void ckca__device_forget(ckca_context *ctx, void **recording) { (void)ctx, (void)recording; }
-static void *ckca__device_alloc(ckca_context *ctx, size_t bytes) { return ckca__alloc(ctx, bytes); }
-static void ckca__device_release(ckca_context *ctx, void *memory, size_t bytes) {
-    (void)bytes;
-    ckca__release(ctx, memory);
-}
-static void ckca__device_copy(ckca_context *ctx, void *to, const void *from, size_t bytes) {
-    (void)ctx;
-    if (bytes) memcpy(to, from, bytes);
-}
-static void ckca__device_upload(ckca_context *ctx, void *device, const void *host, size_t bytes) {
-    ckca__device_copy(ctx, device, host, bytes);
-}
-static void ckca__device_download(ckca_context *ctx, void *host, const void *device, size_t bytes) {
-    ckca__device_copy(ctx, host, device, bytes);
-}
-static void ckca__device_zero(ckca_context *ctx, void *device, size_t bytes) {
-    (void)ctx;
-    if (bytes) memset(device, 0, bytes);
-}
-static size_t ckca__device_room(const ckca_context *ctx) {
-    (void)ctx;
-    return SIZE_MAX;
-}
-static void *ckca__device_stage_open(ckca_context *ctx, size_t bytes) { return ckca__alloc(ctx, bytes); }
-static void *ckca__device_stage(ckca_context *ctx, void *stage) {
-    (void)ctx;
-    return stage;
-}
-static void ckca__device_staged(ckca_context *ctx, void *stage, void *device, size_t bytes) {
-    ckca__device_copy(ctx, device, stage, bytes);
-}
-static void ckca__device_stage_close(ckca_context *ctx, void *stage) { ckca__release(ctx, stage); }
-
-/* Long arrays are worked on in blocks whose number and size depend on the shape alone, never on the threads; sums are
-   taken per block and then added in the blocks' order. */
-#define CKCA__SUM_BLOCKS 256  /* of a long sum; a double each */
-#define CKCA__BLOCK 32768     /* values, of element-wise ops */
-#define CKCA__WIDE 1024       /* see ckca__wide */
-
-/* ckca__parallel, by the caller alone where tasks go over too few values in all for waking others to pay. */
-static void ckca__parallel_over(ckca_context *ctx, size_t values, int tasks,
-                                void (*work)(void *job, int task, int thread), void *job) {
-    ckca__parallel_so(ctx, tasks, values <= CKCA__BLOCK / 2, 0, work, job);
-}
-
-/* The same from the last task to the first: what the pass before read or wrote last is still in cache. */
-static void ckca__parallel_back(ckca_context *ctx, size_t values, int tasks,
-                                void (*work)(void *job, int task, int thread), void *job) {
-    ckca__parallel_so(ctx, tasks, values <= CKCA__BLOCK / 2, 1, work, job);
-}
-
-static int ckca__blocks(size_t count) { return (int)((count + CKCA__BLOCK - 1) / CKCA__BLOCK); }
-static size_t ckca__block_size(size_t count, int b) {
-    size_t left = count - (size_t)b * CKCA__BLOCK;
-    return left < CKCA__BLOCK ? left : CKCA__BLOCK;
-}
-
-/* How many rows of c channels to take as one, so that few channels, or an odd number of them, fill whole vectors. */
-static size_t ckca__wide(const ckca_context *ctx, int c) {
-    size_t width = ctx->isa == CKCA_ISA_AVX512 ? 16 : ctx->isa == CKCA_ISA_AVX2 ? 8 : 4, m = 1;
-    while (m * (size_t)c % width) m++;
-    while (m * (size_t)c < 64) m *= 2;
-    return m * (size_t)c <= CKCA__WIDE ? m : 1;
-}
-
-/* Rows in each block of batch norm's sums: at most 128 blocks, of at least 64 rows and 16384 values. */
-static size_t ckca__block_rows(const ckca_context *ctx, size_t rows, int c) {
-    size_t block = (rows + 127) / 128;
-    if (block < 64) block = 64;
-    if (block < (size_t)(16384 / c)) block = (size_t)(16384 / c);
-    return ckca__round_up(block, 4 * ckca__wide(ctx, c));
-}
-
-/* Batch norm wants most: per channel two doubles of sums, five floats of tables (widened, up to CKCA__WIDE more), and
-   three floats for each block. Never less for more rows: a short batch fits where a full one does. */
-static size_t ckca__op_workspace(const ckca_context *ctx, size_t rows, int c) {
-    size_t blocks = rows / 64 + 1 < 128 ? rows / 64 + 1 : 128;
-    (void)ctx;
-    return ckca__sum(CKCA__SUM_BLOCKS * sizeof(double) + 20 * CKCA__WIDE, ckca__mul((size_t)c, 36 + 12 * blocks));
-}
-
-/* ---- batch norm ---- */
-
-#define CKCA__BATCHNORM_EPS 1e-5
-#define CKCA__BATCHNORM_MOMENTUM 0.1
-
-/* Folds one channel's statistics into what the passes need and into the running ones. The running variance is the
-   unbiased one; of a single row there is none, and the biased one (0) stands in. */
-static void ckca__batchnorm_finish(size_t rows, double mean, double var, float *running_mean, float *running_var,
-                                   float *out_mean, float *out_inv_std) {
-    double unbiased = rows > 1 ? var * (double)rows / (double)(rows - 1) : var;
-    *out_mean = (float)mean;
-    *out_inv_std = (float)(1 / sqrt(var + CKCA__BATCHNORM_EPS));
-    *running_mean += (float)(CKCA__BATCHNORM_MOMENTUM * (mean - *running_mean));
-    *running_var += (float)(CKCA__BATCHNORM_MOMENTUM * (unbiased - *running_var));
-}
-
-/* A norm of one value of channel j. */
-static float ckca__naive_norm(const ckca__norm *norm, int relu, int j, float x) {
-    float v = (x - norm->mean[j]) * (norm->gamma[j] * norm->inv_std[j]) + norm->beta[j];
-    return relu && v <= 0 ? 0 : v; /* NaN stays NaN */
-}
-
-/* y = relu?(norm(x) + residual) in plain loops. */
-static void ckca__naive_batchnorm_apply(size_t rows, int c, const float *x, const ckca__norm *norm,
-                                        const float *residual, const ckca__norm *residual_norm, float *y) {
-    size_t i;
-    int j;
-    for (i = 0; i < rows * (size_t)c; i += (size_t)c)
-        for (j = 0; j < c; j++) {
-            float v = ckca__naive_norm(norm, 0, j, x[i + j]);
-            if (residual_norm) v += ckca__naive_norm(residual_norm, residual_norm->relu, j, residual[i + j]);
-            else if (residual) v += residual[i + j];
-            y[i + j] = norm->relu && v <= 0 ? 0 : v;
-        }
-}
-
-static void ckca__naive_batchnorm_forward(size_t rows, int c, const float *x, const float *gamma, const float *beta,
-                                          float *running_mean, float *running_var, const float *residual,
-                                          const ckca__norm *residual_norm, int relu, float *y, float *mean,
-                                          float *inv_std, void *ws) {
-    const ckca__norm norm = {mean, inv_std, gamma, beta, relu};
-    double *sum = (double *)ws, *square = sum + c;
-    size_t i;
-    int j;
-    memset(sum, 0, 2 * (size_t)c * sizeof *sum);
-    for (i = 0; i < rows * (size_t)c; i += (size_t)c)
-        for (j = 0; j < c; j++) sum[j] += x[i + j];
-    for (j = 0; j < c; j++) sum[j] /= (double)rows;
-    for (i = 0; i < rows * (size_t)c; i += (size_t)c)
-        for (j = 0; j < c; j++) square[j] += (x[i + j] - sum[j]) * (x[i + j] - sum[j]);
-    for (j = 0; j < c; j++)
-        ckca__batchnorm_finish(rows, sum[j], square[j] / (double)rows, running_mean + j, running_var + j, mean + j,
-                               inv_std + j);
-    if (y) ckca__naive_batchnorm_apply(rows, c, x, &norm, residual, residual_norm, y);
-}
-
-/* 1 where there is no ReLU, or it let channel j of x through: y > 0, y being told from x where it is NULL. */
-static int ckca__naive_batchnorm_gate(const float *x, const float *y, size_t i, int j, const ckca__norm *norm) {
-    return !norm->relu || (y ? y[i + j] : ckca__naive_norm(norm, 1, j, x[i + j])) > 0;
-}
-
-/* With g = dy where y > 0 and xhat = (x - mean) inv_std:
-   dbeta = sum g, dgamma = sum g xhat, dx = gamma inv_std (g - dbeta / rows - xhat dgamma / rows). */
-static void ckca__naive_batchnorm_backward(size_t rows, int c, const float *x, const float *y, const float *dy,
-                                           const ckca__norm *norm, float *dx, float *dresidual,
-                                           int accumulate_residual, float *dgamma, float *dbeta, void *ws) {
-    const float *gamma = norm->gamma, *mean = norm->mean, *inv_std = norm->inv_std;
-    double *sum = (double *)ws, *product = sum + c;
-    size_t i;
-    int j;
-    memset(sum, 0, 2 * (size_t)c * sizeof *sum);
-    for (i = 0; i < rows * (size_t)c; i += (size_t)c)
-        for (j = 0; j < c; j++) {
-            float g = ckca__naive_batchnorm_gate(x, y, i, j, norm) ? dy[i + j] : 0;
-            sum[j] += g;
-            product[j] += g * (x[i + j] - mean[j]) * inv_std[j];
-        }
-    for (j = 0; j < c; j++) dbeta[j] += (float)sum[j], dgamma[j] += (float)product[j];
-    for (i = 0; i < rows * (size_t)c; i += (size_t)c)
-        for (j = 0; j < c; j++) {
-            float g = ckca__naive_batchnorm_gate(x, y, i, j, norm) ? dy[i + j] : 0;
-            float xhat = (x[i + j] - mean[j]) * inv_std[j];
-            dx[i + j] = gamma[j] * inv_std[j] *
-                        (g - (float)(sum[j] / (double)rows) - xhat * (float)(product[j] / (double)rows));
-            if (dresidual) dresidual[i + j] = accumulate_residual ? dresidual[i + j] + g : g;
-        }
-}
-
-static void ckca__naive_batchnorm_eval(size_t rows, int c, const float *x, const float *gamma, const float *beta,
-                                       const float *running_mean, const float *running_var, const float *residual,
-                                       int relu, float *y) {
-    size_t i;
-    int j;
-    for (i = 0; i < rows * (size_t)c; i += (size_t)c)
-        for (j = 0; j < c; j++) {
-            float inv_std = (float)(1 / sqrt(running_var[j] + CKCA__BATCHNORM_EPS));
-            float v = (x[i + j] - running_mean[j]) * (gamma[j] * inv_std) + beta[j];
-            if (residual) v += residual[i + j];
-            y[i + j] = relu && v <= 0 ? 0 : v;
-        }
-}
-
-#ifdef CKCA__SIMD
-/* table[0..cols) = value[0..c) again and again. */
-static void ckca__repeat(size_t cols, int c, const float *value, float *table) {
-    size_t i;
-    for (i = 0; i < cols; i += (size_t)c) memmove(table + i, value, (size_t)c * sizeof *table);
-}
-
-/* sum[j] = the sum of wide[j], wide[j + c], ... */
-static void ckca__fold_sums(size_t cols, int c, const float *wide, float *sum) {
-    size_t i;
-    int j;
-    for (j = 0; j < c; j++) sum[j] = wide[j];
-    for (i = (size_t)c; i < cols; i += (size_t)c)
-        for (j = 0; j < c; j++) sum[j] += wide[i + j];
-}
-
-typedef struct ckca__batchnorm_sums {
-    const ckca_context *ctx;
-    size_t rows, block, cols; /* rows in all; in a block; values in a row of wide sums */
-    int c;
-    const float *x;
-    float *part; /* what the blocks' sums go to */
-} ckca__batchnorm_sums;
-
-static void ckca__batchnorm_moments(void *job, int b, int thread) {
-    const ckca__batchnorm_sums *a = (const ckca__batchnorm_sums *)job;
-    size_t c = (size_t)a->c, first = (size_t)b * a->block, cols = a->cols;
-    size_t count = a->rows - first < a->block ? a->rows - first : a->block, i;
-    size_t some = (count < 16 ? count : 16) * c;
-    const float *from = a->x + first * c;
-    float *shift = a->part + (size_t)b * 3 * c, *sum = shift + c, *square = sum + c, wide[3 * CKCA__WIDE];
-    (void)thread;
-    ckca__fold_sums(some, a->c, from, shift);
-    for (i = 0; i < c; i++) shift[i] *= (float)a->c / (float)some;
-    if (cols > c) {
-        ckca__repeat(cols, a->c, shift, wide);
-        shift = wide;
-        sum = wide + CKCA__WIDE;
-        square = sum + CKCA__WIDE;
-    }
-    memset(sum, 0, cols * sizeof *sum);
-    memset(square, 0, cols * sizeof *square);
-    CKCA__DISPATCH(a->ctx, ckca__moments, (count * c, cols, from, shift, sum, square));
-    if (cols > c) {
-        float *part = a->part + (size_t)b * 3 * c;
-        ckca__fold_sums(cols, a->c, sum, part + c);
-        ckca__fold_sums(cols, a->c, square, part + 2 * c);
-    }
-}
-
-/* mean and inv_std from one pass over x. Squares are of differences from a shift, the mean of the block's first 16
-   rows, so that a mean far from 0 costs no digits; blocks are joined as by Chan, Golub, LeVeque 1979. */
-static void ckca__batchnorm_statistics(ckca_context *ctx, size_t rows, int c, const float *x, float *running_mean,
-                                       float *running_var, float *mean, float *inv_std, void *ws) {
-    size_t block = ckca__block_rows(ctx, rows, c);
-    double *total = (double *)ws, *square = total + c;
-    float *part = (float *)(square + c); /* per block: c shifts, sums, sums of squares */
-    ckca__batchnorm_sums job = {ctx, rows, block, ckca__wide(ctx, c) * (size_t)c, c, x, part};
-    int blocks = (int)((rows + block - 1) / block), b, j;
-    ckca__parallel_over(ctx, rows * (size_t)c, blocks, ckca__batchnorm_moments, &job);
-    memset(total, 0, 2 * (size_t)c * sizeof *total);
-    for (b = 0; b < blocks; b++) {
-        size_t first = (size_t)b * block;
-        double n = (double)(rows - first < block ? rows - first : block);
-        const float *shift = part + (size_t)b * 3 * (size_t)c, *sum = shift + c;
-        for (j = 0; j < c; j++) total[j] += n * shift[j] + sum[j];
-    }
-    for (j = 0; j < c; j++) total[j] /= (double)rows;
-    for (b = 0; b < blocks; b++) {
-        size_t first = (size_t)b * block;
-        double n = (double)(rows - first < block ? rows - first : block), inv_n = 1 / n;
-        const float *shift = part + (size_t)b * 3 * (size_t)c, *sum = shift + c;
-        for (j = 0; j < c; j++) {
-            double d = sum[j] * inv_n, e = shift[j] + d - total[j];
-            square[j] += sum[c + j] - n * d * d + n * e * e;
-        }
-    }
-    for (j = 0; j < c; j++) {
-        double var = square[j] / (double)rows;
-        ckca__batchnorm_finish(rows, total[j], var < 0 ? 0 : var, running_mean + j, running_var + j, mean + j,
-                               inv_std + j);
-    }
-}
-
-typedef struct ckca__batchnorm_table {
-    const ckca_context *ctx;
-    size_t rows, block, cols; /* rows in all; in a block; values in a row of the tables */
-    int c, blocks, at, width; /* blocks; the strip's first channel; its channels */
-    const float *x, *residual;
-    float *y;
-    ckca__table table, residual_table; /* the latter's mean is NULL if the residual is taken as it is */
-    float values[6][CKCA__WIDE];
-} ckca__batchnorm_table;
-
-static void ckca__batchnorm_apply_block(void *job, int b, int thread) {
-    const ckca__batchnorm_table *a = (const ckca__batchnorm_table *)job;
-    size_t i = (size_t)b * a->block, end = a->rows - i < a->block ? a->rows : i + a->block;
-    size_t step = a->width == a->c ? end - i : 1;
-    (void)thread;
-    for (; i < end; i += step) {
-        size_t from = i * (size_t)a->c + (size_t)a->at;
-        CKCA__DISPATCH(a->ctx, ckca__normalize,
-                       (step * (size_t)a->width, a->cols, a->x + from, &a->table,
-                        a->residual ? a->residual + from : NULL, a->residual_table.mean ? &a->residual_table : NULL,
-                        a->y + from));
-    }
-}
-
-/* A norm's channels [at, at + width), as rows of cols. inv_std from var where it is NULL. */
-static void ckca__tabulate(const ckca__norm *norm, const float *var, int at, int width, size_t cols,
-                           float values[3][CKCA__WIDE], ckca__table *table) {
-    int j;
-    for (j = 0; j < width; j++)
-        values[1][j] = norm->gamma[at + j] * (norm->inv_std ? norm->inv_std[at + j]
-                                                            : (float)(1 / sqrt(var[at + j] + CKCA__BATCHNORM_EPS)));
-    ckca__repeat(cols, width, norm->mean + at, values[0]);
-    ckca__repeat(cols, width, values[1], values[1]);
-    ckca__repeat(cols, width, norm->beta + at, values[2]);
-    table->mean = values[0];
-    table->scale = values[1];
-    table->beta = values[2];
-    table->relu = norm->relu;
-}
-
-/* y = relu?(norm(x) + residual). */
-static void ckca__batchnorm_apply(ckca_context *ctx, size_t rows, int c, const float *x, const ckca__norm *norm,
-                                  const float *var, const float *residual, const ckca__norm *residual_norm, float *y) {
-    ckca__batchnorm_table job;
-    int at;
-    job.ctx = ctx;
-    job.rows = rows;
-    job.block = ckca__block_rows(ctx, rows, c);
-    job.c = c;
-    job.blocks = (int)((rows + job.block - 1) / job.block);
-    job.x = x;
-    job.residual = residual;
-    job.y = y;
-    job.residual_table.mean = NULL;
-    for (at = 0; at < c; at += CKCA__WIDE) { /* more channels than the tables hold are done in strips */
-        int width = c - at < CKCA__WIDE ? c - at : CKCA__WIDE;
-        job.at = at;
-        job.width = width;
-        job.cols = width == c ? ckca__wide(ctx, c) * (size_t)c : (size_t)width;
-        ckca__tabulate(norm, var, at, width, job.cols, job.values, &job.table);
-        if (residual_norm)
-            ckca__tabulate(residual_norm, NULL, at, width, job.cols, job.values + 3, &job.residual_table);
-        ckca__parallel_back(ctx, rows * (size_t)c, job.blocks, ckca__batchnorm_apply_block, &job);
-    }
-}
-
-typedef struct ckca__batchnorm_gradient {
-    const ckca_context *ctx;
-    size_t rows, block, cols; /* rows in all; in a block; values in a row of the table */
-    int c, blocks;
-    const float *x, *y, *dy;
-    const float *mean, *scale, *beta, *slope, *offset; /* tables; see ckca__normalize_backward. beta may be NULL */
-    float *part, *dx, *dresidual;
-    int accumulate_residual;
-} ckca__batchnorm_gradient;
-
-/* One block's share of the sums of g and of g (x - mean). */
-static void ckca__batchnorm_products(void *job, int b, int thread) {
-    const ckca__batchnorm_gradient *a = (const ckca__batchnorm_gradient *)job;
-    size_t c = (size_t)a->c, cols = a->cols, first = (size_t)b * a->block, from = first * c;
-    size_t count = a->rows - first < a->block ? a->rows - first : a->block;
-    float *part = a->part + (size_t)b * 2 * c, wide[2 * CKCA__WIDE];
-    float *sum = cols > c ? wide : part, *product = cols > c ? wide + CKCA__WIDE : part + c;
-    (void)thread;
-    memset(sum, 0, cols * sizeof *sum);
-    memset(product, 0, cols * sizeof *product);
-    CKCA__DISPATCH(a->ctx, ckca__products,
-                   (count * c, cols, a->x + from, a->y ? a->y + from : NULL, a->dy + from, a->mean,
-                    a->beta ? a->scale : NULL, a->beta, sum, product));
-    if (cols > c) {
-        ckca__fold_sums(cols, a->c, sum, part);
-        ckca__fold_sums(cols, a->c, product, part + c);
-    }
-}
-
-static void ckca__batchnorm_backward_block(void *job, int b, int thread) {
-    const ckca__batchnorm_gradient *a = (const ckca__batchnorm_gradient *)job;
-    size_t first = (size_t)b * a->block, from = first * (size_t)a->c;
-    size_t count = a->rows - first < a->block ? a->rows - first : a->block;
-    (void)thread;
-    CKCA__DISPATCH(a->ctx, ckca__normalize_backward,
-                   (count * (size_t)a->c, a->cols, a->x + from, a->y ? a->y + from : NULL, a->dy + from, a->mean,
-                    a->scale, a->slope, a->offset, a->beta, a->dx + from, a->dresidual ? a->dresidual + from : NULL,
-                    a->accumulate_residual));
-}
-#endif
-
-/* Passes over activations: 1 read for the statistics; unless its reader does it, 1 read, 1 write to apply them, 1 read
-   of the residual. */
-static void ckca__op_batchnorm_forward(ckca_context *ctx, int half, size_t rows, int c, const float *x,
-                                       const float *gamma, const float *beta, float *running_mean, float *running_var,
-                                       const float *residual, const ckca__norm *residual_norm, int relu, float *y,
-                                       float *mean, float *inv_std, void *ws) {
-    (void)half;
-#ifdef CKCA__SIMD
-    if (ctx->isa != CKCA_ISA_PLAIN) {
-        const ckca__norm norm = {mean, inv_std, gamma, beta, relu};
-        ckca__batchnorm_statistics(ctx, rows, c, x, running_mean, running_var, mean, inv_std, ws);
-        if (y) ckca__batchnorm_apply(ctx, rows, c, x, &norm, NULL, residual, residual_norm, y);
-        return;
-    }
-#endif
-    (void)ctx;
-    ckca__naive_batchnorm_forward(rows, c, x, gamma, beta, running_mean, running_var, residual, residual_norm, relu, y,
-                                  mean, inv_std, ws);
-}
-
-/* Passes over activations: 1 read of x, 1 of the residual, 1 write. */
-static void ckca__op_batchnorm_again(ckca_context *ctx, int half, size_t rows, int c, const float *x,
-                                     const ckca__norm *norm, const float *residual, const ckca__norm *residual_norm,
-                                     float *y) {
-    (void)half;
-#ifdef CKCA__SIMD
-    if (ctx->isa != CKCA_ISA_PLAIN) {
-        ckca__batchnorm_apply(ctx, rows, c, x, norm, NULL, residual, residual_norm, y);
-        return;
-    }
-#endif
-    (void)ctx;
-    ckca__naive_batchnorm_apply(rows, c, x, norm, residual, residual_norm, y);
-}
-
-/* Passes over activations: 2 reads (x, dy) for the sums; 2 reads, 1 write for dx; y, if there is one, is read in both;
-   dresidual is 1 write, and 1 read where it accumulates. */
-static void ckca__op_batchnorm_backward(ckca_context *ctx, int half, size_t rows, int c, const float *x, const float *y,
-                                        const float *dy, const ckca__norm *norm, float *dx, float *dresidual,
-                                        int accumulate_residual, float *dgamma, float *dbeta, void *ws) {
-    (void)half;
-#ifdef CKCA__SIMD
-    if (ctx->isa != CKCA_ISA_PLAIN) {
-        const float *gamma = norm->gamma, *inv_std = norm->inv_std;
-        size_t block = ckca__block_rows(ctx, rows, c), cols = ckca__wide(ctx, c) * (size_t)c;
-        double *sum = (double *)ws, *product = sum + c;
-        float *table = (float *)(product + c), *part = table + 5 * cols; /* mean, scale, beta, slope, offset */
-        int blocks = (int)((rows + block - 1) / block), b, j;
-        ckca__batchnorm_gradient job = {ctx, rows, block, cols, c, blocks, x, norm->relu ? y : NULL, dy, table,
-                                        table + cols, norm->relu && !y ? table + 2 * cols : NULL, table + 3 * cols,
-                                        table + 4 * cols, part, dx, dresidual, accumulate_residual};
-        for (j = 0; j < c; j++) {
-            table[j] = norm->mean[j];
-            table[cols + j] = gamma[j] * inv_std[j];
-            table[2 * cols + j] = norm->beta[j];
-        }
-        for (j = 0; j < 3; j++) ckca__repeat(cols, c, table + j * cols, table + j * cols);
-        ckca__parallel_over(ctx, rows * (size_t)c, blocks, ckca__batchnorm_products, &job);
-        memset(sum, 0, 2 * (size_t)c * sizeof *sum);
-        for (b = 0; b < blocks; b++)
-            for (j = 0; j < 2 * c; j++) sum[j] += part[(size_t)b * 2 * (size_t)c + (size_t)j];
-        for (j = 0; j < c; j++) {
-            double xhat_g = product[j] * inv_std[j], scale = (double)gamma[j] * inv_std[j];
-            dbeta[j] += (float)sum[j];
-            dgamma[j] += (float)xhat_g;
-            table[3 * cols + j] = (float)(scale * inv_std[j] * xhat_g / (double)rows);
-            table[4 * cols + j] = (float)(scale * sum[j] / (double)rows);
-        }
-        for (j = 3; j < 5; j++) ckca__repeat(cols, c, table + j * cols, table + j * cols);
-        ckca__parallel_back(ctx, rows * (size_t)c, blocks, ckca__batchnorm_backward_block, &job);
-        return;
-    }
-#endif
-    (void)ctx;
-    ckca__naive_batchnorm_backward(rows, c, x, y, dy, norm, dx, dresidual, accumulate_residual, dgamma, dbeta, ws);
-}
-
-static void ckca__op_batchnorm_eval(ckca_context *ctx, int half, size_t rows, int c, const float *x, const float *gamma,
-                                    const float *beta, const float *running_mean, const float *running_var,
-                                    const float *residual, int relu, float *y) {
-    (void)half;
-#ifdef CKCA__SIMD
-    if (ctx->isa != CKCA_ISA_PLAIN) {
-        const ckca__norm norm = {running_mean, NULL, gamma, beta, relu};
-        ckca__batchnorm_apply(ctx, rows, c, x, &norm, running_var, residual, NULL, y);
-        return;
-    }
-#endif
-    (void)ctx;
-    ckca__naive_batchnorm_eval(rows, c, x, gamma, beta, running_mean, running_var, residual, relu, y);
-}
-
-static void ckca__op_fold(ckca_context *ctx, int k, size_t per, const float *w, const float *bias, const float *gamma,
-                          const float *beta, const float *running_mean, const float *running_var, float *w_out,
-                          float *bias_out) {
-    size_t j;
-    int i;
-    (void)ctx;
-    for (i = 0; i < k; i++) {
-        double scale = gamma[i] / sqrt(running_var[i] + CKCA__BATCHNORM_EPS);
-        for (j = 0; j < per; j++) w_out[(size_t)i * per + j] = (float)(w[(size_t)i * per + j] * scale);
-        bias_out[i] = (float)(beta[i] + ((bias ? bias[i] : 0) - running_mean[i]) * scale);
-    }
-}
-
-/* ---- element-wise ---- */
-
-static void ckca__naive_add(size_t count, const float *a, const float *b, int relu, float *y) {
-    size_t i;
-    for (i = 0; i < count; i++) {
-        float v = b ? a[i] + b[i] : a[i];
-        y[i] = relu && v <= 0 ? 0 : v;
-    }
-}
-
-static void ckca__naive_add_backward(size_t count, const float *y, const float *dy, float *dx, int accumulate) {
-    size_t i;
-    for (i = 0; i < count; i++) {
-        float g = y && !(y[i] > 0) ? 0 : dy[i];
-        dx[i] = accumulate ? dx[i] + g : g;
-    }
-}
-
-#ifdef CKCA__SIMD
-typedef struct ckca__add_job {
-    const ckca_context *ctx;
-    size_t count;
-    const float *a, *b;
-    int relu;
-    float *y;
-} ckca__add_job;
-
-static void ckca__add_block(void *job, int i, int thread) {
-    const ckca__add_job *o = (const ckca__add_job *)job;
-    size_t from = (size_t)i * CKCA__BLOCK;
-    (void)thread;
-    CKCA__DISPATCH(o->ctx, ckca__add, (ckca__block_size(o->count, i), o->a + from, o->b ? o->b + from : NULL, o->relu,
-                                       o->y + from));
-}
-
-typedef struct ckca__add_gradient {
-    const ckca_context *ctx;
-    size_t count;
-    const float *y, *dy;
-    float *dx;
-    int accumulate;
-} ckca__add_gradient;
-
-static void ckca__add_backward_block(void *job, int i, int thread) {
-    const ckca__add_gradient *a = (const ckca__add_gradient *)job;
-    size_t from = (size_t)i * CKCA__BLOCK;
-    (void)thread;
-    CKCA__DISPATCH(a->ctx, ckca__add_backward, (ckca__block_size(a->count, i), a->y ? a->y + from : NULL, a->dy + from,
-                                                a->dx + from, a->accumulate));
-}
-#endif
-
-static void ckca__op_add(ckca_context *ctx, int half, size_t count, const float *a, const float *b, int relu,
-                         float *y) {
-    (void)half;
-#ifdef CKCA__SIMD
-    if (ctx->isa != CKCA_ISA_PLAIN) {
-        ckca__add_job job = {ctx, count, a, b, relu, y};
-        ckca__parallel_over(ctx, count, ckca__blocks(count), ckca__add_block, &job);
-        return;
-    }
-#endif
-    (void)ctx;
-    ckca__naive_add(count, a, b, relu, y);
-}
-
-static void ckca__op_add_backward(ckca_context *ctx, int half, size_t count, const float *y, const float *dy, float *dx,
-                                  int accumulate) {
-    (void)half;
-#ifdef CKCA__SIMD
-    if (ctx->isa != CKCA_ISA_PLAIN) {
-        ckca__add_gradient job = {ctx, count, y, dy, dx, accumulate};
-        ckca__parallel_over(ctx, count, ckca__blocks(count), ckca__add_backward_block, &job);
-        return;
-    }
-#endif
-    (void)ctx;
-    ckca__naive_add_backward(count, y, dy, dx, accumulate);
-}
-
-/* ---- pooling ---- */
-
-#define CKCA__TAPS 256 /* positions in a kernel; at holds one in a byte */
-
-/* One output pixel of c channels: y = the greatest of what its taps read, at (unless NULL) = the position of the tap
-   that won. NaN wins, as in PyTorch. */
-static void ckca__naive_maxpool_pixel(int c, int taps, const float *const *from, const unsigned char *position,
-                                      float *y, unsigned char *at) {
-    int j, t;
-    for (j = 0; j < c; j++) {
-        unsigned char where = 0;
-        y[j] = -INFINITY;
-        for (t = 0; t < taps; t++)
-            if (from[t][j] > y[j] || from[t][j] != from[t][j]) y[j] = from[t][j], where = position[t];
-        if (at) at[j] = where;
-    }
-}
-
-/* One input pixel: dx = the sum of dy over those of the outputs reading it (at offsets from[t], as their
-   position[t]) in which it won. */
-static void ckca__naive_maxpool_pixel_backward(int c, int taps, const size_t *from, const unsigned char *position,
-                                               const float *dy, const unsigned char *at, float *dx, int accumulate) {
-    int j, t;
-    for (j = 0; j < c; j++) {
-        float sum = accumulate ? dx[j] : 0;
-        for (t = 0; t < taps; t++)
-            if (at[from[t] + (size_t)j] == position[t]) sum += dy[from[t] + (size_t)j];
-        dx[j] = sum;
-    }
-}
-
-typedef struct ckca__maxpool {
-    const ckca_context *ctx;
-    const ckca__conv *s;
-    const float *x;
-    float *y;
-    unsigned char *at;
-} ckca__maxpool;
-
-/* A row of the output: n p of them, independent. */
-static void ckca__maxpool_row(void *job, int row, int thread) {
-    const ckca__maxpool *a = (const ckca__maxpool *)job;
-    const ckca__conv *s = a->s;
-    const float *from[CKCA__TAPS];
-    unsigned char position[CKCA__TAPS];
-    int h0 = row % s->p * s->stride - s->pad, q, i, j;
-    (void)thread;
-    for (q = 0; q < s->q; q++) {
-        size_t o = ((size_t)row * (size_t)s->q + (size_t)q) * (size_t)s->c;
-        int w0 = q * s->stride - s->pad, taps = 0;
-        for (i = h0 < 0 ? -h0 : 0; i < s->r && h0 + i < s->h; i++)
-            for (j = w0 < 0 ? -w0 : 0; j < s->s && w0 + j < s->w; j++) {
-                from[taps] = a->x + (((size_t)(row / s->p) * s->h + (h0 + i)) * s->w + (w0 + j)) * s->c;
-                position[taps++] = (unsigned char)(i * s->s + j);
-            }
-#ifdef CKCA__SIMD
-        if (a->ctx->isa != CKCA_ISA_PLAIN) {
-            CKCA__DISPATCH(a->ctx, ckca__maxpool_pixel,
-                           (s->c, taps, from, s->norm, position, a->y + o, a->at ? a->at + o : NULL));
-            continue;
-        }
-#endif
-        ckca__naive_maxpool_pixel(s->c, taps, from, position, a->y + o, a->at ? a->at + o : NULL);
-    }
-}
-
-static void ckca__op_maxpool_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y,
-                                     unsigned char *at) {
-    ckca__maxpool job = {ctx, s, x, y, at};
-    ckca__parallel_over(ctx, (size_t)s->n * s->p * s->q * s->c, s->n * s->p, ckca__maxpool_row, &job);
-}
-
-typedef struct ckca__maxpool_gradient {
-    const ckca_context *ctx;
-    const ckca__conv *s;
-    const float *dy;
-    const unsigned char *at;
-    float *dx;
-    int accumulate;
-} ckca__maxpool_gradient;
-
-/* A row of the input. Gathers: a pixel collects from the few windows that cover it, so pixels are independent. */
-static void ckca__maxpool_backward_row(void *job, int row, int thread) {
-    const ckca__maxpool_gradient *a = (const ckca__maxpool_gradient *)job;
-    const ckca__conv *s = a->s;
-    size_t from[CKCA__TAPS];
-    unsigned char position[CKCA__TAPS];
-    int h = row % s->h + s->pad, w, p, q; /* in the padded input, where window p starts at p stride */
-    int p0 = h < s->r ? 0 : (h - s->r) / s->stride + 1, p1 = h / s->stride < s->p ? h / s->stride : s->p - 1;
-    (void)thread;
-    for (w = s->pad; w < s->w + s->pad; w++) {
-        int q0 = w < s->s ? 0 : (w - s->s) / s->stride + 1, q1 = w / s->stride < s->q ? w / s->stride : s->q - 1;
-        float *to = a->dx + ((size_t)row * s->w + (w - s->pad)) * s->c;
-        int taps = 0;
-        for (p = p0; p <= p1; p++)
-            for (q = q0; q <= q1; q++) {
-                from[taps] = (((size_t)(row / s->h) * s->p + p) * s->q + q) * s->c;
-                position[taps++] = (unsigned char)((h - p * s->stride) * s->s + w - q * s->stride);
-            }
-#ifdef CKCA__SIMD
-        if (a->ctx->isa != CKCA_ISA_PLAIN) {
-            CKCA__DISPATCH(a->ctx, ckca__maxpool_pixel_backward,
-                           (s->c, taps, from, position, a->dy, a->at, to, a->accumulate));
-            continue;
-        }
-#endif
-        ckca__naive_maxpool_pixel_backward(s->c, taps, from, position, a->dy, a->at, to, a->accumulate);
-    }
-}
-
-static void ckca__op_maxpool_backward(ckca_context *ctx, const ckca__conv *s, const float *dy,
-                                      const unsigned char *at, float *dx, int accumulate) {
-    ckca__maxpool_gradient job = {ctx, s, dy, at, dx, accumulate};
-    ckca__parallel_over(ctx, (size_t)s->n * s->h * s->w * s->c, s->n * s->h, ckca__maxpool_backward_row, &job);
-}
-
-typedef struct ckca__avgpool {
-    int area, c;
-    const float *from; /* x, or dy */
-    float *to;         /* y, or dx */
-    int accumulate;
-} ckca__avgpool;
-
-/* A picture. */
-static void ckca__avgpool_picture(void *job, int i, int thread) {
-    const ckca__avgpool *o = (const ckca__avgpool *)job;
-    const float *from = o->from + (size_t)i * (size_t)o->area * (size_t)o->c;
-    float *to = o->to + (size_t)i * (size_t)o->c;
-    int a, j;
-    (void)thread;
-    memset(to, 0, (size_t)o->c * sizeof *to);
-    for (a = 0; a < o->area; a++, from += o->c)
-        for (j = 0; j < o->c; j++) to[j] += from[j];
-    for (j = 0; j < o->c; j++) to[j] /= (float)o->area;
-}
-
-static void ckca__op_avgpool_forward(ckca_context *ctx, int half, int n, int area, int c, const float *x, float *y) {
-    ckca__avgpool job = {area, c, x, y, 0};
-    (void)half;
-    ckca__parallel_over(ctx, (size_t)n * area * c, n, ckca__avgpool_picture, &job);
-}
-
-static void ckca__avgpool_backward_picture(void *job, int i, int thread) {
-    const ckca__avgpool *o = (const ckca__avgpool *)job;
-    const float *from = o->from + (size_t)i * (size_t)o->c;
-    float *to = o->to + (size_t)i * (size_t)o->area * (size_t)o->c;
-    int a, j;
-    (void)thread;
-    for (a = 0; a < o->area; a++, to += o->c)
-        for (j = 0; j < o->c; j++) to[j] = (o->accumulate ? to[j] : 0) + from[j] / (float)o->area;
-}
-
-static void ckca__op_avgpool_backward(ckca_context *ctx, int half, int n, int area, int c, const float *dy, float *dx,
-                                      int accumulate) {
-    ckca__avgpool job = {area, c, dy, dx, accumulate};
-    (void)half;
-    ckca__parallel_over(ctx, (size_t)n * area * c, n, ckca__avgpool_backward_picture, &job);
-}
-
-typedef struct ckca__subsample {
-    const ckca__conv *s;
-    const float *from; /* x, or dy */
-    float *to;         /* y, or dx */
-    int accumulate;
-} ckca__subsample;
-
-/* A picture: a row is too little for a task. */
-static void ckca__subsample_picture(void *job, int n, int thread) {
-    const ckca__subsample *a = (const ckca__subsample *)job;
-    const ckca__conv *s = a->s;
-    float *to = a->to + (size_t)n * s->p * s->q * s->k;
-    int p, q, front = (s->k - s->c) / 2;
-    (void)thread;
-    memset(to, 0, (size_t)s->p * s->q * s->k * sizeof *to);
-    for (p = 0; p < s->p; p++) {
-        const float *from = a->from + ((size_t)n * s->h + (size_t)p * s->stride) * s->w * s->c;
-        for (q = 0; q < s->q; q++, to += s->k, from += (size_t)s->stride * s->c)
-            memcpy(to + front, from, (size_t)s->c * sizeof *to);
-    }
-}
-
-static void ckca__op_subsample_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y) {
-    ckca__subsample job = {s, x, y, 0};
-    ckca__parallel_over(ctx, (size_t)s->n * s->p * s->q * s->k, s->n, ckca__subsample_picture, &job);
-}
-
-static void ckca__subsample_backward_picture(void *job, int n, int thread) {
-    const ckca__subsample *a = (const ckca__subsample *)job;
-    const ckca__conv *s = a->s;
-    float *picture = a->to + (size_t)n * s->h * s->w * s->c;
-    int p, q, c, front = (s->k - s->c) / 2;
-    (void)thread;
-    if (!a->accumulate) memset(picture, 0, (size_t)s->h * s->w * s->c * sizeof *picture);
-    for (p = 0; p < s->p; p++) {
-        const float *from = a->from + ((size_t)n * s->p + p) * s->q * s->k + front;
-        float *to = picture + (size_t)p * s->stride * s->w * s->c;
-        for (q = 0; q < s->q; q++, from += s->k, to += (size_t)s->stride * s->c)
-            for (c = 0; c < s->c; c++) to[c] += from[c];
-    }
-}
-
-static void ckca__op_subsample_backward(ckca_context *ctx, const ckca__conv *s, const float *dy, float *dx,
-                                        int accumulate) {
-    ckca__subsample job = {s, dy, dx, accumulate};
-    ckca__parallel_over(ctx, (size_t)s->n * s->h * s->w * s->c, s->n, ckca__subsample_backward_picture, &job);
-}
-
-/* ---- losses ----
-   Exponentials and sums are in double: k is small beside what a network computes (so small that what goes over n x k
-   is one thread's), and the terms are differences of near-equal numbers when student and teacher agree. */
-
-/* log sum_j exp(z_j / t), by way of the greatest so that nothing overflows. NaN or +inf in z gives NaN. */
-static double ckca__log_sum_exp(int k, const float *z, double t) {
-    double most = z[0], sum = 0;
-    int j;
-    for (j = 1; j < k; j++)
-        if (z[j] > most) most = z[j];
-    if (most != most) return most;
-    for (j = 0; j < k; j++) sum += exp((z[j] - most) / t);
-    return most / t + log(sum);
-}
-
-static void ckca__op_cross_entropy(ckca_context *ctx, int n, int k, const float *z, const int *labels,
-                                   float smoothing, float *dz, float *loss, int *hit) {
-    int i;
-    (void)ctx;
-    for (i = 0; i < n; i++) {
-        const float *row = z + (size_t)i * (size_t)k;
-        double lse = ckca__log_sum_exp(k, row, 1), sum = 0;
-        int label = labels[i], rank = 0, j;
-        for (j = 0; j < k; j++) {
-            sum += row[j];
-            rank += row[j] > row[label] || (row[j] == row[label] && j < label);
-            if (dz)
-                dz[(size_t)i * (size_t)k + j] =
-                    (float)((exp(row[j] - lse) - (j == label ? 1 - smoothing : 0) - smoothing / k) / n);
-        }
-        loss[i] = (float)(lse - (1 - smoothing) * row[label] - smoothing * (sum / k));
-        hit[i] = lse == lse ? (rank == 0) | (rank < 5) << 1 : 0;
-    }
-}
-
-static void ckca__op_softmax(ckca_context *ctx, int n, int k, const float *z, float *p) {
-    int i;
-    (void)ctx;
-    for (i = 0; i < n; i++) {
-        const float *row = z + (size_t)i * (size_t)k;
-        double lse = ckca__log_sum_exp(k, row, 1);
-        int j;
-        for (j = 0; j < k; j++) p[(size_t)i * (size_t)k + j] = (float)exp(row[j] - lse);
-    }
-}
-
-/* a_i before division by the batch's mean. 1 - p_o[y] is summed from the other classes: near 0 a difference from 1 has
-   no digits left. */
-static double ckca__adakd_weight(ckca_adakd form, int k, const float *zo, int label, const float *class_weight) {
-    double lse, doubt = 0;
-    int j;
-    if (form == CKCA_ADAKD_CLASS) return class_weight[label];
-    if (form == CKCA_ADAKD_CONSTANT) return 1;
-    lse = ckca__log_sum_exp(k, zo, 1);
-    if (form == CKCA_ADAKD_TRUTH) return exp(zo[label] - lse);
-    for (j = 0; j < k; j++)
-        if (j != label) doubt += exp(zo[j] - lse);
-    return doubt;
-}
-
-/* T^2 a_i KL(softmax(zo_i / T) || softmax(z_i / T)); with respect to z_i: T a_i (softmax(z_i / T) - softmax(zo_i / T)).
-   T^2 keeps the gradient's size independent of T (Hinton, Vinyals, Dean 2015, section 2); a_i is this project's. */
-static void ckca__op_adakd(ckca_context *ctx, ckca_adakd form, int n, int k, const float *z, const float *zo,
-                           const int *labels, const float *class_weight, float temperature, float scale, float *dz,
-                           float *loss) {
-    double t = temperature, mean = 0;
-    int i;
-    (void)ctx;
-    if (form == CKCA_ADAKD_TRUTH || form == CKCA_ADAKD_DOUBT) {
-        for (i = 0; i < n; i++) mean += ckca__adakd_weight(form, k, zo + (size_t)i * (size_t)k, labels[i], NULL) / n;
-    } else mean = 1;
-    for (i = 0; i < n; i++) {
-        const float *s = z + (size_t)i * (size_t)k, *o = zo + (size_t)i * (size_t)k;
-        double lse_s = ckca__log_sum_exp(k, s, t), lse_o = ckca__log_sum_exp(k, o, t), kl = 0;
-        /* All weights 0 (a teacher with no doubt at all): equal weights, 1 each. */
-        double a = mean == 0 ? 1 : ckca__adakd_weight(form, k, o, labels[i], class_weight) / mean;
-        int j;
-        for (j = 0; j < k; j++) {
-            double log_s = s[j] / t - lse_s, log_o = o[j] / t - lse_o, p_o = exp(log_o);
-            kl += p_o * (log_o - log_s);
-            dz[(size_t)i * (size_t)k + j] += (float)(scale * t * a * (exp(log_s) - p_o) / n);
-        }
-        loss[i] = (float)(t * t * a * kl);
-    }
-}
-
-/* a . b */
-static double ckca__naive_dot(size_t count, const float *a, const float *b) {
-    double sum = 0;
-    size_t j;
-    for (j = 0; j < count; j++) sum += (double)a[j] * b[j];
-    return sum;
-}
-static double ckca__vector_dot(const ckca_context *ctx, size_t count, const float *a, const float *b) {
-#ifdef CKCA__SIMD
-    double sum;
-    if (ctx->isa != CKCA_ISA_PLAIN) {
-        CKCA__DISPATCH(ctx, sum = ckca__dot, (count, a, b));
-        return sum;
-    }
-#endif
-    (void)ctx;
-    return ckca__naive_dot(count, a, b);
-}
-/* y = alpha a + beta b, or adds it. */
-static void ckca__naive_combine(size_t count, float alpha, const float *a, float beta, const float *b, float *y,
-                                int accumulate) {
-    size_t j;
-    for (j = 0; j < count; j++) y[j] = alpha * a[j] + beta * b[j] + (accumulate ? y[j] : 0);
-}
-static void ckca__vector_combine(const ckca_context *ctx, size_t count, float alpha, const float *a, float beta,
-                                 const float *b, float *y, int accumulate) {
-#ifdef CKCA__SIMD
-    if (ctx->isa != CKCA_ISA_PLAIN) {
-        CKCA__DISPATCH(ctx, ckca__combine, (count, alpha, a, beta, b, y, accumulate));
-        return;
-    }
-#endif
-    (void)ctx;
-    ckca__naive_combine(count, alpha, a, beta, b, y, accumulate);
-}
-
-static double ckca__inverse_norm(double square) { return square > 0 ? 1 / sqrt(square) : square; /* 0, NaN */ }
-
-/* One row: loss = 1 - cos; d cos / d f = (fo / |fo| - cos f / |f|) / |f|. A long row (a whole map) is read from memory
-   once, by the first product, and from cache after that. */
-static void ckca__featreg_cosine(const ckca_context *ctx, size_t d, const float *f, const float *fo, double scale,
-                                 float *df, int accumulate, float *loss) {
-    double inv_f = ckca__inverse_norm(ckca__vector_dot(ctx, d, f, f));
-    double inv_o = ckca__inverse_norm(ckca__vector_dot(ctx, d, fo, fo));
-    double cosine = ckca__vector_dot(ctx, d, f, fo) * inv_f * inv_o;
-    *loss = (float)(1 - cosine);
-    ckca__vector_combine(ctx, d, (float)(scale * cosine * inv_f * inv_f), f, (float)(-scale * inv_f * inv_o), fo, df,
-                         accumulate);
-}
-
-typedef struct ckca__featreg {
-    const ckca_context *ctx;
-    ckca_featreg form;
-    int n, d, d_teacher;
-    const float *f, *fo;
-    float scale;
-    float *df;
-    int accumulate;
-    float *loss;
-    double *inv_f, *inv_o; /* RELATION: 1 / |f_i| and 1 / |fo_i| */
-} ckca__featreg;
-
-/* loss[i] = mean_j!=i e_ij^2 with e_ij = cos(f_i, f_j) - cos(fo_i, fo_j), so that their mean over i is that over
-   the n (n - 1) ordered pairs; 0 for n = 1. A pair comes up twice, as ij and as ji, hence the 4 in
-   d term / d f_i = 4 / (n (n - 1)) sum_j e_ij (f_j / |f_j| - cos(f_i, f_j) f_i / |f_i|) / |f_i|. */
-static void ckca__featreg_relation(void *job, int i, int thread) {
-    const ckca__featreg *a = (const ckca__featreg *)job;
-    const size_t d = (size_t)a->d, d_teacher = (size_t)a->d_teacher;
-    const float *fi = a->f + (size_t)i * d, *oi = a->fo + (size_t)i * d_teacher;
-    const double *inv_f = a->inv_f, *inv_o = a->inv_o;
-    float *to = a->df + (size_t)i * d;
-    double sum = 0;
-    int n = a->n, j;
-    (void)thread;
-    if (!a->accumulate) memset(to, 0, d * sizeof *to);
-    for (j = 0; j < n; j++) {
-        const float *fj = a->f + (size_t)j * d, *oj = a->fo + (size_t)j * d_teacher;
-        double cosine, e, g;
-        if (j == i) continue;
-        cosine = ckca__vector_dot(a->ctx, d, fi, fj) * inv_f[i] * inv_f[j];
-        e = cosine - ckca__vector_dot(a->ctx, d_teacher, oi, oj) * inv_o[i] * inv_o[j];
-        sum += e * e / (n - 1);
-        g = (double)a->scale * 4 / ((double)n * (n - 1)) * e * inv_f[i];
-        ckca__vector_combine(a->ctx, d, (float)(g * inv_f[j]), fj, (float)(-g * cosine * inv_f[i]), fi, to, 1);
-    }
-    a->loss[i] = (float)sum;
-}
-
-/* COSINE or L2 of a row. */
-static void ckca__featreg_row(void *job, int i, int thread) {
-    const ckca__featreg *a = (const ckca__featreg *)job;
-    const float *fi = a->f + (size_t)i * (size_t)a->d, *oi = a->fo + (size_t)i * (size_t)a->d;
-    float *to = a->df + (size_t)i * (size_t)a->d;
-    (void)thread;
-    if (a->form == CKCA_FEATREG_L2) {
-        double sum = 0;
-        int j;
-        for (j = 0; j < a->d; j++) {
-            double e = (double)fi[j] - oi[j];
-            float g = (float)(a->scale * 2 / ((double)a->n * a->d) * e);
-            sum += e * e;
-            to[j] = a->accumulate ? to[j] + g : g;
-        }
-        a->loss[i] = (float)(sum / a->d);
-    } else ckca__featreg_cosine(a->ctx, (size_t)a->d, fi, oi, (double)a->scale / a->n, to, a->accumulate, a->loss + i);
-}
-
-static void ckca__op_featreg(ckca_context *ctx, ckca_featreg form, int half, int half_teacher, int n, int d,
-                             int d_teacher, const float *f, const float *fo, float scale, float *df, int accumulate,
-                             float *loss, void *ws) {
-    ckca__featreg job = {ctx, form, n, d, d_teacher, f, fo, scale, df, accumulate, loss,
-                         (double *)ws, (double *)ws + n};
-    int i;
-    (void)half;
-    (void)half_teacher;
-    if (form != CKCA_FEATREG_RELATION) {
-        ckca__parallel_over(ctx, (size_t)n * d, n, ckca__featreg_row, &job);
-        return;
-    }
-    for (i = 0; i < n; i++) {
-        const float *fi = f + (size_t)i * (size_t)d, *oi = fo + (size_t)i * (size_t)d_teacher;
-        job.inv_f[i] = ckca__inverse_norm(ckca__vector_dot(ctx, (size_t)d, fi, fi));
-        job.inv_o[i] = ckca__inverse_norm(ckca__vector_dot(ctx, (size_t)d_teacher, oi, oi));
-    }
-    ckca__parallel_over(ctx, (size_t)n * n * d, n, ckca__featreg_relation, &job);
-}
-
-static void ckca__op_sum(ckca_context *ctx, int n, const float *values, double *sum) {
-    int i;
-    (void)ctx;
-    for (i = 0; i < n; i++) *sum += values[i];
-}
-
-static void ckca__op_count(ckca_context *ctx, int n, const int *hit, double *sum) {
-    int i;
-    (void)ctx;
-    for (i = 0; i < n; i++) *sum += hit[i] & 1;
-}
-
-/* ---- weights ---- */
-
-static void ckca__naive_sgd(size_t count, float *w, const float *g, float *v, float lr, float momentum,
-                            float weight_decay, int nesterov, float gscale) {
-    size_t i;
-    for (i = 0; i < count; i++) {
-        float d = g[i] * gscale + weight_decay * w[i];
-        v[i] = momentum * v[i] + d;
-        w[i] -= lr * (nesterov ? d + momentum * v[i] : v[i]);
-    }
-}
-
-#ifdef CKCA__SIMD
-typedef struct ckca__sgd_job {
-    const ckca_context *ctx;
-    size_t count;
-    float *w;
-    const float *g;
-    float *v;
-    float lr, momentum, weight_decay;
-    int nesterov;
-    float scale;
-} ckca__sgd_job;
-
-static void ckca__sgd_block(void *job, int i, int thread) {
-    const ckca__sgd_job *a = (const ckca__sgd_job *)job;
-    size_t from = (size_t)i * CKCA__BLOCK;
-    (void)thread;
-    CKCA__DISPATCH(a->ctx, ckca__sgd, (ckca__block_size(a->count, i), a->w + from, a->g + from, a->v + from, a->lr,
-                                       a->momentum, a->weight_decay, a->nesterov, a->scale));
-}
-#endif
-
-static void ckca__sgd_part(ckca_context *ctx, size_t count, float *w, const float *g, float *v, float lr,
-                           float momentum, float weight_decay, int nesterov, float gscale) {
-#ifdef CKCA__SIMD
-    if (ctx->isa != CKCA_ISA_PLAIN) {
-        ckca__sgd_job job = {ctx, count, w, g, v, lr, momentum, weight_decay, nesterov, gscale};
-        ckca__parallel_over(ctx, count, ckca__blocks(count), ckca__sgd_block, &job);
-        return;
-    }
-#endif
-    (void)ctx;
-    ckca__naive_sgd(count, w, g, v, lr, momentum, weight_decay, nesterov, gscale);
-}
-
-static void ckca__op_sgd(ckca_context *ctx, size_t count, size_t decayed, float *w, const float *g, float *v,
-                         const float *lr, float momentum, float weight_decay, int nesterov, const float *gscale) {
-    float scale = gscale ? *gscale : 1;
-    ckca__sgd_part(ctx, decayed, w, g, v, *lr, momentum, weight_decay, nesterov, scale);
-    ckca__sgd_part(ctx, count - decayed, w + decayed, g + decayed, v + decayed, *lr, momentum, 0, nesterov, scale);
-}
-
-typedef struct ckca__square_sum {
-    const ckca_context *ctx;
-    size_t count;
-    const float *g;
-    double *part; /* CKCA__SUM_BLOCKS */
-} ckca__square_sum;
-
-static void ckca__square_sum_block(void *job, int b, int thread) {
-    const ckca__square_sum *a = (const ckca__square_sum *)job;
-    size_t size = a->count / CKCA__SUM_BLOCKS + 1;
-    size_t from = (size_t)b * size, left = from < a->count ? a->count - from : 0;
-    (void)thread;
-    a->part[b] = left ? ckca__vector_dot(a->ctx, left < size ? left : size, a->g + from, a->g + from) : 0;
-}
-
-static void ckca__op_clip(ckca_context *ctx, size_t count, const float *g, float clip, float *gscale, void *ws) {
-    double *part = (double *)ws, sum = 0, coefficient;
-    ckca__square_sum job = {ctx, count, g, part};
-    int b;
-    ckca__parallel_over(ctx, count, CKCA__SUM_BLOCKS, ckca__square_sum_block, &job);
-    for (b = 0; b < CKCA__SUM_BLOCKS; b++) sum += part[b];
-    coefficient = clip / (sqrt(sum) + 1e-6);
-    *gscale = coefficient > 1 ? 1 : (float)coefficient;
-}
-
-static void ckca__op_gather(ckca_context *ctx, int n, int d, const float *rows, const int *index, float *out) {
-    const size_t size = (size_t)d;
-    int i;
-    (void)ctx;
-    for (i = 0; i < n; i++) memcpy(out + (size_t)i * size, rows + (size_t)index[i] * size, size * sizeof *out);
-}
-
-static void ckca__op_shrink_perturb(ckca_context *ctx, size_t count, float *w, const float *fresh, float shrink,
-                                    float perturb) {
-    size_t i;
-    (void)ctx;
-    for (i = 0; i < count; i++) w[i] = shrink * w[i] + perturb * fresh[i];
-}
-
-#endif /* CKCA__OPS */
-#endif
-#ifndef CKCA__PASS
-#if defined(CKCA__PRIVATE) && !defined(CKCA__FRAMING)
-#define CKCA__FRAMING
-
-/* ---- pictures: what augmentation draws, the same on every device ---- */
-
-/* What augmentation does to one picture: which rectangle of it is shown, mirrored or not, in which colours. */
-typedef struct ckca__framing {
-    int top, left, height, width; /* may reach outside, where it is black, when it has the picture's own size */
-    int flip;
-    float brightness, contrast, saturation; /* factors */
-} ckca__framing;
-
-enum { CKCA__AUGMENT_FLIP, CKCA__AUGMENT_TOP, CKCA__AUGMENT_LEFT, CKCA__AUGMENT_BRIGHTNESS, CKCA__AUGMENT_CONTRAST,
-       CKCA__AUGMENT_SATURATION, CKCA__AUGMENT_CROP };
-
-CKCA__BOTH double ckca__augment_uniform(uint64_t picture_seed, int draw) {
-    return ckca__uniform(picture_seed, CKCA__STREAM_AUGMENT, (uint64_t)draw);
-}
-CKCA__BOTH int ckca__augment_int(uint64_t picture_seed, int draw, int below) {
-    int i = (int)(ckca__augment_uniform(picture_seed, draw) * below);
-    return i < below ? i : below - 1;
-}
-
-/* torchvision's RandomResizedCrop.get_params: ten tries at an area of crop_min..1 and an aspect of 3/4..4/3 (uniform in
-   its logarithm) that fits, else the largest centred rectangle of allowed aspect. */
-CKCA__BOTH void ckca__augment_crop(uint64_t seed, int h, int w, double crop_min, ckca__framing *f) {
-    const double low = 3.0 / 4, high = 4.0 / 3;
-    int attempt;
-    if (!(crop_min > 0)) crop_min = 0.25;
-    if (crop_min > 1) crop_min = 1;
-    for (attempt = 0; attempt < 10; attempt++) {
-        int draw = CKCA__AUGMENT_CROP + 2 * attempt;
-        double area = (double)h * w * (crop_min + (1 - crop_min) * ckca__augment_uniform(seed, draw));
-        double aspect = exp(log(low) + (log(high) - log(low)) * ckca__augment_uniform(seed, draw + 1));
-        f->width = (int)floor(sqrt(area * aspect) + 0.5);
-        f->height = (int)floor(sqrt(area / aspect) + 0.5);
-        if (f->width < 1 || f->width > w || f->height < 1 || f->height > h) continue;
-        f->top = ckca__augment_int(seed, CKCA__AUGMENT_TOP, h - f->height + 1);
-        f->left = ckca__augment_int(seed, CKCA__AUGMENT_LEFT, w - f->width + 1);
-        return;
-    }
-    f->height = h;
-    f->width = w;
-    if (w < low * h) f->height = (int)floor(w / low + 0.5);
-    else if (w > high * h) f->width = (int)floor(h * high + 0.5);
-    f->top = (h - f->height) / 2;
-    f->left = (w - f->width) / 2;
-}
-
-CKCA__BOTH void ckca__augment_framing(const ckca_augment *augment, uint64_t seed, int epoch, int index, int h, int w,
-                                      ckca__framing *f) {
-    memset(f, 0, sizeof *f);
-    f->height = h;
-    f->width = w;
-    f->brightness = f->contrast = f->saturation = 1;
-    if (!augment) return;
-    seed = ckca__random(seed, CKCA__STREAM_AUGMENT, (uint64_t)(uint32_t)epoch << 32 | (uint32_t)index);
-    if (augment->resized_crop) ckca__augment_crop(seed, h, w, augment->crop_min, f);
-    else if (augment->pad > 0) {
-        int y = augment->pad < h ? augment->pad : h, x = augment->pad < w ? augment->pad : w;
-        f->top = ckca__augment_int(seed, CKCA__AUGMENT_TOP, 2 * y + 1) - y;
-        f->left = ckca__augment_int(seed, CKCA__AUGMENT_LEFT, 2 * x + 1) - x;
-    }
-    f->flip = augment->flip && ckca__augment_uniform(seed, CKCA__AUGMENT_FLIP) < 0.5;
-    if (augment->jitter > 0) {
-        double low = augment->jitter < 1 ? 1 - augment->jitter : 0, range = 1 + augment->jitter - low;
-        f->brightness = (float)(low + range * ckca__augment_uniform(seed, CKCA__AUGMENT_BRIGHTNESS));
-        f->contrast = (float)(low + range * ckca__augment_uniform(seed, CKCA__AUGMENT_CONTRAST));
-        f->saturation = (float)(low + range * ckca__augment_uniform(seed, CKCA__AUGMENT_SATURATION));
-    }
-}
-
-CKCA__BOTH float ckca__augment_clamp(float v) { return v < 0 ? 0 : v > 255 ? 255 : v; }
-/* Luma of ITU-R BT.601, as torchvision's rgb_to_grayscale. */
-CKCA__BOTH float ckca__augment_grey(int c, const float *v) {
-    return c == 3 ? 0.2989f * v[0] + 0.587f * v[1] + 0.114f * v[2] : v[0];
-}
-
-#endif /* CKCA__FRAMING */
-#endif
-#if !defined(CKCA__PASS) && defined(CKCA_IMPLEMENTATION) && !defined(CKCA_CUDA)
-#ifndef CKCA__PICTURES
-#define CKCA__PICTURES
-
-/* ---- pictures: the op ---- */
-
-/* The framed pixels' channels 0..m (at most 4), scaled and shifted. */
-static void ckca__augment_look(const ckca__framing *f, int h, int w, int c, int m, const unsigned char *pixels,
-                               const float *scale, const float *shift, float *out) {
-    int y, x, j;
-    for (y = 0; y < h; y++)
-        for (x = 0; x < w; x++, out += c) {
-            int at_y = f->top + y, at_x = f->left + (f->flip ? w - 1 - x : x);
-            int inside = at_y >= 0 && at_y < h && at_x >= 0 && at_x < w;
-            const unsigned char *from = pixels + (inside ? ((size_t)at_y * (size_t)w + (size_t)at_x) * (size_t)c : 0);
-            for (j = 0; j < m; j++) out[j] = scale[j] * (inside ? from[j] : 0) + shift[j];
-        }
-}
-
-/* The same, the framed rectangle enlarged to h x w: bilinear between pixel centres, as torchvision's. */
-static void ckca__augment_enlarge(const ckca__framing *f, int h, int w, int c, int m, const unsigned char *pixels,
-                                  const float *scale, const float *shift, float *out) {
-    int y, x, j;
-    for (y = 0; y < h; y++) {
-        double v = (y + 0.5) * f->height / h - 0.5, u;
-        int y0 = v > 0 ? (int)v : 0;
-        float a = v > 0 ? (float)(v - y0) : 0, b;
-        const unsigned char *top = pixels + ((size_t)(f->top + y0) * (size_t)w + (size_t)f->left) * (size_t)c;
-        const unsigned char *bottom = y0 + 1 < f->height ? top + (size_t)w * (size_t)c : top;
-        for (x = 0; x < w; x++, out += c) {
-            int x0, x1;
-            u = ((f->flip ? w - 1 - x : x) + 0.5) * f->width / w - 0.5;
-            x0 = u > 0 ? (int)u : 0;
-            b = u > 0 ? (float)(u - x0) : 0;
-            x1 = (x0 + 1 < f->width ? x0 + 1 : x0) * c;
-            x0 *= c;
-            for (j = 0; j < m; j++) {
-                float upper = top[x0 + j] + b * (float)(top[x1 + j] - top[x0 + j]);
-                float lower = bottom[x0 + j] + b * (float)(bottom[x1 + j] - bottom[x0 + j]);
-                out[j] = scale[j] * (upper + a * (lower - upper)) + shift[j];
-            }
-        }
-    }
-}
-
-/* torchvision's adjust_brightness, _contrast and _saturation, in this order: towards black, towards the picture's mean
-   grey, towards each pixel's own grey. */
-static void ckca__augment_jitter(const ckca__framing *f, int area, int c, float *v) {
-    size_t i, count = (size_t)area * (size_t)c;
-    double mean = 0;
-    for (i = 0; i < count; i++) v[i] = ckca__augment_clamp(v[i] * f->brightness);
-    for (i = 0; i < count; i += (size_t)c) mean += ckca__augment_grey(c, v + i) / area;
-    for (i = 0; i < count; i++)
-        v[i] = ckca__augment_clamp(f->contrast * v[i] + (1 - f->contrast) * (float)mean);
-    for (i = 0; i < count && c == 3; i += 3) {
-        float grey = ckca__augment_grey(c, v + i);
-        int j;
-        for (j = 0; j < 3; j++)
-            v[i + j] = ckca__augment_clamp(f->saturation * v[i + j] + (1 - f->saturation) * grey);
-    }
-}
-
-typedef struct ckca__batch {
-    int h, w, c;
-    const unsigned char *pixels;
-    int gathered;
-    const int *index;
-    const ckca_augment *augment;
-    uint64_t seed;
-    int epoch;
-    const float *mean, *std;
-    float *out;
-} ckca__batch;
-
-static void ckca__batch_picture(void *job, int i, int thread) {
-    const ckca__batch *a = (const ckca__batch *)job;
-    const int h = a->h, w = a->w, c = a->c;
-    const float *mean = a->mean, *std = a->std;
-    size_t size = (size_t)h * (size_t)w * (size_t)c, at;
-    const unsigned char *pixels = a->pixels + (size_t)(a->gathered ? i : a->index[i]) * size;
-    float *to = a->out + (size_t)i * size;
-    ckca__framing f;
-    int j, first, jitter = a->augment && a->augment->jitter > 0;
-    (void)thread;
-    ckca__augment_framing(a->augment, a->seed, a->epoch, a->index[i], h, w, &f);
-    for (first = 0; first < c; first += 4) { /* four channels at a time; there are hardly ever more */
-        int m = c - first < 4 ? c - first : 4;
-        float scale[4], shift[4];
-        for (j = 0; j < m; j++) {
-            scale[j] = jitter ? 1 : 1 / (255 * std[first + j]);
-            shift[j] = jitter ? 0 : -mean[first + j] / std[first + j];
-        }
-        (f.height == h && f.width == w ? ckca__augment_look : ckca__augment_enlarge)(
-            &f, h, w, c, m, pixels + first, scale, shift, to + first);
-    }
-    if (!jitter) return;
-    ckca__augment_jitter(&f, h * w, c, to);
-    for (at = 0; at < size; at += (size_t)c)
-        for (j = 0; j < c; j++) to[at + j] = (to[at + j] / 255 - mean[j]) / std[j];
-}
-
-static void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, const unsigned char *pixels, int gathered,
-                           const int *index, const ckca_augment *augment, uint64_t seed, const int *epoch,
-                           const float *mean, const float *std, float *out) {
-    ckca__batch job = {h, w, c, pixels, gathered, index, augment, seed, epoch ? *epoch : 0, mean, std, out};
-    ckca__parallel_over(ctx, (size_t)n * h * w * c, n, ckca__batch_picture, &job);
-}
-
-#endif /* CKCA__PICTURES */
-#endif
-#ifndef CKCA__PASS
-#ifdef CKCA_IMPLEMENTATION
-#ifndef CKCA__DATA_TYPES
-#define CKCA__DATA_TYPES
-
-/* ------------------------------------------------------------------------------------------------------------------
-   DATA TYPES, and what all files share
-   ------------------------------------------------------------------------------------------------------------------ */
+/* ---- names, paths and small files ---- */
 
 #include <errno.h>
-
-/* Pictures and labels, shared by all views of them and counted: the last view frees it. */
-typedef struct ckca__store {
-    ckca_context *ctx;
-    int refs;
-    int count, height, width, channels, classes;
-    unsigned char *pixels;   /* count x height x width x channels */
-    unsigned char *resident; /* the same on the device, from the first batch on; on the host pixels itself */
-    int streams;             /* 1: the device has not the room for that: batches are sent one by one */
-    int *labels;             /* count, each below classes */
-    char **class_names;      /* classes */
-    int left_out, unreadable; /* see ckca_data_info */
-    char *first_unreadable;
-} ckca__store;
-
-static size_t ckca__picture_bytes(const ckca__store *s) {
-    return (size_t)s->height * (size_t)s->width * (size_t)s->channels;
-}
-static size_t ckca__store_bytes(const ckca__store *s) { return (size_t)s->count * ckca__picture_bytes(s); }
-
-struct ckca_data {
-    ckca__store *store;
-    int count;
-    int *index; /* picture i is index[i] of the store */
-};
 
 static void ckca__free_names(ckca_context *ctx, char **names, int n) {
     int i;
@@ -4887,8 +1273,10 @@ static char **ckca__copy_names(ckca_context *ctx, const char *const *names, int 
     if (!copy) return NULL;
     for (i = 0; i < n; i++) {
         const char *name = number;
-        if (names) name = names[i];
-        else snprintf(number, sizeof number, "%d", i);
+        if (names)
+            name = names[i];
+        else
+            snprintf(number, sizeof number, "%d", i);
         copy[i] = (char *)ckca__alloc(ctx, strlen(name) + 1);
         if (!copy[i]) {
             ckca__free_names(ctx, copy, i);
@@ -4897,20 +1285,6 @@ static char **ckca__copy_names(ckca_context *ctx, const char *const *names, int 
         memcpy(copy[i], name, strlen(name) + 1);
     }
     return copy;
-}
-
-/* Makes room for one more item in a growing array. Zero if there is no memory. */
-static int ckca__grow(ckca_context *ctx, void **items, size_t count, size_t *capacity, size_t item_bytes) {
-    size_t more = *capacity ? ckca__mul(*capacity, 2) : 16;
-    void *grown;
-    if (count < *capacity) return 1;
-    grown = ckca__alloc(ctx, ckca__mul(more, item_bytes));
-    if (!grown) return 0;
-    if (count) memcpy(grown, *items, count * item_bytes);
-    ckca__release(ctx, *items);
-    *items = grown;
-    *capacity = more;
-    return 1;
 }
 
 /* The end of a path, where what matters stands: an error's sentence has room for so much only. */
@@ -4934,7 +1308,6 @@ static char *ckca__path(ckca_context *ctx, const char *dir, const char *name) {
 #include <sys/stat.h>
 #include <unistd.h>
 #endif
-
 /* Opens a file of at most max bytes for reading and finds how many it has. */
 static ckca_status ckca__open_file(ckca_context *ctx, const char *path, size_t max, FILE **file, size_t *size) {
     long length = -1;
@@ -4959,7 +1332,6 @@ static ckca_status ckca__open_file(ckca_context *ctx, const char *path, size_t m
     *size = (size_t)length;
     return CKCA_OK;
 }
-
 /* A whole file of at most max bytes; *bytes is the caller's to release and has a zero behind its end. */
 static ckca_status ckca__read_file(ckca_context *ctx, const char *path, size_t max, unsigned char **bytes,
                                    size_t *size) {
@@ -4985,7 +1357,6 @@ static ckca_status ckca__read_file(ckca_context *ctx, const char *path, size_t m
     return ckca__fail(ctx, CKCA_EIO, "%s: reading stopped after %.0f of %.0f bytes", ckca__tail(path), (double)got,
                       (double)*size);
 }
-
 static int ckca__file_exists(const char *path) {
     FILE *file = fopen(path, "rb");
     if (file) fclose(file);
@@ -4993,2941 +1364,42 @@ static int ckca__file_exists(const char *path) {
 }
 #endif /* CKCA_NO_STDIO */
 
-#endif /* CKCA__DATA_TYPES */
-#endif /* CKCA_IMPLEMENTATION */
-#endif /* CKCA__PASS */
-#ifdef CKCA__PASS /* end of a pass */
-#if CKCA__PASS != 128
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
-#undef CKCA__NAME
-#undef CKCA__VW
-#undef CKCA__V
-#undef CKCA__LOAD
-#undef CKCA__STORE
-#undef CKCA__SET
-#undef CKCA__ADD
-#undef CKCA__SUB
-#undef CKCA__MUL
-#undef CKCA__FMA
-#undef CKCA__MAX
-#undef CKCA__WHERE_POSITIVE
-#endif
-#ifndef CKCA__PASS
-#ifdef CKCA_IMPLEMENTATION
-#ifndef CKCA__GRAPH
-#define CKCA__GRAPH
+/* ===================================================================================================================
+   DATA                                                                                                         >>data
 
-/* ------------------------------------------------------------------------------------------------------------------
-   GRAPH: nodes, parameters, fusion, the memory plan, forward and backward
+   Pictures and labels: stores and views of them, resizing, readers, splitting.
 
-   A model is a list of nodes in the order they were added, so that inputs come before their readers. Forward walks it,
-   backward walks it in reverse. ckca_model_finish groups neighbours that run as one op: batch norm (+ add) (+ ReLU)
-   always, and in evaluation the convolution in front too, with the batch norm folded into its weights. The last node of
-   a group, its tail, runs for all of them and owns the output.
-   ------------------------------------------------------------------------------------------------------------------ */
+   A store holds the decoded pictures of a set as bytes, with their labels. A ckca_data is a view of a store, a list of
+   indices into it, so splits and subsets share the pixels; the store counts its views, and the last one frees it.
+   =================================================================================================================== */
 
-typedef enum ckca__kind {
-    CKCA__INPUT = 0,
-    CKCA__CONV,
-    CKCA__BATCHNORM,
-    CKCA__RELU,
-    CKCA__ADD,
-    CKCA__MAXPOOL,
-    CKCA__AVGPOOL,
-    CKCA__SUBSAMPLE,
-    CKCA__LINEAR
-} ckca__kind;
-
-/* The words of the graph's text (see ckca__graph_write), by kind. */
-static const char *const ckca__kind_name[] = {"input",   "conv",    "bn",        "relu",  "add",
-                                              "maxpool", "avgpool", "subsample", "linear"};
-
-enum { CKCA__NAME_MAX = 64, CKCA__NODES_MAX = 10000, CKCA__BATCH_MAX = 1000000, CKCA__MODES = 8 };
-#define CKCA__VALUES_MAX ((size_t)1 << 30) /* of one picture's map, or of one parameter */
-
-typedef struct ckca__node {
-    ckca__kind kind;
-    int in[2];               /* nodes it reads, -1 for none */
-    int h, w, c;             /* output, per picture */
-    int kernel, stride, pad; /* convolution, pooling; stride of subsample */
-    int bias;                /* convolution */
-    int zero;                /* batch norm: gamma starts at 0 */
-    int stage;               /* marked by ckca_stage */
-    int readers;             /* nodes that read it, plus one if it is an output */
-    int tensor;              /* its first parameter: weight (gamma), then bias (beta), running_mean, running_var */
-    int half;                /* 1: its output and gradient are bfloat16, see ckca__choose_half */
-    int fused;               /* 1: a later tail runs it */
-    int folded;              /* convolution: 1: in evaluation the batch norm's tail runs it */
-    int head, source, residual,
-        relu; /* of a tail: its batch norm or -1; what it reads; what it adds or -1; ReLU last */
-    size_t value[CKCA__MODES], grad[CKCA__MODES], at[CKCA__MODES]; /* offsets per picture in the plan of each mode */
-    size_t ready;    /* convolution: offset in bytes in model->ready, as it was filled last */
-    size_t now;      /* in a backward pass: where its output lies, as value or made again */
-    size_t saved;    /* batch norm: offset of mean, then inv_std, in model->saved */
-    int merged[CKCA__MODES]; /* of a batch norm's tail: 1: its reader does its work, see ckca__is_merged */
-    ckca__norm norm;         /* of a batch norm's tail: this step's */
-    int written;  /* in a backward pass: 1: its gradient holds something to add to */
-    char name[CKCA__NAME_MAX];
-} ckca__node;
-
-typedef enum ckca__role { CKCA__WEIGHT = 0, CKCA__BIAS, CKCA__GAMMA, CKCA__BETA, CKCA__MEAN, CKCA__VAR } ckca__role;
-
-/* An output that the backward pass makes again, see the memory plan. */
-typedef struct ckca__again {
-    int node, before; /* which; before which node's backward */
-    int on_the_way;   /* 1: made only to make others, which may take its place */
-    int dies;         /* the last moment at which it can be read */
-    int in, ends;     /* the item whose buffer it lies in (its own: itself); when that buffer is free */
-    size_t at;        /* offset per picture */
-} ckca__again;
-
-typedef struct ckca__parameter {
-    char name[CKCA__NAME_MAX + 16];
-    ckca__role role;
-    int node, dims, shape[4]; /* in PyTorch's order */
-    size_t count, offset;     /* in floats, in the arenas */
-} ckca__parameter;
-
-/* A training state that holds an update's result until ckca_save has written it. */
-typedef struct ckca__unsaved {
-    struct ckca__unsaved *next;
-    char *state, *lock; /* paths, behind this struct */
-} ckca__unsaved;
-
-struct ckca_model {
+/* Pictures and labels, shared by all views of them and counted: the last view frees it. */
+typedef struct ckca__store {
     ckca_context *ctx;
-    ckca_status failed; /* the first failure of building; its sentence is kept below */
-    char failure[256];
-    int finished;
-    char arch[32];
-    int height, width, channels, classes, features, step;
-    uint64_t seed;
-    int64_t batches_tracked; /* training forwards seen: PyTorch's num_batches_tracked */
-    char **class_names;      /* classes strings, or NULL */
-    float *normalization;    /* mean, then std: 2 channels values */
-    int normalized;          /* 1: normalization is known */
+    int refs;
+    int count, height, width, channels, classes;
+    unsigned char *pixels;    /* count x height x width x channels */
+    unsigned char *resident;  /* the same on the device, from the first batch on; on the host pixels itself */
+    int streams;              /* 1: the device has not the room for that: batches are sent one by one */
+    int *labels;              /* count, each below classes */
+    char **class_names;       /* classes */
+    int left_out, unreadable; /* see ckca_data_info */
+    char *first_unreadable;
+} ckca__store;
 
-    ckca__node *node;
-    int nodes, logits, pooled; /* pooled: the node of the features */
-    ckca__parameter *parameter;
-    int parameters;
-    size_t node_room, parameter_room;
-    size_t decayed, trainable, all, saved_count; /* floats: weights with decay come first, buffers last */
-    size_t plan_values[CKCA__MODES];             /* floats of activations per picture; 0: not planned yet */
-    ckca__again *again[CKCA__MODES];             /* in the order they are made */
-    size_t again_room[CKCA__MODES];
-    int agains[CKCA__MODES];
+static size_t ckca__picture_bytes(const ckca__store *s) {
+    return (size_t)s->height * (size_t)s->width * (size_t)s->channels;
+}
+static size_t ckca__store_bytes(const ckca__store *s) { return (size_t)s->count * ckca__picture_bytes(s); }
 
-    float *values, *gradients, *momentum; /* arenas over the parameters; the latter two when training */
-    float *folded; /* evaluation: weights with batch norm folded in, biases in the place of beta */
-    int folded_valid;
-    float *saved; /* batch statistics of the last training forward */
-    float *activations;
-    size_t activation_bytes;
-    void *workspace, *ready; /* scratch; weights as convolutions read them, see ckca__make_ready */
-    size_t workspace_bytes, ready_bytes;
-    const float *input; /* the last forward's pictures, size and mode */
-    int n, mode;
-    ckca__unsaved *unsaved;
+struct ckca_data {
+    ckca__store *store;
+    int count;
+    int *index; /* picture i is index[i] of the store */
 };
 
-/* A mode says what a forward has to leave behind, and so which plan holds: what backward needs, the stages' outputs for
-   FeatReg, all outputs for a caller to read. */
-enum { CKCA__EVALUATE = 0, CKCA__TRAIN = 1, CKCA__STAGES = 2, CKCA__READABLE = 4 };
-
-/* ---- building ---- */
-
-static int ckca__broken(ckca_model *m, ckca_status status, const char *format, ...) CKCA__PRINTF(3, 4);
-static int ckca__broken(ckca_model *m, ckca_status status, const char *format, ...) {
-    char sentence[sizeof m->failure];
-    va_list args;
-    va_start(args, format);
-    vsnprintf(sentence, sizeof sentence, format, args);
-    va_end(args);
-    if (!m->failed && !m->finished) { /* a finished model stays what it is */
-        memcpy(m->failure, sentence, sizeof sentence);
-        m->failed = status;
-    }
-    ckca__fail(m->ctx, status, "%s", sentence);
-    return -1;
-}
-
-/* Which nodes there are, for a sentence about one that there is not. */
-static const char *ckca__which_nodes(const ckca_model *m, char *text, size_t room) {
-    if (m->nodes) snprintf(text, room, "nodes are 0 to %d", m->nodes - 1);
-    else snprintf(text, room, "there is none yet: begin with ckca_input");
-    return text;
-}
-
-static ckca_status ckca__check_finished(const ckca_model *m, const char *call) {
-    if (m->finished) return CKCA_OK;
-    return ckca__fail(m->ctx, CKCA_EINVAL, "%s: the model is not finished (ckca_model_finish)", call);
-}
-
-/* A new node that reads a (and b), its shape and fields still to be set; NULL after a failure. */
-static ckca__node *ckca__add_node(ckca_model *m, ckca__kind kind, const char *name, int a, int b, int inputs) {
-    ckca__node *node;
-    int i, in[2];
-    in[0] = a;
-    in[1] = b;
-    if (!m || m->failed) return NULL;
-    if (m->finished) {
-        ckca__broken(m, CKCA_EINVAL, "%s: the model is finished, no node can be added", ckca__kind_name[kind]);
-        return NULL;
-    }
-    for (i = 0; i < inputs; i++) {
-        if (in[i] < 0 || in[i] >= m->nodes) {
-            char nodes[64];
-            ckca__broken(m, CKCA_EINVAL, "%s%s%.70s: there is no node %d (%s)", ckca__kind_name[kind],
-                         name && *name ? " " : "", name ? name : "", in[i], ckca__which_nodes(m, nodes, sizeof nodes));
-            return NULL;
-        }
-    }
-    if (name) {
-        size_t length = strlen(name);
-        for (i = 0; name[i]; i++)
-            if (!((name[i] >= 'a' && name[i] <= 'z') || (name[i] >= 'A' && name[i] <= 'Z') ||
-                  (name[i] >= '0' && name[i] <= '9') || name[i] == '.' || name[i] == '_'))
-                break;
-        if (!length || length >= CKCA__NAME_MAX || name[i]) {
-            ckca__broken(m, CKCA_EINVAL, "%s: the name \"%.70s\" needs 1 to %d letters, digits, '.' or '_'",
-                         ckca__kind_name[kind], name, CKCA__NAME_MAX - 1);
-            return NULL;
-        }
-        for (i = 0; i < m->nodes; i++) {
-            if (!strcmp(m->node[i].name, name)) {
-                ckca__broken(m, CKCA_EINVAL, "%s: the name \"%s\" is node %d's already", ckca__kind_name[kind], name,
-                             i);
-                return NULL;
-            }
-        }
-    }
-    if (m->nodes >= CKCA__NODES_MAX) {
-        ckca__broken(m, CKCA_EINVAL, "a model has at most %d nodes", CKCA__NODES_MAX);
-        return NULL;
-    }
-    if (!ckca__grow(m->ctx, (void **)&m->node, (size_t)m->nodes, &m->node_room, sizeof *m->node)) {
-        ckca__broken(m, CKCA_ENOMEM, "out of memory for node %d", m->nodes);
-        return NULL;
-    }
-    node = &m->node[m->nodes];
-    memset(node, 0, sizeof *node);
-    node->kind = kind;
-    node->in[0] = inputs > 0 ? a : -1;
-    node->in[1] = inputs > 1 ? b : -1;
-    node->tensor = node->head = node->source = node->residual = -1;
-    if (name) memcpy(node->name, name, strlen(name) + 1);
-    return node;
-}
-
-/* Accepts the node under construction: checks its output's size and counts its readers. */
-static int ckca__accept(ckca_model *m, ckca__node *node) {
-    int i;
-    if (node->h < 1 || node->w < 1 || node->c < 1 ||
-        ckca__mul(ckca__mul((size_t)node->h, (size_t)node->w), (size_t)node->c) > CKCA__VALUES_MAX)
-        return ckca__broken(m, CKCA_ESHAPE, "%s %s: an output of %d x %d x %d cannot be", ckca__kind_name[node->kind],
-                            node->name, node->h, node->w, node->c);
-    for (i = 0; i < 2; i++)
-        if (node->in[i] >= 0) m->node[node->in[i]].readers++;
-    return m->nodes++;
-}
-
-static ckca__parameter *ckca__add_parameter(ckca_model *m, const char *suffix, ckca__role role, int dims, int a, int b,
-                                            int c, int d) {
-    ckca__node *node = &m->node[m->nodes]; /* the one under construction */
-    ckca__parameter *p;
-    if (!ckca__grow(m->ctx, (void **)&m->parameter, (size_t)m->parameters, &m->parameter_room, sizeof *m->parameter)) {
-        ckca__broken(m, CKCA_ENOMEM, "out of memory for parameter %d", m->parameters);
-        return NULL;
-    }
-    p = &m->parameter[m->parameters];
-    memset(p, 0, sizeof *p);
-    snprintf(p->name, sizeof p->name, "%s.%s", node->name, suffix);
-    p->role = role;
-    p->node = m->nodes;
-    p->dims = dims;
-    p->shape[0] = a;
-    p->shape[1] = b;
-    p->shape[2] = c;
-    p->shape[3] = d;
-    p->count = ckca__mul(ckca__mul((size_t)a, (size_t)b), ckca__mul((size_t)c, (size_t)d));
-    if (p->count > CKCA__VALUES_MAX) {
-        ckca__broken(m, CKCA_ESHAPE, "%s: %d x %d x %d x %d is too large", p->name, a, b, c, d);
-        return NULL;
-    }
-    if (node->tensor < 0) node->tensor = m->parameters;
-    m->parameters++;
-    return p;
-}
-
-CKCA_API int ckca_input(ckca_model *m) {
-    ckca__node *node;
-    if (m && m->nodes && !m->failed && !m->finished)
-        return ckca__broken(m, CKCA_EINVAL, "input: it is the first node, and there is one");
-    node = ckca__add_node(m, CKCA__INPUT, NULL, -1, -1, 0);
-    if (!node) return -1;
-    node->h = m->height;
-    node->w = m->width;
-    node->c = m->channels;
-    return ckca__accept(m, node);
-}
-
-/* Output length of a window over length values, 0 if it does not fit. */
-static int ckca__window(int length, int kernel, int stride, int pad) {
-    int64_t span = (int64_t)length + 2 * (int64_t)pad - kernel;
-    return span < 0 ? 0 : (int)(span / stride + 1);
-}
-
-CKCA_API int ckca_conv(ckca_model *m, const char *name, int input, ckca_conv_desc desc) {
-    ckca__node *node = ckca__add_node(m, CKCA__CONV, name ? name : "", input, -1, 1);
-    ckca__bound bounds[5] = {{"out", 0, 1, INT_MAX, 0},
-                             {"kernel", 0, 0, 255, 0},
-                             {"stride", 0, 0, 255, 0},
-                             {"pad", 0, 0, 0, 0}, /* the kernel less one */
-                             {"bias", 0, 0, 1, 0}};
-    char text[160];
-    const ckca__node *x;
-    if (!node) return -1;
-    x = &m->node[input];
-    node->kernel = desc.kernel ? desc.kernel : 3;
-    node->stride = desc.stride ? desc.stride : 1;
-    node->pad = desc.pad;
-    node->bias = !!desc.bias;
-    bounds[0].value = desc.out;
-    bounds[1].value = desc.kernel;
-    bounds[2].value = desc.stride;
-    bounds[3].value = desc.pad;
-    bounds[3].most = node->kernel - 1;
-    bounds[4].value = desc.bias;
-    if (ckca__out_of_bounds(bounds, 5, text, sizeof text))
-        return ckca__broken(m, CKCA_EINVAL, "conv %s: %s", name, text);
-    node->h = ckca__window(x->h, node->kernel, node->stride, node->pad);
-    node->w = ckca__window(x->w, node->kernel, node->stride, node->pad);
-    node->c = desc.out;
-    if (!node->h || !node->w)
-        return ckca__broken(m, CKCA_ESHAPE, "conv %s: a kernel of %d with pad %d does not fit the input of %d x %d",
-                            name, node->kernel, node->pad, x->h, x->w);
-    if (!ckca__add_parameter(m, "weight", CKCA__WEIGHT, 4, desc.out, x->c, node->kernel, node->kernel)) return -1;
-    if (node->bias && !ckca__add_parameter(m, "bias", CKCA__BIAS, 1, desc.out, 1, 1, 1)) return -1;
-    return ckca__accept(m, node);
-}
-
-CKCA_API int ckca_batchnorm(ckca_model *m, const char *name, int input) {
-    ckca__node *node = ckca__add_node(m, CKCA__BATCHNORM, name ? name : "", input, -1, 1);
-    int c;
-    if (!node) return -1;
-    node->h = m->node[input].h;
-    node->w = m->node[input].w;
-    node->c = c = m->node[input].c;
-    if (!ckca__add_parameter(m, "weight", CKCA__GAMMA, 1, c, 1, 1, 1) ||
-        !ckca__add_parameter(m, "bias", CKCA__BETA, 1, c, 1, 1, 1) ||
-        !ckca__add_parameter(m, "running_mean", CKCA__MEAN, 1, c, 1, 1, 1) ||
-        !ckca__add_parameter(m, "running_var", CKCA__VAR, 1, c, 1, 1, 1))
-        return -1;
-    return ckca__accept(m, node);
-}
-
-CKCA_API int ckca_relu(ckca_model *m, int input) {
-    ckca__node *node = ckca__add_node(m, CKCA__RELU, NULL, input, -1, 1);
-    if (!node) return -1;
-    node->h = m->node[input].h;
-    node->w = m->node[input].w;
-    node->c = m->node[input].c;
-    return ckca__accept(m, node);
-}
-
-CKCA_API int ckca_add(ckca_model *m, int a, int b) {
-    ckca__node *node = ckca__add_node(m, CKCA__ADD, NULL, a, b, 2);
-    const ckca__node *x, *y;
-    if (!node) return -1;
-    x = &m->node[a];
-    y = &m->node[b];
-    if (x->h != y->h || x->w != y->w || x->c != y->c)
-        return ckca__broken(m, CKCA_ESHAPE, "add: node %d is %d x %d x %d, node %d is %d x %d x %d", a, x->h, x->w,
-                            x->c, b, y->h, y->w, y->c);
-    node->h = x->h;
-    node->w = x->w;
-    node->c = x->c;
-    return ckca__accept(m, node);
-}
-
-CKCA_API int ckca_maxpool(ckca_model *m, int input, int kernel, int stride, int pad) {
-    ckca__node *node = ckca__add_node(m, CKCA__MAXPOOL, NULL, input, -1, 1);
-    ckca__bound bounds[3] = {{"kernel", 0, 1, 15, 0}, {"stride", 0, 1, 255, 0}, {"pad", 0, 0, 0, 0}};
-    char text[160];
-    const ckca__node *x;
-    if (!node) return -1;
-    x = &m->node[input];
-    bounds[0].value = kernel;
-    bounds[1].value = stride;
-    bounds[2].value = pad;
-    bounds[2].most = kernel / 2;
-    if (ckca__out_of_bounds(bounds, 3, text, sizeof text)) return ckca__broken(m, CKCA_EINVAL, "maxpool: %s", text);
-    node->kernel = kernel;
-    node->stride = stride;
-    node->pad = pad;
-    node->h = ckca__window(x->h, kernel, stride, pad);
-    node->w = ckca__window(x->w, kernel, stride, pad);
-    node->c = x->c;
-    if (!node->h || !node->w)
-        return ckca__broken(m, CKCA_ESHAPE, "maxpool: a kernel of %d with pad %d does not fit the input of %d x %d",
-                            kernel, pad, x->h, x->w);
-    return ckca__accept(m, node);
-}
-
-CKCA_API int ckca_avgpool(ckca_model *m, int input) {
-    ckca__node *node = ckca__add_node(m, CKCA__AVGPOOL, NULL, input, -1, 1);
-    if (!node) return -1;
-    node->h = node->w = 1;
-    node->c = m->node[input].c;
-    return ckca__accept(m, node);
-}
-
-CKCA_API int ckca_subsample(ckca_model *m, int input, int stride, int out) {
-    ckca__node *node = ckca__add_node(m, CKCA__SUBSAMPLE, NULL, input, -1, 1);
-    ckca__bound bounds[2] = {{"stride", 0, 1, 255, 0}, {"out", 0, 0, INT_MAX, 0}};
-    char text[160];
-    const ckca__node *x;
-    if (!node) return -1;
-    x = &m->node[input];
-    bounds[0].value = stride;
-    bounds[1].value = out;
-    bounds[1].least = x->c; /* channels are only added */
-    if (ckca__out_of_bounds(bounds, 2, text, sizeof text)) return ckca__broken(m, CKCA_EINVAL, "subsample: %s", text);
-    node->kernel = 1;
-    node->stride = stride;
-    node->h = (x->h - 1) / stride + 1;
-    node->w = (x->w - 1) / stride + 1;
-    node->c = out;
-    return ckca__accept(m, node);
-}
-
-CKCA_API int ckca_linear(ckca_model *m, const char *name, int input, int out) {
-    ckca__node *node = ckca__add_node(m, CKCA__LINEAR, name ? name : "", input, -1, 1);
-    const ckca__node *x;
-    if (!node) return -1;
-    x = &m->node[input];
-    if (out < 1)
-        return ckca__broken(m, CKCA_EINVAL, "linear %s: out is %d, it may be 1 to %d", name, out, INT_MAX);
-    node->h = node->w = 1;
-    node->c = out;
-    if (!ckca__add_parameter(m, "weight", CKCA__WEIGHT, 2, out, x->h * x->w * x->c, 1, 1) ||
-        !ckca__add_parameter(m, "bias", CKCA__BIAS, 1, out, 1, 1, 1))
-        return -1;
-    return ckca__accept(m, node);
-}
-
-CKCA_API int ckca_stage(ckca_model *m, int input) {
-    char nodes[64];
-    if (!m || m->failed) return -1;
-    if (m->finished) return ckca__broken(m, CKCA_EINVAL, "stage: the model is finished, no node can be marked");
-    if (input < 0 || input >= m->nodes)
-        return ckca__broken(m, CKCA_EINVAL, "stage: there is no node %d (%s)", input,
-                            ckca__which_nodes(m, nodes, sizeof nodes));
-    m->node[input].stage = 1;
-    return input;
-}
-
-/* The states' files stay. */
-static void ckca__forget_unsaved(ckca_model *m) {
-    while (m->unsaved) {
-        ckca__unsaved *u = m->unsaved;
-        m->unsaved = u->next;
-        ckca__release(m->ctx, u);
-    }
-}
-
-CKCA_API void ckca_model_free(ckca_model *m) {
-    ckca_context *ctx;
-    int mode;
-    if (!m) return;
-    ctx = m->ctx;
-    ckca__free_names(ctx, m->class_names, m->classes);
-    ckca__forget_unsaved(m);
-    ckca__release(ctx, m->normalization);
-    ckca__release(ctx, m->node);
-    ckca__release(ctx, m->parameter);
-    for (mode = 0; mode < CKCA__MODES; mode++) ckca__release(ctx, m->again[mode]);
-    ckca__device_release(ctx, m->values, m->all * sizeof(float));
-    ckca__device_release(ctx, m->gradients, m->trainable * sizeof(float));
-    ckca__device_release(ctx, m->momentum, m->trainable * sizeof(float));
-    ckca__device_release(ctx, m->folded, m->trainable * sizeof(float));
-    ckca__device_release(ctx, m->saved, m->saved_count * sizeof(float));
-    ckca__device_release(ctx, m->activations, m->activation_bytes);
-    ckca__device_release(ctx, m->workspace, m->workspace_bytes);
-    ckca__device_release(ctx, m->ready, m->ready_bytes);
-    ckca__release(ctx, m);
-}
-
-CKCA_API ckca_status ckca_model_create(ckca_context *ctx, ckca_model **out, const ckca_model_desc *desc) {
-    ckca__bound bounds[7] = {{"height", 0, 0, 65536, 0},
-                             {"width", 0, 0, 65536, 0},
-                             {"channels", 0, 0, 65536, 0},
-                             {"classes", 0, 1, CKCA__CLASSES_MAX, 0},
-                             {"width_base", 0, 0, 4096, 0},
-                             {"projection", 0, 0, 1, 0},
-                             {"zero_residual", 0, 0, 1, 0}};
-    ckca_model *m;
-    ckca_status status;
-    int i;
-    if (!ckca__usable(ctx)) return CKCA_EINVAL;
-    if (!out || !desc) return ckca__null(ctx, "ckca_model_create", !out ? "model" : "desc");
-    bounds[0].value = desc->height;
-    bounds[1].value = desc->width;
-    bounds[2].value = desc->channels;
-    bounds[3].value = desc->classes;
-    bounds[4].value = desc->width_base;
-    bounds[5].value = desc->projection;
-    bounds[6].value = desc->zero_residual;
-    if ((status = ckca__check_bounds(ctx, "model", bounds, 7))) return status;
-    if (!desc->mean != !desc->std)
-        return ckca__fail(ctx, CKCA_EINVAL, "model: %s is NULL: mean and std come together, or neither",
-                          desc->mean ? "std" : "mean");
-    for (i = 0; desc->class_names && i < desc->classes; i++)
-        if (!desc->class_names[i]) return ckca__fail(ctx, CKCA_EINVAL, "model: class_names[%d] is NULL", i);
-    m = (ckca_model *)ckca__alloc(ctx, sizeof *m);
-    if (!m) return ckca__fail(ctx, CKCA_ENOMEM, "out of memory for a model");
-    m->ctx = ctx;
-    m->height = desc->height ? desc->height : 32;
-    m->width = desc->width ? desc->width : 32;
-    m->channels = desc->channels ? desc->channels : 3;
-    m->classes = desc->classes;
-    m->seed = desc->seed;
-    snprintf(m->arch, sizeof m->arch, "custom");
-    m->normalization = (float *)ckca__alloc(ctx, (size_t)m->channels * 2 * sizeof(float));
-    if (desc->class_names) m->class_names = ckca__copy_names(ctx, desc->class_names, m->classes);
-    if (!m->normalization || (desc->class_names && !m->class_names)) {
-        ckca_model_free(m);
-        return ckca__fail(ctx, CKCA_ENOMEM, "out of memory for a model's %d class names", desc->classes);
-    }
-    if (desc->mean) {
-        for (i = 0; i < m->channels; i++) {
-            if (!(desc->std[i] > 0) || !(desc->std[i] < 1e6f) || !(fabsf(desc->mean[i]) < 1e6f)) {
-                float mean = desc->mean[i], std = desc->std[i];
-                ckca_model_free(m);
-                return ckca__fail(ctx, CKCA_EINVAL,
-                                  "model: mean[%d] is %g and std[%d] is %g; a mean may be -1e6 to 1e6, a std above 0 "
-                                  "to 1e6",
-                                  i, (double)mean, i, (double)std);
-            }
-            m->normalization[i] = desc->mean[i];
-            m->normalization[m->channels + i] = desc->std[i];
-        }
-        m->normalized = 1;
-    }
-    *out = m;
-    return CKCA_OK;
-}
-
-/* Groups what runs as one op; in node order, so that an add finds its batch norm grouped and a ReLU its add. */
-static void ckca__fuse(ckca_model *m) {
-    int i;
-    for (i = 0; i < m->nodes; i++) { /* what an earlier try of ckca_model_finish may have left */
-        m->node[i].fused = m->node[i].folded = m->node[i].relu = 0;
-        m->node[i].head = m->node[i].residual = -1;
-    }
-    for (i = 0; i < m->nodes; i++) {
-        ckca__node *node = &m->node[i];
-        node->source = node->in[0];
-        if (node->kind == CKCA__BATCHNORM) {
-            const ckca__node *x = &m->node[node->in[0]];
-            node->head = i;
-            m->node[node->in[0]].folded = x->kind == CKCA__CONV && x->readers == 1 && !x->stage;
-        } else if (node->kind == CKCA__ADD) {
-            int side;
-            node->residual = node->in[1];
-            for (side = 0; side < 2; side++) { /* one batch norm of the two can be run here */
-                ckca__node *x = &m->node[node->in[side]];
-                if (x->kind != CKCA__BATCHNORM || x->readers != 1 || x->stage) continue;
-                x->fused = 1;
-                node->head = node->in[side];
-                node->source = x->in[0];
-                node->residual = node->in[1 - side];
-                break;
-            }
-        } else if (node->kind == CKCA__RELU) {
-            ckca__node *x = &m->node[node->in[0]];
-            node->relu = 1;
-            if ((x->kind == CKCA__BATCHNORM || x->kind == CKCA__ADD) && x->readers == 1 && !x->stage) {
-                x->fused = 1;
-                node->head = x->head;
-                node->source = x->source;
-                node->residual = x->residual;
-            }
-        }
-    }
-}
-
-/* Places the parameters in their arena: weights with decay, then other trainable ones, then running statistics. */
-static void ckca__place_parameters(ckca_model *m) {
-    int i, part;
-    size_t offset = 0;
-    for (part = 0; part < 3; part++) {
-        for (i = 0; i < m->parameters; i++) {
-            ckca__parameter *p = &m->parameter[i];
-            int belongs = p->role == CKCA__WEIGHT ? 0 : p->role < CKCA__MEAN ? 1 : 2;
-            if (belongs != part) continue;
-            p->offset = offset;
-            offset = ckca__sum(offset, ckca__round_up(p->count, CKCA__ALIGN / sizeof(float)));
-        }
-        if (part == 0) m->decayed = offset;
-        if (part == 1) m->trainable = offset;
-    }
-    m->all = offset;
-    m->saved_count = 0;
-    for (i = 0; i < m->nodes; i++) {
-        if (m->node[i].kind != CKCA__BATCHNORM) continue;
-        m->node[i].saved = m->saved_count;
-        m->saved_count += 2 * ckca__round_up((size_t)m->node[i].c, CKCA__ALIGN / sizeof(float));
-    }
-}
-
-/* With CKCA_BF16: which outputs are bfloat16. Pictures are not, nor what comes out of poolings to 1 x 1 and of linear
-   layers; two ops change from one kind to the other, a convolution that reads the pictures and such a pooling. All
-   others give what they take, so float32 spreads from node to node in both directions. */
-static void ckca__choose_half(ckca_model *m) {
-    int i, side, changed = m->ctx->precision == CKCA_BF16;
-    for (i = 1; i < m->nodes; i++)
-        m->node[i].half = changed && m->node[i].kind != CKCA__AVGPOOL && m->node[i].kind != CKCA__LINEAR;
-    while (changed) {
-        changed = 0;
-        for (i = 1; i < m->nodes; i++)
-            for (side = 0; side < 2; side++) {
-                ckca__node *x = &m->node[i], *in = x->in[side] < 0 ? x : &m->node[x->in[side]];
-                if (x->half == in->half || x->kind == CKCA__AVGPOOL || (x->kind == CKCA__CONV && in == m->node))
-                    continue;
-                x->half = in->half = 0;
-                changed = 1;
-            }
-    }
-}
-
-static ckca_status ckca__seal(ckca_model *m, int logits) {
-    ckca_context *ctx = m->ctx;
-    char nodes[64];
-    if (m->failed) return ckca__fail(ctx, m->failed, "%s", m->failure);
-    if (m->finished) return ckca__fail(ctx, CKCA_EINVAL, "ckca_model_finish: the model is finished already");
-    if (logits < 0 || logits >= m->nodes)
-        return ckca__fail(ctx, CKCA_EINVAL, "logits: there is no node %d (%s)", logits,
-                          ckca__which_nodes(m, nodes, sizeof nodes));
-    if (m->node[logits].kind != CKCA__LINEAR)
-        return ckca__fail(ctx, CKCA_EINVAL, "logits: node %d is of the kind %s, not linear", logits,
-                          ckca__kind_name[m->node[logits].kind]);
-    if (m->node[logits].c != m->classes)
-        return ckca__fail(ctx, CKCA_ESHAPE, "logits: %s has %d outputs, the model has %d classes", m->node[logits].name,
-                          m->node[logits].c, m->classes);
-    m->logits = logits;
-    m->pooled = m->node[logits].in[0];
-    if (m->pooled == 0) return ckca__fail(ctx, CKCA_EINVAL, "logits: a layer between input and logits is needed");
-    m->features = m->node[m->pooled].h * m->node[m->pooled].w * m->node[m->pooled].c;
-    m->node[logits].readers++;
-    m->node[m->pooled].readers++; /* the features are an output as well: they are never fused into something later */
-    ckca__choose_half(m);
-    ckca__fuse(m);
-    ckca__place_parameters(m);
-    return CKCA_OK;
-}
-
-/* Initial weights as a pure function of (seed, parameter, element): convolutions Kaiming normal, fan out, for ReLU (He
-   et al. 2015, torchvision's ResNet), linear layers and biases uniform in +-1/sqrt(fan in) (PyTorch's defaults), batch
-   norm 1 and 0. Written to host, in the arenas' layout; drawn in PyTorch's order, so a layout is not part of the
-   result. */
-static void ckca__draw_weights(const ckca_model *m, uint64_t seed, float *host) {
-    int i;
-    for (i = 0; i < m->parameters; i++) {
-        const ckca__parameter *p = &m->parameter[i];
-        const ckca__node *node = &m->node[p->node];
-        float *w = host + p->offset;
-        uint64_t base = (uint64_t)i << 32;
-        size_t e, fan_in = m->parameter[node->tensor].count / (size_t)node->c;
-        double bound = 1.0 / sqrt((double)fan_in);
-        if (p->role == CKCA__WEIGHT && p->dims == 4) {
-            double std = sqrt(2.0 / ((double)p->shape[0] * p->shape[2] * p->shape[3]));
-            for (e = 0; e < p->count; e++) { /* Box and Muller: one normal from two uniforms */
-                double u = 1.0 - ckca__uniform(seed, CKCA__STREAM_INIT, base + 2 * e);
-                double v = ckca__uniform(seed, CKCA__STREAM_INIT, base + 2 * e + 1);
-                w[e] = (float)(std * sqrt(-2.0 * log(u)) * cos(6.283185307179586 * v));
-            }
-        } else if (p->role == CKCA__WEIGHT || p->role == CKCA__BIAS) {
-            for (e = 0; e < p->count; e++)
-                w[e] = (float)(bound * (2.0 * ckca__uniform(seed, CKCA__STREAM_INIT, base + e) - 1.0));
-        } else {
-            float value = p->role == CKCA__VAR || (p->role == CKCA__GAMMA && !node->zero) ? 1.0f : 0.0f;
-            for (e = 0; e < p->count; e++) w[e] = value;
-        }
-    }
-}
-
-static ckca_status ckca__allocate_values(ckca_model *m) {
-    m->values = (float *)ckca__device_alloc(m->ctx, ckca__mul(m->all, sizeof(float)));
-    if (!m->values)
-        return ckca__fail(m->ctx, CKCA_ENOMEM, "out of memory for %.1f MB of parameters", (double)m->all * 4e-6);
-    m->finished = 1;
-    return CKCA_OK;
-}
-
-static ckca_status ckca__initialize(ckca_model *m, uint64_t seed, float *device) {
-    float *host = (float *)ckca__alloc(m->ctx, m->all * sizeof(float));
-    if (!host)
-        return ckca__fail(m->ctx, CKCA_ENOMEM, "out of memory for %.1f MB of initial weights", (double)m->all * 4e-6);
-    ckca__draw_weights(m, seed, host);
-    ckca__device_upload(m->ctx, device, host, m->all * sizeof(float));
-    ckca__release(m->ctx, host);
-    return ckca__device_status(m->ctx);
-}
-
-CKCA_API ckca_status ckca_model_finish(ckca_model *m, int logits) {
-    ckca_status status;
-    if (!m) return CKCA_EINVAL;
-    if ((status = ckca__seal(m, logits))) return status;
-    if (!(status = ckca__allocate_values(m)) && !(status = ckca__initialize(m, m->seed, m->values))) return CKCA_OK;
-    ckca__device_release(m->ctx, m->values, m->all * sizeof(float)); /* as it was, to be finished later */
-    m->values = NULL;
-    m->node[m->pooled].readers--;
-    m->node[m->logits].readers--;
-    m->finished = m->logits = m->pooled = m->features = 0;
-    return status;
-}
-
-/* ---- ResNets ---- */
-
-/* conv + batch norm named CONV and BN below prefix ("layer1.0." or ""); ReLU where asked for. */
-static int ckca__conv_bn(ckca_model *m, const char *prefix, const char *conv, const char *bn, int x, int out,
-                         int kernel, int stride, int relu) {
-    char name[CKCA__NAME_MAX];
-    ckca_conv_desc desc;
-    memset(&desc, 0, sizeof desc);
-    desc.out = out;
-    desc.kernel = kernel;
-    desc.stride = stride;
-    desc.pad = kernel / 2;
-    snprintf(name, sizeof name, "%s%s", prefix, conv);
-    x = ckca_conv(m, name, x, desc);
-    snprintf(name, sizeof name, "%s%s", prefix, bn);
-    x = ckca_batchnorm(m, name, x);
-    return relu ? ckca_relu(m, x) : x;
-}
-
-/* One residual block (He et al. 2016, figure 5): basic (two 3x3) or bottleneck (1x1, 3x3, 1x1 with 4 times the
-   channels; its stride on the 3x3, as torchvision). */
-static int ckca__residual_block(ckca_model *m, const char *prefix, int x, int width, int stride, int bottleneck,
-                                int projection, int zero) {
-    int in, out = bottleneck ? width * 4 : width, y, shortcut = x;
-    if (x < 0) return -1;
-    in = m->node[x].c;
-    if (bottleneck) {
-        y = ckca__conv_bn(m, prefix, "conv1", "bn1", x, width, 1, 1, 1);
-        y = ckca__conv_bn(m, prefix, "conv2", "bn2", y, width, 3, stride, 1);
-        y = ckca__conv_bn(m, prefix, "conv3", "bn3", y, out, 1, 1, 0);
-    } else {
-        y = ckca__conv_bn(m, prefix, "conv1", "bn1", x, width, 3, stride, 1);
-        y = ckca__conv_bn(m, prefix, "conv2", "bn2", y, out, 3, 1, 0);
-    }
-    if (y < 0) return -1;
-    m->node[y].zero = zero;
-    if (stride != 1 || in != out)
-        shortcut = projection ? ckca__conv_bn(m, prefix, "downsample.0", "downsample.1", x, out, 1, stride, 0)
-                              : ckca_subsample(m, x, stride, out);
-    return ckca_relu(m, ckca_add(m, y, shortcut));
-}
-
-CKCA_API ckca_status ckca_resnet(ckca_context *ctx, ckca_model **out, const char *arch, const ckca_model_desc *desc) {
-    static const struct {
-        const char *name;
-        int cifar, bottleneck, blocks[4]; /* blocks per stage */
-    } net[] = {{"resnet8", 1, 0, {1, 1, 1, 0}},  {"resnet20", 1, 0, {3, 3, 3, 0}}, {"resnet32", 1, 0, {5, 5, 5, 0}},
-               {"resnet44", 1, 0, {7, 7, 7, 0}}, {"resnet56", 1, 0, {9, 9, 9, 0}}, {"resnet110", 1, 0, {18, 18, 18, 0}},
-               {"resnet18", 0, 0, {2, 2, 2, 2}}, {"resnet34", 0, 0, {3, 4, 6, 3}}, {"resnet50", 0, 1, {3, 4, 6, 3}}};
-    const int nets = (int)(sizeof net / sizeof *net);
-    size_t length = arch ? strlen(arch) : 0;
-    int i, stage, block, x, width, small_stem = 0;
-    ckca_model *m = NULL;
-    ckca_status status;
-    if (!ckca__usable(ctx)) return CKCA_EINVAL;
-    if (!out || !arch || !desc) return ckca__null(ctx, "ckca_resnet", !out ? "model" : !arch ? "arch" : "desc");
-    if (length > 6 && !strcmp(arch + length - 6, "-cifar")) {
-        small_stem = 1;
-        length -= 6;
-    }
-    for (i = 0; i < nets; i++)
-        if (length && strlen(net[i].name) == length && !memcmp(arch, net[i].name, length)) break;
-    if (i == nets || (small_stem && net[i].cifar))
-        return ckca__fail(ctx, CKCA_EINVAL,
-                          "\"%.40s\" is none of resnet8, 20, 32, 44, 56, 110, 18, 34, 50, 18-cifar, "
-                          "34-cifar, 50-cifar",
-                          arch);
-    if ((status = ckca_model_create(ctx, &m, desc))) return status;
-    snprintf(m->arch, sizeof m->arch, "%s", arch);
-    width = desc->width_base ? desc->width_base : net[i].cifar ? 16 : 64;
-    x = ckca_input(m);
-    x = ckca__conv_bn(m, "", "conv1", "bn1", x, width, net[i].cifar || small_stem ? 3 : 7,
-                      net[i].cifar || small_stem ? 1 : 2, 1);
-    if (!net[i].cifar && !small_stem) x = ckca_maxpool(m, x, 3, 2, 1);
-    for (stage = 0; stage < 4; stage++) {
-        for (block = 0; block < net[i].blocks[stage]; block++) {
-            char prefix[32];
-            snprintf(prefix, sizeof prefix, "layer%d.%d.", stage + 1, block);
-            x = ckca__residual_block(m, prefix, x, width << stage, stage && !block ? 2 : 1, net[i].bottleneck,
-                                     !net[i].cifar || desc->projection, desc->zero_residual);
-        }
-        if (block) ckca_stage(m, x);
-    }
-    x = ckca_linear(m, "fc", ckca_avgpool(m, x), m->classes);
-    if ((status = ckca_model_finish(m, x))) {
-        ckca_model_free(m);
-        return status;
-    }
-    *out = m;
-    return CKCA_OK;
-}
-
-/* ---- the graph as text: "input;conv conv1 0 16 3 1 1 0;bn bn1 1;relu 2;...;stage 2;logits 9" ---- */
-
-/* Writes at most room bytes (always terminated) and returns the length it takes, as snprintf does. */
-static size_t ckca__graph_write(const ckca_model *m, char *out, size_t room) {
-    size_t length = 0;
-    int i;
-#define CKCA__PUT(...) \
-    length += (size_t)snprintf(length < room ? out + length : NULL, length < room ? room - length : 0, __VA_ARGS__)
-    for (i = 0; i < m->nodes; i++) {
-        const ckca__node *x = &m->node[i];
-        CKCA__PUT("%s%s", i ? ";" : "", ckca__kind_name[x->kind]);
-        if (x->name[0]) CKCA__PUT(" %s", x->name);
-        if (x->in[0] >= 0) CKCA__PUT(" %d", x->in[0]);
-        if (x->in[1] >= 0) CKCA__PUT(" %d", x->in[1]);
-        if (x->kind == CKCA__CONV) CKCA__PUT(" %d %d %d %d %d", x->c, x->kernel, x->stride, x->pad, x->bias);
-        if (x->kind == CKCA__MAXPOOL) CKCA__PUT(" %d %d %d", x->kernel, x->stride, x->pad);
-        if (x->kind == CKCA__SUBSAMPLE) CKCA__PUT(" %d %d", x->stride, x->c);
-        if (x->kind == CKCA__LINEAR) CKCA__PUT(" %d", x->c);
-    }
-    for (i = 0; i < m->nodes; i++)
-        if (m->node[i].stage) CKCA__PUT(";stage %d", i);
-    CKCA__PUT(";logits %d", m->logits);
-#undef CKCA__PUT
-    return length;
-}
-
-/* Builds and seals the nodes of a text that may be hostile; parameters are not allocated yet. */
-static ckca_status ckca__graph_read(ckca_model *m, const char *text) {
-    int statement = 0;
-    while (*text) {
-        char word[2][CKCA__NAME_MAX] = {"", ""}; /* the kind and, for some, a name */
-        int number[7], numbers = 0, words = 0, named = 0, done = -1;
-        const char *end = text + strcspn(text, ";");
-        while (text < end) {
-            size_t length = strcspn(text, " ;");
-            if (*text == ' ' || length >= CKCA__NAME_MAX) break;
-            if (words == 2 || (words == 1 && !named)) {
-                char *stop;
-                long value = strtol(text, &stop, 10); /* the text ends in 0, ' ' or ';', so this stays inside it */
-                if (numbers == 7 || stop != text + length || value < -1 || value > INT_MAX) break;
-                number[numbers++] = (int)value;
-            } else {
-                memcpy(word[words], text, length);
-                word[words++][length] = 0;
-                named = !strcmp(word[0], "conv") || !strcmp(word[0], "bn") || !strcmp(word[0], "linear");
-            }
-            text += length;
-            if (*text == ' ') text++;
-        }
-        if (text == end && words == 1) {
-            const char *kind = word[0];
-            if (!strcmp(kind, "input") && numbers == 0) done = ckca_input(m);
-            if (!strcmp(kind, "relu") && numbers == 1) done = ckca_relu(m, number[0]);
-            if (!strcmp(kind, "add") && numbers == 2) done = ckca_add(m, number[0], number[1]);
-            if (!strcmp(kind, "maxpool") && numbers == 4)
-                done = ckca_maxpool(m, number[0], number[1], number[2], number[3]);
-            if (!strcmp(kind, "avgpool") && numbers == 1) done = ckca_avgpool(m, number[0]);
-            if (!strcmp(kind, "subsample") && numbers == 3) done = ckca_subsample(m, number[0], number[1], number[2]);
-            if (!strcmp(kind, "stage") && numbers == 1) done = ckca_stage(m, number[0]);
-            if (!strcmp(kind, "logits") && numbers == 1 && !*end) return ckca__seal(m, number[0]);
-        } else if (text == end && words == 2) {
-            const char *kind = word[0];
-            if (!strcmp(kind, "bn") && numbers == 1) done = ckca_batchnorm(m, word[1], number[0]);
-            if (!strcmp(kind, "linear") && numbers == 2) done = ckca_linear(m, word[1], number[0], number[1]);
-            if (!strcmp(kind, "conv") && numbers == 6) {
-                ckca_conv_desc desc;
-                desc.out = number[1];
-                desc.kernel = number[2];
-                desc.stride = number[3];
-                desc.pad = number[4];
-                desc.bias = number[5];
-                done = ckca_conv(m, word[1], number[0], desc);
-            }
-        }
-        if (m->failed)
-            return ckca__fail(m->ctx, m->failed == CKCA_ENOMEM ? CKCA_ENOMEM : CKCA_EFORMAT, "graph: %s", m->failure);
-        if (done < 0)
-            return ckca__fail(m->ctx, CKCA_EFORMAT, "graph: statement %d (\"%.20s\") cannot be read", statement + 1,
-                              word[0]);
-        statement++;
-        text = *end ? end + 1 : end;
-    }
-    return ckca__fail(m->ctx, CKCA_EFORMAT, "graph: it ends without its logits after %d statements", statement);
-}
-
-/* ---- the memory plan ----
-
-   A buffer lives from the moment that writes it to the last one that reads it; buffers whose lives do not overlap may
-   share memory. Moments of a step: node i runs forward at i, backward at 2 nodes - 1 - i. All sizes are per picture, so
-   that one plan serves every batch size.
-
-   What backward reads is mostly each batch norm's input and, for the weight gradient behind it, its output. The output
-   is not kept from one pass to the other: it is made again where backward wants it, from the input and, where there is
-   one, the residual, which may have to be made again first, and so on up to the stage's first block. This is a pass
-   over memory, without arithmetic worth counting, and nearly halves the activations. What is made on the way is kept
-   for its own turn if that does not raise the peak; else it is made once more then.
-
-   An output with one reader only, inside a block, is never made at all where that reader can do without (see
-   ckca__is_merged): it reads the batch norm's input and normalises what passes through its registers. */
-
-typedef struct ckca__buffer {
-    size_t size, *offset;
-    int born, dies;
-} ckca__buffer;
-
-typedef struct ckca__planner {
-    ckca_model *m;
-    int mode, end;      /* moments: 0 to end - 1 */
-    size_t *live, peak; /* floats at each moment, per picture; the most of them */
-    int *reader;        /* by node: the last one that reads it in the forward pass; -1: none */
-    int *place;         /* by node: where its gradient lies: that of node place or, below 0, the value of ~place */
-    int *since;         /* by node: the first moment at which backward itself reads it; end: never */
-    int *until;         /* by node: the last one at which it is read, if only to make others again; -1: never */
-    int *latest;        /* by node: its last item in the list of what is made again; -1: none; -2: it is kept */
-} ckca__planner;
-
-static int ckca__largest_first(const void *a, const void *b) {
-    const ckca__buffer *x = (const ckca__buffer *)a, *y = (const ckca__buffer *)b;
-    if (x->size != y->size) return x->size < y->size ? 1 : -1;
-    return x->born != y->born ? (x->born < y->born ? -1 : 1) : (x->dies < y->dies ? -1 : x->dies > y->dies);
-}
-
-/* A convolution or pooling on n pictures in a mode. */
-static void ckca__shape(const ckca_model *m, const ckca__node *node, int n, int mode, ckca__conv *s) {
-    const ckca__node *x = &m->node[node->in[0]];
-    s->half_x = x->half;
-    s->half = node->half;
-    s->ready = m->ready ? (char *)m->ready + node->ready : NULL;
-    s->n = n;
-    s->h = x->h;
-    s->w = x->w;
-    s->c = x->c;
-    s->k = node->c;
-    s->r = s->s = node->kernel;
-    s->stride = node->stride;
-    s->pad = node->pad;
-    s->p = node->h;
-    s->q = node->w;
-    s->norm = m->node[node->source].merged[mode] ? &m->node[node->source].norm : NULL;
-}
-
-/* 1: node i runs in this mode (others run as part of a later tail). */
-static int ckca__runs(const ckca_model *m, int i, int mode) {
-    return !m->node[i].fused && !(m->node[i].folded && !(mode & CKCA__TRAIN));
-}
-
-/* 1: what node i gives is read after the forward pass is over, or its gradient comes from outside. */
-static int ckca__is_output(const ckca_model *m, int i, int mode) {
-    return i == m->logits || i == m->pooled || (m->node[i].stage && (mode & CKCA__STAGES));
-}
-
-/* 1: the input of batch norm i makes room for its gradient: nothing else reads it, no ReLU's gate either. */
-static int ckca__in_place(const ckca_model *m, int i) {
-    const ckca__node *x = &m->node[i];
-    return !x->fused && x->head >= 0 && x->source > 0 && m->node[x->source].readers == 1 && !m->node[x->source].relu;
-}
-
-/* 1: batch norm i takes its statistics and no more: the only node that reads it normalises for itself what it reads. */
-static int ckca__is_merged(const ckca_model *m, int i, int mode) {
-    const ckca__node *x = &m->node[i], *reader = x + 1, *end = m->node + m->nodes;
-    ckca__conv s;
-    if (!(mode & CKCA__TRAIN) || (mode & CKCA__READABLE) || x->fused || x->head < 0 || x->residual >= 0 ||
-        x->readers != 1 || ckca__is_output(m, i, mode))
-        return 0;
-    while (reader < end && (reader->fused || (reader->source != i && reader->residual != i))) reader++;
-    if (reader == end) return 0;
-    if (reader->residual == i) return reader->head >= 0;
-    if (reader->kind != CKCA__CONV && reader->kind != CKCA__MAXPOOL) return 0;
-    ckca__shape(m, reader, 1, mode, &s);
-    return ckca__may_norm(m->ctx, &s);
-}
-
-/* The node whose values stand for those of node i, and in norm what they go through first, if anything. */
-static int ckca__stand_in(const ckca_model *m, int i, int mode, const ckca__norm **norm) {
-    const int merged = i >= 0 && m->node[i].merged[mode];
-    if (norm) *norm = merged ? &m->node[i].norm : NULL;
-    return merged ? m->node[i].source : i;
-}
-
-static size_t ckca__node_floats(const ckca__node *x) {
-    const size_t values = (size_t)x->h * (size_t)x->w * (size_t)x->c;
-    return ckca__round_up(x->half ? (values + 1) / 2 : values, CKCA__ALIGN / sizeof(float));
-}
-
-/* The most floats that live in some moments once size more do. */
-static size_t ckca__plan_most(const ckca__planner *p, int born, int dies, size_t size) {
-    size_t most = 0;
-    for (; born <= dies; born++)
-        if (most < p->live[born] + size) most = p->live[born] + size;
-    return most;
-}
-
-static void ckca__plan_live(ckca__planner *p, int born, int dies, size_t size) {
-    size_t most = ckca__plan_most(p, born, dies, size);
-    if (p->peak < most) p->peak = most;
-    for (; born <= dies; born++) p->live[born] += size;
-}
-
-static void ckca__plan_read(ckca__planner *p, int i, int moment) {
-    if (p->since[i] > moment) p->since[i] = moment;
-    if (p->until[i] < moment) p->until[i] = moment;
-}
-
-/* Which gradients need no place of their own: a batch norm's backward writes dx over x where nothing else reads x, and
-   then what it passes on to its residual, if that is the first gradient to come there, over dy. */
-static void ckca__plan_gradients(ckca__planner *p) {
-    const ckca_model *m = p->m;
-    int i;
-    for (i = 0; i < m->nodes; i++) p->place[i] = i;
-    for (i = m->nodes - 1; i > 0; i--) {
-        const ckca__node *x = &m->node[i];
-        if (!ckca__in_place(m, i)) continue;
-        p->place[x->source] = ~x->source;
-        if (x->residual > 0 && p->reader[x->residual] == i && !ckca__is_output(m, x->residual, p->mode))
-            p->place[x->residual] = p->place[i];
-    }
-}
-
-/* Until when a place of gradients is used: until the backward of the first node that shares it. */
-static int ckca__plan_shared(const ckca__planner *p, int place) {
-    int i = 1;
-    while (p->place[i] != place) i++;
-    return p->end - 1 - i;
-}
-
-/* Which nodes' outputs are made again, and until when the others are read. */
-static void ckca__plan_backward(ckca__planner *p) {
-    const ckca_model *m = p->m;
-    int i, side, last = 0;
-    for (i = 0; i < m->nodes; i++) {
-        p->since[i] = p->end;
-        p->until[i] = p->latest[i] = -1;
-        if (m->node[i].kind == CKCA__CONV) last = i;
-    }
-    for (i = m->nodes - 1; i > 0; i--) {
-        const ckca__node *x = &m->node[i];
-        const int moment = p->end - 1 - i;
-        if (x->fused) continue;
-        if (x->head >= 0 || x->kind == CKCA__CONV || x->kind == CKCA__LINEAR)
-            ckca__plan_read(p, ckca__stand_in(m, x->source, p->mode, NULL), moment);
-        if (x->relu && (x->head < 0 || x->residual >= 0)) ckca__plan_read(p, i, moment); /* its gate */
-    }
-    for (i = m->nodes - 1; i >= 0; i--) { /* what is read behind the last convolution is kept: nothing large follows */
-        const ckca__node *x = &m->node[i];
-        if (x->fused || x->head < 0 || p->reader[i] >= last || p->until[i] < 0 || (p->mode & CKCA__READABLE)) {
-            p->latest[i] = -2;
-            continue;
-        }
-        if (p->since[i] < p->end) ckca__plan_live(p, p->since[i], p->until[i], ckca__node_floats(x));
-        for (side = 0; side < 2; side++) {
-            int from = ckca__stand_in(m, side ? x->residual : x->source, p->mode, NULL);
-            if (from >= 0 && p->until[from] < p->until[i]) p->until[from] = p->until[i];
-        }
-    }
-}
-
-/* Node i's output is wanted in the backward of node j: for that itself, or (on_the_way) to make another one. Returns
-   its item in the list, or -1 if it is kept or, where *failed, there is no memory. */
-static int ckca__plan_want(ckca__planner *p, int i, int j, int on_the_way, int *failed) {
-    ckca_model *m = p->m;
-    const ckca__node *x = &m->node[i];
-    const int moment = p->end - 1 - j;
-    const size_t size = ckca__node_floats(x);
-    int k = p->latest[i], residual = ckca__stand_in(m, x->residual, p->mode, NULL);
-    ckca__again *item;
-    if (k == -2 || *failed) return -1;
-    if (k >= 0 && m->again[p->mode][k].dies >= moment) {
-        m->again[p->mode][k].on_the_way &= on_the_way;
-        return k;
-    }
-    if (!on_the_way) p->live[moment] -= size; /* counted by ckca__plan_backward, but not made yet */
-    ckca__plan_want(p, x->source, j, 1, failed);
-    if (residual >= 0) residual = ckca__plan_want(p, residual, j, 1, failed);
-    if (*failed || !ckca__grow(m->ctx, (void **)&m->again[p->mode], (size_t)m->agains[p->mode],
-                               &m->again_room[p->mode], sizeof *item)) {
-        *failed = 1;
-        return -1;
-    }
-    k = p->latest[i] = m->agains[p->mode]++;
-    item = &m->again[p->mode][k];
-    item->node = i;
-    item->before = j;
-    item->on_the_way = on_the_way;
-    item->in = k;
-    if (residual >= 0 && item[residual - k].on_the_way && item[residual - k].dies == moment) {
-        item->in = item[residual - k].in; /* the residual has had its use */
-        item[residual - k].dies = -1;
-    }
-    item->dies = p->until[i];
-    if (on_the_way) { /* until its own turn, or only for now */
-        int born = item->in == k ? moment : moment + 1, dies = p->since[i] < p->end ? p->since[i] - 1 : p->until[i];
-        if (ckca__plan_most(p, born, dies, size) > p->peak) item->dies = dies = moment;
-        ckca__plan_live(p, born, dies, size);
-    } else if (item->in == k)
-        ckca__plan_live(p, moment, moment, size);
-    item[item->in - k].ends = item->dies;
-    return k;
-}
-
-/* A buffer of the plan. */
-static void ckca__plan_add(ckca__planner *p, ckca__buffer *b, size_t size, size_t *offset, int born, int dies) {
-    b->size = size;
-    b->offset = offset;
-    b->born = born;
-    b->dies = dies;
-    ckca__plan_live(p, born, dies, size);
-}
-
-/* Gives each buffer the lowest place where no other is that is alive at the same time, the largest first. Returns the
-   floats that this takes altogether. */
-static size_t ckca__plan_place(ckca__buffer *list, int count) {
-    size_t total = 0;
-    int i, j;
-    qsort(list, (size_t)count, sizeof *list, ckca__largest_first);
-    for (i = 0; i < count; i++) {
-        size_t place = 0;
-        int moved = 1;
-        while (moved) {
-            moved = 0;
-            for (j = 0; j < i; j++) {
-                const ckca__buffer *o = &list[j];
-                if (o->dies < list[i].born || list[i].dies < o->born) continue;
-                if (place < *o->offset + o->size && *o->offset < place + list[i].size) {
-                    place = *o->offset + o->size;
-                    moved = 1;
-                }
-            }
-        }
-        *list[i].offset = place;
-        if (total < place + list[i].size) total = place + list[i].size;
-    }
-    return total;
-}
-
-static ckca_status ckca__plan(ckca_model *m, int mode) {
-    const int training = mode & CKCA__TRAIN, end = 2 * m->nodes;
-    ckca__planner planner, *p = &planner;
-    size_t room = (size_t)m->nodes * (3 * sizeof(ckca__buffer) + 2 * sizeof(size_t) + 5 * sizeof(int));
-    ckca__buffer *list, *all;
-    int i, count = 0, failed = 0;
-    list = (ckca__buffer *)ckca__alloc(m->ctx, room);
-    if (!list) return ckca__fail(m->ctx, CKCA_ENOMEM, "out of memory for the plan of %d nodes", m->nodes);
-    p->m = m;
-    p->mode = mode;
-    p->end = end;
-    p->peak = 0;
-    p->live = (size_t *)(list + 3 * m->nodes);
-    p->since = (int *)(p->live + end);
-    p->until = p->since + m->nodes;
-    p->latest = p->until + m->nodes;
-    p->reader = p->latest + m->nodes;
-    p->place = p->reader + m->nodes;
-    m->agains[mode] = 0;
-    for (i = 0; i < m->nodes; i++) {
-        ckca__node *x = &m->node[i];
-        x->merged[mode] = ckca__is_merged(m, i, mode);
-        p->reader[i] = -1;
-        if (!ckca__runs(m, i, mode)) continue;
-        if (i) p->reader[ckca__stand_in(m, x->source, mode, NULL)] = i;
-        if (x->residual >= 0) p->reader[ckca__stand_in(m, x->residual, mode, NULL)] = i;
-        /* In evaluation a batch norm's tail runs the folded convolution too. */
-        if (i) p->reader[training || !m->node[x->source].folded ? x->source : m->node[x->source].in[0]] = i;
-        if (x->residual >= 0) p->reader[x->residual] = i;
-    }
-    if (training) {
-        ckca__plan_backward(p);
-        ckca__plan_gradients(p);
-    }
-    for (i = 0; i < m->nodes; i++) {
-        ckca__node *x = &m->node[i];
-        const size_t size = ckca__node_floats(x);
-        const int output = ckca__is_output(m, i, mode);
-        int dies = p->reader[i] > i ? p->reader[i] : i;
-        if (!ckca__runs(m, i, mode)) continue;
-        if (output || (mode & CKCA__READABLE)) dies = m->nodes;
-        if (training && p->latest[i] == -2 && dies < p->until[i]) dies = p->until[i];
-        if (training && i > 0 && p->place[i] == ~i) dies = ckca__plan_shared(p, ~i);
-        if (!x->merged[mode]) ckca__plan_add(p, &list[count++], size, &x->value[mode], i, dies);
-        if (training && i > 0 && p->place[i] == i)
-            ckca__plan_add(p, &list[count++], size, &x->grad[mode],
-                           output || p->reader[i] < 0 ? m->nodes : end - 1 - p->reader[i], ckca__plan_shared(p, i));
-        if (training && x->kind == CKCA__MAXPOOL)
-            ckca__plan_add(p, &list[count++], /* a byte for each value */
-                           ckca__round_up(x->half ? (size + 1) / 2 : (size + 3) / 4, CKCA__ALIGN / sizeof(float)),
-                           &x->at[mode], i, end - 1 - i);
-    }
-    for (i = m->nodes - 1; training && i > 0; i--) { /* as backward will come to it */
-        const ckca__node *x = &m->node[i];
-        if (x->fused) continue;
-        if (x->head >= 0 || x->kind == CKCA__CONV || x->kind == CKCA__LINEAR)
-            ckca__plan_want(p, ckca__stand_in(m, x->source, mode, NULL), i, 0, &failed);
-        if (x->relu && x->head >= 0 && x->residual >= 0) ckca__plan_want(p, i, i, 0, &failed);
-    }
-    all = failed ? NULL : (ckca__buffer *)ckca__alloc(m->ctx, (size_t)(count + m->agains[mode]) * sizeof *all);
-    if (!all) {
-        ckca__release(m->ctx, list);
-        return ckca__fail(m->ctx, CKCA_ENOMEM, "out of memory for the plan of %d nodes", m->nodes);
-    }
-    memcpy(all, list, (size_t)count * sizeof *all);
-    for (i = 0; i < m->agains[mode]; i++) {
-        ckca__again *item = &m->again[mode][i];
-        if (item->in != i) continue;
-        all[count].size = ckca__node_floats(&m->node[item->node]);
-        all[count].offset = &item->at;
-        all[count].born = end - 1 - item->before;
-        all[count++].dies = item->ends;
-    }
-    m->plan_values[mode] = ckca__plan_place(all, count);
-    for (i = 0; i < m->agains[mode]; i++) m->again[mode][i].at = m->again[mode][m->again[mode][i].in].at;
-    for (i = 1; training && i < m->nodes; i++) {
-        ckca__node *x = &m->node[i];
-        x->grad[mode] = p->place[i] < 0 ? m->node[~p->place[i]].value[mode] : m->node[p->place[i]].grad[mode];
-    }
-    ckca__release(m->ctx, all);
-    ckca__release(m->ctx, list);
-    return CKCA_OK;
-}
-
-static size_t ckca__workspace_bytes(const ckca_model *m, int n, int mode) {
-    size_t most = 0, bytes;
-    int i;
-    for (i = 0; i < m->nodes; i++) {
-        const ckca__node *x = &m->node[i];
-        ckca__conv s;
-        if (x->kind == CKCA__CONV) {
-            ckca__shape(m, x, n, mode, &s);
-            bytes = ckca__conv_workspace(m->ctx, &s);
-        } else if (x->kind == CKCA__LINEAR) { /* a 1x1 convolution over one picture of n pixels */
-            memset(&s, 0, sizeof s);
-            s.n = s.h = s.r = s.s = s.stride = s.p = 1;
-            s.w = s.q = n;
-            s.c = m->parameter[x->tensor].shape[1];
-            s.k = x->c;
-            bytes = ckca__conv_workspace(m->ctx, &s);
-        } else {
-            bytes = ckca__op_workspace(m->ctx, (size_t)n * (size_t)x->h * (size_t)x->w, x->c);
-        }
-        if (most < bytes) most = bytes;
-    }
-    bytes = ckca__op_workspace(m->ctx, m->trainable, 1); /* clipping */
-    return most < bytes ? bytes : most;
-}
-
-static size_t ckca__all_ready_bytes(const ckca_model *m, int mode) {
-    size_t bytes = 0;
-    int i;
-    for (i = 1; i < m->nodes; i++) {
-        ckca__conv s;
-        if (m->node[i].kind != CKCA__CONV) continue;
-        ckca__shape(m, &m->node[i], 1, mode, &s);
-        bytes = ckca__sum(bytes, ckca__ready_bytes(m->ctx, &s, mode & CKCA__TRAIN));
-    }
-    return bytes;
-}
-
-static ckca_status ckca__measure(const ckca_model *m, int n, int mode, ckca_bytes *bytes) {
-    memset(bytes, 0, sizeof *bytes);
-    bytes->parameters = m->all * sizeof(float);
-    if (mode & CKCA__TRAIN)
-        bytes->gradients = bytes->momentum = m->trainable * sizeof(float);
-    else
-        bytes->parameters += m->trainable * sizeof(float); /* folded */
-    bytes->parameters += m->saved_count * sizeof(float);
-    bytes->activations = ckca__mul(ckca__mul((size_t)n, m->plan_values[mode]), sizeof(float));
-    bytes->workspace = ckca__sum(ckca__workspace_bytes(m, n, mode), ckca__all_ready_bytes(m, mode));
-    bytes->total = ckca__sum(ckca__sum(bytes->parameters, bytes->gradients + bytes->momentum),
-                             ckca__sum(bytes->activations, bytes->workspace));
-    if (bytes->total > SIZE_MAX / 2)
-        return ckca__fail(m->ctx, CKCA_ENOMEM,
-                          "a batch of %d pictures of %d x %d needs more memory than can be addressed", n, m->height,
-                          m->width);
-    return CKCA_OK;
-}
-
-CKCA_API ckca_status ckca_model_bytes(const ckca_model *model, int batch, int training, ckca_bytes *bytes) {
-    ckca_model *m = (ckca_model *)(uintptr_t)model; /* planning fills in offsets, nothing that a caller can see */
-    ckca__bound bound = {"batch", 0, 1, CKCA__BATCH_MAX, 0};
-    ckca_status status;
-    int mode = training ? CKCA__TRAIN : CKCA__EVALUATE;
-    if (!m) return CKCA_EINVAL;
-    if (!bytes) return ckca__null(m->ctx, "ckca_model_bytes", "bytes");
-    bound.value = batch;
-    if ((status = ckca__check_finished(m, "ckca_model_bytes")) ||
-        (status = ckca__check_bounds(m->ctx, "ckca_model_bytes", &bound, 1)))
-        return status;
-    if (!m->plan_values[mode] && (status = ckca__plan(m, mode))) return status;
-    return ckca__measure(m, batch, mode, bytes);
-}
-
-/* An arena of at least bytes; a larger one replaces it (contents are not kept). */
-static int ckca__arena(ckca_context *ctx, void **arena, size_t *room, size_t bytes) {
-    if (*arena && *room >= bytes) return 1;
-    ckca__device_release(ctx, *arena, *room);
-    *room = 0;
-    *arena = ckca__device_alloc(ctx, bytes);
-    if (*arena) *room = bytes;
-    return *arena != NULL;
-}
-
-/* Gradients or momentum, which start as zeros, where there are none yet. */
-static int ckca__reserve_zeroed(const ckca_model *m, float **arena) {
-    const size_t bytes = m->trainable * sizeof(float);
-    if (*arena) return 1;
-    *arena = (float *)ckca__device_alloc(m->ctx, bytes);
-    if (*arena) ckca__device_zero(m->ctx, *arena, bytes);
-    return *arena != NULL;
-}
-
-/* Memory for n pictures in a mode; after it a step allocates nothing. */
-static ckca_status ckca__reserve(ckca_model *m, int n, int mode) {
-    ckca_bytes bytes;
-    ckca_status status;
-    void *activations = m->activations;
-    size_t ready;
-    int ok = 1;
-    if (!m->plan_values[mode] && (status = ckca__plan(m, mode))) return status;
-    if ((status = ckca__measure(m, n, mode, &bytes))) return status;
-    if (activations && m->activation_bytes < bytes.activations) m->n = 0; /* what was in it goes */
-    ok = ckca__arena(m->ctx, &activations, &m->activation_bytes, bytes.activations);
-    m->activations = (float *)activations;
-    ready = ckca__all_ready_bytes(m, mode);
-    ok = ok && ckca__arena(m->ctx, &m->workspace, &m->workspace_bytes, bytes.workspace - ready);
-    if (ready > m->ready_bytes) {
-        m->folded_valid = 0; /* what was made goes */
-        ok = ok && ckca__arena(m->ctx, &m->ready, &m->ready_bytes, ready);
-    }
-    if (ok && !m->saved && m->saved_count)
-        ok = (m->saved = (float *)ckca__device_alloc(m->ctx, m->saved_count * sizeof(float))) != NULL;
-    if (ok && (mode & CKCA__TRAIN)) {
-        ok = ckca__reserve_zeroed(m, &m->gradients) && ckca__reserve_zeroed(m, &m->momentum);
-    } else if (ok && !m->folded) {
-        ok = (m->folded = (float *)ckca__device_alloc(m->ctx, m->trainable * sizeof(float))) != NULL;
-        m->folded_valid = 0;
-    }
-    if (!ok)
-        return ckca__fail(m->ctx, CKCA_ENOMEM, "out of memory: a batch of %d pictures of %d x %d x %d needs %.1f MB", n,
-                          m->height, m->width, m->channels, (double)bytes.total * 1e-6);
-    return CKCA_OK;
-}
-
-/* ---- forward and backward ---- */
-
-static float *ckca__value(const ckca_model *m, int i) {
-    return i == 0 ? (float *)(uintptr_t)m->input : m->activations + m->node[i].value[m->mode] * (size_t)m->n;
-}
-/* In the backward pass, where outputs may have been made again. */
-static float *ckca__value_now(const ckca_model *m, int i) {
-    return i == 0 ? ckca__value(m, 0) : m->activations + m->node[i].now * (size_t)m->n;
-}
-static float *ckca__grad(const ckca_model *m, int i) {
-    return m->activations + m->node[i].grad[m->mode] * (size_t)m->n;
-}
-static unsigned char *ckca__at(const ckca_model *m, int i) {
-    return (unsigned char *)(m->activations + m->node[i].at[m->mode] * (size_t)m->n);
-}
-/* A parameter of a node (0: weight, 1: bias, 2: running_mean, 3: running_var) in one of the arenas. */
-static float *ckca__param(const ckca_model *m, const ckca__node *node, float *arena, int which) {
-    return arena + m->parameter[node->tensor + which].offset;
-}
-static size_t ckca__rows(const ckca__node *x, int n) { return (size_t)n * (size_t)x->h * (size_t)x->w; }
-
-/* The place where the caller puts n pictures before ckca__run_forward(m, n, mode, that place). */
-static float *ckca__input_buffer(ckca_model *m, int n, int mode) {
-    return m->activations + m->node[0].value[mode] * (size_t)n;
-}
-
-/* Makes the weights of all convolutions as they read them: before a training forward, after folding. */
-static void ckca__make_ready(ckca_model *m, int mode) {
-    enum { AT_ONCE = 32 };
-    ckca__conv s[AT_ONCE];
-    const float *w[AT_ONCE];
-    size_t offset = 0;
-    int i, count = 0;
-    for (i = 1; i < m->nodes && m->ready; i++) {
-        ckca__node *x = &m->node[i];
-        const int folded = x->folded && !(mode & CKCA__TRAIN);
-        if (x->kind != CKCA__CONV) continue;
-        x->ready = offset;
-        ckca__shape(m, x, 1, mode, &s[count]);
-        offset += ckca__ready_bytes(m->ctx, &s[count], mode & CKCA__TRAIN);
-        w[count++] = ckca__param(m, x, folded ? m->folded : m->values, 0);
-        if (count < AT_ONCE) continue;
-        ckca__op_ready(m->ctx, count, s, w, mode & CKCA__TRAIN);
-        count = 0;
-    }
-    if (count) ckca__op_ready(m->ctx, count, s, w, mode & CKCA__TRAIN);
-}
-
-static void ckca__fold(ckca_model *m, int mode) {
-    int i;
-    for (i = 0; i < m->nodes; i++) {
-        const ckca__node *bn = &m->node[i], *conv;
-        const ckca__parameter *p;
-        if (bn->kind != CKCA__BATCHNORM || !m->node[bn->in[0]].folded) continue;
-        conv = &m->node[bn->in[0]];
-        p = &m->parameter[conv->tensor];
-        ckca__op_fold(m->ctx, conv->c, p->count / (size_t)conv->c, ckca__param(m, conv, m->values, 0),
-                      conv->bias ? ckca__param(m, conv, m->values, 1) : NULL, ckca__param(m, bn, m->values, 0),
-                      ckca__param(m, bn, m->values, 1), ckca__param(m, bn, m->values, 2),
-                      ckca__param(m, bn, m->values, 3), ckca__param(m, conv, m->folded, 0),
-                      ckca__param(m, bn, m->folded, 1));
-    }
-    ckca__make_ready(m, mode);
-    m->folded_valid = 1;
-}
-
-/* Runs n pictures at input (N x H x W x C, on the device) through the network; reserve first. */
-static void ckca__run_forward(ckca_model *m, int n, int mode, const float *input) {
-    ckca_context *ctx = m->ctx;
-    const int training = mode & CKCA__TRAIN;
-    int i;
-    if (training) ckca__make_ready(m, mode);
-    else if (!m->folded_valid) ckca__fold(m, mode);
-    m->n = n;
-    m->mode = mode;
-    m->input = input;
-    for (i = 1; i < m->nodes; i++) {
-        const ckca__node *x = &m->node[i], *source = &m->node[x->source];
-        const ckca__norm *residual_norm;
-        const int other = ckca__stand_in(m, x->residual, mode, &residual_norm);
-        const float *in, *residual = other >= 0 ? ckca__value(m, other) : NULL;
-        const size_t rows = ckca__rows(x, n);
-        float *y;
-        ckca__conv s;
-        if (!ckca__runs(m, i, mode)) continue;
-        y = ckca__value(m, i);
-        if (x->head >= 0) { /* a batch norm's group */
-            const ckca__node *bn = &m->node[x->head];
-            float *gamma = ckca__param(m, bn, m->values, 0), *beta = ckca__param(m, bn, m->values, 1);
-            float *mean = ckca__param(m, bn, m->values, 2), *var = ckca__param(m, bn, m->values, 3);
-            if (training) {
-                ckca__norm *norm = &m->node[i].norm;
-                float *saved = m->saved + bn->saved, *inv_std = saved + ckca__round_up((size_t)x->c, 16);
-                norm->mean = saved;
-                norm->inv_std = inv_std;
-                norm->gamma = gamma;
-                norm->beta = beta;
-                norm->relu = x->relu;
-                ckca__op_batchnorm_forward(ctx, x->half, rows, x->c, ckca__value(m, x->source), gamma, beta, mean, var,
-                                           residual, residual_norm, x->relu, x->merged[mode] ? NULL : y, saved, inv_std,
-                                           m->workspace);
-            } else if (source->folded) {
-                ckca__shape(m, source, n, mode, &s);
-                ckca__op_conv_forward(ctx, &s, ckca__value(m, source->in[0]), ckca__param(m, source, m->folded, 0),
-                                      ckca__param(m, bn, m->folded, 1), residual, x->relu, y, m->workspace);
-            } else {
-                ckca__op_batchnorm_eval(ctx, x->half, rows, x->c, ckca__value(m, x->source), gamma, beta, mean, var,
-                                        residual, x->relu, y);
-            }
-            continue;
-        }
-        in = ckca__value(m, ckca__stand_in(m, x->source, mode, NULL));
-        switch (x->kind) {
-        case CKCA__CONV:
-            ckca__shape(m, x, n, mode, &s);
-            ckca__op_conv_forward(ctx, &s, in, ckca__param(m, x, m->values, 0),
-                                  x->bias ? ckca__param(m, x, m->values, 1) : NULL, NULL, 0, y, m->workspace);
-            break;
-        case CKCA__LINEAR:
-            ckca__op_linear_forward(ctx, n, source->h * source->w * source->c, x->c, in,
-                                    ckca__param(m, x, m->values, 0), ckca__param(m, x, m->values, 1), y, m->workspace);
-            break;
-        case CKCA__MAXPOOL:
-            ckca__shape(m, x, n, mode, &s);
-            ckca__op_maxpool_forward(ctx, &s, in, y, training ? ckca__at(m, i) : NULL);
-            break;
-        case CKCA__AVGPOOL:
-            ckca__op_avgpool_forward(ctx, source->half, n, source->h * source->w, x->c, in, y);
-            break;
-        case CKCA__SUBSAMPLE:
-            ckca__shape(m, x, n, mode, &s);
-            ckca__op_subsample_forward(ctx, &s, in, y);
-            break;
-        default:
-            ckca__op_add(ctx, x->half, rows * (size_t)x->c, in, residual, x->relu, y);
-            break; /* add and ReLU */
-        }
-    }
-    if (training) {
-        m->batches_tracked++;
-        m->folded_valid = 0;
-    }
-}
-
-/* 1 if node i's gradient has to be added to, and notes that from now on it has. */
-static int ckca__accumulates(ckca_model *m, int i) {
-    int was = m->node[i].written;
-    m->node[i].written = 1;
-    return was;
-}
-
-/* Makes again what node i's backward reads, from item *next of the list on. */
-static void ckca__make_again(ckca_model *m, int i, int *next) {
-    for (; *next < m->agains[m->mode] && m->again[m->mode][*next].before >= i; ++*next) {
-        const ckca__again *item = &m->again[m->mode][*next];
-        ckca__node *x = &m->node[item->node];
-        const ckca__norm *residual_norm;
-        const int other = ckca__stand_in(m, x->residual, m->mode, &residual_norm);
-        const float *residual = other >= 0 ? ckca__value_now(m, other) : NULL;
-        x->now = item->at;
-        ckca__op_batchnorm_again(m->ctx, x->half, ckca__rows(x, m->n), x->c, ckca__value_now(m, x->source), &x->norm,
-                                 residual, residual_norm, ckca__value_now(m, item->node));
-    }
-}
-
-/* The reverse walk. Before it, gradients of outputs (logits at least) are in ckca__grad with written set. */
-static void ckca__run_backward(ckca_model *m) {
-    ckca_context *ctx = m->ctx;
-    const int n = m->n, mode = m->mode;
-    int i, next = 0;
-    for (i = 0; i < m->nodes; i++) m->node[i].now = m->node[i].value[m->mode];
-    for (i = m->nodes - 1; i > 0; i--) {
-        const ckca__node *x = &m->node[i], *source = &m->node[x->source];
-        const size_t rows = ckca__rows(x, n), count = rows * (size_t)x->c;
-        float *dy, *dx = NULL;
-        ckca__conv s;
-        int add = 0;
-        if (x->fused || !x->written) continue;
-        ckca__make_again(m, i, &next);
-        dy = ckca__grad(m, i);
-        if (x->head >= 0) {
-            const ckca__node *bn = &m->node[x->head];
-            float *dresidual = x->residual > 0 ? ckca__grad(m, x->residual) : NULL;
-            int add_residual = dresidual ? ckca__accumulates(m, x->residual) : 0;
-            add = x->source > 0 ? ckca__accumulates(m, x->source) : 1;
-            /* Where its input has a gradient already (or needs none), dx takes the place of dy and is added from
-               there. */
-            dx = add ? dy : ckca__grad(m, x->source);
-            ckca__op_batchnorm_backward(
-                ctx, x->half, rows, x->c, ckca__value_now(m, x->source),
-                x->residual >= 0 ? ckca__value_now(m, i) : NULL, dy, &x->norm, dx, dresidual, add_residual,
-                ckca__param(m, bn, m->gradients, 0), ckca__param(m, bn, m->gradients, 1), m->workspace);
-            if (add && x->source > 0) ckca__op_add_backward(ctx, x->half, count, NULL, dy, ckca__grad(m, x->source), 1);
-            continue;
-        }
-        if (x->source > 0) {
-            dx = ckca__grad(m, x->source);
-            add = ckca__accumulates(m, x->source);
-        }
-        switch (x->kind) {
-        case CKCA__CONV:
-            ckca__shape(m, x, n, mode, &s);
-            ckca__op_conv_backward_weight(ctx, &s, ckca__value_now(m, ckca__stand_in(m, x->source, mode, NULL)), dy,
-                                          ckca__param(m, x, m->gradients, 0),
-                                          x->bias ? ckca__param(m, x, m->gradients, 1) : NULL, m->workspace);
-            if (dx) ckca__op_conv_backward_data(ctx, &s, dy, ckca__param(m, x, m->values, 0), dx, add, m->workspace);
-            break;
-        case CKCA__LINEAR:
-            ckca__op_linear_backward(ctx, n, source->h * source->w * source->c, x->c, ckca__value_now(m, x->source),
-                                     ckca__param(m, x, m->values, 0), dy, dx, add, ckca__param(m, x, m->gradients, 0),
-                                     ckca__param(m, x, m->gradients, 1), m->workspace);
-            break;
-        case CKCA__MAXPOOL:
-            ckca__shape(m, x, n, mode, &s);
-            if (dx) ckca__op_maxpool_backward(ctx, &s, dy, ckca__at(m, i), dx, add);
-            break;
-        case CKCA__AVGPOOL:
-            if (dx) ckca__op_avgpool_backward(ctx, source->half, n, source->h * source->w, x->c, dy, dx, add);
-            break;
-        case CKCA__SUBSAMPLE:
-            ckca__shape(m, x, n, mode, &s);
-            if (dx) ckca__op_subsample_backward(ctx, &s, dy, dx, add);
-            break;
-        default: /* add and ReLU */
-            if (dx) ckca__op_add_backward(ctx, x->half, count, x->relu ? ckca__value_now(m, i) : NULL, dy, dx, add);
-            if (x->residual > 0) {
-                add = ckca__accumulates(m, x->residual);
-                ckca__op_add_backward(ctx, x->half, count, x->relu ? ckca__value_now(m, i) : NULL, dy,
-                                      ckca__grad(m, x->residual), add);
-            }
-            break;
-        }
-    }
-}
-
-static void ckca__clear_written(ckca_model *m) {
-    int i;
-    for (i = 0; i < m->nodes; i++) m->node[i].written = 0;
-}
-
-CKCA_API ckca_status ckca_forward(ckca_model *m, const float *pictures, int n, int training) {
-    const int mode = training ? CKCA__TRAIN | CKCA__READABLE : CKCA__EVALUATE;
-    ckca__bound bound = {"n", 0, 1, CKCA__BATCH_MAX, 0};
-    ckca_status status;
-    float *input;
-    if (!m) return CKCA_EINVAL;
-    if (!pictures) return ckca__null(m->ctx, "ckca_forward", "pictures");
-    bound.value = n;
-    if ((status = ckca__check_finished(m, "ckca_forward")) ||
-        (status = ckca__check_bounds(m->ctx, "ckca_forward", &bound, 1)))
-        return status;
-    if ((status = ckca__reserve(m, n, mode))) return status;
-    input = ckca__input_buffer(m, n, mode);
-    ckca__device_upload(m->ctx, input, pictures,
-                        (size_t)n * (size_t)m->height * (size_t)m->width * (size_t)m->channels * sizeof(float));
-    ckca__run_forward(m, n, mode, input);
-    return ckca__device_status(m->ctx);
-}
-
-static ckca_status ckca__no_node(const ckca_model *m, const char *call, int node) {
-    char nodes[64];
-    return ckca__fail(m->ctx, CKCA_EINVAL, "%s: there is no node %d (%s)", call, node,
-                      ckca__which_nodes(m, nodes, sizeof nodes));
-}
-
-CKCA_API ckca_status ckca_node_shape(const ckca_model *m, int node, int *height, int *width, int *channels) {
-    if (!m) return CKCA_EINVAL;
-    if (node < 0 || node >= m->nodes) return ckca__no_node(m, "ckca_node_shape", node);
-    if (height) *height = m->node[node].h;
-    if (width) *width = m->node[node].w;
-    if (channels) *channels = m->node[node].c;
-    return CKCA_OK;
-}
-
-CKCA_API ckca_status ckca_node_read(ckca_model *m, int node, float *out) {
-    size_t values, i;
-    ckca_status status;
-    if (!m) return CKCA_EINVAL;
-    if ((status = ckca__check_finished(m, "ckca_node_read"))) return status;
-    if (!out) return ckca__null(m->ctx, "ckca_node_read", "out");
-    if (node < 0 || node >= m->nodes) return ckca__no_node(m, "ckca_node_read", node);
-    if (!m->n)
-        return ckca__fail(m->ctx, CKCA_EINVAL,
-                          "ckca_node_read: no ckca_forward before it, or its outputs are gone (ckca_backward "
-                          "overwrites them)");
-    if (!(m->mode & CKCA__READABLE) && node != m->logits && node != m->pooled)
-        return ckca__fail(m->ctx, CKCA_EINVAL,
-                          "ckca_node_read: node %d (%s) cannot be read: that takes a ckca_forward with training; after "
-                          "any other, the logits (%d) and the features (%d) can",
-                          node, ckca__kind_name[m->node[node].kind], m->logits, m->pooled);
-    if (!ckca__runs(m, node, m->mode))
-        return ckca__fail(m->ctx, CKCA_EINVAL,
-                          "ckca_node_read: node %d (%s) cannot be read: it is fused into the node that reads it", node,
-                          ckca__kind_name[m->node[node].kind]);
-    values = ckca__rows(&m->node[node], m->n) * (size_t)m->node[node].c;
-    if (m->node[node].half) { /* to the end of out, and widened from its beginning */
-        const unsigned char *half = (unsigned char *)out + 2 * values;
-        ckca__device_download(m->ctx, (unsigned char *)out + 2 * values, ckca__value(m, node), 2 * values);
-        for (i = 0; i < values; i++) {
-            uint16_t upper;
-            uint32_t bits;
-            memcpy(&upper, half + 2 * i, sizeof upper);
-            bits = (uint32_t)upper << 16;
-            memcpy(&out[i], &bits, sizeof bits);
-        }
-    } else {
-        ckca__device_download(m->ctx, out, ckca__value(m, node), values * sizeof(float));
-    }
-    return ckca__device_status(m->ctx);
-}
-
-CKCA_API ckca_status ckca_backward(ckca_model *m, const float *dlogits, const float *dfeatures) {
-    ckca_status status;
-    if (!m) return CKCA_EINVAL;
-    if ((status = ckca__check_finished(m, "ckca_backward"))) return status;
-    if (!dlogits) return ckca__null(m->ctx, "ckca_backward", "dlogits");
-    if (!m->n || m->mode != (CKCA__TRAIN | CKCA__READABLE))
-        return ckca__fail(m->ctx, CKCA_EINVAL,
-                          "ckca_backward: it needs a ckca_forward with training right before it, one for each");
-    ckca__clear_written(m);
-    ckca__device_upload(m->ctx, ckca__grad(m, m->logits), dlogits, (size_t)m->n * (size_t)m->classes * sizeof(float));
-    m->node[m->logits].written = 1;
-    if (dfeatures) {
-        ckca__device_upload(m->ctx, ckca__grad(m, m->pooled), dfeatures,
-                            (size_t)m->n * (size_t)m->features * sizeof(float));
-        m->node[m->pooled].written = 1;
-    }
-    ckca__run_backward(m);
-    m->n = 0; /* gradients took the activations' place: a second backward would read them */
-    return ckca__device_status(m->ctx);
-}
-
-CKCA_API ckca_status ckca_zero_gradients(ckca_model *m) {
-    ckca_status status;
-    if (!m) return CKCA_EINVAL;
-    if ((status = ckca__check_finished(m, "ckca_zero_gradients"))) return status;
-    if (m->gradients) ckca__device_zero(m->ctx, m->gradients, m->trainable * sizeof(float));
-    return ckca__device_status(m->ctx);
-}
-
-/* One SGD step over the arenas: decay on the first part only. lr and gscale are a float each on the device; d's own lr
-   is not looked at. */
-static void ckca__run_sgd(ckca_model *m, const ckca_sgd_desc *d, const float *lr, float *gscale) {
-    ckca_context *ctx = m->ctx;
-    if (d->clip_norm > 0) ckca__op_clip(ctx, m->trainable, m->gradients, d->clip_norm, gscale, m->workspace);
-    if (!(d->clip_norm > 0)) gscale = NULL;
-    ckca__op_sgd(ctx, m->trainable, m->decayed, m->values, m->gradients, m->momentum, lr, d->momentum, d->weight_decay,
-                 !d->plain, gscale);
-    m->folded_valid = 0;
-}
-
-/* The fields of a ckca_update_desc that are numbers, in its order: the one list that defaults, range checks, ckca_sgd's
-   too, and a training state's fingerprint and text come from. tests/test_train.c fails where one is missing. Defaults
-   that depend on other fields are in ckca_update_defaults. */
-typedef struct ckca__setting {
-    const char *name;
-    size_t offset;
-    int real;               /* 1: a float, 0: an int or an enum */
-    float otherwise;        /* what 0 stands for */
-    double least, most;
-    int off;                /* 1: may be CKCA_OFF */
-    int decides;            /* 1: the result depends on it */
-} ckca__setting;
-
-/* clang-format off */
-#define CKCA__AT(field) #field, offsetof(ckca_update_desc, field)
-static const ckca__setting ckca__settings[] = {
-    /*                                real  0 is   least       most  off  decides */
-    {CKCA__AT(method),                 0,    0,      0, CKCA_METHOD_LWF,      0, 1},
-    {CKCA__AT(adakd),                  0,    0,      0, CKCA_ADAKD_DOUBT,     0, 1},
-    {CKCA__AT(featreg),                0,    0,      0, CKCA_FEATREG_RELATION, 0, 1},
-    {CKCA__AT(w_kd),                   1,    1,      0, 1e6,                  1, 1},
-    {CKCA__AT(w_feat),                 1,    1,      0, 1e6,                  1, 1},
-    {CKCA__AT(temperature),            1,    2,      0, 1e6,                  0, 1},
-    {CKCA__AT(shrink),                 1,    0.4f,   0, 1,                    1, 1},
-    {CKCA__AT(perturb),                1,    0.1f,   0, 1e6,                  1, 1},
-    {CKCA__AT(epochs),                 0,    40,     0, 1e6,                  0, 1},
-    {CKCA__AT(batch),                  0,    64,     0, CKCA__BATCH_MAX,      0, 1},
-    {CKCA__AT(lr),                     1,    0.1f,   0, 1e6,                  0, 1},
-    {CKCA__AT(schedule),               0,    0,      0, CKCA_STEP,            0, 1},
-    {CKCA__AT(warmup_epochs),          1,    1,      0, 1e6,                  1, 1},
-    {CKCA__AT(step_epochs),            1,    0,      0, 1e6,                  0, 1},
-    {CKCA__AT(step_factor),            1,    0.1f,   0, 1,                    0, 1},
-    {CKCA__AT(momentum),               1,    0.9f,   0, 1,                    1, 1},
-    {CKCA__AT(weight_decay),           1,    5e-4f,  0, 1e6,                  1, 1},
-    {CKCA__AT(clip_norm),              1,    0,      0, 1e30,                 1, 1},
-    {CKCA__AT(plain),                  0,    0,      0, 1,                    0, 1},
-    {CKCA__AT(label_smoothing),        1,    0,      0, 1,                    1, 1},
-    {CKCA__AT(augment.pad),            0,    0,      0, 4096,                 0, 1},
-    {CKCA__AT(augment.flip),           0,    0,      0, 1,                    0, 1},
-    {CKCA__AT(augment.resized_crop),   0,    0,      0, 1,                    0, 1},
-    {CKCA__AT(augment.crop_min),       1,    0,      0, 1,                    0, 1},
-    {CKCA__AT(augment.jitter),         1,    0,      0, 1,                    0, 1},
-    {CKCA__AT(state_seconds),          1,    30,     0, 1e9,                  0, 0},
-};
-#undef CKCA__AT
-/* clang-format on */
-enum { CKCA__SETTINGS = sizeof ckca__settings / sizeof *ckca__settings };
-
-static double ckca__setting_get(const ckca_update_desc *d, const ckca__setting *s) {
-    const char *field = (const char *)d + s->offset;
-    float real;
-    int whole;
-    memcpy(&real, field, sizeof real);
-    memcpy(&whole, field, sizeof whole);
-    return s->real ? (double)real : (double)whole;
-}
-static void ckca__setting_set(ckca_update_desc *d, const ckca__setting *s, float value) {
-    const int whole = (int)value;
-    if (s->real) memcpy((char *)d + s->offset, &value, sizeof value);
-    else memcpy((char *)d + s->offset, &whole, sizeof whole);
-}
-
-static ckca_status ckca__settings_check(ckca_context *ctx, const char *call, const ckca_update_desc *d) {
-    ckca_status status = CKCA_OK;
-    int i;
-    for (i = 0; !status && i < CKCA__SETTINGS; i++) {
-        const ckca__setting *s = &ckca__settings[i];
-        ckca__bound bound;
-        bound.name = s->name;
-        bound.value = ckca__setting_get(d, s);
-        bound.least = s->least;
-        bound.most = s->most;
-        bound.off = s->off;
-        status = ckca__check_bounds(ctx, call, &bound, 1);
-    }
-    return status;
-}
-
-/* Zeros become what they stand for. */
-static void ckca__settings_fill(ckca_update_desc *d) {
-    int i;
-    for (i = 0; i < CKCA__SETTINGS; i++)
-        if (ckca__setting_get(d, &ckca__settings[i]) == 0)
-            ckca__setting_set(d, &ckca__settings[i], ckca__settings[i].otherwise);
-}
-
-/* And CKCA_OFF then becomes the 0 that the arithmetic takes. */
-static void ckca__settings_off(ckca_update_desc *d) {
-    int i;
-    for (i = 0; i < CKCA__SETTINGS; i++)
-        if (ckca__settings[i].off && ckca__setting_get(d, &ckca__settings[i]) < 0)
-            ckca__setting_set(d, &ckca__settings[i], 0);
-}
-
-CKCA_API ckca_status ckca_sgd(ckca_model *m, const ckca_sgd_desc *desc) {
-    ckca_sgd_desc d;
-    ckca_update_desc settings;
-    ckca_status status;
-    float *device; /* lr and gscale */
-    if (!m) return CKCA_EINVAL;
-    if ((status = ckca__check_finished(m, "ckca_sgd"))) return status;
-    if (!desc) return ckca__null(m->ctx, "ckca_sgd", "desc");
-    d = *desc;
-    memset(&settings, 0, sizeof settings);
-    settings.lr = d.lr;
-    settings.momentum = d.momentum;
-    settings.weight_decay = d.weight_decay;
-    settings.clip_norm = d.clip_norm;
-    settings.plain = d.plain;
-    if ((status = ckca__settings_check(m->ctx, "ckca_sgd", &settings))) return status;
-    if (!m->gradients)
-        return ckca__fail(m->ctx, CKCA_EINVAL,
-                          "ckca_sgd: there are no gradients yet: ckca_forward with training, then ckca_backward");
-    ckca__settings_fill(&settings);
-    ckca__settings_off(&settings);
-    d.momentum = settings.momentum;
-    d.weight_decay = settings.weight_decay;
-    d.clip_norm = settings.clip_norm;
-    device = (float *)ckca__device_alloc(m->ctx, 2 * sizeof *device);
-    if (!device) return ckca__fail(m->ctx, CKCA_ENOMEM, "sgd: out of memory for two floats");
-    ckca__device_upload(m->ctx, device, &d.lr, sizeof d.lr);
-    ckca__run_sgd(m, &d, device, device + 1);
-    ckca__device_release(m->ctx, device, 2 * sizeof *device);
-    return ckca__device_status(m->ctx);
-}
-
-/* Also the teacher, and what a failed update goes back to. */
-CKCA_API ckca_status ckca_model_copy(ckca_model **out, const ckca_model *m) {
-    ckca_context *ctx;
-    ckca_model *copy;
-    size_t normalization;
-    ckca_status status;
-    if (!m) return CKCA_EINVAL;
-    ctx = m->ctx;
-    if (!out) return ckca__null(ctx, "ckca_model_copy", "copy");
-    if ((status = ckca__check_finished(m, "ckca_model_copy"))) return status;
-    normalization = (size_t)m->channels * 2 * sizeof(float);
-    copy = (ckca_model *)ckca__alloc(ctx, sizeof *copy);
-    if (!copy) return ckca__fail(ctx, CKCA_ENOMEM, "copy: out of memory for the model");
-    *copy = *m;
-    copy->gradients = copy->momentum = copy->folded = copy->saved = copy->activations = NULL;
-    copy->activation_bytes = copy->workspace_bytes = copy->ready_bytes = 0;
-    memset(copy->plan_values, 0, sizeof copy->plan_values);
-    memset(copy->again, 0, sizeof copy->again);
-    memset(copy->again_room, 0, sizeof copy->again_room);
-    memset(copy->agains, 0, sizeof copy->agains);
-    copy->workspace = copy->ready = NULL;
-    copy->unsaved = NULL;
-    copy->folded_valid = copy->n = 0;
-    copy->node = (ckca__node *)ckca__alloc(ctx, m->node_room * sizeof *m->node);
-    copy->parameter = (ckca__parameter *)ckca__alloc(ctx, m->parameter_room * sizeof *m->parameter);
-    copy->normalization = (float *)ckca__alloc(ctx, normalization);
-    copy->class_names = m->class_names ? ckca__copy_names(ctx, (const char *const *)m->class_names, m->classes) : NULL;
-    copy->values = (float *)ckca__device_alloc(ctx, m->all * sizeof(float));
-    if (!copy->node || !copy->parameter || !copy->normalization || !copy->values ||
-        (m->class_names && !copy->class_names)) {
-        ckca_model_free(copy);
-        return ckca__fail(ctx, CKCA_ENOMEM, "copy: out of memory for the model's %.1f MB", (double)m->all * 4e-6);
-    }
-    memcpy(copy->node, m->node, (size_t)m->nodes * sizeof *m->node);
-    memcpy(copy->parameter, m->parameter, (size_t)m->parameters * sizeof *m->parameter);
-    memcpy(copy->normalization, m->normalization, normalization);
-    ckca__device_copy(ctx, copy->values, m->values, m->all * sizeof(float));
-    *out = copy;
-    return CKCA_OK;
-}
-
-/* ---- what a caller can see of a model ---- */
-
-CKCA_API void ckca_model_info_get(const ckca_model *m, ckca_model_info *info) {
-    int i;
-    if (!info) return;
-    memset(info, 0, sizeof *info);
-    if (!m) return;
-    info->arch = m->arch;
-    info->height = m->height;
-    info->width = m->width;
-    info->channels = m->channels;
-    info->classes = m->classes;
-    info->features = m->features;
-    info->class_names = (const char *const *)m->class_names;
-    info->mean = m->normalized ? m->normalization : NULL;
-    info->std = m->normalized ? m->normalization + m->channels : NULL;
-    info->step = m->step;
-    info->nodes = m->nodes;
-    info->logits = m->logits;
-    for (i = 0; i < m->parameters; i++)
-        if (m->parameter[i].role < CKCA__MEAN) info->parameters += (int64_t)m->parameter[i].count;
-}
-
-CKCA_API ckca_data_desc ckca_data_like(const ckca_model *m) {
-    ckca_data_desc desc;
-    memset(&desc, 0, sizeof desc);
-    if (!m) return desc;
-    desc.height = m->height;
-    desc.width = m->width;
-    desc.channels = m->channels;
-    desc.class_names = (const char *const *)m->class_names;
-    desc.classes = m->class_names ? m->classes : 0;
-    return desc;
-}
-
-CKCA_API int ckca_tensors(const ckca_model *m) { return m && m->finished ? m->parameters : 0; }
-
-CKCA_API int ckca_tensor_find(const ckca_model *m, const char *name) {
-    int i;
-    for (i = 0; name && i < ckca_tensors(m); i++)
-        if (!strcmp(m->parameter[i].name, name)) return i;
-    return -1;
-}
-
-/* The first checks of a call that takes a tensor by its index, and argument to put it in or take it from. */
-static ckca_status ckca__check_tensor(const ckca_model *m, const char *call, int i, const void *memory,
-                                      const char *argument) {
-    ckca_status status = ckca__check_finished(m, call);
-    if (status) return status;
-    if (!memory) return ckca__null(m->ctx, call, argument);
-    if (i < 0 || i >= m->parameters)
-        return ckca__fail(m->ctx, CKCA_EINVAL, "%s: there is no tensor %d (they are 0 to %d)", call, i,
-                          m->parameters - 1);
-    return CKCA_OK;
-}
-
-CKCA_API ckca_status ckca_tensor_info(const ckca_model *m, int i, ckca_tensor *tensor) {
-    const ckca__parameter *p;
-    ckca_status status;
-    if (!m) return CKCA_EINVAL;
-    if ((status = ckca__check_tensor(m, "ckca_tensor_info", i, tensor, "tensor"))) return status;
-    p = &m->parameter[i];
-    tensor->name = p->name;
-    tensor->dims = p->dims;
-    memcpy(tensor->shape, p->shape, sizeof p->shape);
-    tensor->count = (int64_t)p->count;
-    tensor->trainable = p->role < CKCA__MEAN;
-    return CKCA_OK;
-}
-
-/* Between the arenas' K x R x S x C and the files' K x C x R x S, host to host. */
-static void ckca__reorder(const ckca__parameter *p, const float *from, float *to, int to_pytorch) {
-    const size_t c = (size_t)p->shape[1], area = (size_t)p->shape[2] * (size_t)p->shape[3];
-    size_t k, i, j;
-    if (p->dims != 4) {
-        memcpy(to, from, p->count * sizeof(float));
-        return;
-    }
-    for (k = 0; k < (size_t)p->shape[0]; k++, from += c * area, to += c * area)
-        for (i = 0; i < area; i++)
-            for (j = 0; j < c; j++) {
-                if (to_pytorch)
-                    to[j * area + i] = from[i * c + j];
-                else
-                    to[i * c + j] = from[j * area + i];
-            }
-}
-
-/* A tensor's place in the arena that slot names, and a host buffer of its size to be released. */
-static ckca_status ckca__tensor_place(ckca_model *m, const char *call, int i, ckca_slot slot, float **place,
-                                      float **host) {
-    static const char *const slot_name[] = {"value", "gradient", "momentum"};
-    float *arena = slot == CKCA_VALUE ? m->values : slot == CKCA_GRADIENT ? m->gradients : m->momentum;
-    const ckca__parameter *p = &m->parameter[i];
-    ckca__bound bound = {"slot", 0, 0, CKCA_MOMENTUM, 0};
-    ckca_status status;
-    bound.value = (int)slot;
-    if ((status = ckca__check_bounds(m->ctx, call, &bound, 1))) return status;
-    if (slot != CKCA_VALUE && p->role >= CKCA__MEAN)
-        return ckca__fail(m->ctx, CKCA_EINVAL, "%s: %s is a running statistic, it has no %s", call, p->name,
-                          slot_name[slot]);
-    if (!arena)
-        return ckca__fail(m->ctx, CKCA_EINVAL,
-                          "%s: %s has no %s yet: ckca_forward with training, or ckca_update, makes room for it", call,
-                          p->name, slot_name[slot]);
-    *host = (float *)ckca__alloc(m->ctx, p->count * sizeof(float));
-    if (!*host) return ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for a copy", p->name);
-    *place = arena + p->offset;
-    return CKCA_OK;
-}
-
-CKCA_API ckca_status ckca_tensor_read(ckca_model *m, int i, ckca_slot slot, float *out) {
-    float *host, *place;
-    ckca_status status;
-    if (!m) return CKCA_EINVAL;
-    if ((status = ckca__check_tensor(m, "ckca_tensor_read", i, out, "out")) ||
-        (status = ckca__tensor_place(m, "ckca_tensor_read", i, slot, &place, &host)))
-        return status;
-    ckca__device_download(m->ctx, host, place, m->parameter[i].count * sizeof(float));
-    ckca__reorder(&m->parameter[i], host, out, 1);
-    ckca__release(m->ctx, host);
-    return ckca__device_status(m->ctx);
-}
-
-CKCA_API ckca_status ckca_tensor_write(ckca_model *m, int i, ckca_slot slot, const float *in) {
-    float *host, *place;
-    ckca_status status;
-    if (!m) return CKCA_EINVAL;
-    if ((status = ckca__check_tensor(m, "ckca_tensor_write", i, in, "in")) ||
-        (status = ckca__tensor_place(m, "ckca_tensor_write", i, slot, &place, &host)))
-        return status;
-    ckca__reorder(&m->parameter[i], in, host, 0);
-    ckca__device_upload(m->ctx, place, host, m->parameter[i].count * sizeof(float));
-    ckca__release(m->ctx, host);
-    m->folded_valid = 0;
-    return ckca__device_status(m->ctx);
-}
-
-#endif /* CKCA__GRAPH */
-#endif /* CKCA_IMPLEMENTATION */
-#endif /* CKCA__PASS */
-#ifndef CKCA__PASS
-#ifdef CKCA_IMPLEMENTATION
-#ifndef CKCA__TRAIN_PART
-#define CKCA__TRAIN_PART
-
-/* ------------------------------------------------------------------------------------------------------------------
-   TRAINING: evaluation, one SGD step, one update
-
-   ckca_update is the whole method: ckca__begin sets a time step up (teacher, starting weights, what the teacher says
-   about the new pictures), ckca__train_step is one SGD step, and the loop between walks the epochs.
-   ------------------------------------------------------------------------------------------------------------------ */
-
-#include <time.h>
-#if defined(__unix__) || defined(__APPLE__)
-#include <sys/time.h>
-#endif
-
-#define CKCA__EVAL_BATCH (CKCA__DEVICE_IS_HOST ? 64 : 256) /* a GPU wants more work at a time */
-/* The most that the teacher's answers on a chunk may take; beyond, it answers per batch. */
-#define CKCA__CACHE_BYTES ((size_t)256 << 20)
-
-static double ckca__seconds(void) {
-#if defined(__unix__) || defined(__APPLE__)
-#ifdef CLOCK_MONOTONIC /* strict C99 hides it */
-    struct timespec now;
-    if (clock_gettime(CLOCK_MONOTONIC, &now) == 0) return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-#endif
-    {
-        struct timeval wall;
-        gettimeofday(&wall, NULL);
-        return (double)wall.tv_sec + 1e-6 * (double)wall.tv_usec;
-    }
-#else
-    return (double)clock() / CLOCKS_PER_SEC; /* one thread: processor time is close to the wall's */
-#endif
-}
-
-/* Device buffers of n pictures' worth of small things, carved from one block. */
-typedef struct ckca__small {
-    void *block;
-    size_t bytes;
-    /* What a step is made from. It starts the block, so that it goes to the device in one piece; host is put together
-       here first. */
-    void *host;
-    size_t sent;
-    unsigned char *pixels; /* of a store that streams: the batch's pictures, in a block of their own, */
-    size_t pixel_bytes;
-    void *stage; /* and what they come by */
-    float *lr;                     /* 1 */
-    int *epoch;                    /* 1 */
-    int *index, *position, *labels; /* n each: index is in the store, position in the data set */
-    /* What it leaves. */
-    int *hit;            /* n, see ckca__op_cross_entropy */
-    float *loss;         /* n: a term's value per picture */
-    float *zo, *fo;      /* the teacher's logits and features, n x classes and n x features */
-    float *class_weight; /* classes */
-    float *gscale;       /* 1 */
-    double *sums;        /* 4: of cross-entropy, AdaKD, FeatReg, pictures told right over an epoch */
-} ckca__small;
-
-static void ckca__small_free(ckca_context *ctx, ckca__small *b) {
-    ckca__device_release(ctx, b->block, b->bytes);
-    ckca__device_release(ctx, b->pixels, b->pixel_bytes);
-    if (b->stage) ckca__device_stage_close(ctx, b->stage);
-    ckca__release(ctx, b->host);
-    memset(b, 0, sizeof *b);
-}
-
-static ckca_status ckca__small_alloc(ckca_context *ctx, ckca__small *b, int n, int classes, int features) {
-    const size_t row = ckca__round_up((size_t)n * sizeof(float), CKCA__ALIGN);
-    const size_t z = ckca__round_up(ckca__mul(ckca__mul((size_t)n, (size_t)classes), sizeof(float)), CKCA__ALIGN);
-    const size_t f = ckca__round_up(ckca__mul(ckca__mul((size_t)n, (size_t)features), sizeof(float)), CKCA__ALIGN);
-    const size_t k = ckca__round_up((size_t)classes * sizeof(float), CKCA__ALIGN);
-    char *at;
-    memset(b, 0, sizeof *b);
-    b->sent = CKCA__ALIGN + 3 * row;
-    b->bytes = ckca__sum(ckca__sum(z, f), row * 5 + k + 3 * CKCA__ALIGN);
-    b->block = ckca__device_alloc(ctx, b->bytes);
-    b->host = ckca__alloc(ctx, b->sent);
-    if (!b->block || !b->host) {
-        ckca__small_free(ctx, b);
-        return ckca__fail(ctx, CKCA_ENOMEM, "out of memory for the labels and logits of a batch of %d", n);
-    }
-    ckca__device_zero(ctx, b->block, b->bytes); /* sums are added to */
-    at = (char *)b->block;
-    b->lr = (float *)(void *)at;
-    b->epoch = (int *)(void *)(at + sizeof(float));
-    b->index = (int *)(void *)(at += CKCA__ALIGN);
-    b->position = (int *)(void *)(at += row);
-    b->labels = (int *)(void *)(at += row);
-    b->sums = (double *)(void *)(at += row);
-    b->gscale = (float *)(void *)(at += CKCA__ALIGN);
-    b->hit = (int *)(void *)(at += CKCA__ALIGN);
-    b->loss = (float *)(void *)(at += row);
-    b->class_weight = (float *)(void *)(at += row);
-    b->zo = (float *)(void *)(at += k);
-    b->fo = (float *)(void *)(at += z);
-    return CKCA_OK;
-}
-
-/* Where something of the sent part is on the host. */
-static void *ckca__sent(const ckca__small *b, const void *device) {
-    return (char *)b->host + ((const char *)device - (const char *)b->block);
-}
-
-/* Readies batches of n of a store's pictures. The store goes to the device once and stays there as long as it lives, if
-   it takes no more than half of the room that is left (so reserve memory for models first); else its batches stream. */
-static ckca_status ckca__reside(ckca_context *ctx, ckca__store *store, int n, ckca__small *b) {
-    const size_t bytes = ckca__store_bytes(store);
-    if (CKCA__DEVICE_IS_HOST) store->resident = store->pixels;
-    if (!store->resident && !store->streams) {
-        if (bytes <= ckca__device_room(ctx) / 2) store->resident = (unsigned char *)ckca__device_alloc(ctx, bytes);
-        if (store->resident) ckca__device_upload(ctx, store->resident, store->pixels, bytes);
-        store->streams = !store->resident;
-    }
-    if (!store->streams) return CKCA_OK;
-    b->pixel_bytes = ckca__picture_bytes(store) * (size_t)n;
-    b->pixels = (unsigned char *)ckca__device_alloc(ctx, b->pixel_bytes);
-    b->stage = ckca__device_stage_open(ctx, b->pixel_bytes);
-    if (b->pixels && b->stage) return CKCA_OK;
-    return ckca__fail(ctx, CKCA_ENOMEM, "out of memory for three times %d pictures, %.1f MB each time", n,
-                      (double)b->pixel_bytes * 1e-6);
-}
-
-typedef struct ckca__gather {
-    const ckca__store *store;
-    const int *index;
-    unsigned char *to;
-} ckca__gather;
-
-static void ckca__gather_picture(void *job, int i, int thread) {
-    const ckca__gather *a = (const ckca__gather *)job;
-    const size_t size = ckca__picture_bytes(a->store);
-    (void)thread;
-    memcpy(a->to + (size_t)i * size, a->store->pixels + (size_t)a->index[i] * size, size);
-}
-
-/* Sends to the device what ckca__make_batch makes a batch of pictures position[0..n) of data from; reside first. */
-static void ckca__send_batch(ckca_context *ctx, const ckca_data *data, const int *position, int n, int epoch, float lr,
-                             ckca__small *b) {
-    int *index = (int *)ckca__sent(b, b->index), *labels = (int *)ckca__sent(b, b->labels), i;
-    *(float *)ckca__sent(b, b->lr) = lr;
-    *(int *)ckca__sent(b, b->epoch) = epoch;
-    memcpy(ckca__sent(b, b->position), position, (size_t)n * sizeof *position);
-    for (i = 0; i < n; i++) {
-        index[i] = data->index[position[i]];
-        labels[i] = data->store->labels[index[i]];
-    }
-    if (b->stage) {
-        const size_t size = ckca__picture_bytes(data->store);
-        ckca__gather job;
-        job.store = data->store;
-        job.index = index;
-        job.to = (unsigned char *)ckca__device_stage(ctx, b->stage);
-        if (!job.to) return;
-        ckca__parallel(ctx, n, ckca__gather_picture, &job);
-        ckca__device_staged(ctx, b->stage, b->pixels, (size_t)n * size);
-    }
-    ckca__device_upload(ctx, b->block, b->host, b->sent);
-}
-
-/* The batch, as the network m takes it. */
-static void ckca__make_batch(const ckca_model *m, const ckca_data *data, int n, const ckca_augment *augment,
-                             uint64_t seed, const ckca__small *b, float *input) {
-    const ckca__store *store = data->store;
-    ckca__op_batch(m->ctx, n, store->height, store->width, store->channels,
-                   store->streams ? b->pixels : store->resident, store->streams, b->index, augment, seed, b->epoch,
-                   m->normalization, m->normalization + m->channels, input);
-}
-
-/* Takes back, after a failure, what ckca__adopt gave a model that had none. */
-static void ckca__disown(ckca_model *m, int had_names, int was_normalized) {
-    m->normalized = was_normalized;
-    if (had_names) return;
-    ckca__free_names(m->ctx, m->class_names, m->classes);
-    m->class_names = NULL;
-}
-
-/* Checks that data is for this model; takes class names and normalisation from it where the model has none. */
-static ckca_status ckca__adopt(ckca_model *m, const ckca_data *data, const char *what) {
-    ckca_context *ctx = m->ctx;
-    const ckca__store *store = data->store;
-    int i, channel;
-    if (store->height != m->height || store->width != m->width || store->channels != m->channels)
-        return ckca__fail(ctx, CKCA_ESHAPE, "%s: the pictures are %d x %d x %d, the model takes %d x %d x %d", what,
-                          store->height, store->width, store->channels, m->height, m->width, m->channels);
-    if (store->classes != m->classes)
-        return ckca__fail(ctx, CKCA_ESHAPE, "%s: the pictures have %d classes, the model has %d", what, store->classes,
-                          m->classes);
-    for (i = 0; m->class_names && i < m->classes; i++)
-        if (strcmp(m->class_names[i], store->class_names[i]))
-            return ckca__fail(ctx, CKCA_EINVAL, "%s: class %d is \"%.60s\" in the pictures, \"%.60s\" in the model",
-                              what, i, store->class_names[i], m->class_names[i]);
-    if (!m->class_names) {
-        m->class_names = ckca__copy_names(ctx, (const char *const *)store->class_names, m->classes);
-        if (!m->class_names)
-            return ckca__fail(ctx, CKCA_ENOMEM, "%s: out of memory for %d class names", what, m->classes);
-    }
-    for (channel = 0; !m->normalized && channel < m->channels; channel++) {
-        const size_t area = (size_t)m->height * (size_t)m->width, stride = (size_t)m->channels;
-        const double count = (double)area * data->count;
-        uint64_t sum = 0, squares = 0; /* exact up to 2^48 bytes */
-        double mean, variance;
-        for (i = 0; i < data->count; i++) {
-            const unsigned char *p = store->pixels + (size_t)data->index[i] * area * stride + channel;
-            size_t j;
-            for (j = 0; j < area; j++) {
-                unsigned value = p[j * stride];
-                sum += value;
-                squares += value * value;
-            }
-        }
-        mean = (double)sum / count;
-        variance = (double)squares / count - mean * mean;
-        m->normalization[channel] = (float)(mean / 255.0);
-        m->normalization[m->channels + channel] = variance > 1e-6 ? (float)(sqrt(variance) / 255.0) : 1.0f;
-    }
-    m->normalized = 1;
-    return CKCA_OK;
-}
-
-/* Runs all of data through m as it stands, normalised as like (m itself, or the student of a teacher) does. cache_z and
-   cache_f (count x classes, count x features, on the device) get every picture's logits and features, unless NULL. */
-static ckca_status ckca__survey(ckca_model *m, const ckca_model *like, const ckca_data *data, ckca_score *score,
-                                float *per_class, float *cache_z, float *cache_f) {
-    ckca_context *ctx = m->ctx;
-    const int batch = data->count < CKCA__EVAL_BATCH ? data->count : CKCA__EVAL_BATCH;
-    const size_t hits = (size_t)data->count * sizeof(int);
-    int first, i, n, top1 = 0, top5 = 0, *seen = NULL, *position = NULL, *hit = NULL, *device_hit = NULL;
-    double loss = 0;
-    ckca__small b;
-    ckca_status status = ckca__small_alloc(ctx, &b, batch, m->classes, 1);
-    if (status) return status;
-    if (!(status = ckca__reserve(m, batch, CKCA__EVALUATE)) && !(status = ckca__reside(ctx, data->store, batch, &b))) {
-        position = (int *)ckca__alloc(ctx, (size_t)batch * sizeof(int));
-        seen = (int *)ckca__alloc(ctx, (size_t)m->classes * 2 * sizeof(int));
-        hit = (int *)ckca__alloc(ctx, hits);
-        device_hit = (int *)ckca__device_alloc(ctx, hits);
-        if (!position || !seen || !hit || !device_hit)
-            status = ckca__fail(ctx, CKCA_ENOMEM, "evaluate: out of memory for %d classes, %d pictures", m->classes,
-                                data->count);
-    }
-    for (first = 0; !status && first < data->count; first += n) {
-        const size_t z = (size_t)m->classes, f = (size_t)m->features;
-        float *input;
-        n = data->count - first < batch ? data->count - first : batch;
-        if (n < 1) break; /* never; it tells the compiler so */
-        input = ckca__input_buffer(m, n, CKCA__EVALUATE);
-        for (i = 0; i < n; i++) position[i] = first + i;
-        ckca__send_batch(ctx, data, position, n, 0, 0, &b);
-        ckca__make_batch(like, data, n, NULL, 0, &b, input);
-        ckca__run_forward(m, n, CKCA__EVALUATE, input);
-        ckca__op_cross_entropy(ctx, n, m->classes, ckca__value(m, m->logits), b.labels, 0.0f, NULL, b.loss,
-                               device_hit + first);
-        ckca__op_sum(ctx, n, b.loss, b.sums);
-        if (cache_z)
-            ckca__device_copy(ctx, cache_z + (size_t)first * z, ckca__value(m, m->logits),
-                              (size_t)n * z * sizeof(float));
-        if (cache_f)
-            ckca__device_copy(ctx, cache_f + (size_t)first * f, ckca__value(m, m->pooled),
-                              (size_t)n * f * sizeof(float));
-    }
-    if (!status) {
-        ckca__device_download(ctx, &loss, b.sums, sizeof loss);
-        ckca__device_download(ctx, hit, device_hit, hits);
-        status = ckca__device_status(ctx);
-    }
-    if (!status) {
-        for (i = 0; i < data->count; i++) {
-            int *of_class = seen + 2 * data->store->labels[data->index[i]];
-            of_class[0]++;
-            of_class[1] += hit[i] & 1;
-            top1 += hit[i] & 1;
-            top5 += hit[i] >> 1 & 1;
-        }
-        score->count = data->count;
-        score->top1 = (double)top1 / data->count;
-        score->top5 = (double)top5 / data->count;
-        score->loss = loss / data->count;
-        for (i = 0; per_class && i < m->classes; i++)
-            per_class[i] = seen[2 * i] ? (float)seen[2 * i + 1] / (float)seen[2 * i] : -1.0f;
-    }
-    ckca__release(ctx, position);
-    ckca__release(ctx, seen);
-    ckca__release(ctx, hit);
-    ckca__device_release(ctx, device_hit, hits);
-    ckca__small_free(ctx, &b);
-    return status;
-}
-
-CKCA_API ckca_status ckca_evaluate(ckca_model *m, const ckca_data *data, ckca_score *score, float *per_class) {
-    ckca_score ignored;
-    ckca_status status;
-    int had_names, was_normalized;
-    if (!m) return CKCA_EINVAL;
-    if ((status = ckca__check_finished(m, "ckca_evaluate"))) return status;
-    if (!data) return ckca__null(m->ctx, "ckca_evaluate", "data");
-    had_names = m->class_names != NULL;
-    was_normalized = m->normalized;
-    if ((status = ckca__adopt(m, data, "evaluate"))) return status;
-    status = ckca__survey(m, m, data, score ? score : &ignored, per_class, NULL, NULL);
-    if (status) ckca__disown(m, had_names, was_normalized);
-    return status;
-}
-
-CKCA_API ckca_status ckca_predict(ckca_model *m, const unsigned char *pixels, int n, float *out) {
-    const size_t picture = m ? (size_t)m->height * (size_t)m->width * (size_t)m->channels : 0;
-    int first, i, batch;
-    ckca__small b;
-    unsigned char *device = NULL; /* a batch of pixels */
-    ckca__bound bound = {"n", 0, 1, INT_MAX, 0};
-    ckca_status status;
-    if (!m) return CKCA_EINVAL;
-    if ((status = ckca__check_finished(m, "ckca_predict"))) return status;
-    if (!pixels || !out) return ckca__null(m->ctx, "ckca_predict", !pixels ? "pixels" : "out");
-    bound.value = n;
-    if ((status = ckca__check_bounds(m->ctx, "ckca_predict", &bound, 1))) return status;
-    if (!m->normalized)
-        return ckca__fail(m->ctx, CKCA_EINVAL, "predict: the model has no mean and std yet: train it or give them");
-    batch = n < CKCA__EVAL_BATCH ? n : CKCA__EVAL_BATCH;
-    if ((status = ckca__small_alloc(m->ctx, &b, batch, m->classes, 1))) return status;
-    status = ckca__reserve(m, batch, CKCA__EVALUATE);
-    if (!status && !(device = (unsigned char *)ckca__device_alloc(m->ctx, (size_t)batch * picture)))
-        status = ckca__fail(m->ctx, CKCA_ENOMEM, "predict: out of memory for %d pictures", batch);
-    for (i = 0; i < batch; i++) ((int *)ckca__sent(&b, b.index))[i] = i;
-    ckca__device_upload(m->ctx, b.block, b.host, b.sent);
-    for (first = 0; !status && first < n; first += batch) {
-        const int count = n - first < batch ? n - first : batch;
-        float *input = ckca__input_buffer(m, count, CKCA__EVALUATE);
-        ckca__device_upload(m->ctx, device, pixels + (size_t)first * picture, (size_t)count * picture);
-        ckca__op_batch(m->ctx, count, m->height, m->width, m->channels, device, 1, b.index, NULL, 0, NULL,
-                       m->normalization, m->normalization + m->channels, input);
-        ckca__run_forward(m, count, CKCA__EVALUATE, input);
-        ckca__op_softmax(m->ctx, count, m->classes, ckca__value(m, m->logits), b.zo);
-        ckca__device_download(m->ctx, out + (size_t)first * (size_t)m->classes, b.zo,
-                              (size_t)count * (size_t)m->classes * sizeof(float));
-    }
-    ckca__device_release(m->ctx, device, (size_t)batch * picture);
-    ckca__small_free(m->ctx, &b);
-    return status ? status : ckca__device_status(m->ctx);
-}
-
-CKCA_API ckca_status ckca_get_batch(ckca_model *m, const ckca_data *data, const int *index, int n,
-                                    const ckca_augment *augment, uint64_t seed, int epoch, float *pictures,
-                                    int *labels) {
-    const size_t values = m ? (size_t)m->height * (size_t)m->width * (size_t)m->channels : 0;
-    ckca_update_desc settings;
-    ckca__bound bound = {"n", 0, 1, CKCA__BATCH_MAX, 0};
-    float *device = NULL;
-    int i, had_names, was_normalized;
-    ckca__small b;
-    ckca_status status;
-    if (!m) return CKCA_EINVAL;
-    if (!data || !index || !pictures)
-        return ckca__null(m->ctx, "ckca_get_batch", !data ? "data" : !index ? "index" : "pictures");
-    memset(&settings, 0, sizeof settings);
-    if (augment) settings.augment = *augment;
-    bound.value = n;
-    if ((status = ckca__check_finished(m, "ckca_get_batch")) ||
-        (status = ckca__check_bounds(m->ctx, "ckca_get_batch", &bound, 1)) ||
-        (status = ckca__settings_check(m->ctx, "ckca_get_batch", &settings)))
-        return status;
-    for (i = 0; i < n; i++)
-        if (index[i] < 0 || index[i] >= data->count)
-            return ckca__fail(m->ctx, CKCA_EINVAL, "ckca_get_batch: index[%d] is %d, there are %d pictures", i,
-                              index[i], data->count);
-    had_names = m->class_names != NULL;
-    was_normalized = m->normalized;
-    if ((status = ckca__adopt(m, data, "batch"))) return status;
-    status = ckca__small_alloc(m->ctx, &b, n, 1, 1);
-    if (!status) status = ckca__reside(m->ctx, data->store, n, &b);
-    if (!status) {
-        device = (float *)ckca__device_alloc(m->ctx, ckca__mul((size_t)n, values * sizeof(float)));
-        if (!device) status = ckca__fail(m->ctx, CKCA_ENOMEM, "ckca_get_batch: out of memory for %d pictures", n);
-    }
-    if (device) {
-        ckca__send_batch(m->ctx, data, index, n, epoch, 0, &b);
-        ckca__make_batch(m, data, n, augment, seed, &b, device);
-        ckca__device_download(m->ctx, pictures, device, (size_t)n * values * sizeof(float));
-        for (i = 0; labels && i < n; i++) labels[i] = ckca_label(data, index[i]);
-        status = ckca__device_status(m->ctx);
-    }
-    ckca__device_release(m->ctx, device, (size_t)n * values * sizeof(float));
-    ckca__small_free(m->ctx, &b);
-    if (status) ckca__disown(m, had_names, was_normalized);
-    return status;
-}
-
-CKCA_API void ckca_shuffle(uint64_t seed, int epoch, int n, int *order) {
-    int i;
-    if (!order) return;
-    for (i = 0; i < n; i++) order[i] = i;
-    for (i = n - 1; i > 0; i--) { /* Fisher and Yates */
-        const uint64_t r = ckca__random(seed, CKCA__STREAM_SHUFFLE, ((uint64_t)(unsigned)epoch << 32) + (uint64_t)i);
-        const int j = (int)(r % ((uint64_t)i + 1)), swap = order[i];
-        order[i] = order[j];
-        order[j] = swap;
-    }
-}
-
-/* ---- one update ---- */
-
-typedef struct ckca__update {
-    ckca_context *ctx;
-    ckca_model *m;
-    ckca_model *old;     /* the model as it came: what a failure goes back to, and the teacher */
-    ckca_model *teacher; /* old, or a copy of desc->teacher (which is only read), or NULL where no term needs one */
-    const ckca_data *data;
-    ckca_update_desc d;       /* every default filled in, terms that are not used at weight 0 */
-    int mode;                 /* of the student's forward */
-    float *cache_z, *cache_f; /* the teacher's answers on every picture, where pictures are not augmented; else NULL */
-    size_t cache_z_bytes, cache_f_bytes;
-    const float *zo, *fo; /* its logits and features for the batch in b */
-    ckca__small b;
-    int *order;
-    int batches;      /* per epoch */
-    int epoch, batch; /* position: the next SGD step */
-    int hits;         /* of this epoch so far, as last looked at */
-    double sums[3];   /* likewise: cross-entropy, AdaKD, FeatReg */
-    void *recording[2]; /* of a whole batch's step and of a last, shorter one's */
-    double teacher_accuracy;
-    uint64_t fingerprint; /* of everything that decides the result */
-    ckca__unsaved *unsaved; /* the state's paths, until the model takes them over */
-    int lock;               /* the file descriptor of the state's .lock, or -1 */
-} ckca__update;
-
-/* Weights by default: tests/MEASUREMENTS.md says why. */
-
-static ckca_status ckca__state_open(ckca__update *u); /* in CHECKPOINTS */
-static void ckca__state_close(ckca__update *u, int done);
-static ckca_status ckca__state_save(ckca__update *u);
-static ckca_status ckca__state_load(ckca__update *u, int *found);
-
-/* The learning rate of SGD step s: linear up to the peak, then the schedule. */
-static float ckca__rate(const ckca_update_desc *d, int64_t s, int batches) {
-    const double warm = floor((double)d->warmup_epochs * batches), total = (double)d->epochs * batches, at = (double)s;
-    double rate = d->lr;
-    if (at < warm) return (float)(rate * (at + 1) / warm);
-    if (d->schedule == CKCA_COSINE)
-        rate *= 0.5 * (1 + cos(3.141592653589793 * (at - warm) / (total > warm ? total - warm : 1)));
-    if (d->schedule == CKCA_STEP) rate *= pow(d->step_factor, floor(at / (d->step_epochs * batches)));
-    return (float)rate;
-}
-
-/* What the terms of the loss need of the teacher for the batch in u->b, whose pictures are at input. */
-static void ckca__ask_teacher(ckca__update *u, int n, const float *input) {
-    ckca_model *t = u->teacher;
-    if (u->cache_z) {
-        u->zo = u->b.zo;
-        u->fo = u->b.fo;
-        if (u->d.w_kd > 0) ckca__op_gather(u->ctx, n, t->classes, u->cache_z, u->b.position, u->b.zo);
-        if (u->d.w_feat > 0) ckca__op_gather(u->ctx, n, t->features, u->cache_f, u->b.position, u->b.fo);
-    } else {
-        ckca__run_forward(t, n, u->d.w_feat > 0 && u->d.featreg == CKCA_FEATREG_STAGES ? CKCA__STAGES : CKCA__EVALUATE,
-                          input);
-        u->zo = ckca__value(t, t->logits);
-        u->fo = ckca__value(t, t->pooled);
-    }
-}
-
-/* FeatReg's gradient on the features, or on every stage's map, and its sum over the batch. */
-static void ckca__feature_term(ckca__update *u, int n) {
-    ckca_model *m = u->m, *t = u->teacher;
-    int i, j = 0, stages = 0;
-    if (u->d.featreg != CKCA_FEATREG_STAGES) {
-        ckca__op_featreg(u->ctx, u->d.featreg, 0, 0, n, m->features, t->features, ckca__value(m, m->pooled), u->fo,
-                         u->d.w_feat, ckca__grad(m, m->pooled), ckca__accumulates(m, m->pooled), u->b.loss,
-                         m->workspace);
-        ckca__op_sum(u->ctx, n, u->b.loss, u->b.sums + 2);
-        return;
-    }
-    for (i = 0; i < m->nodes; i++) stages += m->node[i].stage;
-    for (i = 0; i < m->nodes; i++) {
-        const ckca__node *x = &m->node[i];
-        const int d = x->h * x->w * x->c;
-        if (!x->stage) continue;
-        while (!t->node[j].stage) j++;
-        ckca__op_featreg(u->ctx, CKCA_FEATREG_COSINE, x->half, t->node[j].half, n, d, d, ckca__value(m, i),
-                         ckca__value(t, j), u->d.w_feat / (float)stages, ckca__grad(m, i), ckca__accumulates(m, i),
-                         u->b.loss, m->workspace);
-        ckca__op_sum(u->ctx, n, u->b.loss, u->b.sums + 2);
-        j++;
-    }
-}
-
-/* The device's part of a step, with n pictures: the picture's way from bytes to an update of the weights. Which
-   pictures, which epoch and which learning rate is in u->b, so that it is the same work every time. */
-static void ckca__step_ops(ckca__update *u, int n) {
-    ckca_context *ctx = u->ctx;
-    ckca_model *m = u->m;
-    const ckca_update_desc *d = &u->d;
-    float *input = ckca__input_buffer(m, n, u->mode);
-    const float *z;
-    ckca_sgd_desc sgd;
-
-    ckca__make_batch(m, u->data, n, &d->augment, d->seed, &u->b, input);
-    ckca__run_forward(m, n, u->mode, input);
-    z = ckca__value(m, m->logits);
-
-    ckca__clear_written(m);
-    ckca__op_cross_entropy(ctx, n, m->classes, z, u->b.labels, d->label_smoothing, ckca__grad(m, m->logits), u->b.loss,
-                           u->b.hit);
-    m->node[m->logits].written = 1;
-    ckca__op_sum(ctx, n, u->b.loss, u->b.sums);
-    ckca__op_count(ctx, n, u->b.hit, u->b.sums + 3);
-    if (u->teacher) ckca__ask_teacher(u, n, input);
-    if (d->w_kd > 0) {
-        ckca__op_adakd(ctx, d->adakd, n, m->classes, z, u->zo, u->b.labels, u->b.class_weight, d->temperature,
-                       d->w_kd, ckca__grad(m, m->logits), u->b.loss);
-        ckca__op_sum(ctx, n, u->b.loss, u->b.sums + 1);
-    }
-    if (d->w_feat > 0) ckca__feature_term(u, n);
-
-    ckca__device_zero(ctx, m->gradients, m->trainable * sizeof(float));
-    ckca__run_backward(m);
-    sgd.momentum = d->momentum;
-    sgd.weight_decay = d->weight_decay;
-    sgd.plain = d->plain;
-    sgd.clip_norm = d->clip_norm;
-    ckca__run_sgd(m, &sgd, u->b.lr, u->b.gscale);
-}
-
-/* One SGD step on pictures position[0..n). */
-static ckca_status ckca__train_step(ckca__update *u, const int *position, int n) {
-    const int64_t step = (int64_t)u->epoch * u->batches + u->batch;
-    void **recording = &u->recording[n < u->d.batch];
-    ckca__send_batch(u->ctx, u->data, position, n, u->epoch, ckca__rate(&u->d, step, u->batches), &u->b);
-    if (ckca__device_record(u->ctx, recording)) {
-        ckca__step_ops(u, n);
-        ckca__device_recorded(u->ctx, recording);
-    } else { /* replayed; what ckca__run_forward notes on the host */
-        u->m->n = n;
-        u->m->mode = u->mode;
-        u->m->input = ckca__input_buffer(u->m, n, u->mode);
-        u->m->batches_tracked++;
-        u->m->folded_valid = 0;
-    }
-    return ckca__device_status(u->ctx);
-}
-
-/* Fetches the sums of the epoch so far; the loss must be finite. On a GPU this waits for the steps under way. */
-static ckca_status ckca__look(ckca__update *u) {
-    const int64_t step = (int64_t)u->epoch * u->batches + u->batch;
-    double sums[4];
-    ckca_status status;
-    ckca__device_download(u->ctx, sums, u->b.sums, sizeof sums);
-    if ((status = ckca__device_status(u->ctx))) return status;
-    memcpy(u->sums, sums, sizeof u->sums);
-    u->hits = (int)sums[3];
-    if (!isfinite(u->sums[0]) || !isfinite(u->sums[1]) || !isfinite(u->sums[2]))
-        return ckca__fail(u->ctx, CKCA_ENAN,
-                          "the loss is no longer finite: update %d, epoch %d, batch %d of %d, learning rate %g",
-                          u->m->step + 1, u->epoch + 1, u->batch + 1, u->batches,
-                          (double)ckca__rate(&u->d, step, u->batches));
-    return CKCA_OK;
-}
-
-/* Whether a parameter's values are all finite. what: whose they are, and prefix: what stands before its name there. */
-static ckca_status ckca__finite(ckca_context *ctx, const char *what, const char *prefix, const ckca__parameter *p,
-                                const float *values) {
-    size_t i;
-    for (i = 0; i < p->count && isfinite(values[i]); i++) continue;
-    if (i == p->count) return CKCA_OK;
-    return ckca__fail(ctx, CKCA_ENAN, "%s: %s%s is not finite: value %.0f of %.0f is %s", what, prefix, p->name,
-                      (double)i + 1, (double)p->count, isnan(values[i]) ? "NaN" : "infinite");
-}
-
-/* The same of a model's weights and running statistics, and of its momentum. */
-static ckca_status ckca__all_finite(const ckca_model *m, const char *what, int momentum) {
-    const size_t size = m->all > m->trainable ? m->all : m->trainable;
-    float *host = (float *)ckca__alloc(m->ctx, size * sizeof(float));
-    ckca_status status = CKCA_OK;
-    int i, slot;
-    if (!host)
-        return ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for %.1f MB of weights", what, (double)size * 4e-6);
-    for (slot = 0; !status && slot <= momentum; slot++) {
-        ckca__device_download(m->ctx, host, slot ? m->momentum : m->values,
-                              (slot ? m->trainable : m->all) * sizeof(float));
-        status = ckca__device_status(m->ctx);
-        for (i = 0; !status && i < m->parameters; i++)
-            if (!slot || m->parameter[i].role < CKCA__MEAN)
-                status = ckca__finite(m->ctx, what, slot ? "momentum." : "", &m->parameter[i],
-                                      host + m->parameter[i].offset);
-    }
-    ckca__release(m->ctx, host);
-    return status;
-}
-
-static uint64_t ckca__hash(uint64_t hash, const void *bytes, size_t size) {
-    const unsigned char *p = (const unsigned char *)bytes;
-    uint64_t word;
-    size_t i;
-    for (i = 0; i + 8 <= size; i += 8) {
-        memcpy(&word, p + i, 8);
-        hash = (hash ^ word) * UINT64_C(0x9e3779b97f4a7c15);
-        hash ^= hash >> 29;
-    }
-    for (; i < size; i++) hash = (hash ^ p[i]) * UINT64_C(0x100000001b3);
-    return ckca__mix(hash);
-}
-
-static ckca_status ckca__hash_weights(const ckca_model *m, uint64_t *hash) {
-    float *host = (float *)ckca__alloc(m->ctx, m->all * sizeof(float));
-    if (!host) return ckca__fail(m->ctx, CKCA_ENOMEM, "out of memory for %.1f MB of weights", (double)m->all * 4e-6);
-    ckca__device_download(m->ctx, host, m->values, m->all * sizeof(float));
-    *hash = ckca__hash(*hash, host, m->all * sizeof(float));
-    ckca__release(m->ctx, host);
-    return CKCA_OK;
-}
-
-/* Of all that decides the result: a training state goes on only where it would have come from the same call. */
-static ckca_status ckca__fingerprint(ckca__update *u) {
-    const ckca__store *store = u->data->store;
-    const ckca_update_desc *d = &u->d;
-    const size_t picture = ckca__picture_bytes(store);
-    double fields[CKCA__SETTINGS + 1];
-    uint64_t hash = u->d.seed;
-    int i, k = 0;
-    ckca_status status;
-    for (i = 0; i < u->data->count; i++) {
-        hash = ckca__hash(hash, store->pixels + (size_t)u->data->index[i] * picture, picture);
-        hash = ckca__hash(hash, &store->labels[u->data->index[i]], sizeof(int));
-        hash = ckca__hash(hash, &u->data->index[i], sizeof(int)); /* augmentation draws by it */
-    }
-    for (i = 0; i < CKCA__SETTINGS; i++)
-        if (ckca__settings[i].decides) fields[k++] = ckca__setting_get(d, &ckca__settings[i]);
-    fields[k++] = u->m->step;
-    hash = ckca__hash(hash, fields, (size_t)k * sizeof *fields);
-    if ((status = ckca__hash_weights(u->old, &hash))) return status;
-    if (u->teacher && u->teacher != u->old && (status = ckca__hash_weights(u->teacher, &hash))) return status;
-    u->fingerprint = hash;
-    return CKCA_OK;
-}
-
-/* 1: both networks have stages marked, as many, with maps of the same shapes. */
-static int ckca__same_stages(const ckca_model *m, const ckca_model *t) {
-    int i = 0, j = 0, same = 0;
-    for (;; i++, j++, same++) {
-        while (i < m->nodes && !m->node[i].stage) i++;
-        while (j < t->nodes && !t->node[j].stage) j++;
-        if (i == m->nodes || j == t->nodes) return i == m->nodes && j == t->nodes && same > 0;
-        if (m->node[i].h != t->node[j].h || m->node[i].w != t->node[j].w || m->node[i].c != t->node[j].c) return 0;
-    }
-}
-
-CKCA_API ckca_status ckca_update_defaults(const ckca_model *m, const ckca_data *data, ckca_update_desc *desc) {
-    ckca_update_desc d;
-    ckca_status status;
-    int plain;
-    if (!m) return CKCA_EINVAL;
-    if (!data || !desc) return ckca__null(m->ctx, "ckca_update_defaults", !data ? "data" : "desc");
-    if ((status = ckca__check_finished(m, "ckca_update_defaults")) ||
-        (status = ckca__settings_check(m->ctx, "update", desc)))
-        return status;
-    d = *desc;
-    plain = m->step == 0 && !d.teacher; /* nothing to keep yet */
-    if (d.method == CKCA_METHOD_LWF) d.adakd = CKCA_ADAKD_CONSTANT;
-    if (d.w_kd == 0 && d.adakd == CKCA_ADAKD_CLASS) d.w_kd = 2;
-    if (d.w_feat == 0 && d.featreg == CKCA_FEATREG_STAGES && !ckca__same_stages(m, d.teacher ? d.teacher : m))
-        d.w_feat = CKCA_OFF;
-    if (plain || (d.method != CKCA_METHOD_CKCA && d.method != CKCA_METHOD_LWF)) d.w_kd = d.w_feat = CKCA_OFF;
-    if (d.method == CKCA_METHOD_LWF) d.w_feat = CKCA_OFF;
-    if (plain) d.method = CKCA_METHOD_WARM;
-    if (d.augment.resized_crop && d.augment.crop_min == 0) d.augment.crop_min = 0.25f;
-    ckca__settings_fill(&d);
-    if (d.batch > data->count) d.batch = data->count;
-    if (d.step_epochs == 0) d.step_epochs = (float)d.epochs / 3.0f;
-    *desc = d;
-    return CKCA_OK;
-}
-
-/* Whether the terms in use can compare the student with this teacher. */
-static ckca_status ckca__check_teacher(const ckca__update *u, const ckca_model *t) {
-    const ckca_model *m = u->m;
-    int i;
-    if (t->ctx != m->ctx)
-        return ckca__fail(u->ctx, CKCA_EINVAL, "teacher: it belongs to another context than the model");
-    if (!t->finished) return ckca__fail(u->ctx, CKCA_EINVAL, "teacher: it is not finished (ckca_model_finish)");
-    if (t->classes != m->classes || t->height != m->height || t->width != m->width || t->channels != m->channels)
-        return ckca__fail(u->ctx, CKCA_ESHAPE,
-                          "teacher: it takes %d x %d x %d and has %d classes, the model %d x %d x %d and %d", t->height,
-                          t->width, t->channels, t->classes, m->height, m->width, m->channels, m->classes);
-    for (i = 0; t->normalized && i < 2 * m->channels; i++)
-        if (fabsf(t->normalization[i] - m->normalization[i]) > 1e-5f)
-            return ckca__fail(u->ctx, CKCA_EINVAL, "teacher: its %s of channel %d is %g, the model's is %g",
-                              i < m->channels ? "mean" : "std", i % m->channels, (double)t->normalization[i],
-                              (double)m->normalization[i]);
-    if (!(u->d.w_feat > 0)) return CKCA_OK;
-    if ((u->d.featreg == CKCA_FEATREG_COSINE || u->d.featreg == CKCA_FEATREG_L2) && t->features != m->features)
-        return ckca__fail(u->ctx, CKCA_ESHAPE, "teacher: it has %d features, the model %d: only RELATION compares them",
-                          t->features, m->features);
-    if (u->d.featreg == CKCA_FEATREG_STAGES && !ckca__same_stages(m, t))
-        return ckca__fail(u->ctx, CKCA_ESHAPE,
-                          "teacher: FeatReg's STAGES needs stages (ckca_stage) in both networks, of the same shapes");
-    return CKCA_OK;
-}
-
-/* The teacher's accuracy on the new chunk by class (AdaKD's CLASS), and its answers where they can be kept. */
-static ckca_status ckca__consult(ckca__update *u) {
-    ckca_context *ctx = u->ctx;
-    ckca_model *t = u->teacher;
-    const ckca_augment *a = &u->d.augment;
-    const size_t count = (size_t)u->data->count;
-    const int live = (u->d.w_feat > 0 && u->d.featreg == CKCA_FEATREG_STAGES) || a->pad || a->flip || a->resized_crop ||
-                     a->jitter > 0;
-    float *by_class = (float *)ckca__alloc(ctx, (size_t)t->classes * sizeof(float));
-    ckca_score score;
-    ckca_status status;
-    int i;
-    if (!by_class) return ckca__fail(ctx, CKCA_ENOMEM, "update: out of memory for %d classes", t->classes);
-    u->cache_z_bytes = ckca__mul(count, (size_t)t->classes * sizeof(float));
-    u->cache_f_bytes = ckca__mul(count, (size_t)t->features * sizeof(float));
-    if (!live && ckca__sum(u->cache_z_bytes, u->cache_f_bytes) <= CKCA__CACHE_BYTES) {
-        u->cache_z = (float *)ckca__device_alloc(ctx, u->cache_z_bytes);
-        u->cache_f = (float *)ckca__device_alloc(ctx, u->cache_f_bytes);
-        if (!u->cache_z || !u->cache_f) {
-            ckca__release(ctx, by_class);
-            return ckca__fail(ctx, CKCA_ENOMEM, "update: out of memory for the teacher's answers on %d pictures",
-                              u->data->count);
-        }
-    }
-    status = ckca__survey(t, u->m, u->data, &score, by_class, u->cache_z, u->cache_f);
-    if (!status) {
-        u->teacher_accuracy = score.top1;
-        for (i = 0; i < t->classes; i++)
-            if (by_class[i] < 0) by_class[i] = 0; /* a class without pictures is never asked for */
-        ckca__device_upload(ctx, u->b.class_weight, by_class, (size_t)t->classes * sizeof(float));
-        status =
-            ckca__reserve(t, u->d.batch, live && u->d.featreg == CKCA_FEATREG_STAGES ? CKCA__STAGES : CKCA__EVALUATE);
-    }
-    ckca__release(ctx, by_class);
-    return status;
-}
-
-/* The weights that the method starts from. */
-static ckca_status ckca__starting_weights(ckca__update *u) {
-    ckca_model *m = u->m;
-    float *fresh;
-    ckca_status status;
-    if (u->d.method == CKCA_METHOD_SCRATCH) return ckca__initialize(m, u->d.seed, m->values);
-    if (u->d.method != CKCA_METHOD_SHRINK_PERTURB) return CKCA_OK;
-    fresh = (float *)ckca__device_alloc(u->ctx, m->all * sizeof(float));
-    if (!fresh)
-        return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for %.1f MB of fresh weights",
-                          (double)m->all * 4e-6);
-    if (!(status = ckca__initialize(m, u->d.seed, fresh)))
-        ckca__op_shrink_perturb(u->ctx, m->trainable, m->values, fresh, u->d.shrink, u->d.perturb);
-    ckca__device_release(u->ctx, fresh, m->all * sizeof(float));
-    return status;
-}
-
-static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
-    ckca_model *m = u->m;
-    const ckca_model *teacher = u->old;
-    ckca_status status;
-    int found = 0;
-    if (desc) u->d = *desc;
-    if ((status = ckca_update_defaults(m, u->data, &u->d))) return status;
-    ckca__settings_off(&u->d);
-    if (u->d.state && (status = ckca__state_open(u))) return status;
-    if (u->d.teacher && u->d.teacher != m) teacher = u->d.teacher;
-    if (!(u->d.w_kd > 0) && !(u->d.w_feat > 0)) teacher = NULL;
-    if (teacher && !m->normalized && teacher->normalized && teacher->channels == m->channels) {
-        memcpy(m->normalization, teacher->normalization, (size_t)m->channels * 2 * sizeof(float));
-        m->normalized = 1;
-    }
-    if ((status = ckca__adopt(m, u->data, "update"))) return status;
-    if (teacher && (status = ckca__check_teacher(u, teacher))) return status;
-    if (teacher == u->old) u->teacher = u->old;
-    else if (teacher && (status = ckca_model_copy(&u->teacher, teacher))) return status;
-    u->mode = CKCA__TRAIN | (u->d.w_feat > 0 && u->d.featreg == CKCA_FEATREG_STAGES ? CKCA__STAGES : 0);
-    u->batches = (u->data->count + u->d.batch - 1) / u->d.batch;
-    u->order = (int *)ckca__alloc(u->ctx, (size_t)u->data->count * sizeof(int));
-    if (!u->order)
-        return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for the order of %d pictures", u->data->count);
-    if ((status =
-             ckca__small_alloc(u->ctx, &u->b, u->d.batch, m->classes,
-                               u->teacher && u->teacher->features > m->features ? u->teacher->features : m->features)))
-        return status;
-    if ((status = ckca__reserve(m, u->d.batch, u->mode))) return status;
-    if (u->d.w_feat > 0) { /* RELATION's tables may need more room than the layers do */
-        const int widest = u->teacher->features > m->features ? u->teacher->features : m->features;
-        if (!ckca__arena(u->ctx, &m->workspace, &m->workspace_bytes,
-                         ckca__op_workspace(u->ctx, (size_t)u->d.batch, widest + 2 * u->d.batch)))
-            return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for FeatReg on a batch of %d", u->d.batch);
-    }
-    if (u->teacher && (status = ckca__consult(u))) return status;
-    if ((status = ckca__reside(u->ctx, u->data->store, u->d.batch, &u->b))) return status;
-    if (u->d.state) {
-        if ((status = ckca__fingerprint(u)) || (status = ckca__state_load(u, &found))) return status;
-        if (found) {
-            double sums[4];
-            memcpy(sums, u->sums, sizeof u->sums);
-            sums[3] = u->hits;
-            ckca__device_upload(u->ctx, u->b.sums, sums, sizeof sums);
-        }
-    }
-    if (found) return CKCA_OK;
-    ckca__device_zero(u->ctx, m->momentum, m->trainable * sizeof(float));
-    return ckca__starting_weights(u);
-}
-
-/* Tells the caller how far it is; CKCA_ESTOP if that was the last step. */
-static ckca_status ckca__tell(ckca__update *u, int seen, double seconds, int64_t steps_here) {
-    const int64_t left = (int64_t)(u->d.epochs - u->epoch) * u->batches - u->batch;
-    ckca_progress p;
-    p.step = u->m->step + 1;
-    p.epoch = u->epoch;
-    p.epochs = u->d.epochs;
-    p.batch = u->batch;
-    p.batches = u->batches;
-    p.lr = ckca__rate(&u->d, (int64_t)u->epoch * u->batches + u->batch - 1, u->batches);
-    p.kd = u->sums[1] / seen;
-    p.feat = u->sums[2] / seen;
-    p.loss = u->sums[0] / seen + (double)u->d.w_kd * p.kd + (double)u->d.w_feat * p.feat;
-    p.accuracy = (double)u->hits / seen;
-    p.seconds = seconds;
-    p.seconds_left = seconds / (double)steps_here * (double)left;
-    if (!u->d.progress(&p, u->d.user)) return CKCA_OK;
-    return ckca__fail(u->ctx, CKCA_ESTOP, "update %d was stopped in epoch %d, after batch %d of %d", p.step,
-                      p.epoch + 1, p.batch, p.batches);
-}
-
-/* The epochs from u's position on. */
-static ckca_status ckca__train(ckca__update *u, double start) {
-    const int count = u->data->count, size = u->d.batch;
-    double saved = start, now;
-    int64_t here = 0; /* SGD steps done by this call */
-    char what[64];
-    ckca_status status = CKCA_OK;
-    for (; u->epoch < u->d.epochs; u->epoch++, u->batch = 0) {
-        ckca_shuffle(u->d.seed, u->epoch, count, u->order);
-        if (u->batch == 0) {
-            u->hits = 0;
-            memset(u->sums, 0, sizeof u->sums);
-            ckca__device_zero(u->ctx, u->b.sums, 4 * sizeof *u->b.sums);
-        }
-        while (u->batch < u->batches) {
-            const int first = u->batch * size, n = count - first < size ? count - first : size;
-            int save;
-            if ((status = ckca__train_step(u, u->order + first, n))) return status;
-            /* The last one keeps the result until ckca_save has it. */
-            save = u->d.state && (ckca__seconds() - saved >= (double)u->d.state_seconds ||
-                                  (u->epoch + 1 == u->d.epochs && u->batch + 1 == u->batches));
-            /* A look costs nothing on the host; a GPU would have to stop for it. */
-            if ((CKCA__DEVICE_IS_HOST || u->d.progress || save || u->batch + 1 == u->batches) &&
-                (status = ckca__look(u)))
-                return status;
-            u->batch++;
-            here++;
-            now = ckca__seconds();
-            if (u->d.progress) status = ckca__tell(u, first + n, now - start, here);
-            if (u->d.state && (status || save)) {
-                ckca_status saving = ckca__state_save(u);
-                if (saving) return saving;
-                saved = ckca__seconds();
-            }
-            if (status) return status;
-        }
-    }
-    snprintf(what, sizeof what, "update %d, peak learning rate %g", u->m->step + 1, (double)u->d.lr);
-    return ckca__all_finite(u->m, what, 0);
-}
-
-static void ckca__fill_report(const ckca__update *u, double seconds, ckca_report *report) {
-    /* After the last epoch the position is (epochs, 0), and the sums are that epoch's. */
-    const int done = u->epoch >= u->d.epochs, batch = done ? u->batches : u->batch;
-    const int seen = batch * u->d.batch < u->data->count ? batch * u->d.batch : u->data->count;
-    memset(report, 0, sizeof *report);
-    report->step = u->m->step;
-    report->sgd_steps = u->epoch * u->batches + u->batch;
-    report->teacher_accuracy = u->teacher_accuracy;
-    report->seconds = seconds;
-    if (seen < 1) return;
-    report->kd = u->sums[1] / seen;
-    report->feat = u->sums[2] / seen;
-    report->loss = u->sums[0] / seen + (double)u->d.w_kd * report->kd + (double)u->d.w_feat * report->feat;
-    report->accuracy = (double)u->hits / seen;
-}
-
-CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckca_update_desc *desc,
-                                 ckca_report *report) {
-    const double start = ckca__seconds();
-    ckca__update update, *u = &update;
-    ckca_status status;
-    int had_names, was_normalized;
-    if (!m) return CKCA_EINVAL;
-    if ((status = ckca__check_finished(m, "ckca_update"))) return status;
-    if (!data) return ckca__null(m->ctx, "ckca_update", "data");
-    memset(u, 0, sizeof *u);
-    u->ctx = m->ctx;
-    u->m = m;
-    u->data = data;
-    u->teacher_accuracy = -1;
-    u->lock = -1;
-    had_names = m->class_names != NULL;
-    was_normalized = m->normalized;
-    if ((status = ckca_model_copy(&u->old, m))) return status;
-    u->old->gradients = m->gradients; /* set aside for a failure: training makes its own */
-    u->old->momentum = m->momentum;
-    m->gradients = m->momentum = NULL;
-    status = ckca__begin(u, desc);
-    if (!status) status = ckca__train(u, start);
-    ckca__device_forget(u->ctx, &u->recording[0]);
-    ckca__device_forget(u->ctx, &u->recording[1]);
-    if (!status) {
-        m->step++;
-    } else if (status == CKCA_ESTOP) { /* the results that earlier states hold are not this model's any more */
-        ckca__forget_unsaved(m);
-    } else { /* as it was before the call */
-        float *gradients = m->gradients, *momentum = m->momentum;
-        m->gradients = u->old->gradients;
-        m->momentum = u->old->momentum;
-        u->old->gradients = gradients;
-        u->old->momentum = momentum;
-        ckca__device_copy(u->ctx, m->values, u->old->values, m->all * sizeof(float));
-        m->batches_tracked = u->old->batches_tracked;
-        m->folded_valid = 0;
-        m->n = 0; /* what a forward left is the update's, not the caller's */
-        ckca__disown(m, had_names, was_normalized);
-    }
-    ckca__state_close(u, !status);
-    if (report) ckca__fill_report(u, ckca__seconds() - start, report);
-    ckca__device_release(u->ctx, u->cache_z, u->cache_z_bytes);
-    ckca__device_release(u->ctx, u->cache_f, u->cache_f_bytes);
-    ckca__small_free(u->ctx, &u->b);
-    ckca__release(u->ctx, u->order);
-    if (u->teacher != u->old) ckca_model_free(u->teacher);
-    ckca_model_free(u->old);
-    return status;
-}
-
-#endif /* CKCA__TRAIN_PART */
-#endif /* CKCA_IMPLEMENTATION */
-#endif /* CKCA__PASS */
-#ifndef CKCA__PASS
-#ifdef CKCA_IMPLEMENTATION
-#ifndef CKCA__DATA
-#define CKCA__DATA
-
-/* ------------------------------------------------------------------------------------------------------------------
-   DATA: stores and views, resizing, readers, splitting
-   ------------------------------------------------------------------------------------------------------------------ */
+/* In THREADS: */
+static void ckca__parallel(ckca_context *ctx, int tasks, void (*work)(void *job, int task, int thread), void *job);
 
 enum { CKCA__MAX_SIDE = 16384 }; /* of a picture, in pixels */
 #ifndef CKCA__MAX_PIXELS
@@ -8260,9 +1732,7 @@ CKCA_API ckca_status ckca_open_array(ckca_context *ctx, ckca_data **data, const 
 }
 
 #ifndef CKCA_NO_STDIO
-
 /* --- CIFAR's and MNIST's formats ---------------------------------------------------------------------------------- */
-
 /* The place of a name in a list, or -1. */
 static int ckca__find_name(const char *const *names, int n, const char *name) {
     int i;
@@ -8270,13 +1740,11 @@ static int ckca__find_name(const char *const *names, int n, const char *name) {
         if (!strcmp(names[i], name)) return i;
     return -1;
 }
-
 static ckca_status ckca__check_cifar(ckca_context *ctx, const char *path, size_t size, size_t record) {
     if (size && size % record == 0) return CKCA_OK;
     return ckca__fail(ctx, CKCA_EFORMAT, "%s: %.0f bytes, not a multiple of the %.0f of a record (truncated?)",
                       ckca__tail(path), (double)size, (double)record);
 }
-
 /* A CIFAR file: records of label_bytes (the last of them is the label) and 3 planes of 32 x 32 bytes, red, green, blue.
    Into the store's places from first on; label[i] is the store's label for the file's i, -1 where it is not wanted.
    bytes are overwritten. */
@@ -8302,7 +1770,6 @@ static ckca_status ckca__parse_cifar(ckca_context *ctx, const char *path, unsign
     }
     return ckca__fit_all(ctx, bytes + label_bytes, record, (int)(size / record), 32, 32, 3, store, first);
 }
-
 /* n names, one to a line; empty lines do not count. bytes end in a zero and are overwritten; names point into them. */
 static ckca_status ckca__parse_lines(ckca_context *ctx, const char *path, char *bytes, const char **names, int n) {
     int found = 0;
@@ -8319,7 +1786,6 @@ static ckca_status ckca__parse_lines(ckca_context *ctx, const char *path, char *
         return ckca__fail(ctx, CKCA_EFORMAT, "%s: %d names, there are %d classes", ckca__tail(path), found, n);
     return CKCA_OK;
 }
-
 #endif /* CKCA_NO_STDIO */
 
 /* Four bytes, the greatest first. */
@@ -8328,7 +1794,6 @@ static uint32_t ckca__big_endian(const unsigned char *b) {
 }
 
 #ifndef CKCA_NO_STDIO
-
 /* The header of an IDX file (LeCun's description of MNIST): 0, 0, type 8 (bytes), the number of dimensions, each of
    them in 4 bytes, greatest first; then that many bytes of data. */
 static ckca_status ckca__parse_idx(ckca_context *ctx, const char *path, const unsigned char *bytes, size_t size,
@@ -8357,7 +1822,6 @@ static ckca_status ckca__parse_idx(ckca_context *ctx, const char *path, const un
                           (double)shape[1], (double)shape[2], (int)CKCA__MAX_SIDE);
     return CKCA_OK;
 }
-
 /* The two files of an IDX set as data. */
 static ckca_status ckca__parse_idx_pair(ckca_context *ctx, ckca_data **data, const char *pictures_path,
                                         const unsigned char *pictures, size_t pictures_size, const char *labels_path,
@@ -8388,11 +1852,10 @@ static ckca_status ckca__parse_idx_pair(ckca_context *ctx, ckca_data **data, con
     ckca__store_release(store);
     return status;
 }
-
 /* What every opening call checks first. */
 static ckca_status ckca__open(ckca_context *ctx, ckca_data **data, const char *dir, int part,
                               const ckca_data_desc *desc_or_null, ckca_data_desc *desc) {
-    ckca__bound bound = {"part", 0, CKCA_TRAIN, CKCA_TEST, 0};
+    ckca__bound bound = {"part", 0, CKCA_PART_TRAIN, CKCA_PART_TEST, 0};
     ckca_status status;
     if (!ckca__usable(ctx)) return CKCA_EINVAL;
     if (!data || !dir) return ckca__null(ctx, "opening data", !data ? "data" : "dir");
@@ -8400,12 +1863,10 @@ static ckca_status ckca__open(ckca_context *ctx, ckca_data **data, const char *d
     if ((status = ckca__check_bounds(ctx, "opening data", &bound, 1))) return status;
     return ckca__data_desc(ctx, desc_or_null, desc);
 }
-
 /* A name that a folder has where something else was downloaded or not unpacked, and what to say then. */
 typedef struct ckca__mistake {
     const char *name, *meaning;
 } ckca__mistake;
-
 /* The folder that has one of the files (NULL ends each list): dir itself or one of those usually inside it. Where none
    has, dir again, so that it is opened and fails, or what the usual mistakes are. *found is the caller's to release. */
 static ckca_status ckca__find_set(ckca_context *ctx, const char *dir, const char *const *files,
@@ -8455,7 +1916,6 @@ static ckca_status ckca__find_set(ckca_context *ctx, const char *dir, const char
     (*found)[strlen(dir)] = 0;
     return CKCA_OK;
 }
-
 /* The files in dir one after another. names_file: class names, where it is there; else default_names, may be NULL. */
 static ckca_status ckca__open_cifar(ckca_context *ctx, ckca_data **data, const char *dir, const char *const *files,
                                     int file_count, int label_bytes, int classes, const char *names_file,
@@ -8516,7 +1976,6 @@ static ckca_status ckca__open_cifar(ckca_context *ctx, ckca_data **data, const c
     for (i = 0; i <= file_count; i++) ckca__release(ctx, path[i]);
     return status;
 }
-
 CKCA_API ckca_status ckca_open_cifar10(ckca_context *ctx, ckca_data **data, const char *dir, ckca_part part,
                                        const ckca_data_desc *desc_or_null) {
     static const char *const train[] = {"data_batch_1.bin", "data_batch_2.bin", "data_batch_3.bin", "data_batch_4.bin",
@@ -8539,15 +1998,14 @@ CKCA_API ckca_status ckca_open_cifar10(ckca_context *ctx, ckca_data **data, cons
     ckca_data_desc desc;
     ckca_status status = ckca__open(ctx, data, dir, part, desc_or_null, &desc);
     if (status) return status;
-    file[0] = part == CKCA_TRAIN ? train[0] : test[0];
+    file[0] = part == CKCA_PART_TRAIN ? train[0] : test[0];
     status = ckca__find_set(ctx, dir, file, inside, mistakes, &found);
     if (!status)
-        status = ckca__open_cifar(ctx, data, found, part == CKCA_TRAIN ? train : test, part == CKCA_TRAIN ? 5 : 1, 1,
-                                  10, "batches.meta.txt", names, &desc);
+        status = ckca__open_cifar(ctx, data, found, part == CKCA_PART_TRAIN ? train : test,
+                                  part == CKCA_PART_TRAIN ? 5 : 1, 1, 10, "batches.meta.txt", names, &desc);
     ckca__release(ctx, found);
     return status;
 }
-
 CKCA_API ckca_status ckca_open_cifar100(ckca_context *ctx, ckca_data **data, const char *dir, ckca_part part,
                                         const ckca_data_desc *desc_or_null) {
     static const char *const files[2][2] = {{"train.bin", NULL}, {"test.bin", NULL}};
@@ -8572,7 +2030,6 @@ CKCA_API ckca_status ckca_open_cifar100(ckca_context *ctx, ckca_data **data, con
     ckca__release(ctx, found);
     return status;
 }
-
 CKCA_API ckca_status ckca_open_idx(ckca_context *ctx, ckca_data **data, const char *dir, ckca_part part,
                                    const ckca_data_desc *desc_or_null) {
     static const char *const what[] = {"images-idx3-ubyte", "labels-idx1-ubyte"};
@@ -8593,7 +2050,7 @@ CKCA_API ckca_status ckca_open_idx(ckca_context *ctx, ckca_data **data, const ch
     if (!status) status = ckca__find_set(ctx, dir, files[part], inside, mistakes, &found);
     for (i = 0; i < 2 && !status; i++) {
         for (form = 0; form < 4; form++) { /* with a hyphen or, as some unpackers leave it, a dot; packed */
-            snprintf(name[i], sizeof name[i], "%s-%s%s", part == CKCA_TRAIN ? "train" : "t10k", what[i],
+            snprintf(name[i], sizeof name[i], "%s-%s%s", part == CKCA_PART_TRAIN ? "train" : "t10k", what[i],
                      form < 2 ? "" : ".gz");
             if (form & 1) *strstr(name[i], "-idx") = '.';
             ckca__release(ctx, path[i]);
@@ -8606,7 +2063,7 @@ CKCA_API ckca_status ckca_open_idx(ckca_context *ctx, ckca_data **data, const ch
             status = ckca__fail(ctx, CKCA_EIO, "%s: packed, unpack it with gunzip", ckca__tail(path[i]));
         else if (form == 4)
             status = ckca__fail(ctx, CKCA_EIO, "%s: no %s-%s in it", ckca__tail(dir),
-                                part == CKCA_TRAIN ? "train" : "t10k", what[i]);
+                                part == CKCA_PART_TRAIN ? "train" : "t10k", what[i]);
         else
             status = ckca__read_file(ctx, path[i], (size_t)1 << 31, &bytes[i], &size[i]);
     }
@@ -8619,13 +2076,11 @@ CKCA_API ckca_status ckca_open_idx(ckca_context *ctx, ckca_data **data, const ch
     ckca__release(ctx, found);
     return status;
 }
-
 #endif /* CKCA_NO_STDIO */
 
 /* --- Picture files ------------------------------------------------------------------------------------------------ */
 
 #ifndef CKCA_NO_STB_IMAGE
-
 /* stb_image (Debian: libstb-dev), static, JPEG and PNG only: one beside this header, or in the include path, or
    Debian's. A program that has its own includes it before this header; then that one is used. Memory comes zeroed
    from calloc, or from a STBI_MALLOC of yours that zeroes too: a corrupt JPEG can make stb_image before 2.29 read
@@ -8704,7 +2159,6 @@ static void *ckca__stb_realloc(void *memory, size_t bytes) {
 #undef STB_IMAGE_IMPLEMENTATION
 #undef stbi_set_unpremultiply_on_load_thread
 #endif
-
 #ifndef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION                     /* no fuzzer guesses a checksum */
 static uint32_t ckca__crc(const unsigned char *bytes, size_t size) { /* of a PNG's chunk (PNG specification, annex D) */
     uint32_t crc = 0xffffffffu;
@@ -8717,14 +2171,12 @@ static uint32_t ckca__crc(const unsigned char *bytes, size_t size) { /* of a PNG
     return ~crc;
 }
 #endif
-
 /* What the walk over a picture file finds: enough to know that stb_image will read it right. */
 typedef struct ckca__picture {
     int64_t height, width; /* as stored */
     int turn;              /* EXIF's orientation, 1 to 8; 1: as stored */
     size_t end;            /* of a JPEG that lacks its end marker: the bytes of it that count. Else 0 */
 } ckca__picture;
-
 /* The orientation (tag 0x112, a number of 1 to 8) in a block of EXIF, which is a TIFF file; 1 where there is none. What
    is wrong with such a block is no reason to refuse the picture. */
 static int ckca__exif_turn(const unsigned char *tiff, size_t size) {
@@ -8747,10 +2199,8 @@ static int ckca__exif_turn(const unsigned char *tiff, size_t size) {
 #undef CKCA__EXIF
     return 1;
 }
-
 static const char ckca__truncated[] = "truncated: it stops before its end marker";
 static const char ckca__no_memory[] = "no memory to look through it"; /* the one flaw that is not the file's */
-
 /* What is wrong with a PNG, chunk by chunk, or NULL. The data inside is stb_image's to judge. */
 static const char *ckca__walk_png(const unsigned char *bytes, size_t size, ckca__picture *picture) {
     static const unsigned char depths[7] = {1 | 2 | 4 | 8 | 16, 0, 8 | 16, 1 | 2 | 4 | 8, 8 | 16, 0, 8 | 16};
@@ -8793,18 +2243,15 @@ static const char *ckca__walk_png(const unsigned char *bytes, size_t size, ckca_
     }
     return ckca__truncated;
 }
-
 /* --- JPEG (ITU-R T.81) ---
 
    stb_image fills up what is missing with grey, or stops and keeps what it has. So a walk from marker to marker makes
    sure that all it needs is there. Where more than markers is asked (is the data whole though the end marker is
    missing? does each part end at its restart marker?) the codes of the data are counted too, without decoding them. */
-
 typedef struct ckca__jpeg_codes { /* a Huffman table */
     const unsigned char *counts;  /* of codes of 1 to 16 bits, then the symbols (in the file). NULL: not defined */
     uint16_t fast[512];           /* by the next nine bits: length << 8 | symbol; 0: the code is longer */
 } ckca__jpeg_codes;
-
 typedef struct ckca__jpeg_part { /* a component */
     int id, h, v, quantization;
     int across, down, stride; /* blocks that it has; blocks a row with those that fill up its last MCU */
@@ -8813,7 +2260,6 @@ typedef struct ckca__jpeg_part { /* a component */
     uint64_t exact;           /* coefficients that came to their last bit */
     uint64_t *nonzero;        /* progressive, counted: per block */
 } ckca__jpeg_part;
-
 typedef struct ckca__jpeg {
     const unsigned char *bytes;
     size_t size, at, scan_end; /* the last scan's data ends there */
@@ -8832,7 +2278,6 @@ typedef struct ckca__jpeg {
     ckca__jpeg_part part[4];
     ckca__jpeg_codes codes[2][4]; /* of first coefficients, of others */
 } ckca__jpeg;
-
 static void ckca__jpeg_take(ckca__jpeg *j, int n) { /* n up to 16 bits */
     for (; j->bits <= 24; j->bits += 8) {
         uint32_t byte = 0;
@@ -8851,7 +2296,6 @@ static void ckca__jpeg_take(ckca__jpeg *j, int n) { /* n up to 16 bits */
     j->bits -= n;
     j->used += (uint64_t)n;
 }
-
 static unsigned ckca__jpeg_number(ckca__jpeg *j, int n) { /* of n bits, 0 to 16 */
     unsigned value;
     ckca__jpeg_take(j, 0);
@@ -8859,7 +2303,6 @@ static unsigned ckca__jpeg_number(ckca__jpeg *j, int n) { /* of n bits, 0 to 16 
     ckca__jpeg_take(j, n);
     return value;
 }
-
 static int ckca__jpeg_symbol(ckca__jpeg *j, const ckca__jpeg_codes *codes) { /* -1: there is no such code */
     unsigned fast, code = 0, index = 0;
     int length;
@@ -8880,7 +2323,6 @@ static int ckca__jpeg_symbol(ckca__jpeg *j, const ckca__jpeg_codes *codes) { /* 
     }
     return -1;
 }
-
 static void ckca__jpeg_fast(ckca__jpeg_codes *codes) {
     unsigned code = 0, index = 0, n, i;
     int length;
@@ -8891,7 +2333,6 @@ static void ckca__jpeg_fast(ckca__jpeg_codes *codes) {
                 codes->fast[(code << (9 - length) | i) & 511] =
                     (uint16_t)((unsigned)length << 8 | codes->counts[16 + index]);
 }
-
 /* Counts through one block of the scan under way (F.1.2, G.1.2). Zero where its codes make no sense. */
 static int ckca__jpeg_block(ckca__jpeg *j, const ckca__jpeg_part *part, uint64_t *nonzero) {
     const ckca__jpeg_codes *ac = &j->codes[1][part->ac];
@@ -8948,7 +2389,6 @@ static int ckca__jpeg_block(ckca__jpeg *j, const ckca__jpeg_part *part, uint64_t
     }
     return 1;
 }
-
 /* Counts through the data from begin to end, up to the next restart or the scan's end. */
 static const char *ckca__jpeg_data(ckca__jpeg *j, const unsigned char *begin, const unsigned char *end, int restart) {
     int64_t last = j->interval && j->interval < j->mcus - j->mcu ? j->mcu + j->interval : j->mcus;
@@ -8992,7 +2432,6 @@ static const char *ckca__jpeg_data(ckca__jpeg *j, const unsigned char *begin, co
     }
     return NULL;
 }
-
 /* A frame's header (B.2.2); length without the two bytes of its length. */
 static const char *ckca__jpeg_frame(ckca_context *ctx, ckca__jpeg *j, const unsigned char *segment, size_t length,
                                     ckca__picture *picture) {
@@ -9037,7 +2476,6 @@ static const char *ckca__jpeg_frame(ckca_context *ctx, ckca__jpeg *j, const unsi
     }
     return NULL;
 }
-
 /* A scan's header (B.2.3), and its data up to the next marker that is no restart. */
 static const char *ckca__jpeg_scan(ckca__jpeg *j, const unsigned char *segment, size_t length) {
     static const char few[] = "corrupt: its data ends before its pixels do";
@@ -9122,7 +2560,6 @@ static const char *ckca__jpeg_scan(ckca__jpeg *j, const unsigned char *segment, 
         part_begin = j->at;
     }
 }
-
 /* Quantization tables (B.2.4.1). */
 static const char *ckca__jpeg_quantization(ckca__jpeg *j, const unsigned char *segment, size_t length) {
     while (length) {
@@ -9134,7 +2571,6 @@ static const char *ckca__jpeg_quantization(ckca__jpeg *j, const unsigned char *s
     }
     return NULL;
 }
-
 /* Huffman tables (B.2.4.2): no more codes than there are bytes for, than a table may have (256), and than can be told
    apart: stb_image before 2.29 writes beyond its tables otherwise. */
 static const char *ckca__jpeg_huffman(ckca__jpeg *j, const unsigned char *segment, size_t length) {
@@ -9154,7 +2590,6 @@ static const char *ckca__jpeg_huffman(ckca__jpeg *j, const unsigned char *segmen
     }
     return NULL;
 }
-
 static const char *ckca__jpeg_walk(ckca_context *ctx, ckca__jpeg *j, ckca__picture *picture) {
     static const char *const kinds[16] = {/* by the second byte of their frame's marker, c0 to cf; NULL: read */
                                           NULL,
@@ -9246,7 +2681,6 @@ static const char *ckca__jpeg_walk(ckca_context *ctx, ckca__jpeg *j, ckca__pictu
     picture->end = j->scan_end;
     return NULL;
 }
-
 /* What is wrong with a picture file, or NULL. */
 static const char *ckca__walk_picture(ckca_context *ctx, const unsigned char *bytes, size_t size,
                                       ckca__picture *picture) {
@@ -9273,7 +2707,6 @@ static const char *ckca__walk_picture(ckca_context *ctx, const unsigned char *by
         if (!again) return flaw;
     }
 }
-
 /* A picture file in memory that may be decoded; path is for the message. */
 static ckca_status ckca__check_picture(ckca_context *ctx, const char *path, const unsigned char *bytes, size_t size,
                                        ckca__picture *picture) {
@@ -9289,7 +2722,6 @@ static ckca_status ckca__check_picture(ckca_context *ctx, const char *path, cons
                           (double)CKCA__MAX_PIXELS);
     return CKCA_OK;
 }
-
 /* stb_image's pixels, or NULL; then *memory tells whether that is for want of memory. Its own reason may be none at all
    (no memory to inflate a PNG, a block of an unknown kind in it) or that of another picture. */
 static unsigned char *ckca__stb_load(const unsigned char *bytes, size_t size, int *h, int *w, int *c, int *memory) {
@@ -9313,7 +2745,6 @@ static unsigned char *ckca__stb_load(const unsigned char *bytes, size_t size, in
 #endif
     return pixels;
 }
-
 /* A picture file in memory as height x width x channels bytes; as_stored: without turning it. */
 static ckca_status ckca__decode(ckca_context *ctx, const char *path, const unsigned char *bytes, size_t size,
                                 unsigned char *out, int height, int width, int channels, int as_stored) {
@@ -9348,7 +2779,6 @@ static ckca_status ckca__decode(ckca_context *ctx, const char *path, const unsig
         return ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory to resize its %d x %d pixels", ckca__tail(path), h, w);
     return CKCA_OK;
 }
-
 /* What decoding one picture needs of a descriptor. */
 static ckca_status ckca__picture_desc(ckca_context *ctx, const ckca_data_desc *desc) {
     ckca_data_desc checked;
@@ -9358,7 +2788,6 @@ static ckca_status ckca__picture_desc(ckca_context *ctx, const ckca_data_desc *d
                             desc->height, desc->width, desc->channels);
     return status;
 }
-
 CKCA_API ckca_status ckca_read_picture_memory(ckca_context *ctx, const void *bytes, size_t size,
                                               const ckca_data_desc *desc, unsigned char *out) {
     ckca_status status;
@@ -9370,11 +2799,8 @@ CKCA_API ckca_status ckca_read_picture_memory(ckca_context *ctx, const void *byt
     return ckca__decode(ctx, "the picture in memory", (const unsigned char *)bytes, size, out, desc->height,
                         desc->width, desc->channels, desc->as_stored);
 }
-
 #ifndef CKCA_NO_STDIO
-
 enum { CKCA__MAX_PICTURE_FILE = 256 << 20 };
-
 static ckca_status ckca__read_picture(ckca_context *ctx, const char *path, unsigned char *out, int height, int width,
                                       int channels, int as_stored) {
     unsigned char *bytes;
@@ -9387,7 +2813,6 @@ static ckca_status ckca__read_picture(ckca_context *ctx, const char *path, unsig
     ckca__unlock(ctx);
     return status;
 }
-
 CKCA_API ckca_status ckca_read_picture(ckca_context *ctx, const char *path, const ckca_data_desc *desc,
                                        unsigned char *out) {
     ckca_status status;
@@ -9397,21 +2822,16 @@ CKCA_API ckca_status ckca_read_picture(ckca_context *ctx, const char *path, cons
     if (status) return status;
     return ckca__read_picture(ctx, path, out, desc->height, desc->width, desc->channels, desc->as_stored);
 }
-
 #ifdef CKCA__POSIX
-
 static size_t ckca__utf8_flaw(const unsigned char *text, size_t size);
-
 typedef struct ckca__files {
     char **path;
     size_t count, capacity;
 } ckca__files;
-
 static void ckca__files_free(ckca_context *ctx, ckca__files *files) {
     while (files->count) ckca__release(ctx, files->path[--files->count]);
     ckca__release(ctx, files->path);
 }
-
 /* Whether a file's name ends like those of the pictures that are read; of another kind than the system's own crumbs. */
 typedef enum ckca__name_kind { CKCA__PICTURE, CKCA__OTHER, CKCA__CRUMB } ckca__name_kind;
 static ckca__name_kind ckca__file_kind(const char *name) {
@@ -9426,9 +2846,7 @@ static ckca__name_kind ckca__file_kind(const char *name) {
     }
     return CKCA__OTHER;
 }
-
 static int ckca__compare_paths(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
-
 /* Adds dir's folders, or its pictures, to a list, in the order of their bytes; *left_out counts files of other kinds
    (or, of a list of folders, pictures). Hidden ones are passed over. */
 static ckca_status ckca__list(ckca_context *ctx, const char *dir, int folders, ckca__files *files, int *left_out) {
@@ -9471,14 +2889,11 @@ static ckca_status ckca__list(ckca_context *ctx, const char *dir, int folders, c
         qsort(files->path + first, files->count - first, sizeof *files->path, ckca__compare_paths);
     return status;
 }
-
 enum { CKCA__MAX_DEPTH = 32 }; /* of folders below a class folder */
-
-typedef struct ckca__place { /* a folder that was read */
+typedef struct ckca__place {   /* a folder that was read */
     uint64_t device, inode;
     int depth; /* -1: a second way to one that was read before */
 } ckca__place;
-
 /* Adds the pictures of a class folder and of all folders below it to a list: folder by folder, their paths in the order
    of their bytes, as torchvision's ImageFolder does. A folder that links lead to twice is read once. */
 static ckca_status ckca__list_class(ckca_context *ctx, const char *class_dir, ckca__files *files, int *left_out) {
@@ -9540,7 +2955,6 @@ static ckca_status ckca__list_class(ckca_context *ctx, const char *class_dir, ck
     ckca__files_free(ctx, &folders);
     return status;
 }
-
 typedef struct ckca__decode_job {
     ckca_context *ctx;
     const ckca__files *files;
@@ -9550,7 +2964,6 @@ typedef struct ckca__decode_job {
     int failed;                /* the first file that failed; store->count: none */
     ckca_status failure;
 } ckca__decode_job;
-
 static void ckca__decode_one(void *job, int i, int thread) {
     ckca__decode_job *a = (ckca__decode_job *)job;
     const ckca__store *store = a->store;
@@ -9578,7 +2991,6 @@ static void ckca__decode_one(void *job, int i, int thread) {
     }
     ckca__unlock(a->ctx);
 }
-
 /* Decodes files into the store, in parallel. Of several failures the first in the list is reported. With skip, files
    that cannot be read are left out of the store, which counts them and keeps the first one's message. */
 static ckca_status ckca__decode_all(ckca_context *ctx, const ckca__files *files, ckca__store *store, int as_stored,
@@ -9614,7 +3026,6 @@ static ckca_status ckca__decode_all(ckca_context *ctx, const ckca__files *files,
     ckca__release(ctx, job.unreadable);
     return job.failure;
 }
-
 /* A folder whose name is not one of the classes asked for: the sentence lists these, and the name's bytes where it has
    other than ASCII, since one letter can be written in two ways. */
 static ckca_status ckca__not_a_class(ckca_context *ctx, const char *path, const char *name,
@@ -9638,7 +3049,6 @@ static ckca_status ckca__not_a_class(ckca_context *ctx, const char *path, const 
                       ascii ? "" : " (names are compared byte by byte; the folder's is ", ascii ? "" : escaped,
                       ascii ? "" : ")");
 }
-
 /* Class names go into checkpoints, which are UTF-8. */
 static ckca_status ckca__check_class_name(ckca_context *ctx, const char *dir, const char *name) {
     char escaped[160];
@@ -9651,7 +3061,6 @@ static ckca_status ckca__check_class_name(ckca_context *ctx, const char *dir, co
     return ckca__fail(ctx, CKCA_EINVAL, "%s: the name of its class folder \"%s\" is not UTF-8: rename it",
                       ckca__tail(dir), escaped);
 }
-
 CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const char *dir,
                                       const ckca_data_desc *desc_or_null) {
     ckca__files folders, files;
@@ -9663,7 +3072,7 @@ CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const
     size_t size;
     int height = 0, width = 0, left_out = 0;
     ckca__picture first;
-    ckca_status status = ckca__open(ctx, data, dir, CKCA_TRAIN, desc_or_null, &desc);
+    ckca_status status = ckca__open(ctx, data, dir, CKCA_PART_TRAIN, desc_or_null, &desc);
     if (status) return status;
     memset(&folders, 0, sizeof folders);
     memset(&files, 0, sizeof files);
@@ -9728,37 +3137,30 @@ CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const
     ckca__files_free(ctx, &files);
     return status;
 }
-
 #else
-
 CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const char *dir,
                                       const ckca_data_desc *desc_or_null) {
     ckca_data_desc desc;
-    ckca_status status = ckca__open(ctx, data, dir, CKCA_TRAIN, desc_or_null, &desc);
+    ckca_status status = ckca__open(ctx, data, dir, CKCA_PART_TRAIN, desc_or_null, &desc);
     return status ? status : ckca__fail(ctx, CKCA_EIO, "%s: listing folders needs POSIX", ckca__tail(dir));
 }
-
 #endif /* CKCA__POSIX */
 #endif /* CKCA_NO_STDIO */
-
-#else /* CKCA_NO_STB_IMAGE: programs still link, and say what is missing */
-
+#else  /* CKCA_NO_STB_IMAGE: programs still link, and say what is missing */
 CKCA_API ckca_status ckca_read_picture_memory(ckca_context *ctx, const void *bytes, size_t size,
                                               const ckca_data_desc *desc, unsigned char *out) {
     (void)bytes, (void)size, (void)desc, (void)out;
     if (!ckca__usable(ctx)) return CKCA_EINVAL;
     return ckca__fail(ctx, CKCA_EINVAL, "ckca_read_picture_memory: built without JPEG and PNG (CKCA_NO_STB_IMAGE)");
 }
-
 #ifndef CKCA_NO_STDIO
 CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const char *dir,
                                       const ckca_data_desc *desc) {
     ckca_data_desc checked;
-    ckca_status status = ckca__open(ctx, data, dir, CKCA_TRAIN, desc, &checked);
+    ckca_status status = ckca__open(ctx, data, dir, CKCA_PART_TRAIN, desc, &checked);
     if (status) return status;
     return ckca__fail(ctx, CKCA_EINVAL, "%s: built without JPEG and PNG (CKCA_NO_STB_IMAGE)", ckca__tail(dir));
 }
-
 CKCA_API ckca_status ckca_read_picture(ckca_context *ctx, const char *path, const ckca_data_desc *desc,
                                        unsigned char *out) {
     (void)desc;
@@ -9767,7 +3169,6 @@ CKCA_API ckca_status ckca_read_picture(ckca_context *ctx, const char *path, cons
     if (!path) return ckca__null(ctx, "ckca_read_picture", "path");
     return ckca__fail(ctx, CKCA_EINVAL, "%s: built without JPEG and PNG (CKCA_NO_STB_IMAGE)", ckca__tail(path));
 }
-
 #endif /* CKCA_NO_STDIO */
 #endif /* CKCA_NO_STB_IMAGE */
 
@@ -9856,8 +3257,10 @@ CKCA_API ckca_status ckca_split(const ckca_data *data, int n, const ckca_split_d
         j += size;
     }
     for (i = 0; i < n; i++) {
-        if (status) ckca_data_free(made[i]);
-        else parts[i] = made[i];
+        if (status)
+            ckca_data_free(made[i]);
+        else
+            parts[i] = made[i];
     }
     ckca__release(ctx, made);
     ckca__release(ctx, order);
@@ -9941,212 +3344,3041 @@ CKCA_API ckca_status ckca_join(ckca_data **joined, ckca_data *const *parts, int 
     return status;
 }
 
-#endif /* CKCA__DATA */
-#endif /* CKCA_IMPLEMENTATION */
-#endif /* CKCA__PASS */
-#ifndef CKCA__PASS
-#ifdef CKCA_IMPLEMENTATION
-#ifndef CKCA__SAFETENSORS
-#define CKCA__SAFETENSORS
+/* ===================================================================================================================
+   MODEL                                                                                                       >>model
 
-/* ------------------------------------------------------------------------------------------------------------------
-   FILES: SAFETENSORS
+   Layers and their parameters, the ResNets, the graph as text.
 
-   A safetensors file is 8 bytes of header length (least first), a header in JSON, and the tensors' bytes:
-   {"__metadata__":{"key":"text"},"conv1.weight":{"dtype":"F32","shape":[16,3,3,3],"data_offsets":[0,1728]}}
-   Values are little-endian, as the machines are that this library runs on.
-   ------------------------------------------------------------------------------------------------------------------ */
+   A model is a list of nodes in the order they were added, so inputs come before their readers. Forward walks it,
+   backward walks it in reverse. ckca_model_finish groups neighbours that run as one op: batch norm (+ add) (+ ReLU)
+   always, and in evaluation the convolution in front too, with the batch norm folded into its weights. The last node of
+   a group, its tail, runs for all of them and owns the output.
+   =================================================================================================================== */
 
-/* --- JSON, as much of it as such headers have --- */
+typedef enum ckca__kind {
+    CKCA__KIND_INPUT = 0,
+    CKCA__KIND_CONV,
+    CKCA__KIND_BATCHNORM,
+    CKCA__KIND_RELU,
+    CKCA__KIND_ADD,
+    CKCA__KIND_MAXPOOL,
+    CKCA__KIND_AVGPOOL,
+    CKCA__KIND_SUBSAMPLE,
+    CKCA__KIND_LINEAR
+} ckca__kind;
 
-/* Text under the eyes of a parser. Strings are unescaped in place: they only get shorter. */
-typedef struct ckca__json {
+/* The words of the graph's text (see ckca__graph_write), by kind. */
+static const char *const ckca__kind_name[] = {"input",   "conv",    "bn",        "relu",  "add",
+                                              "maxpool", "avgpool", "subsample", "linear"};
+
+enum { CKCA__NAME_MAX = 64, CKCA__NODES_MAX = 10000, CKCA__BATCH_MAX = 1000000, CKCA__MODES = 8 };
+#define CKCA__VALUES_MAX ((size_t)1 << 30) /* of one picture's map, or of one parameter */
+
+typedef struct ckca__node {
+    ckca__kind kind;
+    int in[2];               /* nodes it reads, -1 for none */
+    int h, w, c;             /* output, per picture */
+    int kernel, stride, pad; /* convolution, pooling; stride of subsample */
+    int bias;                /* convolution */
+    int zero;                /* batch norm: gamma starts at 0 */
+    int stage;               /* marked by ckca_layer_stage */
+    int readers;             /* nodes that read it, plus one if it is an output */
+    int tensor;              /* its first parameter: weight (gamma), then bias (beta), running_mean, running_var */
+    int bf16;                /* 1: its output and gradient are bfloat16, see ckca__choose_bf16 */
+    int fused;               /* 1: a later tail runs it */
+    int folded;              /* convolution: 1: in evaluation the batch norm's tail runs it */
+    int head, source, residual,
+        relu; /* of a tail: its batch norm or -1; what it reads; what it adds or -1; ReLU last */
+    size_t value[CKCA__MODES], grad[CKCA__MODES], at[CKCA__MODES]; /* offsets per picture in the plan of each mode */
+    size_t packed_weights; /* convolution: offset in bytes in model->ready, as it was filled last */
+    size_t now;            /* in a backward pass: where its output lies, as value or made again */
+    size_t saved;          /* batch norm: offset of mean, then inv_std, in model->saved */
+    int fused_into_reader
+        [CKCA__MODES]; /* of a batch norm's tail: 1: its reader does its work, see ckca__is_fused_into_reader */
+    ckca__norm norm;   /* of a batch norm's tail: this step's */
+    int written;       /* in a backward pass: 1: its gradient holds something to add to */
+    char name[CKCA__NAME_MAX];
+} ckca__node;
+
+typedef enum ckca__role {
+    CKCA__ROLE_WEIGHT = 0,
+    CKCA__ROLE_BIAS,
+    CKCA__ROLE_GAMMA,
+    CKCA__ROLE_BETA,
+    CKCA__ROLE_MEAN,
+    CKCA__ROLE_VAR
+} ckca__role;
+
+/* An output that the backward pass makes again, see the memory plan. */
+typedef struct ckca__recompute {
+    int node, before; /* which; before which node's backward */
+    int on_the_way;   /* 1: made only to make others, which may take its place */
+    int dies;         /* the last moment at which it can be read */
+    int in, ends;     /* the item whose buffer it lies in (its own: itself); when that buffer is free */
+    size_t at;        /* offset per picture */
+} ckca__recompute;
+
+typedef struct ckca__parameter {
+    char name[CKCA__NAME_MAX + 16];
+    ckca__role role;
+    int node, dims, shape[4]; /* in PyTorch's order */
+    size_t count, offset;     /* in floats, in the arenas */
+} ckca__parameter;
+
+/* A training state that holds an update's result until ckca_save has written it. */
+typedef struct ckca__unsaved {
+    struct ckca__unsaved *next;
+    char *state, *lock; /* paths, behind this struct */
+} ckca__unsaved;
+
+struct ckca_model {
     ckca_context *ctx;
-    const char *path; /* for messages */
-    char *text;       /* size bytes and a zero */
-    size_t at, size;
-} ckca__json;
+    ckca_status failed; /* the first failure of building; its sentence is kept below */
+    char failure[256];
+    int finished;
+    char arch[32];
+    int height, width, channels, classes, features, updates;
+    uint64_t seed;
+    int64_t batches_tracked; /* training forwards seen: PyTorch's num_batches_tracked */
+    char **class_names;      /* classes strings, or NULL */
+    float *normalization;    /* mean, then std: 2 channels values */
+    int normalized;          /* 1: normalization is known */
 
-static ckca_status ckca__json_fail(const ckca__json *json, const char *expected) {
-    return ckca__fail(json->ctx, CKCA_EFORMAT, "%s: %s at byte %.0f of %.0f of its JSON", ckca__tail(json->path),
-                      expected, (double)json->at, (double)json->size);
-}
+    ckca__node *node;
+    int nodes, logits, pooled; /* pooled: the node of the features */
+    ckca__parameter *parameter;
+    int parameters;
+    size_t node_capacity, parameter_capacity;
+    size_t decayed, trainable, all, saved_count; /* floats: weights with decay come first, buffers last */
+    size_t plan_values[CKCA__MODES];             /* floats of activations per picture; 0: not planned yet */
+    ckca__recompute *recompute[CKCA__MODES];     /* in the order they are made */
+    size_t recompute_capacity[CKCA__MODES];
+    int recomputes[CKCA__MODES];
 
-static void ckca__json_space(ckca__json *json) {
-    while (json->at < json->size && strchr(" \t\r\n", json->text[json->at]) && json->text[json->at]) json->at++;
-}
+    float *values, *gradients, *momentum; /* arenas over the parameters; the latter two when training */
+    float *folded; /* evaluation: weights with batch norm folded in, biases in the place of beta */
+    int folded_valid;
+    float *saved; /* batch statistics of the last training forward */
+    float *activations;
+    size_t activation_bytes;
+    void *workspace, *packed_weights; /* scratch; weights as convolutions read them, see ckca__pack_weights */
+    size_t workspace_bytes, packed_bytes;
+    const float *input; /* the last forward's pictures, size and mode */
+    int n, mode;
+    ckca__unsaved *unsaved;
+};
 
-/* Takes the character if it is the next one behind white space. */
-static int ckca__json_take(ckca__json *json, char c) {
-    ckca__json_space(json);
-    if (json->at >= json->size || json->text[json->at] != c) return 0;
-    json->at++;
-    return 1;
-}
+/* A mode says what a forward has to leave behind, and so which plan holds: what backward needs, the stages' outputs for
+   FeatReg, all outputs for a caller to read. */
+enum { CKCA__MODE_EVALUATE = 0, CKCA__MODE_TRAIN = 1, CKCA__MODE_STAGES = 2, CKCA__MODE_READABLE = 4 };
 
-/* Four hexadecimal digits of an escape, or -1. */
-static int ckca__json_hex(ckca__json *json) {
-    int value = 0, i;
-    if (json->size - json->at < 4) return -1;
-    for (i = 0; i < 4; i++) {
-        static const char digits[] = "0123456789abcdefABCDEF";
-        char c = json->text[json->at + (size_t)i];
-        const char *digit = c ? strchr(digits, c) : NULL;
-        if (!digit) return -1;
-        value = value * 16 + (int)(digit - digits) - (digit - digits > 15 ? 6 : 0);
+/* ---- building ---- */
+
+static int ckca__broken(ckca_model *m, ckca_status status, const char *format, ...) CKCA__PRINTF(3, 4);
+static int ckca__broken(ckca_model *m, ckca_status status, const char *format, ...) {
+    char sentence[sizeof m->failure];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(sentence, sizeof sentence, format, args);
+    va_end(args);
+    if (!m->failed && !m->finished) { /* a finished model stays what it is */
+        memcpy(m->failure, sentence, sizeof sentence);
+        m->failed = status;
     }
-    json->at += 4;
-    return value;
+    ckca__fail(m->ctx, status, "%s", sentence);
+    return -1;
 }
 
-/* A string, without its quotes, unescaped, ended by a zero. string NULL: it is passed over, and may hold \u0000. */
-static ckca_status ckca__json_string(ckca__json *json, char **string) {
-    char *out;
-    if (!ckca__json_take(json, '"')) return ckca__json_fail(json, "no string");
-    out = json->text + json->at;
-    if (string) *string = out;
-    for (;;) {
-        static const char escapes[] = "\"\\/bfnrt", meant[] = "\"\\/\b\f\n\r\t";
-        unsigned char c;
-        const char *escape;
-        int code, low;
-        if (json->at >= json->size) return ckca__json_fail(json, "a string without an end");
-        c = (unsigned char)json->text[json->at];
-        if (c < 0x20) return ckca__json_fail(json, "a control character in a string");
-        json->at++;
-        if (c == '"') break;
-        if (c != '\\') {
-            *out++ = (char)c;
-            continue;
+/* Which nodes there are, for a sentence about one that there is not. */
+static const char *ckca__which_nodes(const ckca_model *m, char *text, size_t room) {
+    if (m->nodes)
+        snprintf(text, room, "nodes are 0 to %d", m->nodes - 1);
+    else
+        snprintf(text, room, "there is none yet: begin with ckca_layer_input");
+    return text;
+}
+
+static ckca_status ckca__check_finished(const ckca_model *m, const char *call) {
+    if (m->finished) return CKCA_OK;
+    return ckca__fail(m->ctx, CKCA_EINVAL, "%s: the model is not finished (ckca_model_finish)", call);
+}
+
+/* A new node that reads a (and b), its shape and fields still to be set; NULL after a failure. */
+static ckca__node *ckca__add_node(ckca_model *m, ckca__kind kind, const char *name, int a, int b, int inputs) {
+    ckca__node *node;
+    int i, in[2];
+    in[0] = a;
+    in[1] = b;
+    if (!m || m->failed) return NULL;
+    if (m->finished) {
+        ckca__broken(m, CKCA_EINVAL, "%s: the model is finished, no node can be added", ckca__kind_name[kind]);
+        return NULL;
+    }
+    for (i = 0; i < inputs; i++) {
+        if (in[i] < 0 || in[i] >= m->nodes) {
+            char nodes[64];
+            ckca__broken(m, CKCA_EINVAL, "%s%s%.70s: there is no node %d (%s)", ckca__kind_name[kind],
+                         name && *name ? " " : "", name ? name : "", in[i], ckca__which_nodes(m, nodes, sizeof nodes));
+            return NULL;
         }
-        c = json->at < json->size ? (unsigned char)json->text[json->at++] : 0;
-        escape = c ? strchr(escapes, c) : NULL;
-        if (escape) {
-            *out++ = meant[escape - escapes];
-            continue;
+    }
+    if (name) {
+        size_t length = strlen(name);
+        for (i = 0; name[i]; i++)
+            if (!((name[i] >= 'a' && name[i] <= 'z') || (name[i] >= 'A' && name[i] <= 'Z') ||
+                  (name[i] >= '0' && name[i] <= '9') || name[i] == '.' || name[i] == '_'))
+                break;
+        if (!length || length >= CKCA__NAME_MAX || name[i]) {
+            ckca__broken(m, CKCA_EINVAL, "%s: the name \"%.70s\" needs 1 to %d letters, digits, '.' or '_'",
+                         ckca__kind_name[kind], name, CKCA__NAME_MAX - 1);
+            return NULL;
         }
-        code = c == 'u' ? ckca__json_hex(json) : -1;
-        if (code >= 0xd800 && code < 0xdc00) { /* half of a character beyond 65535; the other half follows */
-            low = -1;
-            if (json->size - json->at >= 2 && json->text[json->at] == '\\' && json->text[json->at + 1] == 'u') {
-                json->at += 2;
-                low = ckca__json_hex(json);
+        for (i = 0; i < m->nodes; i++) {
+            if (!strcmp(m->node[i].name, name)) {
+                ckca__broken(m, CKCA_EINVAL, "%s: the name \"%s\" is node %d's already", ckca__kind_name[kind], name,
+                             i);
+                return NULL;
             }
-            code = low >= 0xdc00 && low < 0xe000 ? 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00) : -1;
-        } else if (code >= 0xdc00 && code < 0xe000) code = -1;
-        if (code < 0 || (code == 0 && string)) /* a C string cannot hold \u0000 */
-            return ckca__json_fail(json, "an escape that cannot be used");
-        if (code < 0x80) *out++ = (char)code;
-        else if (code < 0x800) *out++ = (char)(0xc0 | code >> 6);
-        else if (code < 0x10000) *out++ = (char)(0xe0 | code >> 12);
-        else *out++ = (char)(0xf0 | code >> 18);
-        if (code >= 0x10000) *out++ = (char)(0x80 | (code >> 12 & 63));
-        if (code >= 0x800) *out++ = (char)(0x80 | (code >> 6 & 63));
-        if (code >= 0x80) *out++ = (char)(0x80 | (code & 63));
+        }
     }
-    *out = 0;
+    if (m->nodes >= CKCA__NODES_MAX) {
+        ckca__broken(m, CKCA_EINVAL, "a model has at most %d nodes", CKCA__NODES_MAX);
+        return NULL;
+    }
+    if (!ckca__grow(m->ctx, (void **)&m->node, (size_t)m->nodes, &m->node_capacity, sizeof *m->node)) {
+        ckca__broken(m, CKCA_ENOMEM, "out of memory for node %d", m->nodes);
+        return NULL;
+    }
+    node = &m->node[m->nodes];
+    memset(node, 0, sizeof *node);
+    node->kind = kind;
+    node->in[0] = inputs > 0 ? a : -1;
+    node->in[1] = inputs > 1 ? b : -1;
+    node->tensor = node->head = node->source = node->residual = -1;
+    if (name) memcpy(node->name, name, strlen(name) + 1);
+    return node;
+}
+
+/* Accepts the node under construction: checks its output's size and counts its readers. */
+static int ckca__accept(ckca_model *m, ckca__node *node) {
+    int i;
+    if (node->h < 1 || node->w < 1 || node->c < 1 ||
+        ckca__mul(ckca__mul((size_t)node->h, (size_t)node->w), (size_t)node->c) > CKCA__VALUES_MAX)
+        return ckca__broken(m, CKCA_ESHAPE, "%s %s: an output of %d x %d x %d cannot be", ckca__kind_name[node->kind],
+                            node->name, node->h, node->w, node->c);
+    for (i = 0; i < 2; i++)
+        if (node->in[i] >= 0) m->node[node->in[i]].readers++;
+    return m->nodes++;
+}
+
+static ckca__parameter *ckca__add_parameter(ckca_model *m, const char *suffix, ckca__role role, int dims, int a, int b,
+                                            int c, int d) {
+    ckca__node *node = &m->node[m->nodes]; /* the one under construction */
+    ckca__parameter *p;
+    if (!ckca__grow(m->ctx, (void **)&m->parameter, (size_t)m->parameters, &m->parameter_capacity,
+                    sizeof *m->parameter)) {
+        ckca__broken(m, CKCA_ENOMEM, "out of memory for parameter %d", m->parameters);
+        return NULL;
+    }
+    p = &m->parameter[m->parameters];
+    memset(p, 0, sizeof *p);
+    snprintf(p->name, sizeof p->name, "%s.%s", node->name, suffix);
+    p->role = role;
+    p->node = m->nodes;
+    p->dims = dims;
+    p->shape[0] = a;
+    p->shape[1] = b;
+    p->shape[2] = c;
+    p->shape[3] = d;
+    p->count = ckca__mul(ckca__mul((size_t)a, (size_t)b), ckca__mul((size_t)c, (size_t)d));
+    if (p->count > CKCA__VALUES_MAX) {
+        ckca__broken(m, CKCA_ESHAPE, "%s: %d x %d x %d x %d is too large", p->name, a, b, c, d);
+        return NULL;
+    }
+    if (node->tensor < 0) node->tensor = m->parameters;
+    m->parameters++;
+    return p;
+}
+
+CKCA_API int ckca_layer_input(ckca_model *m) {
+    ckca__node *node;
+    if (m && m->nodes && !m->failed && !m->finished)
+        return ckca__broken(m, CKCA_EINVAL, "input: it is the first node, and there is one");
+    node = ckca__add_node(m, CKCA__KIND_INPUT, NULL, -1, -1, 0);
+    if (!node) return -1;
+    node->h = m->height;
+    node->w = m->width;
+    node->c = m->channels;
+    return ckca__accept(m, node);
+}
+
+/* Output length of a window over length values, 0 if it does not fit. */
+static int ckca__window(int length, int kernel, int stride, int pad) {
+    int64_t span = (int64_t)length + 2 * (int64_t)pad - kernel;
+    return span < 0 ? 0 : (int)(span / stride + 1);
+}
+
+CKCA_API int ckca_layer_conv(ckca_model *m, const char *name, int input, ckca_conv_desc desc) {
+    ckca__node *node = ckca__add_node(m, CKCA__KIND_CONV, name ? name : "", input, -1, 1);
+    ckca__bound bounds[5] = {{"out", 0, 1, INT_MAX, 0},
+                             {"kernel", 0, 0, 255, 0},
+                             {"stride", 0, 0, 255, 0},
+                             {"pad", 0, 0, 0, 0}, /* the kernel less one */
+                             {"bias", 0, 0, 1, 0}};
+    char text[160];
+    const ckca__node *x;
+    if (!node) return -1;
+    x = &m->node[input];
+    node->kernel = desc.kernel ? desc.kernel : 3;
+    node->stride = desc.stride ? desc.stride : 1;
+    node->pad = desc.pad;
+    node->bias = !!desc.bias;
+    bounds[0].value = desc.out;
+    bounds[1].value = desc.kernel;
+    bounds[2].value = desc.stride;
+    bounds[3].value = desc.pad;
+    bounds[3].most = node->kernel - 1;
+    bounds[4].value = desc.bias;
+    if (ckca__out_of_bounds(bounds, 5, text, sizeof text))
+        return ckca__broken(m, CKCA_EINVAL, "conv %s: %s", name, text);
+    node->h = ckca__window(x->h, node->kernel, node->stride, node->pad);
+    node->w = ckca__window(x->w, node->kernel, node->stride, node->pad);
+    node->c = desc.out;
+    if (!node->h || !node->w)
+        return ckca__broken(m, CKCA_ESHAPE, "conv %s: a kernel of %d with pad %d does not fit the input of %d x %d",
+                            name, node->kernel, node->pad, x->h, x->w);
+    if (!ckca__add_parameter(m, "weight", CKCA__ROLE_WEIGHT, 4, desc.out, x->c, node->kernel, node->kernel)) return -1;
+    if (node->bias && !ckca__add_parameter(m, "bias", CKCA__ROLE_BIAS, 1, desc.out, 1, 1, 1)) return -1;
+    return ckca__accept(m, node);
+}
+
+CKCA_API int ckca_layer_batchnorm(ckca_model *m, const char *name, int input) {
+    ckca__node *node = ckca__add_node(m, CKCA__KIND_BATCHNORM, name ? name : "", input, -1, 1);
+    int c;
+    if (!node) return -1;
+    node->h = m->node[input].h;
+    node->w = m->node[input].w;
+    node->c = c = m->node[input].c;
+    if (!ckca__add_parameter(m, "weight", CKCA__ROLE_GAMMA, 1, c, 1, 1, 1) ||
+        !ckca__add_parameter(m, "bias", CKCA__ROLE_BETA, 1, c, 1, 1, 1) ||
+        !ckca__add_parameter(m, "running_mean", CKCA__ROLE_MEAN, 1, c, 1, 1, 1) ||
+        !ckca__add_parameter(m, "running_var", CKCA__ROLE_VAR, 1, c, 1, 1, 1))
+        return -1;
+    return ckca__accept(m, node);
+}
+
+CKCA_API int ckca_layer_relu(ckca_model *m, int input) {
+    ckca__node *node = ckca__add_node(m, CKCA__KIND_RELU, NULL, input, -1, 1);
+    if (!node) return -1;
+    node->h = m->node[input].h;
+    node->w = m->node[input].w;
+    node->c = m->node[input].c;
+    return ckca__accept(m, node);
+}
+
+CKCA_API int ckca_layer_add(ckca_model *m, int a, int b) {
+    ckca__node *node = ckca__add_node(m, CKCA__KIND_ADD, NULL, a, b, 2);
+    const ckca__node *x, *y;
+    if (!node) return -1;
+    x = &m->node[a];
+    y = &m->node[b];
+    if (x->h != y->h || x->w != y->w || x->c != y->c)
+        return ckca__broken(m, CKCA_ESHAPE, "add: node %d is %d x %d x %d, node %d is %d x %d x %d", a, x->h, x->w,
+                            x->c, b, y->h, y->w, y->c);
+    node->h = x->h;
+    node->w = x->w;
+    node->c = x->c;
+    return ckca__accept(m, node);
+}
+
+CKCA_API int ckca_layer_maxpool(ckca_model *m, int input, int kernel, int stride, int pad) {
+    ckca__node *node = ckca__add_node(m, CKCA__KIND_MAXPOOL, NULL, input, -1, 1);
+    ckca__bound bounds[3] = {{"kernel", 0, 1, 15, 0}, {"stride", 0, 1, 255, 0}, {"pad", 0, 0, 0, 0}};
+    char text[160];
+    const ckca__node *x;
+    if (!node) return -1;
+    x = &m->node[input];
+    bounds[0].value = kernel;
+    bounds[1].value = stride;
+    bounds[2].value = pad;
+    bounds[2].most = kernel / 2;
+    if (ckca__out_of_bounds(bounds, 3, text, sizeof text)) return ckca__broken(m, CKCA_EINVAL, "maxpool: %s", text);
+    node->kernel = kernel;
+    node->stride = stride;
+    node->pad = pad;
+    node->h = ckca__window(x->h, kernel, stride, pad);
+    node->w = ckca__window(x->w, kernel, stride, pad);
+    node->c = x->c;
+    if (!node->h || !node->w)
+        return ckca__broken(m, CKCA_ESHAPE, "maxpool: a kernel of %d with pad %d does not fit the input of %d x %d",
+                            kernel, pad, x->h, x->w);
+    return ckca__accept(m, node);
+}
+
+CKCA_API int ckca_layer_avgpool(ckca_model *m, int input) {
+    ckca__node *node = ckca__add_node(m, CKCA__KIND_AVGPOOL, NULL, input, -1, 1);
+    if (!node) return -1;
+    node->h = node->w = 1;
+    node->c = m->node[input].c;
+    return ckca__accept(m, node);
+}
+
+CKCA_API int ckca_layer_subsample(ckca_model *m, int input, int stride, int out) {
+    ckca__node *node = ckca__add_node(m, CKCA__KIND_SUBSAMPLE, NULL, input, -1, 1);
+    ckca__bound bounds[2] = {{"stride", 0, 1, 255, 0}, {"out", 0, 0, INT_MAX, 0}};
+    char text[160];
+    const ckca__node *x;
+    if (!node) return -1;
+    x = &m->node[input];
+    bounds[0].value = stride;
+    bounds[1].value = out;
+    bounds[1].least = x->c; /* channels are only added */
+    if (ckca__out_of_bounds(bounds, 2, text, sizeof text)) return ckca__broken(m, CKCA_EINVAL, "subsample: %s", text);
+    node->kernel = 1;
+    node->stride = stride;
+    node->h = (x->h - 1) / stride + 1;
+    node->w = (x->w - 1) / stride + 1;
+    node->c = out;
+    return ckca__accept(m, node);
+}
+
+CKCA_API int ckca_layer_linear(ckca_model *m, const char *name, int input, int out) {
+    ckca__node *node = ckca__add_node(m, CKCA__KIND_LINEAR, name ? name : "", input, -1, 1);
+    const ckca__node *x;
+    if (!node) return -1;
+    x = &m->node[input];
+    if (out < 1) return ckca__broken(m, CKCA_EINVAL, "linear %s: out is %d, it may be 1 to %d", name, out, INT_MAX);
+    node->h = node->w = 1;
+    node->c = out;
+    if (!ckca__add_parameter(m, "weight", CKCA__ROLE_WEIGHT, 2, out, x->h * x->w * x->c, 1, 1) ||
+        !ckca__add_parameter(m, "bias", CKCA__ROLE_BIAS, 1, out, 1, 1, 1))
+        return -1;
+    return ckca__accept(m, node);
+}
+
+CKCA_API int ckca_layer_stage(ckca_model *m, int input) {
+    char nodes[64];
+    if (!m || m->failed) return -1;
+    if (m->finished) return ckca__broken(m, CKCA_EINVAL, "stage: the model is finished, no node can be marked");
+    if (input < 0 || input >= m->nodes)
+        return ckca__broken(m, CKCA_EINVAL, "stage: there is no node %d (%s)", input,
+                            ckca__which_nodes(m, nodes, sizeof nodes));
+    m->node[input].stage = 1;
+    return input;
+}
+
+/* The states' files stay. */
+static void ckca__forget_unsaved(ckca_model *m) {
+    while (m->unsaved) {
+        ckca__unsaved *u = m->unsaved;
+        m->unsaved = u->next;
+        ckca__release(m->ctx, u);
+    }
+}
+
+CKCA_API void ckca_model_free(ckca_model *m) {
+    ckca_context *ctx;
+    int mode;
+    if (!m) return;
+    ctx = m->ctx;
+    ckca__free_names(ctx, m->class_names, m->classes);
+    ckca__forget_unsaved(m);
+    ckca__release(ctx, m->normalization);
+    ckca__release(ctx, m->node);
+    ckca__release(ctx, m->parameter);
+    for (mode = 0; mode < CKCA__MODES; mode++) ckca__release(ctx, m->recompute[mode]);
+    ckca__device_release(ctx, m->values, m->all * sizeof(float));
+    ckca__device_release(ctx, m->gradients, m->trainable * sizeof(float));
+    ckca__device_release(ctx, m->momentum, m->trainable * sizeof(float));
+    ckca__device_release(ctx, m->folded, m->trainable * sizeof(float));
+    ckca__device_release(ctx, m->saved, m->saved_count * sizeof(float));
+    ckca__device_release(ctx, m->activations, m->activation_bytes);
+    ckca__device_release(ctx, m->workspace, m->workspace_bytes);
+    ckca__device_release(ctx, m->packed_weights, m->packed_bytes);
+    ckca__release(ctx, m);
+}
+
+CKCA_API ckca_status ckca_model_create(ckca_context *ctx, ckca_model **out, const ckca_model_desc *desc) {
+    ckca__bound bounds[7] = {{"height", 0, 0, 65536, 0},    {"width", 0, 0, 65536, 0},
+                             {"channels", 0, 0, 65536, 0},  {"classes", 0, 1, CKCA__CLASSES_MAX, 0},
+                             {"width_base", 0, 0, 4096, 0}, {"projection", 0, 0, 1, 0},
+                             {"zero_residual", 0, 0, 1, 0}};
+    ckca_model *m;
+    ckca_status status;
+    int i;
+    if (!ckca__usable(ctx)) return CKCA_EINVAL;
+    if (!out || !desc) return ckca__null(ctx, "ckca_model_create", !out ? "model" : "desc");
+    bounds[0].value = desc->height;
+    bounds[1].value = desc->width;
+    bounds[2].value = desc->channels;
+    bounds[3].value = desc->classes;
+    bounds[4].value = desc->width_base;
+    bounds[5].value = desc->projection;
+    bounds[6].value = desc->zero_residual;
+    if ((status = ckca__check_bounds(ctx, "model", bounds, 7))) return status;
+    if (!desc->mean != !desc->std)
+        return ckca__fail(ctx, CKCA_EINVAL, "model: %s is NULL: mean and std come together, or neither",
+                          desc->mean ? "std" : "mean");
+    for (i = 0; desc->class_names && i < desc->classes; i++)
+        if (!desc->class_names[i]) return ckca__fail(ctx, CKCA_EINVAL, "model: class_names[%d] is NULL", i);
+    m = (ckca_model *)ckca__alloc(ctx, sizeof *m);
+    if (!m) return ckca__fail(ctx, CKCA_ENOMEM, "out of memory for a model");
+    m->ctx = ctx;
+    m->height = desc->height ? desc->height : 32;
+    m->width = desc->width ? desc->width : 32;
+    m->channels = desc->channels ? desc->channels : 3;
+    m->classes = desc->classes;
+    m->seed = desc->seed;
+    snprintf(m->arch, sizeof m->arch, "custom");
+    m->normalization = (float *)ckca__alloc(ctx, (size_t)m->channels * 2 * sizeof(float));
+    if (desc->class_names) m->class_names = ckca__copy_names(ctx, desc->class_names, m->classes);
+    if (!m->normalization || (desc->class_names && !m->class_names)) {
+        ckca_model_free(m);
+        return ckca__fail(ctx, CKCA_ENOMEM, "out of memory for a model's %d class names", desc->classes);
+    }
+    if (desc->mean) {
+        for (i = 0; i < m->channels; i++) {
+            if (!(desc->std[i] > 0) || !(desc->std[i] < 1e6f) || !(fabsf(desc->mean[i]) < 1e6f)) {
+                float mean = desc->mean[i], std = desc->std[i];
+                ckca_model_free(m);
+                return ckca__fail(ctx, CKCA_EINVAL,
+                                  "model: mean[%d] is %g and std[%d] is %g; a mean may be -1e6 to 1e6, a std above 0 "
+                                  "to 1e6",
+                                  i, (double)mean, i, (double)std);
+            }
+            m->normalization[i] = desc->mean[i];
+            m->normalization[m->channels + i] = desc->std[i];
+        }
+        m->normalized = 1;
+    }
+    *out = m;
     return CKCA_OK;
 }
 
-/* A whole number from 0 to 2^63 - 1. */
-static ckca_status ckca__json_whole(ckca__json *json, int64_t *value) {
-    size_t first;
-    ckca__json_space(json);
-    first = json->at;
-    *value = 0;
-    while (json->at < json->size && json->text[json->at] >= '0' && json->text[json->at] <= '9') {
-        int digit = json->text[json->at] - '0';
-        if (*value > (INT64_MAX - digit) / 10) return ckca__json_fail(json, "a number beyond 2^63 - 1");
-        *value = *value * 10 + digit;
-        json->at++;
+/* Groups what runs as one op; in node order, so that an add finds its batch norm grouped and a ReLU its add. */
+static void ckca__fuse(ckca_model *m) {
+    int i;
+    for (i = 0; i < m->nodes; i++) { /* what an earlier try of ckca_model_finish may have left */
+        m->node[i].fused = m->node[i].folded = m->node[i].relu = 0;
+        m->node[i].head = m->node[i].residual = -1;
     }
-    if (json->at == first || (json->at > first + 1 && json->text[first] == '0'))
-        return ckca__json_fail(json, "no whole number");
+    for (i = 0; i < m->nodes; i++) {
+        ckca__node *node = &m->node[i];
+        node->source = node->in[0];
+        if (node->kind == CKCA__KIND_BATCHNORM) {
+            const ckca__node *x = &m->node[node->in[0]];
+            node->head = i;
+            m->node[node->in[0]].folded = x->kind == CKCA__KIND_CONV && x->readers == 1 && !x->stage;
+        } else if (node->kind == CKCA__KIND_ADD) {
+            int side;
+            node->residual = node->in[1];
+            for (side = 0; side < 2; side++) { /* one batch norm of the two can be run here */
+                ckca__node *x = &m->node[node->in[side]];
+                if (x->kind != CKCA__KIND_BATCHNORM || x->readers != 1 || x->stage) continue;
+                x->fused = 1;
+                node->head = node->in[side];
+                node->source = x->in[0];
+                node->residual = node->in[1 - side];
+                break;
+            }
+        } else if (node->kind == CKCA__KIND_RELU) {
+            ckca__node *x = &m->node[node->in[0]];
+            node->relu = 1;
+            if ((x->kind == CKCA__KIND_BATCHNORM || x->kind == CKCA__KIND_ADD) && x->readers == 1 && !x->stage) {
+                x->fused = 1;
+                node->head = x->head;
+                node->source = x->source;
+                node->residual = x->residual;
+            }
+        }
+    }
+}
+
+/* Places the parameters in their arena: weights with decay, then other trainable ones, then running statistics. */
+static void ckca__place_parameters(ckca_model *m) {
+    int i, part;
+    size_t offset = 0;
+    for (part = 0; part < 3; part++) {
+        for (i = 0; i < m->parameters; i++) {
+            ckca__parameter *p = &m->parameter[i];
+            int belongs = p->role == CKCA__ROLE_WEIGHT ? 0 : p->role < CKCA__ROLE_MEAN ? 1 : 2;
+            if (belongs != part) continue;
+            p->offset = offset;
+            offset = ckca__sum(offset, ckca__round_up(p->count, CKCA__ALIGN / sizeof(float)));
+        }
+        if (part == 0) m->decayed = offset;
+        if (part == 1) m->trainable = offset;
+    }
+    m->all = offset;
+    m->saved_count = 0;
+    for (i = 0; i < m->nodes; i++) {
+        if (m->node[i].kind != CKCA__KIND_BATCHNORM) continue;
+        m->node[i].saved = m->saved_count;
+        m->saved_count += 2 * ckca__round_up((size_t)m->node[i].c, CKCA__ALIGN / sizeof(float));
+    }
+}
+
+/* With CKCA_PRECISION_BF16: which outputs are bfloat16. Pictures are not, nor what comes out of poolings to 1 x 1 and of linear
+   layers; two ops change from one kind to the other, a convolution that reads the pictures and such a pooling. All
+   others give what they take, so float32 spreads from node to node in both directions. */
+static void ckca__choose_bf16(ckca_model *m) {
+    int i, side, changed = m->ctx->precision == CKCA_PRECISION_BF16;
+    for (i = 1; i < m->nodes; i++)
+        m->node[i].bf16 = changed && m->node[i].kind != CKCA__KIND_AVGPOOL && m->node[i].kind != CKCA__KIND_LINEAR;
+    while (changed) {
+        changed = 0;
+        for (i = 1; i < m->nodes; i++)
+            for (side = 0; side < 2; side++) {
+                ckca__node *x = &m->node[i], *in = x->in[side] < 0 ? x : &m->node[x->in[side]];
+                if (x->bf16 == in->bf16 || x->kind == CKCA__KIND_AVGPOOL ||
+                    (x->kind == CKCA__KIND_CONV && in == m->node))
+                    continue;
+                x->bf16 = in->bf16 = 0;
+                changed = 1;
+            }
+    }
+}
+
+static ckca_status ckca__seal(ckca_model *m, int logits) {
+    ckca_context *ctx = m->ctx;
+    char nodes[64];
+    if (m->failed) return ckca__fail(ctx, m->failed, "%s", m->failure);
+    if (m->finished) return ckca__fail(ctx, CKCA_EINVAL, "ckca_model_finish: the model is finished already");
+    if (logits < 0 || logits >= m->nodes)
+        return ckca__fail(ctx, CKCA_EINVAL, "logits: there is no node %d (%s)", logits,
+                          ckca__which_nodes(m, nodes, sizeof nodes));
+    if (m->node[logits].kind != CKCA__KIND_LINEAR)
+        return ckca__fail(ctx, CKCA_EINVAL, "logits: node %d is of the kind %s, not linear", logits,
+                          ckca__kind_name[m->node[logits].kind]);
+    if (m->node[logits].c != m->classes)
+        return ckca__fail(ctx, CKCA_ESHAPE, "logits: %s has %d outputs, the model has %d classes", m->node[logits].name,
+                          m->node[logits].c, m->classes);
+    m->logits = logits;
+    m->pooled = m->node[logits].in[0];
+    if (m->pooled == 0) return ckca__fail(ctx, CKCA_EINVAL, "logits: a layer between input and logits is needed");
+    m->features = m->node[m->pooled].h * m->node[m->pooled].w * m->node[m->pooled].c;
+    m->node[logits].readers++;
+    m->node[m->pooled].readers++; /* the features are an output as well: they are never fused into something later */
+    ckca__choose_bf16(m);
+    ckca__fuse(m);
+    ckca__place_parameters(m);
     return CKCA_OK;
 }
 
-/* Up to most whole numbers in brackets. */
-static ckca_status ckca__json_wholes(ckca__json *json, int64_t *values, int most, int *count) {
-    ckca_status status = CKCA_OK;
-    *count = 0;
-    if (!ckca__json_take(json, '[')) return ckca__json_fail(json, "no list");
-    if (ckca__json_take(json, ']')) return CKCA_OK;
-    do {
-        if (*count == most) return ckca__json_fail(json, "too long a list");
-        status = ckca__json_whole(json, &values[(*count)++]);
-    } while (!status && ckca__json_take(json, ','));
-    if (!status && !ckca__json_take(json, ']')) return ckca__json_fail(json, "no , or ]");
+/* Initial weights as a pure function of (seed, parameter, element): convolutions Kaiming normal, fan out, for ReLU (He
+   et al. 2015, torchvision's ResNet), linear layers and biases uniform in +-1/sqrt(fan in) (PyTorch's defaults), batch
+   norm 1 and 0. Written to host, in the arenas' layout; drawn in PyTorch's order, so a layout is not part of the
+   result. */
+static void ckca__draw_weights(const ckca_model *m, uint64_t seed, float *host) {
+    int i;
+    for (i = 0; i < m->parameters; i++) {
+        const ckca__parameter *p = &m->parameter[i];
+        const ckca__node *node = &m->node[p->node];
+        float *w = host + p->offset;
+        uint64_t base = (uint64_t)i << 32;
+        size_t e, fan_in = m->parameter[node->tensor].count / (size_t)node->c;
+        double bound = 1.0 / sqrt((double)fan_in);
+        if (p->role == CKCA__ROLE_WEIGHT && p->dims == 4) {
+            double std = sqrt(2.0 / ((double)p->shape[0] * p->shape[2] * p->shape[3]));
+            for (e = 0; e < p->count; e++) { /* Box and Muller: one normal from two uniforms */
+                double u = 1.0 - ckca__uniform(seed, CKCA__STREAM_INIT, base + 2 * e);
+                double v = ckca__uniform(seed, CKCA__STREAM_INIT, base + 2 * e + 1);
+                w[e] = (float)(std * sqrt(-2.0 * log(u)) * cos(6.283185307179586 * v));
+            }
+        } else if (p->role == CKCA__ROLE_WEIGHT || p->role == CKCA__ROLE_BIAS) {
+            for (e = 0; e < p->count; e++)
+                w[e] = (float)(bound * (2.0 * ckca__uniform(seed, CKCA__STREAM_INIT, base + e) - 1.0));
+        } else {
+            float value = p->role == CKCA__ROLE_VAR || (p->role == CKCA__ROLE_GAMMA && !node->zero) ? 1.0f : 0.0f;
+            for (e = 0; e < p->count; e++) w[e] = value;
+        }
+    }
+}
+
+static ckca_status ckca__allocate_values(ckca_model *m) {
+    m->values = (float *)ckca__device_alloc(m->ctx, ckca__mul(m->all, sizeof(float)));
+    if (!m->values)
+        return ckca__fail(m->ctx, CKCA_ENOMEM, "out of memory for %.1f MB of parameters", (double)m->all * 4e-6);
+    m->finished = 1;
+    return CKCA_OK;
+}
+
+static ckca_status ckca__initialize(ckca_model *m, uint64_t seed, float *device) {
+    float *host = (float *)ckca__alloc(m->ctx, m->all * sizeof(float));
+    if (!host)
+        return ckca__fail(m->ctx, CKCA_ENOMEM, "out of memory for %.1f MB of initial weights", (double)m->all * 4e-6);
+    ckca__draw_weights(m, seed, host);
+    ckca__device_upload(m->ctx, device, host, m->all * sizeof(float));
+    ckca__release(m->ctx, host);
+    return ckca__device_status(m->ctx);
+}
+
+CKCA_API ckca_status ckca_model_finish(ckca_model *m, int logits) {
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    if ((status = ckca__seal(m, logits))) return status;
+    if (!(status = ckca__allocate_values(m)) && !(status = ckca__initialize(m, m->seed, m->values))) return CKCA_OK;
+    ckca__device_release(m->ctx, m->values, m->all * sizeof(float)); /* as it was, to be finished later */
+    m->values = NULL;
+    m->node[m->pooled].readers--;
+    m->node[m->logits].readers--;
+    m->finished = m->logits = m->pooled = m->features = 0;
     return status;
 }
 
-/* Passes over digits; how many there were. */
-static size_t ckca__json_digits(ckca__json *json) {
-    const size_t first = json->at;
-    while (json->at < json->size && json->text[json->at] >= '0' && json->text[json->at] <= '9') json->at++;
-    return json->at - first;
+/* ---- ResNets ---- */
+
+/* conv + batch norm named CONV and BN below prefix ("layer1.0." or ""); ReLU where asked for. */
+static int ckca__conv_bn(ckca_model *m, const char *prefix, const char *conv, const char *bn, int x, int out,
+                         int kernel, int stride, int relu) {
+    char name[CKCA__NAME_MAX];
+    ckca_conv_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.out = out;
+    desc.kernel = kernel;
+    desc.stride = stride;
+    desc.pad = kernel / 2;
+    snprintf(name, sizeof name, "%s%s", prefix, conv);
+    x = ckca_layer_conv(m, name, x, desc);
+    snprintf(name, sizeof name, "%s%s", prefix, bn);
+    x = ckca_layer_batchnorm(m, name, x);
+    return relu ? ckca_layer_relu(m, x) : x;
 }
 
-/* Passes over one value of any kind. Lists and objects in each other: up to 125, as serde_json has it. */
-static ckca_status ckca__json_skip(ckca__json *json, int depth) {
-    static const char *const words[] = {"null", "true", "false"};
-    ckca_status status = CKCA_OK;
-    size_t first, n;
-    char c;
-    int i, ok;
-    ckca__json_space(json);
-    c = json->at < json->size ? json->text[json->at] : 0;
-    if (c == '"') return ckca__json_string(json, NULL);
-    if (c == '[' || c == '{') {
-        const char end = c == '[' ? ']' : '}';
-        if (depth == 125) return ckca__json_fail(json, "values nested too deep");
-        json->at++;
-        if (ckca__json_take(json, end)) return CKCA_OK;
-        do {
-            if (c == '{') status = ckca__json_string(json, NULL);
-            if (!status && c == '{' && !ckca__json_take(json, ':')) status = ckca__json_fail(json, "no :");
-            if (!status) status = ckca__json_skip(json, depth + 1);
-        } while (!status && ckca__json_take(json, ','));
-        if (!status && !ckca__json_take(json, end)) status = ckca__json_fail(json, "no , and no end of a value");
+/* One residual block (He et al. 2016, figure 5): basic (two 3x3) or bottleneck (1x1, 3x3, 1x1 with 4 times the
+   channels; its stride on the 3x3, as torchvision). */
+static int ckca__residual_block(ckca_model *m, const char *prefix, int x, int width, int stride, int bottleneck,
+                                int projection, int zero) {
+    int in, out = bottleneck ? width * 4 : width, y, shortcut = x;
+    if (x < 0) return -1;
+    in = m->node[x].c;
+    if (bottleneck) {
+        y = ckca__conv_bn(m, prefix, "conv1", "bn1", x, width, 1, 1, 1);
+        y = ckca__conv_bn(m, prefix, "conv2", "bn2", y, width, 3, stride, 1);
+        y = ckca__conv_bn(m, prefix, "conv3", "bn3", y, out, 1, 1, 0);
+    } else {
+        y = ckca__conv_bn(m, prefix, "conv1", "bn1", x, width, 3, stride, 1);
+        y = ckca__conv_bn(m, prefix, "conv2", "bn2", y, out, 3, 1, 0);
+    }
+    if (y < 0) return -1;
+    m->node[y].zero = zero;
+    if (stride != 1 || in != out)
+        shortcut = projection ? ckca__conv_bn(m, prefix, "downsample.0", "downsample.1", x, out, 1, stride, 0)
+                              : ckca_layer_subsample(m, x, stride, out);
+    return ckca_layer_relu(m, ckca_layer_add(m, y, shortcut));
+}
+
+CKCA_API ckca_status ckca_resnet(ckca_context *ctx, ckca_model **out, const char *arch, const ckca_model_desc *desc) {
+    static const struct {
+        const char *name;
+        int cifar, bottleneck, blocks[4]; /* blocks per stage */
+    } net[] = {{"resnet8", 1, 0, {1, 1, 1, 0}},  {"resnet20", 1, 0, {3, 3, 3, 0}}, {"resnet32", 1, 0, {5, 5, 5, 0}},
+               {"resnet44", 1, 0, {7, 7, 7, 0}}, {"resnet56", 1, 0, {9, 9, 9, 0}}, {"resnet110", 1, 0, {18, 18, 18, 0}},
+               {"resnet18", 0, 0, {2, 2, 2, 2}}, {"resnet34", 0, 0, {3, 4, 6, 3}}, {"resnet50", 0, 1, {3, 4, 6, 3}}};
+    const int nets = (int)(sizeof net / sizeof *net);
+    size_t length = arch ? strlen(arch) : 0;
+    int i, stage, block, x, width, small_stem = 0;
+    ckca_model *m = NULL;
+    ckca_status status;
+    if (!ckca__usable(ctx)) return CKCA_EINVAL;
+    if (!out || !arch || !desc) return ckca__null(ctx, "ckca_resnet", !out ? "model" : !arch ? "arch" : "desc");
+    if (length > 6 && !strcmp(arch + length - 6, "-cifar")) {
+        small_stem = 1;
+        length -= 6;
+    }
+    for (i = 0; i < nets; i++)
+        if (length && strlen(net[i].name) == length && !memcmp(arch, net[i].name, length)) break;
+    if (i == nets || (small_stem && net[i].cifar))
+        return ckca__fail(ctx, CKCA_EINVAL,
+                          "\"%.40s\" is none of resnet8, 20, 32, 44, 56, 110, 18, 34, 50, 18-cifar, "
+                          "34-cifar, 50-cifar",
+                          arch);
+    if ((status = ckca_model_create(ctx, &m, desc))) return status;
+    snprintf(m->arch, sizeof m->arch, "%s", arch);
+    width = desc->width_base ? desc->width_base : net[i].cifar ? 16 : 64;
+    x = ckca_layer_input(m);
+    x = ckca__conv_bn(m, "", "conv1", "bn1", x, width, net[i].cifar || small_stem ? 3 : 7,
+                      net[i].cifar || small_stem ? 1 : 2, 1);
+    if (!net[i].cifar && !small_stem) x = ckca_layer_maxpool(m, x, 3, 2, 1);
+    for (stage = 0; stage < 4; stage++) {
+        for (block = 0; block < net[i].blocks[stage]; block++) {
+            char prefix[32];
+            snprintf(prefix, sizeof prefix, "layer%d.%d.", stage + 1, block);
+            x = ckca__residual_block(m, prefix, x, width << stage, stage && !block ? 2 : 1, net[i].bottleneck,
+                                     !net[i].cifar || desc->projection, desc->zero_residual);
+        }
+        if (block) ckca_layer_stage(m, x);
+    }
+    x = ckca_layer_linear(m, "fc", ckca_layer_avgpool(m, x), m->classes);
+    if ((status = ckca_model_finish(m, x))) {
+        ckca_model_free(m);
         return status;
     }
-    for (i = 0; i < 3; i++) {
-        n = strlen(words[i]);
-        if (json->size - json->at < n || memcmp(json->text + json->at, words[i], n)) continue;
-        json->at += n;
-        return CKCA_OK;
-    }
-    if (c == '-') json->at++; /* a number; the zero behind the text ends it */
-    first = json->at;
-    n = ckca__json_digits(json);
-    ok = n == 1 || (n > 1 && json->text[first] != '0');
-    if (ok && json->text[json->at] == '.') {
-        json->at++;
-        ok = ckca__json_digits(json) > 0;
-    }
-    if (ok && (json->text[json->at] == 'e' || json->text[json->at] == 'E')) {
-        json->at++;
-        if (json->text[json->at] == '-' || json->text[json->at] == '+') json->at++;
-        ok = ckca__json_digits(json) > 0;
-    }
-    return ok ? CKCA_OK : ckca__json_fail(json, "no value");
+    *out = m;
+    return CKCA_OK;
 }
 
-/* The place of the first byte that is not UTF-8 (Unicode 15, table 3-7), or size. */
-static size_t ckca__utf8_flaw(const unsigned char *text, size_t size) {
-    size_t i = 0, n, k;
-    for (; i < size; i += n) {
-        unsigned char c = text[i], low = 0x80, high = 0xbf; /* bounds of the second byte */
-        n = c < 0x80 ? 1 : c < 0xc2 ? 0 : c < 0xe0 ? 2 : c < 0xf0 ? 3 : c < 0xf5 ? 4 : 0;
-        if (n == 0 || n > size - i) return i;
-        if (c == 0xe0) low = 0xa0;
-        if (c == 0xed) high = 0x9f; /* no surrogates */
-        if (c == 0xf0) low = 0x90;
-        if (c == 0xf4) high = 0x8f;
-        for (k = 1; k < n; k++, low = 0x80, high = 0xbf)
-            if (text[i + k] < low || text[i + k] > high) return i;
+/* ---- the graph as text: "input;conv conv1 0 16 3 1 1 0;bn bn1 1;relu 2;...;stage 2;logits 9" ---- */
+
+/* Writes at most room bytes (always terminated) and returns the length it takes, as snprintf does. */
+static size_t ckca__graph_write(const ckca_model *m, char *out, size_t capacity) {
+    size_t length = 0;
+    int i;
+#define CKCA__PUT(...)                                                                                             \
+    length += (size_t)snprintf(length < capacity ? out + length : NULL, length < capacity ? capacity - length : 0, \
+                               __VA_ARGS__)
+    for (i = 0; i < m->nodes; i++) {
+        const ckca__node *x = &m->node[i];
+        CKCA__PUT("%s%s", i ? ";" : "", ckca__kind_name[x->kind]);
+        if (x->name[0]) CKCA__PUT(" %s", x->name);
+        if (x->in[0] >= 0) CKCA__PUT(" %d", x->in[0]);
+        if (x->in[1] >= 0) CKCA__PUT(" %d", x->in[1]);
+        if (x->kind == CKCA__KIND_CONV) CKCA__PUT(" %d %d %d %d %d", x->c, x->kernel, x->stride, x->pad, x->bias);
+        if (x->kind == CKCA__KIND_MAXPOOL) CKCA__PUT(" %d %d %d", x->kernel, x->stride, x->pad);
+        if (x->kind == CKCA__KIND_SUBSAMPLE) CKCA__PUT(" %d %d", x->stride, x->c);
+        if (x->kind == CKCA__KIND_LINEAR) CKCA__PUT(" %d", x->c);
     }
-    return size;
+    for (i = 0; i < m->nodes; i++)
+        if (m->node[i].stage) CKCA__PUT(";stage %d", i);
+    CKCA__PUT(";logits %d", m->logits);
+#undef CKCA__PUT
+    return length;
 }
+
+/* Builds and seals the nodes of a text that may be hostile; parameters are not allocated yet. */
+static ckca_status ckca__graph_read(ckca_model *m, const char *text) {
+    int statement = 0;
+    while (*text) {
+        char word[2][CKCA__NAME_MAX] = {"", ""}; /* the kind and, for some, a name */
+        int number[7], numbers = 0, words = 0, named = 0, done = -1;
+        const char *end = text + strcspn(text, ";");
+        while (text < end) {
+            size_t length = strcspn(text, " ;");
+            if (*text == ' ' || length >= CKCA__NAME_MAX) break;
+            if (words == 2 || (words == 1 && !named)) {
+                char *stop;
+                long value = strtol(text, &stop, 10); /* the text ends in 0, ' ' or ';', so this stays inside it */
+                if (numbers == 7 || stop != text + length || value < -1 || value > INT_MAX) break;
+                number[numbers++] = (int)value;
+            } else {
+                memcpy(word[words], text, length);
+                word[words++][length] = 0;
+                named = !strcmp(word[0], "conv") || !strcmp(word[0], "bn") || !strcmp(word[0], "linear");
+            }
+            text += length;
+            if (*text == ' ') text++;
+        }
+        if (text == end && words == 1) {
+            const char *kind = word[0];
+            if (!strcmp(kind, "input") && numbers == 0) done = ckca_layer_input(m);
+            if (!strcmp(kind, "relu") && numbers == 1) done = ckca_layer_relu(m, number[0]);
+            if (!strcmp(kind, "add") && numbers == 2) done = ckca_layer_add(m, number[0], number[1]);
+            if (!strcmp(kind, "maxpool") && numbers == 4)
+                done = ckca_layer_maxpool(m, number[0], number[1], number[2], number[3]);
+            if (!strcmp(kind, "avgpool") && numbers == 1) done = ckca_layer_avgpool(m, number[0]);
+            if (!strcmp(kind, "subsample") && numbers == 3)
+                done = ckca_layer_subsample(m, number[0], number[1], number[2]);
+            if (!strcmp(kind, "stage") && numbers == 1) done = ckca_layer_stage(m, number[0]);
+            if (!strcmp(kind, "logits") && numbers == 1 && !*end) return ckca__seal(m, number[0]);
+        } else if (text == end && words == 2) {
+            const char *kind = word[0];
+            if (!strcmp(kind, "bn") && numbers == 1) done = ckca_layer_batchnorm(m, word[1], number[0]);
+            if (!strcmp(kind, "linear") && numbers == 2) done = ckca_layer_linear(m, word[1], number[0], number[1]);
+            if (!strcmp(kind, "conv") && numbers == 6) {
+                ckca_conv_desc desc;
+                desc.out = number[1];
+                desc.kernel = number[2];
+                desc.stride = number[3];
+                desc.pad = number[4];
+                desc.bias = number[5];
+                done = ckca_layer_conv(m, word[1], number[0], desc);
+            }
+        }
+        if (m->failed)
+            return ckca__fail(m->ctx, m->failed == CKCA_ENOMEM ? CKCA_ENOMEM : CKCA_EFORMAT, "graph: %s", m->failure);
+        if (done < 0)
+            return ckca__fail(m->ctx, CKCA_EFORMAT, "graph: statement %d (\"%.20s\") cannot be read", statement + 1,
+                              word[0]);
+        statement++;
+        text = *end ? end + 1 : end;
+    }
+    return ckca__fail(m->ctx, CKCA_EFORMAT, "graph: it ends without its logits after %d statements", statement);
+}
+
+/* ---- copies, and what a caller can see of a model ---- */
+
+/* Also the teacher, and what a failed update goes back to. */
+CKCA_API ckca_status ckca_model_copy(ckca_model **out, const ckca_model *m) {
+    ckca_context *ctx;
+    ckca_model *copy;
+    size_t normalization;
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    ctx = m->ctx;
+    if (!out) return ckca__null(ctx, "ckca_model_copy", "copy");
+    if ((status = ckca__check_finished(m, "ckca_model_copy"))) return status;
+    normalization = (size_t)m->channels * 2 * sizeof(float);
+    copy = (ckca_model *)ckca__alloc(ctx, sizeof *copy);
+    if (!copy) return ckca__fail(ctx, CKCA_ENOMEM, "copy: out of memory for the model");
+    *copy = *m;
+    copy->gradients = copy->momentum = copy->folded = copy->saved = copy->activations = NULL;
+    copy->activation_bytes = copy->workspace_bytes = copy->packed_bytes = 0;
+    memset(copy->plan_values, 0, sizeof copy->plan_values);
+    memset(copy->recompute, 0, sizeof copy->recompute);
+    memset(copy->recompute_capacity, 0, sizeof copy->recompute_capacity);
+    memset(copy->recomputes, 0, sizeof copy->recomputes);
+    copy->workspace = copy->packed_weights = NULL;
+    copy->unsaved = NULL;
+    copy->folded_valid = copy->n = 0;
+    copy->node = (ckca__node *)ckca__alloc(ctx, m->node_capacity * sizeof *m->node);
+    copy->parameter = (ckca__parameter *)ckca__alloc(ctx, m->parameter_capacity * sizeof *m->parameter);
+    copy->normalization = (float *)ckca__alloc(ctx, normalization);
+    copy->class_names = m->class_names ? ckca__copy_names(ctx, (const char *const *)m->class_names, m->classes) : NULL;
+    copy->values = (float *)ckca__device_alloc(ctx, m->all * sizeof(float));
+    if (!copy->node || !copy->parameter || !copy->normalization || !copy->values ||
+        (m->class_names && !copy->class_names)) {
+        ckca_model_free(copy);
+        return ckca__fail(ctx, CKCA_ENOMEM, "copy: out of memory for the model's %.1f MB", (double)m->all * 4e-6);
+    }
+    memcpy(copy->node, m->node, (size_t)m->nodes * sizeof *m->node);
+    memcpy(copy->parameter, m->parameter, (size_t)m->parameters * sizeof *m->parameter);
+    memcpy(copy->normalization, m->normalization, normalization);
+    ckca__device_copy(ctx, copy->values, m->values, m->all * sizeof(float));
+    *out = copy;
+    return CKCA_OK;
+}
+
+CKCA_API void ckca_model_info_get(const ckca_model *m, ckca_model_info *info) {
+    int i;
+    if (!info) return;
+    memset(info, 0, sizeof *info);
+    if (!m) return;
+    info->arch = m->arch;
+    info->height = m->height;
+    info->width = m->width;
+    info->channels = m->channels;
+    info->classes = m->classes;
+    info->features = m->features;
+    info->class_names = (const char *const *)m->class_names;
+    info->mean = m->normalized ? m->normalization : NULL;
+    info->std = m->normalized ? m->normalization + m->channels : NULL;
+    info->updates = m->updates;
+    info->nodes = m->nodes;
+    info->logits = m->logits;
+    for (i = 0; i < m->parameters; i++)
+        if (m->parameter[i].role < CKCA__ROLE_MEAN) info->parameters += (int64_t)m->parameter[i].count;
+}
+
+CKCA_API ckca_data_desc ckca_data_like(const ckca_model *m) {
+    ckca_data_desc desc;
+    memset(&desc, 0, sizeof desc);
+    if (!m) return desc;
+    desc.height = m->height;
+    desc.width = m->width;
+    desc.channels = m->channels;
+    desc.class_names = (const char *const *)m->class_names;
+    desc.classes = m->class_names ? m->classes : 0;
+    return desc;
+}
+
+/* ===================================================================================================================
+   TRAINING                                                                                                    >>train
+
+   From the top down: one update, its epochs, one SGD step, then what precedes the first step, batches, evaluation.
+
+   ckca_update is the whole method. ckca__begin sets a time step up (teacher, starting weights, what the teacher answers
+   on the new pictures), ckca__train walks the epochs, ckca__step_ops is one SGD step from bytes to updated weights.
+   =================================================================================================================== */
+
+#define CKCA__EVAL_BATCH (CKCA__DEVICE_IS_HOST ? 64 : 256) /* a GPU wants more work at a time */
+/* The most that the teacher's answers on a chunk may take; beyond, it answers per batch. */
+#define CKCA__CACHE_BYTES ((size_t)256 << 20)
+
+/* Device buffers of n pictures' worth of small things, carved from one block. */
+typedef struct ckca__small {
+    void *block;
+    size_t bytes;
+    /* What a step is made from. It starts the block, so that it goes to the device in one piece; host is put together
+       here first. */
+    void *host;
+    size_t sent;
+    unsigned char *pixels; /* of a store that streams: the batch's pictures, in a block of their own, */
+    size_t pixel_bytes;
+    void *staging;                  /* and what they come by */
+    float *lr;                      /* 1 */
+    int *epoch;                     /* 1 */
+    int *index, *position, *labels; /* n each: index is in the store, position in the data set */
+    /* What it leaves. */
+    int *hit;                                 /* n, see ckca__op_cross_entropy */
+    float *loss;                              /* n: a term's value per picture */
+    float *teacher_logits, *teacher_features; /* the teacher's logits and features, n x classes and n x features */
+    float *class_weight;                      /* classes */
+    float *gscale;                            /* 1 */
+    double *sums; /* 4: of cross-entropy, AdaKD, FeatReg, pictures told right over an epoch */
+} ckca__small;
+
+typedef struct ckca__update {
+    ckca_context *ctx;
+    ckca_model *m;
+    ckca_model *old;     /* the model as it came: what a failure goes back to, and the teacher */
+    ckca_model *teacher; /* old, or a copy of desc->teacher (which is only read), or NULL where no term needs one */
+    const ckca_data *data;
+    ckca_update_desc d; /* every default filled in, terms that are not used at weight 0 */
+    int mode;           /* of the student's forward */
+    float *cache_logits,
+        *cache_features; /* the teacher's answers on every picture, where pictures are not augmented; else NULL */
+    size_t cache_logits_bytes, cache_features_bytes;
+    const float *teacher_logits, *teacher_features; /* its logits and features for the batch in b */
+    ckca__small b;
+    int *order;
+    int batches;        /* per epoch */
+    int epoch, batch;   /* position: the next SGD step */
+    int hits;           /* of this epoch so far, as last looked at */
+    double sums[3];     /* likewise: cross-entropy, AdaKD, FeatReg */
+    void *recording[2]; /* of a whole batch's step and of a last, shorter one's */
+    double teacher_accuracy;
+    uint64_t fingerprint;   /* of everything that decides the result */
+    ckca__unsaved *unsaved; /* the state's paths, until the model takes them over */
+    int lock;               /* the file descriptor of the state's .lock, or -1 */
+} ckca__update;
+
+/* The fields of a ckca_update_desc that are numbers, in its order: the one list that defaults, range checks, ckca_sgd's
+   too, and a training state's fingerprint and text come from. tests/test_train.c fails where one is missing. Defaults
+   that depend on other fields are in ckca_update_defaults. */
+typedef struct ckca__setting {
+    const char *name;
+    size_t offset;
+    int real;        /* 1: a float, 0: an int or an enum */
+    float otherwise; /* what 0 stands for */
+    double least, most;
+    int off;     /* 1: may be CKCA_OFF */
+    int decides; /* 1: the result depends on it */
+} ckca__setting;
+
+/* clang-format off */
+#define CKCA__AT(field) #field, offsetof(ckca_update_desc, field)
+static const ckca__setting ckca__settings[] = {
+    /*                                real  0 is   least       most  off  decides */
+    {CKCA__AT(method),                 0,    0,      0, CKCA_METHOD_LWF,      0, 1},
+    {CKCA__AT(adakd),                  0,    0,      0, CKCA_ADAKD_DOUBT,     0, 1},
+    {CKCA__AT(featreg),                0,    0,      0, CKCA_FEATREG_RELATION, 0, 1},
+    {CKCA__AT(w_kd),                   1,    1,      0, 1e6,                  1, 1},
+    {CKCA__AT(w_feat),                 1,    1,      0, 1e6,                  1, 1},
+    {CKCA__AT(temperature),            1,    2,      0, 1e6,                  0, 1},
+    {CKCA__AT(shrink),                 1,    0.4f,   0, 1,                    1, 1},
+    {CKCA__AT(perturb),                1,    0.1f,   0, 1e6,                  1, 1},
+    {CKCA__AT(epochs),                 0,    40,     0, 1e6,                  0, 1},
+    {CKCA__AT(batch),                  0,    64,     0, CKCA__BATCH_MAX,      0, 1},
+    {CKCA__AT(lr),                     1,    0.1f,   0, 1e6,                  0, 1},
+    {CKCA__AT(schedule),               0,    0,      0, CKCA_SCHEDULE_STEP,            0, 1},
+    {CKCA__AT(warmup_epochs),          1,    1,      0, 1e6,                  1, 1},
+    {CKCA__AT(step_epochs),            1,    0,      0, 1e6,                  0, 1},
+    {CKCA__AT(step_factor),            1,    0.1f,   0, 1,                    0, 1},
+    {CKCA__AT(momentum),               1,    0.9f,   0, 1,                    1, 1},
+    {CKCA__AT(weight_decay),           1,    5e-4f,  0, 1e6,                  1, 1},
+    {CKCA__AT(clip_norm),              1,    0,      0, 1e30,                 1, 1},
+    {CKCA__AT(no_nesterov),             0,    0,      0, 1,                    0, 1},
+    {CKCA__AT(label_smoothing),        1,    0,      0, 1,                    1, 1},
+    {CKCA__AT(augment.pad),            0,    0,      0, 4096,                 0, 1},
+    {CKCA__AT(augment.flip),           0,    0,      0, 1,                    0, 1},
+    {CKCA__AT(augment.resized_crop),   0,    0,      0, 1,                    0, 1},
+    {CKCA__AT(augment.crop_min),       1,    0,      0, 1,                    0, 1},
+    {CKCA__AT(augment.jitter),         1,    0,      0, 1,                    0, 1},
+    {CKCA__AT(state_seconds),          1,    30,     0, 1e9,                  0, 0},
+};
+#undef CKCA__AT
+/* clang-format on */
+enum { CKCA__SETTINGS = sizeof ckca__settings / sizeof *ckca__settings };
+
+static double ckca__setting_get(const ckca_update_desc *d, const ckca__setting *s) {
+    const char *field = (const char *)d + s->offset;
+    float real;
+    int whole;
+    memcpy(&real, field, sizeof real);
+    memcpy(&whole, field, sizeof whole);
+    return s->real ? (double)real : (double)whole;
+}
+static void ckca__setting_set(ckca_update_desc *d, const ckca__setting *s, float value) {
+    const int whole = (int)value;
+    if (s->real)
+        memcpy((char *)d + s->offset, &value, sizeof value);
+    else
+        memcpy((char *)d + s->offset, &whole, sizeof whole);
+}
+
+static ckca_status ckca__settings_check(ckca_context *ctx, const char *call, const ckca_update_desc *d) {
+    ckca_status status = CKCA_OK;
+    int i;
+    for (i = 0; !status && i < CKCA__SETTINGS; i++) {
+        const ckca__setting *s = &ckca__settings[i];
+        ckca__bound bound;
+        bound.name = s->name;
+        bound.value = ckca__setting_get(d, s);
+        bound.least = s->least;
+        bound.most = s->most;
+        bound.off = s->off;
+        status = ckca__check_bounds(ctx, call, &bound, 1);
+    }
+    return status;
+}
+
+/* Zeros become what they stand for. */
+static void ckca__settings_fill(ckca_update_desc *d) {
+    int i;
+    for (i = 0; i < CKCA__SETTINGS; i++)
+        if (ckca__setting_get(d, &ckca__settings[i]) == 0)
+            ckca__setting_set(d, &ckca__settings[i], ckca__settings[i].otherwise);
+}
+
+/* And CKCA_OFF then becomes the 0 that the arithmetic takes. */
+static void ckca__settings_off(ckca_update_desc *d) {
+    int i;
+    for (i = 0; i < CKCA__SETTINGS; i++)
+        if (ckca__settings[i].off && ckca__setting_get(d, &ckca__settings[i]) < 0)
+            ckca__setting_set(d, &ckca__settings[i], 0);
+}
+
+/* Below: */
+static ckca_status ckca__train(ckca__update *u, double start);
+static ckca_status ckca__tell(ckca__update *u, int seen, double seconds, int64_t steps_here);
+static void ckca__fill_report(const ckca__update *u, double seconds, ckca_report *report);
+static ckca_status ckca__train_step(ckca__update *u, const int *position, int n);
+static void ckca__step_ops(ckca__update *u, int n);
+static void ckca__ask_teacher(ckca__update *u, int n, const float *input);
+static void ckca__feature_term(ckca__update *u, int n);
+static float ckca__rate(const ckca_update_desc *d, int64_t s, int batches);
+static ckca_status ckca__look(ckca__update *u);
+static ckca_status ckca__all_finite(const ckca_model *m, const char *what, int momentum);
+static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc);
+static ckca_status ckca__check_teacher(const ckca__update *u, const ckca_model *t);
+static int ckca__same_stages(const ckca_model *m, const ckca_model *t);
+static ckca_status ckca__consult(ckca__update *u);
+static ckca_status ckca__starting_weights(ckca__update *u);
+static ckca_status ckca__fingerprint(ckca__update *u);
+static void ckca__make_batch(const ckca_model *m, const ckca_data *data, int n, const ckca_augment *augment,
+                             uint64_t seed, const ckca__small *b, float *input);
+static void ckca__disown(ckca_model *m, int had_names, int was_normalized);
+static void ckca__send_batch(ckca_context *ctx, const ckca_data *data, const int *position, int n, int epoch, float lr,
+                             ckca__small *b);
+static ckca_status ckca__reside(ckca_context *ctx, ckca__store *store, int n, ckca__small *b);
+static void *ckca__sent(const ckca__small *b, const void *device);
+static ckca_status ckca__small_alloc(ckca_context *ctx, ckca__small *b, int n, int classes, int features);
+static void ckca__small_free(ckca_context *ctx, ckca__small *b);
+static ckca_status ckca__survey(ckca_model *m, const ckca_model *like, const ckca_data *data, ckca_score *score,
+                                float *per_class, float *cache_logits, float *cache_features);
+static ckca_status ckca__adopt(ckca_model *m, const ckca_data *data, const char *what);
+
+/* In EXECUTION: */
+static float *ckca__value(const ckca_model *m, int i);
+static float *ckca__grad(const ckca_model *m, int i);
+static float *ckca__input_buffer(ckca_model *m, int n, int mode);
+static void ckca__run_forward(ckca_model *m, int n, int mode, const float *input);
+static void ckca__run_backward(ckca_model *m);
+static int ckca__accumulates(ckca_model *m, int i);
+static void ckca__clear_written(ckca_model *m);
+static void ckca__run_sgd(ckca_model *m, const ckca_sgd_desc *d, const float *lr, float *gscale);
+
+/* In MEMORY PLAN: */
+static ckca_status ckca__reserve(ckca_model *m, int n, int mode);
+static int ckca__arena(ckca_context *ctx, void **arena, size_t *capacity, size_t bytes);
+
+/* In CHECKPOINTS: */
+static ckca_status ckca__state_save(ckca__update *u);
+static ckca_status ckca__state_open(ckca__update *u);
+static void ckca__state_close(ckca__update *u, int done);
+static ckca_status ckca__state_load(ckca__update *u, int *found);
+
+/* ---- one update: set up, epochs, clean up ---- */
+
+CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckca_update_desc *desc,
+                                 ckca_report *report) {
+    const double start = ckca__seconds();
+    ckca__update update, *u = &update;
+    ckca_status status;
+    int had_names, was_normalized;
+    if (!m) return CKCA_EINVAL;
+    if ((status = ckca__check_finished(m, "ckca_update"))) return status;
+    if (!data) return ckca__null(m->ctx, "ckca_update", "data");
+    memset(u, 0, sizeof *u);
+    u->ctx = m->ctx;
+    u->m = m;
+    u->data = data;
+    u->teacher_accuracy = -1;
+    u->lock = -1;
+    had_names = m->class_names != NULL;
+    was_normalized = m->normalized;
+    if ((status = ckca_model_copy(&u->old, m))) return status;
+    u->old->gradients = m->gradients; /* set aside for a failure: training makes its own */
+    u->old->momentum = m->momentum;
+    m->gradients = m->momentum = NULL;
+    status = ckca__begin(u, desc);
+    if (!status) status = ckca__train(u, start);
+    ckca__device_forget(u->ctx, &u->recording[0]);
+    ckca__device_forget(u->ctx, &u->recording[1]);
+    if (!status) {
+        m->updates++;
+    } else if (status == CKCA_ESTOP) { /* the results that earlier states hold are not this model's any more */
+        ckca__forget_unsaved(m);
+    } else { /* as it was before the call */
+        float *gradients = m->gradients, *momentum = m->momentum;
+        m->gradients = u->old->gradients;
+        m->momentum = u->old->momentum;
+        u->old->gradients = gradients;
+        u->old->momentum = momentum;
+        ckca__device_copy(u->ctx, m->values, u->old->values, m->all * sizeof(float));
+        m->batches_tracked = u->old->batches_tracked;
+        m->folded_valid = 0;
+        m->n = 0; /* what a forward left is the update's, not the caller's */
+        ckca__disown(m, had_names, was_normalized);
+    }
+    ckca__state_close(u, !status);
+    if (report) ckca__fill_report(u, ckca__seconds() - start, report);
+    ckca__device_release(u->ctx, u->cache_logits, u->cache_logits_bytes);
+    ckca__device_release(u->ctx, u->cache_features, u->cache_features_bytes);
+    ckca__small_free(u->ctx, &u->b);
+    ckca__release(u->ctx, u->order);
+    if (u->teacher != u->old) ckca_model_free(u->teacher);
+    ckca_model_free(u->old);
+    return status;
+}
+
+/* The epochs from u's position on. */
+static ckca_status ckca__train(ckca__update *u, double start) {
+    const int count = u->data->count, size = u->d.batch;
+    double saved = start, now;
+    int64_t here = 0; /* SGD steps done by this call */
+    char what[64];
+    ckca_status status = CKCA_OK;
+    for (; u->epoch < u->d.epochs; u->epoch++, u->batch = 0) {
+        ckca_shuffle(u->d.seed, u->epoch, count, u->order);
+        if (u->batch == 0) {
+            u->hits = 0;
+            memset(u->sums, 0, sizeof u->sums);
+            ckca__device_zero(u->ctx, u->b.sums, 4 * sizeof *u->b.sums);
+        }
+        while (u->batch < u->batches) {
+            const int first = u->batch * size, n = count - first < size ? count - first : size;
+            int save;
+            if ((status = ckca__train_step(u, u->order + first, n))) return status;
+            /* The last one keeps the result until ckca_save has it. */
+            save = u->d.state && (ckca__seconds() - saved >= (double)u->d.state_seconds ||
+                                  (u->epoch + 1 == u->d.epochs && u->batch + 1 == u->batches));
+            /* A look costs nothing on the host; a GPU would have to stop for it. */
+            if ((CKCA__DEVICE_IS_HOST || u->d.progress || save || u->batch + 1 == u->batches) &&
+                (status = ckca__look(u)))
+                return status;
+            u->batch++;
+            here++;
+            now = ckca__seconds();
+            if (u->d.progress) status = ckca__tell(u, first + n, now - start, here);
+            if (u->d.state && (status || save)) {
+                ckca_status saving = ckca__state_save(u);
+                if (saving) return saving;
+                saved = ckca__seconds();
+            }
+            if (status) return status;
+        }
+    }
+    snprintf(what, sizeof what, "update %d, peak learning rate %g", u->m->updates + 1, (double)u->d.lr);
+    return ckca__all_finite(u->m, what, 0);
+}
+
+/* Tells the caller how far it is; CKCA_ESTOP if that was the last step. */
+static ckca_status ckca__tell(ckca__update *u, int seen, double seconds, int64_t steps_here) {
+    const int64_t left = (int64_t)(u->d.epochs - u->epoch) * u->batches - u->batch;
+    ckca_progress p;
+    p.update = u->m->updates + 1;
+    p.epoch = u->epoch;
+    p.epochs = u->d.epochs;
+    p.batch = u->batch;
+    p.batches = u->batches;
+    p.lr = ckca__rate(&u->d, (int64_t)u->epoch * u->batches + u->batch - 1, u->batches);
+    p.kd = u->sums[1] / seen;
+    p.feat = u->sums[2] / seen;
+    p.loss = u->sums[0] / seen + (double)u->d.w_kd * p.kd + (double)u->d.w_feat * p.feat;
+    p.accuracy = (double)u->hits / seen;
+    p.seconds = seconds;
+    p.seconds_left = seconds / (double)steps_here * (double)left;
+    if (!u->d.progress(&p, u->d.user)) return CKCA_OK;
+    return ckca__fail(u->ctx, CKCA_ESTOP, "update %d was stopped in epoch %d, after batch %d of %d", p.update,
+                      p.epoch + 1, p.batch, p.batches);
+}
+
+static void ckca__fill_report(const ckca__update *u, double seconds, ckca_report *report) {
+    /* After the last epoch the position is (epochs, 0), and the sums are that epoch's. */
+    const int done = u->epoch >= u->d.epochs, batch = done ? u->batches : u->batch;
+    const int seen = batch * u->d.batch < u->data->count ? batch * u->d.batch : u->data->count;
+    memset(report, 0, sizeof *report);
+    report->updates = u->m->updates;
+    report->steps = u->epoch * u->batches + u->batch;
+    report->teacher_accuracy = u->teacher_accuracy;
+    report->seconds = seconds;
+    if (seen < 1) return;
+    report->kd = u->sums[1] / seen;
+    report->feat = u->sums[2] / seen;
+    report->loss = u->sums[0] / seen + (double)u->d.w_kd * report->kd + (double)u->d.w_feat * report->feat;
+    report->accuracy = (double)u->hits / seen;
+}
+
+/* ---- one SGD step ---- */
+
+/* One SGD step on pictures position[0..n). */
+static ckca_status ckca__train_step(ckca__update *u, const int *position, int n) {
+    const int64_t step = (int64_t)u->epoch * u->batches + u->batch;
+    void **recording = &u->recording[n < u->d.batch];
+    ckca__send_batch(u->ctx, u->data, position, n, u->epoch, ckca__rate(&u->d, step, u->batches), &u->b);
+    if (ckca__device_record(u->ctx, recording)) {
+        ckca__step_ops(u, n);
+        ckca__device_recorded(u->ctx, recording);
+    } else { /* replayed; what ckca__run_forward notes on the host */
+        u->m->n = n;
+        u->m->mode = u->mode;
+        u->m->input = ckca__input_buffer(u->m, n, u->mode);
+        u->m->batches_tracked++;
+        u->m->folded_valid = 0;
+    }
+    return ckca__device_status(u->ctx);
+}
+
+/* The device's part of a step, with n pictures: the picture's way from bytes to an update of the weights. Which
+   pictures, which epoch and which learning rate is in u->b, so that it is the same work every time. */
+static void ckca__step_ops(ckca__update *u, int n) {
+    ckca_context *ctx = u->ctx;
+    ckca_model *m = u->m;
+    const ckca_update_desc *d = &u->d;
+    float *input = ckca__input_buffer(m, n, u->mode);
+    const float *logits;
+    ckca_sgd_desc sgd;
+
+    ckca__make_batch(m, u->data, n, &d->augment, d->seed, &u->b, input);
+    ckca__run_forward(m, n, u->mode, input);
+    logits = ckca__value(m, m->logits);
+
+    ckca__clear_written(m);
+    ckca__op_cross_entropy(ctx, n, m->classes, logits, u->b.labels, d->label_smoothing, ckca__grad(m, m->logits),
+                           u->b.loss, u->b.hit);
+    m->node[m->logits].written = 1;
+    ckca__op_sum(ctx, n, u->b.loss, u->b.sums);
+    ckca__op_count(ctx, n, u->b.hit, u->b.sums + 3);
+    if (u->teacher) ckca__ask_teacher(u, n, input);
+    if (d->w_kd > 0) {
+        ckca__op_adakd(ctx, d->adakd, n, m->classes, logits, u->teacher_logits, u->b.labels, u->b.class_weight,
+                       d->temperature, d->w_kd, ckca__grad(m, m->logits), u->b.loss);
+        ckca__op_sum(ctx, n, u->b.loss, u->b.sums + 1);
+    }
+    if (d->w_feat > 0) ckca__feature_term(u, n);
+
+    ckca__device_zero(ctx, m->gradients, m->trainable * sizeof(float));
+    ckca__run_backward(m);
+    sgd.momentum = d->momentum;
+    sgd.weight_decay = d->weight_decay;
+    sgd.no_nesterov = d->no_nesterov;
+    sgd.clip_norm = d->clip_norm;
+    ckca__run_sgd(m, &sgd, u->b.lr, u->b.gscale);
+}
+
+/* What the terms of the loss need of the teacher for the batch in u->b, whose pictures are at input. */
+static void ckca__ask_teacher(ckca__update *u, int n, const float *input) {
+    ckca_model *t = u->teacher;
+    if (u->cache_logits) {
+        u->teacher_logits = u->b.teacher_logits;
+        u->teacher_features = u->b.teacher_features;
+        if (u->d.w_kd > 0) ckca__op_gather(u->ctx, n, t->classes, u->cache_logits, u->b.position, u->b.teacher_logits);
+        if (u->d.w_feat > 0)
+            ckca__op_gather(u->ctx, n, t->features, u->cache_features, u->b.position, u->b.teacher_features);
+    } else {
+        ckca__run_forward(
+            t, n, u->d.w_feat > 0 && u->d.featreg == CKCA_FEATREG_STAGES ? CKCA__MODE_STAGES : CKCA__MODE_EVALUATE,
+            input);
+        u->teacher_logits = ckca__value(t, t->logits);
+        u->teacher_features = ckca__value(t, t->pooled);
+    }
+}
+
+/* FeatReg's gradient on the features, or on every stage's map, and its sum over the batch. */
+static void ckca__feature_term(ckca__update *u, int n) {
+    ckca_model *m = u->m, *t = u->teacher;
+    int i, j = 0, stages = 0;
+    if (u->d.featreg != CKCA_FEATREG_STAGES) {
+        ckca__op_featreg(u->ctx, u->d.featreg, 0, 0, n, m->features, t->features, ckca__value(m, m->pooled),
+                         u->teacher_features, u->d.w_feat, ckca__grad(m, m->pooled), ckca__accumulates(m, m->pooled),
+                         u->b.loss, m->workspace);
+        ckca__op_sum(u->ctx, n, u->b.loss, u->b.sums + 2);
+        return;
+    }
+    for (i = 0; i < m->nodes; i++) stages += m->node[i].stage;
+    for (i = 0; i < m->nodes; i++) {
+        const ckca__node *x = &m->node[i];
+        const int d = x->h * x->w * x->c;
+        if (!x->stage) continue;
+        while (!t->node[j].stage) j++;
+        ckca__op_featreg(u->ctx, CKCA_FEATREG_COSINE, x->bf16, t->node[j].bf16, n, d, d, ckca__value(m, i),
+                         ckca__value(t, j), u->d.w_feat / (float)stages, ckca__grad(m, i), ckca__accumulates(m, i),
+                         u->b.loss, m->workspace);
+        ckca__op_sum(u->ctx, n, u->b.loss, u->b.sums + 2);
+        j++;
+    }
+}
+
+/* The learning rate of SGD step s: linear up to the peak, then the schedule. */
+static float ckca__rate(const ckca_update_desc *d, int64_t s, int batches) {
+    const double warm = floor((double)d->warmup_epochs * batches), total = (double)d->epochs * batches, at = (double)s;
+    double rate = d->lr;
+    if (at < warm) return (float)(rate * (at + 1) / warm);
+    if (d->schedule == CKCA_SCHEDULE_COSINE)
+        rate *= 0.5 * (1 + cos(3.141592653589793 * (at - warm) / (total > warm ? total - warm : 1)));
+    if (d->schedule == CKCA_SCHEDULE_STEP) rate *= pow(d->step_factor, floor(at / (d->step_epochs * batches)));
+    return (float)rate;
+}
+
+/* Fetches the sums of the epoch so far; the loss must be finite. On a GPU this waits for the steps under way. */
+static ckca_status ckca__look(ckca__update *u) {
+    const int64_t step = (int64_t)u->epoch * u->batches + u->batch;
+    double sums[4];
+    ckca_status status;
+    ckca__device_download(u->ctx, sums, u->b.sums, sizeof sums);
+    if ((status = ckca__device_status(u->ctx))) return status;
+    memcpy(u->sums, sums, sizeof u->sums);
+    u->hits = (int)sums[3];
+    if (!isfinite(u->sums[0]) || !isfinite(u->sums[1]) || !isfinite(u->sums[2]))
+        return ckca__fail(
+            u->ctx, CKCA_ENAN, "the loss is no longer finite: update %d, epoch %d, batch %d of %d, learning rate %g",
+            u->m->updates + 1, u->epoch + 1, u->batch + 1, u->batches, (double)ckca__rate(&u->d, step, u->batches));
+    return CKCA_OK;
+}
+
+/* Whether a parameter's values are all finite. what: whose they are, and prefix: what stands before its name there. */
+static ckca_status ckca__finite(ckca_context *ctx, const char *what, const char *prefix, const ckca__parameter *p,
+                                const float *values) {
+    size_t i;
+    for (i = 0; i < p->count && isfinite(values[i]); i++) continue;
+    if (i == p->count) return CKCA_OK;
+    return ckca__fail(ctx, CKCA_ENAN, "%s: %s%s is not finite: value %.0f of %.0f is %s", what, prefix, p->name,
+                      (double)i + 1, (double)p->count, isnan(values[i]) ? "NaN" : "infinite");
+}
+
+/* The same of a model's weights and running statistics, and of its momentum. */
+static ckca_status ckca__all_finite(const ckca_model *m, const char *what, int momentum) {
+    const size_t size = m->all > m->trainable ? m->all : m->trainable;
+    float *host = (float *)ckca__alloc(m->ctx, size * sizeof(float));
+    ckca_status status = CKCA_OK;
+    int i, slot;
+    if (!host)
+        return ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for %.1f MB of weights", what, (double)size * 4e-6);
+    for (slot = 0; !status && slot <= momentum; slot++) {
+        ckca__device_download(m->ctx, host, slot ? m->momentum : m->values,
+                              (slot ? m->trainable : m->all) * sizeof(float));
+        status = ckca__device_status(m->ctx);
+        for (i = 0; !status && i < m->parameters; i++)
+            if (!slot || m->parameter[i].role < CKCA__ROLE_MEAN)
+                status = ckca__finite(m->ctx, what, slot ? "momentum." : "", &m->parameter[i],
+                                      host + m->parameter[i].offset);
+    }
+    ckca__release(m->ctx, host);
+    return status;
+}
+
+/* ---- before the first step ---- */
+
+static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
+    ckca_model *m = u->m;
+    const ckca_model *teacher = u->old;
+    ckca_status status;
+    int found = 0;
+    if (desc) u->d = *desc;
+    if ((status = ckca_update_defaults(m, u->data, &u->d))) return status;
+    ckca__settings_off(&u->d);
+    if (u->d.state && (status = ckca__state_open(u))) return status;
+    if (u->d.teacher && u->d.teacher != m) teacher = u->d.teacher;
+    if (!(u->d.w_kd > 0) && !(u->d.w_feat > 0)) teacher = NULL;
+    if (teacher && !m->normalized && teacher->normalized && teacher->channels == m->channels) {
+        memcpy(m->normalization, teacher->normalization, (size_t)m->channels * 2 * sizeof(float));
+        m->normalized = 1;
+    }
+    if ((status = ckca__adopt(m, u->data, "update"))) return status;
+    if (teacher && (status = ckca__check_teacher(u, teacher))) return status;
+    if (teacher == u->old)
+        u->teacher = u->old;
+    else if (teacher && (status = ckca_model_copy(&u->teacher, teacher)))
+        return status;
+    u->mode = CKCA__MODE_TRAIN | (u->d.w_feat > 0 && u->d.featreg == CKCA_FEATREG_STAGES ? CKCA__MODE_STAGES : 0);
+    u->batches = (u->data->count + u->d.batch - 1) / u->d.batch;
+    u->order = (int *)ckca__alloc(u->ctx, (size_t)u->data->count * sizeof(int));
+    if (!u->order)
+        return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for the order of %d pictures", u->data->count);
+    if ((status =
+             ckca__small_alloc(u->ctx, &u->b, u->d.batch, m->classes,
+                               u->teacher && u->teacher->features > m->features ? u->teacher->features : m->features)))
+        return status;
+    if ((status = ckca__reserve(m, u->d.batch, u->mode))) return status;
+    if (u->d.w_feat > 0) { /* RELATION's tables may need more room than the layers do */
+        const int widest = u->teacher->features > m->features ? u->teacher->features : m->features;
+        if (!ckca__arena(u->ctx, &m->workspace, &m->workspace_bytes,
+                         ckca__op_workspace(u->ctx, (size_t)u->d.batch, widest + 2 * u->d.batch)))
+            return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for FeatReg on a batch of %d", u->d.batch);
+    }
+    if (u->teacher && (status = ckca__consult(u))) return status;
+    if ((status = ckca__reside(u->ctx, u->data->store, u->d.batch, &u->b))) return status;
+    if (u->d.state) {
+        if ((status = ckca__fingerprint(u)) || (status = ckca__state_load(u, &found))) return status;
+        if (found) {
+            double sums[4];
+            memcpy(sums, u->sums, sizeof u->sums);
+            sums[3] = u->hits;
+            ckca__device_upload(u->ctx, u->b.sums, sums, sizeof sums);
+        }
+    }
+    if (found) return CKCA_OK;
+    ckca__device_zero(u->ctx, m->momentum, m->trainable * sizeof(float));
+    return ckca__starting_weights(u);
+}
+
+CKCA_API ckca_status ckca_update_defaults(const ckca_model *m, const ckca_data *data, ckca_update_desc *desc) {
+    ckca_update_desc d;
+    ckca_status status;
+    int first_update;
+    if (!m) return CKCA_EINVAL;
+    if (!data || !desc) return ckca__null(m->ctx, "ckca_update_defaults", !data ? "data" : "desc");
+    if ((status = ckca__check_finished(m, "ckca_update_defaults")) ||
+        (status = ckca__settings_check(m->ctx, "update", desc)))
+        return status;
+    d = *desc;
+    first_update = m->updates == 0 && !d.teacher; /* nothing to keep yet */
+    if (d.method == CKCA_METHOD_LWF) d.adakd = CKCA_ADAKD_CONSTANT;
+    if (d.w_kd == 0 && d.adakd == CKCA_ADAKD_CLASS) d.w_kd = 2;
+    if (d.w_feat == 0 && d.featreg == CKCA_FEATREG_STAGES && !ckca__same_stages(m, d.teacher ? d.teacher : m))
+        d.w_feat = CKCA_OFF;
+    if (first_update || (d.method != CKCA_METHOD_CKCA && d.method != CKCA_METHOD_LWF)) d.w_kd = d.w_feat = CKCA_OFF;
+    if (d.method == CKCA_METHOD_LWF) d.w_feat = CKCA_OFF;
+    if (first_update) d.method = CKCA_METHOD_WARM;
+    if (d.augment.resized_crop && d.augment.crop_min == 0) d.augment.crop_min = 0.25f;
+    ckca__settings_fill(&d);
+    if (d.batch > data->count) d.batch = data->count;
+    if (d.step_epochs == 0) d.step_epochs = (float)d.epochs / 3.0f;
+    *desc = d;
+    return CKCA_OK;
+}
+
+/* Whether the terms in use can compare the student with this teacher. */
+static ckca_status ckca__check_teacher(const ckca__update *u, const ckca_model *t) {
+    const ckca_model *m = u->m;
+    int i;
+    if (t->ctx != m->ctx)
+        return ckca__fail(u->ctx, CKCA_EINVAL, "teacher: it belongs to another context than the model");
+    if (!t->finished) return ckca__fail(u->ctx, CKCA_EINVAL, "teacher: it is not finished (ckca_model_finish)");
+    if (t->classes != m->classes || t->height != m->height || t->width != m->width || t->channels != m->channels)
+        return ckca__fail(u->ctx, CKCA_ESHAPE,
+                          "teacher: it takes %d x %d x %d and has %d classes, the model %d x %d x %d and %d", t->height,
+                          t->width, t->channels, t->classes, m->height, m->width, m->channels, m->classes);
+    for (i = 0; t->normalized && i < 2 * m->channels; i++)
+        if (fabsf(t->normalization[i] - m->normalization[i]) > 1e-5f)
+            return ckca__fail(u->ctx, CKCA_EINVAL, "teacher: its %s of channel %d is %g, the model's is %g",
+                              i < m->channels ? "mean" : "std", i % m->channels, (double)t->normalization[i],
+                              (double)m->normalization[i]);
+    if (!(u->d.w_feat > 0)) return CKCA_OK;
+    if ((u->d.featreg == CKCA_FEATREG_COSINE || u->d.featreg == CKCA_FEATREG_L2) && t->features != m->features)
+        return ckca__fail(u->ctx, CKCA_ESHAPE, "teacher: it has %d features, the model %d: only RELATION compares them",
+                          t->features, m->features);
+    if (u->d.featreg == CKCA_FEATREG_STAGES && !ckca__same_stages(m, t))
+        return ckca__fail(
+            u->ctx, CKCA_ESHAPE,
+            "teacher: FeatReg's STAGES needs stages (ckca_layer_stage) in both networks, of the same shapes");
+    return CKCA_OK;
+}
+
+/* 1: both networks have stages marked, as many, with maps of the same shapes. */
+static int ckca__same_stages(const ckca_model *m, const ckca_model *t) {
+    int i = 0, j = 0, same = 0;
+    for (;; i++, j++, same++) {
+        while (i < m->nodes && !m->node[i].stage) i++;
+        while (j < t->nodes && !t->node[j].stage) j++;
+        if (i == m->nodes || j == t->nodes) return i == m->nodes && j == t->nodes && same > 0;
+        if (m->node[i].h != t->node[j].h || m->node[i].w != t->node[j].w || m->node[i].c != t->node[j].c) return 0;
+    }
+}
+
+/* The teacher's accuracy on the new chunk by class (AdaKD's CLASS), and its answers where they can be kept. */
+static ckca_status ckca__consult(ckca__update *u) {
+    ckca_context *ctx = u->ctx;
+    ckca_model *t = u->teacher;
+    const ckca_augment *a = &u->d.augment;
+    const size_t count = (size_t)u->data->count;
+    const int live = (u->d.w_feat > 0 && u->d.featreg == CKCA_FEATREG_STAGES) || a->pad || a->flip || a->resized_crop ||
+                     a->jitter > 0;
+    float *by_class = (float *)ckca__alloc(ctx, (size_t)t->classes * sizeof(float));
+    ckca_score score;
+    ckca_status status;
+    int i;
+    if (!by_class) return ckca__fail(ctx, CKCA_ENOMEM, "update: out of memory for %d classes", t->classes);
+    u->cache_logits_bytes = ckca__mul(count, (size_t)t->classes * sizeof(float));
+    u->cache_features_bytes = ckca__mul(count, (size_t)t->features * sizeof(float));
+    if (!live && ckca__sum(u->cache_logits_bytes, u->cache_features_bytes) <= CKCA__CACHE_BYTES) {
+        u->cache_logits = (float *)ckca__device_alloc(ctx, u->cache_logits_bytes);
+        u->cache_features = (float *)ckca__device_alloc(ctx, u->cache_features_bytes);
+        if (!u->cache_logits || !u->cache_features) {
+            ckca__release(ctx, by_class);
+            return ckca__fail(ctx, CKCA_ENOMEM, "update: out of memory for the teacher's answers on %d pictures",
+                              u->data->count);
+        }
+    }
+    status = ckca__survey(t, u->m, u->data, &score, by_class, u->cache_logits, u->cache_features);
+    if (!status) {
+        u->teacher_accuracy = score.top1;
+        for (i = 0; i < t->classes; i++)
+            if (by_class[i] < 0) by_class[i] = 0; /* a class without pictures is never asked for */
+        ckca__device_upload(ctx, u->b.class_weight, by_class, (size_t)t->classes * sizeof(float));
+        status = ckca__reserve(t, u->d.batch,
+                               live && u->d.featreg == CKCA_FEATREG_STAGES ? CKCA__MODE_STAGES : CKCA__MODE_EVALUATE);
+    }
+    ckca__release(ctx, by_class);
+    return status;
+}
+
+/* The weights that the method starts from. */
+static ckca_status ckca__starting_weights(ckca__update *u) {
+    ckca_model *m = u->m;
+    float *fresh;
+    ckca_status status;
+    if (u->d.method == CKCA_METHOD_SCRATCH) return ckca__initialize(m, u->d.seed, m->values);
+    if (u->d.method != CKCA_METHOD_SHRINK_PERTURB) return CKCA_OK;
+    fresh = (float *)ckca__device_alloc(u->ctx, m->all * sizeof(float));
+    if (!fresh)
+        return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for %.1f MB of fresh weights",
+                          (double)m->all * 4e-6);
+    if (!(status = ckca__initialize(m, u->d.seed, fresh)))
+        ckca__op_shrink_perturb(u->ctx, m->trainable, m->values, fresh, u->d.shrink, u->d.perturb);
+    ckca__device_release(u->ctx, fresh, m->all * sizeof(float));
+    return status;
+}
+
+static uint64_t ckca__hash(uint64_t hash, const void *bytes, size_t size) {
+    const unsigned char *p = (const unsigned char *)bytes;
+    uint64_t word;
+    size_t i;
+    for (i = 0; i + 8 <= size; i += 8) {
+        memcpy(&word, p + i, 8);
+        hash = (hash ^ word) * UINT64_C(0x9e3779b97f4a7c15);
+        hash ^= hash >> 29;
+    }
+    for (; i < size; i++) hash = (hash ^ p[i]) * UINT64_C(0x100000001b3);
+    return ckca__mix(hash);
+}
+
+static ckca_status ckca__hash_weights(const ckca_model *m, uint64_t *hash) {
+    float *host = (float *)ckca__alloc(m->ctx, m->all * sizeof(float));
+    if (!host) return ckca__fail(m->ctx, CKCA_ENOMEM, "out of memory for %.1f MB of weights", (double)m->all * 4e-6);
+    ckca__device_download(m->ctx, host, m->values, m->all * sizeof(float));
+    *hash = ckca__hash(*hash, host, m->all * sizeof(float));
+    ckca__release(m->ctx, host);
+    return CKCA_OK;
+}
+
+/* Of all that decides the result: a training state goes on only where it would have come from the same call. */
+static ckca_status ckca__fingerprint(ckca__update *u) {
+    const ckca__store *store = u->data->store;
+    const ckca_update_desc *d = &u->d;
+    const size_t picture = ckca__picture_bytes(store);
+    double fields[CKCA__SETTINGS + 1];
+    uint64_t hash = u->d.seed;
+    int i, k = 0;
+    ckca_status status;
+    for (i = 0; i < u->data->count; i++) {
+        hash = ckca__hash(hash, store->pixels + (size_t)u->data->index[i] * picture, picture);
+        hash = ckca__hash(hash, &store->labels[u->data->index[i]], sizeof(int));
+        hash = ckca__hash(hash, &u->data->index[i], sizeof(int)); /* augmentation draws by it */
+    }
+    for (i = 0; i < CKCA__SETTINGS; i++)
+        if (ckca__settings[i].decides) fields[k++] = ckca__setting_get(d, &ckca__settings[i]);
+    fields[k++] = u->m->updates;
+    hash = ckca__hash(hash, fields, (size_t)k * sizeof *fields);
+    if ((status = ckca__hash_weights(u->old, &hash))) return status;
+    if (u->teacher && u->teacher != u->old && (status = ckca__hash_weights(u->teacher, &hash))) return status;
+    u->fingerprint = hash;
+    return CKCA_OK;
+}
+
+/* ---- batches ---- */
+
+CKCA_API void ckca_shuffle(uint64_t seed, int epoch, int n, int *order) {
+    int i;
+    if (!order) return;
+    for (i = 0; i < n; i++) order[i] = i;
+    for (i = n - 1; i > 0; i--) { /* Fisher and Yates */
+        const uint64_t r = ckca__random(seed, CKCA__STREAM_SHUFFLE, ((uint64_t)(unsigned)epoch << 32) + (uint64_t)i);
+        const int j = (int)(r % ((uint64_t)i + 1)), swap = order[i];
+        order[i] = order[j];
+        order[j] = swap;
+    }
+}
+
+/* The batch, as the network m takes it. */
+static void ckca__make_batch(const ckca_model *m, const ckca_data *data, int n, const ckca_augment *augment,
+                             uint64_t seed, const ckca__small *b, float *input) {
+    const ckca__store *store = data->store;
+    ckca__op_batch(m->ctx, n, store->height, store->width, store->channels,
+                   store->streams ? b->pixels : store->resident, store->streams, b->index, augment, seed, b->epoch,
+                   m->normalization, m->normalization + m->channels, input);
+}
+
+/* Takes back, after a failure, what ckca__adopt gave a model that had none. */
+static void ckca__disown(ckca_model *m, int had_names, int was_normalized) {
+    m->normalized = was_normalized;
+    if (had_names) return;
+    ckca__free_names(m->ctx, m->class_names, m->classes);
+    m->class_names = NULL;
+}
+
+typedef struct ckca__gather {
+    const ckca__store *store;
+    const int *index;
+    unsigned char *to;
+} ckca__gather;
+
+static void ckca__gather_picture(void *job, int i, int thread) {
+    const ckca__gather *a = (const ckca__gather *)job;
+    const size_t size = ckca__picture_bytes(a->store);
+    (void)thread;
+    memcpy(a->to + (size_t)i * size, a->store->pixels + (size_t)a->index[i] * size, size);
+}
+
+/* Sends to the device what ckca__make_batch makes a batch of pictures position[0..n) of data from; reside first. */
+static void ckca__send_batch(ckca_context *ctx, const ckca_data *data, const int *position, int n, int epoch, float lr,
+                             ckca__small *b) {
+    int *index = (int *)ckca__sent(b, b->index), *labels = (int *)ckca__sent(b, b->labels), i;
+    *(float *)ckca__sent(b, b->lr) = lr;
+    *(int *)ckca__sent(b, b->epoch) = epoch;
+    memcpy(ckca__sent(b, b->position), position, (size_t)n * sizeof *position);
+    for (i = 0; i < n; i++) {
+        index[i] = data->index[position[i]];
+        labels[i] = data->store->labels[index[i]];
+    }
+    if (b->staging) {
+        const size_t size = ckca__picture_bytes(data->store);
+        ckca__gather job;
+        job.store = data->store;
+        job.index = index;
+        job.to = (unsigned char *)ckca__device_staging_buffer(ctx, b->staging);
+        if (!job.to) return;
+        ckca__parallel(ctx, n, ckca__gather_picture, &job);
+        ckca__device_staging_send(ctx, b->staging, b->pixels, (size_t)n * size);
+    }
+    ckca__device_upload(ctx, b->block, b->host, b->sent);
+}
+
+/* Readies batches of n of a store's pictures. The store goes to the device once and stays there as long as it lives, if
+   it takes no more than half of the room that is left (so reserve memory for models first); else its batches stream. */
+static ckca_status ckca__reside(ckca_context *ctx, ckca__store *store, int n, ckca__small *b) {
+    const size_t bytes = ckca__store_bytes(store);
+    if (CKCA__DEVICE_IS_HOST) store->resident = store->pixels;
+    if (!store->resident && !store->streams) {
+        if (bytes <= ckca__device_free_bytes(ctx) / 2)
+            store->resident = (unsigned char *)ckca__device_alloc(ctx, bytes);
+        if (store->resident) ckca__device_upload(ctx, store->resident, store->pixels, bytes);
+        store->streams = !store->resident;
+    }
+    if (!store->streams) return CKCA_OK;
+    b->pixel_bytes = ckca__picture_bytes(store) * (size_t)n;
+    b->pixels = (unsigned char *)ckca__device_alloc(ctx, b->pixel_bytes);
+    b->staging = ckca__device_staging_open(ctx, b->pixel_bytes);
+    if (b->pixels && b->staging) return CKCA_OK;
+    return ckca__fail(ctx, CKCA_ENOMEM, "out of memory for three times %d pictures, %.1f MB each time", n,
+                      (double)b->pixel_bytes * 1e-6);
+}
+
+/* Where something of the sent part is on the host. */
+static void *ckca__sent(const ckca__small *b, const void *device) {
+    return (char *)b->host + ((const char *)device - (const char *)b->block);
+}
+
+static ckca_status ckca__small_alloc(ckca_context *ctx, ckca__small *b, int n, int classes, int features) {
+    const size_t row = ckca__round_up((size_t)n * sizeof(float), CKCA__ALIGN);
+    const size_t z = ckca__round_up(ckca__mul(ckca__mul((size_t)n, (size_t)classes), sizeof(float)), CKCA__ALIGN);
+    const size_t f = ckca__round_up(ckca__mul(ckca__mul((size_t)n, (size_t)features), sizeof(float)), CKCA__ALIGN);
+    const size_t k = ckca__round_up((size_t)classes * sizeof(float), CKCA__ALIGN);
+    char *at;
+    memset(b, 0, sizeof *b);
+    b->sent = CKCA__ALIGN + 3 * row;
+    b->bytes = ckca__sum(ckca__sum(z, f), row * 5 + k + 3 * CKCA__ALIGN);
+    b->block = ckca__device_alloc(ctx, b->bytes);
+    b->host = ckca__alloc(ctx, b->sent);
+    if (!b->block || !b->host) {
+        ckca__small_free(ctx, b);
+        return ckca__fail(ctx, CKCA_ENOMEM, "out of memory for the labels and logits of a batch of %d", n);
+    }
+    ckca__device_zero(ctx, b->block, b->bytes); /* sums are added to */
+    at = (char *)b->block;
+    b->lr = (float *)(void *)at;
+    b->epoch = (int *)(void *)(at + sizeof(float));
+    b->index = (int *)(void *)(at += CKCA__ALIGN);
+    b->position = (int *)(void *)(at += row);
+    b->labels = (int *)(void *)(at += row);
+    b->sums = (double *)(void *)(at += row);
+    b->gscale = (float *)(void *)(at += CKCA__ALIGN);
+    b->hit = (int *)(void *)(at += CKCA__ALIGN);
+    b->loss = (float *)(void *)(at += row);
+    b->class_weight = (float *)(void *)(at += row);
+    b->teacher_logits = (float *)(void *)(at += k);
+    b->teacher_features = (float *)(void *)(at += z);
+    return CKCA_OK;
+}
+
+static void ckca__small_free(ckca_context *ctx, ckca__small *b) {
+    ckca__device_release(ctx, b->block, b->bytes);
+    ckca__device_release(ctx, b->pixels, b->pixel_bytes);
+    if (b->staging) ckca__device_staging_close(ctx, b->staging);
+    ckca__release(ctx, b->host);
+    memset(b, 0, sizeof *b);
+}
+
+CKCA_API ckca_status ckca_get_batch(ckca_model *m, const ckca_data *data, const int *index, int n,
+                                    const ckca_augment *augment, uint64_t seed, int epoch, float *pictures,
+                                    int *labels) {
+    const size_t values = m ? (size_t)m->height * (size_t)m->width * (size_t)m->channels : 0;
+    ckca_update_desc settings;
+    ckca__bound bound = {"n", 0, 1, CKCA__BATCH_MAX, 0};
+    float *device = NULL;
+    int i, had_names, was_normalized;
+    ckca__small b;
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    if (!data || !index || !pictures)
+        return ckca__null(m->ctx, "ckca_get_batch", !data ? "data" : !index ? "index" : "pictures");
+    memset(&settings, 0, sizeof settings);
+    if (augment) settings.augment = *augment;
+    bound.value = n;
+    if ((status = ckca__check_finished(m, "ckca_get_batch")) ||
+        (status = ckca__check_bounds(m->ctx, "ckca_get_batch", &bound, 1)) ||
+        (status = ckca__settings_check(m->ctx, "ckca_get_batch", &settings)))
+        return status;
+    for (i = 0; i < n; i++)
+        if (index[i] < 0 || index[i] >= data->count)
+            return ckca__fail(m->ctx, CKCA_EINVAL, "ckca_get_batch: index[%d] is %d, there are %d pictures", i,
+                              index[i], data->count);
+    had_names = m->class_names != NULL;
+    was_normalized = m->normalized;
+    if ((status = ckca__adopt(m, data, "batch"))) return status;
+    status = ckca__small_alloc(m->ctx, &b, n, 1, 1);
+    if (!status) status = ckca__reside(m->ctx, data->store, n, &b);
+    if (!status) {
+        device = (float *)ckca__device_alloc(m->ctx, ckca__mul((size_t)n, values * sizeof(float)));
+        if (!device) status = ckca__fail(m->ctx, CKCA_ENOMEM, "ckca_get_batch: out of memory for %d pictures", n);
+    }
+    if (device) {
+        ckca__send_batch(m->ctx, data, index, n, epoch, 0, &b);
+        ckca__make_batch(m, data, n, augment, seed, &b, device);
+        ckca__device_download(m->ctx, pictures, device, (size_t)n * values * sizeof(float));
+        for (i = 0; labels && i < n; i++) labels[i] = ckca_label(data, index[i]);
+        status = ckca__device_status(m->ctx);
+    }
+    ckca__device_release(m->ctx, device, (size_t)n * values * sizeof(float));
+    ckca__small_free(m->ctx, &b);
+    if (status) ckca__disown(m, had_names, was_normalized);
+    return status;
+}
+
+/* ---- evaluation and prediction ---- */
+
+CKCA_API ckca_status ckca_evaluate(ckca_model *m, const ckca_data *data, ckca_score *score, float *per_class) {
+    ckca_score ignored;
+    ckca_status status;
+    int had_names, was_normalized;
+    if (!m) return CKCA_EINVAL;
+    if ((status = ckca__check_finished(m, "ckca_evaluate"))) return status;
+    if (!data) return ckca__null(m->ctx, "ckca_evaluate", "data");
+    had_names = m->class_names != NULL;
+    was_normalized = m->normalized;
+    if ((status = ckca__adopt(m, data, "evaluate"))) return status;
+    status = ckca__survey(m, m, data, score ? score : &ignored, per_class, NULL, NULL);
+    if (status) ckca__disown(m, had_names, was_normalized);
+    return status;
+}
+
+CKCA_API ckca_status ckca_predict(ckca_model *m, const unsigned char *pixels, int n, float *out) {
+    const size_t picture = m ? (size_t)m->height * (size_t)m->width * (size_t)m->channels : 0;
+    int first, i, batch;
+    ckca__small b;
+    unsigned char *device = NULL; /* a batch of pixels */
+    ckca__bound bound = {"n", 0, 1, INT_MAX, 0};
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    if ((status = ckca__check_finished(m, "ckca_predict"))) return status;
+    if (!pixels || !out) return ckca__null(m->ctx, "ckca_predict", !pixels ? "pixels" : "out");
+    bound.value = n;
+    if ((status = ckca__check_bounds(m->ctx, "ckca_predict", &bound, 1))) return status;
+    if (!m->normalized)
+        return ckca__fail(m->ctx, CKCA_EINVAL, "predict: the model has no mean and std yet: train it or give them");
+    batch = n < CKCA__EVAL_BATCH ? n : CKCA__EVAL_BATCH;
+    if ((status = ckca__small_alloc(m->ctx, &b, batch, m->classes, 1))) return status;
+    status = ckca__reserve(m, batch, CKCA__MODE_EVALUATE);
+    if (!status && !(device = (unsigned char *)ckca__device_alloc(m->ctx, (size_t)batch * picture)))
+        status = ckca__fail(m->ctx, CKCA_ENOMEM, "predict: out of memory for %d pictures", batch);
+    for (i = 0; i < batch; i++) ((int *)ckca__sent(&b, b.index))[i] = i;
+    ckca__device_upload(m->ctx, b.block, b.host, b.sent);
+    for (first = 0; !status && first < n; first += batch) {
+        const int count = n - first < batch ? n - first : batch;
+        float *input = ckca__input_buffer(m, count, CKCA__MODE_EVALUATE);
+        ckca__device_upload(m->ctx, device, pixels + (size_t)first * picture, (size_t)count * picture);
+        ckca__op_batch(m->ctx, count, m->height, m->width, m->channels, device, 1, b.index, NULL, 0, NULL,
+                       m->normalization, m->normalization + m->channels, input);
+        ckca__run_forward(m, count, CKCA__MODE_EVALUATE, input);
+        ckca__op_softmax(m->ctx, count, m->classes, ckca__value(m, m->logits), b.teacher_logits);
+        ckca__device_download(m->ctx, out + (size_t)first * (size_t)m->classes, b.teacher_logits,
+                              (size_t)count * (size_t)m->classes * sizeof(float));
+    }
+    ckca__device_release(m->ctx, device, (size_t)batch * picture);
+    ckca__small_free(m->ctx, &b);
+    return status ? status : ckca__device_status(m->ctx);
+}
+
+/* Runs all of data through m as it stands, normalised as like (m itself, or the student of a teacher) does. cache_logits and
+   cache_features (count x classes, count x features, on the device) get every picture's logits and features, unless NULL. */
+static ckca_status ckca__survey(ckca_model *m, const ckca_model *like, const ckca_data *data, ckca_score *score,
+                                float *per_class, float *cache_logits, float *cache_features) {
+    ckca_context *ctx = m->ctx;
+    const int batch = data->count < CKCA__EVAL_BATCH ? data->count : CKCA__EVAL_BATCH;
+    const size_t hits = (size_t)data->count * sizeof(int);
+    int first, i, n, top1 = 0, top5 = 0, *seen = NULL, *position = NULL, *hit = NULL, *device_hit = NULL;
+    double loss = 0;
+    ckca__small b;
+    ckca_status status = ckca__small_alloc(ctx, &b, batch, m->classes, 1);
+    if (status) return status;
+    if (!(status = ckca__reserve(m, batch, CKCA__MODE_EVALUATE)) &&
+        !(status = ckca__reside(ctx, data->store, batch, &b))) {
+        position = (int *)ckca__alloc(ctx, (size_t)batch * sizeof(int));
+        seen = (int *)ckca__alloc(ctx, (size_t)m->classes * 2 * sizeof(int));
+        hit = (int *)ckca__alloc(ctx, hits);
+        device_hit = (int *)ckca__device_alloc(ctx, hits);
+        if (!position || !seen || !hit || !device_hit)
+            status = ckca__fail(ctx, CKCA_ENOMEM, "evaluate: out of memory for %d classes, %d pictures", m->classes,
+                                data->count);
+    }
+    for (first = 0; !status && first < data->count; first += n) {
+        const size_t z = (size_t)m->classes, f = (size_t)m->features;
+        float *input;
+        n = data->count - first < batch ? data->count - first : batch;
+        if (n < 1) break; /* never; it tells the compiler so */
+        input = ckca__input_buffer(m, n, CKCA__MODE_EVALUATE);
+        for (i = 0; i < n; i++) position[i] = first + i;
+        ckca__send_batch(ctx, data, position, n, 0, 0, &b);
+        ckca__make_batch(like, data, n, NULL, 0, &b, input);
+        ckca__run_forward(m, n, CKCA__MODE_EVALUATE, input);
+        ckca__op_cross_entropy(ctx, n, m->classes, ckca__value(m, m->logits), b.labels, 0.0f, NULL, b.loss,
+                               device_hit + first);
+        ckca__op_sum(ctx, n, b.loss, b.sums);
+        if (cache_logits)
+            ckca__device_copy(ctx, cache_logits + (size_t)first * z, ckca__value(m, m->logits),
+                              (size_t)n * z * sizeof(float));
+        if (cache_features)
+            ckca__device_copy(ctx, cache_features + (size_t)first * f, ckca__value(m, m->pooled),
+                              (size_t)n * f * sizeof(float));
+    }
+    if (!status) {
+        ckca__device_download(ctx, &loss, b.sums, sizeof loss);
+        ckca__device_download(ctx, hit, device_hit, hits);
+        status = ckca__device_status(ctx);
+    }
+    if (!status) {
+        for (i = 0; i < data->count; i++) {
+            int *of_class = seen + 2 * data->store->labels[data->index[i]];
+            of_class[0]++;
+            of_class[1] += hit[i] & 1;
+            top1 += hit[i] & 1;
+            top5 += hit[i] >> 1 & 1;
+        }
+        score->count = data->count;
+        score->top1 = (double)top1 / data->count;
+        score->top5 = (double)top5 / data->count;
+        score->loss = loss / data->count;
+        for (i = 0; per_class && i < m->classes; i++)
+            per_class[i] = seen[2 * i] ? (float)seen[2 * i + 1] / (float)seen[2 * i] : -1.0f;
+    }
+    ckca__release(ctx, position);
+    ckca__release(ctx, seen);
+    ckca__release(ctx, hit);
+    ckca__device_release(ctx, device_hit, hits);
+    ckca__small_free(ctx, &b);
+    return status;
+}
+
+/* Checks that data is for this model; takes class names and normalisation from it where the model has none. */
+static ckca_status ckca__adopt(ckca_model *m, const ckca_data *data, const char *what) {
+    ckca_context *ctx = m->ctx;
+    const ckca__store *store = data->store;
+    int i, channel;
+    if (store->height != m->height || store->width != m->width || store->channels != m->channels)
+        return ckca__fail(ctx, CKCA_ESHAPE, "%s: the pictures are %d x %d x %d, the model takes %d x %d x %d", what,
+                          store->height, store->width, store->channels, m->height, m->width, m->channels);
+    if (store->classes != m->classes)
+        return ckca__fail(ctx, CKCA_ESHAPE, "%s: the pictures have %d classes, the model has %d", what, store->classes,
+                          m->classes);
+    for (i = 0; m->class_names && i < m->classes; i++)
+        if (strcmp(m->class_names[i], store->class_names[i]))
+            return ckca__fail(ctx, CKCA_EINVAL, "%s: class %d is \"%.60s\" in the pictures, \"%.60s\" in the model",
+                              what, i, store->class_names[i], m->class_names[i]);
+    if (!m->class_names) {
+        m->class_names = ckca__copy_names(ctx, (const char *const *)store->class_names, m->classes);
+        if (!m->class_names)
+            return ckca__fail(ctx, CKCA_ENOMEM, "%s: out of memory for %d class names", what, m->classes);
+    }
+    for (channel = 0; !m->normalized && channel < m->channels; channel++) {
+        const size_t area = (size_t)m->height * (size_t)m->width, stride = (size_t)m->channels;
+        const double count = (double)area * data->count;
+        uint64_t sum = 0, squares = 0; /* exact up to 2^48 bytes */
+        double mean, variance;
+        for (i = 0; i < data->count; i++) {
+            const unsigned char *p = store->pixels + (size_t)data->index[i] * area * stride + channel;
+            size_t j;
+            for (j = 0; j < area; j++) {
+                unsigned value = p[j * stride];
+                sum += value;
+                squares += value * value;
+            }
+        }
+        mean = (double)sum / count;
+        variance = (double)squares / count - mean * mean;
+        m->normalization[channel] = (float)(mean / 255.0);
+        m->normalization[m->channels + channel] = variance > 1e-6 ? (float)(sqrt(variance) / 255.0) : 1.0f;
+    }
+    m->normalized = 1;
+    return CKCA_OK;
+}
+
+/* ===================================================================================================================
+   EXECUTION                                                                                                     >>run
+
+   A model's forward pass, backward pass and SGD step, each one loop over its nodes or arenas; then the same in a
+   caller's hands, and the tensors that a caller reads and writes.
+   =================================================================================================================== */
+
+/* Below: */
+static void ckca__shape(const ckca_model *m, const ckca__node *node, int n, int mode, ckca__conv *s);
+static void ckca__fold(ckca_model *m, int mode);
+static void ckca__pack_weights(ckca_model *m, int mode);
+static void ckca__recompute_outputs(ckca_model *m, int i, int *next);
+
+/* ---- what runs, and where its values lie ---- */
+
+/* 1: node i runs in this mode (others run as part of a later tail). */
+static int ckca__runs(const ckca_model *m, int i, int mode) {
+    return !m->node[i].fused && !(m->node[i].folded && !(mode & CKCA__MODE_TRAIN));
+}
+
+/* 1: what node i gives is read after the forward pass is over, or its gradient comes from outside. */
+static int ckca__is_output(const ckca_model *m, int i, int mode) {
+    return i == m->logits || i == m->pooled || (m->node[i].stage && (mode & CKCA__MODE_STAGES));
+}
+
+/* 1: the input of batch norm i makes room for its gradient: nothing else reads it, no ReLU's gate either. */
+static int ckca__in_place(const ckca_model *m, int i) {
+    const ckca__node *x = &m->node[i];
+    return !x->fused && x->head >= 0 && x->source > 0 && m->node[x->source].readers == 1 && !m->node[x->source].relu;
+}
+
+/* 1: batch norm i takes its statistics and no more: the only node that reads it normalises for itself what it reads. */
+static int ckca__is_fused_into_reader(const ckca_model *m, int i, int mode) {
+    const ckca__node *x = &m->node[i], *reader = x + 1, *end = m->node + m->nodes;
+    ckca__conv s;
+    if (!(mode & CKCA__MODE_TRAIN) || (mode & CKCA__MODE_READABLE) || x->fused || x->head < 0 || x->residual >= 0 ||
+        x->readers != 1 || ckca__is_output(m, i, mode))
+        return 0;
+    while (reader < end && (reader->fused || (reader->source != i && reader->residual != i))) reader++;
+    if (reader == end) return 0;
+    if (reader->residual == i) return reader->head >= 0;
+    if (reader->kind != CKCA__KIND_CONV && reader->kind != CKCA__KIND_MAXPOOL) return 0;
+    ckca__shape(m, reader, 1, mode, &s);
+    return ckca__may_norm(m->ctx, &s);
+}
+
+/* The node whose values stand for those of node i, and in norm what they go through first, if anything. */
+static int ckca__stand_in(const ckca_model *m, int i, int mode, const ckca__norm **norm) {
+    const int fused = i >= 0 && m->node[i].fused_into_reader[mode];
+    if (norm) *norm = fused ? &m->node[i].norm : NULL;
+    return fused ? m->node[i].source : i;
+}
+
+/* A convolution or pooling on n pictures in a mode. */
+static void ckca__shape(const ckca_model *m, const ckca__node *node, int n, int mode, ckca__conv *s) {
+    const ckca__node *x = &m->node[node->in[0]];
+    s->bf16_x = x->bf16;
+    s->bf16 = node->bf16;
+    s->packed_weights = m->packed_weights ? (char *)m->packed_weights + node->packed_weights : NULL;
+    s->n = n;
+    s->h = x->h;
+    s->w = x->w;
+    s->c = x->c;
+    s->k = node->c;
+    s->r = s->s = node->kernel;
+    s->stride = node->stride;
+    s->pad = node->pad;
+    s->p = node->h;
+    s->q = node->w;
+    s->norm = m->node[node->source].fused_into_reader[mode] ? &m->node[node->source].norm : NULL;
+}
+
+static float *ckca__value(const ckca_model *m, int i) {
+    return i == 0 ? (float *)(uintptr_t)m->input : m->activations + m->node[i].value[m->mode] * (size_t)m->n;
+}
+/* In the backward pass, where outputs may have been made again. */
+static float *ckca__value_now(const ckca_model *m, int i) {
+    return i == 0 ? ckca__value(m, 0) : m->activations + m->node[i].now * (size_t)m->n;
+}
+static float *ckca__grad(const ckca_model *m, int i) {
+    return m->activations + m->node[i].grad[m->mode] * (size_t)m->n;
+}
+static unsigned char *ckca__at(const ckca_model *m, int i) {
+    return (unsigned char *)(m->activations + m->node[i].at[m->mode] * (size_t)m->n);
+}
+/* A parameter of a node in one of the arenas: which of the node's parameters, in the order they were added. */
+enum {
+    CKCA__PARAM_WEIGHT = 0,
+    CKCA__PARAM_BIAS,
+    CKCA__PARAM_GAMMA = 0,
+    CKCA__PARAM_BETA,
+    CKCA__PARAM_MEAN,
+    CKCA__PARAM_VAR
+};
+static float *ckca__param(const ckca_model *m, const ckca__node *node, float *arena, int which) {
+    return arena + m->parameter[node->tensor + which].offset;
+}
+static size_t ckca__rows(const ckca__node *x, int n) { return (size_t)n * (size_t)x->h * (size_t)x->w; }
+
+/* The place where the caller puts n pictures before ckca__run_forward(m, n, mode, that place). */
+static float *ckca__input_buffer(ckca_model *m, int n, int mode) {
+    return m->activations + m->node[0].value[mode] * (size_t)n;
+}
+
+/* ---- forward ---- */
+
+/* Runs n pictures at input (N x H x W x C, on the device) through the network; reserve first. */
+static void ckca__run_forward(ckca_model *m, int n, int mode, const float *input) {
+    ckca_context *ctx = m->ctx;
+    const int training = mode & CKCA__MODE_TRAIN;
+    int i;
+    if (training)
+        ckca__pack_weights(m, mode);
+    else if (!m->folded_valid)
+        ckca__fold(m, mode);
+    m->n = n;
+    m->mode = mode;
+    m->input = input;
+    for (i = 1; i < m->nodes; i++) {
+        const ckca__node *x = &m->node[i], *source = &m->node[x->source];
+        const ckca__norm *residual_norm;
+        const int other = ckca__stand_in(m, x->residual, mode, &residual_norm);
+        const float *in, *residual = other >= 0 ? ckca__value(m, other) : NULL;
+        const size_t rows = ckca__rows(x, n);
+        float *y;
+        ckca__conv s;
+        if (!ckca__runs(m, i, mode)) continue;
+        y = ckca__value(m, i);
+        if (x->head >= 0) { /* a batch norm's group */
+            const ckca__node *bn = &m->node[x->head];
+            float *gamma = ckca__param(m, bn, m->values, CKCA__PARAM_GAMMA),
+                  *beta = ckca__param(m, bn, m->values, CKCA__PARAM_BETA);
+            float *mean = ckca__param(m, bn, m->values, CKCA__PARAM_MEAN),
+                  *var = ckca__param(m, bn, m->values, CKCA__PARAM_VAR);
+            if (training) {
+                ckca__norm *norm = &m->node[i].norm;
+                float *saved = m->saved + bn->saved, *inv_std = saved + ckca__round_up((size_t)x->c, 16);
+                norm->mean = saved;
+                norm->inv_std = inv_std;
+                norm->gamma = gamma;
+                norm->beta = beta;
+                norm->relu = x->relu;
+                ckca__op_batchnorm_forward(ctx, x->bf16, rows, x->c, ckca__value(m, x->source), gamma, beta, mean, var,
+                                           residual, residual_norm, x->relu, x->fused_into_reader[mode] ? NULL : y,
+                                           saved, inv_std, m->workspace);
+            } else if (source->folded) {
+                ckca__shape(m, source, n, mode, &s);
+                ckca__op_conv_forward(
+                    ctx, &s, ckca__value(m, source->in[0]), ckca__param(m, source, m->folded, CKCA__PARAM_WEIGHT),
+                    ckca__param(m, bn, m->folded, CKCA__PARAM_BETA), residual, x->relu, y, m->workspace);
+            } else {
+                ckca__op_batchnorm_eval(ctx, x->bf16, rows, x->c, ckca__value(m, x->source), gamma, beta, mean, var,
+                                        residual, x->relu, y);
+            }
+            continue;
+        }
+        in = ckca__value(m, ckca__stand_in(m, x->source, mode, NULL));
+        switch (x->kind) {
+        case CKCA__KIND_CONV:
+            ckca__shape(m, x, n, mode, &s);
+            ckca__op_conv_forward(ctx, &s, in, ckca__param(m, x, m->values, CKCA__PARAM_WEIGHT),
+                                  x->bias ? ckca__param(m, x, m->values, CKCA__PARAM_BIAS) : NULL, NULL, 0, y,
+                                  m->workspace);
+            break;
+        case CKCA__KIND_LINEAR:
+            ckca__op_linear_forward(ctx, n, source->h * source->w * source->c, x->c, in,
+                                    ckca__param(m, x, m->values, CKCA__PARAM_WEIGHT),
+                                    ckca__param(m, x, m->values, CKCA__PARAM_BIAS), y, m->workspace);
+            break;
+        case CKCA__KIND_MAXPOOL:
+            ckca__shape(m, x, n, mode, &s);
+            ckca__op_maxpool_forward(ctx, &s, in, y, training ? ckca__at(m, i) : NULL);
+            break;
+        case CKCA__KIND_AVGPOOL:
+            ckca__op_avgpool_forward(ctx, source->bf16, n, source->h * source->w, x->c, in, y);
+            break;
+        case CKCA__KIND_SUBSAMPLE:
+            ckca__shape(m, x, n, mode, &s);
+            ckca__op_subsample_forward(ctx, &s, in, y);
+            break;
+        default:
+            ckca__op_add(ctx, x->bf16, rows * (size_t)x->c, in, residual, x->relu, y);
+            break; /* add and ReLU */
+        }
+    }
+    if (training) {
+        m->batches_tracked++;
+        m->folded_valid = 0;
+    }
+}
+
+static void ckca__fold(ckca_model *m, int mode) {
+    int i;
+    for (i = 0; i < m->nodes; i++) {
+        const ckca__node *bn = &m->node[i], *conv;
+        const ckca__parameter *p;
+        if (bn->kind != CKCA__KIND_BATCHNORM || !m->node[bn->in[0]].folded) continue;
+        conv = &m->node[bn->in[0]];
+        p = &m->parameter[conv->tensor];
+        ckca__op_fold(m->ctx, conv->c, p->count / (size_t)conv->c, ckca__param(m, conv, m->values, CKCA__PARAM_WEIGHT),
+                      conv->bias ? ckca__param(m, conv, m->values, CKCA__PARAM_BIAS) : NULL,
+                      ckca__param(m, bn, m->values, CKCA__PARAM_GAMMA), ckca__param(m, bn, m->values, CKCA__PARAM_BETA),
+                      ckca__param(m, bn, m->values, CKCA__PARAM_MEAN), ckca__param(m, bn, m->values, CKCA__PARAM_VAR),
+                      ckca__param(m, conv, m->folded, CKCA__PARAM_WEIGHT),
+                      ckca__param(m, bn, m->folded, CKCA__PARAM_BETA));
+    }
+    ckca__pack_weights(m, mode);
+    m->folded_valid = 1;
+}
+
+/* Makes the weights of all convolutions as they read them: before a training forward, after folding. */
+static void ckca__pack_weights(ckca_model *m, int mode) {
+    enum { AT_ONCE = 32 };
+    ckca__conv s[AT_ONCE];
+    const float *w[AT_ONCE];
+    size_t offset = 0;
+    int i, count = 0;
+    for (i = 1; i < m->nodes && m->packed_weights; i++) {
+        ckca__node *x = &m->node[i];
+        const int folded = x->folded && !(mode & CKCA__MODE_TRAIN);
+        if (x->kind != CKCA__KIND_CONV) continue;
+        x->packed_weights = offset;
+        ckca__shape(m, x, 1, mode, &s[count]);
+        offset += ckca__packed_bytes(m->ctx, &s[count], mode & CKCA__MODE_TRAIN);
+        w[count++] = ckca__param(m, x, folded ? m->folded : m->values, CKCA__PARAM_WEIGHT);
+        if (count < AT_ONCE) continue;
+        ckca__op_pack_weights(m->ctx, count, s, w, mode & CKCA__MODE_TRAIN);
+        count = 0;
+    }
+    if (count) ckca__op_pack_weights(m->ctx, count, s, w, mode & CKCA__MODE_TRAIN);
+}
+
+/* ---- backward ---- */
+
+/* The reverse walk. Before it, gradients of outputs (logits at least) are in ckca__grad with written set. */
+static void ckca__run_backward(ckca_model *m) {
+    ckca_context *ctx = m->ctx;
+    const int n = m->n, mode = m->mode;
+    int i, next = 0;
+    for (i = 0; i < m->nodes; i++) m->node[i].now = m->node[i].value[m->mode];
+    for (i = m->nodes - 1; i > 0; i--) {
+        const ckca__node *x = &m->node[i], *source = &m->node[x->source];
+        const size_t rows = ckca__rows(x, n), count = rows * (size_t)x->c;
+        float *dy, *dx = NULL;
+        ckca__conv s;
+        int add = 0;
+        if (x->fused || !x->written) continue;
+        ckca__recompute_outputs(m, i, &next);
+        dy = ckca__grad(m, i);
+        if (x->head >= 0) {
+            const ckca__node *bn = &m->node[x->head];
+            float *dresidual = x->residual > 0 ? ckca__grad(m, x->residual) : NULL;
+            int add_residual = dresidual ? ckca__accumulates(m, x->residual) : 0;
+            add = x->source > 0 ? ckca__accumulates(m, x->source) : 1;
+            /* Where its input has a gradient already (or needs none), dx takes the place of dy and is added from
+               there. */
+            dx = add ? dy : ckca__grad(m, x->source);
+            ckca__op_batchnorm_backward(ctx, x->bf16, rows, x->c, ckca__value_now(m, x->source),
+                                        x->residual >= 0 ? ckca__value_now(m, i) : NULL, dy, &x->norm, dx, dresidual,
+                                        add_residual, ckca__param(m, bn, m->gradients, CKCA__PARAM_GAMMA),
+                                        ckca__param(m, bn, m->gradients, CKCA__PARAM_BETA), m->workspace);
+            if (add && x->source > 0) ckca__op_add_backward(ctx, x->bf16, count, NULL, dy, ckca__grad(m, x->source), 1);
+            continue;
+        }
+        if (x->source > 0) {
+            dx = ckca__grad(m, x->source);
+            add = ckca__accumulates(m, x->source);
+        }
+        switch (x->kind) {
+        case CKCA__KIND_CONV:
+            ckca__shape(m, x, n, mode, &s);
+            ckca__op_conv_backward_weight(ctx, &s, ckca__value_now(m, ckca__stand_in(m, x->source, mode, NULL)), dy,
+                                          ckca__param(m, x, m->gradients, CKCA__PARAM_WEIGHT),
+                                          x->bias ? ckca__param(m, x, m->gradients, CKCA__PARAM_BIAS) : NULL,
+                                          m->workspace);
+            if (dx)
+                ckca__op_conv_backward_data(ctx, &s, dy, ckca__param(m, x, m->values, CKCA__PARAM_WEIGHT), dx, add,
+                                            m->workspace);
+            break;
+        case CKCA__KIND_LINEAR:
+            ckca__op_linear_backward(ctx, n, source->h * source->w * source->c, x->c, ckca__value_now(m, x->source),
+                                     ckca__param(m, x, m->values, CKCA__PARAM_WEIGHT), dy, dx, add,
+                                     ckca__param(m, x, m->gradients, CKCA__PARAM_WEIGHT),
+                                     ckca__param(m, x, m->gradients, CKCA__PARAM_BIAS), m->workspace);
+            break;
+        case CKCA__KIND_MAXPOOL:
+            ckca__shape(m, x, n, mode, &s);
+            if (dx) ckca__op_maxpool_backward(ctx, &s, dy, ckca__at(m, i), dx, add);
+            break;
+        case CKCA__KIND_AVGPOOL:
+            if (dx) ckca__op_avgpool_backward(ctx, source->bf16, n, source->h * source->w, x->c, dy, dx, add);
+            break;
+        case CKCA__KIND_SUBSAMPLE:
+            ckca__shape(m, x, n, mode, &s);
+            if (dx) ckca__op_subsample_backward(ctx, &s, dy, dx, add);
+            break;
+        default: /* add and ReLU */
+            if (dx) ckca__op_add_backward(ctx, x->bf16, count, x->relu ? ckca__value_now(m, i) : NULL, dy, dx, add);
+            if (x->residual > 0) {
+                add = ckca__accumulates(m, x->residual);
+                ckca__op_add_backward(ctx, x->bf16, count, x->relu ? ckca__value_now(m, i) : NULL, dy,
+                                      ckca__grad(m, x->residual), add);
+            }
+            break;
+        }
+    }
+}
+
+/* 1 if node i's gradient has to be added to, and notes that from now on it has. */
+static int ckca__accumulates(ckca_model *m, int i) {
+    int was = m->node[i].written;
+    m->node[i].written = 1;
+    return was;
+}
+
+/* Makes again what node i's backward reads, from item *next of the list on. */
+static void ckca__recompute_outputs(ckca_model *m, int i, int *next) {
+    for (; *next < m->recomputes[m->mode] && m->recompute[m->mode][*next].before >= i; ++*next) {
+        const ckca__recompute *item = &m->recompute[m->mode][*next];
+        ckca__node *x = &m->node[item->node];
+        const ckca__norm *residual_norm;
+        const int other = ckca__stand_in(m, x->residual, m->mode, &residual_norm);
+        const float *residual = other >= 0 ? ckca__value_now(m, other) : NULL;
+        x->now = item->at;
+        ckca__op_batchnorm_recompute(m->ctx, x->bf16, ckca__rows(x, m->n), x->c, ckca__value_now(m, x->source),
+                                     &x->norm, residual, residual_norm, ckca__value_now(m, item->node));
+    }
+}
+
+static void ckca__clear_written(ckca_model *m) {
+    int i;
+    for (i = 0; i < m->nodes; i++) m->node[i].written = 0;
+}
+
+/* ---- SGD ---- */
+
+/* One SGD step over the arenas: decay on the first part only. lr and gscale are a float each on the device; d's own lr
+   is not looked at. */
+static void ckca__run_sgd(ckca_model *m, const ckca_sgd_desc *d, const float *lr, float *gscale) {
+    ckca_context *ctx = m->ctx;
+    if (d->clip_norm > 0) ckca__op_clip(ctx, m->trainable, m->gradients, d->clip_norm, gscale, m->workspace);
+    if (!(d->clip_norm > 0)) gscale = NULL;
+    ckca__op_sgd(ctx, m->trainable, m->decayed, m->values, m->gradients, m->momentum, lr, d->momentum, d->weight_decay,
+                 !d->no_nesterov, gscale);
+    m->folded_valid = 0;
+}
+
+/* ---- a step in your own hands ---- */
+
+CKCA_API ckca_status ckca_forward(ckca_model *m, const float *pictures, int n, int training) {
+    const int mode = training ? CKCA__MODE_TRAIN | CKCA__MODE_READABLE : CKCA__MODE_EVALUATE;
+    ckca__bound bound = {"n", 0, 1, CKCA__BATCH_MAX, 0};
+    ckca_status status;
+    float *input;
+    if (!m) return CKCA_EINVAL;
+    if (!pictures) return ckca__null(m->ctx, "ckca_forward", "pictures");
+    bound.value = n;
+    if ((status = ckca__check_finished(m, "ckca_forward")) ||
+        (status = ckca__check_bounds(m->ctx, "ckca_forward", &bound, 1)))
+        return status;
+    if ((status = ckca__reserve(m, n, mode))) return status;
+    input = ckca__input_buffer(m, n, mode);
+    ckca__device_upload(m->ctx, input, pictures,
+                        (size_t)n * (size_t)m->height * (size_t)m->width * (size_t)m->channels * sizeof(float));
+    ckca__run_forward(m, n, mode, input);
+    return ckca__device_status(m->ctx);
+}
+
+static ckca_status ckca__no_node(const ckca_model *m, const char *call, int node) {
+    char nodes[64];
+    return ckca__fail(m->ctx, CKCA_EINVAL, "%s: there is no node %d (%s)", call, node,
+                      ckca__which_nodes(m, nodes, sizeof nodes));
+}
+
+CKCA_API ckca_status ckca_node_shape(const ckca_model *m, int node, int *height, int *width, int *channels) {
+    if (!m) return CKCA_EINVAL;
+    if (node < 0 || node >= m->nodes) return ckca__no_node(m, "ckca_node_shape", node);
+    if (height) *height = m->node[node].h;
+    if (width) *width = m->node[node].w;
+    if (channels) *channels = m->node[node].c;
+    return CKCA_OK;
+}
+
+CKCA_API ckca_status ckca_node_read(ckca_model *m, int node, float *out) {
+    size_t values, i;
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    if ((status = ckca__check_finished(m, "ckca_node_read"))) return status;
+    if (!out) return ckca__null(m->ctx, "ckca_node_read", "out");
+    if (node < 0 || node >= m->nodes) return ckca__no_node(m, "ckca_node_read", node);
+    if (!m->n)
+        return ckca__fail(m->ctx, CKCA_EINVAL,
+                          "ckca_node_read: no ckca_forward before it, or its outputs are gone (ckca_backward "
+                          "overwrites them)");
+    if (!(m->mode & CKCA__MODE_READABLE) && node != m->logits && node != m->pooled)
+        return ckca__fail(m->ctx, CKCA_EINVAL,
+                          "ckca_node_read: node %d (%s) cannot be read: that takes a ckca_forward with training; after "
+                          "any other, the logits (%d) and the features (%d) can",
+                          node, ckca__kind_name[m->node[node].kind], m->logits, m->pooled);
+    if (!ckca__runs(m, node, m->mode))
+        return ckca__fail(m->ctx, CKCA_EINVAL,
+                          "ckca_node_read: node %d (%s) cannot be read: it is fused into the node that reads it", node,
+                          ckca__kind_name[m->node[node].kind]);
+    values = ckca__rows(&m->node[node], m->n) * (size_t)m->node[node].c;
+    if (m->node[node].bf16) { /* to the end of out, and widened from its beginning */
+        const unsigned char *bytes = (unsigned char *)out + 2 * values;
+        ckca__device_download(m->ctx, (unsigned char *)out + 2 * values, ckca__value(m, node), 2 * values);
+        for (i = 0; i < values; i++) {
+            uint16_t upper;
+            uint32_t bits;
+            memcpy(&upper, bytes + 2 * i, sizeof upper);
+            bits = (uint32_t)upper << 16;
+            memcpy(&out[i], &bits, sizeof bits);
+        }
+    } else {
+        ckca__device_download(m->ctx, out, ckca__value(m, node), values * sizeof(float));
+    }
+    return ckca__device_status(m->ctx);
+}
+
+CKCA_API ckca_status ckca_backward(ckca_model *m, const float *dlogits, const float *dfeatures) {
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    if ((status = ckca__check_finished(m, "ckca_backward"))) return status;
+    if (!dlogits) return ckca__null(m->ctx, "ckca_backward", "dlogits");
+    if (!m->n || m->mode != (CKCA__MODE_TRAIN | CKCA__MODE_READABLE))
+        return ckca__fail(m->ctx, CKCA_EINVAL,
+                          "ckca_backward: it needs a ckca_forward with training right before it, one for each");
+    ckca__clear_written(m);
+    ckca__device_upload(m->ctx, ckca__grad(m, m->logits), dlogits, (size_t)m->n * (size_t)m->classes * sizeof(float));
+    m->node[m->logits].written = 1;
+    if (dfeatures) {
+        ckca__device_upload(m->ctx, ckca__grad(m, m->pooled), dfeatures,
+                            (size_t)m->n * (size_t)m->features * sizeof(float));
+        m->node[m->pooled].written = 1;
+    }
+    ckca__run_backward(m);
+    m->n = 0; /* gradients took the activations' place: a second backward would read them */
+    return ckca__device_status(m->ctx);
+}
+
+CKCA_API ckca_status ckca_zero_gradients(ckca_model *m) {
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    if ((status = ckca__check_finished(m, "ckca_zero_gradients"))) return status;
+    if (m->gradients) ckca__device_zero(m->ctx, m->gradients, m->trainable * sizeof(float));
+    return ckca__device_status(m->ctx);
+}
+
+CKCA_API ckca_status ckca_sgd(ckca_model *m, const ckca_sgd_desc *desc) {
+    ckca_sgd_desc d;
+    ckca_update_desc settings;
+    ckca_status status;
+    float *device; /* lr and gscale */
+    if (!m) return CKCA_EINVAL;
+    if ((status = ckca__check_finished(m, "ckca_sgd"))) return status;
+    if (!desc) return ckca__null(m->ctx, "ckca_sgd", "desc");
+    d = *desc;
+    memset(&settings, 0, sizeof settings);
+    settings.lr = d.lr;
+    settings.momentum = d.momentum;
+    settings.weight_decay = d.weight_decay;
+    settings.clip_norm = d.clip_norm;
+    settings.no_nesterov = d.no_nesterov;
+    if ((status = ckca__settings_check(m->ctx, "ckca_sgd", &settings))) return status;
+    if (!m->gradients)
+        return ckca__fail(m->ctx, CKCA_EINVAL,
+                          "ckca_sgd: there are no gradients yet: ckca_forward with training, then ckca_backward");
+    ckca__settings_fill(&settings);
+    ckca__settings_off(&settings);
+    d.momentum = settings.momentum;
+    d.weight_decay = settings.weight_decay;
+    d.clip_norm = settings.clip_norm;
+    device = (float *)ckca__device_alloc(m->ctx, 2 * sizeof *device);
+    if (!device) return ckca__fail(m->ctx, CKCA_ENOMEM, "sgd: out of memory for two floats");
+    ckca__device_upload(m->ctx, device, &d.lr, sizeof d.lr);
+    ckca__run_sgd(m, &d, device, device + 1);
+    ckca__device_release(m->ctx, device, 2 * sizeof *device);
+    return ckca__device_status(m->ctx);
+}
+
+/* ---- tensors ---- */
+
+CKCA_API int ckca_tensor_count(const ckca_model *m) { return m && m->finished ? m->parameters : 0; }
+
+CKCA_API int ckca_tensor_find(const ckca_model *m, const char *name) {
+    int i;
+    for (i = 0; name && i < ckca_tensor_count(m); i++)
+        if (!strcmp(m->parameter[i].name, name)) return i;
+    return -1;
+}
+
+/* The first checks of a call that takes a tensor by its index, and argument to put it in or take it from. */
+static ckca_status ckca__check_tensor(const ckca_model *m, const char *call, int i, const void *memory,
+                                      const char *argument) {
+    ckca_status status = ckca__check_finished(m, call);
+    if (status) return status;
+    if (!memory) return ckca__null(m->ctx, call, argument);
+    if (i < 0 || i >= m->parameters)
+        return ckca__fail(m->ctx, CKCA_EINVAL, "%s: there is no tensor %d (they are 0 to %d)", call, i,
+                          m->parameters - 1);
+    return CKCA_OK;
+}
+
+CKCA_API ckca_status ckca_tensor_info_get(const ckca_model *m, int i, ckca_tensor_info *tensor) {
+    const ckca__parameter *p;
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    if ((status = ckca__check_tensor(m, "ckca_tensor_info_get", i, tensor, "tensor"))) return status;
+    p = &m->parameter[i];
+    tensor->name = p->name;
+    tensor->dims = p->dims;
+    memcpy(tensor->shape, p->shape, sizeof p->shape);
+    tensor->count = (int64_t)p->count;
+    tensor->trainable = p->role < CKCA__ROLE_MEAN;
+    return CKCA_OK;
+}
+
+/* Between the arenas' K x R x S x C and the files' K x C x R x S, host to host. */
+static void ckca__reorder(const ckca__parameter *p, const float *from, float *to, int to_pytorch) {
+    const size_t c = (size_t)p->shape[1], area = (size_t)p->shape[2] * (size_t)p->shape[3];
+    size_t k, i, j;
+    if (p->dims != 4) {
+        memcpy(to, from, p->count * sizeof(float));
+        return;
+    }
+    for (k = 0; k < (size_t)p->shape[0]; k++, from += c * area, to += c * area)
+        for (i = 0; i < area; i++)
+            for (j = 0; j < c; j++) {
+                if (to_pytorch)
+                    to[j * area + i] = from[i * c + j];
+                else
+                    to[i * c + j] = from[j * area + i];
+            }
+}
+
+/* A tensor's place in the arena that slot names, and a host buffer of its size to be released. */
+static ckca_status ckca__tensor_place(ckca_model *m, const char *call, int i, ckca_slot slot, float **place,
+                                      float **host) {
+    static const char *const slot_name[] = {"value", "gradient", "momentum"};
+    float *arena = slot == CKCA_SLOT_VALUE ? m->values : slot == CKCA_SLOT_GRADIENT ? m->gradients : m->momentum;
+    const ckca__parameter *p = &m->parameter[i];
+    ckca__bound bound = {"slot", 0, 0, CKCA_SLOT_MOMENTUM, 0};
+    ckca_status status;
+    bound.value = (int)slot;
+    if ((status = ckca__check_bounds(m->ctx, call, &bound, 1))) return status;
+    if (slot != CKCA_SLOT_VALUE && p->role >= CKCA__ROLE_MEAN)
+        return ckca__fail(m->ctx, CKCA_EINVAL, "%s: %s is a running statistic, it has no %s", call, p->name,
+                          slot_name[slot]);
+    if (!arena)
+        return ckca__fail(m->ctx, CKCA_EINVAL,
+                          "%s: %s has no %s yet: ckca_forward with training, or ckca_update, makes room for it", call,
+                          p->name, slot_name[slot]);
+    *host = (float *)ckca__alloc(m->ctx, p->count * sizeof(float));
+    if (!*host) return ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for a copy", p->name);
+    *place = arena + p->offset;
+    return CKCA_OK;
+}
+
+CKCA_API ckca_status ckca_tensor_read(ckca_model *m, int i, ckca_slot slot, float *out) {
+    float *host, *place;
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    if ((status = ckca__check_tensor(m, "ckca_tensor_read", i, out, "out")) ||
+        (status = ckca__tensor_place(m, "ckca_tensor_read", i, slot, &place, &host)))
+        return status;
+    ckca__device_download(m->ctx, host, place, m->parameter[i].count * sizeof(float));
+    ckca__reorder(&m->parameter[i], host, out, 1);
+    ckca__release(m->ctx, host);
+    return ckca__device_status(m->ctx);
+}
+
+CKCA_API ckca_status ckca_tensor_write(ckca_model *m, int i, ckca_slot slot, const float *in) {
+    float *host, *place;
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    if ((status = ckca__check_tensor(m, "ckca_tensor_write", i, in, "in")) ||
+        (status = ckca__tensor_place(m, "ckca_tensor_write", i, slot, &place, &host)))
+        return status;
+    ckca__reorder(&m->parameter[i], in, host, 0);
+    ckca__device_upload(m->ctx, place, host, m->parameter[i].count * sizeof(float));
+    ckca__release(m->ctx, host);
+    m->folded_valid = 0;
+    return ckca__device_status(m->ctx);
+}
+
+/* ===================================================================================================================
+   MEMORY PLAN                                                                                                  >>plan
+
+   How much memory a model takes, and where in it each value and gradient lies.
+
+   A buffer lives from the moment that writes it to the last one that reads it; buffers whose lives do not overlap may
+   share memory. Moments of a step: node i runs forward at i, backward at 2 nodes - 1 - i. All sizes are per picture, so
+   one plan serves every batch size.
+
+   Most of what backward reads is each batch norm's input and, for the weight gradient behind it, its output. The output
+   is not kept from one pass to the other: backward recomputes it when it needs it, from the input and, where there is
+   one, the residual, which may have to be recomputed first, and so on up to the stage's first block. That is a pass over
+   memory, without arithmetic worth counting, and nearly halves the activations. What is recomputed on the way is kept
+   for its own turn if that does not raise the peak; otherwise it is recomputed once more then.
+
+   The output of a batch norm with a single reader inside a block is never written at all where that reader can normalise
+   for itself (see ckca__is_fused_into_reader): it reads the batch norm's input and normalises in registers.
+
+   Worked example: a net of four nodes on pictures of 8 x 8 x 16. Node 0 is the pictures, 1 a convolution to 16 channels,
+   2 global average pooling, 3 the logits. Forward takes moments 0 to 3, backward 4 to 7 (node 3 at 4, node 1 at 6).
+
+       buffer        floats   written at   last read at                                offset
+       value 0         1024   0            6, by the convolution's weight gradient     0
+       value 1         1024   1            2, by the pooling                           1024
+       gradient 1      1024   5            6                                           1024: value 1 is dead
+       value 2           16   2            4, by the logits' weight gradient           2048
+       gradient 2        16   4            5                                           2064
+       value 3           16   3            4, by the loss                              1024: value 1 is dead
+       gradient 3        16   4            4                                           1040
+
+   2080 floats a picture instead of 3120. The largest buffers are placed first, each at the lowest offset that is free
+   while it lives (ckca__plan_place).
+   =================================================================================================================== */
+
+typedef struct ckca__buffer {
+    size_t size, *offset;
+    int born, dies;
+} ckca__buffer;
+
+typedef struct ckca__planner {
+    ckca_model *m;
+    int mode, end;      /* moments: 0 to end - 1 */
+    size_t *live, peak; /* floats at each moment, per picture; the most of them */
+    int *reader;        /* by node: the last one that reads it in the forward pass; -1: none */
+    int *place;         /* by node: where its gradient lies: that of node place or, below 0, the value of ~place */
+    int *since;         /* by node: the first moment at which backward itself reads it; end: never */
+    int *until;         /* by node: the last one at which it is read, if only to make others again; -1: never */
+    int *latest;        /* by node: its last item in the list of what is made again; -1: none; -2: it is kept */
+} ckca__planner;
+
+/* Below: */
+static int ckca__reserve_zeroed(const ckca_model *m, float **arena);
+static ckca_status ckca__measure(const ckca_model *m, int n, int mode, ckca_bytes *bytes);
+static size_t ckca__all_packed_bytes(const ckca_model *m, int mode);
+static size_t ckca__workspace_bytes(const ckca_model *m, int n, int mode);
+static ckca_status ckca__plan(ckca_model *m, int mode);
+static void ckca__plan_gradients(ckca__planner *p);
+static int ckca__plan_shared(const ckca__planner *p, int place);
+static void ckca__plan_backward(ckca__planner *p);
+static int ckca__plan_want(ckca__planner *p, int i, int j, int on_the_way, int *failed);
+static void ckca__plan_add(ckca__planner *p, ckca__buffer *b, size_t size, size_t *offset, int born, int dies);
+static size_t ckca__plan_place(ckca__buffer *list, int count);
+static int ckca__largest_first(const void *a, const void *b);
+static size_t ckca__plan_most(const ckca__planner *p, int born, int dies, size_t size);
+static void ckca__plan_live(ckca__planner *p, int born, int dies, size_t size);
+static void ckca__plan_read(ckca__planner *p, int i, int moment);
+static size_t ckca__node_floats(const ckca__node *x);
+
+/* ---- arenas ---- */
+
+/* Memory for n pictures in a mode; after it a step allocates nothing. */
+static ckca_status ckca__reserve(ckca_model *m, int n, int mode) {
+    ckca_bytes bytes;
+    ckca_status status;
+    void *activations = m->activations;
+    size_t packed;
+    int ok = 1;
+    if (!m->plan_values[mode] && (status = ckca__plan(m, mode))) return status;
+    if ((status = ckca__measure(m, n, mode, &bytes))) return status;
+    if (activations && m->activation_bytes < bytes.activations) m->n = 0; /* what was in it goes */
+    ok = ckca__arena(m->ctx, &activations, &m->activation_bytes, bytes.activations);
+    m->activations = (float *)activations;
+    packed = ckca__all_packed_bytes(m, mode);
+    ok = ok && ckca__arena(m->ctx, &m->workspace, &m->workspace_bytes, bytes.workspace - packed);
+    if (packed > m->packed_bytes) {
+        m->folded_valid = 0; /* what was made goes */
+        ok = ok && ckca__arena(m->ctx, &m->packed_weights, &m->packed_bytes, packed);
+    }
+    if (ok && !m->saved && m->saved_count)
+        ok = (m->saved = (float *)ckca__device_alloc(m->ctx, m->saved_count * sizeof(float))) != NULL;
+    if (ok && (mode & CKCA__MODE_TRAIN)) {
+        ok = ckca__reserve_zeroed(m, &m->gradients) && ckca__reserve_zeroed(m, &m->momentum);
+    } else if (ok && !m->folded) {
+        ok = (m->folded = (float *)ckca__device_alloc(m->ctx, m->trainable * sizeof(float))) != NULL;
+        m->folded_valid = 0;
+    }
+    if (!ok)
+        return ckca__fail(m->ctx, CKCA_ENOMEM, "out of memory: a batch of %d pictures of %d x %d x %d needs %.1f MB", n,
+                          m->height, m->width, m->channels, (double)bytes.total * 1e-6);
+    return CKCA_OK;
+}
+
+/* An arena of at least bytes; a larger one replaces it (contents are not kept). */
+static int ckca__arena(ckca_context *ctx, void **arena, size_t *capacity, size_t bytes) {
+    if (*arena && *capacity >= bytes) return 1;
+    ckca__device_release(ctx, *arena, *capacity);
+    *capacity = 0;
+    *arena = ckca__device_alloc(ctx, bytes);
+    if (*arena) *capacity = bytes;
+    return *arena != NULL;
+}
+
+/* Gradients or momentum, which start as zeros, where there are none yet. */
+static int ckca__reserve_zeroed(const ckca_model *m, float **arena) {
+    const size_t bytes = m->trainable * sizeof(float);
+    if (*arena) return 1;
+    *arena = (float *)ckca__device_alloc(m->ctx, bytes);
+    if (*arena) ckca__device_zero(m->ctx, *arena, bytes);
+    return *arena != NULL;
+}
+
+CKCA_API ckca_status ckca_model_bytes(const ckca_model *model, int batch, int training, ckca_bytes *bytes) {
+    ckca_model *m = (ckca_model *)(uintptr_t)model; /* planning fills in offsets, nothing that a caller can see */
+    ckca__bound bound = {"batch", 0, 1, CKCA__BATCH_MAX, 0};
+    ckca_status status;
+    int mode = training ? CKCA__MODE_TRAIN : CKCA__MODE_EVALUATE;
+    if (!m) return CKCA_EINVAL;
+    if (!bytes) return ckca__null(m->ctx, "ckca_model_bytes", "bytes");
+    bound.value = batch;
+    if ((status = ckca__check_finished(m, "ckca_model_bytes")) ||
+        (status = ckca__check_bounds(m->ctx, "ckca_model_bytes", &bound, 1)))
+        return status;
+    if (!m->plan_values[mode] && (status = ckca__plan(m, mode))) return status;
+    return ckca__measure(m, batch, mode, bytes);
+}
+
+static ckca_status ckca__measure(const ckca_model *m, int n, int mode, ckca_bytes *bytes) {
+    memset(bytes, 0, sizeof *bytes);
+    bytes->parameters = m->all * sizeof(float);
+    if (mode & CKCA__MODE_TRAIN)
+        bytes->gradients = bytes->momentum = m->trainable * sizeof(float);
+    else
+        bytes->parameters += m->trainable * sizeof(float); /* folded */
+    bytes->parameters += m->saved_count * sizeof(float);
+    bytes->activations = ckca__mul(ckca__mul((size_t)n, m->plan_values[mode]), sizeof(float));
+    bytes->workspace = ckca__sum(ckca__workspace_bytes(m, n, mode), ckca__all_packed_bytes(m, mode));
+    bytes->total = ckca__sum(ckca__sum(bytes->parameters, bytes->gradients + bytes->momentum),
+                             ckca__sum(bytes->activations, bytes->workspace));
+    if (bytes->total > SIZE_MAX / 2)
+        return ckca__fail(m->ctx, CKCA_ENOMEM,
+                          "a batch of %d pictures of %d x %d needs more memory than can be addressed", n, m->height,
+                          m->width);
+    return CKCA_OK;
+}
+
+static size_t ckca__all_packed_bytes(const ckca_model *m, int mode) {
+    size_t bytes = 0;
+    int i;
+    for (i = 1; i < m->nodes; i++) {
+        ckca__conv s;
+        if (m->node[i].kind != CKCA__KIND_CONV) continue;
+        ckca__shape(m, &m->node[i], 1, mode, &s);
+        bytes = ckca__sum(bytes, ckca__packed_bytes(m->ctx, &s, mode & CKCA__MODE_TRAIN));
+    }
+    return bytes;
+}
+
+static size_t ckca__workspace_bytes(const ckca_model *m, int n, int mode) {
+    size_t most = 0, bytes;
+    int i;
+    for (i = 0; i < m->nodes; i++) {
+        const ckca__node *x = &m->node[i];
+        ckca__conv s;
+        if (x->kind == CKCA__KIND_CONV) {
+            ckca__shape(m, x, n, mode, &s);
+            bytes = ckca__conv_workspace(m->ctx, &s);
+        } else if (x->kind == CKCA__KIND_LINEAR) { /* a 1x1 convolution over one picture of n pixels */
+            memset(&s, 0, sizeof s);
+            s.n = s.h = s.r = s.s = s.stride = s.p = 1;
+            s.w = s.q = n;
+            s.c = m->parameter[x->tensor].shape[1];
+            s.k = x->c;
+            bytes = ckca__conv_workspace(m->ctx, &s);
+        } else {
+            bytes = ckca__op_workspace(m->ctx, (size_t)n * (size_t)x->h * (size_t)x->w, x->c);
+        }
+        if (most < bytes) most = bytes;
+    }
+    bytes = ckca__op_workspace(m->ctx, m->trainable, 1); /* clipping */
+    return most < bytes ? bytes : most;
+}
+
+/* ---- the planner ---- */
+
+static ckca_status ckca__plan(ckca_model *m, int mode) {
+    const int training = mode & CKCA__MODE_TRAIN, end = 2 * m->nodes;
+    ckca__planner planner, *p = &planner;
+    size_t room = (size_t)m->nodes * (3 * sizeof(ckca__buffer) + 2 * sizeof(size_t) + 5 * sizeof(int));
+    ckca__buffer *list, *all;
+    int i, count = 0, failed = 0;
+    list = (ckca__buffer *)ckca__alloc(m->ctx, room);
+    if (!list) return ckca__fail(m->ctx, CKCA_ENOMEM, "out of memory for the plan of %d nodes", m->nodes);
+    p->m = m;
+    p->mode = mode;
+    p->end = end;
+    p->peak = 0;
+    p->live = (size_t *)(list + 3 * m->nodes);
+    p->since = (int *)(p->live + end);
+    p->until = p->since + m->nodes;
+    p->latest = p->until + m->nodes;
+    p->reader = p->latest + m->nodes;
+    p->place = p->reader + m->nodes;
+    m->recomputes[mode] = 0;
+    for (i = 0; i < m->nodes; i++) {
+        ckca__node *x = &m->node[i];
+        x->fused_into_reader[mode] = ckca__is_fused_into_reader(m, i, mode);
+        p->reader[i] = -1;
+        if (!ckca__runs(m, i, mode)) continue;
+        if (i) p->reader[ckca__stand_in(m, x->source, mode, NULL)] = i;
+        if (x->residual >= 0) p->reader[ckca__stand_in(m, x->residual, mode, NULL)] = i;
+        /* In evaluation a batch norm's tail runs the folded convolution too. */
+        if (i) p->reader[training || !m->node[x->source].folded ? x->source : m->node[x->source].in[0]] = i;
+        if (x->residual >= 0) p->reader[x->residual] = i;
+    }
+    if (training) {
+        ckca__plan_backward(p);
+        ckca__plan_gradients(p);
+    }
+    for (i = 0; i < m->nodes; i++) {
+        ckca__node *x = &m->node[i];
+        const size_t size = ckca__node_floats(x);
+        const int output = ckca__is_output(m, i, mode);
+        int dies = p->reader[i] > i ? p->reader[i] : i;
+        if (!ckca__runs(m, i, mode)) continue;
+        if (output || (mode & CKCA__MODE_READABLE)) dies = m->nodes;
+        if (training && p->latest[i] == -2 && dies < p->until[i]) dies = p->until[i];
+        if (training && i > 0 && p->place[i] == ~i) dies = ckca__plan_shared(p, ~i);
+        if (!x->fused_into_reader[mode]) ckca__plan_add(p, &list[count++], size, &x->value[mode], i, dies);
+        if (training && i > 0 && p->place[i] == i)
+            ckca__plan_add(p, &list[count++], size, &x->grad[mode],
+                           output || p->reader[i] < 0 ? m->nodes : end - 1 - p->reader[i], ckca__plan_shared(p, i));
+        if (training && x->kind == CKCA__KIND_MAXPOOL)
+            ckca__plan_add(p, &list[count++], /* a byte for each value */
+                           ckca__round_up(x->bf16 ? (size + 1) / 2 : (size + 3) / 4, CKCA__ALIGN / sizeof(float)),
+                           &x->at[mode], i, end - 1 - i);
+    }
+    for (i = m->nodes - 1; training && i > 0; i--) { /* as backward will come to it */
+        const ckca__node *x = &m->node[i];
+        if (x->fused) continue;
+        if (x->head >= 0 || x->kind == CKCA__KIND_CONV || x->kind == CKCA__KIND_LINEAR)
+            ckca__plan_want(p, ckca__stand_in(m, x->source, mode, NULL), i, 0, &failed);
+        if (x->relu && x->head >= 0 && x->residual >= 0) ckca__plan_want(p, i, i, 0, &failed);
+    }
+    all = failed ? NULL : (ckca__buffer *)ckca__alloc(m->ctx, (size_t)(count + m->recomputes[mode]) * sizeof *all);
+    if (!all) {
+        ckca__release(m->ctx, list);
+        return ckca__fail(m->ctx, CKCA_ENOMEM, "out of memory for the plan of %d nodes", m->nodes);
+    }
+    memcpy(all, list, (size_t)count * sizeof *all);
+    for (i = 0; i < m->recomputes[mode]; i++) {
+        ckca__recompute *item = &m->recompute[mode][i];
+        if (item->in != i) continue;
+        all[count].size = ckca__node_floats(&m->node[item->node]);
+        all[count].offset = &item->at;
+        all[count].born = end - 1 - item->before;
+        all[count++].dies = item->ends;
+    }
+    m->plan_values[mode] = ckca__plan_place(all, count);
+    for (i = 0; i < m->recomputes[mode]; i++)
+        m->recompute[mode][i].at = m->recompute[mode][m->recompute[mode][i].in].at;
+    for (i = 1; training && i < m->nodes; i++) {
+        ckca__node *x = &m->node[i];
+        x->grad[mode] = p->place[i] < 0 ? m->node[~p->place[i]].value[mode] : m->node[p->place[i]].grad[mode];
+    }
+    ckca__release(m->ctx, all);
+    ckca__release(m->ctx, list);
+    return CKCA_OK;
+}
+
+/* Which gradients need no place of their own: a batch norm's backward writes dx over x where nothing else reads x, and
+   then what it passes on to its residual, if that is the first gradient to come there, over dy. */
+static void ckca__plan_gradients(ckca__planner *p) {
+    const ckca_model *m = p->m;
+    int i;
+    for (i = 0; i < m->nodes; i++) p->place[i] = i;
+    for (i = m->nodes - 1; i > 0; i--) {
+        const ckca__node *x = &m->node[i];
+        if (!ckca__in_place(m, i)) continue;
+        p->place[x->source] = ~x->source;
+        if (x->residual > 0 && p->reader[x->residual] == i && !ckca__is_output(m, x->residual, p->mode))
+            p->place[x->residual] = p->place[i];
+    }
+}
+
+/* Until when a place of gradients is used: until the backward of the first node that shares it. */
+static int ckca__plan_shared(const ckca__planner *p, int place) {
+    int i = 1;
+    while (p->place[i] != place) i++;
+    return p->end - 1 - i;
+}
+
+/* Which nodes' outputs are made again, and until when the others are read. */
+static void ckca__plan_backward(ckca__planner *p) {
+    const ckca_model *m = p->m;
+    int i, side, last = 0;
+    for (i = 0; i < m->nodes; i++) {
+        p->since[i] = p->end;
+        p->until[i] = p->latest[i] = -1;
+        if (m->node[i].kind == CKCA__KIND_CONV) last = i;
+    }
+    for (i = m->nodes - 1; i > 0; i--) {
+        const ckca__node *x = &m->node[i];
+        const int moment = p->end - 1 - i;
+        if (x->fused) continue;
+        if (x->head >= 0 || x->kind == CKCA__KIND_CONV || x->kind == CKCA__KIND_LINEAR)
+            ckca__plan_read(p, ckca__stand_in(m, x->source, p->mode, NULL), moment);
+        if (x->relu && (x->head < 0 || x->residual >= 0)) ckca__plan_read(p, i, moment); /* its gate */
+    }
+    for (i = m->nodes - 1; i >= 0; i--) { /* what is read behind the last convolution is kept: nothing large follows */
+        const ckca__node *x = &m->node[i];
+        if (x->fused || x->head < 0 || p->reader[i] >= last || p->until[i] < 0 || (p->mode & CKCA__MODE_READABLE)) {
+            p->latest[i] = -2;
+            continue;
+        }
+        if (p->since[i] < p->end) ckca__plan_live(p, p->since[i], p->until[i], ckca__node_floats(x));
+        for (side = 0; side < 2; side++) {
+            int from = ckca__stand_in(m, side ? x->residual : x->source, p->mode, NULL);
+            if (from >= 0 && p->until[from] < p->until[i]) p->until[from] = p->until[i];
+        }
+    }
+}
+
+/* Node i's output is wanted in the backward of node j: for that itself, or (on_the_way) to make another one. Returns
+   its item in the list, or -1 if it is kept or, where *failed, there is no memory. */
+static int ckca__plan_want(ckca__planner *p, int i, int j, int on_the_way, int *failed) {
+    ckca_model *m = p->m;
+    const ckca__node *x = &m->node[i];
+    const int moment = p->end - 1 - j;
+    const size_t size = ckca__node_floats(x);
+    int k = p->latest[i], residual = ckca__stand_in(m, x->residual, p->mode, NULL);
+    ckca__recompute *item;
+    if (k == -2 || *failed) return -1;
+    if (k >= 0 && m->recompute[p->mode][k].dies >= moment) {
+        m->recompute[p->mode][k].on_the_way &= on_the_way;
+        return k;
+    }
+    if (!on_the_way) p->live[moment] -= size; /* counted by ckca__plan_backward, but not made yet */
+    ckca__plan_want(p, x->source, j, 1, failed);
+    if (residual >= 0) residual = ckca__plan_want(p, residual, j, 1, failed);
+    if (*failed || !ckca__grow(m->ctx, (void **)&m->recompute[p->mode], (size_t)m->recomputes[p->mode],
+                               &m->recompute_capacity[p->mode], sizeof *item)) {
+        *failed = 1;
+        return -1;
+    }
+    k = p->latest[i] = m->recomputes[p->mode]++;
+    item = &m->recompute[p->mode][k];
+    item->node = i;
+    item->before = j;
+    item->on_the_way = on_the_way;
+    item->in = k;
+    if (residual >= 0 && item[residual - k].on_the_way && item[residual - k].dies == moment) {
+        item->in = item[residual - k].in; /* the residual has had its use */
+        item[residual - k].dies = -1;
+    }
+    item->dies = p->until[i];
+    if (on_the_way) { /* until its own turn, or only for now */
+        int born = item->in == k ? moment : moment + 1, dies = p->since[i] < p->end ? p->since[i] - 1 : p->until[i];
+        if (ckca__plan_most(p, born, dies, size) > p->peak) item->dies = dies = moment;
+        ckca__plan_live(p, born, dies, size);
+    } else if (item->in == k)
+        ckca__plan_live(p, moment, moment, size);
+    item[item->in - k].ends = item->dies;
+    return k;
+}
+
+/* A buffer of the plan. */
+static void ckca__plan_add(ckca__planner *p, ckca__buffer *b, size_t size, size_t *offset, int born, int dies) {
+    b->size = size;
+    b->offset = offset;
+    b->born = born;
+    b->dies = dies;
+    ckca__plan_live(p, born, dies, size);
+}
+
+/* Gives each buffer the lowest place where no other is that is alive at the same time, the largest first. Returns the
+   floats that this takes altogether. */
+static size_t ckca__plan_place(ckca__buffer *list, int count) {
+    size_t total = 0;
+    int i, j;
+    qsort(list, (size_t)count, sizeof *list, ckca__largest_first);
+    for (i = 0; i < count; i++) {
+        size_t place = 0;
+        int moved = 1;
+        while (moved) {
+            moved = 0;
+            for (j = 0; j < i; j++) {
+                const ckca__buffer *o = &list[j];
+                if (o->dies < list[i].born || list[i].dies < o->born) continue;
+                if (place < *o->offset + o->size && *o->offset < place + list[i].size) {
+                    place = *o->offset + o->size;
+                    moved = 1;
+                }
+            }
+        }
+        *list[i].offset = place;
+        if (total < place + list[i].size) total = place + list[i].size;
+    }
+    return total;
+}
+
+static int ckca__largest_first(const void *a, const void *b) {
+    const ckca__buffer *x = (const ckca__buffer *)a, *y = (const ckca__buffer *)b;
+    if (x->size != y->size) return x->size < y->size ? 1 : -1;
+    return x->born != y->born ? (x->born < y->born ? -1 : 1) : (x->dies < y->dies ? -1 : x->dies > y->dies);
+}
+
+/* The most floats that live in some moments once size more do. */
+static size_t ckca__plan_most(const ckca__planner *p, int born, int dies, size_t size) {
+    size_t most = 0;
+    for (; born <= dies; born++)
+        if (most < p->live[born] + size) most = p->live[born] + size;
+    return most;
+}
+
+static void ckca__plan_live(ckca__planner *p, int born, int dies, size_t size) {
+    size_t most = ckca__plan_most(p, born, dies, size);
+    if (p->peak < most) p->peak = most;
+    for (; born <= dies; born++) p->live[born] += size;
+}
+
+static void ckca__plan_read(ckca__planner *p, int i, int moment) {
+    if (p->since[i] > moment) p->since[i] = moment;
+    if (p->until[i] < moment) p->until[i] = moment;
+}
+
+static size_t ckca__node_floats(const ckca__node *x) {
+    const size_t values = (size_t)x->h * (size_t)x->w * (size_t)x->c;
+    return ckca__round_up(x->bf16 ? (values + 1) / 2 : values, CKCA__ALIGN / sizeof(float));
+}
+
+/* ===================================================================================================================
+   CHECKPOINTS                                                                                            >>checkpoint
+
+   A checkpoint is a safetensors file with PyTorch's names and orders and, in its metadata, what ckca_load needs (the list
+   is in the manual, FILE FORMATS). A training state is a checkpoint with momentum.* and ckca.state beside them.
+   =================================================================================================================== */
+
+#define CKCA__FORMAT 1 /* rises when a library that knows the number before could not read the files right */
+
+/* ---- what the sections on files share: tensors and text of a safetensors file ---- */
 
 /* Text that grows. After a failed allocation it stays as it is, and failed says so. */
 typedef struct ckca__text {
@@ -10155,116 +6387,6 @@ typedef struct ckca__text {
     size_t length, capacity;
     int failed;
 } ckca__text;
-
-static void ckca__text_add(ckca__text *text, const char *bytes, size_t n) {
-    size_t need = ckca__sum(ckca__sum(text->length, n), 1);
-    if (need > text->capacity && !text->failed) {
-        size_t capacity = need > 256 ? ckca__mul(need, 2) : 512;
-        char *grown = (char *)ckca__alloc(text->ctx, capacity);
-        if (grown && text->length) memcpy(grown, text->at, text->length);
-        if (grown) {
-            ckca__release(text->ctx, text->at);
-            text->at = grown;
-            text->capacity = capacity;
-        } else text->failed = 1;
-    }
-    if (text->failed) return;
-    memcpy(text->at + text->length, bytes, n);
-    text->length += n;
-    text->at[text->length] = 0;
-}
-
-static void ckca__text_puts(ckca__text *text, const char *string) { ckca__text_add(text, string, strlen(string)); }
-
-static void ckca__text_number(ckca__text *text, uint64_t value) {
-    char digits[24];
-    int i = sizeof digits;
-    do digits[--i] = (char)('0' + value % 10);
-    while (value /= 10);
-    ckca__text_add(text, digits + i, sizeof digits - (size_t)i);
-}
-
-/* A JSON string, quoted and escaped. What is not UTF-8 (a folder's name may be anything) becomes U+FFFD. */
-static void ckca__text_json(ckca__text *text, const char *string) {
-    const unsigned char *s = (const unsigned char *)string;
-    size_t i, n = strlen(string), good = ckca__utf8_flaw(s, n);
-    char escape[8];
-    ckca__text_add(text, "\"", 1);
-    for (i = 0; i < n; i++) {
-        if (i == good) {
-            ckca__text_puts(text, "\xef\xbf\xbd");
-            good = i + 1 + ckca__utf8_flaw(s + i + 1, n - i - 1);
-        } else if (s[i] == '"' || s[i] == '\\') {
-            escape[0] = '\\';
-            escape[1] = (char)s[i];
-            ckca__text_add(text, escape, 2);
-        } else if (s[i] < 0x20) {
-            snprintf(escape, sizeof escape, "\\u%04x", s[i]);
-            ckca__text_add(text, escape, 6);
-        } else ckca__text_add(text, string + i, 1);
-    }
-    ckca__text_add(text, "\"", 1);
-}
-
-/* n strings as a JSON list, ["cat","dog"], the caller's to release. NULL if there is no memory. */
-static char *ckca__names_to_json(ckca_context *ctx, const char *const *names, int n) {
-    ckca__text text;
-    int i;
-    memset(&text, 0, sizeof text);
-    text.ctx = ctx;
-    ckca__text_add(&text, "[", 1);
-    for (i = 0; i < n; i++) {
-        if (i) ckca__text_add(&text, ",", 1);
-        ckca__text_json(&text, names[i]);
-    }
-    ckca__text_add(&text, "]", 1);
-    if (!text.failed) return text.at;
-    ckca__release(ctx, text.at);
-    return NULL;
-}
-
-/* The other way round: *names are the caller's, to be freed with ckca__free_names. path is for messages. */
-static ckca_status ckca__names_from_json(ckca_context *ctx, const char *path, const char *text, char ***names, int *n) {
-    ckca__json json;
-    char **found = NULL, *string;
-    const char **view = NULL;
-    size_t count = 0, capacity = 0;
-    ckca_status status = CKCA_OK;
-    *names = NULL;
-    *n = 0;
-    json.ctx = ctx;
-    json.path = path;
-    json.at = 0;
-    json.size = strlen(text);
-    json.text = (char *)ckca__alloc(ctx, json.size + 1);
-    if (!json.text) return ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for its class names", ckca__tail(path));
-    memcpy(json.text, text, json.size);
-    if (ckca__utf8_flaw((unsigned char *)json.text, json.size) < json.size)
-        status = ckca__json_fail(&json, "not UTF-8");
-    else if (!ckca__json_take(&json, '[')) status = ckca__json_fail(&json, "no list of class names");
-    else if (!ckca__json_take(&json, ']')) {
-        do {
-            status = ckca__json_string(&json, &string);
-            if (!status && (count >= INT_MAX || !ckca__grow(ctx, (void **)&view, count, &capacity, sizeof *view)))
-                status = ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for its class names", ckca__tail(path));
-            if (!status) view[count++] = string;
-        } while (!status && ckca__json_take(&json, ','));
-        if (!status && !ckca__json_take(&json, ']')) status = ckca__json_fail(&json, "no , or ]");
-    }
-    ckca__json_space(&json);
-    if (!status && json.at != json.size) status = ckca__json_fail(&json, "something behind the list");
-    if (!status) {
-        found = ckca__copy_names(ctx, view, (int)count);
-        if (!found) status = ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for its class names", ckca__tail(path));
-    }
-    ckca__release(ctx, view);
-    ckca__release(ctx, json.text);
-    *names = found;
-    *n = found ? (int)count : 0;
-    return status;
-}
-
-/* --- Reading ------------------------------------------------------------------------------------------------------ */
 
 typedef struct ckca__st_tensor {
     const char *name;
@@ -10288,288 +6410,6 @@ typedef struct ckca__st_file {
     ckca__st_pair *meta;     /* by key */
     size_t tensors, metas;
 } ckca__st_file;
-
-static void ckca__st_close(ckca__st_file *file) {
-    ckca__release(file->ctx, file->tensor);
-    ckca__release(file->ctx, file->meta);
-    ckca__release(file->ctx, file->text);
-    ckca__release(file->ctx, file->owned);
-    file->tensor = NULL;
-    file->meta = NULL;
-    file->text = NULL;
-    file->owned = NULL;
-    file->tensors = file->metas = 0;
-}
-
-/* Bytes of one value, 0 for a type we do not know. */
-static size_t ckca__st_value_bytes(const char *dtype) {
-    static const struct {
-        char name[8];
-        size_t bytes;
-    } known[] = {{"F32", 4},  {"F64", 8}, {"F16", 2},     {"BF16", 2},   {"I64", 8}, {"U64", 8},
-                 {"I32", 4},  {"U32", 4}, {"I16", 2},     {"U16", 2},    {"I8", 1},  {"U8", 1},
-                 {"BOOL", 1}, {"C64", 8}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
-    size_t i;
-    for (i = 0; i < sizeof known / sizeof *known; i++)
-        if (!strcmp(known[i].name, dtype)) return known[i].bytes;
-    return 0;
-}
-
-static int ckca__st_by_name(const void *a, const void *b) {
-    return strcmp(((const ckca__st_tensor *)a)->name, ((const ckca__st_tensor *)b)->name);
-}
-
-static int ckca__st_by_place(const void *a, const void *b) {
-    const ckca__st_tensor *x = (const ckca__st_tensor *)a, *y = (const ckca__st_tensor *)b;
-    if (x->begin != y->begin) return x->begin < y->begin ? -1 : 1;
-    return x->end < y->end ? -1 : x->end > y->end;
-}
-
-static int ckca__st_by_key(const void *a, const void *b) {
-    return strcmp(((const ckca__st_pair *)a)->key, ((const ckca__st_pair *)b)->key);
-}
-
-/* {"key":"value",...} behind "__metadata__": */
-static ckca_status ckca__st_parse_meta(ckca__json *json, ckca__st_file *file, size_t *capacity) {
-    ckca_status status = CKCA_OK;
-    if (!ckca__json_take(json, '{')) return ckca__json_fail(json, "__metadata__ is no object");
-    if (ckca__json_take(json, '}')) return CKCA_OK;
-    do {
-        char *key, *value;
-        status = ckca__json_string(json, &key);
-        if (!status && !ckca__json_take(json, ':')) status = ckca__json_fail(json, "no :");
-        if (!status) status = ckca__json_string(json, &value);
-        if (!status && !ckca__grow(json->ctx, (void **)&file->meta, file->metas, capacity, sizeof *file->meta))
-            status = ckca__fail(json->ctx, CKCA_ENOMEM, "%s: no memory for its metadata", ckca__tail(json->path));
-        if (status) return status;
-        file->meta[file->metas].key = key;
-        file->meta[file->metas++].value = value;
-    } while (ckca__json_take(json, ','));
-    return ckca__json_take(json, '}') ? CKCA_OK : ckca__json_fail(json, "no , or }");
-}
-
-/* {"dtype":...,"shape":[...],"data_offsets":[begin,end]}, in any order, behind a tensor's name. As the reference
-   implementation does, fields of other names are passed over. */
-static ckca_status ckca__st_parse_tensor(ckca__json *json, ckca__st_tensor *tensor) {
-    int64_t offset[2];
-    int offsets = 0, have_dtype = 0, have_shape = 0, i;
-    size_t value_bytes, bytes;
-    ckca_status status = CKCA_OK;
-    if (!ckca__json_take(json, '{')) return ckca__json_fail(json, "a tensor that is no object");
-    do {
-        char *key, *dtype;
-        status = ckca__json_string(json, &key);
-        if (!status && !ckca__json_take(json, ':')) status = ckca__json_fail(json, "no :");
-        if (status) return status;
-        if (!strcmp(key, "dtype") && !have_dtype) {
-            have_dtype = 1;
-            status = ckca__json_string(json, &dtype);
-            if (!status && !ckca__st_value_bytes(dtype))
-                status = ckca__fail(json->ctx, CKCA_EFORMAT, "%s: %.100s has the unknown type \"%.20s\"",
-                                    ckca__tail(json->path), tensor->name, dtype);
-            if (!status) memcpy(tensor->dtype, dtype, strlen(dtype) + 1);
-        } else if (!strcmp(key, "shape") && !have_shape) {
-            have_shape = 1;
-            status = ckca__json_wholes(json, tensor->shape, 8, &tensor->dims);
-        } else if (!strcmp(key, "data_offsets") && !offsets) {
-            status = ckca__json_wholes(json, offset, 2, &offsets);
-        } else if (!strcmp(key, "dtype") || !strcmp(key, "shape") || !strcmp(key, "data_offsets")) {
-            status = ckca__json_fail(json, "a field of a tensor that is there twice");
-        } else status = ckca__json_skip(json, 0);
-        if (status) return status;
-    } while (ckca__json_take(json, ','));
-    if (!ckca__json_take(json, '}')) return ckca__json_fail(json, "no , or }");
-    if (!have_dtype || !have_shape || offsets != 2)
-        return ckca__fail(json->ctx, CKCA_EFORMAT, "%s: %.100s lacks its dtype, shape or two data_offsets",
-                          ckca__tail(json->path), tensor->name);
-    bytes = value_bytes = ckca__st_value_bytes(tensor->dtype);
-    for (i = 0; i < tensor->dims; i++)
-        bytes = (uint64_t)tensor->shape[i] > SIZE_MAX ? SIZE_MAX : ckca__mul(bytes, (size_t)tensor->shape[i]);
-    if (offset[1] < offset[0] || bytes == SIZE_MAX || (uint64_t)(offset[1] - offset[0]) != bytes)
-        return ckca__fail(json->ctx, CKCA_EFORMAT,
-                          "%s: %.100s is at bytes %.0f to %.0f, its shape and type (%.0f bytes a value) need %.0f",
-                          ckca__tail(json->path), tensor->name, (double)offset[0], (double)offset[1],
-                          (double)value_bytes, (double)bytes);
-    tensor->begin = (size_t)offset[0];
-    tensor->end = (size_t)offset[1];
-    return CKCA_OK;
-}
-
-/* The header as text, from its first brace to its last. */
-static ckca_status ckca__st_parse_header(ckca__json *json, ckca__st_file *file) {
-    size_t tensor_capacity = 0, meta_capacity = 0;
-    int have_meta = 0;
-    ckca_status status;
-    if (!json->size || json->text[0] != '{') return ckca__json_fail(json, "no {");
-    json->at = 1;
-    if (!ckca__json_take(json, '}')) {
-        do {
-            char *name;
-            status = ckca__json_string(json, &name);
-            if (!status && !ckca__json_take(json, ':')) status = ckca__json_fail(json, "no :");
-            if (status) return status;
-            if (!strcmp(name, "__metadata__")) {
-                if (have_meta++) return ckca__json_fail(json, "a second __metadata__");
-                ckca__json_space(json);
-                status = json->text[json->at] == 'n' ? ckca__json_skip(json, 0) /* null: none */
-                                                     : ckca__st_parse_meta(json, file, &meta_capacity);
-            } else if (!ckca__grow(json->ctx, (void **)&file->tensor, file->tensors, &tensor_capacity,
-                                   sizeof *file->tensor)) {
-                status = ckca__fail(json->ctx, CKCA_ENOMEM, "%s: no memory for its header", ckca__tail(json->path));
-            } else {
-                file->tensor[file->tensors].name = name;
-                status = ckca__st_parse_tensor(json, &file->tensor[file->tensors++]);
-            }
-            if (status) return status;
-        } while (ckca__json_take(json, ','));
-        if (!ckca__json_take(json, '}')) return ckca__json_fail(json, "no , or }");
-    }
-    ckca__json_space(json);
-    return json->at == json->size ? CKCA_OK : ckca__json_fail(json, "something behind the last }");
-}
-
-/* Tensors lie one behind the other without a hole from the header to the file's end; names and keys are there once. */
-static ckca_status ckca__st_check(ckca__st_file *file, size_t data, size_t size) {
-    size_t i, at = 0;
-    if (file->tensors) qsort(file->tensor, file->tensors, sizeof *file->tensor, ckca__st_by_place);
-    for (i = 0; i < file->tensors; i++) {
-        ckca__st_tensor *tensor = &file->tensor[i];
-        if (tensor->begin != at || tensor->end > size - data)
-            return ckca__fail(file->ctx, CKCA_EFORMAT,
-                              "%s: %.100s is at bytes %.0f to %.0f of %.0f, the tensor before it ends at %.0f%s",
-                              ckca__tail(file->path), tensor->name, (double)tensor->begin, (double)tensor->end,
-                              (double)(size - data), (double)at, tensor->begin == at ? " (truncated?)" : "");
-        at = tensor->end;
-        tensor->begin += data;
-        tensor->end += data;
-    }
-    if (at != size - data)
-        return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: its tensors have %.0f bytes, the file has %.0f for them",
-                          ckca__tail(file->path), (double)at, (double)(size - data));
-    if (file->tensors) qsort(file->tensor, file->tensors, sizeof *file->tensor, ckca__st_by_name);
-    for (i = 1; i < file->tensors; i++)
-        if (!strcmp(file->tensor[i - 1].name, file->tensor[i].name))
-            return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: %.100s is in it twice", ckca__tail(file->path),
-                              file->tensor[i].name);
-    if (file->metas) qsort(file->meta, file->metas, sizeof *file->meta, ckca__st_by_key);
-    for (i = 1; i < file->metas; i++)
-        if (!strcmp(file->meta[i - 1].key, file->meta[i].key))
-            return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: the metadata \"%.100s\" is in it twice",
-                              ckca__tail(file->path), file->meta[i].key);
-    return CKCA_OK;
-}
-
-/* A file in memory, which must stay while *file is used. path is for messages and must stay too. Whatever comes back,
-   ckca__st_close may be called. */
-static ckca_status ckca__st_parse(ckca_context *ctx, const char *path, const unsigned char *bytes, size_t size,
-                                  ckca__st_file *file) {
-    uint64_t header = 0;
-    size_t flaw;
-    ckca__json json;
-    ckca_status status;
-    int i;
-    memset(file, 0, sizeof *file);
-    file->ctx = ctx;
-    file->path = path;
-    file->bytes = bytes;
-    if (size < 8)
-        return ckca__fail(ctx, CKCA_EFORMAT, "%s: %.0f bytes, a safetensors file has at least 10", ckca__tail(path),
-                          (double)size);
-    for (i = 7; i >= 0; i--) header = header << 8 | bytes[i];
-    if (header > 100000000 || header > size - 8)
-        return ckca__fail(ctx, CKCA_EFORMAT, "%s: a header of %.0f bytes in a file of %.0f: %s", ckca__tail(path),
-                          (double)header, (double)size,
-                          header > 100000000 ? "not a safetensors file" : "truncated, or not a safetensors file");
-    memset(&json, 0, sizeof json);
-    json.ctx = ctx;
-    json.path = path;
-    json.size = (size_t)header;
-    json.text = file->text = (char *)ckca__alloc(ctx, json.size + 1);
-    if (!json.text)
-        return ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for its header of %.0f bytes", ckca__tail(path),
-                          (double)header);
-    memcpy(json.text, bytes + 8, json.size);
-    flaw = ckca__utf8_flaw(bytes + 8, json.size);
-    if (flaw < json.size) {
-        json.at = flaw;
-        status = ckca__json_fail(&json, "not UTF-8");
-    } else status = ckca__st_parse_header(&json, file);
-    if (!status) status = ckca__st_check(file, 8 + json.size, size);
-    return status;
-}
-
-static const ckca__st_tensor *ckca__st_find(const ckca__st_file *file, const char *name) {
-    ckca__st_tensor wanted;
-    wanted.name = name;
-    if (!file->tensors) return NULL;
-    return (const ckca__st_tensor *)bsearch(&wanted, file->tensor, file->tensors, sizeof wanted, ckca__st_by_name);
-}
-
-/* The text behind a key of the metadata, or NULL. */
-static const char *ckca__st_meta(const ckca__st_file *file, const char *key) {
-    ckca__st_pair wanted, *found;
-    wanted.key = key;
-    if (!file->metas) return NULL;
-    found = (ckca__st_pair *)bsearch(&wanted, file->meta, file->metas, sizeof wanted, ckca__st_by_key);
-    return found ? found->value : NULL;
-}
-
-/* A half-precision number (IEEE 754 binary16). */
-static float ckca__half(unsigned bits) {
-    unsigned exponent = bits >> 10 & 31, fraction = bits & 1023;
-    float value;
-    if (exponent == 31) value = fraction ? NAN : INFINITY;
-    else if (exponent) value = ldexpf((float)(1024 + fraction), (int)exponent - 25);
-    else value = ldexpf((float)fraction, -24);
-    return bits >> 15 ? -value : value;
-}
-
-/* A tensor of F32, F16, BF16 or F64 as floats: out has as many as its shape says. */
-static ckca_status ckca__st_read_floats(const ckca__st_file *file, const ckca__st_tensor *tensor, float *out) {
-    const unsigned char *in = file->bytes + tensor->begin;
-    size_t size = tensor->end - tensor->begin, i;
-    if (!strcmp(tensor->dtype, "F32")) {
-        if (size) memcpy(out, in, size);
-    } else if (!strcmp(tensor->dtype, "F64")) {
-        for (i = 0; i < size / 8; i++) {
-            double value;
-            memcpy(&value, in + i * 8, 8);
-            out[i] = (float)value;
-        }
-    } else if (!strcmp(tensor->dtype, "F16")) {
-        for (i = 0; i < size / 2; i++) out[i] = ckca__half(in[2 * i] | (unsigned)in[2 * i + 1] << 8);
-    } else if (!strcmp(tensor->dtype, "BF16")) { /* the upper half of a float */
-        for (i = 0; i < size / 2; i++) {
-            uint32_t bits = (uint32_t)in[2 * i] << 16 | (uint32_t)in[2 * i + 1] << 24;
-            memcpy(&out[i], &bits, 4);
-        }
-    } else {
-        return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: %.100s is of type %s, not of floats", ckca__tail(file->path),
-                          tensor->name, tensor->dtype);
-    }
-    return CKCA_OK;
-}
-
-#ifndef CKCA_NO_STDIO
-
-/* Reads a file whole, 16 GiB at most, and parses it. ckca__st_close it whatever comes back; path must stay so long. */
-static ckca_status ckca__st_open(ckca_context *ctx, const char *path, ckca__st_file *file) {
-    unsigned char *bytes;
-    size_t size;
-    ckca_status status;
-    memset(file, 0, sizeof *file);
-    file->ctx = ctx;
-    status = ckca__read_file(ctx, path, SIZE_MAX >> (sizeof(size_t) > 4 ? 30 : 1), &bytes, &size);
-    if (status) return status;
-    status = ckca__st_parse(ctx, path, bytes, size, file);
-    file->owned = bytes;
-    return status;
-}
-
-#endif /* CKCA_NO_STDIO */
-
-/* --- Writing ------------------------------------------------------------------------------------------------------ */
-
 typedef struct ckca__st_item {
     const char *name, *dtype;
     int dims;
@@ -10577,240 +6417,33 @@ typedef struct ckca__st_item {
     const void *data; /* NULL: ask */
 } ckca__st_item;
 
-static size_t ckca__st_item_bytes(const ckca__st_item *item) {
-    size_t bytes = ckca__st_value_bytes(item->dtype);
-    int i;
-    for (i = 0; i < item->dims; i++) bytes *= (size_t)item->shape[i];
-    return bytes;
-}
-
-/* The header, padded with spaces to a multiple of 8. Tensors of wider values come first, so that each is aligned. */
-static void ckca__st_header(ckca__text *text, const ckca__st_item *items, int count, const ckca__st_pair *meta,
-                            int metas) {
-    size_t at = 0, width;
-    int i, k, written = 0;
-    ckca__text_puts(text, "{");
-    for (i = 0; i < metas; i++) {
-        ckca__text_puts(text, i ? "," : "\"__metadata__\":{");
-        ckca__text_json(text, meta[i].key);
-        ckca__text_puts(text, ":");
-        ckca__text_json(text, meta[i].value);
-        if (i == metas - 1) ckca__text_puts(text, "}");
-    }
-    for (width = 8; width; width /= 2) {
-        for (i = 0; i < count; i++) {
-            if (ckca__st_value_bytes(items[i].dtype) != width) continue;
-            if (metas || written++) ckca__text_puts(text, ",");
-            ckca__text_json(text, items[i].name);
-            ckca__text_puts(text, ":{\"dtype\":");
-            ckca__text_json(text, items[i].dtype);
-            ckca__text_puts(text, ",\"shape\":[");
-            for (k = 0; k < items[i].dims; k++) {
-                if (k) ckca__text_puts(text, ",");
-                ckca__text_number(text, (uint64_t)items[i].shape[k]);
-            }
-            ckca__text_puts(text, "],\"data_offsets\":[");
-            ckca__text_number(text, at);
-            ckca__text_puts(text, ",");
-            ckca__text_number(text, at += ckca__st_item_bytes(&items[i]));
-            ckca__text_puts(text, "]}");
-        }
-    }
-    ckca__text_puts(text, "}");
-    while (text->length % 8 && !text->failed) ckca__text_puts(text, " ");
-}
-
-/* Where a file's bytes go: into a file, or into memory that has room for them. */
-typedef struct ckca__sink {
-    FILE *file; /* or NULL */
-    unsigned char *memory;
-    size_t at;
-} ckca__sink;
-
-static int ckca__sink_put(ckca__sink *sink, const void *bytes, size_t size) {
+/* In SAFETENSORS: */
+static void ckca__text_puts(ckca__text *text, const char *string);
+static char *ckca__names_to_json(ckca_context *ctx, const char *const *names, int n);
+static ckca_status ckca__names_from_json(ckca_context *ctx, const char *path, const char *text, char ***names, int *n);
+static void ckca__st_close(ckca__st_file *file);
+static int ckca__st_by_name(const void *a, const void *b);
+static ckca_status ckca__st_parse(ckca_context *ctx, const char *path, const unsigned char *bytes, size_t size,
+                                  ckca__st_file *file);
+static const ckca__st_tensor *ckca__st_find(const ckca__st_file *file, const char *name);
+static const char *ckca__st_meta(const ckca__st_file *file, const char *key);
+static ckca_status ckca__st_read_floats(const ckca__st_file *file, const ckca__st_tensor *tensor, float *out);
 #ifndef CKCA_NO_STDIO
-    if (sink->file) return fwrite(bytes, 1, size, sink->file) == size;
+static ckca_status ckca__st_open(ckca_context *ctx, const char *path, ckca__st_file *file);
 #endif
-    if (size) memcpy(sink->memory + sink->at, bytes, size);
-    sink->at += size;
-    return 1;
-}
-
-/* All of a file: length, header, tensors. Where an item has no data, ask(user, i) gives a pointer to it that is valid
-   until the next call, so that whoever must rearrange tensors first needs room for one only. 1: all of it was taken. */
-static int ckca__st_put(ckca__sink *sink, const ckca__text *header, const ckca__st_item *items, int count,
-                        const void *(*ask)(void *user, int i), void *user) {
-    unsigned char length[8];
-    size_t width;
-    int i, ok;
-    for (i = 0; i < 8; i++) length[i] = (unsigned char)((uint64_t)header->length >> 8 * i);
-    ok = ckca__sink_put(sink, length, 8) && ckca__sink_put(sink, header->at, header->length);
-    for (width = 8; width; width /= 2) {
-        for (i = 0; i < count && ok; i++) {
-            const size_t bytes = ckca__st_item_bytes(&items[i]);
-            if (ckca__st_value_bytes(items[i].dtype) != width || !bytes) continue;
-            ok = ckca__sink_put(sink, items[i].data ? items[i].data : ask(user, i), bytes);
-        }
-    }
-    return ok;
-}
-
-/* Writes what would be a file to out, which has room bytes; *size becomes how many there are. out NULL: only that. */
 static ckca_status ckca__st_write_memory(ckca_context *ctx, void *out, size_t room, size_t *size,
                                          const ckca__st_item *items, int count, const ckca__st_pair *meta, int metas,
-                                         const void *(*ask)(void *user, int i), void *user) {
-    ckca__text header;
-    ckca__sink sink;
-    ckca_status status = CKCA_OK;
-    int i;
-    memset(&header, 0, sizeof header);
-    header.ctx = ctx;
-    ckca__st_header(&header, items, count, meta, metas);
-    *size = ckca__sum(header.length, 8);
-    for (i = 0; i < count; i++) *size = ckca__sum(*size, ckca__st_item_bytes(&items[i]));
-    if (header.failed) {
-        *size = 0;
-        status = ckca__fail(ctx, CKCA_ENOMEM, "save: no memory for its header");
-    } else if (out && room < *size) {
-        status = ckca__fail(ctx, CKCA_EINVAL, "save: there is room for %.0f bytes, the model takes %.0f", (double)room,
-                            (double)*size);
-    } else if (out) {
-        memset(&sink, 0, sizeof sink);
-        sink.memory = (unsigned char *)out;
-        ckca__st_put(&sink, &header, items, count, ask, user);
-        status = ckca__device_status(ctx); /* were all items fetched? */
-    }
-    ckca__release(ctx, header.at);
-    return status;
-}
-
+                                         const void *(*ask)(void *user, int i), void *user);
 #ifndef CKCA_NO_STDIO
-
 #ifdef CKCA__POSIX
-#include <sys/file.h>
-#ifndef __cplusplus /* strict C99 hides these two of POSIX */
-extern int fileno(FILE *);
-extern int fsync(int);
+static int ckca__lock_path(const char *path);
 #endif
-
-/* Opens the file at path, made if need be, and locks it until this process closes it or ends, whatever way. -1: it cannot
-   be opened (errno); -2: it is locked. A file system without locks lets everyone in. */
-static int ckca__lock_path(const char *path) {
-    struct stat mine, there;
-    int tries;
-    for (tries = 0; tries < 100; tries++) {
-        int file = open(path, O_RDWR | O_CREAT, 0666);
-        if (file < 0) return -1;
-        fcntl(file, F_SETFD, FD_CLOEXEC);
-        if (flock(file, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK) {
-            close(file);
-            return -2;
-        }
-        /* Whoever held it before may have renamed or removed it since it was opened here. */
-        if (!fstat(file, &mine) && !stat(path, &there) && mine.st_dev == there.st_dev && mine.st_ino == there.st_ino)
-            return file;
-        close(file);
-    }
-    errno = EBUSY;
-    return -1;
-}
 #endif
-
-/* Writes a file: into PATH.tmp, which replaces path when it is on the disk whole. A killed run's PATH.tmp is written
-   over, one that is being written is locked. Metadata and, as far as their types' widths allow, tensors keep their
-   order. ask and user as in ckca__st_put. */
+#ifndef CKCA_NO_STDIO
 static ckca_status ckca__st_write(ckca_context *ctx, const char *path, const ckca__st_item *items, int count,
                                   const ckca__st_pair *meta, int metas, const void *(*ask)(void *user, int i),
-                                  void *user) {
-    ckca__text header, temporary;
-    const char *failed = NULL; /* what could not be done */
-    ckca__sink sink;
-    ckca_status status = CKCA_OK;
-    int error = 0, lock = -1;
-    memset(&sink, 0, sizeof sink);
-    memset(&header, 0, sizeof header);
-    header.ctx = ctx;
-    temporary = header;
-    ckca__st_header(&header, items, count, meta, metas);
-    ckca__text_puts(&temporary, path);
-    ckca__text_puts(&temporary, ".tmp");
-    if (header.failed || temporary.failed) {
-        status = ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for its header", ckca__tail(path));
-    } else {
-#ifdef CKCA__POSIX
-        lock = ckca__lock_path(temporary.at);
-        if (lock == -2)
-            status = ckca__fail(ctx, CKCA_EIO, "%s: another process is writing it (its .tmp is locked)",
-                                ckca__tail(path));
-        else if (lock >= 0)
+                                  void *user);
 #endif
-            sink.file = fopen(temporary.at, "wb");
-        if (!sink.file && !status) {
-            failed = "created";
-            error = errno;
-        }
-    }
-    if (sink.file) {
-        int ok = ckca__st_put(&sink, &header, items, count, ask, user);
-        if (ok) ok = !(status = ckca__device_status(ctx)) && fflush(sink.file) == 0; /* were all items fetched? */
-#ifdef CKCA__POSIX
-        ok = ok && fsync(fileno(sink.file)) == 0;
-#endif
-        if (!ok) error = errno;
-        if (fclose(sink.file) != 0 && ok) {
-            ok = 0;
-            error = errno;
-        }
-        if (!ok) failed = "written";
-#ifdef _WIN32
-        if (ok) remove(path); /* rename does not replace there */
-#endif
-        if (ok && rename(temporary.at, path) != 0) {
-            failed = "put in place";
-            error = errno;
-        }
-        if (failed) remove(temporary.at);
-    }
-    if (failed && !status)
-        status = ckca__fail(ctx, CKCA_EIO, "%s: cannot be %s: %s", ckca__tail(path), failed, strerror(error));
-#ifdef CKCA__POSIX
-    if (lock >= 0) close(lock);
-    if (!status) { /* the folder's entry too; some file systems have no such call, and the file is there already */
-        char *slash = strrchr(temporary.at, '/');
-        int folder;
-        if (slash) slash[slash == temporary.at] = 0;
-        folder = open(slash ? temporary.at : ".", O_RDONLY);
-        if (folder >= 0) {
-            fsync(folder);
-            close(folder);
-        }
-    }
-#endif
-    ckca__release(ctx, header.at);
-    ckca__release(ctx, temporary.at);
-    return status;
-}
-
-#endif /* CKCA_NO_STDIO */
-
-#endif /* CKCA__SAFETENSORS */
-#endif /* CKCA_IMPLEMENTATION */
-#endif /* CKCA__PASS */
-#ifndef CKCA__PASS
-#ifdef CKCA_IMPLEMENTATION
-#ifndef CKCA__CHECKPOINT
-#define CKCA__CHECKPOINT
-
-/* ------------------------------------------------------------------------------------------------------------------
-   FILES: CHECKPOINTS and training states
-
-   A checkpoint is a safetensors file with PyTorch's names and orders, and in its metadata, as text: ckca.graph (see
-   ckca__graph_write), ckca.input "height width channels", ckca.classes, ckca.class_names (a JSON list), ckca.mean and
-   ckca.std, ckca.step, ckca.arch, ckca.format (CKCA__FORMAT), ckca.version. A training state is a checkpoint with
-   momentum.* and ckca.state beside them.
-   ------------------------------------------------------------------------------------------------------------------ */
-
-#define CKCA__FORMAT 1 /* rises when a library that knows the number before could not read the files right */
 
 /* A non-negative number as %.9g writes it, whatever the locale; *text moves behind it. 1: it was one. */
 static int ckca__parse_decimal(const char **text, double *value) {
@@ -10922,7 +6555,7 @@ static ckca_status ckca__read_metadata(ckca_model *m, const ckca__st_file *file)
         m->normalization = normalization;
         m->normalized = 1;
     }
-    m->step = t;
+    m->updates = t;
     return CKCA_OK;
 }
 
@@ -10943,8 +6576,7 @@ static ckca_status ckca__find_parameter(const ckca__st_file *file, const ckca__p
     int i, fits;
     snprintf(name, sizeof name, "%s%s", prefix, p->name);
     *tensor = ckca__st_find(file, name);
-    if (!*tensor)
-        return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: it has no tensor %s", ckca__tail(file->path), name);
+    if (!*tensor) return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: it has no tensor %s", ckca__tail(file->path), name);
     fits = (*tensor)->dims == p->dims;
     for (i = 0; i < p->dims; i++) {
         shape[i] = p->shape[i];
@@ -10973,7 +6605,7 @@ static ckca_status ckca__read_parameters(const ckca_model *m, const ckca__st_fil
     for (i = 0; !status && i < m->parameters; i++) {
         const ckca__parameter *p = &m->parameter[i];
         const ckca__st_tensor *tensor;
-        if (momentum && p->role >= CKCA__MEAN) continue;
+        if (momentum && p->role >= CKCA__ROLE_MEAN) continue;
         if ((status = ckca__find_parameter(file, p, prefix, &tensor)) ||
             (status = ckca__st_read_floats(file, tensor, file_order)) ||
             (status = ckca__finite(m->ctx, ckca__tail(file->path), prefix, p, file_order)))
@@ -11005,7 +6637,7 @@ static const char *ckca__bare_name(const ckca_model *m, const char *name, int *p
             const ckca__parameter *p = &m->parameter[i];
             const char *node = m->node[p->node].name;
             *parameter = counts ? -1 : i;
-            if (counts ? p->role == CKCA__VAR && strlen(node) == (size_t)(suffix - name) &&
+            if (counts ? p->role == CKCA__ROLE_VAR && strlen(node) == (size_t)(suffix - name) &&
                              !strncmp(node, name, strlen(node))
                        : !strcmp(p->name, name))
                 return name;
@@ -11040,8 +6672,8 @@ static ckca_status ckca__name_missing(const ckca__st_file *file, const char *nam
     }
     for (k = 0; k < 3 && nearest[k] && at < sizeof has; k++)
         at += (size_t)snprintf(has + at, sizeof has - at, "%s%.70s", k ? ", " : " The nearest: ", nearest[k]);
-    return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: it has no tensor %s, but %.0f others.%s%s", ckca__tail(file->path), name,
-                      (double)file->tensors, has, prefixes);
+    return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: it has no tensor %s, but %.0f others.%s%s", ckca__tail(file->path),
+                      name, (double)file->tensors, has, prefixes);
 }
 
 /* Leaves out the prefixes in a file's names where that makes every name fit: one for each parameter, none over. */
@@ -11111,7 +6743,7 @@ static void ckca__read_tracked(ckca_model *m, const ckca__st_file *file) {
     for (i = 0; i < m->nodes; i++) {
         const ckca__st_tensor *tracked;
         char name[CKCA__NAME_MAX + 32];
-        if (m->node[i].kind != CKCA__BATCHNORM) continue;
+        if (m->node[i].kind != CKCA__KIND_BATCHNORM) continue;
         snprintf(name, sizeof name, "%s.num_batches_tracked", m->node[i].name);
         tracked = ckca__st_find(file, name);
         if (tracked && !strcmp(tracked->dtype, "I64") && tracked->end - tracked->begin == 8)
@@ -11245,7 +6877,7 @@ static ckca_status ckca__export_model(ckca_model *m, const char *path, const cha
         ckca__graph_write(m, graph, graph_length);
         snprintf(input, sizeof input, "%d %d %d", m->height, m->width, m->channels);
         snprintf(classes, sizeof classes, "%d", m->classes);
-        snprintf(step, sizeof step, "%d", m->step);
+        snprintf(step, sizeof step, "%d", m->updates);
         snprintf(format, sizeof format, "%d", CKCA__FORMAT);
 #define CKCA__META(k, v) (meta[metas].key = k, meta[metas++].value = v)
         CKCA__META("format", "pt"); /* PyTorch's readers ask for it */
@@ -11264,7 +6896,7 @@ static ckca_status ckca__export_model(ckca_model *m, const char *path, const cha
         for (i = 0; i < m->parameters * (state ? 2 : 1); i++) {
             const ckca__parameter *p = &m->parameter[i % m->parameters];
             const int momentum = i >= m->parameters;
-            if (momentum && p->role >= CKCA__MEAN) continue;
+            if (momentum && p->role >= CKCA__ROLE_MEAN) continue;
             snprintf(tracked[items], sizeof *tracked, "%s%s", momentum ? "momentum." : "", p->name);
             item[items].name = tracked[items];
             item[items].dtype = "F32";
@@ -11272,7 +6904,7 @@ static ckca_status ckca__export_model(ckca_model *m, const char *path, const cha
             for (k = 0; k < p->dims; k++) item[items].shape[k] = p->shape[k];
             parameter[items++] = i;
             if (p->role ==
-                CKCA__VAR) { /* PyTorch counts batches in every batch norm, and load_state_dict asks for it */
+                CKCA__ROLE_VAR) { /* PyTorch counts batches in every batch norm, and load_state_dict asks for it */
                 snprintf(tracked[items], sizeof *tracked, "%s.num_batches_tracked", m->node[p->node].name);
                 item[items].name = tracked[items];
                 item[items].dtype = "I64";
@@ -11280,8 +6912,8 @@ static ckca_status ckca__export_model(ckca_model *m, const char *path, const cha
             }
         }
         if (!path)
-            status = ckca__st_write_memory(ctx, out, out_room, size, item, items, meta, metas, ckca__export_item,
-                                           &export_);
+            status =
+                ckca__st_write_memory(ctx, out, out_room, size, item, items, meta, metas, ckca__export_item, &export_);
 #ifndef CKCA_NO_STDIO
         else
             status = ckca__st_write(ctx, path, item, items, meta, metas, ckca__export_item, &export_);
@@ -11332,7 +6964,6 @@ CKCA_API ckca_status ckca_load_weights_memory(ckca_model *m, const void *bytes, 
 }
 
 #ifndef CKCA_NO_STDIO
-
 /* 1: both paths lead to the same file. */
 static int ckca__same_file(const char *a, const char *b) {
 #ifdef CKCA__POSIX
@@ -11341,7 +6972,6 @@ static int ckca__same_file(const char *a, const char *b) {
 #endif
     return !strcmp(a, b);
 }
-
 CKCA_API ckca_status ckca_save(ckca_model *m, const char *path) {
     ckca__unsaved *u;
     ckca_status status;
@@ -11354,7 +6984,6 @@ CKCA_API ckca_status ckca_save(ckca_model *m, const char *path) {
     ckca__forget_unsaved(m);
     return CKCA_OK;
 }
-
 CKCA_API ckca_status ckca_load(ckca_context *ctx, ckca_model **out, const char *path) {
     ckca__st_file file;
     ckca_status status;
@@ -11365,7 +6994,6 @@ CKCA_API ckca_status ckca_load(ckca_context *ctx, ckca_model **out, const char *
     ckca__st_close(&file);
     return status;
 }
-
 CKCA_API ckca_status ckca_load_weights(ckca_model *m, const char *path) {
     ckca__st_file file;
     ckca_status status;
@@ -11377,7 +7005,6 @@ CKCA_API ckca_status ckca_load_weights(ckca_model *m, const char *path) {
     ckca__st_close(&file);
     return status;
 }
-
 /* The first setting whose value in the text behind a state's numbers is another than u's, as a sentence; "": none. */
 static void ckca__state_difference(const ckca__update *u, const char *settings, char *out, size_t room) {
     int i;
@@ -11397,7 +7024,6 @@ static void ckca__state_difference(const ckca__update *u, const char *settings, 
         return;
     }
 }
-
 /* ckca.state: fingerprint, epoch, batch, hits, and the three sums' bits, each as 16 hexadecimal digits; then the
    settings as name=value, for the sentence about a fingerprint that differs. Each has a space behind it. */
 static ckca_status ckca__state_save(ckca__update *u) {
@@ -11430,13 +7056,11 @@ static ckca_status ckca__state_save(ckca__update *u) {
     ckca__release(u->ctx, text.at);
     return status;
 }
-
 /* Before a state is read or written: no other update may do so, and the folder must take files. */
 static ckca_status ckca__state_open(ckca__update *u) {
     const size_t length = strlen(u->d.state);
     ckca__unsaved *unsaved = (ckca__unsaved *)ckca__alloc(u->ctx, ckca__sum(sizeof *unsaved, 2 * length + 8));
-    if (!unsaved)
-        return ckca__fail(u->ctx, CKCA_ENOMEM, "%s: out of memory for its path", ckca__tail(u->d.state));
+    if (!unsaved) return ckca__fail(u->ctx, CKCA_ENOMEM, "%s: out of memory for its path", ckca__tail(u->d.state));
     unsaved->state = (char *)(unsaved + 1);
     unsaved->lock = unsaved->state + length + 1;
     snprintf(unsaved->state, length + 1, "%s", u->d.state);
@@ -11453,7 +7077,6 @@ static ckca_status ckca__state_open(ckca__update *u) {
 #endif
     return CKCA_OK;
 }
-
 /* At the end of an update. A done one leaves its state to the model, for ckca_save to remove. */
 static void ckca__state_close(ckca__update *u, int done) {
     ckca__unsaved *other = u->m->unsaved;
@@ -11468,10 +7091,10 @@ static void ckca__state_close(ckca__update *u, int done) {
     if (done && !other) {
         u->unsaved->next = u->m->unsaved;
         u->m->unsaved = u->unsaved;
-    } else ckca__release(u->ctx, u->unsaved);
+    } else
+        ckca__release(u->ctx, u->unsaved);
     u->unsaved = NULL;
 }
-
 static ckca_status ckca__state_load(ckca__update *u, int *found) {
     ckca_model *m = u->m;
     const ckca__unsaved *mine = m->unsaved;
@@ -11540,9 +7163,7 @@ static ckca_status ckca__state_load(ckca__update *u, int *found) {
     ckca__st_close(&file);
     return status;
 }
-
 #else /* CKCA_NO_STDIO: an update cannot be resumed */
-
 static ckca_status ckca__state_open(ckca__update *u) {
     return ckca__fail(u->ctx, CKCA_EINVAL,
                       "update: built without files (CKCA_NO_STDIO), so there is no training state");
@@ -11556,18 +7177,4538 @@ static ckca_status ckca__state_load(ckca__update *u, int *found) {
     (void)u, (void)found;
     return CKCA_OK;
 }
-
 #endif
 
-#endif /* CKCA__CHECKPOINT */
-#endif /* CKCA_IMPLEMENTATION */
+/* ===================================================================================================================
+   SAFETENSORS                                                                                           >>safetensors
+
+   A safetensors file is 8 bytes of header length (least significant first), a header in JSON, and the tensors' bytes:
+   {"__metadata__":{"key":"text"},"conv1.weight":{"dtype":"F32","shape":[16,3,3,3],"data_offsets":[0,1728]}}
+   Values are little-endian, as the machines are that this library runs on.
+   =================================================================================================================== */
+
+/* --- JSON, as much of it as such headers have --- */
+
+/* Text under the eyes of a parser. Strings are unescaped in place: they only get shorter. */
+typedef struct ckca__json {
+    ckca_context *ctx;
+    const char *path; /* for messages */
+    char *text;       /* size bytes and a zero */
+    size_t at, size;
+} ckca__json;
+
+static ckca_status ckca__json_fail(const ckca__json *json, const char *expected) {
+    return ckca__fail(json->ctx, CKCA_EFORMAT, "%s: %s at byte %.0f of %.0f of its JSON", ckca__tail(json->path),
+                      expected, (double)json->at, (double)json->size);
+}
+
+static void ckca__json_space(ckca__json *json) {
+    while (json->at < json->size && strchr(" \t\r\n", json->text[json->at]) && json->text[json->at]) json->at++;
+}
+
+/* Takes the character if it is the next one behind white space. */
+static int ckca__json_take(ckca__json *json, char c) {
+    ckca__json_space(json);
+    if (json->at >= json->size || json->text[json->at] != c) return 0;
+    json->at++;
+    return 1;
+}
+
+/* Four hexadecimal digits of an escape, or -1. */
+static int ckca__json_hex(ckca__json *json) {
+    int value = 0, i;
+    if (json->size - json->at < 4) return -1;
+    for (i = 0; i < 4; i++) {
+        static const char digits[] = "0123456789abcdefABCDEF";
+        char c = json->text[json->at + (size_t)i];
+        const char *digit = c ? strchr(digits, c) : NULL;
+        if (!digit) return -1;
+        value = value * 16 + (int)(digit - digits) - (digit - digits > 15 ? 6 : 0);
+    }
+    json->at += 4;
+    return value;
+}
+
+/* A string, without its quotes, unescaped, ended by a zero. string NULL: it is passed over, and may hold \u0000. */
+static ckca_status ckca__json_string(ckca__json *json, char **string) {
+    char *out;
+    if (!ckca__json_take(json, '"')) return ckca__json_fail(json, "no string");
+    out = json->text + json->at;
+    if (string) *string = out;
+    for (;;) {
+        static const char escapes[] = "\"\\/bfnrt", meant[] = "\"\\/\b\f\n\r\t";
+        unsigned char c;
+        const char *escape;
+        int code, low;
+        if (json->at >= json->size) return ckca__json_fail(json, "a string without an end");
+        c = (unsigned char)json->text[json->at];
+        if (c < 0x20) return ckca__json_fail(json, "a control character in a string");
+        json->at++;
+        if (c == '"') break;
+        if (c != '\\') {
+            *out++ = (char)c;
+            continue;
+        }
+        c = json->at < json->size ? (unsigned char)json->text[json->at++] : 0;
+        escape = c ? strchr(escapes, c) : NULL;
+        if (escape) {
+            *out++ = meant[escape - escapes];
+            continue;
+        }
+        code = c == 'u' ? ckca__json_hex(json) : -1;
+        if (code >= 0xd800 && code < 0xdc00) { /* half of a character beyond 65535; the other half follows */
+            low = -1;
+            if (json->size - json->at >= 2 && json->text[json->at] == '\\' && json->text[json->at + 1] == 'u') {
+                json->at += 2;
+                low = ckca__json_hex(json);
+            }
+            code = low >= 0xdc00 && low < 0xe000 ? 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00) : -1;
+        } else if (code >= 0xdc00 && code < 0xe000)
+            code = -1;
+        if (code < 0 || (code == 0 && string)) /* a C string cannot hold \u0000 */
+            return ckca__json_fail(json, "an escape that cannot be used");
+        if (code < 0x80)
+            *out++ = (char)code;
+        else if (code < 0x800)
+            *out++ = (char)(0xc0 | code >> 6);
+        else if (code < 0x10000)
+            *out++ = (char)(0xe0 | code >> 12);
+        else
+            *out++ = (char)(0xf0 | code >> 18);
+        if (code >= 0x10000) *out++ = (char)(0x80 | (code >> 12 & 63));
+        if (code >= 0x800) *out++ = (char)(0x80 | (code >> 6 & 63));
+        if (code >= 0x80) *out++ = (char)(0x80 | (code & 63));
+    }
+    *out = 0;
+    return CKCA_OK;
+}
+
+/* A whole number from 0 to 2^63 - 1. */
+static ckca_status ckca__json_whole(ckca__json *json, int64_t *value) {
+    size_t first;
+    ckca__json_space(json);
+    first = json->at;
+    *value = 0;
+    while (json->at < json->size && json->text[json->at] >= '0' && json->text[json->at] <= '9') {
+        int digit = json->text[json->at] - '0';
+        if (*value > (INT64_MAX - digit) / 10) return ckca__json_fail(json, "a number beyond 2^63 - 1");
+        *value = *value * 10 + digit;
+        json->at++;
+    }
+    if (json->at == first || (json->at > first + 1 && json->text[first] == '0'))
+        return ckca__json_fail(json, "no whole number");
+    return CKCA_OK;
+}
+
+/* Up to most whole numbers in brackets. */
+static ckca_status ckca__json_wholes(ckca__json *json, int64_t *values, int most, int *count) {
+    ckca_status status = CKCA_OK;
+    *count = 0;
+    if (!ckca__json_take(json, '[')) return ckca__json_fail(json, "no list");
+    if (ckca__json_take(json, ']')) return CKCA_OK;
+    do {
+        if (*count == most) return ckca__json_fail(json, "too long a list");
+        status = ckca__json_whole(json, &values[(*count)++]);
+    } while (!status && ckca__json_take(json, ','));
+    if (!status && !ckca__json_take(json, ']')) return ckca__json_fail(json, "no , or ]");
+    return status;
+}
+
+/* Passes over digits; how many there were. */
+static size_t ckca__json_digits(ckca__json *json) {
+    const size_t first = json->at;
+    while (json->at < json->size && json->text[json->at] >= '0' && json->text[json->at] <= '9') json->at++;
+    return json->at - first;
+}
+
+/* Passes over one value of any kind. Lists and objects in each other: up to 125, as serde_json has it. */
+static ckca_status ckca__json_skip(ckca__json *json, int depth) {
+    static const char *const words[] = {"null", "true", "false"};
+    ckca_status status = CKCA_OK;
+    size_t first, n;
+    char c;
+    int i, ok;
+    ckca__json_space(json);
+    c = json->at < json->size ? json->text[json->at] : 0;
+    if (c == '"') return ckca__json_string(json, NULL);
+    if (c == '[' || c == '{') {
+        const char end = c == '[' ? ']' : '}';
+        if (depth == 125) return ckca__json_fail(json, "values nested too deep");
+        json->at++;
+        if (ckca__json_take(json, end)) return CKCA_OK;
+        do {
+            if (c == '{') status = ckca__json_string(json, NULL);
+            if (!status && c == '{' && !ckca__json_take(json, ':')) status = ckca__json_fail(json, "no :");
+            if (!status) status = ckca__json_skip(json, depth + 1);
+        } while (!status && ckca__json_take(json, ','));
+        if (!status && !ckca__json_take(json, end)) status = ckca__json_fail(json, "no , and no end of a value");
+        return status;
+    }
+    for (i = 0; i < 3; i++) {
+        n = strlen(words[i]);
+        if (json->size - json->at < n || memcmp(json->text + json->at, words[i], n)) continue;
+        json->at += n;
+        return CKCA_OK;
+    }
+    if (c == '-') json->at++; /* a number; the zero behind the text ends it */
+    first = json->at;
+    n = ckca__json_digits(json);
+    ok = n == 1 || (n > 1 && json->text[first] != '0');
+    if (ok && json->text[json->at] == '.') {
+        json->at++;
+        ok = ckca__json_digits(json) > 0;
+    }
+    if (ok && (json->text[json->at] == 'e' || json->text[json->at] == 'E')) {
+        json->at++;
+        if (json->text[json->at] == '-' || json->text[json->at] == '+') json->at++;
+        ok = ckca__json_digits(json) > 0;
+    }
+    return ok ? CKCA_OK : ckca__json_fail(json, "no value");
+}
+
+/* The place of the first byte that is not UTF-8 (Unicode 15, table 3-7), or size. */
+static size_t ckca__utf8_flaw(const unsigned char *text, size_t size) {
+    size_t i = 0, n, k;
+    for (; i < size; i += n) {
+        unsigned char c = text[i], low = 0x80, high = 0xbf; /* bounds of the second byte */
+        n = c < 0x80 ? 1 : c < 0xc2 ? 0 : c < 0xe0 ? 2 : c < 0xf0 ? 3 : c < 0xf5 ? 4 : 0;
+        if (n == 0 || n > size - i) return i;
+        if (c == 0xe0) low = 0xa0;
+        if (c == 0xed) high = 0x9f; /* no surrogates */
+        if (c == 0xf0) low = 0x90;
+        if (c == 0xf4) high = 0x8f;
+        for (k = 1; k < n; k++, low = 0x80, high = 0xbf)
+            if (text[i + k] < low || text[i + k] > high) return i;
+    }
+    return size;
+}
+
+static void ckca__text_add(ckca__text *text, const char *bytes, size_t n) {
+    size_t need = ckca__sum(ckca__sum(text->length, n), 1);
+    if (need > text->capacity && !text->failed) {
+        size_t capacity = need > 256 ? ckca__mul(need, 2) : 512;
+        char *grown = (char *)ckca__alloc(text->ctx, capacity);
+        if (grown && text->length) memcpy(grown, text->at, text->length);
+        if (grown) {
+            ckca__release(text->ctx, text->at);
+            text->at = grown;
+            text->capacity = capacity;
+        } else
+            text->failed = 1;
+    }
+    if (text->failed) return;
+    memcpy(text->at + text->length, bytes, n);
+    text->length += n;
+    text->at[text->length] = 0;
+}
+
+static void ckca__text_puts(ckca__text *text, const char *string) { ckca__text_add(text, string, strlen(string)); }
+
+static void ckca__text_number(ckca__text *text, uint64_t value) {
+    char digits[24];
+    int i = sizeof digits;
+    do digits[--i] = (char)('0' + value % 10);
+    while (value /= 10);
+    ckca__text_add(text, digits + i, sizeof digits - (size_t)i);
+}
+
+/* A JSON string, quoted and escaped. What is not UTF-8 (a folder's name may be anything) becomes U+FFFD. */
+static void ckca__text_json(ckca__text *text, const char *string) {
+    const unsigned char *s = (const unsigned char *)string;
+    size_t i, n = strlen(string), good = ckca__utf8_flaw(s, n);
+    char escape[8];
+    ckca__text_add(text, "\"", 1);
+    for (i = 0; i < n; i++) {
+        if (i == good) {
+            ckca__text_puts(text, "\xef\xbf\xbd");
+            good = i + 1 + ckca__utf8_flaw(s + i + 1, n - i - 1);
+        } else if (s[i] == '"' || s[i] == '\\') {
+            escape[0] = '\\';
+            escape[1] = (char)s[i];
+            ckca__text_add(text, escape, 2);
+        } else if (s[i] < 0x20) {
+            snprintf(escape, sizeof escape, "\\u%04x", s[i]);
+            ckca__text_add(text, escape, 6);
+        } else
+            ckca__text_add(text, string + i, 1);
+    }
+    ckca__text_add(text, "\"", 1);
+}
+
+/* n strings as a JSON list, ["cat","dog"], the caller's to release. NULL if there is no memory. */
+static char *ckca__names_to_json(ckca_context *ctx, const char *const *names, int n) {
+    ckca__text text;
+    int i;
+    memset(&text, 0, sizeof text);
+    text.ctx = ctx;
+    ckca__text_add(&text, "[", 1);
+    for (i = 0; i < n; i++) {
+        if (i) ckca__text_add(&text, ",", 1);
+        ckca__text_json(&text, names[i]);
+    }
+    ckca__text_add(&text, "]", 1);
+    if (!text.failed) return text.at;
+    ckca__release(ctx, text.at);
+    return NULL;
+}
+
+/* The other way round: *names are the caller's, to be freed with ckca__free_names. path is for messages. */
+static ckca_status ckca__names_from_json(ckca_context *ctx, const char *path, const char *text, char ***names, int *n) {
+    ckca__json json;
+    char **found = NULL, *string;
+    const char **view = NULL;
+    size_t count = 0, capacity = 0;
+    ckca_status status = CKCA_OK;
+    *names = NULL;
+    *n = 0;
+    json.ctx = ctx;
+    json.path = path;
+    json.at = 0;
+    json.size = strlen(text);
+    json.text = (char *)ckca__alloc(ctx, json.size + 1);
+    if (!json.text) return ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for its class names", ckca__tail(path));
+    memcpy(json.text, text, json.size);
+    if (ckca__utf8_flaw((unsigned char *)json.text, json.size) < json.size)
+        status = ckca__json_fail(&json, "not UTF-8");
+    else if (!ckca__json_take(&json, '['))
+        status = ckca__json_fail(&json, "no list of class names");
+    else if (!ckca__json_take(&json, ']')) {
+        do {
+            status = ckca__json_string(&json, &string);
+            if (!status && (count >= INT_MAX || !ckca__grow(ctx, (void **)&view, count, &capacity, sizeof *view)))
+                status = ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for its class names", ckca__tail(path));
+            if (!status) view[count++] = string;
+        } while (!status && ckca__json_take(&json, ','));
+        if (!status && !ckca__json_take(&json, ']')) status = ckca__json_fail(&json, "no , or ]");
+    }
+    ckca__json_space(&json);
+    if (!status && json.at != json.size) status = ckca__json_fail(&json, "something behind the list");
+    if (!status) {
+        found = ckca__copy_names(ctx, view, (int)count);
+        if (!found) status = ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for its class names", ckca__tail(path));
+    }
+    ckca__release(ctx, view);
+    ckca__release(ctx, json.text);
+    *names = found;
+    *n = found ? (int)count : 0;
+    return status;
+}
+
+/* --- Reading ------------------------------------------------------------------------------------------------------ */
+
+static void ckca__st_close(ckca__st_file *file) {
+    ckca__release(file->ctx, file->tensor);
+    ckca__release(file->ctx, file->meta);
+    ckca__release(file->ctx, file->text);
+    ckca__release(file->ctx, file->owned);
+    file->tensor = NULL;
+    file->meta = NULL;
+    file->text = NULL;
+    file->owned = NULL;
+    file->tensors = file->metas = 0;
+}
+
+/* Bytes of one value, 0 for a type we do not know. */
+static size_t ckca__st_value_bytes(const char *dtype) {
+    static const struct {
+        char name[8];
+        size_t bytes;
+    } known[] = {{"F32", 4},  {"F64", 8}, {"F16", 2},     {"BF16", 2},   {"I64", 8}, {"U64", 8},
+                 {"I32", 4},  {"U32", 4}, {"I16", 2},     {"U16", 2},    {"I8", 1},  {"U8", 1},
+                 {"BOOL", 1}, {"C64", 8}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
+    size_t i;
+    for (i = 0; i < sizeof known / sizeof *known; i++)
+        if (!strcmp(known[i].name, dtype)) return known[i].bytes;
+    return 0;
+}
+
+static int ckca__st_by_name(const void *a, const void *b) {
+    return strcmp(((const ckca__st_tensor *)a)->name, ((const ckca__st_tensor *)b)->name);
+}
+
+static int ckca__st_by_place(const void *a, const void *b) {
+    const ckca__st_tensor *x = (const ckca__st_tensor *)a, *y = (const ckca__st_tensor *)b;
+    if (x->begin != y->begin) return x->begin < y->begin ? -1 : 1;
+    return x->end < y->end ? -1 : x->end > y->end;
+}
+
+static int ckca__st_by_key(const void *a, const void *b) {
+    return strcmp(((const ckca__st_pair *)a)->key, ((const ckca__st_pair *)b)->key);
+}
+
+/* {"key":"value",...} behind "__metadata__": */
+static ckca_status ckca__st_parse_meta(ckca__json *json, ckca__st_file *file, size_t *capacity) {
+    ckca_status status = CKCA_OK;
+    if (!ckca__json_take(json, '{')) return ckca__json_fail(json, "__metadata__ is no object");
+    if (ckca__json_take(json, '}')) return CKCA_OK;
+    do {
+        char *key, *value;
+        status = ckca__json_string(json, &key);
+        if (!status && !ckca__json_take(json, ':')) status = ckca__json_fail(json, "no :");
+        if (!status) status = ckca__json_string(json, &value);
+        if (!status && !ckca__grow(json->ctx, (void **)&file->meta, file->metas, capacity, sizeof *file->meta))
+            status = ckca__fail(json->ctx, CKCA_ENOMEM, "%s: no memory for its metadata", ckca__tail(json->path));
+        if (status) return status;
+        file->meta[file->metas].key = key;
+        file->meta[file->metas++].value = value;
+    } while (ckca__json_take(json, ','));
+    return ckca__json_take(json, '}') ? CKCA_OK : ckca__json_fail(json, "no , or }");
+}
+
+/* {"dtype":...,"shape":[...],"data_offsets":[begin,end]}, in any order, behind a tensor's name. As the reference
+   implementation does, fields of other names are passed over. */
+static ckca_status ckca__st_parse_tensor(ckca__json *json, ckca__st_tensor *tensor) {
+    int64_t offset[2];
+    int offsets = 0, have_dtype = 0, have_shape = 0, i;
+    size_t value_bytes, bytes;
+    ckca_status status = CKCA_OK;
+    if (!ckca__json_take(json, '{')) return ckca__json_fail(json, "a tensor that is no object");
+    do {
+        char *key, *dtype;
+        status = ckca__json_string(json, &key);
+        if (!status && !ckca__json_take(json, ':')) status = ckca__json_fail(json, "no :");
+        if (status) return status;
+        if (!strcmp(key, "dtype") && !have_dtype) {
+            have_dtype = 1;
+            status = ckca__json_string(json, &dtype);
+            if (!status && !ckca__st_value_bytes(dtype))
+                status = ckca__fail(json->ctx, CKCA_EFORMAT, "%s: %.100s has the unknown type \"%.20s\"",
+                                    ckca__tail(json->path), tensor->name, dtype);
+            if (!status) memcpy(tensor->dtype, dtype, strlen(dtype) + 1);
+        } else if (!strcmp(key, "shape") && !have_shape) {
+            have_shape = 1;
+            status = ckca__json_wholes(json, tensor->shape, 8, &tensor->dims);
+        } else if (!strcmp(key, "data_offsets") && !offsets) {
+            status = ckca__json_wholes(json, offset, 2, &offsets);
+        } else if (!strcmp(key, "dtype") || !strcmp(key, "shape") || !strcmp(key, "data_offsets")) {
+            status = ckca__json_fail(json, "a field of a tensor that is there twice");
+        } else
+            status = ckca__json_skip(json, 0);
+        if (status) return status;
+    } while (ckca__json_take(json, ','));
+    if (!ckca__json_take(json, '}')) return ckca__json_fail(json, "no , or }");
+    if (!have_dtype || !have_shape || offsets != 2)
+        return ckca__fail(json->ctx, CKCA_EFORMAT, "%s: %.100s lacks its dtype, shape or two data_offsets",
+                          ckca__tail(json->path), tensor->name);
+    bytes = value_bytes = ckca__st_value_bytes(tensor->dtype);
+    for (i = 0; i < tensor->dims; i++)
+        bytes = (uint64_t)tensor->shape[i] > SIZE_MAX ? SIZE_MAX : ckca__mul(bytes, (size_t)tensor->shape[i]);
+    if (offset[1] < offset[0] || bytes == SIZE_MAX || (uint64_t)(offset[1] - offset[0]) != bytes)
+        return ckca__fail(json->ctx, CKCA_EFORMAT,
+                          "%s: %.100s is at bytes %.0f to %.0f, its shape and type (%.0f bytes a value) need %.0f",
+                          ckca__tail(json->path), tensor->name, (double)offset[0], (double)offset[1],
+                          (double)value_bytes, (double)bytes);
+    tensor->begin = (size_t)offset[0];
+    tensor->end = (size_t)offset[1];
+    return CKCA_OK;
+}
+
+/* The header as text, from its first brace to its last. */
+static ckca_status ckca__st_parse_header(ckca__json *json, ckca__st_file *file) {
+    size_t tensor_capacity = 0, meta_capacity = 0;
+    int have_meta = 0;
+    ckca_status status;
+    if (!json->size || json->text[0] != '{') return ckca__json_fail(json, "no {");
+    json->at = 1;
+    if (!ckca__json_take(json, '}')) {
+        do {
+            char *name;
+            status = ckca__json_string(json, &name);
+            if (!status && !ckca__json_take(json, ':')) status = ckca__json_fail(json, "no :");
+            if (status) return status;
+            if (!strcmp(name, "__metadata__")) {
+                if (have_meta++) return ckca__json_fail(json, "a second __metadata__");
+                ckca__json_space(json);
+                status = json->text[json->at] == 'n' ? ckca__json_skip(json, 0) /* null: none */
+                                                     : ckca__st_parse_meta(json, file, &meta_capacity);
+            } else if (!ckca__grow(json->ctx, (void **)&file->tensor, file->tensors, &tensor_capacity,
+                                   sizeof *file->tensor)) {
+                status = ckca__fail(json->ctx, CKCA_ENOMEM, "%s: no memory for its header", ckca__tail(json->path));
+            } else {
+                file->tensor[file->tensors].name = name;
+                status = ckca__st_parse_tensor(json, &file->tensor[file->tensors++]);
+            }
+            if (status) return status;
+        } while (ckca__json_take(json, ','));
+        if (!ckca__json_take(json, '}')) return ckca__json_fail(json, "no , or }");
+    }
+    ckca__json_space(json);
+    return json->at == json->size ? CKCA_OK : ckca__json_fail(json, "something behind the last }");
+}
+
+/* Tensors lie one behind the other without a hole from the header to the file's end; names and keys are there once. */
+static ckca_status ckca__st_check(ckca__st_file *file, size_t data, size_t size) {
+    size_t i, at = 0;
+    if (file->tensors) qsort(file->tensor, file->tensors, sizeof *file->tensor, ckca__st_by_place);
+    for (i = 0; i < file->tensors; i++) {
+        ckca__st_tensor *tensor = &file->tensor[i];
+        if (tensor->begin != at || tensor->end > size - data)
+            return ckca__fail(file->ctx, CKCA_EFORMAT,
+                              "%s: %.100s is at bytes %.0f to %.0f of %.0f, the tensor before it ends at %.0f%s",
+                              ckca__tail(file->path), tensor->name, (double)tensor->begin, (double)tensor->end,
+                              (double)(size - data), (double)at, tensor->begin == at ? " (truncated?)" : "");
+        at = tensor->end;
+        tensor->begin += data;
+        tensor->end += data;
+    }
+    if (at != size - data)
+        return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: its tensors have %.0f bytes, the file has %.0f for them",
+                          ckca__tail(file->path), (double)at, (double)(size - data));
+    if (file->tensors) qsort(file->tensor, file->tensors, sizeof *file->tensor, ckca__st_by_name);
+    for (i = 1; i < file->tensors; i++)
+        if (!strcmp(file->tensor[i - 1].name, file->tensor[i].name))
+            return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: %.100s is in it twice", ckca__tail(file->path),
+                              file->tensor[i].name);
+    if (file->metas) qsort(file->meta, file->metas, sizeof *file->meta, ckca__st_by_key);
+    for (i = 1; i < file->metas; i++)
+        if (!strcmp(file->meta[i - 1].key, file->meta[i].key))
+            return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: the metadata \"%.100s\" is in it twice",
+                              ckca__tail(file->path), file->meta[i].key);
+    return CKCA_OK;
+}
+
+/* A file in memory, which must stay while *file is used. path is for messages and must stay too. Whatever comes back,
+   ckca__st_close may be called. */
+static ckca_status ckca__st_parse(ckca_context *ctx, const char *path, const unsigned char *bytes, size_t size,
+                                  ckca__st_file *file) {
+    uint64_t header = 0;
+    size_t flaw;
+    ckca__json json;
+    ckca_status status;
+    int i;
+    memset(file, 0, sizeof *file);
+    file->ctx = ctx;
+    file->path = path;
+    file->bytes = bytes;
+    if (size < 8)
+        return ckca__fail(ctx, CKCA_EFORMAT, "%s: %.0f bytes, a safetensors file has at least 10", ckca__tail(path),
+                          (double)size);
+    for (i = 7; i >= 0; i--) header = header << 8 | bytes[i];
+    if (header > 100000000 || header > size - 8)
+        return ckca__fail(ctx, CKCA_EFORMAT, "%s: a header of %.0f bytes in a file of %.0f: %s", ckca__tail(path),
+                          (double)header, (double)size,
+                          header > 100000000 ? "not a safetensors file" : "truncated, or not a safetensors file");
+    memset(&json, 0, sizeof json);
+    json.ctx = ctx;
+    json.path = path;
+    json.size = (size_t)header;
+    json.text = file->text = (char *)ckca__alloc(ctx, json.size + 1);
+    if (!json.text)
+        return ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for its header of %.0f bytes", ckca__tail(path),
+                          (double)header);
+    memcpy(json.text, bytes + 8, json.size);
+    flaw = ckca__utf8_flaw(bytes + 8, json.size);
+    if (flaw < json.size) {
+        json.at = flaw;
+        status = ckca__json_fail(&json, "not UTF-8");
+    } else
+        status = ckca__st_parse_header(&json, file);
+    if (!status) status = ckca__st_check(file, 8 + json.size, size);
+    return status;
+}
+
+static const ckca__st_tensor *ckca__st_find(const ckca__st_file *file, const char *name) {
+    ckca__st_tensor wanted;
+    wanted.name = name;
+    if (!file->tensors) return NULL;
+    return (const ckca__st_tensor *)bsearch(&wanted, file->tensor, file->tensors, sizeof wanted, ckca__st_by_name);
+}
+
+/* The text behind a key of the metadata, or NULL. */
+static const char *ckca__st_meta(const ckca__st_file *file, const char *key) {
+    ckca__st_pair wanted, *found;
+    wanted.key = key;
+    if (!file->metas) return NULL;
+    found = (ckca__st_pair *)bsearch(&wanted, file->meta, file->metas, sizeof wanted, ckca__st_by_key);
+    return found ? found->value : NULL;
+}
+
+/* A half-precision number (IEEE 754 binary16). */
+static float ckca__float16(unsigned bits) {
+    unsigned exponent = bits >> 10 & 31, fraction = bits & 1023;
+    float value;
+    if (exponent == 31)
+        value = fraction ? NAN : INFINITY;
+    else if (exponent)
+        value = ldexpf((float)(1024 + fraction), (int)exponent - 25);
+    else
+        value = ldexpf((float)fraction, -24);
+    return bits >> 15 ? -value : value;
+}
+
+/* A tensor of F32, F16, BF16 or F64 as floats: out has as many as its shape says. */
+static ckca_status ckca__st_read_floats(const ckca__st_file *file, const ckca__st_tensor *tensor, float *out) {
+    const unsigned char *in = file->bytes + tensor->begin;
+    size_t size = tensor->end - tensor->begin, i;
+    if (!strcmp(tensor->dtype, "F32")) {
+        if (size) memcpy(out, in, size);
+    } else if (!strcmp(tensor->dtype, "F64")) {
+        for (i = 0; i < size / 8; i++) {
+            double value;
+            memcpy(&value, in + i * 8, 8);
+            out[i] = (float)value;
+        }
+    } else if (!strcmp(tensor->dtype, "F16")) {
+        for (i = 0; i < size / 2; i++) out[i] = ckca__float16(in[2 * i] | (unsigned)in[2 * i + 1] << 8);
+    } else if (!strcmp(tensor->dtype, "BF16")) { /* the upper half of a float */
+        for (i = 0; i < size / 2; i++) {
+            uint32_t bits = (uint32_t)in[2 * i] << 16 | (uint32_t)in[2 * i + 1] << 24;
+            memcpy(&out[i], &bits, 4);
+        }
+    } else {
+        return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: %.100s is of type %s, not of floats", ckca__tail(file->path),
+                          tensor->name, tensor->dtype);
+    }
+    return CKCA_OK;
+}
+
+#ifndef CKCA_NO_STDIO
+/* Reads a file whole, 16 GiB at most, and parses it. ckca__st_close it whatever comes back; path must stay so long. */
+static ckca_status ckca__st_open(ckca_context *ctx, const char *path, ckca__st_file *file) {
+    unsigned char *bytes;
+    size_t size;
+    ckca_status status;
+    memset(file, 0, sizeof *file);
+    file->ctx = ctx;
+    status = ckca__read_file(ctx, path, SIZE_MAX >> (sizeof(size_t) > 4 ? 30 : 1), &bytes, &size);
+    if (status) return status;
+    status = ckca__st_parse(ctx, path, bytes, size, file);
+    file->owned = bytes;
+    return status;
+}
+#endif /* CKCA_NO_STDIO */
+
+/* --- Writing ------------------------------------------------------------------------------------------------------ */
+
+static size_t ckca__st_item_bytes(const ckca__st_item *item) {
+    size_t bytes = ckca__st_value_bytes(item->dtype);
+    int i;
+    for (i = 0; i < item->dims; i++) bytes *= (size_t)item->shape[i];
+    return bytes;
+}
+
+/* The header, padded with spaces to a multiple of 8. Tensors of wider values come first, so that each is aligned. */
+static void ckca__st_header(ckca__text *text, const ckca__st_item *items, int count, const ckca__st_pair *meta,
+                            int metas) {
+    size_t at = 0, width;
+    int i, k, written = 0;
+    ckca__text_puts(text, "{");
+    for (i = 0; i < metas; i++) {
+        ckca__text_puts(text, i ? "," : "\"__metadata__\":{");
+        ckca__text_json(text, meta[i].key);
+        ckca__text_puts(text, ":");
+        ckca__text_json(text, meta[i].value);
+        if (i == metas - 1) ckca__text_puts(text, "}");
+    }
+    for (width = 8; width; width /= 2) {
+        for (i = 0; i < count; i++) {
+            if (ckca__st_value_bytes(items[i].dtype) != width) continue;
+            if (metas || written++) ckca__text_puts(text, ",");
+            ckca__text_json(text, items[i].name);
+            ckca__text_puts(text, ":{\"dtype\":");
+            ckca__text_json(text, items[i].dtype);
+            ckca__text_puts(text, ",\"shape\":[");
+            for (k = 0; k < items[i].dims; k++) {
+                if (k) ckca__text_puts(text, ",");
+                ckca__text_number(text, (uint64_t)items[i].shape[k]);
+            }
+            ckca__text_puts(text, "],\"data_offsets\":[");
+            ckca__text_number(text, at);
+            ckca__text_puts(text, ",");
+            ckca__text_number(text, at += ckca__st_item_bytes(&items[i]));
+            ckca__text_puts(text, "]}");
+        }
+    }
+    ckca__text_puts(text, "}");
+    while (text->length % 8 && !text->failed) ckca__text_puts(text, " ");
+}
+
+/* Where a file's bytes go: into a file, or into memory that has room for them. */
+typedef struct ckca__sink {
+    FILE *file; /* or NULL */
+    unsigned char *memory;
+    size_t at;
+} ckca__sink;
+
+static int ckca__sink_put(ckca__sink *sink, const void *bytes, size_t size) {
+#ifndef CKCA_NO_STDIO
+    if (sink->file) return fwrite(bytes, 1, size, sink->file) == size;
+#endif
+    if (size) memcpy(sink->memory + sink->at, bytes, size);
+    sink->at += size;
+    return 1;
+}
+
+/* All of a file: length, header, tensors. Where an item has no data, ask(user, i) gives a pointer to it that is valid
+   until the next call, so that whoever must rearrange tensors first needs room for one only. 1: all of it was taken. */
+static int ckca__st_put(ckca__sink *sink, const ckca__text *header, const ckca__st_item *items, int count,
+                        const void *(*ask)(void *user, int i), void *user) {
+    unsigned char length[8];
+    size_t width;
+    int i, ok;
+    for (i = 0; i < 8; i++) length[i] = (unsigned char)((uint64_t)header->length >> 8 * i);
+    ok = ckca__sink_put(sink, length, 8) && ckca__sink_put(sink, header->at, header->length);
+    for (width = 8; width; width /= 2) {
+        for (i = 0; i < count && ok; i++) {
+            const size_t bytes = ckca__st_item_bytes(&items[i]);
+            if (ckca__st_value_bytes(items[i].dtype) != width || !bytes) continue;
+            ok = ckca__sink_put(sink, items[i].data ? items[i].data : ask(user, i), bytes);
+        }
+    }
+    return ok;
+}
+
+/* Writes what would be a file to out, which has room bytes; *size becomes how many there are. out NULL: only that. */
+static ckca_status ckca__st_write_memory(ckca_context *ctx, void *out, size_t room, size_t *size,
+                                         const ckca__st_item *items, int count, const ckca__st_pair *meta, int metas,
+                                         const void *(*ask)(void *user, int i), void *user) {
+    ckca__text header;
+    ckca__sink sink;
+    ckca_status status = CKCA_OK;
+    int i;
+    memset(&header, 0, sizeof header);
+    header.ctx = ctx;
+    ckca__st_header(&header, items, count, meta, metas);
+    *size = ckca__sum(header.length, 8);
+    for (i = 0; i < count; i++) *size = ckca__sum(*size, ckca__st_item_bytes(&items[i]));
+    if (header.failed) {
+        *size = 0;
+        status = ckca__fail(ctx, CKCA_ENOMEM, "save: no memory for its header");
+    } else if (out && room < *size) {
+        status = ckca__fail(ctx, CKCA_EINVAL, "save: there is room for %.0f bytes, the model takes %.0f", (double)room,
+                            (double)*size);
+    } else if (out) {
+        memset(&sink, 0, sizeof sink);
+        sink.memory = (unsigned char *)out;
+        ckca__st_put(&sink, &header, items, count, ask, user);
+        status = ckca__device_status(ctx); /* were all items fetched? */
+    }
+    ckca__release(ctx, header.at);
+    return status;
+}
+
+#ifndef CKCA_NO_STDIO
+#ifdef CKCA__POSIX
+#include <sys/file.h>
+#ifndef __cplusplus /* strict C99 hides these two of POSIX */
+extern int fileno(FILE *);
+extern int fsync(int);
+#endif
+/* Opens the file at path, made if need be, and locks it until this process closes it or ends, whatever way. -1: it cannot
+   be opened (errno); -2: it is locked. A file system without locks lets everyone in. */
+static int ckca__lock_path(const char *path) {
+    struct stat mine, there;
+    int tries;
+    for (tries = 0; tries < 100; tries++) {
+        int file = open(path, O_RDWR | O_CREAT, 0666);
+        if (file < 0) return -1;
+        fcntl(file, F_SETFD, FD_CLOEXEC);
+        if (flock(file, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK) {
+            close(file);
+            return -2;
+        }
+        /* Whoever held it before may have renamed or removed it since it was opened here. */
+        if (!fstat(file, &mine) && !stat(path, &there) && mine.st_dev == there.st_dev && mine.st_ino == there.st_ino)
+            return file;
+        close(file);
+    }
+    errno = EBUSY;
+    return -1;
+}
+#endif
+/* Writes a file: into PATH.tmp, which replaces path when it is on the disk whole. A killed run's PATH.tmp is written
+   over, one that is being written is locked. Metadata and, as far as their types' widths allow, tensors keep their
+   order. ask and user as in ckca__st_put. */
+static ckca_status ckca__st_write(ckca_context *ctx, const char *path, const ckca__st_item *items, int count,
+                                  const ckca__st_pair *meta, int metas, const void *(*ask)(void *user, int i),
+                                  void *user) {
+    ckca__text header, temporary;
+    const char *failed = NULL; /* what could not be done */
+    ckca__sink sink;
+    ckca_status status = CKCA_OK;
+    int error = 0, lock = -1;
+    memset(&sink, 0, sizeof sink);
+    memset(&header, 0, sizeof header);
+    header.ctx = ctx;
+    temporary = header;
+    ckca__st_header(&header, items, count, meta, metas);
+    ckca__text_puts(&temporary, path);
+    ckca__text_puts(&temporary, ".tmp");
+    if (header.failed || temporary.failed) {
+        status = ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for its header", ckca__tail(path));
+    } else {
+#ifdef CKCA__POSIX
+        lock = ckca__lock_path(temporary.at);
+        if (lock == -2)
+            status =
+                ckca__fail(ctx, CKCA_EIO, "%s: another process is writing it (its .tmp is locked)", ckca__tail(path));
+        else if (lock >= 0)
+#endif
+            sink.file = fopen(temporary.at, "wb");
+        if (!sink.file && !status) {
+            failed = "created";
+            error = errno;
+        }
+    }
+    if (sink.file) {
+        int ok = ckca__st_put(&sink, &header, items, count, ask, user);
+        if (ok) ok = !(status = ckca__device_status(ctx)) && fflush(sink.file) == 0; /* were all items fetched? */
+#ifdef CKCA__POSIX
+        ok = ok && fsync(fileno(sink.file)) == 0;
+#endif
+        if (!ok) error = errno;
+        if (fclose(sink.file) != 0 && ok) {
+            ok = 0;
+            error = errno;
+        }
+        if (!ok) failed = "written";
+#ifdef _WIN32
+        if (ok) remove(path); /* rename does not replace there */
+#endif
+        if (ok && rename(temporary.at, path) != 0) {
+            failed = "put in place";
+            error = errno;
+        }
+        if (failed) remove(temporary.at);
+    }
+    if (failed && !status)
+        status = ckca__fail(ctx, CKCA_EIO, "%s: cannot be %s: %s", ckca__tail(path), failed, strerror(error));
+#ifdef CKCA__POSIX
+    if (lock >= 0) close(lock);
+    if (!status) { /* the folder's entry too; some file systems have no such call, and the file is there already */
+        char *slash = strrchr(temporary.at, '/');
+        int folder;
+        if (slash) slash[slash == temporary.at] = 0;
+        folder = open(slash ? temporary.at : ".", O_RDONLY);
+        if (folder >= 0) {
+            fsync(folder);
+            close(folder);
+        }
+    }
+#endif
+    ckca__release(ctx, header.at);
+    ckca__release(ctx, temporary.at);
+    return status;
+}
+#endif /* CKCA_NO_STDIO */
+
+/* The library ends here. What follows is the engine for the CPU: REFERENCE KERNELS say in plain loops what every op
+   computes, THREADS shares work out, VECTOR KERNELS are the fast forms, HOST OPS choose among them. */
+
+/* ===================================================================================================================
+   REFERENCE KERNELS                                                                                       >>reference
+
+   What the ops compute, in plain loops, forward beside backward: a ResNet to read. They are the tests' reference, and
+   what runs where there are no vector kernels. Loops are ordered so that the innermost runs over neighbours in memory.
+   =================================================================================================================== */
+
+/* ---- convolution ---- */
+
+/* What the tasks of the three passes are given; each pass sets what it uses. */
+typedef struct ckca__naive_conv {
+    const ckca__conv *s;
+    const float *x, *w, *dy, *bias, *residual; /* w: in the forward pass R x S x C x K */
+    float *y, *dx, *dw, *dbias;
+    int relu, accumulate;
+} ckca__naive_conv;
+
+/* A row of y. */
+static void ckca__naive_conv_forward_row(void *job, int row, int thread) {
+    const ckca__naive_conv *a = (const ckca__naive_conv *)job;
+    const ckca__conv *s = a->s;
+    int n = row / s->p, p = row % s->p, q, r, t, c, j;
+    (void)thread;
+    for (q = 0; q < s->q; q++) {
+        size_t at = ((size_t)row * s->q + q) * s->k;
+        float *to = a->y + at;
+        for (j = 0; j < s->k; j++) to[j] = a->bias ? a->bias[j] : 0.0f;
+        for (r = 0; r < s->r; r++)
+            for (t = 0; t < s->s; t++) {
+                int iy = p * s->stride - s->pad + r, ix = q * s->stride - s->pad + t;
+                const float *from = a->x + (((ptrdiff_t)n * s->h + iy) * s->w + ix) * s->c;
+                if (iy < 0 || iy >= s->h || ix < 0 || ix >= s->w) continue;
+                for (c = 0; c < s->c; c++) {
+                    const float *weight = a->w + (((size_t)r * s->s + t) * s->c + c) * s->k;
+                    for (j = 0; j < s->k; j++) to[j] += from[c] * weight[j];
+                }
+            }
+        for (j = 0; j < s->k; j++) {
+            if (a->residual) to[j] += a->residual[at + j];
+            if (a->relu && to[j] < 0) to[j] = 0;
+        }
+    }
+}
+
+/* y = relu?(conv(x, w) + bias + residual). ws: K R S C floats, for w turned to R x S x C x K. */
+static void ckca__naive_conv_forward(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w,
+                                     const float *bias, const float *residual, int relu, float *y, float *ws) {
+    ckca__naive_conv job;
+    size_t per = (size_t)s->r * s->s * s->c, i;
+    int k;
+    for (k = 0; k < s->k; k++)
+        for (i = 0; i < per; i++) ws[i * s->k + k] = w[k * per + i];
+    memset(&job, 0, sizeof job);
+    job.s = s;
+    job.x = x;
+    job.w = ws;
+    job.bias = bias;
+    job.residual = residual;
+    job.relu = relu;
+    job.y = y;
+    ckca__parallel(ctx, s->n * s->p, ckca__naive_conv_forward_row, &job);
+}
+
+/* A row of dx. */
+static void ckca__naive_conv_backward_data_row(void *job, int row, int thread) {
+    const ckca__naive_conv *a = (const ckca__naive_conv *)job;
+    const ckca__conv *s = a->s;
+    int n = row / s->h, y = row % s->h, x, r, t, k, c;
+    (void)thread;
+    for (x = 0; x < s->w; x++) {
+        float *to = a->dx + ((size_t)row * s->w + x) * s->c;
+        if (!a->accumulate) memset(to, 0, sizeof *to * s->c);
+        for (r = 0; r < s->r; r++)
+            for (t = 0; t < s->s; t++) {
+                int top = y + s->pad - r, left = x + s->pad - t, p = top / s->stride, q = left / s->stride;
+                const float *from = a->dy + (((ptrdiff_t)n * s->p + p) * s->q + q) * s->k;
+                if (top < 0 || top % s->stride || p >= s->p || left < 0 || left % s->stride || q >= s->q) continue;
+                for (k = 0; k < s->k; k++) {
+                    const float *weight = a->w + (((size_t)k * s->r + r) * s->s + t) * s->c;
+                    for (c = 0; c < s->c; c++) to[c] += from[k] * weight[c];
+                }
+            }
+    }
+}
+
+/* dx (+)= the sum over the outputs that a pixel of x took part in of dy w. */
+static void ckca__naive_conv_backward_data(ckca_context *ctx, const ckca__conv *s, const float *dy, const float *w,
+                                           float *dx, int accumulate) {
+    ckca__naive_conv job;
+    memset(&job, 0, sizeof job);
+    job.s = s;
+    job.dy = dy;
+    job.w = w;
+    job.dx = dx;
+    job.accumulate = accumulate;
+    ckca__parallel(ctx, s->n * s->h, ckca__naive_conv_backward_data_row, &job);
+}
+
+/* One output channel's weights. */
+static void ckca__naive_conv_backward_weight_channel(void *job, int k, int thread) {
+    const ckca__naive_conv *a = (const ckca__naive_conv *)job;
+    const ckca__conv *s = a->s;
+    size_t row, rows = (size_t)s->n * s->p;
+    float sum = 0.0f;
+    int q, r, t, c;
+    (void)thread;
+    for (row = 0; row < rows; row++)
+        for (q = 0; q < s->q; q++) {
+            ptrdiff_t n = (ptrdiff_t)(row / s->p);
+            float from = a->dy[(row * s->q + q) * s->k + k];
+            sum += from;
+            for (r = 0; r < s->r; r++)
+                for (t = 0; t < s->s; t++) {
+                    int iy = (int)(row % s->p) * s->stride - s->pad + r, ix = q * s->stride - s->pad + t;
+                    const float *pixel = a->x + ((n * s->h + iy) * s->w + ix) * s->c;
+                    float *to = a->dw + (((size_t)k * s->r + r) * s->s + t) * s->c;
+                    if (iy < 0 || iy >= s->h || ix < 0 || ix >= s->w) continue;
+                    for (c = 0; c < s->c; c++) to[c] += from * pixel[c];
+                }
+        }
+    if (a->dbias) a->dbias[k] += sum;
+}
+
+/* dw += the sum over output pixels of dy x, dbias += the sum over them of dy. */
+static void ckca__naive_conv_backward_weight(ckca_context *ctx, const ckca__conv *s, const float *x, const float *dy,
+                                             float *dw, float *dbias) {
+    ckca__naive_conv job;
+    memset(&job, 0, sizeof job);
+    job.s = s;
+    job.x = x;
+    job.dy = dy;
+    job.dw = dw;
+    job.dbias = dbias;
+    ckca__parallel(ctx, s->k, ckca__naive_conv_backward_weight_channel, &job);
+}
+
+/* ---- batch norm ---- */
+
+#define CKCA__BATCHNORM_EPS 1e-5
+#define CKCA__BATCHNORM_MOMENTUM 0.1
+
+/* Folds one channel's statistics into what the passes need and into the running ones. The running variance is the
+   unbiased one; of a single row there is none, and the biased one (0) stands in. */
+static void ckca__batchnorm_finish(size_t rows, double mean, double var, float *running_mean, float *running_var,
+                                   float *out_mean, float *out_inv_std) {
+    double unbiased = rows > 1 ? var * (double)rows / (double)(rows - 1) : var;
+    *out_mean = (float)mean;
+    *out_inv_std = (float)(1 / sqrt(var + CKCA__BATCHNORM_EPS));
+    *running_mean += (float)(CKCA__BATCHNORM_MOMENTUM * (mean - *running_mean));
+    *running_var += (float)(CKCA__BATCHNORM_MOMENTUM * (unbiased - *running_var));
+}
+
+/* A norm of one value of channel j. */
+static float ckca__naive_norm(const ckca__norm *norm, int relu, int j, float x) {
+    float v = (x - norm->mean[j]) * (norm->gamma[j] * norm->inv_std[j]) + norm->beta[j];
+    return relu && v <= 0 ? 0 : v; /* NaN stays NaN */
+}
+
+/* y = relu?(norm(x) + residual) in plain loops. */
+static void ckca__naive_batchnorm_apply(size_t rows, int c, const float *x, const ckca__norm *norm,
+                                        const float *residual, const ckca__norm *residual_norm, float *y) {
+    size_t i;
+    int j;
+    for (i = 0; i < rows * (size_t)c; i += (size_t)c)
+        for (j = 0; j < c; j++) {
+            float v = ckca__naive_norm(norm, 0, j, x[i + j]);
+            if (residual_norm)
+                v += ckca__naive_norm(residual_norm, residual_norm->relu, j, residual[i + j]);
+            else if (residual)
+                v += residual[i + j];
+            y[i + j] = norm->relu && v <= 0 ? 0 : v;
+        }
+}
+
+static void ckca__naive_batchnorm_forward(size_t rows, int c, const float *x, const float *gamma, const float *beta,
+                                          float *running_mean, float *running_var, const float *residual,
+                                          const ckca__norm *residual_norm, int relu, float *y, float *mean,
+                                          float *inv_std, void *ws) {
+    const ckca__norm norm = {mean, inv_std, gamma, beta, relu};
+    double *sum = (double *)ws, *square = sum + c;
+    size_t i;
+    int j;
+    memset(sum, 0, 2 * (size_t)c * sizeof *sum);
+    for (i = 0; i < rows * (size_t)c; i += (size_t)c)
+        for (j = 0; j < c; j++) sum[j] += x[i + j];
+    for (j = 0; j < c; j++) sum[j] /= (double)rows;
+    for (i = 0; i < rows * (size_t)c; i += (size_t)c)
+        for (j = 0; j < c; j++) square[j] += (x[i + j] - sum[j]) * (x[i + j] - sum[j]);
+    for (j = 0; j < c; j++)
+        ckca__batchnorm_finish(rows, sum[j], square[j] / (double)rows, running_mean + j, running_var + j, mean + j,
+                               inv_std + j);
+    if (y) ckca__naive_batchnorm_apply(rows, c, x, &norm, residual, residual_norm, y);
+}
+
+/* 1 where there is no ReLU, or it let channel j of x through: y > 0, y being told from x where it is NULL. */
+static int ckca__naive_batchnorm_gate(const float *x, const float *y, size_t i, int j, const ckca__norm *norm) {
+    return !norm->relu || (y ? y[i + j] : ckca__naive_norm(norm, 1, j, x[i + j])) > 0;
+}
+
+/* With g = dy where y > 0 and xhat = (x - mean) inv_std:
+   dbeta = sum g, dgamma = sum g xhat, dx = gamma inv_std (g - dbeta / rows - xhat dgamma / rows). */
+static void ckca__naive_batchnorm_backward(size_t rows, int c, const float *x, const float *y, const float *dy,
+                                           const ckca__norm *norm, float *dx, float *dresidual, int accumulate_residual,
+                                           float *dgamma, float *dbeta, void *ws) {
+    const float *gamma = norm->gamma, *mean = norm->mean, *inv_std = norm->inv_std;
+    double *sum = (double *)ws, *product = sum + c;
+    size_t i;
+    int j;
+    memset(sum, 0, 2 * (size_t)c * sizeof *sum);
+    for (i = 0; i < rows * (size_t)c; i += (size_t)c)
+        for (j = 0; j < c; j++) {
+            float g = ckca__naive_batchnorm_gate(x, y, i, j, norm) ? dy[i + j] : 0;
+            sum[j] += g;
+            product[j] += g * (x[i + j] - mean[j]) * inv_std[j];
+        }
+    for (j = 0; j < c; j++) dbeta[j] += (float)sum[j], dgamma[j] += (float)product[j];
+    for (i = 0; i < rows * (size_t)c; i += (size_t)c)
+        for (j = 0; j < c; j++) {
+            float g = ckca__naive_batchnorm_gate(x, y, i, j, norm) ? dy[i + j] : 0;
+            float xhat = (x[i + j] - mean[j]) * inv_std[j];
+            dx[i + j] = gamma[j] * inv_std[j] *
+                        (g - (float)(sum[j] / (double)rows) - xhat * (float)(product[j] / (double)rows));
+            if (dresidual) dresidual[i + j] = accumulate_residual ? dresidual[i + j] + g : g;
+        }
+}
+
+static void ckca__naive_batchnorm_eval(size_t rows, int c, const float *x, const float *gamma, const float *beta,
+                                       const float *running_mean, const float *running_var, const float *residual,
+                                       int relu, float *y) {
+    size_t i;
+    int j;
+    for (i = 0; i < rows * (size_t)c; i += (size_t)c)
+        for (j = 0; j < c; j++) {
+            float inv_std = (float)(1 / sqrt(running_var[j] + CKCA__BATCHNORM_EPS));
+            float v = (x[i + j] - running_mean[j]) * (gamma[j] * inv_std) + beta[j];
+            if (residual) v += residual[i + j];
+            y[i + j] = relu && v <= 0 ? 0 : v;
+        }
+}
+
+/* ---- element-wise ---- */
+
+static void ckca__naive_add(size_t count, const float *a, const float *b, int relu, float *y) {
+    size_t i;
+    for (i = 0; i < count; i++) {
+        float v = b ? a[i] + b[i] : a[i];
+        y[i] = relu && v <= 0 ? 0 : v;
+    }
+}
+
+static void ckca__naive_add_backward(size_t count, const float *y, const float *dy, float *dx, int accumulate) {
+    size_t i;
+    for (i = 0; i < count; i++) {
+        float g = y && !(y[i] > 0) ? 0 : dy[i];
+        dx[i] = accumulate ? dx[i] + g : g;
+    }
+}
+
+/* ---- pooling ---- */
+
+#define CKCA__TAPS 256 /* positions in a kernel; at holds one in a byte */
+
+/* One output pixel of c channels: y = the greatest of what its taps read, at (unless NULL) = the position of the tap
+   that won. NaN wins, as in PyTorch. */
+static void ckca__naive_maxpool_pixel(int c, int taps, const float *const *from, const unsigned char *position,
+                                      float *y, unsigned char *at) {
+    int j, t;
+    for (j = 0; j < c; j++) {
+        unsigned char where = 0;
+        y[j] = -INFINITY;
+        for (t = 0; t < taps; t++)
+            if (from[t][j] > y[j] || from[t][j] != from[t][j]) y[j] = from[t][j], where = position[t];
+        if (at) at[j] = where;
+    }
+}
+
+/* One input pixel: dx = the sum of dy over those of the outputs reading it (at offsets from[t], as their
+   position[t]) in which it won. */
+static void ckca__naive_maxpool_pixel_backward(int c, int taps, const size_t *from, const unsigned char *position,
+                                               const float *dy, const unsigned char *at, float *dx, int accumulate) {
+    int j, t;
+    for (j = 0; j < c; j++) {
+        float sum = accumulate ? dx[j] : 0;
+        for (t = 0; t < taps; t++)
+            if (at[from[t] + (size_t)j] == position[t]) sum += dy[from[t] + (size_t)j];
+        dx[j] = sum;
+    }
+}
+
+typedef struct ckca__avgpool {
+    int area, c;
+    const float *from; /* x, or dy */
+    float *to;         /* y, or dx */
+    int accumulate;
+} ckca__avgpool;
+
+/* A picture. */
+static void ckca__avgpool_picture(void *job, int i, int thread) {
+    const ckca__avgpool *o = (const ckca__avgpool *)job;
+    const float *from = o->from + (size_t)i * (size_t)o->area * (size_t)o->c;
+    float *to = o->to + (size_t)i * (size_t)o->c;
+    int a, j;
+    (void)thread;
+    memset(to, 0, (size_t)o->c * sizeof *to);
+    for (a = 0; a < o->area; a++, from += o->c)
+        for (j = 0; j < o->c; j++) to[j] += from[j];
+    for (j = 0; j < o->c; j++) to[j] /= (float)o->area;
+}
+
+static void ckca__avgpool_backward_picture(void *job, int i, int thread) {
+    const ckca__avgpool *o = (const ckca__avgpool *)job;
+    const float *from = o->from + (size_t)i * (size_t)o->c;
+    float *to = o->to + (size_t)i * (size_t)o->area * (size_t)o->c;
+    int a, j;
+    (void)thread;
+    for (a = 0; a < o->area; a++, to += o->c)
+        for (j = 0; j < o->c; j++) to[j] = (o->accumulate ? to[j] : 0) + from[j] / (float)o->area;
+}
+
+typedef struct ckca__subsample {
+    const ckca__conv *s;
+    const float *from; /* x, or dy */
+    float *to;         /* y, or dx */
+    int accumulate;
+} ckca__subsample;
+
+/* A picture: a row is too little for a task. */
+static void ckca__subsample_picture(void *job, int n, int thread) {
+    const ckca__subsample *a = (const ckca__subsample *)job;
+    const ckca__conv *s = a->s;
+    float *to = a->to + (size_t)n * s->p * s->q * s->k;
+    int p, q, front = (s->k - s->c) / 2;
+    (void)thread;
+    memset(to, 0, (size_t)s->p * s->q * s->k * sizeof *to);
+    for (p = 0; p < s->p; p++) {
+        const float *from = a->from + ((size_t)n * s->h + (size_t)p * s->stride) * s->w * s->c;
+        for (q = 0; q < s->q; q++, to += s->k, from += (size_t)s->stride * s->c)
+            memcpy(to + front, from, (size_t)s->c * sizeof *to);
+    }
+}
+
+static void ckca__subsample_backward_picture(void *job, int n, int thread) {
+    const ckca__subsample *a = (const ckca__subsample *)job;
+    const ckca__conv *s = a->s;
+    float *picture = a->to + (size_t)n * s->h * s->w * s->c;
+    int p, q, c, front = (s->k - s->c) / 2;
+    (void)thread;
+    if (!a->accumulate) memset(picture, 0, (size_t)s->h * s->w * s->c * sizeof *picture);
+    for (p = 0; p < s->p; p++) {
+        const float *from = a->from + ((size_t)n * s->p + p) * s->q * s->k + front;
+        float *to = picture + (size_t)p * s->stride * s->w * s->c;
+        for (q = 0; q < s->q; q++, from += s->k, to += (size_t)s->stride * s->c)
+            for (c = 0; c < s->c; c++) to[c] += from[c];
+    }
+}
+
+/* ---- SGD ---- */
+
+static void ckca__naive_sgd(size_t count, float *w, const float *g, float *v, float lr, float momentum,
+                            float weight_decay, int nesterov, float gscale) {
+    size_t i;
+    for (i = 0; i < count; i++) {
+        float d = g[i] * gscale + weight_decay * w[i];
+        v[i] = momentum * v[i] + d;
+        w[i] -= lr * (nesterov ? d + momentum * v[i] : v[i]);
+    }
+}
+
+/* ===================================================================================================================
+   THREADS                                                                                                   >>threads
+
+   ckca__parallel, which shares all work among threads.
+
+   The tasks of a call are dealt out in runs of neighbours, the same run to the same thread call after call: tasks go
+   through pictures in order, so a thread mostly reads what it wrote itself and still has in its own caches. A thread that
+   has finished its run helps the others, from the far end of theirs. Tasks are run by the caller and by workers that it
+   woke; the call returns when all are done, so it waits for tasks that were claimed, never for a worker that did not
+   come: where other processes keep a processor busy, the caller does that worker's tasks meanwhile. A thread that waits
+   spins for a moment, then sleeps. Results must not depend on which thread runs a task.
+   =================================================================================================================== */
+
+#if !defined(CKCA_NO_THREADS) && (defined(__unix__) || defined(__APPLE__))
+#define CKCA__THREADS
+#include <pthread.h>
+#include <unistd.h>
+/* A thread's tasks that nobody has claimed yet: [first, end). Mostly its own business, so in cache lines of its own. */
+typedef struct ckca__share {
+    pthread_mutex_t mutex;
+    int first, end;
+    char apart[128];
+} ckca__share;
+typedef struct ckca__worker {
+    struct ckca__pool *pool;
+    int number; /* 1 and up; 0 is the caller */
+    pthread_t thread;
+    pthread_cond_t wake; /* tasks to claim, or stop. One for each worker: a signal to a condition that several wait for
+                            may, in glibc, itself wait until one signalled earlier has run */
+    int asleep;          /* waits for wake, and nobody has signalled it yet */
+    ckca__share share;
+} ckca__worker;
+typedef struct ckca__pool {
+    ckca__share share;                             /* the caller's */
+    pthread_mutex_t mutex;                         /* guards finished, calls, stop and asleep */
+    pthread_cond_t done;                           /* all tasks are finished: the caller waits for it */
+    void (*work)(void *job, int task, int thread); /* this, job, tasks and back stay while a task is unfinished */
+    void *job;
+    int tasks, back; /* of the call under way, or of the last one; 1: from the last to the first */
+    int finished;    /* of these tasks */
+    int calls;       /* so far; wraps */
+    int stop;
+    pthread_mutex_t shared; /* of ckca__lock; free whenever no call is under way */
+    long process;           /* whose threads the workers are; 0: not created yet */
+    int workers, most;      /* how many there are; how many were asked for */
+    ckca__worker worker[1]; /* most */
+} ckca__pool;
+/* Looks at a counter, without the mutex, until it changes or CKCA__PATIENCE looks were in vain: 25 microseconds here,
+   about what falling asleep and being woken takes (measured: 5% of a resnet20 step, whose 200 calls follow each other
+   sooner; beside a busy process nothing is lost). Entered and left with the mutex held. */
+#define CKCA__PATIENCE 1000
+static void ckca__pool_look(ckca__pool *pool, const int *counter) {
+#ifdef __GNUC__
+    int was = *counter, looks;
+    pthread_mutex_unlock(&pool->mutex);
+    for (looks = 0; looks < CKCA__PATIENCE && __atomic_load_n(counter, __ATOMIC_RELAXED) == was; looks++) {
+#ifdef __x86_64__
+        __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        __asm__ volatile("isb"); /* yield does nothing on most */
+#endif
+    }
+    pthread_mutex_lock(&pool->mutex);
+#else
+    (void)pool, (void)counter;
+#endif
+}
+/* A counter that is looked at. With the mutex held. */
+static void ckca__pool_count(int *counter, int value) {
+#ifdef __GNUC__
+    __atomic_store_n(counter, value, __ATOMIC_RELAXED);
+#else
+    *counter = value;
+#endif
+}
+static ckca__share *ckca__pool_share(ckca__pool *pool, int thread) {
+    return thread ? &pool->worker[thread - 1].share : &pool->share;
+}
+/* The next task of a share, or the one furthest from that; -1: there is none. */
+static int ckca__pool_claim(const ckca__pool *pool, ckca__share *share, int furthest) {
+    int task = -1;
+    pthread_mutex_lock(&share->mutex);
+    if (share->first < share->end) task = pool->back == furthest ? share->first++ : --share->end;
+    pthread_mutex_unlock(&share->mutex);
+    return task;
+}
+/* Runs a thread's own tasks, then others', until none is left to claim. Returns how many it ran, all of one call. */
+static int ckca__pool_work(ckca__pool *pool, int thread) {
+    int threads = pool->workers + 1, ran = 0, i, task;
+    for (i = 0; i < threads; i++) {
+        ckca__share *share = ckca__pool_share(pool, (thread + i) % threads);
+        while ((task = ckca__pool_claim(pool, share, i > 0)) >= 0) {
+            pool->work(pool->job, task, thread);
+            ran++;
+        }
+    }
+    return ran;
+}
+static void *ckca__pool_worker(void *argument) {
+    ckca__worker *worker = (ckca__worker *)argument;
+    ckca__pool *pool = worker->pool;
+    pthread_mutex_lock(&pool->mutex); /* by now all workers have been created, and there is a call */
+    while (!pool->stop) {
+        int seen = pool->calls, ran;
+        pthread_mutex_unlock(&pool->mutex);
+        ran = ckca__pool_work(pool, worker->number);
+        pthread_mutex_lock(&pool->mutex);
+        if (ran) {
+            ckca__pool_count(&pool->finished, pool->finished + ran);
+            if (pool->finished == pool->tasks) pthread_cond_signal(&pool->done);
+        }
+        if (seen == pool->calls && !pool->stop) ckca__pool_look(pool, &pool->calls);
+        if (seen == pool->calls && !pool->stop) {
+            worker->asleep = 1;
+            pthread_cond_wait(&worker->wake, &pool->mutex);
+            worker->asleep = 0;
+        }
+    }
+    pthread_mutex_unlock(&pool->mutex);
+    return NULL;
+}
+static void ckca__share_init(ckca__share *share) {
+    pthread_mutex_init(&share->mutex, NULL);
+    share->first = share->end = 0;
+}
+/* Takes the mutex for a call. Before the first one, and the first in a forked child, which has none of its parent's
+   workers, creates them: there the mutex and the conditions are made anew too, since a worker may have held them. Fewer
+   workers than asked for do. */
+static void ckca__pool_enter(ckca__pool *pool) {
+    const long process = (long)getpid();
+    const int started = pool->process == process;
+    if (!started) pthread_mutex_init(&pool->mutex, NULL);
+    pthread_mutex_lock(&pool->mutex);
+    if (started) return;
+    pool->process = process;
+    pthread_cond_init(&pool->done, NULL);
+    ckca__share_init(&pool->share);
+    for (pool->workers = 0; pool->workers < pool->most; pool->workers++) {
+        ckca__worker *worker = &pool->worker[pool->workers];
+        worker->pool = pool;
+        worker->number = pool->workers + 1;
+        worker->asleep = 0;
+        ckca__share_init(&worker->share);
+        pthread_cond_init(&worker->wake, NULL);
+        if (pthread_create(&worker->thread, NULL, ckca__pool_worker, worker)) break;
+    }
+}
+/* Ends and joins the workers, unless they are a parent process's. */
+static void ckca__pool_stop(ckca__pool *pool) {
+    int i;
+    pthread_mutex_destroy(&pool->shared);
+    if (pool->process != (long)getpid()) return;
+    pthread_mutex_lock(&pool->mutex);
+    pool->stop = 1;
+    for (i = 0; i < pool->workers; i++) pthread_cond_signal(&pool->worker[i].wake);
+    pthread_mutex_unlock(&pool->mutex);
+    for (i = 0; i < pool->workers; i++) {
+        pthread_join(pool->worker[i].thread, NULL);
+        pthread_cond_destroy(&pool->worker[i].wake);
+        pthread_mutex_destroy(&pool->worker[i].share.mutex);
+    }
+    pthread_mutex_destroy(&pool->share.mutex);
+    pthread_cond_destroy(&pool->done);
+    pthread_mutex_destroy(&pool->mutex);
+}
+#endif
+
+/* Runs work(job, task, thread) once for every task in 0..tasks-1 and returns when all are done; alone: by the caller
+   alone; back: each thread from the last of its run to the first. thread is below ctx->threads and, among tasks that
+   run at the same time, each one's own: it selects scratch. Tasks must not call this themselves. */
+static void ckca__parallel_so(ckca_context *ctx, int tasks, int alone, int back,
+                              void (*work)(void *job, int task, int thread), void *job) {
+    int i;
+#ifdef CKCA__THREADS
+    ckca__pool *pool = ctx->pool;
+    if (pool && tasks > 1 && !alone) {
+        int shares, woken;
+        ckca__pool_enter(pool);
+        shares = tasks < pool->workers + 1 ? tasks : pool->workers + 1;
+        pool->work = work;
+        pool->job = job;
+        pool->tasks = tasks;
+        pool->back = back;
+        ckca__pool_count(&pool->finished, 0);
+        ckca__pool_count(&pool->calls, (int)((unsigned)pool->calls + 1));
+        for (i = 0; i < shares; i++) { /* the others are empty since the last call */
+            ckca__share *share = ckca__pool_share(pool, i);
+            pthread_mutex_lock(&share->mutex);
+            share->first = (int)((int64_t)tasks * i / shares);
+            share->end = (int)((int64_t)tasks * (i + 1) / shares);
+            pthread_mutex_unlock(&share->mutex);
+        }
+        for (i = 0, woken = 1; i < pool->workers && woken < tasks; i++) /* one for each task but the caller's own */
+            if (pool->worker[i].asleep) {
+                pool->worker[i].asleep = 0;
+                pthread_cond_signal(&pool->worker[i].wake);
+                woken++;
+            }
+        pthread_mutex_unlock(&pool->mutex);
+        i = ckca__pool_work(pool, 0);
+        pthread_mutex_lock(&pool->mutex);
+        ckca__pool_count(&pool->finished, pool->finished + i);
+        for (i = -1; pool->finished < tasks && pool->finished != i;) { /* while others finish one after another */
+            i = pool->finished;
+            ckca__pool_look(pool, &pool->finished);
+        }
+        while (pool->finished < tasks) pthread_cond_wait(&pool->done, &pool->mutex);
+        pthread_mutex_unlock(&pool->mutex);
+        return;
+    }
+#endif
+    (void)ctx;
+    (void)alone;
+    for (i = 0; i < tasks; i++) work(job, back ? tasks - 1 - i : i, 0);
+}
+
+static void ckca__parallel(ckca_context *ctx, int tasks, void (*work)(void *job, int task, int thread), void *job) {
+    ckca__parallel_so(ctx, tasks, 0, 0, work, job);
+}
+
+/* Between these, a task is alone with what all tasks share (the user's alloc and release, a common result). */
+static void ckca__lock(ckca_context *ctx) {
+    (void)ctx;
+#ifdef CKCA__THREADS
+    if (ctx->pool) pthread_mutex_lock(&ctx->pool->shared);
+#endif
+}
+static void ckca__unlock(ckca_context *ctx) {
+    (void)ctx;
+#ifdef CKCA__THREADS
+    if (ctx->pool) pthread_mutex_unlock(&ctx->pool->shared);
+#endif
+}
+
+/* The default of ckca_desc.threads. */
+static int ckca__processors(void) {
+#ifdef CKCA__THREADS
+    long count = sysconf(_SC_NPROCESSORS_ONLN);
+    return count < 1 ? 1 : count > 4096 ? 4096 : (int)count;
+#else
+    return 1;
+#endif
+}
+
+/* A context and, behind it, its pool. */
+static size_t ckca__context_bytes(int threads) {
+#ifdef CKCA__THREADS
+    if (threads > 1) return sizeof(ckca_context) + sizeof(ckca__pool) + (size_t)(threads - 2) * sizeof(ckca__worker);
+#endif
+    (void)threads;
+    return sizeof(ckca_context);
+}
+
+/* ===================================================================================================================
+   VECTOR KERNELS                                                                                             >>vector
+
+   Kernels are written once, on vectors of CKCA__VW floats. This file includes itself once for every instruction set with
+   CKCA__PASS saying which, and CKCA__NAME(f) gives each copy a name of its own; the ops choose with CKCA__DISPATCH.
+   Kernels are single-threaded: threads are the ops' business.
+
+   =================================================================================================================== */
+
+static ckca_isa ckca__best_isa(void) {
+#if !defined(CKCA__SIMD)
+    return CKCA_ISA_PLAIN;
+#elif defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        return CKCA_ISA_AVX512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return CKCA_ISA_AVX2;
+    return CKCA_ISA_BASE;
+#else
+    return CKCA_ISA_BASE;
+#endif
+}
+
+#ifdef CKCA__SIMD
+
+#define CKCA__INLINE static inline __attribute__((always_inline))
+#define CKCA__APART static __attribute__((noinline))
+#ifdef __clang__
+#define CKCA__UNROLL _Pragma("clang loop unroll(full)")
+#define CKCA__ROLL _Pragma("clang loop unroll(disable)")
+#else
+#define CKCA__UNROLL _Pragma("GCC unroll 16")
+#define CKCA__ROLL _Pragma("GCC unroll 1")
+#endif
+
+enum {
+    CKCA__CONV_PHASES = 8,       /* greatest stride of the fast passes */
+    CKCA__CONV_REGION = 1 << 16, /* floats of source in a task */
+    CKCA__CONV_TASKS = 16,       /* tasks to cut forward pass and input gradient into at least, if possible */
+    CKCA__CONV_LIST = 240,       /* output pixels that meet all weights in turn: whole tiles */
+    CKCA__CONV_PIXELS = 256,     /* weight gradient: output pixels in a region, and least in a group */
+    CKCA__CONV_PANELS = 1 << 17, /* weight gradient: floats of panels, so that they stay in L2 */
+    CKCA__CONV_GROUPS = 8,       /* weight gradient: tasks, if possible */
+    CKCA__CONV_PARTIAL = 1 << 19 /* weight gradient: floats of partial sums, all groups together */
+};
+
+/* Forward pass and input gradient are both a *correlation*: output i of an axis is the sum over t < taps of source
+   i step + from + t (zero where there is none) times a weight. The input gradient of a convolution of stride s falls
+   into s phases per axis: every s-th pixel of dx meets the same taps of w. */
+typedef struct ckca__axis {
+    int taps, first, before; /* how many taps; which of w's is the first; taps of the phases before this one */
+    int from;                /* source coordinate of output 0's first tap */
+    int at, count;           /* outputs are pixels at, at + spread, ...: count of them */
+} ckca__axis;
+
+typedef struct ckca__conv_job {
+    ckca_isa isa;
+    int n, h, w, c;      /* source: N x H x W x C */
+    int oh, ow, k;       /* output: N x OH x OW x K */
+    int r, s;            /* taps of w */
+    int step, spread;    /* pixels from one output's source to the next's; from one output to the next */
+    int tap_step;        /* from one tap to the next of w: 1, or -spread in the input gradient */
+    size_t tap, in, out; /* floats in w from one tap, source channel, output channel to the next */
+    ckca__axis y[CKCA__CONV_PHASES], x[CKCA__CONV_PHASES]; /* spread phases each; 0 has the most outputs */
+    int top, left, extra_h; /* a task's region of the source starts there, relative to its first row's outputs */
+    int width;              /* pixels in a row of the region */
+    int in_place;           /* 1: the region needs no zeros around it and is read where it is */
+    int pictures, rows;     /* of outputs, per task and phase */
+    int list;               /* output pixels that meet all weights in turn: whole tiles */
+    int apart;              /* 1: pixels of a list are copied first: they would compete for lines of L1, or for norm */
+    size_t after;           /* from a task's source to that of the task its thread will likely take next; 0: unknown */
+    const ckca__norm *norm; /* of the source, or NULL */
+    const float *source, *weights, *bias, *residual;
+    float *output, *packed, *scratch;
+    size_t scratch_size; /* floats per thread */
+    int relu;
+} ckca__conv_job;
+
+/* What all tiles of one block of output channels share. */
+typedef struct ckca__block {
+    const ckca__conv_job *job;
+    int r, j;                    /* rows of taps; values in a row (S C) */
+    size_t pitch;                /* floats from one source row to the next */
+    const float *weights, *bias; /* r x j x vectors; vectors. Zero-padded */
+    int first, channels;         /* the first output channel; how many there are */
+    const float *next;           /* what to fetch meanwhile: */
+    int lines;                   /* so many times 64 bytes for every 16 steps of the sums */
+} ckca__block;
+
+/* The weight gradient is a matrix product, rows x lanes, summed over pixels. Rows are dy's channels and lanes x's, tap
+   by tap; swapped, where x has too few to fill a vector, rows are x's channels under all taps and lanes are dy's. */
+typedef struct ckca__wgrad_job {
+    ckca_isa isa;
+    ckca__conv s;
+    int swap, rows, lanes;
+    int groups;              /* of the pixels */
+    int row_cut, lane_cut;   /* of a task, at most */
+    int row_cuts, lane_cuts; /* so many times */
+    int pixels;              /* in a region, at most */
+    int partial;             /* 1: sums are each group's own; 0: there is one group and they are dw */
+    const float *x, *dy;
+    float *sums; /* groups x K x R x S x C; swapped: groups x R x S x C x K */
+    float *dw, *scratch;
+    size_t scratch_size;            /* floats per thread: panels of rows, then, where they start: */
+    size_t at_b, at_zeros, at_taps; /* panels of lanes; zeros for as many lanes; swapped, what the taps meet */
+} ckca__wgrad_job;
+
+/* out[row][lane] += the sum over pixels of a[pixel][row] b[pixel][lane], both in panels: [panel][pixel][value]. */
+typedef struct ckca__outer {
+    int pixels, rows, lanes;
+    const float *a, *b;
+    float *out;
+    size_t pitch;                 /* from one row of out to the next */
+    const float *next_a, *next_b; /* the first pixel of what the next panels are made of, to fetch meanwhile; or NULL */
+    size_t step_a, step_b;        /* from that pixel to the next */
+} ckca__outer;
+
+/* Floats from one panel to the next: no multiple of 4 KiB, where all would compete for the same lines of L1. */
+static size_t ckca__panel(int size, int pixels) { return (size_t)size * pixels + 16; }
+
+/* Winograd's algorithm. Pixels (and dy) turned to points lie [point][group of tiles][vector of channels][tile], a
+   vector each, so that products read them in a row; groups are the tiles of a register tile, in the weight gradient all
+   tiles of a block. */
+enum {
+    CKCA__WINO_ELEMENTS = 36,     /* of weights; pixels have 81 where the stride is 2 */
+    CKCA__WINO_BLOCK = 160 << 10, /* floats that a block of tiles should take, at the points */
+    CKCA__WINO_TASKS = 16,        /* tasks to cut a pass into, if possible */
+    CKCA__WINO_SUMS = 5 << 17     /* weight gradient: floats of a task's sums, at the points */
+};
+enum { CKCA__WINO_SOURCE, CKCA__WINO_DY, CKCA__WINO_SOURCE_2, CKCA__WINO_DY_2, CKCA__WINO_DX_2 }; /* _2: stride 2 */
+typedef struct ckca__wino_maps {
+    const float *at;
+    int h, w, c;            /* of N x H x W x C values */
+    int step;               /* pixels from one tile to the next */
+    int pad;                /* tile (0, 0) begins so far outside */
+    int channels;           /* from at on, that are meant */
+    const ckca__norm *norm; /* or NULL; then at is the first channel */
+} ckca__wino_maps;
+typedef struct ckca__wino_job {
+    ckca_isa isa;
+    ckca__wino_maps source, dy; /* dy: in the weight gradient */
+    int c, oh, ow, k;           /* channels of the source; output: N x OH x OW x K */
+    int stride;
+    int rotated180;          /* 1: input gradient: weights read from their other end */
+    int axis, elements;      /* points of a tile along an axis, in all */
+    int outputs;             /* of a tile along an axis */
+    int across, down, tiles; /* tiles: in a row, in a column, in all */
+    int parts, ranges;       /* tasks: parts of the tiles times ranges of output channels */
+    int block;               /* tiles that pass the three steps together */
+    const float *weights, *bias, *residual;
+    float *output; /* weight gradient: dw */
+    float *sums;   /* weight gradient: parts x K x 3 x 3 x C, or dw itself if there is one part */
+    float *packed; /* weights at the points, [block of channels][point][c][channels]; NULL: each task's own */
+    float *scratch;
+    size_t scratch_size; /* floats per thread */
+    int relu;
+} ckca__wino_job;
+
+/* Floats from one point of a block of tiles to the next: no multiple of 4 KiB, where all points would compete for the
+   same lines of L1. */
+static size_t ckca__wino_pitch(int block, int channels) { return (size_t)block * channels + 16; }
+
+/* Batch norm for rows of a tensor: channels repeat in them, see OPS, the kernels. */
+typedef struct ckca__table {
+    const float *mean, *scale, *beta;
+    int relu;
+} ckca__table;
+
+/* Which of the 36 points of the weights a point of the pixels meets: along an axis 0 to 4, then 5 for all others. */
+static int ckca__wino_weights(const ckca__wino_job *job, int element) {
+    int i = element / job->axis, j = element % job->axis;
+    return (i < 5 ? i : 5) * 6 + (j < 5 ? j : 5);
+}
+
+#ifdef CKCA__SIMD
+#ifndef CKCA_FILE
+#define CKCA_FILE "ckca.h" /* set this if you rename the header */
+#endif
+#ifdef __x86_64__
+#include <immintrin.h>
+#define CKCA__PASS 512
+#include CKCA_FILE
+#undef CKCA__PASS
+#define CKCA__PASS 256
+#include CKCA_FILE
+#undef CKCA__PASS
+#else
+#include <arm_neon.h>
+#endif
+#define CKCA__PASS 128
+#include CKCA_FILE
+#undef CKCA__PASS
+#ifdef __x86_64__
+#define CKCA__DISPATCH(ctx, name, args)       \
+    do {                                      \
+        if ((ctx)->isa == CKCA_ISA_AVX512)    \
+            name##_512 args;                  \
+        else if ((ctx)->isa == CKCA_ISA_AVX2) \
+            name##_256 args;                  \
+        else                                  \
+            name##_128 args;                  \
+    } while (0)
+#else
+#define CKCA__DISPATCH(ctx, name, args) name##_128 args
+#endif
+#endif
+#endif /* CKCA__SIMD */
+
+#endif /* CKCA__LIBRARY */
+#else  /* CKCA__PASS: the kernels of one instruction set */
+
+#if CKCA__PASS == 512
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512vl,avx512dq,avx2,fma")
+#endif
+#define CKCA__NAME(f) f##_512
+#define CKCA__VW 16
+#define CKCA__V __m512
+#define CKCA__LOAD(p) _mm512_loadu_ps(p)
+#define CKCA__STORE(p, v) _mm512_storeu_ps(p, v)
+#define CKCA__SET(s) _mm512_set1_ps(s)
+#define CKCA__ADD(a, b) _mm512_add_ps(a, b)
+#define CKCA__SUB(a, b) _mm512_sub_ps(a, b)
+#define CKCA__MUL(a, b) _mm512_mul_ps(a, b)
+#define CKCA__FMA(a, b, c) _mm512_fmadd_ps(a, b, c)              /* a b + c */
+#define CKCA__MAX(a, b) _mm512_maskz_max_ps((__mmask16)-1, a, b) /* g++ 12 warns of _mm512_max_ps itself */
+/* a where y > 0, else 0 */
+#define CKCA__WHERE_POSITIVE(y, a) _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_GT_OQ), a)
+#elif CKCA__PASS == 256
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#define CKCA__NAME(f) f##_256
+#define CKCA__VW 8
+#define CKCA__V __m256
+#define CKCA__LOAD(p) _mm256_loadu_ps(p)
+#define CKCA__STORE(p, v) _mm256_storeu_ps(p, v)
+#define CKCA__SET(s) _mm256_set1_ps(s)
+#define CKCA__ADD(a, b) _mm256_add_ps(a, b)
+#define CKCA__SUB(a, b) _mm256_sub_ps(a, b)
+#define CKCA__MUL(a, b) _mm256_mul_ps(a, b)
+#define CKCA__FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define CKCA__MAX(a, b) _mm256_max_ps(a, b)
+#define CKCA__WHERE_POSITIVE(y, a) _mm256_and_ps(_mm256_cmp_ps(y, _mm256_setzero_ps(), _CMP_GT_OQ), a)
+#elif defined(__x86_64__)
+#define CKCA__NAME(f) f##_128
+#define CKCA__VW 4
+#define CKCA__V __m128
+#define CKCA__LOAD(p) _mm_loadu_ps(p)
+#define CKCA__STORE(p, v) _mm_storeu_ps(p, v)
+#define CKCA__SET(s) _mm_set1_ps(s)
+#define CKCA__ADD(a, b) _mm_add_ps(a, b)
+#define CKCA__SUB(a, b) _mm_sub_ps(a, b)
+#define CKCA__MUL(a, b) _mm_mul_ps(a, b)
+#define CKCA__FMA(a, b, c) _mm_add_ps(_mm_mul_ps(a, b), c)
+#define CKCA__MAX(a, b) _mm_max_ps(a, b)
+#define CKCA__WHERE_POSITIVE(y, a) _mm_and_ps(_mm_cmpgt_ps(y, _mm_setzero_ps()), a)
+#else
+#define CKCA__NAME(f) f##_128
+#define CKCA__VW 4
+#define CKCA__V float32x4_t
+#define CKCA__LOAD(p) vld1q_f32(p)
+#define CKCA__STORE(p, v) vst1q_f32(p, v)
+#define CKCA__SET(s) vdupq_n_f32(s)
+#define CKCA__ADD(a, b) vaddq_f32(a, b)
+#define CKCA__SUB(a, b) vsubq_f32(a, b)
+#define CKCA__MUL(a, b) vmulq_f32(a, b)
+#define CKCA__FMA(a, b, c) vfmaq_f32(c, a, b)
+#define CKCA__MAX(a, b) vmaxq_f32(a, b)
+#define CKCA__WHERE_POSITIVE(y, a) \
+    vreinterpretq_f32_u32(vandq_u32(vcgtq_f32(y, vdupq_n_f32(0)), vreinterpretq_u32_f32(a)))
+#endif
+
+/* ---- convolution ---- */
+
+#if CKCA__PASS == 512 || defined(__aarch64__) /* 32 registers: sums of 12 pixels x 2 vectors fit; of 16, 6 x 2 */
+#define CKCA__TILE 4
+#else
+#define CKCA__TILE 2
+#endif
+#define CKCA__KB (2 * CKCA__VW) /* output channels in a block */
+
+/* x of channels c to c + CKCA__VW as it is met under a norm: in batch norm's own operations, so to the same bits. */
+CKCA__INLINE CKCA__V CKCA__NAME(ckca__norm)(const ckca__norm *norm, int c, CKCA__V x) {
+    CKCA__V scale = CKCA__MUL(CKCA__LOAD(norm->gamma + c), CKCA__LOAD(norm->inv_std + c));
+    x = CKCA__FMA(CKCA__SUB(x, CKCA__LOAD(norm->mean + c)), scale, CKCA__LOAD(norm->beta + c));
+    return norm->relu ? CKCA__MAX(CKCA__SET(0.0f), x) : x; /* in this order NaN comes through */
+}
+
+/* Copies some values, channel c first, under a norm if there is one. */
+CKCA__INLINE void CKCA__NAME(ckca__norm_copy)(const ckca__norm *norm, int c, int values, const float *from, float *to) {
+    int i;
+    if (!norm)
+        memcpy(to, from, sizeof *to * values);
+    else
+        for (i = 0; i < values; i += CKCA__VW)
+            CKCA__STORE(to + i, CKCA__NAME(ckca__norm)(norm, c + i, CKCA__LOAD(from + i)));
+}
+
+/* Where the packed weights of a phase start, in floats. */
+static size_t CKCA__NAME(ckca__conv_packed)(const ckca__conv_job *job, const ckca__axis *y, const ckca__axis *x) {
+    return ((size_t)y->before * job->s + (size_t)y->taps * x->before) * job->c * ckca__round_up(job->k, CKCA__VW);
+}
+
+/* Packs the weights of one block of output channels of phase (a, b): taps x source channels x output channels, zeros
+   after the last up to a whole vector. */
+static void CKCA__NAME(ckca__conv_pack)(const ckca__conv_job *job, int a, int b, int first) {
+    const ckca__axis *y = &job->y[a], *x = &job->x[b];
+    int channels = job->k - first < CKCA__KB ? job->k - first : CKCA__KB, r, s, c, k, i, some;
+    int wide = channels > CKCA__VW ? CKCA__KB : CKCA__VW;
+    float *to = job->packed + CKCA__NAME(ckca__conv_packed)(job, y, x) + (size_t)first * y->taps * x->taps * job->c;
+    for (r = 0; r < y->taps; r++)
+        for (s = 0; s < x->taps; s++) {
+            const float *from = job->weights + first * job->out +
+                                job->tap * ((y->first + r * job->tap_step) * job->s + x->first + s * job->tap_step);
+            for (c = 0; c < job->c; c += some, to += some * wide, from += some * job->in) {
+                some = job->c - c < 16 ? job->c - c : 16; /* a line of cache at a time */
+                if (job->out == 1)
+                    for (i = 0; i < some; i++) {
+                        __builtin_prefetch(from + (i + 16) * job->in);
+                        __builtin_prefetch(from + (i + 16) * job->in + 16);
+                        memcpy(to + i * wide, from + i * job->in, sizeof *to * channels);
+                    }
+                else
+                    for (k = 0; k < channels; k++) {
+                        __builtin_prefetch(from + k * job->out + 32);
+                        for (i = 0; i < some; i++) to[i * wide + k] = from[k * job->out + i];
+                    }
+                for (i = 0; i < some; i++) memset(to + i * wide + channels, 0, sizeof *to * (wide - channels));
+            }
+        }
+}
+
+/* Where a pixel's output channels fill no whole vectors, their sums become outputs one by one: bias, residual, ReLU. */
+static void CKCA__NAME(ckca__conv_finish)(const ckca__block *b, const float *sums, float *y) {
+    const ckca__conv_job *job = b->job;
+    int i;
+    for (i = 0; i < b->channels; i++) {
+        float sum = sums[i] + b->bias[i];
+        if (job->residual) sum += job->residual[y + i - job->output];
+        y[i] = job->relu && sum < 0 ? 0 : sum; /* NaN comes through */
+    }
+}
+
+/* The inner loop of forward pass and input gradient: P pixels x V vectors of output channels stay in registers while
+   taps and source channels go by (P and V are constants once this is inlined). Where count is below P, the last pixel
+   stands in for the missing ones, whose sums are dropped. Whatever the tile, a sum is added up in the same order. */
+CKCA__INLINE void CKCA__NAME(ckca__conv_tile)(const int P, const int V, const ckca__block *b, int count,
+                                              const float *const *from, float *const *to) {
+    const ckca__conv_job *job = b->job;
+    CKCA__V sum[3 * CKCA__TILE][2];
+    const float *x[3 * CKCA__TILE], *w = b->weights, *next = b->next;
+    float tile[3 * CKCA__TILE][CKCA__KB];
+    int p, v, r, i, j;
+    CKCA__UNROLL for (p = 0; p < P; p++) {
+        const float *y = to[p < count ? p : count - 1] + b->first; /* in cache by the time the sums are ready */
+        x[p] = from[p < count ? p : count - 1];
+        CKCA__UNROLL for (v = 0; v < V; v++) {
+            __builtin_prefetch(y + v * CKCA__VW, 1);
+            if (job->residual) __builtin_prefetch(job->residual + (y - job->output) + v * CKCA__VW);
+            sum[p][v] = CKCA__SET(0.0f);
+        }
+    }
+    for (r = 0; r < b->r; r++) {
+        for (j = 0; j < b->j;) {
+            int end = b->j - j < 16 ? b->j : j + 16;
+            for (i = 0; i < b->lines; i++, next += 16) __builtin_prefetch(next, 0, 2);
+            for (; j < end; j++, w += V * CKCA__VW) {
+                CKCA__V weight[2];
+                CKCA__UNROLL for (v = 0; v < V; v++) weight[v] = CKCA__LOAD(w + v * CKCA__VW);
+                CKCA__UNROLL for (p = 0; p < P; p++) {
+                    CKCA__V value = CKCA__SET(x[p][j]);
+                    CKCA__UNROLL for (v = 0; v < V; v++) sum[p][v] = CKCA__FMA(value, weight[v], sum[p][v]);
+                }
+            }
+        }
+        CKCA__UNROLL for (p = 0; p < P; p++) x[p] += b->pitch;
+    }
+    if (b->channels == V * CKCA__VW) {
+        CKCA__V bias[2];
+        CKCA__UNROLL for (v = 0; v < V; v++) bias[v] = CKCA__LOAD(b->bias + v * CKCA__VW);
+        CKCA__UNROLL for (p = 0; p < P; p++) {
+            if (p < count) {
+                float *y = to[p] + b->first;
+                CKCA__UNROLL for (v = 0; v < V; v++) sum[p][v] = CKCA__ADD(sum[p][v], bias[v]);
+                if (job->residual) {
+                    const float *residual = job->residual + (y - job->output);
+                    CKCA__UNROLL for (v = 0; v < V; v++) sum[p][v] =
+                        CKCA__ADD(sum[p][v], CKCA__LOAD(residual + v * CKCA__VW));
+                }
+                if (job->relu) { /* in this order NaN comes through */
+                    CKCA__UNROLL for (v = 0; v < V; v++) sum[p][v] = CKCA__MAX(CKCA__SET(0.0f), sum[p][v]);
+                }
+                CKCA__UNROLL for (v = 0; v < V; v++) CKCA__STORE(y + v * CKCA__VW, sum[p][v]);
+            }
+        }
+        return;
+    }
+    CKCA__UNROLL for (p = 0; p < P; p++) {
+        CKCA__UNROLL for (v = 0; v < V; v++) CKCA__STORE(tile[p] + v * CKCA__VW, sum[p][v]);
+    }
+    for (p = 0; p < P && p < count; p++) CKCA__NAME(ckca__conv_finish)(b, tile[p], to[p] + b->first);
+}
+
+/* A function for each size of tile: side by side in one, they are too much for compilers' choice of registers. */
+#define CKCA__CONV_TILE(T, V)                                                                                      \
+    CKCA__APART void CKCA__NAME(ckca__conv_tile_##T##V)(const ckca__block *b, int count, const float *const *from, \
+                                                        float *const *to) {                                        \
+        CKCA__NAME(ckca__conv_tile)(T * CKCA__TILE, V, b, count, from, to);                                        \
+    }
+CKCA__CONV_TILE(1, 1)
+CKCA__CONV_TILE(1, 2)
+CKCA__CONV_TILE(2, 1)
+CKCA__CONV_TILE(2, 2)
+CKCA__CONV_TILE(3, 1)
+CKCA__CONV_TILE(3, 2)
+#undef CKCA__CONV_TILE
+
+/* Output pixels in from (their sources) and to, through all blocks of output channels, in tiles. Meanwhile those fetch
+   the sources of as many pixels from next on, if it is not NULL. */
+static void CKCA__NAME(ckca__conv_list)(const ckca__conv_job *job, const ckca__axis *y, const ckca__axis *x,
+                                        size_t pitch, int count, const float *const *from, float *const *to,
+                                        const float *next, float *scratch) {
+    static void (*const tile[3][2])(const ckca__block *, int, const float *const *, float *const *) = {
+        {CKCA__NAME(ckca__conv_tile_11), CKCA__NAME(ckca__conv_tile_12)},
+        {CKCA__NAME(ckca__conv_tile_21), CKCA__NAME(ckca__conv_tile_22)},
+        {CKCA__NAME(ckca__conv_tile_31), CKCA__NAME(ckca__conv_tile_32)}};
+    size_t per = (size_t)y->taps * x->taps * job->c;
+    int lines = (3 * CKCA__TILE * CKCA__KB + job->k - 1) / job->k; /* so that all is fetched by the last block */
+    const float *apart[CKCA__CONV_LIST], *end = next ? next + (size_t)count * job->c : NULL;
+    float bias[CKCA__KB];
+    ckca__block b;
+    int i, size;
+    if (job->apart && per == (size_t)job->c) {
+        for (i = 0; i < count; i++, scratch += job->c + 16) {
+            CKCA__NAME(ckca__norm_copy)(job->norm, 0, job->c, from[i], scratch);
+            apart[i] = scratch;
+        }
+        from = apart;
+    }
+    b.job = job;
+    b.r = y->taps;
+    b.j = x->taps * job->c;
+    b.pitch = pitch;
+    b.bias = bias;
+    b.weights = job->packed + CKCA__NAME(ckca__conv_packed)(job, y, x);
+    for (b.first = 0; b.first < job->k; b.first += CKCA__KB, b.weights += CKCA__KB * per) {
+        int two = job->k - b.first > CKCA__VW;
+        b.channels = job->k - b.first < CKCA__KB ? job->k - b.first : CKCA__KB;
+        memset(bias, 0, sizeof bias);
+        if (job->bias) memcpy(bias, job->bias + b.first, sizeof *bias * b.channels);
+        for (i = 0; i < count; i += size) {
+            int left = count - i;
+            b.next = next;
+            b.lines = next < end ? lines : 0;
+            if (b.lines) next += (size_t)b.lines * ((b.j + 15) / 16) * b.r * 16;
+            size = left > 2 * CKCA__TILE ? 3 : left > CKCA__TILE ? 2 : 1;
+            tile[size - 1][two](&b, left, from + i, to + i);
+            size *= CKCA__TILE;
+        }
+    }
+}
+
+/* One task: the outputs of some pictures' rows, all phases. */
+static void CKCA__NAME(ckca__conv_task)(const ckca__conv_job *job, int task, float *scratch) {
+    int bands = (job->y[0].count + job->rows - 1) / job->rows, n0 = task / bands * job->pictures;
+    int i0 = task % bands * job->rows, pictures = job->n - n0 < job->pictures ? job->n - n0 : job->pictures;
+    int rows = job->y[0].count - i0 < job->rows ? job->y[0].count - i0 : job->rows;
+    int top = i0 * job->step + job->top, height = (rows - 1) * job->step + job->extra_h, width = job->width;
+    const float *region = scratch, *next = NULL, *end = job->source + (size_t)job->n * job->h * job->w * job->c;
+    int n, i, j, a, b;
+    if (job->in_place) {
+        region = job->source + (((size_t)n0 * job->h + top) * job->w + job->left) * job->c;
+        height = job->h;
+        width = job->w;
+    } else { /* copy the region, with zeros where the source ends */
+        int l = job->left < 0 ? -job->left : 0, end = job->w - job->left, c = job->c;
+        int middle = (end < width ? end : width) - l;
+        float *to = scratch;
+        if (l > width) l = width;
+        if (middle < 0) middle = 0;
+        for (n = n0; n < n0 + pictures; n++)
+            for (i = top; i < top + height; i++, to += (size_t)width * c) {
+                int inside = i >= 0 && i < job->h ? middle : 0;
+                memset(to, 0, sizeof *to * l * c);
+                if (inside) {
+                    const float *from = job->source + (((size_t)n * job->h + i) * job->w + job->left + l) * c;
+                    if (!job->norm)
+                        memcpy(to + l * c, from, sizeof *to * inside * c);
+                    else
+                        for (j = 0; j < inside; j++)
+                            CKCA__NAME(ckca__norm_copy)(job->norm, 0, c, from + j * c, to + (l + j) * c);
+                }
+                memset(to + (l + inside) * c, 0, sizeof *to * (width - l - inside) * c);
+            }
+    }
+    for (a = 0; a < job->spread; a++)
+        for (b = 0; b < job->spread; b++) {
+            const ckca__axis *y = &job->y[a], *x = &job->x[b];
+            const float *from[CKCA__CONV_LIST];
+            float *to[CKCA__CONV_LIST];
+            int count = 0;
+            if (job->after && end - region > (ptrdiff_t)job->after) next = region + job->after;
+            for (n = 0; n < pictures; n++)
+                for (i = 0; i < rows && i0 + i < y->count; i++) {
+                    const float *source = region + (((size_t)n * height + i * job->step + y->from - job->top) * width +
+                                                    x->from - job->left) *
+                                                       job->c;
+                    float *output =
+                        job->output +
+                        (((size_t)(n0 + n) * job->oh + y->at + (i0 + i) * job->spread) * job->ow + x->at) * job->k;
+                    for (j = 0; j < x->count; j++, source += job->step * job->c, output += job->spread * job->k) {
+                        from[count] = source;
+                        to[count] = output;
+                        if (++count == job->list) {
+                            const float *more = job->after && i + 1 < rows ? source + job->c : next;
+                            CKCA__NAME(ckca__conv_list)
+                            (job, y, x, (size_t)width * job->c, count, from, to, more, scratch);
+                            count = 0;
+                        }
+                    }
+                }
+            CKCA__NAME(ckca__conv_list)(job, y, x, (size_t)width * job->c, count, from, to, next, scratch);
+        }
+}
+
+/* Sorts the values of count pixels, pitch floats apart, into panels of WIDE values, the last of as many UNITs as it
+   needs. The first of them is pixel number at, of `pixels`. Under a norm values are whole vectors, channel c first. */
+CKCA__INLINE void CKCA__NAME(ckca__panels)(const int WIDE, const int UNIT, int pixels, int at, int count, int values,
+                                           const ckca__norm *norm, int c, const float *from, size_t pitch, float *to) {
+    for (; count > 0; count--, at++, from += pitch) {
+        float *panel = to;
+        int left = values, i;
+        for (i = 0; left >= WIDE; left -= WIDE, i += WIDE, panel += ckca__panel(WIDE, pixels))
+            CKCA__NAME(ckca__norm_copy)(norm, c + i, WIDE, from + i, panel + at * WIDE);
+        panel += at * ((left + UNIT - 1) / UNIT * UNIT);
+        for (; left >= UNIT; left -= UNIT, i += UNIT, panel += UNIT)
+            CKCA__NAME(ckca__norm_copy)(norm, c + i, UNIT, from + i, panel);
+        if (left > 0) memcpy(panel, from + i, sizeof *to * left); /* what stands after it makes sums nobody stores */
+    }
+}
+static void CKCA__NAME(ckca__row_panels)(int pixels, int values, const float *from, size_t pitch, float *to) {
+    CKCA__NAME(ckca__panels)(3 * CKCA__TILE, CKCA__TILE, pixels, 0, pixels, values, NULL, 0, from, pitch, to);
+}
+static void CKCA__NAME(ckca__lane_panels)(int pixels, int at, int count, int values, const float *from, size_t pitch,
+                                          float *to) {
+    CKCA__NAME(ckca__panels)(CKCA__KB, CKCA__VW, pixels, at, count, values, NULL, 0, from, pitch, to);
+}
+static void CKCA__NAME(ckca__norm_panels)(int pixels, int at, int count, int values, const ckca__norm *norm, int c,
+                                          const float *from, size_t pitch, float *to) {
+    CKCA__NAME(ckca__panels)(CKCA__KB, CKCA__VW, pixels, at, count, values, norm, c, from, pitch, to);
+}
+
+/* The outputs [*begin, *end) of an axis whose tap lies inside the source. */
+static void CKCA__NAME(ckca__conv_inside)(int tap, int pad, int stride, int size, int *begin, int *end) {
+    int low = pad > tap ? (pad - tap + stride - 1) / stride : 0, high = size - 1 + pad - tap;
+    high = high < 0 ? 0 : high / stride + 1;
+    if (*begin < low) *begin = low;
+    if (*end > high) *end = high;
+}
+
+/* Panels of what output pixels from first on meet under tap (r, t): x's channels from lane on. */
+static void CKCA__NAME(ckca__conv_lanes)(const ckca__wgrad_job *job, size_t first, int pixels, int r, int t, int lane,
+                                         int lanes, const float *zeros, float *to) {
+    const ckca__conv *s = &job->s;
+    int picture = (int)(first / ((size_t)s->p * s->q)), p = (int)(first / s->q % s->p), q = (int)(first % s->q), at = 0;
+    while (at < pixels) {
+        int end = s->q - q < pixels - at ? s->q : q + pixels - at, left = q, right = end;
+        int y = p * s->stride - s->pad + r;
+        const float *row = job->x + ((ptrdiff_t)picture * s->h + y) * s->w * s->c + lane;
+        CKCA__NAME(ckca__conv_inside)(t, s->pad, s->stride, s->w, &left, &right);
+        if (y < 0 || y >= s->h || right <= left) left = right = end;
+        CKCA__NAME(ckca__lane_panels)(pixels, at, left - q, lanes, zeros, 0, to);
+        row += (ptrdiff_t)(left * s->stride - s->pad + t) * s->c;
+        if (s->norm)
+            CKCA__NAME(ckca__norm_panels)
+            (pixels, at + left - q, right - left, lanes, s->norm, lane, row, (size_t)s->stride * s->c, to);
+        else
+            CKCA__NAME(ckca__lane_panels)
+            (pixels, at + left - q, right - left, lanes, row, (size_t)s->stride * s->c, to);
+        CKCA__NAME(ckca__lane_panels)(pixels, at + right - q, end - right, lanes, zeros, 0, to);
+        at += end - q;
+        q = 0;
+        if (++p == s->p) {
+            p = 0;
+            picture++;
+        }
+    }
+}
+
+/* What output pixels from first on meet under all taps: R x S x C values each. */
+static void CKCA__NAME(ckca__conv_taps)(const ckca__wgrad_job *job, size_t first, int pixels, float *to) {
+    const ckca__conv *s = &job->s;
+    int wide = s->s * s->c, r, i;
+    for (; pixels > 0; pixels--, first++) {
+        int y = (int)(first / s->q % s->p) * s->stride - s->pad, x = (int)(first % s->q) * s->stride - s->pad;
+        int low = x < 0 ? -x : 0, high = s->w - x < s->s ? s->w - x : s->s;
+        for (r = 0; r < s->r; r++, y++, to += wide) {
+            const float *from = job->x + (((ptrdiff_t)(first / ((size_t)s->p * s->q)) * s->h + y) * s->w + x) * s->c;
+            if (y < 0 || y >= s->h || high <= low)
+                memset(to, 0, sizeof *to * wide);
+            else if (high - low == s->s && wide >= CKCA__VW) {
+                for (i = 0; i + CKCA__VW <= wide; i += CKCA__VW) CKCA__STORE(to + i, CKCA__LOAD(from + i));
+                CKCA__STORE(to + wide - CKCA__VW, CKCA__LOAD(from + wide - CKCA__VW));
+            } else {
+                memset(to, 0, sizeof *to * wide);
+                memcpy(to + low * s->c, from + low * s->c, sizeof *to * (high - low) * s->c);
+            }
+        }
+    }
+}
+
+/* The inner loop of the weight gradient: A rows x V vectors of sums stay in registers while the pixels go by. Of the
+   rows and lanes, what is there is stored. A line of what is wanted next is fetched with every pixel. */
+CKCA__INLINE void CKCA__NAME(ckca__outer_tile)(const int A, const int V, int pixels, const float *a, const float *b,
+                                               int rows, int lanes, float *out, size_t pitch, const float *next,
+                                               size_t step) {
+    CKCA__V sum[3 * CKCA__TILE][2];
+    int i, v;
+    CKCA__UNROLL for (i = 0; i < A; i++) {
+        CKCA__UNROLL for (v = 0; v < V; v++) {
+            __builtin_prefetch(out + (i < rows ? i : 0) * pitch + v * CKCA__VW, 1);
+            sum[i][v] = CKCA__SET(0.0f);
+        }
+    }
+    for (; pixels > 0; pixels--, a += A, b += V * CKCA__VW, next += step) {
+        CKCA__V value[2];
+        if (step) __builtin_prefetch(next, 0, 2);
+        CKCA__UNROLL for (v = 0; v < V; v++) value[v] = CKCA__LOAD(b + v * CKCA__VW);
+        CKCA__UNROLL for (i = 0; i < A; i++) {
+            CKCA__V factor = CKCA__SET(a[i]);
+            CKCA__UNROLL for (v = 0; v < V; v++) sum[i][v] = CKCA__FMA(factor, value[v], sum[i][v]);
+        }
+    }
+    if (rows >= A && lanes >= V * CKCA__VW) {
+        CKCA__UNROLL for (i = 0; i < A; i++, out += pitch) {
+            CKCA__UNROLL for (v = 0; v < V; v++)
+                CKCA__STORE(out + v * CKCA__VW, CKCA__ADD(CKCA__LOAD(out + v * CKCA__VW), sum[i][v]));
+        }
+    } else {
+        float tile[3 * CKCA__TILE][CKCA__KB];
+        CKCA__UNROLL for (i = 0; i < A; i++) {
+            CKCA__UNROLL for (v = 0; v < V; v++) CKCA__STORE(tile[i] + v * CKCA__VW, sum[i][v]);
+        }
+        for (i = 0; i < A && i < rows; i++, out += pitch)
+            for (v = 0; v < V * CKCA__VW && v < lanes; v++) out[v] += tile[i][v];
+    }
+}
+
+#define CKCA__OUTER_TILE(T, V)                                                                                   \
+    CKCA__APART void CKCA__NAME(ckca__outer_tile_##T##V)(int pixels, const float *a, const float *b, int rows,   \
+                                                         int lanes, float *out, size_t pitch, const float *next, \
+                                                         size_t step) {                                          \
+        CKCA__NAME(ckca__outer_tile)(T * CKCA__TILE, V, pixels, a, b, rows, lanes, out, pitch, next, step);      \
+    }
+CKCA__OUTER_TILE(1, 1)
+CKCA__OUTER_TILE(1, 2)
+CKCA__OUTER_TILE(2, 1)
+CKCA__OUTER_TILE(2, 2)
+CKCA__OUTER_TILE(3, 1)
+CKCA__OUTER_TILE(3, 2)
+#undef CKCA__OUTER_TILE
+
+/* All panels of rows with all of lanes. */
+static void CKCA__NAME(ckca__outer)(const ckca__outer *o) {
+    static void (*const outer[3][2])(int, const float *, const float *, int, int, float *, size_t, const float *,
+                                     size_t) = {{CKCA__NAME(ckca__outer_tile_11), CKCA__NAME(ckca__outer_tile_12)},
+                                                {CKCA__NAME(ckca__outer_tile_21), CKCA__NAME(ckca__outer_tile_22)},
+                                                {CKCA__NAME(ckca__outer_tile_31), CKCA__NAME(ckca__outer_tile_32)}};
+    int panels = (o->rows + 3 * CKCA__TILE - 1) / (3 * CKCA__TILE), lines = (o->lanes + 15) / 16, tile = 0, left, size;
+    int lanes = o->lanes;
+    const float *a, *b = o->b;
+    float *column = o->out, *out;
+    for (; lanes > 0; lanes -= CKCA__KB, b += ckca__panel(CKCA__KB, o->pixels), column += CKCA__KB) {
+        int two = lanes > CKCA__VW;
+        a = o->a;
+        out = column;
+        for (left = o->rows; left > 0; left -= size, out += size * o->pitch, tile++) {
+            /* The first tiles fetch a panel of rows each, the next ones a line of lanes each. */
+            const float *next = a;
+            size_t step = 0;
+            if (tile < panels && o->next_a) {
+                next = o->next_a + tile * 3 * CKCA__TILE;
+                step = o->step_a;
+            } else if (tile >= panels && tile < panels + lines && o->next_b) {
+                next = o->next_b + (tile - panels) * 16;
+                step = o->step_b;
+            }
+            size = left > 2 * CKCA__TILE ? 3 : left > CKCA__TILE ? 2 : 1;
+            outer[size - 1][two](o->pixels, a, b, left, lanes, out, o->pitch, next, step);
+            size *= CKCA__TILE;
+            a += ckca__panel(size, o->pixels);
+        }
+    }
+}
+
+/* One task: a group of pixels, a range of rows and one of lanes. */
+static void CKCA__NAME(ckca__conv_weight_task)(const ckca__wgrad_job *job, int task, float *scratch) {
+    const ckca__conv *s = &job->s;
+    int lane = task % job->lane_cuts * job->lane_cut, row = task / job->lane_cuts % job->row_cuts * job->row_cut;
+    int g = task / job->lane_cuts / job->row_cuts, taps = job->swap ? 1 : s->r * s->s, i, t;
+    size_t all = (size_t)s->n * s->p * s->q, per = (size_t)s->r * s->s * s->c;
+    size_t first = all * g / job->groups, end = all * (g + 1) / job->groups;
+    float *a = scratch, *b = scratch + job->at_b, *zeros = scratch + job->at_zeros, *met = scratch + job->at_taps;
+    float *sums;
+    ckca__outer o;
+    o.rows = job->rows - row < job->row_cut ? job->rows - row : job->row_cut;
+    o.lanes = job->lanes - lane < job->lane_cut ? job->lanes - lane : job->lane_cut;
+    o.a = a;
+    o.b = b;
+    o.pitch = job->swap ? (size_t)s->k : per;
+    sums = job->sums + g * per * s->k + row * o.pitch + lane;
+    memset(zeros, 0, sizeof *zeros * o.lanes);
+    if (job->partial)
+        for (i = 0; i < o.rows; i++)
+            for (t = 0; t < taps; t++) memset(sums + i * o.pitch + t * s->c, 0, sizeof *sums * o.lanes);
+    for (; first < end; first += o.pixels) {
+        size_t next;
+        o.pixels = end - first < (size_t)job->pixels ? (int)(end - first) : job->pixels;
+        next = first + o.pixels;
+        o.next_a = next < end && !job->swap ? job->dy + next * s->k + row : NULL;
+        o.step_a = s->k;
+        o.next_b = next >= end ? NULL
+                   : job->swap ? job->dy + next * s->k + lane
+                               : job->x + next * s->stride * s->stride * s->c + lane;
+        o.step_b = job->swap ? s->k : s->stride * s->c;
+        if (job->swap) {
+            CKCA__NAME(ckca__conv_taps)(job, first, o.pixels, met);
+            CKCA__NAME(ckca__row_panels)(o.pixels, o.rows, met + row, job->rows, a);
+            CKCA__NAME(ckca__lane_panels)(o.pixels, 0, o.pixels, o.lanes, job->dy + first * s->k + lane, s->k, b);
+        } else
+            CKCA__NAME(ckca__row_panels)(o.pixels, o.rows, job->dy + first * s->k + row, s->k, a);
+        for (t = 0; t < taps; t++) {
+            if (!job->swap)
+                CKCA__NAME(ckca__conv_lanes)(job, first, o.pixels, t / s->s, t % s->s, lane, o.lanes, zeros, b);
+            o.out = sums + t * s->c;
+            CKCA__NAME(ckca__outer)(&o);
+            o.next_a = o.next_b = NULL; /* fetched with the first tap */
+        }
+    }
+}
+/* ------------------------------------------------------------------------------------------------------------------
+   CONVOLUTION, Winograd's algorithm for 3 x 3 kernels of stride 1 and 2 (Winograd 1980; Lavin and Gray 2016)
+
+   Four outputs along an axis are 12 products of six pixels d with three weights g. Seen as polynomials they are given
+   by their values at six points, and values multiply one by one: y = A^T ((G g) (B^T d)) needs 6 products; on both
+   axes, for a tile of 4 x 4 outputs, 36 instead of 144. With the points 0, a, -a, b, -b, infinity, and a^2 = 1/2 and
+   b^2 = 2:
+
+             1    0  -5/2    0   1   0           1     0      0
+             0   -2a  -2     a   1   0         -2/3  -2a/3  -1/3          1   1   1    1    1   0
+     B^T =   0    2a  -2    -a   1   0     G = -2/3   2a/3  -1/3    A^T = 0   a  -a    b   -b   0
+             0  -b/2 -1/2    b   1   0          1/6   b/6    1/3          0  1/2 1/2   2    2   0
+             0   b/2 -1/2   -b   1   0          1/6  -b/6    1/3          0  a/2 -a/2  2b  -2b  1
+             0    1    0   -5/2  0   1           0     0      1
+
+   (The usual points 0, 1, -1, 2, -2 make errors twice as large, at worst six times: measured.) The sum over channels is
+   taken at the points: 36 products of matrices, tiles x C by C x K. The input gradient is the same with the weights
+   turned round and C and K exchanged; the weight gradient runs backwards through it, G^T ((A dy) (B^T d)), its matrices
+   summed over tiles. What is saved in products is partly spent on turning pixels and outputs, 270 operations on vectors
+   per tile of 36 C: the fewer channels, the less is won. On the machine above, in units of direct products, the forward
+   pass makes 150 GFLOP/s with 16 channels, 226 with 32, 280 to 340 with 64 and more.
+
+   With stride 2, output i is g0 d[2i] + g2 d[2i + 2], two weights on the even pixels, plus g1 d[2i + 1] on the odd ones.
+   Of a tile's nine pixels the five even ones go to the points a, -a, b, -b and infinity, F(4, 2), and the four odd ones
+   stay what they are: 9 products instead of 12, on both axes 81 instead of 144. The weights still have 36 matrices,
+   since all odd pixels meet the same g1. The input gradient makes tiles of 8 x 8 out of 5 x 5 of dy: with padding 1 its
+   even pixels meet g1, its odd ones the other two. On the machine above: 150 GFLOP/s with 128 channels, 130 with 256
+   (on maps of 14 x 14, where a quarter of the tiles is margin); errors 1 to 1.3 times (y) and 1.8 to 2.6 times (dx)
+   those of direct sums.
+
+   Each task takes some of the tiles, in blocks that stay in L2: turn the pixels, multiply at each point, turn the
+   outputs, with no memory of its own but scratch. Where there are few tiles and many weights, tasks are ranges of
+   output channels, each of which turns its own weights; else they are turned once for all.
+   ------------------------------------------------------------------------------------------------------------------ */
+
+/* Winograd's F(4 x 4, 3 x 3): what it does is told further down, where its tasks are cut. The five maps along one axis,
+   between pixels, weights or outputs and values at the points 0, a, -a, b, -b and infinity: */
+#define CKCA__WA 0.70710678f         /* a a = 1/2 */
+#define CKCA__WB 1.41421356f         /* b b = 2 */
+#define CKCA__GROUP (3 * CKCA__TILE) /* tiles whose products are summed side by side */
+
+/* Of two weights, F(4, 2): five pixels at the points a, -a, b, -b and infinity. What both sizes share. */
+CKCA__INLINE void CKCA__NAME(ckca__wino_pair_source)(const CKCA__V *d, CKCA__V *u) {
+    CKCA__V even_a = CKCA__FMA(CKCA__SET(-2.0f), d[1], d[3]), odd_a = CKCA__FMA(CKCA__SET(-2.0f), d[0], d[2]);
+    CKCA__V even_b = CKCA__FMA(CKCA__SET(-0.5f), d[1], d[3]), odd_b = CKCA__FMA(CKCA__SET(-0.5f), d[0], d[2]);
+    u[0] = CKCA__FMA(CKCA__SET(CKCA__WA), odd_a, even_a);
+    u[1] = CKCA__FMA(CKCA__SET(-CKCA__WA), odd_a, even_a);
+    u[2] = CKCA__FMA(CKCA__SET(CKCA__WB), odd_b, even_b);
+    u[3] = CKCA__FMA(CKCA__SET(-CKCA__WB), odd_b, even_b);
+    u[4] = CKCA__ADD(d[0], CKCA__FMA(CKCA__SET(-2.5f), d[2], d[4]));
+}
+
+/* u = B^T d: six pixels of the source at the six points. */
+CKCA__INLINE void CKCA__NAME(ckca__wino_source)(const CKCA__V *d, CKCA__V *u) {
+    u[0] = CKCA__ADD(d[0], CKCA__FMA(CKCA__SET(-2.5f), d[2], d[4]));
+    CKCA__NAME(ckca__wino_pair_source)(d + 1, u + 1);
+}
+
+/* u = G g: three weights at the six points. */
+CKCA__INLINE void CKCA__NAME(ckca__wino_weight)(const CKCA__V *g, CKCA__V *u) {
+    CKCA__V even_a = CKCA__MUL(CKCA__SET(-2.0f / 3), CKCA__FMA(CKCA__SET(0.5f), g[2], g[0]));
+    CKCA__V even_b = CKCA__MUL(CKCA__SET(1.0f / 6), CKCA__FMA(CKCA__SET(2.0f), g[2], g[0]));
+    u[0] = g[0];
+    u[1] = CKCA__FMA(CKCA__SET(-2 * CKCA__WA / 3), g[1], even_a);
+    u[2] = CKCA__FMA(CKCA__SET(2 * CKCA__WA / 3), g[1], even_a);
+    u[3] = CKCA__FMA(CKCA__SET(CKCA__WB / 6), g[1], even_b);
+    u[4] = CKCA__FMA(CKCA__SET(-CKCA__WB / 6), g[1], even_b);
+    u[5] = g[2];
+}
+
+/* Of stride 2: the outer two of three weights at five points, then the middle one. */
+CKCA__INLINE void CKCA__NAME(ckca__wino_pair_weight)(const CKCA__V *g, CKCA__V *u) {
+    CKCA__V low = CKCA__MUL(CKCA__SET(1.0f / 3), g[2]);
+    u[0] = CKCA__SUB(CKCA__MUL(CKCA__SET(-2 * CKCA__WA / 3), g[0]), low);
+    u[1] = CKCA__SUB(CKCA__MUL(CKCA__SET(2 * CKCA__WA / 3), g[0]), low);
+    u[2] = CKCA__FMA(CKCA__SET(CKCA__WB / 6), g[0], low);
+    u[3] = CKCA__FMA(CKCA__SET(-CKCA__WB / 6), g[0], low);
+    u[4] = g[2];
+    u[5] = g[1];
+}
+
+/* y = A^T m: from the points back to four outputs. */
+CKCA__INLINE void CKCA__NAME(ckca__wino_pair_output)(const CKCA__V *m, CKCA__V *y) {
+    CKCA__V sum_a = CKCA__ADD(m[0], m[1]), dif_a = CKCA__MUL(CKCA__SET(CKCA__WA), CKCA__SUB(m[0], m[1]));
+    CKCA__V sum_b = CKCA__ADD(m[2], m[3]), dif_b = CKCA__MUL(CKCA__SET(CKCA__WB), CKCA__SUB(m[2], m[3]));
+    y[0] = CKCA__ADD(sum_a, sum_b);
+    y[1] = CKCA__ADD(dif_a, dif_b);
+    y[2] = CKCA__FMA(CKCA__SET(2.0f), sum_b, CKCA__MUL(CKCA__SET(0.5f), sum_a));
+    y[3] = CKCA__FMA(CKCA__SET(2.0f), dif_b, CKCA__FMA(CKCA__SET(0.5f), dif_a, m[4]));
+}
+CKCA__INLINE void CKCA__NAME(ckca__wino_output)(const CKCA__V *m, CKCA__V *y) {
+    CKCA__NAME(ckca__wino_pair_output)(m + 1, y);
+    y[0] = CKCA__ADD(m[0], y[0]);
+}
+
+/* m = A y: its transpose, for gradients. */
+CKCA__INLINE void CKCA__NAME(ckca__wino_pair_output_transposed)(const CKCA__V *y, CKCA__V *m) {
+    CKCA__V even_a = CKCA__FMA(CKCA__SET(0.5f), y[2], y[0]), odd_a = CKCA__FMA(CKCA__SET(0.5f), y[3], y[1]);
+    CKCA__V even_b = CKCA__FMA(CKCA__SET(2.0f), y[2], y[0]), odd_b = CKCA__FMA(CKCA__SET(2.0f), y[3], y[1]);
+    m[0] = CKCA__FMA(CKCA__SET(CKCA__WA), odd_a, even_a);
+    m[1] = CKCA__FMA(CKCA__SET(-CKCA__WA), odd_a, even_a);
+    m[2] = CKCA__FMA(CKCA__SET(CKCA__WB), odd_b, even_b);
+    m[3] = CKCA__FMA(CKCA__SET(-CKCA__WB), odd_b, even_b);
+    m[4] = y[3];
+}
+CKCA__INLINE void CKCA__NAME(ckca__wino_output_transposed)(const CKCA__V *y, CKCA__V *m) {
+    m[0] = y[0];
+    CKCA__NAME(ckca__wino_pair_output_transposed)(y, m + 1);
+}
+
+/* g = G^T u: the gradient of three weights. */
+CKCA__INLINE void CKCA__NAME(ckca__wino_weight_transposed)(const CKCA__V *u, CKCA__V *g) {
+    CKCA__V sum_a = CKCA__MUL(CKCA__SET(-2.0f / 3), CKCA__ADD(u[1], u[2]));
+    CKCA__V sum_b = CKCA__MUL(CKCA__SET(1.0f / 6), CKCA__ADD(u[3], u[4]));
+    g[0] = CKCA__ADD(u[0], CKCA__ADD(sum_a, sum_b));
+    g[1] = CKCA__FMA(CKCA__SET(-2 * CKCA__WA / 3), CKCA__SUB(u[1], u[2]),
+                     CKCA__MUL(CKCA__SET(CKCA__WB / 6), CKCA__SUB(u[3], u[4])));
+    g[2] = CKCA__ADD(CKCA__FMA(CKCA__SET(0.5f), sum_a, u[5]), CKCA__MUL(CKCA__SET(2.0f), sum_b));
+}
+CKCA__INLINE void CKCA__NAME(ckca__wino_pair_weight_transposed)(const CKCA__V *u, CKCA__V *g) {
+    CKCA__V sum = CKCA__SUB(CKCA__ADD(u[2], u[3]), CKCA__ADD(u[0], u[1]));
+    g[0] = CKCA__FMA(CKCA__SET(-2 * CKCA__WA / 3), CKCA__SUB(u[0], u[1]),
+                     CKCA__MUL(CKCA__SET(CKCA__WB / 6), CKCA__SUB(u[2], u[3])));
+    g[1] = u[5];
+    g[2] = CKCA__FMA(CKCA__SET(1.0f / 3), sum, u[4]);
+}
+
+/* The maps of pixels to points, along one axis. */
+CKCA__INLINE void CKCA__NAME(ckca__wino_transform)(const int kind, const CKCA__V *d, CKCA__V *u) {
+    int i;
+    if (kind == CKCA__WINO_SOURCE)
+        CKCA__NAME(ckca__wino_source)(d, u);
+    else if (kind == CKCA__WINO_DY)
+        CKCA__NAME(ckca__wino_output_transposed)(d, u);
+    else if (kind == CKCA__WINO_SOURCE_2) {
+        CKCA__V e[5];
+        CKCA__UNROLL for (i = 0; i < 5; i++) e[i] = d[2 * i];
+        CKCA__NAME(ckca__wino_pair_source)(e, u);
+        CKCA__UNROLL for (i = 0; i < 4; i++) u[5 + i] = d[2 * i + 1];
+    } else {
+        if (kind == CKCA__WINO_DY_2)
+            CKCA__NAME(ckca__wino_pair_output_transposed)(d, u);
+        else
+            CKCA__NAME(ckca__wino_pair_source)(d, u);
+        CKCA__UNROLL for (i = 0; i < 4; i++) u[5 + i] = d[i];
+    }
+}
+
+/* The maps of sums at points to outputs, along one axis. */
+CKCA__INLINE void CKCA__NAME(ckca__wino_inverse)(const int kind, const CKCA__V *m, CKCA__V *y) {
+    int i;
+    if (kind == CKCA__WINO_SOURCE)
+        CKCA__NAME(ckca__wino_output)(m, y);
+    else {
+        CKCA__V outer[4];
+        CKCA__NAME(ckca__wino_pair_output)(m, outer);
+        CKCA__UNROLL for (i = 0; i < 4; i++) {
+            if (kind == CKCA__WINO_SOURCE_2)
+                y[i] = CKCA__ADD(outer[i], m[5 + i]);
+            else {
+                y[2 * i] = m[5 + i];
+                y[2 * i + 1] = outer[i];
+            }
+        }
+    }
+}
+
+/* Turns tiles [first, first + count) of some channels of maps to points, with zeros outside. Groups are of CKCA__GROUP
+   tiles, or else there is one. */
+CKCA__INLINE void CKCA__NAME(ckca__wino_gather)(const int kind, const ckca__wino_job *job, const ckca__wino_maps *maps,
+                                                int first, int count, int group, const float *zeros, float *to) {
+    const int size = kind == CKCA__WINO_SOURCE     ? 6
+                     : kind == CKCA__WINO_SOURCE_2 ? 9
+                     : kind == CKCA__WINO_DX_2     ? 5
+                                                   : 4; /* pixels of a tile along an axis */
+    const int axis = kind == CKCA__WINO_SOURCE || kind == CKCA__WINO_DY ? 6 : 9;
+    size_t pitch = ckca__wino_pitch(job->block, maps->channels);
+    size_t step = (size_t)CKCA__GROUP * (group == CKCA__GROUP ? maps->channels : CKCA__VW);
+    const float *pixel[CKCA__GROUP][9 * 9];
+    int t, i, j, k;
+    for (; count > 0; count -= CKCA__GROUP, first += CKCA__GROUP, to += step) {
+        int tiles = count < CKCA__GROUP ? count : CKCA__GROUP;
+        for (t = 0; t < tiles; t++) {
+            int tile = first + t, picture = tile / (job->across * job->down), rest = tile % (job->across * job->down);
+            int y = rest / job->across * maps->step - maps->pad, x = rest % job->across * maps->step - maps->pad;
+            for (i = 0; i < size; i++)
+                for (j = 0; j < size; j++) {
+                    ptrdiff_t at = (((ptrdiff_t)picture * maps->h + y + i) * maps->w + x + j) * maps->c;
+                    int inside = ((unsigned)(y + i) < (unsigned)maps->h) & ((unsigned)(x + j) < (unsigned)maps->w);
+                    pixel[t][i * size + j] = inside ? maps->at + at : zeros;
+                }
+        }
+        for (t = 0; t < tiles; t++)
+            for (k = 0; k < maps->channels; k += CKCA__VW) {
+                const float *const *here = pixel[t], *const *next = pixel[t + 1 < tiles ? t + 1 : t];
+                float *at = to + (size_t)k * group + t * CKCA__VW;
+                CKCA__V d[9], u[9], partial[9][9];
+                CKCA__ROLL for (j = 0; j < size; j++) {
+                    CKCA__UNROLL for (i = 0; i < size; i++) {
+                        d[i] = CKCA__LOAD(here[i * size + j] + k);
+                        if (maps->norm && here[i * size + j] != zeros)
+                            d[i] = CKCA__NAME(ckca__norm)(maps->norm, k, d[i]);
+                        __builtin_prefetch(next[i * size + j] + k);
+                    }
+                    CKCA__NAME(ckca__wino_transform)(kind, d, u);
+                    CKCA__UNROLL for (i = 0; i < axis; i++) partial[i][j] = u[i];
+                }
+                CKCA__ROLL for (i = 0; i < axis; i++) {
+                    CKCA__NAME(ckca__wino_transform)(kind, partial[i], u);
+                    CKCA__UNROLL for (j = 0; j < axis; j++) CKCA__STORE(at + (i * axis + j) * pitch, u[j]);
+                }
+            }
+    }
+}
+
+static int CKCA__NAME(ckca__wino_channels)(const ckca__wino_job *job, int block) { /* in a block of output channels */
+    return job->k - block * CKCA__KB < CKCA__KB ? CKCA__VW : CKCA__KB;
+}
+
+/* Turns the weights of a block of output channels to points: [point][c][channels]. */
+static void CKCA__NAME(ckca__wino_pack)(const ckca__wino_job *job, int block, float *to) {
+    size_t in_step = job->rotated180 ? (size_t)9 * job->k : 1, out_step = job->rotated180 ? 1 : (size_t)9 * job->c;
+    size_t tap_step = job->rotated180 ? job->k : job->c;
+    int first = block * CKCA__KB, channels = CKCA__NAME(ckca__wino_channels)(job, block);
+    float taps[9][16][CKCA__KB];
+    int c, i, k, t;
+    for (c = 0; c < job->c; c += 16) {
+        for (t = 0; t < 9; t++) { /* the input gradient meets the taps backwards */
+            const float *from =
+                job->weights + first * out_step + c * in_step + (job->rotated180 ? 8 - t : t) * tap_step;
+            if (job->rotated180)
+                for (i = 0; i < 16; i++) {
+                    __builtin_prefetch(from + (i + 16) * in_step);
+                    __builtin_prefetch(from + (i + 16) * in_step + 16);
+                    memcpy(taps[t][i], from + i * in_step, sizeof(float) * channels);
+                }
+            else
+                for (k = 0; k < channels; k++) {
+                    __builtin_prefetch(from + k * out_step + 16);
+                    for (i = 0; i < 16; i++) taps[t][i][k] = from[k * out_step + i];
+                }
+        }
+        for (i = 0; i < 16; i++)
+            for (k = 0; k < channels; k += CKCA__VW) {
+                CKCA__V g[3], u[6], partial[6][3];
+                int a, b;
+                CKCA__ROLL for (b = 0; b < 3; b++) {
+                    CKCA__UNROLL for (a = 0; a < 3; a++) g[a] = CKCA__LOAD(taps[a * 3 + b][i] + k);
+                    if (job->stride == 2)
+                        CKCA__NAME(ckca__wino_pair_weight)(g, u);
+                    else
+                        CKCA__NAME(ckca__wino_weight)(g, u);
+                    CKCA__UNROLL for (a = 0; a < 6; a++) partial[a][b] = u[a];
+                }
+                CKCA__ROLL for (a = 0; a < 6; a++) {
+                    if (job->stride == 2)
+                        CKCA__NAME(ckca__wino_pair_weight)(partial[a], u);
+                    else
+                        CKCA__NAME(ckca__wino_weight)(partial[a], u);
+                    CKCA__UNROLL for (b = 0; b < 6; b++)
+                        CKCA__STORE(to + ((size_t)(a * 6 + b) * job->c + c + i) * channels + k, u[b]);
+                }
+            }
+    }
+}
+
+/* to[tile][V vectors] = the sum over channels of x[tile][c] w[c][V vectors], P tiles of a group. */
+CKCA__INLINE void CKCA__NAME(ckca__wino_product)(const int P, const int V, int c, const float *x, const float *w,
+                                                 float *to) {
+    CKCA__V sum[CKCA__GROUP][2];
+    int p, v, j;
+    CKCA__UNROLL for (p = 0; p < P; p++) { CKCA__UNROLL for (v = 0; v < V; v++) sum[p][v] = CKCA__SET(0.0f); }
+    for (; c > 0; c -= CKCA__VW, x += (CKCA__GROUP - 1) * CKCA__VW)
+        for (j = 0; j < CKCA__VW; j++, x++, w += V * CKCA__VW) {
+            CKCA__V weight[2];
+            CKCA__UNROLL for (v = 0; v < V; v++) weight[v] = CKCA__LOAD(w + v * CKCA__VW);
+            CKCA__UNROLL for (p = 0; p < P; p++) {
+                CKCA__V value = CKCA__SET(x[p * CKCA__VW]);
+                CKCA__UNROLL for (v = 0; v < V; v++) sum[p][v] = CKCA__FMA(value, weight[v], sum[p][v]);
+            }
+        }
+    CKCA__UNROLL for (p = 0; p < P; p++) {
+        CKCA__UNROLL for (v = 0; v < V; v++) CKCA__STORE(to + (p * V + v) * CKCA__VW, sum[p][v]);
+    }
+}
+
+/* All tiles of a block at one point. */
+static void CKCA__NAME(ckca__wino_products)(int count, int two, int c, const float *x, const float *w, float *to) {
+    int size = two ? CKCA__KB : CKCA__VW;
+    for (; count > 0; count -= CKCA__GROUP, x += CKCA__GROUP * c, to += CKCA__GROUP * size) {
+        if (count > 2 * CKCA__TILE && two)
+            CKCA__NAME(ckca__wino_product)(CKCA__GROUP, 2, c, x, w, to);
+        else if (count > 2 * CKCA__TILE)
+            CKCA__NAME(ckca__wino_product)(CKCA__GROUP, 1, c, x, w, to);
+        else if (count > CKCA__TILE && two)
+            CKCA__NAME(ckca__wino_product)(2 * CKCA__TILE, 2, c, x, w, to);
+        else if (count > CKCA__TILE)
+            CKCA__NAME(ckca__wino_product)(2 * CKCA__TILE, 1, c, x, w, to);
+        else if (two)
+            CKCA__NAME(ckca__wino_product)(CKCA__TILE, 2, c, x, w, to);
+        else
+            CKCA__NAME(ckca__wino_product)(CKCA__TILE, 1, c, x, w, to);
+    }
+}
+
+/* Sums at the points, [point][tile of the block][channels], become outputs: bias, residual, ReLU. */
+CKCA__INLINE void CKCA__NAME(ckca__wino_scatter)(const int kind, const ckca__wino_job *job, int k0, int channels,
+                                                 int first, int count, const float *from) {
+    const int axis = kind == CKCA__WINO_SOURCE ? 6 : 9, outputs = kind == CKCA__WINO_DX_2 ? 8 : 4;
+    size_t pitch = ckca__wino_pitch(job->block, channels);
+    int t, k, i, j;
+    for (t = 0; t < count; t++) {
+        int tile = first + t, picture = tile / (job->across * job->down), rest = tile % (job->across * job->down);
+        int top = rest / job->across * outputs, left = rest % job->across * outputs;
+        int rows = job->oh - top < outputs ? job->oh - top : outputs;
+        int cols = job->ow - left < outputs ? job->ow - left : outputs;
+        size_t at = (((size_t)picture * job->oh + top) * job->ow + left) * job->k + k0;
+        for (k = 0; k < channels; k += CKCA__VW, at += CKCA__VW) {
+            CKCA__V m[9], y[8], partial[8][9], bias = job->bias ? CKCA__LOAD(job->bias + k0 + k) : CKCA__SET(0.0f);
+            CKCA__ROLL for (j = 0; j < axis; j++) {
+                CKCA__UNROLL for (i = 0; i < axis; i++) m[i] =
+                    CKCA__LOAD(from + (i * axis + j) * pitch + (size_t)t * channels + k);
+                CKCA__NAME(ckca__wino_inverse)(kind, m, y);
+                CKCA__UNROLL for (i = 0; i < outputs; i++) partial[i][j] = y[i];
+            }
+            CKCA__ROLL for (i = 0; i < rows; i++) {
+                size_t to = at + (size_t)i * job->ow * job->k;
+                CKCA__NAME(ckca__wino_inverse)(kind, partial[i], y);
+                CKCA__UNROLL for (j = 0; j < outputs; j++) {
+                    if (j < cols) {
+                        CKCA__V sum = CKCA__ADD(y[j], bias);
+                        if (job->residual) sum = CKCA__ADD(sum, CKCA__LOAD(job->residual + to));
+                        if (job->relu) sum = CKCA__MAX(CKCA__SET(0.0f), sum); /* in this order NaN comes through */
+                        CKCA__STORE(job->output + to, sum);
+                        to += job->k;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/* One task of the forward pass or the input gradient. */
+static void CKCA__NAME(ckca__wino_task)(const ckca__wino_job *job, int task, float *scratch) {
+    int part = task / job->ranges, range = task % job->ranges, blocks = (job->k + CKCA__KB - 1) / CKCA__KB, tile, b, i;
+    int begin = (int)((long long)job->tiles * part / job->parts);
+    int end = (int)((long long)job->tiles * (part + 1) / job->parts);
+    int from = blocks * range / job->ranges, to = blocks * (range + 1) / job->ranges;
+    float *zeros = scratch, *pixels = zeros + job->c;
+    float *sums = pixels + job->elements * ckca__wino_pitch(job->block, job->c);
+    float *own = sums + job->elements * ckca__wino_pitch(job->block, CKCA__KB);
+    size_t per = (size_t)CKCA__WINO_ELEMENTS * job->c * CKCA__KB;
+    const float *weights = job->packed ? job->packed + from * per : own;
+    memset(zeros, 0, sizeof *zeros * job->c);
+    if (!job->packed)
+        for (b = from; b < to; b++) CKCA__NAME(ckca__wino_pack)(job, b, own + (b - from) * per);
+    for (tile = begin; tile < end; tile += job->block) {
+        int count = end - tile < job->block ? end - tile : job->block;
+#define CKCA__WINO_GATHER(kind) \
+    CKCA__NAME(ckca__wino_gather)(kind, job, &job->source, tile, count, CKCA__GROUP, zeros, pixels)
+        if (job->stride == 1)
+            CKCA__WINO_GATHER(CKCA__WINO_SOURCE);
+        else if (job->rotated180)
+            CKCA__WINO_GATHER(CKCA__WINO_DX_2);
+        else
+            CKCA__WINO_GATHER(CKCA__WINO_SOURCE_2);
+#undef CKCA__WINO_GATHER
+        for (b = from; b < to; b++) {
+            int channels = CKCA__NAME(ckca__wino_channels)(job, b);
+            for (i = 0; i < job->elements; i++)
+                CKCA__NAME(ckca__wino_products)
+                (count, channels > CKCA__VW, job->c, pixels + i * ckca__wino_pitch(job->block, job->c),
+                 weights + (b - from) * per + (size_t)ckca__wino_weights(job, i) * job->c * channels,
+                 sums + i * ckca__wino_pitch(job->block, channels));
+#define CKCA__WINO_SCATTER(kind) CKCA__NAME(ckca__wino_scatter)(kind, job, b * CKCA__KB, channels, tile, count, sums)
+            if (job->stride == 1)
+                CKCA__WINO_SCATTER(CKCA__WINO_SOURCE);
+            else if (job->rotated180)
+                CKCA__WINO_SCATTER(CKCA__WINO_DX_2);
+            else
+                CKCA__WINO_SCATTER(CKCA__WINO_SOURCE_2);
+#undef CKCA__WINO_SCATTER
+        }
+    }
+}
+
+/* to[2 CKCA__TILE rows of k][V vectors of c] += the sum over a block's tiles of dy[tile][k] x[tile][c], at one
+   point. The first block finds nothing there yet. */
+CKCA__INLINE void CKCA__NAME(ckca__wino_outer)(const int V, int c, int block, int count, int first, const float *dy,
+                                               const float *x, float *to) {
+    size_t vector = (size_t)block * CKCA__VW; /* to the next vector's tiles */
+    CKCA__V sum[2 * CKCA__TILE][2];
+    int i, v;
+    CKCA__UNROLL for (i = 0; i < 2 * CKCA__TILE; i++) {
+        CKCA__UNROLL for (v = 0; v < V; v++) {
+            __builtin_prefetch(to + i * c + v * CKCA__VW, 1);
+            sum[i][v] = CKCA__SET(0.0f);
+        }
+    }
+    for (; count > 0; count--, dy += CKCA__VW, x += CKCA__VW) {
+        CKCA__V value[2];
+        CKCA__UNROLL for (v = 0; v < V; v++) value[v] = CKCA__LOAD(x + v * vector);
+        CKCA__UNROLL for (i = 0; i < 2 * CKCA__TILE; i++) { /* rows may go on in the next vector of dy */
+            CKCA__V factor = CKCA__SET(dy[i / CKCA__VW * vector + i % CKCA__VW]);
+            CKCA__UNROLL for (v = 0; v < V; v++) sum[i][v] = CKCA__FMA(factor, value[v], sum[i][v]);
+        }
+    }
+    CKCA__UNROLL for (i = 0; i < 2 * CKCA__TILE; i++, to += c) {
+        CKCA__UNROLL for (v = 0; v < V; v++)
+            CKCA__STORE(to + v * CKCA__VW, first ? sum[i][v] : CKCA__ADD(CKCA__LOAD(to + v * CKCA__VW), sum[i][v]));
+    }
+}
+
+/* One task of the weight gradient: what its tiles add to dw of a range of output channels. */
+static void CKCA__NAME(ckca__wino_weight_task)(const ckca__wino_job *job, int task, float *scratch) {
+    int part = task / job->ranges, range = task % job->ranges, tile, i, j, k, c;
+    int begin = (int)((long long)job->tiles * part / job->parts);
+    int end = (int)((long long)job->tiles * (part + 1) / job->parts);
+    int k0 = job->k / 16 * range / job->ranges * 16, channels = job->k / 16 * (range + 1) / job->ranges * 16 - k0;
+    size_t c_pitch = ckca__wino_pitch(job->block, job->c), k_pitch = ckca__wino_pitch(job->block, channels);
+    float *zeros = scratch, *x = zeros + (job->c > job->k ? job->c : job->k);
+    float *dy = x + job->elements * c_pitch, *sums = dy + job->elements * k_pitch;
+    ckca__wino_maps range_dy = job->dy;
+    range_dy.at += k0;
+    range_dy.channels = channels;
+    memset(zeros, 0, sizeof *zeros * (x - zeros));
+    for (tile = begin; tile < end; tile += job->block) {
+        int count = end - tile < job->block ? end - tile : job->block;
+        if (job->stride == 1) {
+            CKCA__NAME(ckca__wino_gather)(CKCA__WINO_SOURCE, job, &job->source, tile, count, job->block, zeros, x);
+            CKCA__NAME(ckca__wino_gather)(CKCA__WINO_DY, job, &range_dy, tile, count, job->block, zeros, dy);
+        } else {
+            CKCA__NAME(ckca__wino_gather)(CKCA__WINO_SOURCE_2, job, &job->source, tile, count, job->block, zeros, x);
+            CKCA__NAME(ckca__wino_gather)(CKCA__WINO_DY_2, job, &range_dy, tile, count, job->block, zeros, dy);
+        }
+        for (i = 0; i < job->elements; i++) {
+            int at = ckca__wino_weights(job, i), first = tile == begin && i / job->axis < 6 && i % job->axis < 6;
+            for (c = 0; c < job->c; c += CKCA__KB)
+                for (k = 0; k < channels; k += 2 * CKCA__TILE) {
+                    const float *a = dy + i * k_pitch + (size_t)k / CKCA__VW * job->block * CKCA__VW + k % CKCA__VW;
+                    const float *b = x + i * c_pitch + (size_t)c * job->block;
+                    float *to = sums + ((size_t)at * channels + k) * job->c + c;
+                    if (job->c - c > CKCA__VW)
+                        CKCA__NAME(ckca__wino_outer)(2, job->c, job->block, count, first, a, b, to);
+                    else
+                        CKCA__NAME(ckca__wino_outer)(1, job->c, job->block, count, first, a, b, to);
+                }
+        }
+    }
+    for (k = 0; k < channels; k++)
+        for (c = 0; c < job->c; c += CKCA__VW) {
+            CKCA__V u[6], g[3], partial[3][6];
+            float *to = job->sums + (((size_t)part * job->k + k0 + k) * 9) * job->c + c;
+            CKCA__ROLL for (j = 0; j < 6; j++) {
+                CKCA__UNROLL for (i = 0; i < 6; i++) u[i] =
+                    CKCA__LOAD(sums + ((size_t)(i * 6 + j) * channels + k) * job->c + c);
+                if (job->stride == 2)
+                    CKCA__NAME(ckca__wino_pair_weight_transposed)(u, g);
+                else
+                    CKCA__NAME(ckca__wino_weight_transposed)(u, g);
+                CKCA__UNROLL for (i = 0; i < 3; i++) partial[i][j] = g[i];
+            }
+            CKCA__ROLL for (i = 0; i < 3; i++) {
+                if (job->stride == 2)
+                    CKCA__NAME(ckca__wino_pair_weight_transposed)(partial[i], g);
+                else
+                    CKCA__NAME(ckca__wino_weight_transposed)(partial[i], g);
+                CKCA__UNROLL for (j = 0; j < 3; j++, to += job->c)
+                    CKCA__STORE(to, job->parts > 1 ? g[j] : CKCA__ADD(CKCA__LOAD(to), g[j]));
+            }
+        }
+}
+#undef CKCA__GROUP
+
+#undef CKCA__TILE
+#undef CKCA__KB
+
+/* ---- all other ops ---- */
+
+/* sum[j] += d, square[j] += d^2 with d = x - shift[j], over some rows. The sums are too many for registers: taking four
+   rows at once reads and writes them (in cache) once for four. Long rows are taken singly, since memory is read fastest
+   from front to back. */
+static inline void CKCA__NAME(ckca__moments_rows)(int rows, size_t cols, const float *x, const float *shift, float *sum,
+                                                  float *square) {
+    size_t j = 0;
+    int r;
+    for (; j + CKCA__VW <= cols; j += CKCA__VW) {
+        CKCA__V m = CKCA__LOAD(shift + j), s = CKCA__LOAD(sum + j), q = CKCA__LOAD(square + j);
+        for (r = 0; r < rows; r++) {
+            CKCA__V d = CKCA__SUB(CKCA__LOAD(x + r * cols + j), m);
+            s = CKCA__ADD(s, d);
+            q = CKCA__FMA(d, d, q);
+        }
+        CKCA__STORE(sum + j, s);
+        CKCA__STORE(square + j, q);
+    }
+    for (; j < cols; j++)
+        for (r = 0; r < rows; r++) {
+            float d = x[r * cols + j] - shift[j];
+            sum[j] += d;
+            square[j] += d * d;
+        }
+}
+
+static void CKCA__NAME(ckca__moments)(size_t count, size_t cols, const float *x, const float *shift, float *sum,
+                                      float *square) {
+    size_t i = 0;
+    for (; cols < 256 && i + 4 * cols <= count; i += 4 * cols)
+        CKCA__NAME(ckca__moments_rows)(4, cols, x + i, shift, sum, square);
+    for (; i < count; i += cols)
+        CKCA__NAME(ckca__moments_rows)(1, count - i < cols ? count - i : cols, x + i, shift, sum, square);
+}
+
+/* Where a ReLU let x through: y > 0 or, y being NULL, (x - mean) scale + beta > 0; everywhere if scale is NULL too.
+   d is x - mean. */
+CKCA__INLINE CKCA__V CKCA__NAME(ckca__gate)(CKCA__V g, CKCA__V d, const float *y, const float *scale,
+                                            const float *beta) {
+    if (y) return CKCA__WHERE_POSITIVE(CKCA__LOAD(y), g);
+    return scale ? CKCA__WHERE_POSITIVE(CKCA__FMA(d, CKCA__LOAD(scale), CKCA__LOAD(beta)), g) : g;
+}
+CKCA__INLINE float CKCA__NAME(ckca__gate_one)(float g, float d, const float *y, const float *scale, const float *beta) {
+    return (y ? *y : scale ? d * *scale + *beta : 1.0f) > 0 ? g : 0;
+}
+
+/* sum[j] += g, product[j] += g (x - mean[j]), with g = dy where the gate lets it. */
+static inline void CKCA__NAME(ckca__products_rows)(int rows, size_t cols, const float *x, const float *y,
+                                                   const float *dy, const float *mean, const float *scale,
+                                                   const float *beta, float *sum, float *product) {
+    size_t j = 0, i;
+    int r;
+    for (; j + CKCA__VW <= cols; j += CKCA__VW) {
+        CKCA__V m = CKCA__LOAD(mean + j), s = CKCA__LOAD(sum + j), p = CKCA__LOAD(product + j);
+        for (r = 0, i = j; r < rows; r++, i += cols) {
+            CKCA__V d = CKCA__SUB(CKCA__LOAD(x + i), m);
+            CKCA__V g = CKCA__NAME(ckca__gate)(CKCA__LOAD(dy + i), d, y ? y + i : NULL, scale ? scale + j : NULL,
+                                               scale ? beta + j : NULL);
+            s = CKCA__ADD(s, g);
+            p = CKCA__FMA(g, d, p);
+        }
+        CKCA__STORE(sum + j, s);
+        CKCA__STORE(product + j, p);
+    }
+    for (; j < cols; j++)
+        for (r = 0, i = j; r < rows; r++, i += cols) {
+            float d = x[i] - mean[j];
+            float g = CKCA__NAME(ckca__gate_one)(dy[i], d, y ? y + i : NULL, scale ? scale + j : NULL,
+                                                 scale ? beta + j : NULL);
+            sum[j] += g;
+            product[j] += g * d;
+        }
+}
+
+static void CKCA__NAME(ckca__products)(size_t count, size_t cols, const float *x, const float *y, const float *dy,
+                                       const float *mean, const float *scale, const float *beta, float *sum,
+                                       float *product) {
+    size_t i = 0;
+    for (; cols < 128 && i + 4 * cols <= count; i += 4 * cols)
+        CKCA__NAME(ckca__products_rows)(4, cols, x + i, y ? y + i : NULL, dy + i, mean, scale, beta, sum, product);
+    for (; i < count; i += cols)
+        CKCA__NAME(ckca__products_rows)
+        (1, count - i < cols ? count - i : cols, x + i, y ? y + i : NULL, dy + i, mean, scale, beta, sum, product);
+}
+
+/* (x - mean) scale + beta, of a vector and of one value. */
+CKCA__INLINE CKCA__V CKCA__NAME(ckca__scaled)(const ckca__table *t, size_t j, const float *x) {
+    return CKCA__FMA(CKCA__SUB(CKCA__LOAD(x), CKCA__LOAD(t->mean + j)), CKCA__LOAD(t->scale + j),
+                     CKCA__LOAD(t->beta + j));
+}
+CKCA__INLINE float CKCA__NAME(ckca__scaled_one)(const ckca__table *t, size_t j, float x) {
+    return (x - t->mean[j]) * t->scale[j] + t->beta[j];
+}
+
+/* y = relu?((x - mean) scale + beta + residual); residual and its table may be NULL. */
+static void CKCA__NAME(ckca__normalize)(size_t count, size_t cols, const float *x, const ckca__table *table,
+                                        const float *residual, const ckca__table *residual_table, float *y) {
+    const CKCA__V zero = CKCA__SET(0);
+    const ckca__table t = *table, r = residual_table ? *residual_table : t;
+    const int normed = residual_table != NULL;
+    size_t i, j, end;
+    for (i = 0; i < count; i += cols) {
+        end = count - i < cols ? count - i : cols;
+        for (j = 0; j + CKCA__VW <= end; j += CKCA__VW) {
+            CKCA__V v = CKCA__NAME(ckca__scaled)(&t, j, x + i + j);
+            if (residual) {
+                CKCA__V add = normed ? CKCA__NAME(ckca__scaled)(&r, j, residual + i + j) : CKCA__LOAD(residual + i + j);
+                if (normed && r.relu) add = CKCA__MAX(zero, add);
+                v = CKCA__ADD(v, add);
+            }
+            if (t.relu) v = CKCA__MAX(zero, v); /* in this order NaN stays NaN */
+            CKCA__STORE(y + i + j, v);
+        }
+        for (; j < end; j++) {
+            float v = CKCA__NAME(ckca__scaled_one)(&t, j, x[i + j]), add = residual ? residual[i + j] : 0;
+            if (normed) {
+                add = CKCA__NAME(ckca__scaled_one)(&r, j, add);
+                if (r.relu && add <= 0) add = 0;
+            }
+            if (residual) v += add;
+            y[i + j] = t.relu && v <= 0 ? 0 : v;
+        }
+    }
+}
+
+/* dx = scale g - b (x - mean) - c; dresidual (+)= g. beta NULL: the gate does not look at x. */
+static void CKCA__NAME(ckca__normalize_backward)(size_t count, size_t cols, const float *x, const float *y,
+                                                 const float *dy, const float *mean, const float *scale, const float *b,
+                                                 const float *c, const float *beta, float *dx, float *dresidual,
+                                                 int accumulate) {
+    const float *gate = beta ? scale : NULL;
+    size_t i, j, end;
+    for (i = 0; i < count; i += cols) {
+        end = count - i < cols ? count - i : cols;
+        for (j = 0; j + CKCA__VW <= end; j += CKCA__VW) {
+            CKCA__V d = CKCA__SUB(CKCA__LOAD(x + i + j), CKCA__LOAD(mean + j));
+            CKCA__V g = CKCA__NAME(ckca__gate)(CKCA__LOAD(dy + i + j), d, y ? y + i + j : NULL, gate ? gate + j : NULL,
+                                               gate ? beta + j : NULL);
+            d = CKCA__FMA(d, CKCA__LOAD(b + j), CKCA__LOAD(c + j));
+            CKCA__STORE(dx + i + j, CKCA__SUB(CKCA__MUL(g, CKCA__LOAD(scale + j)), d));
+            if (dresidual) CKCA__STORE(dresidual + i + j, accumulate ? CKCA__ADD(g, CKCA__LOAD(dresidual + i + j)) : g);
+        }
+        for (; j < end; j++) {
+            float d = x[i + j] - mean[j];
+            float g = CKCA__NAME(ckca__gate_one)(dy[i + j], d, y ? y + i + j : NULL, gate ? gate + j : NULL,
+                                                 gate ? beta + j : NULL);
+            dx[i + j] = scale[j] * g - (d * b[j] + c[j]);
+            if (dresidual) dresidual[i + j] = accumulate ? dresidual[i + j] + g : g;
+        }
+    }
+}
+
+/* y = relu?(a + b), b may be NULL. */
+static void CKCA__NAME(ckca__add)(size_t count, const float *a, const float *b, int relu, float *y) {
+    const CKCA__V zero = CKCA__SET(0);
+    size_t i = 0;
+    for (; i + CKCA__VW <= count; i += CKCA__VW) {
+        CKCA__V v = CKCA__LOAD(a + i);
+        if (b) v = CKCA__ADD(v, CKCA__LOAD(b + i));
+        if (relu) v = CKCA__MAX(zero, v);
+        CKCA__STORE(y + i, v);
+    }
+    for (; i < count; i++) {
+        float v = b ? a[i] + b[i] : a[i];
+        y[i] = relu && v <= 0 ? 0 : v;
+    }
+}
+
+/* dx (+)= dy where y > 0 */
+static void CKCA__NAME(ckca__add_backward)(size_t count, const float *y, const float *dy, float *dx, int accumulate) {
+    size_t i = 0;
+    for (; i + CKCA__VW <= count; i += CKCA__VW) {
+        CKCA__V g = CKCA__LOAD(dy + i);
+        if (y) g = CKCA__WHERE_POSITIVE(CKCA__LOAD(y + i), g);
+        CKCA__STORE(dx + i, accumulate ? CKCA__ADD(g, CKCA__LOAD(dx + i)) : g);
+    }
+    for (; i < count; i++) {
+        float g = y && !(y[i] > 0) ? 0 : dy[i];
+        dx[i] = accumulate ? dx[i] + g : g;
+    }
+}
+
+static void CKCA__NAME(ckca__sgd)(size_t count, float *w, const float *g, float *v, float lr, float momentum,
+                                  float weight_decay, int nesterov, float gscale) {
+    const CKCA__V m = CKCA__SET(momentum), decay = CKCA__SET(weight_decay), s = CKCA__SET(gscale),
+                  rate = CKCA__SET(-lr);
+    size_t i = 0;
+    for (; i + CKCA__VW <= count; i += CKCA__VW) {
+        CKCA__V to = CKCA__LOAD(w + i);
+        CKCA__V d = CKCA__FMA(decay, to, CKCA__MUL(CKCA__LOAD(g + i), s));
+        CKCA__V step = CKCA__FMA(m, CKCA__LOAD(v + i), d);
+        CKCA__STORE(v + i, step);
+        if (nesterov) step = CKCA__FMA(m, step, d);
+        CKCA__STORE(w + i, CKCA__FMA(rate, step, to));
+    }
+    for (; i < count; i++) {
+        float d = g[i] * gscale + weight_decay * w[i];
+        v[i] = momentum * v[i] + d;
+        w[i] -= lr * (nesterov ? d + momentum * v[i] : v[i]);
+    }
+}
+
+/* a . b: vectors of floats over runs of 4096, whose sums are added in double. */
+static double CKCA__NAME(ckca__dot)(size_t count, const float *a, const float *b) {
+    float lane[CKCA__VW];
+    double sum = 0;
+    size_t i = 0, end;
+    int j;
+    while (i + 2 * CKCA__VW <= count) {
+        CKCA__V s = CKCA__SET(0), t = s;
+        end = count - i < 4096 ? count : i + 4096;
+        for (; i + 2 * CKCA__VW <= end; i += 2 * CKCA__VW) {
+            s = CKCA__FMA(CKCA__LOAD(a + i), CKCA__LOAD(b + i), s);
+            t = CKCA__FMA(CKCA__LOAD(a + i + CKCA__VW), CKCA__LOAD(b + i + CKCA__VW), t);
+        }
+        CKCA__STORE(lane, CKCA__ADD(s, t));
+        for (j = 0; j < CKCA__VW; j++) sum += lane[j];
+    }
+    for (; i < count; i++) sum += (double)a[i] * b[i];
+    return sum;
+}
+
+/* y = alpha a + beta b, or adds it. */
+static void CKCA__NAME(ckca__combine)(size_t count, float alpha, const float *a, float beta, const float *b, float *y,
+                                      int accumulate) {
+    const CKCA__V va = CKCA__SET(alpha), vb = CKCA__SET(beta);
+    size_t i = 0;
+    for (; i + CKCA__VW <= count; i += CKCA__VW) {
+        CKCA__V v = CKCA__FMA(va, CKCA__LOAD(a + i), CKCA__MUL(vb, CKCA__LOAD(b + i)));
+        CKCA__STORE(y + i, accumulate ? CKCA__ADD(v, CKCA__LOAD(y + i)) : v);
+    }
+    for (; i < count; i++) y[i] = alpha * a[i] + beta * b[i] + (accumulate ? y[i] : 0);
+}
+
+/* Vectors of 32-bit integers and of bytes, as many as floats in a CKCA__V. Comparing two CKCA__V gives one of the
+   first, -1 where true (GNU C's vector extensions). */
+typedef int CKCA__NAME(ckca__ints) __attribute__((vector_size(4 * CKCA__VW)));
+typedef unsigned char CKCA__NAME(ckca__bytes) __attribute__((vector_size(CKCA__VW)));
+
+/* One output pixel of a max pooling, see ckca__naive_maxpool_pixel. */
+static void CKCA__NAME(ckca__maxpool_pixel)(int c, int taps, const float *const *from, const ckca__norm *norm,
+                                            const unsigned char *position, float *y, unsigned char *at) {
+    int j = 0, t;
+    for (; j + CKCA__VW <= c; j += CKCA__VW) {
+        CKCA__V best = CKCA__SET(-INFINITY);
+        CKCA__NAME(ckca__ints) where = {0}, take, here;
+        CKCA__NAME(ckca__bytes) narrow;
+        for (t = 0; t < taps; t++) {
+            CKCA__V v = CKCA__LOAD(from[t] + j);
+            if (norm) v = CKCA__NAME(ckca__norm)(norm, j, v);
+            take = (CKCA__NAME(ckca__ints))(v > best) | (CKCA__NAME(ckca__ints))(v != v);
+            here = where & 0;
+            here += position[t];
+            where = (take & here) | (~take & where);
+            best = (CKCA__V)((take & (CKCA__NAME(ckca__ints))v) | (~take & (CKCA__NAME(ckca__ints))best));
+        }
+        CKCA__STORE(y + j, best);
+        narrow = __builtin_convertvector(where, CKCA__NAME(ckca__bytes));
+        if (at) memcpy(at + j, &narrow, sizeof narrow);
+    }
+    for (; j < c; j++) {
+        unsigned char where = 0;
+        y[j] = -INFINITY;
+        for (t = 0; t < taps; t++)
+            if (from[t][j] > y[j] || from[t][j] != from[t][j]) y[j] = from[t][j], where = position[t];
+        if (at) at[j] = where;
+    }
+}
+
+/* One input pixel's gradient, see ckca__naive_maxpool_pixel_backward. */
+static void CKCA__NAME(ckca__maxpool_pixel_backward)(int c, int taps, const size_t *from, const unsigned char *position,
+                                                     const float *dy, const unsigned char *at, float *dx,
+                                                     int accumulate) {
+    int j = 0, t;
+    for (; j + CKCA__VW <= c; j += CKCA__VW) {
+        CKCA__V sum = accumulate ? CKCA__LOAD(dx + j) : CKCA__SET(0);
+        for (t = 0; t < taps; t++) {
+            CKCA__V g = CKCA__LOAD(dy + from[t] + j);
+            CKCA__NAME(ckca__bytes) narrow;
+            CKCA__NAME(ckca__ints) won;
+            memcpy(&narrow, at + from[t] + j, sizeof narrow);
+            won = __builtin_convertvector(narrow, CKCA__NAME(ckca__ints)) == position[t];
+            sum = CKCA__ADD(sum, (CKCA__V)(won & (CKCA__NAME(ckca__ints))g));
+        }
+        CKCA__STORE(dx + j, sum);
+    }
+    for (; j < c; j++) {
+        float sum = accumulate ? dx[j] : 0;
+        for (t = 0; t < taps; t++)
+            if (at[from[t] + (size_t)j] == position[t]) sum += dy[from[t] + (size_t)j];
+        dx[j] = sum;
+    }
+}
+
+#if CKCA__PASS != 128
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+#undef CKCA__NAME
+#undef CKCA__VW
+#undef CKCA__V
+#undef CKCA__LOAD
+#undef CKCA__STORE
+#undef CKCA__SET
+#undef CKCA__ADD
+#undef CKCA__SUB
+#undef CKCA__MUL
+#undef CKCA__FMA
+#undef CKCA__MAX
+#undef CKCA__WHERE_POSITIVE
 #endif /* CKCA__PASS */
-#if !defined(CKCA__PASS) && defined(CKCA__PRIVATE) && !defined(CKCA__END)
-#define CKCA__END
+
+#if defined(CKCA_IMPLEMENTATION) && !defined(CKCA__PASS) && !defined(CKCA__HOST_OPS)
+#define CKCA__HOST_OPS
+#ifndef CKCA_CUDA
+
+/* ===================================================================================================================
+   HOST OPS                                                                                                      >>ops
+
+   Each op cuts its work into tasks, and each task is a call of a kernel by one thread. What a task adds up, and in which
+   order, follows from the shapes alone, never from the threads. In the forward pass and the input gradient of a
+   convolution a picture's results do not depend on its neighbours, but their last bits may depend on the batch size: few
+   tiles are summed directly, more use Winograd's algorithm.
+   =================================================================================================================== */
+
+/* ---- memory ---- */
+
+/* On the host the device's memory is the host's own, and nothing about it can fail later. */
+static ckca_status ckca__device_init(ckca_context *ctx) {
+    (void)ctx;
+    return CKCA_OK;
+}
+static void ckca__device_free(ckca_context *ctx) { (void)ctx; }
+static ckca_status ckca__device_status(ckca_context *ctx) {
+    (void)ctx;
+    return CKCA_OK;
+}
+static int ckca__device_record(ckca_context *ctx, void **recording) {
+    (void)ctx, (void)recording;
+    return 1;
+}
+static void ckca__device_recorded(ckca_context *ctx, void **recording) { (void)ctx, (void)recording; }
+static void ckca__device_forget(ckca_context *ctx, void **recording) { (void)ctx, (void)recording; }
+static void *ckca__device_alloc(ckca_context *ctx, size_t bytes) { return ckca__alloc(ctx, bytes); }
+static void ckca__device_release(ckca_context *ctx, void *memory, size_t bytes) {
+    (void)bytes;
+    ckca__release(ctx, memory);
+}
+static void ckca__device_copy(ckca_context *ctx, void *to, const void *from, size_t bytes) {
+    (void)ctx;
+    if (bytes) memcpy(to, from, bytes);
+}
+static void ckca__device_upload(ckca_context *ctx, void *device, const void *host, size_t bytes) {
+    ckca__device_copy(ctx, device, host, bytes);
+}
+static void ckca__device_download(ckca_context *ctx, void *host, const void *device, size_t bytes) {
+    ckca__device_copy(ctx, host, device, bytes);
+}
+static void ckca__device_zero(ckca_context *ctx, void *device, size_t bytes) {
+    (void)ctx;
+    if (bytes) memset(device, 0, bytes);
+}
+static size_t ckca__device_free_bytes(const ckca_context *ctx) {
+    (void)ctx;
+    return SIZE_MAX;
+}
+static void *ckca__device_staging_open(ckca_context *ctx, size_t bytes) { return ckca__alloc(ctx, bytes); }
+static void *ckca__device_staging_buffer(ckca_context *ctx, void *staging) {
+    (void)ctx;
+    return staging;
+}
+static void ckca__device_staging_send(ckca_context *ctx, void *staging, void *device, size_t bytes) {
+    ckca__device_copy(ctx, device, staging, bytes);
+}
+static void ckca__device_staging_close(ckca_context *ctx, void *staging) { ckca__release(ctx, staging); }
+
+/* ---- how work is cut ---- */
+
+/* Long arrays are worked on in blocks whose number and size depend on the shape alone, never on the threads; sums are
+   taken per block and then added in the blocks' order. */
+#define CKCA__SUM_BLOCKS 256 /* of a long sum; a double each */
+#define CKCA__BLOCK 32768    /* values, of element-wise ops */
+#define CKCA__WIDE 1024      /* see ckca__wide */
+
+/* ckca__parallel, by the caller alone where tasks go over too few values in all for waking others to pay. */
+static void ckca__parallel_over(ckca_context *ctx, size_t values, int tasks,
+                                void (*work)(void *job, int task, int thread), void *job) {
+    ckca__parallel_so(ctx, tasks, values <= CKCA__BLOCK / 2, 0, work, job);
+}
+
+/* The same from the last task to the first: what the pass before read or wrote last is still in cache. */
+static void ckca__parallel_back(ckca_context *ctx, size_t values, int tasks,
+                                void (*work)(void *job, int task, int thread), void *job) {
+    ckca__parallel_so(ctx, tasks, values <= CKCA__BLOCK / 2, 1, work, job);
+}
+
+static int ckca__blocks(size_t count) { return (int)((count + CKCA__BLOCK - 1) / CKCA__BLOCK); }
+static size_t ckca__block_size(size_t count, int b) {
+    size_t left = count - (size_t)b * CKCA__BLOCK;
+    return left < CKCA__BLOCK ? left : CKCA__BLOCK;
+}
+
+/* How many rows of c channels to take as one, so that few channels, or an odd number of them, fill whole vectors. */
+static size_t ckca__wide(const ckca_context *ctx, int c) {
+    size_t width = ctx->isa == CKCA_ISA_AVX512 ? 16 : ctx->isa == CKCA_ISA_AVX2 ? 8 : 4, m = 1;
+    while (m * (size_t)c % width) m++;
+    while (m * (size_t)c < 64) m *= 2;
+    return m * (size_t)c <= CKCA__WIDE ? m : 1;
+}
+
+/* Rows in each block of batch norm's sums: at most 128 blocks, of at least 64 rows and 16384 values. */
+static size_t ckca__block_rows(const ckca_context *ctx, size_t rows, int c) {
+    size_t block = (rows + 127) / 128;
+    if (block < 64) block = 64;
+    if (block < (size_t)(16384 / c)) block = (size_t)(16384 / c);
+    return ckca__round_up(block, 4 * ckca__wide(ctx, c));
+}
+
+/* Batch norm wants most: per channel two doubles of sums, five floats of tables (widened, up to CKCA__WIDE more), and
+   three floats for each block. Never less for more rows: a short batch fits where a full one does. */
+static size_t ckca__op_workspace(const ckca_context *ctx, size_t rows, int c) {
+    size_t blocks = rows / 64 + 1 < 128 ? rows / 64 + 1 : 128;
+    (void)ctx;
+    return ckca__sum(CKCA__SUM_BLOCKS * sizeof(double) + 20 * CKCA__WIDE, ckca__mul((size_t)c, 36 + 12 * blocks));
+}
+
+/* ---- convolution ---- */
+
+#ifdef CKCA__SIMD
+/* A 1 x 1 convolution sees no neighbours: all pixels of the batch become one picture, a pixel to a row. */
+static ckca__conv ckca__conv_flat(const ckca__conv *shape) {
+    ckca__conv s = *shape;
+    double pixels = (double)s.n * s.h * s.w;
+    if (s.r != 1 || s.s != 1 || s.stride != 1 || s.pad || pixels > INT_MAX) return s;
+    s.h = s.p = (int)pixels;
+    s.n = s.w = s.q = 1;
+    return s;
+}
+/* One axis of a correlation's phases. Input gradient: pixel i of dx met tap t of w in dy's pixel (i + pad - t) / stride
+   where that is whole, that is, where t = i + pad modulo stride; from the last such t backwards dy's pixels go upwards.
+   Returns the least from; *extra is how far the taps reach from there. */
+static int ckca__conv_axes(ckca__axis *axis, int gradient, int taps, int stride, int pad, int outputs, int *extra) {
+    int spread = gradient ? stride : 1, i, before = 0, low = INT_MAX, high = INT_MIN;
+    for (i = 0; i < spread; i++) {
+        ckca__axis *a = &axis[i];
+        int first = gradient ? (i + pad) % stride : 0;
+        a->taps = !gradient ? taps : first < taps ? (taps - first + stride - 1) / stride : 0;
+        a->first = gradient ? first + stride * (a->taps - 1) : 0;
+        a->from = gradient ? (i + pad) / stride - (a->taps - 1) : -pad;
+        a->before = before;
+        a->at = i;
+        a->count = outputs > i ? (outputs - i + spread - 1) / spread : 0;
+        before += a->taps;
+        if (a->taps && a->from < low) low = a->from;
+        if (a->taps && a->from + a->taps > high) high = a->from + a->taps;
+    }
+    for (i = 0; i < spread; i++)
+        if (!axis[i].taps) axis[i].from = low;
+    *extra = high - low;
+    return low;
+}
+/* The forward pass (gradient 0) or the input gradient (1) of a shape, cut into tasks. */
+static void ckca__conv_plan(ckca__conv_job *job, const ckca__conv *shape, int gradient) {
+    ckca__conv s = ckca__conv_flat(shape);
+    int extra_w, bands, least;
+    size_t region, row;
+    memset(job, 0, sizeof *job);
+    job->n = s.n;
+    job->h = gradient ? s.p : s.h;
+    job->w = gradient ? s.q : s.w;
+    job->c = gradient ? s.k : s.c;
+    job->oh = gradient ? s.h : s.p;
+    job->ow = gradient ? s.w : s.q;
+    job->k = gradient ? s.c : s.k;
+    job->r = s.r;
+    job->s = s.s;
+    job->step = gradient ? 1 : s.stride;
+    job->spread = gradient ? s.stride : 1;
+    job->tap_step = gradient ? -s.stride : 1;
+    job->norm = gradient ? NULL : s.norm;
+    job->tap = s.c;
+    job->in = gradient ? (size_t)s.r * s.s * s.c : 1;
+    job->out = gradient ? 1 : (size_t)s.r * s.s * s.c;
+    job->top = ckca__conv_axes(job->y, gradient, s.r, s.stride, s.pad, job->oh, &job->extra_h);
+    job->left = ckca__conv_axes(job->x, gradient, s.s, s.stride, s.pad, job->ow, &extra_w);
+    job->width = (job->x->count - 1) * job->step + extra_w;
+    job->in_place = job->top >= 0 && job->left >= 0 && job->left + job->width <= job->w &&
+                    job->top + (job->y->count - 1) * job->step + job->extra_h <= job->h &&
+                    (!job->norm || s.r * s.s == 1);
+
+    /* Rows while they fit the region, or whole pictures while they do; fewer where that makes too few tasks. */
+    row = (size_t)job->width * job->c;
+    job->rows = CKCA__CONV_REGION / (job->step * row) < (size_t)job->y->count
+                    ? (int)(CKCA__CONV_REGION / (job->step * row))
+                    : job->y->count;
+    if (job->rows < 1) job->rows = 1;
+    bands = (job->y->count + job->rows - 1) / job->rows;
+    least = (CKCA__CONV_TASKS + job->n - 1) / job->n;
+    if (bands < least) bands = least;
+    job->rows = (job->y->count + bands - 1) / bands;
+    region = ((size_t)(job->rows - 1) * job->step + job->extra_h) * row;
+    job->pictures = 1;
+    if (bands == 1)
+        while (region * (job->pictures + 1) <= CKCA__CONV_REGION && (job->pictures + 1) * CKCA__CONV_TASKS <= job->n &&
+               job->pictures * job->y->count * job->x->count < CKCA__CONV_LIST)
+            job->pictures++;
+    job->scratch_size = job->in_place ? 0 : ckca__round_up(region * job->pictures, 16);
+
+    /* Where pixels are read in place, lists need not end with a task's region: as many pixels as fit L2 beside the
+       weights, and whole tiles in a task. */
+    job->list = CKCA__CONV_LIST;
+    job->apart = job->in_place && (job->norm || job->c % 1024 == 0);
+    if (job->in_place) {
+        int most = 3 * CKCA__CONV_REGION / 2 / job->c / 12 * 12;
+        if (job->list > most) job->list = most > 12 ? most : 12;
+    }
+    if (job->in_place && s.n == 1 && s.w == 1 && s.q == 1) {
+        int share = (s.h / CKCA__CONV_TASKS + 11) / 12 * 12;
+        if (job->list > share) job->list = share > 12 ? share : 12;
+        job->rows = s.h / (4 * CKCA__CONV_TASKS) / job->list * job->list;
+        if (job->rows < job->list) job->rows = job->list;
+        job->after = (size_t)job->rows * job->c;
+    }
+    if (job->apart) job->scratch_size = (size_t)job->list * (job->c + 16);
+}
+/* Floats from one thread's scratch to the next one's, where each needs size: mostly the same for all ops, so that a
+   thread finds its scratch in its own caches and not in another's (10% of a resnet20 step where two cores share no
+   cache). 2 MiB are a huge page. */
+static size_t ckca__apart(const ckca_context *ctx, size_t size) {
+    return ckca__round_up(size, ctx->threads > 1 ? ((size_t)1 << 21) / sizeof(float) : 16);
+}
+static int ckca__conv_vector(ckca_isa isa) { return 4 << (isa - CKCA_ISA_BASE); } /* floats */
+/* Packs the weights of one block of output channels and one phase. */
+static void ckca__conv_pack_run(void *argument, int task, int thread) {
+    const ckca__conv_job *job = (const ckca__conv_job *)argument;
+    int block = 2 * ckca__conv_vector(job->isa), blocks = (job->k + block - 1) / block;
+    int a = task / blocks / job->spread, b = task / blocks % job->spread;
+    (void)thread;
+    CKCA__DISPATCH(job, ckca__conv_pack, (job, a, b, task % blocks * block));
+}
+static void ckca__conv_task_run(void *argument, int task, int thread) {
+    const ckca__conv_job *job = (const ckca__conv_job *)argument;
+    CKCA__DISPATCH(job, ckca__conv_task, (job, task, job->scratch + thread * job->scratch_size));
+}
+/* Packs the weights, then runs the tasks. ws: each thread's scratch, then packed weights. */
+static void ckca__conv_run(ckca_context *ctx, ckca__conv_job *job, void *ws) {
+    int block = 2 * ckca__conv_vector(ctx->isa), blocks = (job->k + block - 1) / block, tasks;
+    job->isa = ctx->isa;
+    job->scratch_size = ckca__apart(ctx, job->scratch_size);
+    job->scratch = (float *)ws;
+    job->packed = job->scratch + ctx->threads * job->scratch_size;
+    ckca__parallel(ctx, job->spread * job->spread * blocks, ckca__conv_pack_run, job);
+    tasks = (job->n + job->pictures - 1) / job->pictures * ((job->y->count + job->rows - 1) / job->rows);
+    ckca__parallel(ctx, tasks, ckca__conv_task_run, job);
+}
+/* The weight gradient's tasks: groups of pixels, each with sums of its own, as long as these stay small; then cuts of
+   the side that costs more to read, so that it is read once. */
+static void ckca__conv_weight_plan(const ckca_context *ctx, ckca__wgrad_job *job, const ckca__conv *s) {
+    size_t sums = (size_t)s->r * s->s * s->c * s->k, pixels = (size_t)s->n * s->p * s->q, most = pixels;
+    int cuts, both;
+    memset(job, 0, sizeof *job);
+    job->s = *s;
+    job->swap = s->c < ckca__conv_vector(ctx->isa);
+    job->rows = job->swap ? s->r * s->s * s->c : s->k;
+    job->lanes = job->swap ? s->k : s->c;
+    most /= CKCA__CONV_PIXELS;
+    if (most > CKCA__CONV_PARTIAL / sums) most = CKCA__CONV_PARTIAL / sums;
+    job->groups = most > CKCA__CONV_GROUPS ? CKCA__CONV_GROUPS : most ? (int)most : 1;
+    job->partial = job->swap || job->groups > 1;
+    cuts = (CKCA__CONV_GROUPS + job->groups - 1) / job->groups;
+    job->row_cut = job->rows;
+    job->lane_cut = job->lanes;
+    if (job->rows >= (job->swap ? 1.0 : (double)s->r * s->s) * job->lanes)
+        job->row_cut = ((job->rows + cuts - 1) / cuts + 3) / 4 * 4;
+    else
+        job->lane_cut = ((job->lanes + cuts - 1) / cuts + 31) / 32 * 32;
+    job->row_cuts = (job->rows + job->row_cut - 1) / job->row_cut;
+    job->lane_cuts = (job->lanes + job->lane_cut - 1) / job->lane_cut;
+    job->pixels = CKCA__CONV_PANELS / (job->row_cut + job->lane_cut);
+    if (job->pixels > CKCA__CONV_PIXELS) job->pixels = CKCA__CONV_PIXELS;
+    if (job->pixels < 16) job->pixels = 16;
+
+    /* Scratch for any cuts and so for any number of pixels: a short batch fits where a full one does. */
+    both = job->rows + job->lanes;
+    most = (size_t)CKCA__CONV_PIXELS * both;
+    if (most > CKCA__CONV_PANELS) most = CKCA__CONV_PANELS;
+    if (most < (size_t)16 * both) most = (size_t)16 * both;
+    job->at_b = (size_t)job->pixels * ckca__round_up(job->row_cut, 12) + 16 * (job->row_cut / 6 + 1);
+    job->at_b = ckca__round_up(job->at_b, 16);
+    job->at_zeros = job->at_b + (size_t)job->pixels * ckca__round_up(job->lane_cut, 32) + 16 * (job->lane_cut / 8 + 1);
+    job->at_taps = job->at_zeros + ckca__round_up(job->lane_cut, 16);
+    job->scratch_size = most + CKCA__CONV_PIXELS * 48 + 16 * (job->rows / 6 + job->lanes / 8 + 4) + job->lanes + 32;
+    if (job->swap) job->scratch_size += (size_t)CKCA__CONV_PIXELS * job->rows;
+    job->scratch_size = ckca__apart(ctx, job->scratch_size);
+}
+static void ckca__conv_weight_run(void *argument, int task, int thread) {
+    const ckca__wgrad_job *job = (const ckca__wgrad_job *)argument;
+    CKCA__DISPATCH(job, ckca__conv_weight_task, (job, task, job->scratch + thread * job->scratch_size));
+}
+/* Output channel k of: dw += the groups' sums. */
+static void ckca__conv_weight_reduce(void *argument, int k, int thread) {
+    const ckca__wgrad_job *job = (const ckca__wgrad_job *)argument;
+    size_t per = (size_t)job->s.r * job->s.s * job->s.c, all = per * job->s.k, i;
+    float *to = job->dw + k * per;
+    const float *sums = job->sums;
+    int g;
+    (void)thread;
+    for (g = 0; g < job->groups; g++, sums += all)
+        if (job->swap)
+            for (i = 0; i < per; i++) to[i] += sums[i * job->s.k + k];
+        else
+            for (i = 0; i < per; i++) to[i] += sums[k * per + i];
+}
+typedef struct ckca__bias_gradient {
+    size_t rows;
+    int k;
+    const float *dy;
+    float *dbias;
+} ckca__bias_gradient;
+/* 32 channels. */
+static void ckca__conv_bias_block(void *job, int block, int thread) {
+    const ckca__bias_gradient *a = (const ckca__bias_gradient *)job;
+    int first = block * 32, count = a->k - first < 32 ? a->k - first : 32, i;
+    double total[32];
+    size_t row, begin;
+    (void)thread;
+    for (i = 0; i < 32; i++) total[i] = 0;
+    for (begin = 0; begin < a->rows; begin += 256) {
+        float sum[32];
+        memset(sum, 0, sizeof sum);
+        for (row = begin; row < a->rows && row < begin + 256; row++)
+            for (i = 0; i < count; i++) sum[i] += a->dy[row * a->k + first + i];
+        for (i = 0; i < count; i++) total[i] += sum[i];
+    }
+    for (i = 0; i < count; i++) a->dbias[first + i] += (float)total[i];
+}
+/* dbias[k] += the sum of dy[row][k]; in double over blocks of 256 rows. */
+static void ckca__conv_bias_gradient(ckca_context *ctx, size_t rows, int k, const float *dy, float *dbias) {
+    ckca__bias_gradient job = {rows, k, dy, dbias};
+    ckca__parallel(ctx, (k + 31) / 32, ckca__conv_bias_block, &job);
+}
+static int ckca__conv_is_naive(const ckca_context *ctx, const ckca__conv *s) {
+    return ctx->isa == CKCA_ISA_PLAIN || s->stride > CKCA__CONV_PHASES;
+}
+/* Plans the forward pass (0), the input gradient (1) or the weight gradient (2) of a shape; 0 if it is better off
+   direct: too few tiles to pay for turning the weights, tiles that are mostly margin, channels that fill no vectors. */
+static int ckca__wino_plan(const ckca_context *ctx, ckca__wino_job *job, const ckca__conv *s, int pass) {
+    int lanes, blocks, channels, least;
+    if (ctx->no_winograd || ckca__conv_is_naive(ctx, s) || s->r != 3 || s->s != 3 || s->stride > 2 || s->pad > 2 ||
+        s->c % 16 || s->k % 16)
+        return 0;
+    if (s->stride == 2 && (s->pad != 1 || s->c < 32 || s->k < 32)) return 0; /* few channels: not worth the turning */
+    memset(job, 0, sizeof *job);
+    job->isa = ctx->isa;
+    job->stride = s->stride;
+    job->rotated180 = pass == 1;
+    job->axis = s->stride == 1 ? 6 : 9;
+    job->elements = job->axis * job->axis;
+    job->outputs = s->stride == 2 && job->rotated180 ? 8 : 4;
+    job->source.h = job->rotated180 ? s->p : s->h;
+    job->source.w = job->rotated180 ? s->q : s->w;
+    job->source.c = job->source.channels = job->c = job->rotated180 ? s->k : s->c;
+    job->source.pad = !job->rotated180 ? s->pad : s->stride == 1 ? 2 - s->pad : 0;
+    job->source.step = s->stride == 2 && !job->rotated180 ? 8 : 4;
+    job->source.norm = job->rotated180 ? NULL : s->norm;
+    job->dy.step = 4;
+    job->dy.h = s->p;
+    job->dy.w = s->q;
+    job->dy.c = job->dy.channels = s->k;
+    job->oh = job->rotated180 ? s->h : s->p;
+    job->ow = job->rotated180 ? s->w : s->q;
+    job->k = job->rotated180 ? s->c : s->k;
+    job->across = (job->ow + job->outputs - 1) / job->outputs;
+    job->down = (job->oh + job->outputs - 1) / job->outputs;
+    if ((double)s->n * job->across * job->down > INT_MAX / 2) return 0;
+    job->tiles = s->n * job->across * job->down;
+    if (job->tiles < 16 || (s->stride == 1 ? 0.5 : 0.7) * job->outputs * job->outputs * job->across * job->down >
+                               (double)job->oh * job->ow)
+        return 0;
+
+    lanes = 2 * ckca__conv_vector(ctx->isa);
+    blocks = (job->k + lanes - 1) / lanes;
+    job->ranges = 1;
+    job->parts = CKCA__WINO_TASKS;
+    if (pass == 2) {
+        double sums = (double)CKCA__WINO_ELEMENTS * job->c * job->k / CKCA__WINO_SUMS;
+        job->ranges = sums > job->k / 16 ? job->k / 16 : (int)ceil(sums);
+        job->parts = (CKCA__WINO_TASKS + job->ranges - 1) / job->ranges;
+        if (s->stride == 2 && job->ranges > 1) return 0; /* too many visits to the sums */
+    }
+    while (job->parts > 1 && job->parts * 48 > job->tiles) job->parts /= 2; /* shares of an even number of tasks */
+    if (pass < 2 && job->parts < 4) {
+        job->parts = 1;
+        job->ranges = blocks < 8 ? blocks : 8;
+    }
+
+    /* The greatest range of output channels, then the scratch: zeros, pixels, then sums and a task's own weights; or dy
+       and sums. It does not depend on the number of tiles: a short batch fits where a full one does. */
+    channels = pass == 2 ? (job->k / 16 + job->ranges - 1) / job->ranges * 16 : lanes;
+    job->block = CKCA__WINO_BLOCK / (job->elements * (job->c + channels)) / 12 * 12;
+    if (job->block > 96) job->block = 96;
+    least = pass < 2 ? 24 : s->stride == 1 ? 72 : 36; /* dw's sums at the points are long to visit */
+    if (job->block < least) job->block = least;
+    job->scratch_size = job->c > job->k ? job->c : job->k;
+    job->scratch_size += job->elements * ckca__wino_pitch(job->block, job->c);
+    job->scratch_size += job->elements * ckca__wino_pitch(job->block, channels);
+    job->scratch_size += (size_t)CKCA__WINO_ELEMENTS * job->c * (pass == 2 ? channels : (blocks + 7) / 8 * lanes);
+    if (job->block > job->tiles) job->block = (job->tiles + 11) / 12 * 12;
+    job->scratch_size = ckca__apart(ctx, job->scratch_size);
+    return 1;
+}
+/* Floats that all three passes can do with. */
+static size_t ckca__wino_workspace(const ckca_context *ctx, const ckca__conv *s) {
+    size_t most = 0;
+    int pass;
+    for (pass = 0; pass < 3; pass++) {
+        ckca__wino_job job;
+        size_t floats;
+        if (!ckca__wino_plan(ctx, &job, s, pass)) continue;
+        /* Fewer tiles never take more parts, nor one range where these took many. */
+        floats = job.scratch_size * ctx->threads; /* first, then what they share */
+        if (pass == 2)
+            floats += job.parts > 1 ? (size_t)job.parts * 9 * job.c * job.k : 0;
+        else if (job.ranges == 1)
+            floats += (size_t)CKCA__WINO_ELEMENTS * job.c * ckca__round_up(job.k, 32);
+        if (floats > most) most = floats;
+    }
+    return most;
+}
+/* Turns the weights of a block of output channels. */
+static void ckca__wino_pack_run(void *argument, int b, int thread) {
+    const ckca__wino_job *job = (const ckca__wino_job *)argument;
+    int lanes = 2 * ckca__conv_vector(job->isa);
+    (void)thread;
+    CKCA__DISPATCH(job, ckca__wino_pack, (job, b, job->packed + (size_t)b * CKCA__WINO_ELEMENTS * job->c * lanes));
+}
+static void ckca__wino_task_run(void *argument, int task, int thread) {
+    const ckca__wino_job *job = (const ckca__wino_job *)argument;
+    CKCA__DISPATCH(job, ckca__wino_task, (job, task, job->scratch + thread * job->scratch_size));
+}
+static void ckca__wino_run(ckca_context *ctx, ckca__wino_job *job, void *ws) {
+    int lanes = 2 * ckca__conv_vector(ctx->isa);
+    job->scratch = (float *)ws;
+    if (job->ranges == 1) {
+        job->packed = job->scratch + ctx->threads * job->scratch_size;
+        ckca__parallel(ctx, (job->k + lanes - 1) / lanes, ckca__wino_pack_run, job);
+    }
+    ckca__parallel(ctx, job->parts * job->ranges, ckca__wino_task_run, job);
+}
+static void ckca__wino_weight_task_run(void *argument, int task, int thread) {
+    const ckca__wino_job *job = (const ckca__wino_job *)argument;
+    CKCA__DISPATCH(job, ckca__wino_weight_task, (job, task, job->scratch + thread * job->scratch_size));
+}
+/* Output channel k of: dw += the parts' sums. */
+static void ckca__wino_weight_reduce(void *argument, int k, int thread) {
+    const ckca__wino_job *job = (const ckca__wino_job *)argument;
+    size_t per = (size_t)9 * job->c, all = per * job->k, i;
+    int part;
+    (void)thread;
+    for (part = 0; part < job->parts; part++)
+        for (i = 0; i < per; i++) job->output[k * per + i] += job->sums[part * all + k * per + i];
+}
+static void ckca__wino_weight_run(ckca_context *ctx, ckca__wino_job *job, float *dw, void *ws) {
+    job->output = dw;
+    job->scratch = (float *)ws;
+    job->sums = job->parts > 1 ? job->scratch + ctx->threads * job->scratch_size : dw;
+    ckca__parallel(ctx, job->parts * job->ranges, ckca__wino_weight_task_run, job);
+    if (job->parts > 1) ckca__parallel(ctx, job->k, ckca__wino_weight_reduce, job);
+}
+#endif /* CKCA__SIMD */
+
+CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *s) {
+    size_t taps = ckca__mul(s->r, s->s), floats = ckca__mul(taps, ckca__mul(s->c, s->k));
+#ifdef CKCA__SIMD
+    if (!ckca__conv_is_naive(ctx, s)) {
+        ckca__conv_job job;
+        ckca__wgrad_job weight;
+        int gradient;
+        ckca__conv_weight_plan(ctx, &weight, s);
+        if (floats < CKCA__CONV_PARTIAL / CKCA__CONV_GROUPS)
+            floats *= CKCA__CONV_GROUPS; /* partial sums */
+        else if (floats < CKCA__CONV_PARTIAL)
+            floats = CKCA__CONV_PARTIAL;
+        floats = ckca__sum(floats, ckca__mul(weight.scratch_size, ctx->threads));
+        for (gradient = 0; gradient < 2; gradient++) {
+            size_t packed;
+            ckca__conv_plan(&job, s, gradient);
+            packed = ckca__mul(taps, ckca__mul(job.c, ckca__round_up(job.k, 16)));
+            packed = ckca__sum(packed, ckca__mul(ckca__apart(ctx, job.scratch_size), ctx->threads));
+            if (packed > floats) floats = packed;
+        }
+        if (ckca__wino_workspace(ctx, s) > floats) floats = ckca__wino_workspace(ctx, s);
+    }
+#endif
+    (void)ctx;
+    return ckca__mul(floats, sizeof(float));
+}
+
+/* Convolutions here arrange weights for themselves. */
+CKCA__OP size_t ckca__packed_bytes(const ckca_context *ctx, const ckca__conv *s, int backward) {
+    (void)ctx;
+    (void)s;
+    (void)backward;
+    return 0;
+}
+CKCA__OP void ckca__op_pack_weights(ckca_context *ctx, int count, const ckca__conv *s, const float *const *w,
+                                    int backward) {
+    (void)ctx;
+    (void)count;
+    (void)s;
+    (void)w;
+    (void)backward;
+}
+
+CKCA__OP int ckca__may_norm(const ckca_context *ctx, const ckca__conv *s) {
+#ifdef CKCA__SIMD
+    return !ckca__conv_is_naive(ctx, s) && s->c % 16 == 0; /* whole vectors pass through registers on their way in */
+#else
+    (void)ctx;
+    (void)s;
+    return 0;
+#endif
+}
+
+CKCA__OP void ckca__op_conv_forward(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w,
+                                    const float *bias, const float *residual, int relu, float *y, void *ws) {
+#ifdef CKCA__SIMD
+    ckca__wino_job wino;
+    if (ckca__wino_plan(ctx, &wino, s, 0)) {
+        wino.source.at = x;
+        wino.weights = w;
+        wino.bias = bias;
+        wino.residual = residual;
+        wino.relu = relu;
+        wino.output = y;
+        ckca__wino_run(ctx, &wino, ws);
+        return;
+    }
+    if (!ckca__conv_is_naive(ctx, s)) {
+        ckca__conv_job job;
+        ckca__conv_plan(&job, s, 0);
+        job.source = x;
+        job.weights = w;
+        job.bias = bias;
+        job.residual = residual;
+        job.relu = relu;
+        job.output = y;
+        ckca__conv_run(ctx, &job, ws);
+        return;
+    }
+#endif
+    ckca__naive_conv_forward(ctx, s, x, w, bias, residual, relu, y, (float *)ws);
+}
+
+CKCA__OP void ckca__op_conv_backward_data(ckca_context *ctx, const ckca__conv *s, const float *dy, const float *w,
+                                          float *dx, int accumulate, void *ws) {
+#ifdef CKCA__SIMD
+    ckca__wino_job wino;
+    if (ckca__wino_plan(ctx, &wino, s, 1)) {
+        wino.source.at = dy;
+        wino.weights = w;
+        wino.residual = accumulate ? dx : NULL;
+        wino.output = dx;
+        ckca__wino_run(ctx, &wino, ws);
+        return;
+    }
+    if (!ckca__conv_is_naive(ctx, s)) {
+        ckca__conv_job job;
+        ckca__conv_plan(&job, s, 1);
+        job.source = dy;
+        job.weights = w;
+        job.residual = accumulate ? dx : NULL;
+        job.output = dx;
+        ckca__conv_run(ctx, &job, ws);
+        return;
+    }
+#endif
+    (void)ws;
+    ckca__naive_conv_backward_data(ctx, s, dy, w, dx, accumulate);
+}
+
+CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv *s, const float *x, const float *dy,
+                                            float *dw, float *dbias, void *ws) {
+#ifdef CKCA__SIMD
+    ckca__wino_job wino;
+    if (ckca__wino_plan(ctx, &wino, s, 2)) {
+        wino.source.at = x;
+        wino.dy.at = dy;
+        ckca__wino_weight_run(ctx, &wino, dw, ws);
+        if (dbias) ckca__conv_bias_gradient(ctx, (size_t)s->n * s->p * s->q, s->k, dy, dbias);
+        return;
+    }
+    if (!ckca__conv_is_naive(ctx, s)) {
+        ckca__wgrad_job job;
+        ckca__conv_weight_plan(ctx, &job, s);
+        job.isa = ctx->isa;
+        job.x = x;
+        job.dy = dy;
+        job.dw = dw;
+        job.scratch = (float *)ws;
+        job.sums = job.partial ? job.scratch + job.scratch_size * ctx->threads : dw;
+        ckca__parallel(ctx, job.groups * job.row_cuts * job.lane_cuts, ckca__conv_weight_run, &job);
+        if (job.partial) ckca__parallel(ctx, s->k, ckca__conv_weight_reduce, &job);
+        if (dbias) ckca__conv_bias_gradient(ctx, (size_t)s->n * s->p * s->q, s->k, dy, dbias);
+        return;
+    }
+#endif
+    (void)ws;
+    ckca__naive_conv_backward_weight(ctx, s, x, dy, dw, dbias);
+}
+
+/* A linear layer is a 1 x 1 convolution over n pictures of one pixel. */
+static void ckca__linear_as_conv(ckca__conv *s, int n, int d, int k) {
+    s->n = n;
+    s->c = d;
+    s->k = k;
+    s->h = s->w = s->r = s->s = s->stride = s->p = s->q = 1;
+    s->pad = 0;
+    s->norm = NULL;
+}
+
+CKCA__OP void ckca__op_linear_forward(ckca_context *ctx, int n, int d, int k, const float *x, const float *w,
+                                      const float *bias, float *y, void *ws) {
+    ckca__conv s;
+    ckca__linear_as_conv(&s, n, d, k);
+    ckca__op_conv_forward(ctx, &s, x, w, bias, NULL, 0, y, ws);
+}
+
+/* dx may be NULL: then only the gradients of the parameters are wanted. */
+CKCA__OP void ckca__op_linear_backward(ckca_context *ctx, int n, int d, int k, const float *x, const float *w,
+                                       const float *dy, float *dx, int accumulate, float *dw, float *dbias, void *ws) {
+    ckca__conv s;
+    ckca__linear_as_conv(&s, n, d, k);
+    if (dx) ckca__op_conv_backward_data(ctx, &s, dy, w, dx, accumulate, ws);
+    ckca__op_conv_backward_weight(ctx, &s, x, dy, dw, dbias, ws);
+}
+
+/* ---- batch norm ---- */
+
+#ifdef CKCA__SIMD
+/* table[0..cols) = value[0..c) again and again. */
+static void ckca__repeat(size_t cols, int c, const float *value, float *table) {
+    size_t i;
+    for (i = 0; i < cols; i += (size_t)c) memmove(table + i, value, (size_t)c * sizeof *table);
+}
+/* sum[j] = the sum of wide[j], wide[j + c], ... */
+static void ckca__fold_sums(size_t cols, int c, const float *wide, float *sum) {
+    size_t i;
+    int j;
+    for (j = 0; j < c; j++) sum[j] = wide[j];
+    for (i = (size_t)c; i < cols; i += (size_t)c)
+        for (j = 0; j < c; j++) sum[j] += wide[i + j];
+}
+typedef struct ckca__batchnorm_sums {
+    const ckca_context *ctx;
+    size_t rows, block, cols; /* rows in all; in a block; values in a row of wide sums */
+    int c;
+    const float *x;
+    float *part; /* what the blocks' sums go to */
+} ckca__batchnorm_sums;
+static void ckca__batchnorm_moments(void *job, int b, int thread) {
+    const ckca__batchnorm_sums *a = (const ckca__batchnorm_sums *)job;
+    size_t c = (size_t)a->c, first = (size_t)b * a->block, cols = a->cols;
+    size_t count = a->rows - first < a->block ? a->rows - first : a->block, i;
+    size_t some = (count < 16 ? count : 16) * c;
+    const float *from = a->x + first * c;
+    float *shift = a->part + (size_t)b * 3 * c, *sum = shift + c, *square = sum + c, wide[3 * CKCA__WIDE];
+    (void)thread;
+    ckca__fold_sums(some, a->c, from, shift);
+    for (i = 0; i < c; i++) shift[i] *= (float)a->c / (float)some;
+    if (cols > c) {
+        ckca__repeat(cols, a->c, shift, wide);
+        shift = wide;
+        sum = wide + CKCA__WIDE;
+        square = sum + CKCA__WIDE;
+    }
+    memset(sum, 0, cols * sizeof *sum);
+    memset(square, 0, cols * sizeof *square);
+    CKCA__DISPATCH(a->ctx, ckca__moments, (count * c, cols, from, shift, sum, square));
+    if (cols > c) {
+        float *part = a->part + (size_t)b * 3 * c;
+        ckca__fold_sums(cols, a->c, sum, part + c);
+        ckca__fold_sums(cols, a->c, square, part + 2 * c);
+    }
+}
+/* mean and inv_std from one pass over x. Squares are of differences from a shift, the mean of the block's first 16
+   rows, so that a mean far from 0 costs no digits; blocks are joined as by Chan, Golub, LeVeque 1979. */
+static void ckca__batchnorm_statistics(ckca_context *ctx, size_t rows, int c, const float *x, float *running_mean,
+                                       float *running_var, float *mean, float *inv_std, void *ws) {
+    size_t block = ckca__block_rows(ctx, rows, c);
+    double *total = (double *)ws, *square = total + c;
+    float *part = (float *)(square + c); /* per block: c shifts, sums, sums of squares */
+    ckca__batchnorm_sums job = {ctx, rows, block, ckca__wide(ctx, c) * (size_t)c, c, x, part};
+    int blocks = (int)((rows + block - 1) / block), b, j;
+    ckca__parallel_over(ctx, rows * (size_t)c, blocks, ckca__batchnorm_moments, &job);
+    memset(total, 0, 2 * (size_t)c * sizeof *total);
+    for (b = 0; b < blocks; b++) {
+        size_t first = (size_t)b * block;
+        double n = (double)(rows - first < block ? rows - first : block);
+        const float *shift = part + (size_t)b * 3 * (size_t)c, *sum = shift + c;
+        for (j = 0; j < c; j++) total[j] += n * shift[j] + sum[j];
+    }
+    for (j = 0; j < c; j++) total[j] /= (double)rows;
+    for (b = 0; b < blocks; b++) {
+        size_t first = (size_t)b * block;
+        double n = (double)(rows - first < block ? rows - first : block), inv_n = 1 / n;
+        const float *shift = part + (size_t)b * 3 * (size_t)c, *sum = shift + c;
+        for (j = 0; j < c; j++) {
+            double d = sum[j] * inv_n, e = shift[j] + d - total[j];
+            square[j] += sum[c + j] - n * d * d + n * e * e;
+        }
+    }
+    for (j = 0; j < c; j++) {
+        double var = square[j] / (double)rows;
+        ckca__batchnorm_finish(rows, total[j], var < 0 ? 0 : var, running_mean + j, running_var + j, mean + j,
+                               inv_std + j);
+    }
+}
+typedef struct ckca__batchnorm_table {
+    const ckca_context *ctx;
+    size_t rows, block, cols; /* rows in all; in a block; values in a row of the tables */
+    int c, blocks, at, width; /* blocks; the strip's first channel; its channels */
+    const float *x, *residual;
+    float *y;
+    ckca__table table, residual_table; /* the latter's mean is NULL if the residual is taken as it is */
+    float values[6][CKCA__WIDE];
+} ckca__batchnorm_table;
+static void ckca__batchnorm_apply_block(void *job, int b, int thread) {
+    const ckca__batchnorm_table *a = (const ckca__batchnorm_table *)job;
+    size_t i = (size_t)b * a->block, end = a->rows - i < a->block ? a->rows : i + a->block;
+    size_t step = a->width == a->c ? end - i : 1;
+    (void)thread;
+    for (; i < end; i += step) {
+        size_t from = i * (size_t)a->c + (size_t)a->at;
+        CKCA__DISPATCH(a->ctx, ckca__normalize,
+                       (step * (size_t)a->width, a->cols, a->x + from, &a->table,
+                        a->residual ? a->residual + from : NULL, a->residual_table.mean ? &a->residual_table : NULL,
+                        a->y + from));
+    }
+}
+/* A norm's channels [at, at + width), as rows of cols. inv_std from var where it is NULL. */
+static void ckca__tabulate(const ckca__norm *norm, const float *var, int at, int width, size_t cols,
+                           float values[3][CKCA__WIDE], ckca__table *table) {
+    int j;
+    for (j = 0; j < width; j++)
+        values[1][j] = norm->gamma[at + j] *
+                       (norm->inv_std ? norm->inv_std[at + j] : (float)(1 / sqrt(var[at + j] + CKCA__BATCHNORM_EPS)));
+    ckca__repeat(cols, width, norm->mean + at, values[0]);
+    ckca__repeat(cols, width, values[1], values[1]);
+    ckca__repeat(cols, width, norm->beta + at, values[2]);
+    table->mean = values[0];
+    table->scale = values[1];
+    table->beta = values[2];
+    table->relu = norm->relu;
+}
+/* y = relu?(norm(x) + residual). */
+static void ckca__batchnorm_apply(ckca_context *ctx, size_t rows, int c, const float *x, const ckca__norm *norm,
+                                  const float *var, const float *residual, const ckca__norm *residual_norm, float *y) {
+    ckca__batchnorm_table job;
+    int at;
+    job.ctx = ctx;
+    job.rows = rows;
+    job.block = ckca__block_rows(ctx, rows, c);
+    job.c = c;
+    job.blocks = (int)((rows + job.block - 1) / job.block);
+    job.x = x;
+    job.residual = residual;
+    job.y = y;
+    job.residual_table.mean = NULL;
+    for (at = 0; at < c; at += CKCA__WIDE) { /* more channels than the tables hold are done in strips */
+        int width = c - at < CKCA__WIDE ? c - at : CKCA__WIDE;
+        job.at = at;
+        job.width = width;
+        job.cols = width == c ? ckca__wide(ctx, c) * (size_t)c : (size_t)width;
+        ckca__tabulate(norm, var, at, width, job.cols, job.values, &job.table);
+        if (residual_norm)
+            ckca__tabulate(residual_norm, NULL, at, width, job.cols, job.values + 3, &job.residual_table);
+        ckca__parallel_back(ctx, rows * (size_t)c, job.blocks, ckca__batchnorm_apply_block, &job);
+    }
+}
+typedef struct ckca__batchnorm_gradient {
+    const ckca_context *ctx;
+    size_t rows, block, cols; /* rows in all; in a block; values in a row of the table */
+    int c, blocks;
+    const float *x, *y, *dy;
+    const float *mean, *scale, *beta, *slope, *offset; /* tables; see ckca__normalize_backward. beta may be NULL */
+    float *part, *dx, *dresidual;
+    int accumulate_residual;
+} ckca__batchnorm_gradient;
+/* One block's share of the sums of g and of g (x - mean). */
+static void ckca__batchnorm_products(void *job, int b, int thread) {
+    const ckca__batchnorm_gradient *a = (const ckca__batchnorm_gradient *)job;
+    size_t c = (size_t)a->c, cols = a->cols, first = (size_t)b * a->block, from = first * c;
+    size_t count = a->rows - first < a->block ? a->rows - first : a->block;
+    float *part = a->part + (size_t)b * 2 * c, wide[2 * CKCA__WIDE];
+    float *sum = cols > c ? wide : part, *product = cols > c ? wide + CKCA__WIDE : part + c;
+    (void)thread;
+    memset(sum, 0, cols * sizeof *sum);
+    memset(product, 0, cols * sizeof *product);
+    CKCA__DISPATCH(a->ctx, ckca__products,
+                   (count * c, cols, a->x + from, a->y ? a->y + from : NULL, a->dy + from, a->mean,
+                    a->beta ? a->scale : NULL, a->beta, sum, product));
+    if (cols > c) {
+        ckca__fold_sums(cols, a->c, sum, part);
+        ckca__fold_sums(cols, a->c, product, part + c);
+    }
+}
+static void ckca__batchnorm_backward_block(void *job, int b, int thread) {
+    const ckca__batchnorm_gradient *a = (const ckca__batchnorm_gradient *)job;
+    size_t first = (size_t)b * a->block, from = first * (size_t)a->c;
+    size_t count = a->rows - first < a->block ? a->rows - first : a->block;
+    (void)thread;
+    CKCA__DISPATCH(a->ctx, ckca__normalize_backward,
+                   (count * (size_t)a->c, a->cols, a->x + from, a->y ? a->y + from : NULL, a->dy + from, a->mean,
+                    a->scale, a->slope, a->offset, a->beta, a->dx + from, a->dresidual ? a->dresidual + from : NULL,
+                    a->accumulate_residual));
+}
+#endif
+
+/* Passes over activations: 1 read for the statistics; unless its reader does it, 1 read, 1 write to apply them, 1 read
+   of the residual. */
+static void ckca__op_batchnorm_forward(ckca_context *ctx, int bf16, size_t rows, int c, const float *x,
+                                       const float *gamma, const float *beta, float *running_mean, float *running_var,
+                                       const float *residual, const ckca__norm *residual_norm, int relu, float *y,
+                                       float *mean, float *inv_std, void *ws) {
+    (void)bf16;
+#ifdef CKCA__SIMD
+    if (ctx->isa != CKCA_ISA_PLAIN) {
+        const ckca__norm norm = {mean, inv_std, gamma, beta, relu};
+        ckca__batchnorm_statistics(ctx, rows, c, x, running_mean, running_var, mean, inv_std, ws);
+        if (y) ckca__batchnorm_apply(ctx, rows, c, x, &norm, NULL, residual, residual_norm, y);
+        return;
+    }
+#endif
+    (void)ctx;
+    ckca__naive_batchnorm_forward(rows, c, x, gamma, beta, running_mean, running_var, residual, residual_norm, relu, y,
+                                  mean, inv_std, ws);
+}
+
+/* Passes over activations: 1 read of x, 1 of the residual, 1 write. */
+static void ckca__op_batchnorm_recompute(ckca_context *ctx, int bf16, size_t rows, int c, const float *x,
+                                         const ckca__norm *norm, const float *residual, const ckca__norm *residual_norm,
+                                         float *y) {
+    (void)bf16;
+#ifdef CKCA__SIMD
+    if (ctx->isa != CKCA_ISA_PLAIN) {
+        ckca__batchnorm_apply(ctx, rows, c, x, norm, NULL, residual, residual_norm, y);
+        return;
+    }
+#endif
+    (void)ctx;
+    ckca__naive_batchnorm_apply(rows, c, x, norm, residual, residual_norm, y);
+}
+
+/* Passes over activations: 2 reads (x, dy) for the sums; 2 reads, 1 write for dx; y, if there is one, is read in both;
+   dresidual is 1 write, and 1 read where it accumulates. */
+static void ckca__op_batchnorm_backward(ckca_context *ctx, int bf16, size_t rows, int c, const float *x, const float *y,
+                                        const float *dy, const ckca__norm *norm, float *dx, float *dresidual,
+                                        int accumulate_residual, float *dgamma, float *dbeta, void *ws) {
+    (void)bf16;
+#ifdef CKCA__SIMD
+    if (ctx->isa != CKCA_ISA_PLAIN) {
+        const float *gamma = norm->gamma, *inv_std = norm->inv_std;
+        size_t block = ckca__block_rows(ctx, rows, c), cols = ckca__wide(ctx, c) * (size_t)c;
+        double *sum = (double *)ws, *product = sum + c;
+        float *table = (float *)(product + c), *part = table + 5 * cols; /* mean, scale, beta, slope, offset */
+        int blocks = (int)((rows + block - 1) / block), b, j;
+        ckca__batchnorm_gradient job = {ctx,
+                                        rows,
+                                        block,
+                                        cols,
+                                        c,
+                                        blocks,
+                                        x,
+                                        norm->relu ? y : NULL,
+                                        dy,
+                                        table,
+                                        table + cols,
+                                        norm->relu && !y ? table + 2 * cols : NULL,
+                                        table + 3 * cols,
+                                        table + 4 * cols,
+                                        part,
+                                        dx,
+                                        dresidual,
+                                        accumulate_residual};
+        for (j = 0; j < c; j++) {
+            table[j] = norm->mean[j];
+            table[cols + j] = gamma[j] * inv_std[j];
+            table[2 * cols + j] = norm->beta[j];
+        }
+        for (j = 0; j < 3; j++) ckca__repeat(cols, c, table + j * cols, table + j * cols);
+        ckca__parallel_over(ctx, rows * (size_t)c, blocks, ckca__batchnorm_products, &job);
+        memset(sum, 0, 2 * (size_t)c * sizeof *sum);
+        for (b = 0; b < blocks; b++)
+            for (j = 0; j < 2 * c; j++) sum[j] += part[(size_t)b * 2 * (size_t)c + (size_t)j];
+        for (j = 0; j < c; j++) {
+            double xhat_g = product[j] * inv_std[j], scale = (double)gamma[j] * inv_std[j];
+            dbeta[j] += (float)sum[j];
+            dgamma[j] += (float)xhat_g;
+            table[3 * cols + j] = (float)(scale * inv_std[j] * xhat_g / (double)rows);
+            table[4 * cols + j] = (float)(scale * sum[j] / (double)rows);
+        }
+        for (j = 3; j < 5; j++) ckca__repeat(cols, c, table + j * cols, table + j * cols);
+        ckca__parallel_back(ctx, rows * (size_t)c, blocks, ckca__batchnorm_backward_block, &job);
+        return;
+    }
+#endif
+    (void)ctx;
+    ckca__naive_batchnorm_backward(rows, c, x, y, dy, norm, dx, dresidual, accumulate_residual, dgamma, dbeta, ws);
+}
+
+static void ckca__op_batchnorm_eval(ckca_context *ctx, int bf16, size_t rows, int c, const float *x, const float *gamma,
+                                    const float *beta, const float *running_mean, const float *running_var,
+                                    const float *residual, int relu, float *y) {
+    (void)bf16;
+#ifdef CKCA__SIMD
+    if (ctx->isa != CKCA_ISA_PLAIN) {
+        const ckca__norm norm = {running_mean, NULL, gamma, beta, relu};
+        ckca__batchnorm_apply(ctx, rows, c, x, &norm, running_var, residual, NULL, y);
+        return;
+    }
+#endif
+    (void)ctx;
+    ckca__naive_batchnorm_eval(rows, c, x, gamma, beta, running_mean, running_var, residual, relu, y);
+}
+
+static void ckca__op_fold(ckca_context *ctx, int k, size_t per, const float *w, const float *bias, const float *gamma,
+                          const float *beta, const float *running_mean, const float *running_var, float *w_out,
+                          float *bias_out) {
+    size_t j;
+    int i;
+    (void)ctx;
+    for (i = 0; i < k; i++) {
+        double scale = gamma[i] / sqrt(running_var[i] + CKCA__BATCHNORM_EPS);
+        for (j = 0; j < per; j++) w_out[(size_t)i * per + j] = (float)(w[(size_t)i * per + j] * scale);
+        bias_out[i] = (float)(beta[i] + ((bias ? bias[i] : 0) - running_mean[i]) * scale);
+    }
+}
+
+/* ---- element-wise ---- */
+
+#ifdef CKCA__SIMD
+typedef struct ckca__add_job {
+    const ckca_context *ctx;
+    size_t count;
+    const float *a, *b;
+    int relu;
+    float *y;
+} ckca__add_job;
+static void ckca__add_block(void *job, int i, int thread) {
+    const ckca__add_job *o = (const ckca__add_job *)job;
+    size_t from = (size_t)i * CKCA__BLOCK;
+    (void)thread;
+    CKCA__DISPATCH(o->ctx, ckca__add,
+                   (ckca__block_size(o->count, i), o->a + from, o->b ? o->b + from : NULL, o->relu, o->y + from));
+}
+typedef struct ckca__add_gradient {
+    const ckca_context *ctx;
+    size_t count;
+    const float *y, *dy;
+    float *dx;
+    int accumulate;
+} ckca__add_gradient;
+static void ckca__add_backward_block(void *job, int i, int thread) {
+    const ckca__add_gradient *a = (const ckca__add_gradient *)job;
+    size_t from = (size_t)i * CKCA__BLOCK;
+    (void)thread;
+    CKCA__DISPATCH(
+        a->ctx, ckca__add_backward,
+        (ckca__block_size(a->count, i), a->y ? a->y + from : NULL, a->dy + from, a->dx + from, a->accumulate));
+}
+#endif
+
+static void ckca__op_add(ckca_context *ctx, int bf16, size_t count, const float *a, const float *b, int relu,
+                         float *y) {
+    (void)bf16;
+#ifdef CKCA__SIMD
+    if (ctx->isa != CKCA_ISA_PLAIN) {
+        ckca__add_job job = {ctx, count, a, b, relu, y};
+        ckca__parallel_over(ctx, count, ckca__blocks(count), ckca__add_block, &job);
+        return;
+    }
+#endif
+    (void)ctx;
+    ckca__naive_add(count, a, b, relu, y);
+}
+
+static void ckca__op_add_backward(ckca_context *ctx, int bf16, size_t count, const float *y, const float *dy, float *dx,
+                                  int accumulate) {
+    (void)bf16;
+#ifdef CKCA__SIMD
+    if (ctx->isa != CKCA_ISA_PLAIN) {
+        ckca__add_gradient job = {ctx, count, y, dy, dx, accumulate};
+        ckca__parallel_over(ctx, count, ckca__blocks(count), ckca__add_backward_block, &job);
+        return;
+    }
+#endif
+    (void)ctx;
+    ckca__naive_add_backward(count, y, dy, dx, accumulate);
+}
+
+/* ---- pooling ---- */
+
+typedef struct ckca__maxpool {
+    const ckca_context *ctx;
+    const ckca__conv *s;
+    const float *x;
+    float *y;
+    unsigned char *at;
+} ckca__maxpool;
+
+/* A row of the output: n p of them, independent. */
+static void ckca__maxpool_row(void *job, int row, int thread) {
+    const ckca__maxpool *a = (const ckca__maxpool *)job;
+    const ckca__conv *s = a->s;
+    const float *from[CKCA__TAPS];
+    unsigned char position[CKCA__TAPS];
+    int h0 = row % s->p * s->stride - s->pad, q, i, j;
+    (void)thread;
+    for (q = 0; q < s->q; q++) {
+        size_t o = ((size_t)row * (size_t)s->q + (size_t)q) * (size_t)s->c;
+        int w0 = q * s->stride - s->pad, taps = 0;
+        for (i = h0 < 0 ? -h0 : 0; i < s->r && h0 + i < s->h; i++)
+            for (j = w0 < 0 ? -w0 : 0; j < s->s && w0 + j < s->w; j++) {
+                from[taps] = a->x + (((size_t)(row / s->p) * s->h + (h0 + i)) * s->w + (w0 + j)) * s->c;
+                position[taps++] = (unsigned char)(i * s->s + j);
+            }
+#ifdef CKCA__SIMD
+        if (a->ctx->isa != CKCA_ISA_PLAIN) {
+            CKCA__DISPATCH(a->ctx, ckca__maxpool_pixel,
+                           (s->c, taps, from, s->norm, position, a->y + o, a->at ? a->at + o : NULL));
+            continue;
+        }
+#endif
+        ckca__naive_maxpool_pixel(s->c, taps, from, position, a->y + o, a->at ? a->at + o : NULL);
+    }
+}
+
+static void ckca__op_maxpool_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y,
+                                     unsigned char *at) {
+    ckca__maxpool job = {ctx, s, x, y, at};
+    ckca__parallel_over(ctx, (size_t)s->n * s->p * s->q * s->c, s->n * s->p, ckca__maxpool_row, &job);
+}
+
+typedef struct ckca__maxpool_gradient {
+    const ckca_context *ctx;
+    const ckca__conv *s;
+    const float *dy;
+    const unsigned char *at;
+    float *dx;
+    int accumulate;
+} ckca__maxpool_gradient;
+
+/* A row of the input. Gathers: a pixel collects from the few windows that cover it, so pixels are independent. */
+static void ckca__maxpool_backward_row(void *job, int row, int thread) {
+    const ckca__maxpool_gradient *a = (const ckca__maxpool_gradient *)job;
+    const ckca__conv *s = a->s;
+    size_t from[CKCA__TAPS];
+    unsigned char position[CKCA__TAPS];
+    int h = row % s->h + s->pad, w, p, q; /* in the padded input, where window p starts at p stride */
+    int p0 = h < s->r ? 0 : (h - s->r) / s->stride + 1, p1 = h / s->stride < s->p ? h / s->stride : s->p - 1;
+    (void)thread;
+    for (w = s->pad; w < s->w + s->pad; w++) {
+        int q0 = w < s->s ? 0 : (w - s->s) / s->stride + 1, q1 = w / s->stride < s->q ? w / s->stride : s->q - 1;
+        float *to = a->dx + ((size_t)row * s->w + (w - s->pad)) * s->c;
+        int taps = 0;
+        for (p = p0; p <= p1; p++)
+            for (q = q0; q <= q1; q++) {
+                from[taps] = (((size_t)(row / s->h) * s->p + p) * s->q + q) * s->c;
+                position[taps++] = (unsigned char)((h - p * s->stride) * s->s + w - q * s->stride);
+            }
+#ifdef CKCA__SIMD
+        if (a->ctx->isa != CKCA_ISA_PLAIN) {
+            CKCA__DISPATCH(a->ctx, ckca__maxpool_pixel_backward,
+                           (s->c, taps, from, position, a->dy, a->at, to, a->accumulate));
+            continue;
+        }
+#endif
+        ckca__naive_maxpool_pixel_backward(s->c, taps, from, position, a->dy, a->at, to, a->accumulate);
+    }
+}
+
+static void ckca__op_maxpool_backward(ckca_context *ctx, const ckca__conv *s, const float *dy, const unsigned char *at,
+                                      float *dx, int accumulate) {
+    ckca__maxpool_gradient job = {ctx, s, dy, at, dx, accumulate};
+    ckca__parallel_over(ctx, (size_t)s->n * s->h * s->w * s->c, s->n * s->h, ckca__maxpool_backward_row, &job);
+}
+
+static void ckca__op_avgpool_forward(ckca_context *ctx, int bf16, int n, int area, int c, const float *x, float *y) {
+    ckca__avgpool job = {area, c, x, y, 0};
+    (void)bf16;
+    ckca__parallel_over(ctx, (size_t)n * area * c, n, ckca__avgpool_picture, &job);
+}
+
+static void ckca__op_avgpool_backward(ckca_context *ctx, int bf16, int n, int area, int c, const float *dy, float *dx,
+                                      int accumulate) {
+    ckca__avgpool job = {area, c, dy, dx, accumulate};
+    (void)bf16;
+    ckca__parallel_over(ctx, (size_t)n * area * c, n, ckca__avgpool_backward_picture, &job);
+}
+
+static void ckca__op_subsample_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y) {
+    ckca__subsample job = {s, x, y, 0};
+    ckca__parallel_over(ctx, (size_t)s->n * s->p * s->q * s->k, s->n, ckca__subsample_picture, &job);
+}
+
+static void ckca__op_subsample_backward(ckca_context *ctx, const ckca__conv *s, const float *dy, float *dx,
+                                        int accumulate) {
+    ckca__subsample job = {s, dy, dx, accumulate};
+    ckca__parallel_over(ctx, (size_t)s->n * s->h * s->w * s->c, s->n, ckca__subsample_backward_picture, &job);
+}
+
+/* ---- losses ---- */
+
+/* ---- losses ----
+   Exponentials and sums are in double: k is small beside what a network computes (so small that what goes over n x k
+   is one thread's), and the terms are differences of near-equal numbers when student and teacher agree. */
+
+/* log sum_j exp(z_j / t), by way of the greatest so that nothing overflows. NaN or +inf in z gives NaN. */
+static double ckca__log_sum_exp(int k, const float *logits, double t) {
+    double most = logits[0], sum = 0;
+    int j;
+    for (j = 1; j < k; j++)
+        if (logits[j] > most) most = logits[j];
+    if (most != most) return most;
+    for (j = 0; j < k; j++) sum += exp((logits[j] - most) / t);
+    return most / t + log(sum);
+}
+
+static void ckca__op_cross_entropy(ckca_context *ctx, int n, int k, const float *logits, const int *labels,
+                                   float smoothing, float *dlogits, float *loss, int *hit) {
+    int i;
+    (void)ctx;
+    for (i = 0; i < n; i++) {
+        const float *row = logits + (size_t)i * (size_t)k;
+        double lse = ckca__log_sum_exp(k, row, 1), sum = 0;
+        int label = labels[i], rank = 0, j;
+        for (j = 0; j < k; j++) {
+            sum += row[j];
+            rank += row[j] > row[label] || (row[j] == row[label] && j < label);
+            if (dlogits)
+                dlogits[(size_t)i * (size_t)k + j] =
+                    (float)((exp(row[j] - lse) - (j == label ? 1 - smoothing : 0) - smoothing / k) / n);
+        }
+        loss[i] = (float)(lse - (1 - smoothing) * row[label] - smoothing * (sum / k));
+        hit[i] = lse == lse ? (rank == 0) | (rank < 5) << 1 : 0;
+    }
+}
+
+static void ckca__op_softmax(ckca_context *ctx, int n, int k, const float *logits, float *p) {
+    int i;
+    (void)ctx;
+    for (i = 0; i < n; i++) {
+        const float *row = logits + (size_t)i * (size_t)k;
+        double lse = ckca__log_sum_exp(k, row, 1);
+        int j;
+        for (j = 0; j < k; j++) p[(size_t)i * (size_t)k + j] = (float)exp(row[j] - lse);
+    }
+}
+
+/* a_i before division by the batch's mean. 1 - p_o[y] is summed from the other classes: near 0 a difference from 1 has
+   no digits left. */
+static double ckca__adakd_weight(ckca_adakd form, int k, const float *teacher_logits, int label,
+                                 const float *class_weight) {
+    double lse, doubt = 0;
+    int j;
+    if (form == CKCA_ADAKD_CLASS) return class_weight[label];
+    if (form == CKCA_ADAKD_CONSTANT) return 1;
+    lse = ckca__log_sum_exp(k, teacher_logits, 1);
+    if (form == CKCA_ADAKD_TRUTH) return exp(teacher_logits[label] - lse);
+    for (j = 0; j < k; j++)
+        if (j != label) doubt += exp(teacher_logits[j] - lse);
+    return doubt;
+}
+
+/* T^2 a_i KL(softmax(zo_i / T) || softmax(z_i / T)); with respect to z_i: T a_i (softmax(z_i / T) - softmax(zo_i / T)).
+   T^2 keeps the gradient's size independent of T (Hinton, Vinyals, Dean 2015, section 2); a_i is this project's. */
+static void ckca__op_adakd(ckca_context *ctx, ckca_adakd form, int n, int k, const float *student_logits,
+                           const float *teacher_logits, const int *labels, const float *class_weight, float temperature,
+                           float scale, float *dlogits, float *loss) {
+    double t = temperature, mean = 0;
+    int i;
+    (void)ctx;
+    if (form == CKCA_ADAKD_TRUTH || form == CKCA_ADAKD_DOUBT) {
+        for (i = 0; i < n; i++)
+            mean += ckca__adakd_weight(form, k, teacher_logits + (size_t)i * (size_t)k, labels[i], NULL) / n;
+    } else
+        mean = 1;
+    for (i = 0; i < n; i++) {
+        const float *s = student_logits + (size_t)i * (size_t)k, *o = teacher_logits + (size_t)i * (size_t)k;
+        double lse_s = ckca__log_sum_exp(k, s, t), lse_o = ckca__log_sum_exp(k, o, t), kl = 0;
+        /* All weights 0 (a teacher with no doubt at all): equal weights, 1 each. */
+        double a = mean == 0 ? 1 : ckca__adakd_weight(form, k, o, labels[i], class_weight) / mean;
+        int j;
+        for (j = 0; j < k; j++) {
+            double log_s = s[j] / t - lse_s, log_o = o[j] / t - lse_o, p_o = exp(log_o);
+            kl += p_o * (log_o - log_s);
+            dlogits[(size_t)i * (size_t)k + j] += (float)(scale * t * a * (exp(log_s) - p_o) / n);
+        }
+        loss[i] = (float)(t * t * a * kl);
+    }
+}
+
+/* a . b */
+static double ckca__naive_dot(size_t count, const float *a, const float *b) {
+    double sum = 0;
+    size_t j;
+    for (j = 0; j < count; j++) sum += (double)a[j] * b[j];
+    return sum;
+}
+static double ckca__vector_dot(const ckca_context *ctx, size_t count, const float *a, const float *b) {
+#ifdef CKCA__SIMD
+    double sum;
+    if (ctx->isa != CKCA_ISA_PLAIN) {
+        CKCA__DISPATCH(ctx, sum = ckca__dot, (count, a, b));
+        return sum;
+    }
+#endif
+    (void)ctx;
+    return ckca__naive_dot(count, a, b);
+}
+/* y = alpha a + beta b, or adds it. */
+static void ckca__naive_combine(size_t count, float alpha, const float *a, float beta, const float *b, float *y,
+                                int accumulate) {
+    size_t j;
+    for (j = 0; j < count; j++) y[j] = alpha * a[j] + beta * b[j] + (accumulate ? y[j] : 0);
+}
+static void ckca__vector_combine(const ckca_context *ctx, size_t count, float alpha, const float *a, float beta,
+                                 const float *b, float *y, int accumulate) {
+#ifdef CKCA__SIMD
+    if (ctx->isa != CKCA_ISA_PLAIN) {
+        CKCA__DISPATCH(ctx, ckca__combine, (count, alpha, a, beta, b, y, accumulate));
+        return;
+    }
+#endif
+    (void)ctx;
+    ckca__naive_combine(count, alpha, a, beta, b, y, accumulate);
+}
+
+static double ckca__inverse_norm(double square) { return square > 0 ? 1 / sqrt(square) : square; /* 0, NaN */ }
+
+/* One row: loss = 1 - cos; d cos / d f = (fo / |fo| - cos f / |f|) / |f|. A long row (a whole map) is read from memory
+   once, by the first product, and from cache after that. */
+static void ckca__featreg_cosine(const ckca_context *ctx, size_t d, const float *student_features,
+                                 const float *teacher_features, double scale, float *dfeatures, int accumulate,
+                                 float *loss) {
+    double inv_f = ckca__inverse_norm(ckca__vector_dot(ctx, d, student_features, student_features));
+    double inv_o = ckca__inverse_norm(ckca__vector_dot(ctx, d, teacher_features, teacher_features));
+    double cosine = ckca__vector_dot(ctx, d, student_features, teacher_features) * inv_f * inv_o;
+    *loss = (float)(1 - cosine);
+    ckca__vector_combine(ctx, d, (float)(scale * cosine * inv_f * inv_f), student_features,
+                         (float)(-scale * inv_f * inv_o), teacher_features, dfeatures, accumulate);
+}
+
+typedef struct ckca__featreg {
+    const ckca_context *ctx;
+    ckca_featreg form;
+    int n, d, d_teacher;
+    const float *student_features, *teacher_features;
+    float scale;
+    float *dfeatures;
+    int accumulate;
+    float *loss;
+    double *inv_f, *inv_o; /* RELATION: 1 / |f_i| and 1 / |fo_i| */
+} ckca__featreg;
+
+/* loss[i] = mean_j!=i e_ij^2 with e_ij = cos(f_i, f_j) - cos(fo_i, fo_j), so that their mean over i is that over
+   the n (n - 1) ordered pairs; 0 for n = 1. A pair comes up twice, as ij and as ji, hence the 4 in
+   d term / d f_i = 4 / (n (n - 1)) sum_j e_ij (f_j / |f_j| - cos(f_i, f_j) f_i / |f_i|) / |f_i|. */
+static void ckca__featreg_relation(void *job, int i, int thread) {
+    const ckca__featreg *a = (const ckca__featreg *)job;
+    const size_t d = (size_t)a->d, d_teacher = (size_t)a->d_teacher;
+    const float *fi = a->student_features + (size_t)i * d, *oi = a->teacher_features + (size_t)i * d_teacher;
+    const double *inv_f = a->inv_f, *inv_o = a->inv_o;
+    float *to = a->dfeatures + (size_t)i * d;
+    double sum = 0;
+    int n = a->n, j;
+    (void)thread;
+    if (!a->accumulate) memset(to, 0, d * sizeof *to);
+    for (j = 0; j < n; j++) {
+        const float *fj = a->student_features + (size_t)j * d, *oj = a->teacher_features + (size_t)j * d_teacher;
+        double cosine, e, g;
+        if (j == i) continue;
+        cosine = ckca__vector_dot(a->ctx, d, fi, fj) * inv_f[i] * inv_f[j];
+        e = cosine - ckca__vector_dot(a->ctx, d_teacher, oi, oj) * inv_o[i] * inv_o[j];
+        sum += e * e / (n - 1);
+        g = (double)a->scale * 4 / ((double)n * (n - 1)) * e * inv_f[i];
+        ckca__vector_combine(a->ctx, d, (float)(g * inv_f[j]), fj, (float)(-g * cosine * inv_f[i]), fi, to, 1);
+    }
+    a->loss[i] = (float)sum;
+}
+
+/* COSINE or L2 of a row. */
+static void ckca__featreg_row(void *job, int i, int thread) {
+    const ckca__featreg *a = (const ckca__featreg *)job;
+    const float *fi = a->student_features + (size_t)i * (size_t)a->d,
+                *oi = a->teacher_features + (size_t)i * (size_t)a->d;
+    float *to = a->dfeatures + (size_t)i * (size_t)a->d;
+    (void)thread;
+    if (a->form == CKCA_FEATREG_L2) {
+        double sum = 0;
+        int j;
+        for (j = 0; j < a->d; j++) {
+            double e = (double)fi[j] - oi[j];
+            float g = (float)(a->scale * 2 / ((double)a->n * a->d) * e);
+            sum += e * e;
+            to[j] = a->accumulate ? to[j] + g : g;
+        }
+        a->loss[i] = (float)(sum / a->d);
+    } else
+        ckca__featreg_cosine(a->ctx, (size_t)a->d, fi, oi, (double)a->scale / a->n, to, a->accumulate, a->loss + i);
+}
+
+static void ckca__op_featreg(ckca_context *ctx, ckca_featreg form, int bf16, int bf16_teacher, int n, int d,
+                             int d_teacher, const float *student_features, const float *teacher_features, float scale,
+                             float *dfeatures, int accumulate, float *loss, void *ws) {
+    ckca__featreg job = {ctx,   form,      n,          d,    d_teacher,    student_features, teacher_features,
+                         scale, dfeatures, accumulate, loss, (double *)ws, (double *)ws + n};
+    int i;
+    (void)bf16;
+    (void)bf16_teacher;
+    if (form != CKCA_FEATREG_RELATION) {
+        ckca__parallel_over(ctx, (size_t)n * d, n, ckca__featreg_row, &job);
+        return;
+    }
+    for (i = 0; i < n; i++) {
+        const float *fi = student_features + (size_t)i * (size_t)d,
+                    *oi = teacher_features + (size_t)i * (size_t)d_teacher;
+        job.inv_f[i] = ckca__inverse_norm(ckca__vector_dot(ctx, (size_t)d, fi, fi));
+        job.inv_o[i] = ckca__inverse_norm(ckca__vector_dot(ctx, (size_t)d_teacher, oi, oi));
+    }
+    ckca__parallel_over(ctx, (size_t)n * n * d, n, ckca__featreg_relation, &job);
+}
+
+static void ckca__op_sum(ckca_context *ctx, int n, const float *values, double *sum) {
+    int i;
+    (void)ctx;
+    for (i = 0; i < n; i++) *sum += values[i];
+}
+
+static void ckca__op_count(ckca_context *ctx, int n, const int *hit, double *sum) {
+    int i;
+    (void)ctx;
+    for (i = 0; i < n; i++) *sum += hit[i] & 1;
+}
+
+/* ---- weights ---- */
+
+#ifdef CKCA__SIMD
+typedef struct ckca__sgd_job {
+    const ckca_context *ctx;
+    size_t count;
+    float *w;
+    const float *g;
+    float *v;
+    float lr, momentum, weight_decay;
+    int nesterov;
+    float scale;
+} ckca__sgd_job;
+static void ckca__sgd_block(void *job, int i, int thread) {
+    const ckca__sgd_job *a = (const ckca__sgd_job *)job;
+    size_t from = (size_t)i * CKCA__BLOCK;
+    (void)thread;
+    CKCA__DISPATCH(a->ctx, ckca__sgd,
+                   (ckca__block_size(a->count, i), a->w + from, a->g + from, a->v + from, a->lr, a->momentum,
+                    a->weight_decay, a->nesterov, a->scale));
+}
+#endif
+
+static void ckca__sgd_part(ckca_context *ctx, size_t count, float *w, const float *g, float *v, float lr,
+                           float momentum, float weight_decay, int nesterov, float gscale) {
+#ifdef CKCA__SIMD
+    if (ctx->isa != CKCA_ISA_PLAIN) {
+        ckca__sgd_job job = {ctx, count, w, g, v, lr, momentum, weight_decay, nesterov, gscale};
+        ckca__parallel_over(ctx, count, ckca__blocks(count), ckca__sgd_block, &job);
+        return;
+    }
+#endif
+    (void)ctx;
+    ckca__naive_sgd(count, w, g, v, lr, momentum, weight_decay, nesterov, gscale);
+}
+
+static void ckca__op_sgd(ckca_context *ctx, size_t count, size_t decayed, float *w, const float *g, float *v,
+                         const float *lr, float momentum, float weight_decay, int nesterov, const float *gscale) {
+    float scale = gscale ? *gscale : 1;
+    ckca__sgd_part(ctx, decayed, w, g, v, *lr, momentum, weight_decay, nesterov, scale);
+    ckca__sgd_part(ctx, count - decayed, w + decayed, g + decayed, v + decayed, *lr, momentum, 0, nesterov, scale);
+}
+
+typedef struct ckca__square_sum {
+    const ckca_context *ctx;
+    size_t count;
+    const float *g;
+    double *part; /* CKCA__SUM_BLOCKS */
+} ckca__square_sum;
+
+static void ckca__square_sum_block(void *job, int b, int thread) {
+    const ckca__square_sum *a = (const ckca__square_sum *)job;
+    size_t size = a->count / CKCA__SUM_BLOCKS + 1;
+    size_t from = (size_t)b * size, left = from < a->count ? a->count - from : 0;
+    (void)thread;
+    a->part[b] = left ? ckca__vector_dot(a->ctx, left < size ? left : size, a->g + from, a->g + from) : 0;
+}
+
+static void ckca__op_clip(ckca_context *ctx, size_t count, const float *g, float clip, float *gscale, void *ws) {
+    double *part = (double *)ws, sum = 0, coefficient;
+    ckca__square_sum job = {ctx, count, g, part};
+    int b;
+    ckca__parallel_over(ctx, count, CKCA__SUM_BLOCKS, ckca__square_sum_block, &job);
+    for (b = 0; b < CKCA__SUM_BLOCKS; b++) sum += part[b];
+    coefficient = clip / (sqrt(sum) + 1e-6);
+    *gscale = coefficient > 1 ? 1 : (float)coefficient;
+}
+
+static void ckca__op_gather(ckca_context *ctx, int n, int d, const float *rows, const int *index, float *out) {
+    const size_t size = (size_t)d;
+    int i;
+    (void)ctx;
+    for (i = 0; i < n; i++) memcpy(out + (size_t)i * size, rows + (size_t)index[i] * size, size * sizeof *out);
+}
+
+static void ckca__op_shrink_perturb(ckca_context *ctx, size_t count, float *w, const float *fresh, float shrink,
+                                    float perturb) {
+    size_t i;
+    (void)ctx;
+    for (i = 0; i < count; i++) w[i] = shrink * w[i] + perturb * fresh[i];
+}
+
+/* ---- pictures ---- */
+
+/* The framed pixels' channels 0..m (at most 4), scaled and shifted. */
+static void ckca__augment_look(const ckca__framing *f, int h, int w, int c, int m, const unsigned char *pixels,
+                               const float *scale, const float *shift, float *out) {
+    int y, x, j;
+    for (y = 0; y < h; y++)
+        for (x = 0; x < w; x++, out += c) {
+            int at_y = f->top + y, at_x = f->left + (f->flip ? w - 1 - x : x);
+            int inside = at_y >= 0 && at_y < h && at_x >= 0 && at_x < w;
+            const unsigned char *from = pixels + (inside ? ((size_t)at_y * (size_t)w + (size_t)at_x) * (size_t)c : 0);
+            for (j = 0; j < m; j++) out[j] = scale[j] * (inside ? from[j] : 0) + shift[j];
+        }
+}
+
+/* The same, the framed rectangle enlarged to h x w: bilinear between pixel centres, as torchvision's. */
+static void ckca__augment_enlarge(const ckca__framing *f, int h, int w, int c, int m, const unsigned char *pixels,
+                                  const float *scale, const float *shift, float *out) {
+    int y, x, j;
+    for (y = 0; y < h; y++) {
+        double v = (y + 0.5) * f->height / h - 0.5, u;
+        int y0 = v > 0 ? (int)v : 0;
+        float a = v > 0 ? (float)(v - y0) : 0, b;
+        const unsigned char *top = pixels + ((size_t)(f->top + y0) * (size_t)w + (size_t)f->left) * (size_t)c;
+        const unsigned char *bottom = y0 + 1 < f->height ? top + (size_t)w * (size_t)c : top;
+        for (x = 0; x < w; x++, out += c) {
+            int x0, x1;
+            u = ((f->flip ? w - 1 - x : x) + 0.5) * f->width / w - 0.5;
+            x0 = u > 0 ? (int)u : 0;
+            b = u > 0 ? (float)(u - x0) : 0;
+            x1 = (x0 + 1 < f->width ? x0 + 1 : x0) * c;
+            x0 *= c;
+            for (j = 0; j < m; j++) {
+                float upper = top[x0 + j] + b * (float)(top[x1 + j] - top[x0 + j]);
+                float lower = bottom[x0 + j] + b * (float)(bottom[x1 + j] - bottom[x0 + j]);
+                out[j] = scale[j] * (upper + a * (lower - upper)) + shift[j];
+            }
+        }
+    }
+}
+
+/* torchvision's adjust_brightness, _contrast and _saturation, in this order: towards black, towards the picture's mean
+   grey, towards each pixel's own grey. */
+static void ckca__augment_jitter(const ckca__framing *f, int area, int c, float *v) {
+    size_t i, count = (size_t)area * (size_t)c;
+    double mean = 0;
+    for (i = 0; i < count; i++) v[i] = ckca__augment_clamp(v[i] * f->brightness);
+    for (i = 0; i < count; i += (size_t)c) mean += ckca__augment_grey(c, v + i) / area;
+    for (i = 0; i < count; i++) v[i] = ckca__augment_clamp(f->contrast * v[i] + (1 - f->contrast) * (float)mean);
+    for (i = 0; i < count && c == 3; i += 3) {
+        float grey = ckca__augment_grey(c, v + i);
+        int j;
+        for (j = 0; j < 3; j++) v[i + j] = ckca__augment_clamp(f->saturation * v[i + j] + (1 - f->saturation) * grey);
+    }
+}
+
+typedef struct ckca__batch {
+    int h, w, c;
+    const unsigned char *pixels;
+    int gathered;
+    const int *index;
+    const ckca_augment *augment;
+    uint64_t seed;
+    int epoch;
+    const float *mean, *std;
+    float *out;
+} ckca__batch;
+
+static void ckca__batch_picture(void *job, int i, int thread) {
+    const ckca__batch *a = (const ckca__batch *)job;
+    const int h = a->h, w = a->w, c = a->c;
+    const float *mean = a->mean, *std = a->std;
+    size_t size = (size_t)h * (size_t)w * (size_t)c, at;
+    const unsigned char *pixels = a->pixels + (size_t)(a->gathered ? i : a->index[i]) * size;
+    float *to = a->out + (size_t)i * size;
+    ckca__framing f;
+    int j, first, jitter = a->augment && a->augment->jitter > 0;
+    (void)thread;
+    ckca__augment_framing(a->augment, a->seed, a->epoch, a->index[i], h, w, &f);
+    for (first = 0; first < c; first += 4) { /* four channels at a time; there are hardly ever more */
+        int m = c - first < 4 ? c - first : 4;
+        float scale[4], shift[4];
+        for (j = 0; j < m; j++) {
+            scale[j] = jitter ? 1 : 1 / (255 * std[first + j]);
+            shift[j] = jitter ? 0 : -mean[first + j] / std[first + j];
+        }
+        (f.height == h && f.width == w ? ckca__augment_look : ckca__augment_enlarge)(&f, h, w, c, m, pixels + first,
+                                                                                     scale, shift, to + first);
+    }
+    if (!jitter) return;
+    ckca__augment_jitter(&f, h * w, c, to);
+    for (at = 0; at < size; at += (size_t)c)
+        for (j = 0; j < c; j++) to[at + j] = (to[at + j] / 255 - mean[j]) / std[j];
+}
+
+static void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, const unsigned char *pixels, int gathered,
+                           const int *index, const ckca_augment *augment, uint64_t seed, const int *epoch,
+                           const float *mean, const float *std, float *out) {
+    ckca__batch job = {h, w, c, pixels, gathered, index, augment, seed, epoch ? *epoch : 0, mean, std, out};
+    ckca__parallel_over(ctx, (size_t)n * h * w * c, n, ckca__batch_picture, &job);
+}
+
+#endif /* CKCA_CUDA */
+#endif /* CKCA__HOST_OPS */
+
+#if defined(CKCA__SHARED) && !defined(CKCA__PASS) && !defined(CKCA__POPPED)
+#define CKCA__POPPED
+
 #ifdef __GNUC__
 #pragma GCC diagnostic pop
 #endif
 #endif
+
+/* ===================================================================================================================
+   LICENCE AND HISTORY                                                                                       >>licence
+
+   While the version is 0.x, names of the public API may change; this list says which. Checkpoints of older versions
+   stay readable.
+
+   next     Names: enumerators carry the prefix of their type (CKCA_SCHEDULE_STEP, CKCA_SLOT_VALUE, CKCA_PART_TRAIN,
+            CKCA_PRECISION_BF16); layers have one prefix (ckca_layer_conv, ...); ckca_free is ckca_context_free, beside
+            ckca_init; ckca_tensors is ckca_tensor_count; the struct ckca_tensor is ckca_tensor_info and its getter
+            ckca_tensor_info_get; direct is no_winograd, plain no_nesterov; step of an info or report is updates,
+            sgd_steps is steps, step of a progress is update
+            Pictures: EXIF orientation, folders below class folders, skip_unreadable, what was left out; our own walk
+            over JPEG and PNG decides before stb_image; ckca_read_picture_memory
+            Checkpoints: ckca_save_memory, ckca_load_memory, ckca_load_weights_memory; ckca.format; prefixes such as
+            "module." are recognised; infinite and NaN weights are refused
+            Contracts: a failing call leaves its caller's pointers alone; every descriptor's numbers are checked;
+            ckca_update_defaults; a teacher is only read; a training state stays until the result is saved
+            Group normalisation
+   0.1.0    2026-11-23, the first version: ResNets for CIFAR (8 to 110) and ImageNet (18, 34, 50), networks of your own;
+            CKCA with its forms of AdaKD and FeatReg, warm start, shrink and perturb, LwF, scratch; pictures from folders,
+            CIFAR, MNIST's format, arrays; safetensors checkpoints with torchvision's names, training states; AVX-512,
+            AVX2, SSE2 and NEON kernels, Winograd convolutions, a thread pool; ckca_cuda.cu, tested on the CPU only
+   =================================================================================================================== */
+
 /*
 This software is available under two licences: choose whichever you prefer.
 

@@ -144,7 +144,7 @@ CKCA__OP ckca_status ckca__device_init(ckca_context *ctx) {
     ctx->cuda = cuda;
     ok = CKCA__CUDA(cuda, cudaGetDevice(&device)) && CKCA__CUDA(cuda, cudaGetDeviceProperties(&gpu, device));
     if (!ok) return ckca__device_status(ctx);
-    if (ctx->precision != CKCA_FLOAT32 && gpu.major < 8) { /* as an instruction set it lacks */
+    if (ctx->precision != CKCA_PRECISION_FLOAT32 && gpu.major < 8) { /* as an instruction set it lacks */
         snprintf(ctx->error, sizeof ctx->error,
                  "ckca_init: precision is %s, which needs compute capability 8.0; %.100s has %d.%d",
                  precision[ctx->precision], gpu.name, gpu.major, gpu.minor);
@@ -198,7 +198,7 @@ CKCA__OP void *ckca__device_alloc(ckca_context *ctx, size_t bytes) {
         return memory;
     }
     ctx->refused = bytes;
-    if (cudaMemGetInfo(&ctx->room, &total) != cudaSuccess) ctx->room = 0;
+    if (cudaMemGetInfo(&ctx->free_bytes, &total) != cudaSuccess) ctx->free_bytes = 0;
     return NULL;
 }
 
@@ -243,7 +243,7 @@ CKCA__OP void ckca__device_zero(ckca_context *ctx, void *device, size_t bytes) {
     if (bytes) CKCA__CUDA(cuda, cudaMemsetAsync(device, 0, bytes, cuda->stream));
 }
 
-CKCA__OP size_t ckca__device_room(const ckca_context *ctx) {
+CKCA__OP size_t ckca__device_free_bytes(const ckca_context *ctx) {
     size_t room = 0, total;
     return CKCA__CUDA(ckca__cuda_of(ctx), cudaMemGetInfo(&room, &total)) ? room : 0;
 }
@@ -252,16 +252,16 @@ CKCA__OP size_t ckca__device_room(const ckca_context *ctx) {
 
 /* Two buffers on either side, by turns: while one is filled on the host, the other's upload and the work on the batch
    before that go on. Work finds its input where it always was, at the price of a copy on the device. */
-typedef struct ckca__stage {
+typedef struct ckca__staging {
     size_t bytes;
     char *host[2], *device[2];     /* pinned memory; where it is uploaded to */
     cudaEvent_t sent[2], taken[2]; /* host's upload is through; device has been copied from */
     int next;
-} ckca__stage;
+} ckca__staging;
 
-CKCA__OP void ckca__device_stage_close(ckca_context *ctx, void *stage) {
+CKCA__OP void ckca__device_staging_close(ckca_context *ctx, void *stage) {
     ckca__cuda *cuda = ckca__cuda_of(ctx);
-    ckca__stage *s = (ckca__stage *)stage;
+    ckca__staging *s = (ckca__staging *)stage;
     int i;
     CKCA__CUDA(cuda, cudaStreamSynchronize(cuda->copies));
     CKCA__CUDA(cuda, cudaStreamSynchronize(cuda->stream));
@@ -274,9 +274,9 @@ CKCA__OP void ckca__device_stage_close(ckca_context *ctx, void *stage) {
     free(s);
 }
 
-CKCA__OP void *ckca__device_stage_open(ckca_context *ctx, size_t bytes) {
+CKCA__OP void *ckca__device_staging_open(ckca_context *ctx, size_t bytes) {
     ckca__cuda *cuda = ckca__cuda_of(ctx);
-    ckca__stage *s = (ckca__stage *)calloc(1, sizeof *s);
+    ckca__staging *s = (ckca__staging *)calloc(1, sizeof *s);
     int i, ok = s != NULL;
     if (!ok) return NULL;
     s->bytes = bytes;
@@ -287,18 +287,18 @@ CKCA__OP void *ckca__device_stage_open(ckca_context *ctx, size_t bytes) {
              CKCA__CUDA(cuda, cudaEventCreateWithFlags(&s->taken[i], cudaEventDisableTiming));
     /* The buffers are zeroed in one stream and written to in the other. */
     if (ok && CKCA__CUDA(cuda, cudaStreamSynchronize(cuda->stream))) return s;
-    ckca__device_stage_close(ctx, s);
+    ckca__device_staging_close(ctx, s);
     return NULL;
 }
 
-CKCA__OP void *ckca__device_stage(ckca_context *ctx, void *stage) {
-    const ckca__stage *s = (const ckca__stage *)stage;
+CKCA__OP void *ckca__device_staging_buffer(ckca_context *ctx, void *stage) {
+    const ckca__staging *s = (const ckca__staging *)stage;
     return CKCA__CUDA(ckca__cuda_of(ctx), cudaEventSynchronize(s->sent[s->next])) ? s->host[s->next] : NULL;
 }
 
-CKCA__OP void ckca__device_staged(ckca_context *ctx, void *stage, void *device, size_t bytes) {
+CKCA__OP void ckca__device_staging_send(ckca_context *ctx, void *stage, void *device, size_t bytes) {
     ckca__cuda *cuda = ckca__cuda_of(ctx);
-    ckca__stage *s = (ckca__stage *)stage;
+    ckca__staging *s = (ckca__staging *)stage;
     const int i = s->next;
     s->next = 1 - i;
     CKCA__CUDA(cuda, cudaStreamWaitEvent(cuda->copies, s->taken[i], 0));
@@ -526,8 +526,8 @@ template <int WIDTH> struct ckca__lane {
 };
 
 /* Runs f with a value of the type that an op's maps are of. */
-template <class F> static void ckca__typed(int half, F f) {
-    if (half)
+template <class F> static void ckca__typed(int bf16, F f) {
+    if (bf16)
         f(ckca__bf16());
     else
         f(float());
@@ -554,7 +554,7 @@ template <class F> static void ckca__typed(int half, F f) {
    fragment's 32 words, meets all banks. Channels that are no multiple of a chunk are fetched one by one (WHOLE = 0).
    ------------------------------------------------------------------------------------------------------------------ */
 
-enum { CKCA__FORWARD, CKCA__DATA, CKCA__WEIGHT };
+enum { CKCA__FORWARD, CKCA__DATA, CKCA__ROLE_WEIGHT };
 enum { CKCA__ROWS = 128, CKCA__SLABS = 3, CKCA__SLAB_CHUNKS = 4 };
 
 typedef struct ckca__gemm {
@@ -619,7 +619,7 @@ struct ckca__output {
 
 /* What convolutions multiply in, and what their maps are stored as. */
 template <int PRECISION> struct ckca__factor { typedef float type; };
-template <> struct ckca__factor<CKCA_BF16> { typedef ckca__bf16 type; };
+template <> struct ckca__factor<CKCA_PRECISION_BF16> { typedef ckca__bf16 type; };
 
 /* Where a chunk of a line lies in a slab, whose lines have CHUNKS each. WORDS: its words are fetched one by one, from 4
    neighbouring lines at once; else whole chunks from 8 lines. */
@@ -662,8 +662,8 @@ struct ckca__walk {
 };
 
 /* One value on its way to shared memory, from an array that may be of the other kind. */
-template <class T> __device__ __forceinline__ void ckca__fetch_one(T *to, const void *from, int half, ptrdiff_t i) {
-    if (sizeof(T) == sizeof(ckca__bf16) && half)
+template <class T> __device__ __forceinline__ void ckca__fetch_one(T *to, const void *from, int bf16, ptrdiff_t i) {
+    if (sizeof(T) == sizeof(ckca__bf16) && bf16)
         *to = ((const T *)from)[i];
     else
         ckca__put(to, ((const float *)from)[i]);
@@ -680,7 +680,7 @@ template <class T, int COLUMNS, int WHOLE> struct ckca__along {
     };
     const ckca__gemm &g;
     const ckca__walk walk;
-    const int half, taps_y, h, w, columns, line, column;
+    const int bf16, taps_y, h, w, columns, line, column;
     ptrdiff_t source[ROWS]; /* of each row: where the first tap's pixel lies, and its y and x */
     int y[ROWS], x[ROWS];
     ckca__place k;
@@ -688,7 +688,7 @@ template <class T, int COLUMNS, int WHOLE> struct ckca__along {
     __device__ ckca__along(const ckca__gemm &g_, int pass, const ckca__phase &py, const ckca__phase &px, int row0,
                            int column0)
         : g(g_), walk(g_, py, px, pass == CKCA__DATA ? g_.s.k : g_.s.c, pass == CKCA__DATA ? g_.s.q : g_.s.w),
-          half(pass == CKCA__DATA ? g.s.half : g.s.half_x), taps_y(py.taps), h(pass == CKCA__DATA ? g.s.p : g.s.h),
+          bf16(pass == CKCA__DATA ? g.s.bf16 : g.s.bf16_x), taps_y(py.taps), h(pass == CKCA__DATA ? g.s.p : g.s.h),
           w(pass == CKCA__DATA ? g.s.q : g.s.w), columns(pass == CKCA__DATA ? g.s.c : g.s.k),
           line((int)threadIdx.x / CKCA__SLAB_CHUNKS), column(column0 + line) {
 #pragma unroll
@@ -717,7 +717,7 @@ template <class T, int COLUMNS, int WHOLE> struct ckca__along {
                 ckca__place at = k;
                 for (int j = 0; j < VALUES; j++, walk.advance(at, 1))
                     if (is_inside(i, at))
-                        ckca__fetch_one((T *)chunk + j, g.a, half, source[i] + at.source);
+                        ckca__fetch_one((T *)chunk + j, g.a, bf16, source[i] + at.source);
                     else
                         ckca__put((T *)chunk + j, 0);
             }
@@ -783,7 +783,7 @@ template <class T, int COLUMNS, int WHOLE> struct ckca__across {
                 if (WHOLE)
                     ckca__copy_chunk(to, (const T *)g.a + at, there);
                 else if (there)
-                    ckca__fetch_one((T *)to + j, g.a, g.s.half_x, at);
+                    ckca__fetch_one((T *)to + j, g.a, g.s.bf16_x, at);
                 else
                     ckca__put((T *)to + j, 0);
             }
@@ -812,7 +812,7 @@ template <class T, int COLUMNS, int WHOLE> struct ckca__across {
 template <int PASS>
 __device__ __forceinline__ ptrdiff_t ckca__gemm_line(const ckca__gemm &g, const ckca__phase &py, const ckca__phase &px,
                                                      int row) {
-    if (PASS == CKCA__WEIGHT) return row < g.s.r * g.s.s * g.s.c ? row : -1;
+    if (PASS == CKCA__ROLE_WEIGHT) return row < g.s.r * g.s.s * g.s.c ? row : -1;
     if (PASS == CKCA__FORWARD || g.s.stride == 1) /* row by row, as in memory */
         return row < g.s.n * (int)(g.p.by * g.q.by) ? row : -1;
     const ckca__output at(g, PASS, py, px, row);
@@ -824,7 +824,7 @@ template <class T, int PASS, int WIDTH>
 __device__ __forceinline__ void ckca__gemm_store(const ckca__gemm &g, ptrdiff_t line, int column, const float *sums) {
     const int columns = PASS == CKCA__DATA ? g.s.c : g.s.k;
     if (line < 0 || column >= columns) return;
-    if constexpr (PASS == CKCA__WEIGHT) { /* a split's own K x R S C, or all there is of dw */
+    if constexpr (PASS == CKCA__ROLE_WEIGHT) { /* a split's own K x R S C, or all there is of dw */
         const size_t apart = (size_t)g.s.r * g.s.s * g.s.c;
         float *to = (float *)g.out + ((size_t)blockIdx.z * g.s.k + column) * apart + line;
 #pragma unroll
@@ -866,7 +866,7 @@ __global__ void __launch_bounds__(CKCA__THREADS, 2) ckca__gemm_kernel(ckca__gemm
         WIDE = COLUMNS / BESIDE / 8,
         /* FFMA: 16 x 16 threads, each of 8 x EACH sums. */
         EACH = COLUMNS / 16,
-        SUMS = PRECISION == CKCA_FLOAT32 ? 8 * EACH : TALL * WIDE * 4,
+        SUMS = PRECISION == CKCA_PRECISION_FLOAT32 ? 8 * EACH : TALL * WIDE * 4,
         /* WEIGHT's slabs. */
         WORDS = sizeof(T) == 4,
         CHUNKS_A = CKCA__ROWS / VALUES,
@@ -878,15 +878,15 @@ __global__ void __launch_bounds__(CKCA__THREADS, 2) ckca__gemm_kernel(ckca__gemm
     const int z = (int)blockIdx.z, lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
     const int warp_row = warp / BESIDE * TALL * 16, warp_column = warp % BESIDE * WIDE * 8;
     const int my_row = (int)threadIdx.x / 16 * 8; /* FFMA; its columns: every 16th, or neighbours */
-    const int my_column = (int)threadIdx.x % 16 * (PASS == CKCA__WEIGHT ? EACH : 1);
-    const int next_column = PASS == CKCA__WEIGHT ? 1 : 16;
+    const int my_column = (int)threadIdx.x % 16 * (PASS == CKCA__ROLE_WEIGHT ? EACH : 1);
+    const int next_column = PASS == CKCA__ROLE_WEIGHT ? 1 : 16;
     const ckca__phase py =
         ckca__phase_of(PASS, z / g.s.stride, g.s.r, g.s.stride, g.s.pad, PASS == CKCA__DATA ? g.s.h : g.s.p);
     const ckca__phase px =
         ckca__phase_of(PASS, z % g.s.stride, g.s.s, g.s.stride, g.s.pad, PASS == CKCA__DATA ? g.s.w : g.s.q);
     const int pixels = g.s.n * g.s.p * g.s.q;
-    const int begin = PASS == CKCA__WEIGHT ? z * g.split : 0;
-    const int end = PASS != CKCA__WEIGHT       ? py.taps * px.taps * (PASS == CKCA__DATA ? g.s.k : g.s.c)
+    const int begin = PASS == CKCA__ROLE_WEIGHT ? z * g.split : 0;
+    const int end = PASS != CKCA__ROLE_WEIGHT       ? py.taps * px.taps * (PASS == CKCA__DATA ? g.s.k : g.s.c)
                     : pixels - begin < g.split ? pixels
                                                : begin + g.split;
     const int slabs = end > begin ? (end - begin + DEPTH - 1) / DEPTH : 0;
@@ -895,7 +895,7 @@ __global__ void __launch_bounds__(CKCA__THREADS, 2) ckca__gemm_kernel(ckca__gemm
     ckca__across<T, COLUMNS, WHOLE> across(g, row0, column0, begin, end); /* the compiler drops the other */
 #define CKCA__FETCH(slab)                                                             \
     do {                                                                              \
-        if constexpr (PASS == CKCA__WEIGHT)                                           \
+        if constexpr (PASS == CKCA__ROLE_WEIGHT)                                           \
             across.fetch(slab_a[(slab) % CKCA__SLABS], slab_b[(slab) % CKCA__SLABS]); \
         else                                                                          \
             along.fetch(slab_a[(slab) % CKCA__SLABS], slab_b[(slab) % CKCA__SLABS]);  \
@@ -913,14 +913,14 @@ __global__ void __launch_bounds__(CKCA__THREADS, 2) ckca__gemm_kernel(ckca__gemm
         __syncthreads(); /* everybody's part of this slab is there; and the slab before has been used by all */
         if (slab + CKCA__SLABS - 1 < slabs) CKCA__FETCH(slab + CKCA__SLABS - 1);
         ckca__copies_commit();
-        if constexpr (PRECISION != CKCA_FLOAT32) {
-#pragma unroll(PASS == CKCA__WEIGHT && WORDS ? 1 : 2)
+        if constexpr (PRECISION != CKCA_PRECISION_FLOAT32) {
+#pragma unroll(PASS == CKCA__ROLE_WEIGHT && WORDS ? 1 : 2)
             for (int step = 0; step < CKCA__SLAB_CHUNKS / 2; step++) { /* 32 bytes of k */
                 unsigned x[TALL][4];
 #pragma unroll
                 for (int i = 0; i < TALL; i++) {
                     const int row = warp_row + i * 16;
-                    if constexpr (PASS != CKCA__WEIGHT)
+                    if constexpr (PASS != CKCA__ROLE_WEIGHT)
                         ckca__load_matrices<0>(
                             x[i], a + ckca__spot<CKCA__SLAB_CHUNKS, 0>(row + lane % 16, step * 2 + lane / 16));
                     else if constexpr (!WORDS)
@@ -933,14 +933,14 @@ __global__ void __launch_bounds__(CKCA__THREADS, 2) ckca__gemm_kernel(ckca__gemm
                                                                                       at / VALUES)))[at % VALUES];
                         }
 #pragma unroll
-                    for (int j = 0; j < 4 && PRECISION == CKCA_TF32; j++)
+                    for (int j = 0; j < 4 && PRECISION == CKCA_PRECISION_TF32; j++)
                         x[i][j] = ckca__to_tf32(__uint_as_float(x[i][j]));
                 }
 #pragma unroll
                 for (int pair = 0; pair < WIDE / 2; pair++) { /* of tiles: b0 and b1 of one, then of its neighbour */
                     const int column = warp_column + pair * 16;
                     unsigned y[4];
-                    if constexpr (PASS != CKCA__WEIGHT)
+                    if constexpr (PASS != CKCA__ROLE_WEIGHT)
                         ckca__load_matrices<0>(y, b + ckca__spot<CKCA__SLAB_CHUNKS, 0>(
                                                           column + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2));
                     else if constexpr (!WORDS)
@@ -953,20 +953,20 @@ __global__ void __launch_bounds__(CKCA__THREADS, 2) ckca__gemm_kernel(ckca__gemm
                                                                                    at / VALUES)))[at % VALUES];
                         }
 #pragma unroll
-                    for (int j = 0; j < 4 && PRECISION == CKCA_TF32; j++) y[j] = ckca__to_tf32(__uint_as_float(y[j]));
+                    for (int j = 0; j < 4 && PRECISION == CKCA_PRECISION_TF32; j++) y[j] = ckca__to_tf32(__uint_as_float(y[j]));
 #pragma unroll
                     for (int i = 0; i < TALL; i++)
 #pragma unroll
                         for (int j = 0; j < 2; j++) {
                             float *tile = sums + (i * WIDE + pair * 2 + j) * 4;
-                            if constexpr (PRECISION == CKCA_TF32)
+                            if constexpr (PRECISION == CKCA_PRECISION_TF32)
                                 ckca__mma_tf32(tile, x[i], y + j * 2);
                             else
                                 ckca__mma_bf16(tile, x[i], y + j * 2);
                         }
                 }
             }
-        } else if constexpr (PASS != CKCA__WEIGHT) {
+        } else if constexpr (PASS != CKCA__ROLE_WEIGHT) {
 #pragma unroll 1
             for (int chunk = 0; chunk < CKCA__SLAB_CHUNKS; chunk++) {
                 float y[4][EACH];
@@ -999,7 +999,7 @@ __global__ void __launch_bounds__(CKCA__THREADS, 2) ckca__gemm_kernel(ckca__gemm
     }
 #undef CKCA__FETCH
     /* Loops over sums have to be unrolled: an index that is not known puts them into memory. */
-    if constexpr (PRECISION == CKCA_FLOAT32) {
+    if constexpr (PRECISION == CKCA_PRECISION_FLOAT32) {
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const ptrdiff_t line = ckca__gemm_line<PASS>(g, py, px, row0 + my_row + i);
@@ -1050,7 +1050,7 @@ typedef struct ckca__arrange {
     struct {
         const float *w;
         void *cast, *turned; /* or NULL */
-        int half, k, taps, c;
+        int bf16, k, taps, c;
         int first; /* tile */
     } of[CKCA__ARRANGED];
 } ckca__arrange;
@@ -1074,7 +1074,7 @@ __global__ void __launch_bounds__(CKCA__THREADS) ckca__arrange_kernel(ckca__arra
     for (int j = y; j < CKCA__TILE; j += CKCA__THREADS / CKCA__TILE)
         if (c0 + j < o.c && k0 + x < o.k) {
             const size_t to = ((size_t)(c0 + j) * o.taps + tap) * o.k + k0 + x;
-            if (o.half)
+            if (o.bf16)
                 ckca__put((ckca__bf16 *)o.turned + to, tile[x][j]);
             else
                 ((float *)o.turned)[to] = tile[x][j];
@@ -1325,10 +1325,10 @@ static unsigned ckca__grid(const ckca_context *ctx, size_t count, size_t least) 
 template <int N> struct ckca__constant {
     enum { VALUE = N };
 };
-template <class F> static void ckca__typed_wide(int half, int c, F f) {
-    if (half && c % 8 == 0)
+template <class F> static void ckca__typed_wide(int bf16, int c, F f) {
+    if (bf16 && c % 8 == 0)
         f(ckca__bf16(), ckca__constant<8>());
-    else if (half)
+    else if (bf16)
         f(ckca__bf16(), ckca__constant<1>());
     else if (c % 4 == 0)
         f(float(), ckca__constant<4>());
@@ -1336,10 +1336,10 @@ template <class F> static void ckca__typed_wide(int half, int c, F f) {
         f(float(), ckca__constant<1>());
 }
 
-static void ckca__run_channel_sums(ckca_context *ctx, int half, int kind, ckca__moments *m) {
+static void ckca__run_channel_sums(ckca_context *ctx, int bf16, int kind, ckca__moments *m) {
     const int parts = ckca__parts(m->rows);
     m->per = ckca__part_rows(m->rows);
-    ckca__typed_wide(half, m->c, [&](auto type, auto wide) {
+    ckca__typed_wide(bf16, m->c, [&](auto type, auto wide) {
         typedef decltype(type) T;
         enum { WIDTH = decltype(wide)::VALUE };
         m->lanes = ckca__lanes(m->c / WIDTH);
@@ -1361,7 +1361,7 @@ CKCA__OP size_t ckca__op_workspace(const ckca_context *ctx, size_t rows, int c) 
                      ckca__mul((size_t)c, (3 * (size_t)ckca__parts(rows) + 4) * sizeof(float)));
 }
 
-static void ckca__run_apply(ckca_context *ctx, int half, size_t rows, int c, const float *x, const ckca__norm &norm,
+static void ckca__run_apply(ckca_context *ctx, int bf16, size_t rows, int c, const float *x, const ckca__norm &norm,
                             const float *var, const float *residual, const ckca__norm *residual_norm, float *y) {
     ckca__normed n = {};
     n.count = rows * (size_t)c;
@@ -1372,7 +1372,7 @@ static void ckca__run_apply(ckca_context *ctx, int half, size_t rows, int c, con
     n.var = var;
     n.residual = residual;
     n.out = y;
-    ckca__typed_wide(half, c, [&](auto type, auto wide) {
+    ckca__typed_wide(bf16, c, [&](auto type, auto wide) {
         enum { WIDTH = decltype(wide)::VALUE };
         typedef decltype(type) T;
         const unsigned grid = ckca__grid(ctx, n.count / WIDTH, (size_t)c / WIDTH);
@@ -1383,7 +1383,7 @@ static void ckca__run_apply(ckca_context *ctx, int half, size_t rows, int c, con
     });
 }
 
-CKCA__OP void ckca__op_batchnorm_forward(ckca_context *ctx, int half, size_t rows, int c, const float *x,
+CKCA__OP void ckca__op_batchnorm_forward(ckca_context *ctx, int bf16, size_t rows, int c, const float *x,
                                          const float *gamma, const float *beta, float *running_mean, float *running_var,
                                          const float *residual, const ckca__norm *residual_norm, int relu, float *y,
                                          float *mean, float *inv_std, void *ws) {
@@ -1393,26 +1393,26 @@ CKCA__OP void ckca__op_batchnorm_forward(ckca_context *ctx, int half, size_t row
     m.c = c;
     m.x = x;
     m.part = (float *)ws;
-    ckca__run_channel_sums(ctx, half, 3, &m);
+    ckca__run_channel_sums(ctx, bf16, 3, &m);
     CKCA__LAUNCH(ctx, ckca__batchnorm_finish, ckca__warps(c), m, ckca__parts(rows), running_mean, running_var, mean,
                  inv_std);
-    if (y) ckca__run_apply(ctx, half, rows, c, x, norm, NULL, residual, residual_norm, y);
+    if (y) ckca__run_apply(ctx, bf16, rows, c, x, norm, NULL, residual, residual_norm, y);
 }
 
-CKCA__OP void ckca__op_batchnorm_eval(ckca_context *ctx, int half, size_t rows, int c, const float *x,
+CKCA__OP void ckca__op_batchnorm_eval(ckca_context *ctx, int bf16, size_t rows, int c, const float *x,
                                       const float *gamma, const float *beta, const float *running_mean,
                                       const float *running_var, const float *residual, int relu, float *y) {
     const ckca__norm norm = {running_mean, NULL, gamma, beta, relu};
-    ckca__run_apply(ctx, half, rows, c, x, norm, running_var, residual, NULL, y);
+    ckca__run_apply(ctx, bf16, rows, c, x, norm, running_var, residual, NULL, y);
 }
 
-CKCA__OP void ckca__op_batchnorm_again(ckca_context *ctx, int half, size_t rows, int c, const float *x,
+CKCA__OP void ckca__op_batchnorm_recompute(ckca_context *ctx, int bf16, size_t rows, int c, const float *x,
                                        const ckca__norm *norm, const float *residual, const ckca__norm *residual_norm,
                                        float *y) {
-    ckca__run_apply(ctx, half, rows, c, x, *norm, NULL, residual, residual_norm, y);
+    ckca__run_apply(ctx, bf16, rows, c, x, *norm, NULL, residual, residual_norm, y);
 }
 
-CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, int half, size_t rows, int c, const float *x,
+CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, int bf16, size_t rows, int c, const float *x,
                                           const float *y, const float *dy, const ckca__norm *norm, float *dx,
                                           float *dresidual, int accumulate_residual, float *dgamma, float *dbeta,
                                           void *ws) {
@@ -1427,7 +1427,7 @@ CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, int half, size_t ro
     m.mean = norm->mean;
     if (norm->relu && !y) m.gamma = norm->gamma, m.beta = norm->beta, m.inv_std = norm->inv_std;
     m.part = (float *)ws;
-    ckca__run_channel_sums(ctx, half, 2, &m);
+    ckca__run_channel_sums(ctx, bf16, 2, &m);
     CKCA__LAUNCH(ctx, ckca__channel_gradients, ckca__warps(c), m, ckca__parts(rows), norm->inv_std, dgamma, dbeta,
                  table);
     n.count = rows * (size_t)c;
@@ -1440,7 +1440,7 @@ CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, int half, size_t ro
     n.out = dx;
     n.dresidual = dresidual;
     n.accumulate = accumulate_residual;
-    ckca__typed_wide(half, c, [&](auto type, auto wide) {
+    ckca__typed_wide(bf16, c, [&](auto type, auto wide) {
         enum { WIDTH = decltype(wide)::VALUE };
         CKCA__LAUNCH(ctx, (ckca__batchnorm_backward<decltype(type), WIDTH>),
                      ckca__grid(ctx, n.count / WIDTH, (size_t)c / WIDTH), n);
@@ -1476,13 +1476,13 @@ enum { CKCA__WEIGHT_BLOCKS = 264, CKCA__LEAST_SPLIT = 512 };
 
 /* What a convolution or linear layer multiplies in: BF16 only where its output is stored so. */
 static ckca_precision ckca__math(const ckca_context *ctx, const ckca__conv *s) {
-    return ctx->precision == CKCA_BF16 && !s->half ? CKCA_TF32 : ctx->precision;
+    return ctx->precision == CKCA_PRECISION_BF16 && !s->bf16 ? CKCA_PRECISION_TF32 : ctx->precision;
 }
 
 /* 1: a pass fetches whole chunks: all channels that lie along them fill them, and nothing has to be converted. */
 static int ckca__is_whole(const ckca_context *ctx, int pass, const ckca__conv *s) {
-    const int values = ckca__math(ctx, s) == CKCA_BF16 ? 8 : 4;
-    return (pass == CKCA__DATA || (s->c % values == 0 && s->half_x == s->half)) &&
+    const int values = ckca__math(ctx, s) == CKCA_PRECISION_BF16 ? 8 : 4;
+    return (pass == CKCA__DATA || (s->c % values == 0 && s->bf16_x == s->bf16)) &&
            (pass == CKCA__FORWARD || s->k % values == 0);
 }
 
@@ -1490,19 +1490,19 @@ static int ckca__is_whole(const ckca_context *ctx, int pass, const ckca__conv *s
    as many sums as registers hold, and where fetching is simple enough to leave them to the sums. */
 static int ckca__columns(const ckca_context *ctx, int pass, const ckca__conv *s) {
     const int columns = pass == CKCA__DATA ? s->c : s->k;
-    if (columns > 64 && ctx->precision != CKCA_FLOAT32 && ckca__is_whole(ctx, pass, s)) return 128;
+    if (columns > 64 && ctx->precision != CKCA_PRECISION_FLOAT32 && ckca__is_whole(ctx, pass, s)) return 128;
     return columns <= 16 ? 16 : columns <= 32 ? 32 : 64;
 }
 static int ckca__ceil(int a, int b) { return (a + b - 1) / b; }
 
 /* A 1 x 1 convolution is a plain matrix product, which cuBLAS knows best (while nothing is done to the sums). */
 static int ckca__is_product(const ckca__conv *s) {
-    return s->r == 1 && s->s == 1 && s->stride == 1 && !s->pad && s->half_x == s->half;
+    return s->r == 1 && s->s == 1 && s->stride == 1 && !s->pad && s->bf16_x == s->bf16;
 }
 
 static int ckca__weight_splits(const ckca_context *ctx, const ckca__conv *s) {
     const int blocks =
-        ckca__ceil(s->r * s->s * s->c, CKCA__ROWS) * ckca__ceil(s->k, ckca__columns(ctx, CKCA__WEIGHT, s));
+        ckca__ceil(s->r * s->s * s->c, CKCA__ROWS) * ckca__ceil(s->k, ckca__columns(ctx, CKCA__ROLE_WEIGHT, s));
     const int most = s->n * s->p * s->q / CKCA__LEAST_SPLIT, wanted = CKCA__WEIGHT_BLOCKS / blocks;
     const int splits = most < wanted ? most : wanted;
     return splits > 1 ? splits : 1;
@@ -1540,7 +1540,7 @@ static void ckca__launch_gemm(ckca_context *ctx, dim3 grid, int columns, const c
         CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 32, WHOLE>), grid, *g);
     else if (columns == 64)
         CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 64, WHOLE>), grid, *g);
-    else if constexpr (PRECISION != CKCA_FLOAT32 && WHOLE)
+    else if constexpr (PRECISION != CKCA_PRECISION_FLOAT32 && WHOLE)
         CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 128, WHOLE>), grid, *g);
 }
 
@@ -1560,7 +1560,7 @@ template <int PASS> static void ckca__run_gemm(ckca_context *ctx, ckca__gemm *g)
         rows = s->n * ckca__ceil(s->h, s->stride) * ckca__ceil(s->w, s->stride);
         layers = s->stride * s->stride;
     }
-    if (PASS == CKCA__WEIGHT) {
+    if (PASS == CKCA__ROLE_WEIGHT) {
         rows = s->r * s->s * s->c;
         layers = ckca__weight_splits(ctx, s);
         g->split = ckca__ceil(s->n * s->p * s->q, layers);
@@ -1570,14 +1570,14 @@ template <int PASS> static void ckca__run_gemm(ckca_context *ctx, ckca__gemm *g)
     g->wide = ckca__ceil(columns, width);
     const dim3 grid((unsigned)ckca__ceil(rows, CKCA__ROWS) * g->wide, 1, layers);
     switch (ckca__math(ctx, s)) {
-    case CKCA_FLOAT32:
-        ckca__launch_gemm<CKCA_FLOAT32, PASS>(ctx, grid, width, g);
+    case CKCA_PRECISION_FLOAT32:
+        ckca__launch_gemm<CKCA_PRECISION_FLOAT32, PASS>(ctx, grid, width, g);
         break;
-    case CKCA_TF32:
-        ckca__launch_gemm<CKCA_TF32, PASS>(ctx, grid, width, g);
+    case CKCA_PRECISION_TF32:
+        ckca__launch_gemm<CKCA_PRECISION_TF32, PASS>(ctx, grid, width, g);
         break;
-    case CKCA_BF16:
-        ckca__launch_gemm<CKCA_BF16, PASS>(ctx, grid, width, g);
+    case CKCA_PRECISION_BF16:
+        ckca__launch_gemm<CKCA_PRECISION_BF16, PASS>(ctx, grid, width, g);
         break;
     }
 }
@@ -1585,15 +1585,15 @@ template <int PASS> static void ckca__run_gemm(ckca_context *ctx, ckca__gemm *g)
 /* Bytes of a convolution's weights rounded, and turned, as far as anybody reads them so. */
 static size_t ckca__cast_bytes(const ckca_context *ctx, const ckca__conv *s) {
     const size_t count = ckca__mul(ckca__mul((size_t)s->r * s->s, (size_t)s->c), (size_t)s->k);
-    return ckca__math(ctx, s) == CKCA_BF16 ? ckca__round_up(ckca__mul(count, sizeof(ckca__bf16)), CKCA__ALIGN) : 0;
+    return ckca__math(ctx, s) == CKCA_PRECISION_BF16 ? ckca__round_up(ckca__mul(count, sizeof(ckca__bf16)), CKCA__ALIGN) : 0;
 }
 static size_t ckca__turned_bytes(const ckca_context *ctx, const ckca__conv *s) {
     const size_t count = ckca__mul(ckca__mul((size_t)s->r * s->s, (size_t)s->c), (size_t)s->k);
     if (ckca__is_product(s)) return 0;
-    return ckca__math(ctx, s) == CKCA_BF16 ? ckca__cast_bytes(ctx, s)
+    return ckca__math(ctx, s) == CKCA_PRECISION_BF16 ? ckca__cast_bytes(ctx, s)
                                            : ckca__round_up(ckca__mul(count, sizeof(float)), CKCA__ALIGN);
 }
-CKCA__OP size_t ckca__ready_bytes(const ckca_context *ctx, const ckca__conv *s, int backward) {
+CKCA__OP size_t ckca__packed_bytes(const ckca_context *ctx, const ckca__conv *s, int backward) {
     return ckca__sum(ckca__cast_bytes(ctx, s), backward ? ckca__turned_bytes(ctx, s) : 0);
 }
 
@@ -1604,7 +1604,7 @@ static void ckca__arrange_add(const ckca_context *ctx, ckca__arrange *a, const c
     o.w = w;
     o.cast = cast;
     o.turned = turned;
-    o.half = ckca__math(ctx, s) == CKCA_BF16;
+    o.bf16 = ckca__math(ctx, s) == CKCA_PRECISION_BF16;
     o.k = s->k;
     o.taps = s->r * s->s;
     o.c = s->c;
@@ -1616,11 +1616,11 @@ static void ckca__arrange_run(ckca_context *ctx, ckca__arrange *a) {
     a->count = a->tiles = 0;
 }
 
-CKCA__OP void ckca__op_ready(ckca_context *ctx, int count, const ckca__conv *s, const float *const *w, int backward) {
+CKCA__OP void ckca__op_pack_weights(ckca_context *ctx, int count, const ckca__conv *s, const float *const *w, int backward) {
     ckca__arrange a = {};
     for (int i = 0; i < count; i++) {
         const size_t cast = ckca__cast_bytes(ctx, &s[i]), turned = backward ? ckca__turned_bytes(ctx, &s[i]) : 0;
-        char *to = (char *)s[i].ready;
+        char *to = (char *)s[i].packed_weights;
         if (cast || turned) ckca__arrange_add(ctx, &a, &s[i], w[i], cast ? to : NULL, turned ? to + cast : NULL);
         if (a.count == CKCA__ARRANGED) ckca__arrange_run(ctx, &a);
     }
@@ -1632,7 +1632,7 @@ static const void *ckca__weights(ckca_context *ctx, const ckca__conv *s, int tur
     const size_t cast = ckca__cast_bytes(ctx, s);
     ckca__arrange a = {};
     if (!turned && !cast) return w;
-    if (s->ready) return (char *)s->ready + (turned ? cast : 0);
+    if (s->packed_weights) return (char *)s->packed_weights + (turned ? cast : 0);
     ckca__arrange_add(ctx, &a, s, w, turned ? NULL : ws, turned ? ws : NULL);
     ckca__arrange_run(ctx, &a);
     return ws;
@@ -1641,12 +1641,12 @@ static const void *ckca__weights(ckca_context *ctx, const ckca__conv *s, int tur
 /* c (rows x columns) = (or +=) a b, all row-major; a is stored transposed (summed x rows) where turn_a, b (columns x
    summed) where turn_b. half: a and b are BF16; half_c: c is. cuBLAS counts columns first, so it is asked for c^T = b^T
    a^T. */
-static void ckca__product(ckca_context *ctx, int rows, int columns, int summed, int half, const void *a, int turn_a,
+static void ckca__product(ckca_context *ctx, int rows, int columns, int summed, int bf16, const void *a, int turn_a,
                           const void *b, int turn_b, int half_c, void *c, int accumulate) {
     const float one = 1, beta = accumulate ? 1.0f : 0.0f;
     const cublasComputeType_t compute =
-        half || ctx->precision == CKCA_FLOAT32 ? CUBLAS_COMPUTE_32F : CUBLAS_COMPUTE_32F_FAST_TF32;
-    const cudaDataType type = half ? CUDA_R_16BF : CUDA_R_32F;
+        bf16 || ctx->precision == CKCA_PRECISION_FLOAT32 ? CUBLAS_COMPUTE_32F : CUBLAS_COMPUTE_32F_FAST_TF32;
+    const cudaDataType type = bf16 ? CUDA_R_16BF : CUDA_R_32F;
     CKCA__BLAS(ckca__cuda_of(ctx),
                cublasGemmEx(ckca__cuda_of(ctx)->blas, turn_b ? CUBLAS_OP_T : CUBLAS_OP_N,
                             turn_a ? CUBLAS_OP_T : CUBLAS_OP_N, columns, rows, summed, &one, b, type,
@@ -1673,7 +1673,7 @@ CKCA__OP void ckca__op_conv_forward(ckca_context *ctx, const ckca__conv *s, cons
     g.relu = relu;
     g.out = y;
     if (ckca__is_product(s) && !bias && !residual && !relu)
-        ckca__product(ctx, s->n * s->p * s->q, s->k, s->c, s->half, x, 0, g.b, 1, s->half, y, 0);
+        ckca__product(ctx, s->n * s->p * s->q, s->k, s->c, s->bf16, x, 0, g.b, 1, s->bf16, y, 0);
     else /* what comes after the sums costs no pass over y here */
         ckca__run_gemm<CKCA__FORWARD>(ctx, &g);
 }
@@ -1688,7 +1688,7 @@ CKCA__OP void ckca__op_conv_backward_data(ckca_context *ctx, const ckca__conv *s
     g.out = dx;
     g.accumulate = accumulate;
     if (ckca__is_product(s))
-        ckca__product(ctx, s->n * s->p * s->q, s->c, s->k, s->half, dy, 0, g.b, 0, s->half, dx, accumulate);
+        ckca__product(ctx, s->n * s->p * s->q, s->c, s->k, s->bf16, dy, 0, g.b, 0, s->bf16, dx, accumulate);
     else
         ckca__run_gemm<CKCA__DATA>(ctx, &g);
 }
@@ -1701,14 +1701,14 @@ CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv 
     if (!ckca__conv_fits(ctx, s)) return;
     splits = ckca__weight_splits(ctx, s);
     if (ckca__is_product(s)) {
-        ckca__product(ctx, s->k, s->c, s->n * s->p * s->q, s->half, dy, 1, x, 0, 0, dw, 1);
+        ckca__product(ctx, s->k, s->c, s->n * s->p * s->q, s->bf16, dy, 1, x, 0, 0, dw, 1);
     } else {
         g.s = *s;
         g.a = x;
         g.b = dy;
         g.accumulate = splits == 1;
         g.out = splits == 1 ? dw : (float *)ws;
-        ckca__run_gemm<CKCA__WEIGHT>(ctx, &g);
+        ckca__run_gemm<CKCA__ROLE_WEIGHT>(ctx, &g);
         if (splits > 1) {
             int slices = 1;
             while (slices < 32 && slices * 8 <= splits) slices *= 2;
@@ -1722,7 +1722,7 @@ CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv 
         m.c = s->k;
         m.dy = dy;
         m.part = (float *)ws;
-        ckca__run_channel_sums(ctx, s->half, 1, &m);
+        ckca__run_channel_sums(ctx, s->bf16, 1, &m);
         CKCA__LAUNCH(ctx, ckca__channel_gradients, ckca__warps(s->k), m, ckca__parts(m.rows), (const float *)NULL,
                      (float *)NULL, dbias, (float *)NULL);
     }
@@ -1793,17 +1793,17 @@ template <class T>
 __global__ void ckca__add_backward_kernel(size_t count, const T *y, const T *dy, T *dx, int accumulate) {
     CKCA__IN_CHUNKS(T, count, ckca__add_backward_at, y, dy, dx, accumulate);
 }
-CKCA__OP void ckca__op_add(ckca_context *ctx, int half, size_t count, const float *a, const float *b, int relu,
+CKCA__OP void ckca__op_add(ckca_context *ctx, int bf16, size_t count, const float *a, const float *b, int relu,
                            float *y) {
-    ckca__typed(half, [&](auto type) {
+    ckca__typed(bf16, [&](auto type) {
         typedef decltype(type) T;
         CKCA__LAUNCH(ctx, ckca__add_kernel<T>, ckca__grid(ctx, count / ckca__chunk<T>::VALUES, 1), count, (const T *)a,
                      (const T *)b, relu, (T *)y);
     });
 }
-CKCA__OP void ckca__op_add_backward(ckca_context *ctx, int half, size_t count, const float *y, const float *dy,
+CKCA__OP void ckca__op_add_backward(ckca_context *ctx, int bf16, size_t count, const float *y, const float *dy,
                                     float *dx, int accumulate) {
-    ckca__typed(half, [&](auto type) {
+    ckca__typed(bf16, [&](auto type) {
         typedef decltype(type) T;
         CKCA__LAUNCH(ctx, ckca__add_backward_kernel<T>, ckca__grid(ctx, count / ckca__chunk<T>::VALUES, 1), count,
                      (const T *)y, (const T *)dy, (T *)dx, accumulate);
@@ -1866,7 +1866,7 @@ __global__ void ckca__maxpool_backward_kernel(ckca__conv s, const T *dy, const u
 }
 CKCA__OP void ckca__op_maxpool_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y,
                                        unsigned char *at) {
-    ckca__typed_wide(s->half, s->c, [&](auto type, auto wide) {
+    ckca__typed_wide(s->bf16, s->c, [&](auto type, auto wide) {
         typedef decltype(type) T;
         enum { WIDTH = decltype(wide)::VALUE };
         CKCA__LAUNCH(ctx, (ckca__maxpool_kernel<T, WIDTH>),
@@ -1875,7 +1875,7 @@ CKCA__OP void ckca__op_maxpool_forward(ckca_context *ctx, const ckca__conv *s, c
 }
 CKCA__OP void ckca__op_maxpool_backward(ckca_context *ctx, const ckca__conv *s, const float *dy,
                                         const unsigned char *at, float *dx, int accumulate) {
-    ckca__typed_wide(s->half, s->c, [&](auto type, auto wide) {
+    ckca__typed_wide(s->bf16, s->c, [&](auto type, auto wide) {
         typedef decltype(type) T;
         enum { WIDTH = decltype(wide)::VALUE };
         CKCA__LAUNCH(ctx, (ckca__maxpool_backward_kernel<T, WIDTH>),
@@ -1910,17 +1910,17 @@ __global__ void ckca__avgpool_backward_kernel(int n, int area, int c, const floa
         g.store(dx + i * WIDTH);
     }
 }
-CKCA__OP void ckca__op_avgpool_forward(ckca_context *ctx, int half, int n, int area, int c, const float *x, float *y) {
-    ckca__typed_wide(half, c, [&](auto type, auto wide) {
+CKCA__OP void ckca__op_avgpool_forward(ckca_context *ctx, int bf16, int n, int area, int c, const float *x, float *y) {
+    ckca__typed_wide(bf16, c, [&](auto type, auto wide) {
         typedef decltype(type) T;
         enum { WIDTH = decltype(wide)::VALUE };
         CKCA__LAUNCH(ctx, (ckca__avgpool_kernel<T, WIDTH>), ckca__grid(ctx, (size_t)n * c / WIDTH, 1), n, area, c,
                      (const T *)x, y);
     });
 }
-CKCA__OP void ckca__op_avgpool_backward(ckca_context *ctx, int half, int n, int area, int c, const float *dy, float *dx,
+CKCA__OP void ckca__op_avgpool_backward(ckca_context *ctx, int bf16, int n, int area, int c, const float *dy, float *dx,
                                         int accumulate) {
-    ckca__typed_wide(half, c, [&](auto type, auto wide) {
+    ckca__typed_wide(bf16, c, [&](auto type, auto wide) {
         typedef decltype(type) T;
         enum { WIDTH = decltype(wide)::VALUE };
         CKCA__LAUNCH(ctx, (ckca__avgpool_backward_kernel<T, WIDTH>), ckca__grid(ctx, (size_t)n * area * c / WIDTH, 1),
@@ -1949,7 +1949,7 @@ template <class T> __global__ void ckca__subsample_backward_kernel(ckca__conv s,
     }
 }
 CKCA__OP void ckca__op_subsample_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y) {
-    ckca__typed(s->half, [&](auto type) {
+    ckca__typed(s->bf16, [&](auto type) {
         typedef decltype(type) T;
         CKCA__LAUNCH(ctx, ckca__subsample_kernel<T>, ckca__grid(ctx, (size_t)s->n * s->p * s->q * s->k, 1), *s,
                      (const T *)x, (T *)y);
@@ -1957,7 +1957,7 @@ CKCA__OP void ckca__op_subsample_forward(ckca_context *ctx, const ckca__conv *s,
 }
 CKCA__OP void ckca__op_subsample_backward(ckca_context *ctx, const ckca__conv *s, const float *dy, float *dx,
                                           int accumulate) {
-    ckca__typed(s->half, [&](auto type) {
+    ckca__typed(s->bf16, [&](auto type) {
         typedef decltype(type) T;
         CKCA__LAUNCH(ctx, ckca__subsample_backward_kernel<T>, ckca__grid(ctx, (size_t)s->n * s->h * s->w * s->c, 1), *s,
                      (const T *)dy, (T *)dx, accumulate);
@@ -1976,15 +1976,15 @@ CKCA__OP void ckca__op_gather(ckca_context *ctx, int n, int d, const float *rows
    ------------------------------------------------------------------------------------------------------------------ */
 
 /* log sum_j exp(z_j / t), by the whole warp. NaN or +inf in z gives NaN. */
-__device__ double ckca__log_sum_exp(int k, const float *z, double t) {
+__device__ double ckca__log_sum_exp(int k, const float *logits, double t) {
     double most = -INFINITY, sum = 0;
     for (int j = (int)threadIdx.x % 32; j < k; j += 32)
-        if (z[j] > most) most = z[j];
+        if (logits[j] > most) most = logits[j];
     for (int step = 16; step; step /= 2) {
         const double other = __shfl_xor_sync(0xffffffffu, most, step);
         if (other > most) most = other;
     }
-    for (int j = (int)threadIdx.x % 32; j < k; j += 32) sum += exp((z[j] - most) / t);
+    for (int j = (int)threadIdx.x % 32; j < k; j += 32) sum += exp((logits[j] - most) / t);
     return most / t + log(ckca__warp_sum(sum));
 }
 
@@ -2012,9 +2012,9 @@ __global__ void ckca__cross_entropy_kernel(int n, int k, const float *z, const i
     loss[i] = (float)(lse - (1 - smoothing) * row[label] - smoothing * (sum / k));
     hit[i] = lse == lse ? (rank == 0) | (rank < 5) << 1 : 0;
 }
-CKCA__OP void ckca__op_cross_entropy(ckca_context *ctx, int n, int k, const float *z, const int *labels,
-                                     float smoothing, float *dz, float *loss, int *hit) {
-    CKCA__LAUNCH(ctx, ckca__cross_entropy_kernel, ckca__warps(n), n, k, z, labels, smoothing, dz, loss, hit);
+CKCA__OP void ckca__op_cross_entropy(ckca_context *ctx, int n, int k, const float *logits, const int *labels,
+                                     float smoothing, float *dlogits, float *loss, int *hit) {
+    CKCA__LAUNCH(ctx, ckca__cross_entropy_kernel, ckca__warps(n), n, k, logits, labels, smoothing, dlogits, loss, hit);
 }
 
 __global__ void ckca__softmax_kernel(int n, int k, const float *z, float *p) {
@@ -2023,8 +2023,8 @@ __global__ void ckca__softmax_kernel(int n, int k, const float *z, float *p) {
     const double lse = ckca__log_sum_exp(k, z + (size_t)i * k, 1);
     for (int j = (int)threadIdx.x % 32; j < k; j += 32) p[(size_t)i * k + j] = (float)exp(z[(size_t)i * k + j] - lse);
 }
-CKCA__OP void ckca__op_softmax(ckca_context *ctx, int n, int k, const float *z, float *p) {
-    CKCA__LAUNCH(ctx, ckca__softmax_kernel, ckca__warps(n), n, k, z, p);
+CKCA__OP void ckca__op_softmax(ckca_context *ctx, int n, int k, const float *logits, float *p) {
+    CKCA__LAUNCH(ctx, ckca__softmax_kernel, ckca__warps(n), n, k, logits, p);
 }
 
 /* The sum of v over the block, in a fixed order, in every thread. */
@@ -2094,16 +2094,16 @@ __global__ void ckca__adakd_kernel(ckca_adakd form, int n, int k, const float *z
     kl = ckca__warp_sum(kl);
     if (!lane) loss[i] = (float)(t * t * a * kl);
 }
-CKCA__OP void ckca__op_adakd(ckca_context *ctx, ckca_adakd form, int n, int k, const float *z, const float *zo,
-                             const int *labels, const float *class_weight, float temperature, float scale, float *dz,
+CKCA__OP void ckca__op_adakd(ckca_context *ctx, ckca_adakd form, int n, int k, const float *student_logits, const float *teacher_logits,
+                             const int *labels, const float *class_weight, float temperature, float scale, float *dlogits,
                              float *loss) {
     double *mean = ckca__cuda_of(ctx)->scratch;
     if (form == CKCA_ADAKD_TRUTH || form == CKCA_ADAKD_DOUBT) {
-        CKCA__LAUNCH(ctx, ckca__adakd_weights, ckca__warps(n), form, n, k, zo, labels, loss);
+        CKCA__LAUNCH(ctx, ckca__adakd_weights, ckca__warps(n), form, n, k, teacher_logits, labels, loss);
         CKCA__LAUNCH(ctx, ckca__sum_kernel, 1, n, (const float *)loss, 1, mean);
     }
-    CKCA__LAUNCH(ctx, ckca__adakd_kernel, ckca__warps(n), form, n, k, z, zo, labels, class_weight, (double)temperature,
-                 scale, (const double *)mean, dz, loss);
+    CKCA__LAUNCH(ctx, ckca__adakd_kernel, ckca__warps(n), form, n, k, student_logits, teacher_logits, labels, class_weight, (double)temperature,
+                 scale, (const double *)mean, dlogits, loss);
 }
 
 /* a . b by the whole block. */
@@ -2202,24 +2202,24 @@ __global__ void ckca__relation_kernel(int n, int d, int d_teacher, const float *
     if (threadIdx.x == 0) loss[i] = (float)(n > 1 ? sum / (n - 1) : 0);
 }
 
-CKCA__OP void ckca__op_featreg(ckca_context *ctx, ckca_featreg form, int half, int half_teacher, int n, int d,
-                               int d_teacher, const float *f, const float *fo, float scale, float *df, int accumulate,
+CKCA__OP void ckca__op_featreg(ckca_context *ctx, ckca_featreg form, int bf16, int bf16_teacher, int n, int d,
+                               int d_teacher, const float *student_features, const float *teacher_features, float scale, float *dfeatures, int accumulate,
                                float *loss, void *ws) {
     if (form == CKCA_FEATREG_RELATION) {
         double *inv_f = (double *)ws, *inv_o = inv_f + n;
-        CKCA__LAUNCH(ctx, ckca__norms_kernel, n, d, f, inv_f);
-        CKCA__LAUNCH(ctx, ckca__norms_kernel, n, d_teacher, fo, inv_o);
-        CKCA__LAUNCH(ctx, ckca__relation_kernel, n, n, d, d_teacher, f, fo, (const double *)inv_f,
-                     (const double *)inv_o, (double)scale, df, accumulate, loss);
+        CKCA__LAUNCH(ctx, ckca__norms_kernel, n, d, student_features, inv_f);
+        CKCA__LAUNCH(ctx, ckca__norms_kernel, n, d_teacher, teacher_features, inv_o);
+        CKCA__LAUNCH(ctx, ckca__relation_kernel, n, n, d, d_teacher, student_features, teacher_features, (const double *)inv_f,
+                     (const double *)inv_o, (double)scale, dfeatures, accumulate, loss);
     } else if (form == CKCA_FEATREG_L2) {
-        CKCA__LAUNCH(ctx, ckca__l2_kernel, n, d, f, fo, scale * 2 / ((double)n * d), df, accumulate, loss);
+        CKCA__LAUNCH(ctx, ckca__l2_kernel, n, d, student_features, teacher_features, scale * 2 / ((double)n * d), dfeatures, accumulate, loss);
     } else {
-        ckca__typed_wide(half, d, [&](auto type, auto wide) {
-            ckca__typed(half_teacher, [&](auto teacher) {
+        ckca__typed_wide(bf16, d, [&](auto type, auto wide) {
+            ckca__typed(bf16_teacher, [&](auto teacher) {
                 typedef decltype(type) T;
                 typedef decltype(teacher) TEACHER;
-                CKCA__LAUNCH(ctx, (ckca__cosine_kernel<T, TEACHER, decltype(wide)::VALUE>), n, d, (const T *)f,
-                             (const TEACHER *)fo, (double)scale / n, (T *)df, accumulate, loss);
+                CKCA__LAUNCH(ctx, (ckca__cosine_kernel<T, TEACHER, decltype(wide)::VALUE>), n, d, (const T *)student_features,
+                             (const TEACHER *)teacher_features, (double)scale / n, (T *)dfeatures, accumulate, loss);
             });
         });
     }

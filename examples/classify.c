@@ -31,7 +31,7 @@ int main(int argc, char **argv) {
     }
     if (ckca_init(&ctx, NULL) != CKCA_OK || ckca_load(ctx, &model, argv[1]) != CKCA_OK) {
         fprintf(stderr, "classify: %s\n", ckca_error(ctx));
-        ckca_free(ctx);
+        ckca_context_free(ctx);
         return 1;
     }
     ckca_model_info_get(model, &info);
@@ -70,6 +70,6 @@ int main(int argc, char **argv) {
     free(pixels);
     free(probability);
     ckca_model_free(model);
-    ckca_free(ctx);
+    ckca_context_free(ctx);
     return failed;
 }

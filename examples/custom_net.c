@@ -22,7 +22,7 @@ static int block(ckca_model *net, const char *conv_name, const char *norm_name, 
     ckca_conv_desc conv = {0, 3, 0, 1, 0}; /* kernel 3, padding 1, no bias */
     conv.out = out;
     conv.stride = stride;
-    return ckca_relu(net, ckca_batchnorm(net, norm_name, ckca_conv(net, conv_name, x, conv)));
+    return ckca_layer_relu(net, ckca_layer_batchnorm(net, norm_name, ckca_layer_conv(net, conv_name, x, conv)));
 }
 
 static ckca_status build(ckca_context *ctx, ckca_model **net) {
@@ -38,12 +38,12 @@ static ckca_status build(ckca_context *ctx, ckca_model **net) {
     desc.seed = 1;
     status = ckca_model_create(ctx, net, &desc);
     if (status != CKCA_OK) return status;
-    x = block(*net, "conv1", "norm1", ckca_input(*net), 16, 1);
+    x = block(*net, "conv1", "norm1", ckca_layer_input(*net), 16, 1);
     x = block(*net, "conv2", "norm2", x, 32, 2);
     y = block(*net, "conv3", "norm3", x, 32, 1);
-    x = ckca_maxpool(*net, ckca_relu(*net, ckca_add(*net, x, y)), 2, 2, 0);
+    x = ckca_layer_maxpool(*net, ckca_layer_relu(*net, ckca_layer_add(*net, x, y)), 2, 2, 0);
     x = block(*net, "conv4", "norm4", x, 64, 1);
-    return ckca_model_finish(*net, ckca_linear(*net, "fc", ckca_avgpool(*net, x), CLASSES));
+    return ckca_model_finish(*net, ckca_layer_linear(*net, "fc", ckca_layer_avgpool(*net, x), CLASSES));
 }
 
 /* Mean focal loss of logits z (n x CLASSES); writes its gradient to dz (n x CLASSES). */
@@ -109,6 +109,6 @@ int main(int argc, char **argv) {
     ckca_model_free(net);
     ckca_data_free(train);
     ckca_data_free(test);
-    ckca_free(ctx);
+    ckca_context_free(ctx);
     return status != CKCA_OK;
 }

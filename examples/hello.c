@@ -35,6 +35,6 @@ int main(void) {
     }
     printf("right: %.1f%% of the test pictures, %.1f%% after the update\n", 100 * old.top1, 100 * now.top1);
     printf("picture 0: %.1f%% across, %.1f%% down\n", 100 * p[0], 100 * p[1]);
-    ckca_data_free(first), ckca_data_free(more), ckca_data_free(test), ckca_model_free(model), ckca_free(ctx);
+    ckca_data_free(first), ckca_data_free(more), ckca_data_free(test), ckca_model_free(model), ckca_context_free(ctx);
     return 0;
 }

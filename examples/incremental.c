@@ -586,6 +586,6 @@ int main(int argc, char **argv) {
     ckca_data_free(test);
     free(chunks);
     free(r.rows);
-    ckca_free(ctx);
+    ckca_context_free(ctx);
     return tool_end();
 }

@@ -245,7 +245,7 @@ static inline void tool_open(ckca_context *ctx, const tool_source *source, int s
     data[0] = train;
     data[1] = test;
     for (part = 0; part < 2; part++) {
-        ckca_part which = part ? CKCA_TEST : CKCA_TRAIN;
+        ckca_part which = part ? CKCA_PART_TEST : CKCA_PART_TRAIN;
         ckca_data_info info;
         if (source->folder) {
             static char path[4096];

@@ -117,6 +117,6 @@ int main(int argc, char **argv) {
     ckca_model_free(model);
     ckca_data_free(train);
     ckca_data_free(test);
-    ckca_free(ctx);
+    ckca_context_free(ctx);
     return tool_end();
 }

@@ -67,7 +67,7 @@ int main(int argc, char **argv) {
     tool_tell_left_out(pictures, argv[1]);
     ckca_model_info_get(model, &info);
     ckca_data_info_get(pictures, &data_info);
-    printf("%s: %s after %d updates; %d new pictures, %d classes\n", argv[0], info.arch, info.step, data_info.count,
+    printf("%s: %s after %d updates; %d new pictures, %d classes\n", argv[0], info.arch, info.updates, data_info.count,
            info.classes);
     if (test_folder) {
         tool_check(ctx, ckca_open_folder(ctx, &test, test_folder, &like));
@@ -82,7 +82,7 @@ int main(int argc, char **argv) {
     tool_check(ctx, ckca_save(model, argv[2]));
     tool_status(NULL);
     printf("%s: update %d, %d steps in %.1f s; accuracy on the new pictures %.1f%% before, %.1f%% in training\n",
-           argv[2], report.step, report.sgd_steps, report.seconds, 100 * report.teacher_accuracy,
+           argv[2], report.updates, report.steps, report.seconds, 100 * report.teacher_accuracy,
            100 * report.accuracy);
     if (test) {
         tool_check(ctx, ckca_evaluate(model, test, &after, NULL));
@@ -93,6 +93,6 @@ int main(int argc, char **argv) {
     ckca_model_free(model);
     ckca_data_free(pictures);
     ckca_data_free(test);
-    ckca_free(ctx);
+    ckca_context_free(ctx);
     return tool_end();
 }

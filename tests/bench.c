@@ -57,7 +57,7 @@ static int mark(clock_marks *marks) {
     if (!marks->warm) {
         marks->warm = marks->seen >= WARM_UP && at - marks->begin >= WARM_UP_MS;
         if (!marks->warm) return 0;
-        marks->left = ckca__device_room(marks->ctx);
+        marks->left = ckca__device_free_bytes(marks->ctx);
         marks->ms[0] = now();
         return 0;
     }
@@ -88,15 +88,15 @@ static ckca_model *make_net(ckca_context *ctx, const char *net, int size) {
     desc.seed = 1;
     if (ckca_resnet(ctx, &model, net, &desc) != CKCA_OK) die(net, ctx);
     /* Residual branches start small, so that an untrained teacher's activations stay of order one. */
-    for (i = 0; i < ckca_tensors(model); i++) {
-        ckca_tensor t;
-        ckca_tensor_info(model, i, &t);
+    for (i = 0; i < ckca_tensor_count(model); i++) {
+        ckca_tensor_info t;
+        ckca_tensor_info_get(model, i, &t);
         if (strstr(t.name, "layer") && strstr(t.name, strstr(net, "50") ? ".bn3.weight" : ".bn2.weight")) {
             float *gamma = (float *)malloc((size_t)t.count * sizeof *gamma);
             int64_t j;
             if (!gamma) die("no memory", ctx);
             for (j = 0; j < t.count; j++) gamma[j] = 0.2f;
-            ckca_tensor_write(model, i, CKCA_VALUE, gamma);
+            ckca_tensor_write(model, i, CKCA_SLOT_VALUE, gamma);
             free(gamma);
         }
     }
@@ -224,10 +224,10 @@ static void cost(const ckca_model *m, int batch, int training, double *gflop, do
     for (i = 0; i < m->nodes; i++) {
         const ckca__node *node = &m->node[i], *in = node->in[0] >= 0 ? &m->node[node->in[0]] : NULL;
         double values = (double)node->h * node->w * node->c;
-        if (node->kind == CKCA__LINEAR) macs += values * in->h * in->w * in->c;
-        if (node->kind != CKCA__CONV) continue;
+        if (node->kind == CKCA__KIND_LINEAR) macs += values * in->h * in->w * in->c;
+        if (node->kind != CKCA__KIND_CONV) continue;
         macs += values * node->kernel * node->kernel * in->c;
-        bytes += values * (node->half ? 2 : 4);
+        bytes += values * (node->bf16 ? 2 : 4);
     }
     *gflop += 2e-9 * macs * batch * (training ? 3 : 1);
     *mbyte += 1e-6 * (bytes * batch * (training ? 4 : 2) + 4.0 * (double)info.parameters * (training ? 7 : 1));
@@ -372,13 +372,13 @@ int main(int argc, char **argv) {
     }
     if (peaks) {
         peak(ctx, desc.threads > 0 ? desc.threads : 1);
-        ckca_free(ctx);
+        ckca_context_free(ctx);
         return 0;
     }
     memset(&marks, 0, sizeof marks);
     marks.ctx = ctx;
     marks.steps = steps;
-    marks.room = ckca__device_room(ctx);
+    marks.room = ckca__device_free_bytes(ctx);
     marks.ms = (double *)malloc(((size_t)steps + MARKS + 1) * sizeof *marks.ms);
     if (!marks.ms) die("no memory", ctx);
     model = make_net(ctx, argv[2], size);
@@ -406,7 +406,7 @@ int main(int argc, char **argv) {
     printf("\n");
     ckca_model_free(teacher);
     ckca_model_free(model);
-    ckca_free(ctx);
+    ckca_context_free(ctx);
     free(marks.ms);
     return 0;
 }

@@ -85,8 +85,8 @@ static size_t bytes_of(int kind) { return kind == HALF ? 2 : kind == DOUBLE ? 8 
 
 /* A factor as it is multiplied. */
 __device__ static double rounded(double v, int precision) {
-    if (precision == CKCA_BF16) return __uint_as_float(ckca__to_bf16x2((float)v, 0) << 16);
-    if (precision == CKCA_TF32) return __uint_as_float(ckca__to_tf32((float)v) & ~0x1fffu);
+    if (precision == CKCA_PRECISION_BF16) return __uint_as_float(ckca__to_bf16x2((float)v, 0) << 16);
+    if (precision == CKCA_PRECISION_TF32) return __uint_as_float(ckca__to_tf32((float)v) & ~0x1fffu);
     return v;
 }
 
@@ -405,32 +405,32 @@ template <class F> void call::time(F op) {
 enum { TIGHT = 0, LOOSE = 1 }; /* TF32 of cuBLAS rounds in its own way */
 static const double rounding[] = {2e-5, 2e-3};
 
-static int map_kind(int half) { return half ? HALF : FLOAT; }
-static const char *map_name(int half) { return half ? "bf16" : "float"; }
+static int map_kind(int bf16) { return bf16 ? HALF : FLOAT; }
+static const char *map_name(int bf16) { return bf16 ? "bf16" : "float"; }
 static double values(const ckca__conv *s, int output) {
     return output ? (double)s->n * s->p * s->q * s->k : (double)s->n * s->h * s->w * s->c;
 }
 static double weights_of(const ckca__conv *s) { return (double)s->k * s->r * s->s * s->c; }
 static double map_bytes(const ckca__conv *s) {
-    return values(s, 0) * bytes_of(map_kind(s->half_x)) + values(s, 1) * bytes_of(map_kind(s->half));
+    return values(s, 0) * bytes_of(map_kind(s->bf16_x)) + values(s, 1) * bytes_of(map_kind(s->bf16));
 }
 static std::string shape(const ckca__conv *s) {
     char text[120];
     snprintf(text, sizeof text, "%d x %dx%dx%d -> %d, %dx%d/%d, %s", s->n, s->h, s->w, s->c, s->k, s->r, s->s,
-             s->stride, map_name(s->half));
+             s->stride, map_name(s->bf16));
     return text;
 }
 static double flops(const ckca__conv *s) { return 2 * values(s, 1) * s->r * s->s * s->c; }
 static double exactness(const ckca_context *ctx, const ckca__conv *s) {
-    return rounding[ckca__math(ctx, s) == CKCA_TF32 && ckca__is_product(s) ? LOOSE : TIGHT];
+    return rounding[ckca__math(ctx, s) == CKCA_PRECISION_TF32 && ckca__is_product(s) ? LOOSE : TIGHT];
 }
 
 static void expect_conv_forward(call &it, const ckca__conv *shape, const float *x_, const float *w, const float *bias,
                                 const float *residual_, int relu, float *y) {
     const ckca__conv s = *shape;
     const int math = ckca__math(it.ctx, shape);
-    const array x = {x_, map_kind(s.half_x)}, residual = {residual_, map_kind(s.half)};
-    it.expect(y, map_kind(s.half), (size_t)values(&s, 1), exactness(it.ctx, &s),
+    const array x = {x_, map_kind(s.bf16_x)}, residual = {residual_, map_kind(s.bf16)};
+    it.expect(y, map_kind(s.bf16), (size_t)values(&s, 1), exactness(it.ctx, &s),
               [=] __device__(size_t i, double *size) -> double {
                   const int k = (int)(i % s.k), q = (int)(i / s.k % s.q), p = (int)(i / s.k / s.q % s.p);
                   const size_t n = i / s.k / s.q / s.p;
@@ -450,8 +450,8 @@ static void expect_conv_data(call &it, const ckca__conv *shape, const float *dy_
                              int accumulate) {
     const ckca__conv s = *shape;
     const int math = ckca__math(it.ctx, shape);
-    const array dy = {dy_, map_kind(s.half)}, before = {dx, map_kind(s.half_x)};
-    it.expect(dx, map_kind(s.half_x), (size_t)values(&s, 0), exactness(it.ctx, &s),
+    const array dy = {dy_, map_kind(s.bf16)}, before = {dx, map_kind(s.bf16_x)};
+    it.expect(dx, map_kind(s.bf16_x), (size_t)values(&s, 0), exactness(it.ctx, &s),
               [=] __device__(size_t i, double *size) -> double {
                   const int c = (int)(i % s.c), x = (int)(i / s.c % s.w), y = (int)(i / s.c / s.w % s.h);
                   const size_t n = i / s.c / s.w / s.h;
@@ -472,7 +472,7 @@ static void expect_conv_weight(call &it, const ckca__conv *shape, const float *x
     const ckca__conv s = *shape;
     const int math = ckca__math(it.ctx, shape);
     const size_t pixels = (size_t)s.n * s.p * s.q;
-    const array x = {x_, map_kind(s.half_x)}, dy = {dy_, map_kind(s.half)};
+    const array x = {x_, map_kind(s.bf16_x)}, dy = {dy_, map_kind(s.bf16)};
     it.expect(dw, FLOAT, (size_t)weights_of(&s), exactness(it.ctx, &s),
               [=] __device__(size_t i, double *size) -> double {
                   const int c = (int)(i % s.c), at_x = (int)(i / s.c % s.s), at_y = (int)(i / s.c / s.s % s.r);
@@ -498,7 +498,7 @@ OP(conv_forward)
 (ckca_context *ctx, const ckca__conv *s, const float *x, const float *w, const float *bias, const float *residual,
  int relu, float *y, void *ws) {
     call it(ctx, ckca__math(ctx, s),
-            map_bytes(s) + 4 * weights_of(s) + (residual ? values(s, 1) * bytes_of(map_kind(s->half)) : 0), flops(s),
+            map_bytes(s) + 4 * weights_of(s) + (residual ? values(s, 1) * bytes_of(map_kind(s->bf16)) : 0), flops(s),
             "conv forward %s%s%s%s", shape(s).c_str(), bias ? " +bias" : "", residual ? " +residual" : "",
             relu ? " relu" : "");
     expect_conv_forward(it, s, x, w, bias, residual, relu, y);
@@ -507,7 +507,7 @@ OP(conv_forward)
 OP(conv_backward_data)
 (ckca_context *ctx, const ckca__conv *s, const float *dy, const float *w, float *dx, int accumulate, void *ws) {
     call it(ctx, ckca__math(ctx, s),
-            map_bytes(s) + 4 * weights_of(s) + (accumulate ? values(s, 0) * bytes_of(map_kind(s->half_x)) : 0),
+            map_bytes(s) + 4 * weights_of(s) + (accumulate ? values(s, 0) * bytes_of(map_kind(s->bf16_x)) : 0),
             flops(s), "conv data    %s%s", shape(s).c_str(), accumulate ? " +=" : "");
     expect_conv_data(it, s, dy, w, dx, accumulate);
     it.run([&] { ckca__op_conv_backward_data(ctx, s, dy, w, dx, accumulate, ws); });
@@ -542,10 +542,10 @@ OP(linear_backward)
 OP(ready)(ckca_context *ctx, int count, const ckca__conv *s, const float *const *w, int backward) {
     double bytes = 0;
     for (int i = 0; i < count; i++)
-        bytes += (double)ckca__ready_bytes(ctx, s + i, backward) + (s[i].ready ? 4 * weights_of(s + i) : 0);
+        bytes += (double)ckca__packed_bytes(ctx, s + i, backward) + (s[i].packed_weights ? 4 * weights_of(s + i) : 0);
     call it(ctx, 0, bytes, 0, "weights ready for %d convolutions%s, %.1f MB", count, backward ? ", both ways" : "",
             bytes * 1e-6);
-    it.run([&] { ckca__op_ready(ctx, count, s, w, backward); });
+    it.run([&] { ckca__op_pack_weights(ctx, count, s, w, backward); });
 }
 
 /* Of a channel: the mean of x, and 1 / its standard deviation. */
@@ -576,21 +576,21 @@ struct residual_of {
         return norm.relu && v <= 0 ? 0 : v;
     }
 };
-static residual_of residual_at(const float *residual, const ckca__norm *norm, int half) {
-    residual_of r = {{residual, map_kind(half)}, residual != NULL, norm != NULL, {}};
+static residual_of residual_at(const float *residual, const ckca__norm *norm, int bf16) {
+    residual_of r = {{residual, map_kind(bf16)}, residual != NULL, norm != NULL, {}};
     if (norm) r.norm = *norm;
     return r;
 }
 
 OP(batchnorm_forward)
-(ckca_context *ctx, int half, size_t rows, int c, const float *x_, const float *gamma, const float *beta,
+(ckca_context *ctx, int bf16, size_t rows, int c, const float *x_, const float *gamma, const float *beta,
  float *running_mean, float *running_var, const float *residual, const ckca__norm *residual_norm, int relu, float *y,
  float *mean, float *inv_std, void *ws) {
-    const int kind = map_kind(half);
+    const int kind = map_kind(bf16);
     const array x = {x_, kind};
-    const residual_of other = residual_at(residual, residual_norm, half);
+    const residual_of other = residual_at(residual, residual_norm, bf16);
     call it(ctx, 0, (double)rows * c * bytes_of(kind) * (2 + (y != NULL) + (residual != NULL) - (y == NULL)), 0,
-            "batch norm forward %zu x %d, %s%s%s%s", rows, c, map_name(half),
+            "batch norm forward %zu x %d, %s%s%s%s", rows, c, map_name(bf16),
             residual ? residual_norm ? " +normed residual" : " +residual" : "", relu ? " relu" : "",
             y ? "" : ", statistics");
     it.expect(mean, FLOAT, (size_t)c, 2e-5, [=] __device__(size_t i, double *size) -> double {
@@ -611,35 +611,35 @@ OP(batchnorm_forward)
     it.writes(running_mean, FLOAT, (size_t)c);
     it.writes(running_var, FLOAT, (size_t)c);
     it.run([&] {
-        ckca__op_batchnorm_forward(ctx, half, rows, c, x_, gamma, beta, running_mean, running_var, residual,
+        ckca__op_batchnorm_forward(ctx, bf16, rows, c, x_, gamma, beta, running_mean, running_var, residual,
                                    residual_norm, relu, y, mean, inv_std, ws);
     });
 }
 OP(batchnorm_again)
-(ckca_context *ctx, int half, size_t rows, int c, const float *x_, const ckca__norm *norm, const float *residual,
+(ckca_context *ctx, int bf16, size_t rows, int c, const float *x_, const ckca__norm *norm, const float *residual,
  const ckca__norm *residual_norm, float *y) {
-    const int kind = map_kind(half);
+    const int kind = map_kind(bf16);
     const array x = {x_, kind};
     const ckca__norm own = *norm;
-    const residual_of other = residual_at(residual, residual_norm, half);
+    const residual_of other = residual_at(residual, residual_norm, bf16);
     call it(ctx, 0, (double)rows * c * bytes_of(kind) * (2 + (residual != NULL)), 0, "batch norm again %zu x %d, %s%s",
-            rows, c, map_name(half), residual ? residual_norm ? " +normed residual" : " +residual" : "");
+            rows, c, map_name(bf16), residual ? residual_norm ? " +normed residual" : " +residual" : "");
     it.expect(y, kind, rows * c, 2e-5, [=] __device__(size_t i, double *size) -> double {
         const int at = (int)(i % c);
         const double v = normed(x[i], own.mean[at], (double)own.inv_std[at] * own.gamma[at], own.beta[at], size) +
                          other(i, at, size);
         return own.relu && v <= 0 ? 0 : v;
     });
-    it.run([&] { ckca__op_batchnorm_again(ctx, half, rows, c, x_, norm, residual, residual_norm, y); });
+    it.run([&] { ckca__op_batchnorm_recompute(ctx, bf16, rows, c, x_, norm, residual, residual_norm, y); });
 }
 OP(batchnorm_eval)
-(ckca_context *ctx, int half, size_t rows, int c, const float *x_, const float *gamma, const float *beta,
+(ckca_context *ctx, int bf16, size_t rows, int c, const float *x_, const float *gamma, const float *beta,
  const float *running_mean, const float *running_var, const float *residual, int relu, float *y) {
-    const int kind = map_kind(half);
+    const int kind = map_kind(bf16);
     const array x = {x_, kind};
-    const residual_of other = residual_at(residual, NULL, half);
+    const residual_of other = residual_at(residual, NULL, bf16);
     call it(ctx, 0, (double)rows * c * bytes_of(kind) * (2 + (residual != NULL)), 0, "batch norm eval %zu x %d, %s%s%s",
-            rows, c, map_name(half), residual ? " +residual" : "", relu ? " relu" : "");
+            rows, c, map_name(bf16), residual ? " +residual" : "", relu ? " relu" : "");
     it.expect(y, kind, rows * c, 2e-5, [=] __device__(size_t i, double *size) -> double {
         const int at = (int)(i % c);
         const double v = normed(x[i], running_mean[at], gamma[at] / sqrt(running_var[at] + 1e-5), beta[at], size) +
@@ -647,7 +647,7 @@ OP(batchnorm_eval)
         return relu && v <= 0 ? 0 : v;
     });
     it.run([&] {
-        ckca__op_batchnorm_eval(ctx, half, rows, c, x_, gamma, beta, running_mean, running_var, residual, relu, y);
+        ckca__op_batchnorm_eval(ctx, bf16, rows, c, x_, gamma, beta, running_mean, running_var, residual, relu, y);
     });
 }
 
@@ -669,16 +669,16 @@ struct gated {
 };
 
 OP(batchnorm_backward)
-(ckca_context *ctx, int half, size_t rows, int c, const float *x_, const float *y_, const float *dy_,
+(ckca_context *ctx, int bf16, size_t rows, int c, const float *x_, const float *y_, const float *dy_,
  const ckca__norm *norm, float *dx, float *dresidual, int accumulate, float *dgamma, float *dbeta, void *ws) {
-    const int kind = map_kind(half);
+    const int kind = map_kind(bf16);
     const array x = {x_, kind}, before = {dresidual, kind};
     const gated g = {x, {y_, kind}, {dy_, kind}, norm->relu, y_ != NULL, *norm};
     const ckca__norm own = *norm;
     call it(ctx, 0,
             (double)rows * c * bytes_of(kind) *
                 (5 + (norm->relu && y_ ? 2 : 0) + (dresidual != NULL) + (dresidual && accumulate)),
-            0, "batch norm backward %zu x %d, %s%s%s", rows, c, map_name(half),
+            0, "batch norm backward %zu x %d, %s%s%s", rows, c, map_name(bf16),
             norm->relu ? y_ ? " relu" : " relu of x" : "", dresidual ? accumulate ? " residual +=" : " residual" : "");
     it.expect(dbeta, FLOAT, (size_t)c, 1e-4, [=] __device__(size_t i, double *size) -> double {
         *size += fabs(dbeta[i]);
@@ -708,7 +708,7 @@ OP(batchnorm_backward)
                   return v + was;
               });
     it.run([&] {
-        ckca__op_batchnorm_backward(ctx, half, rows, c, x_, y_, dy_, norm, dx, dresidual, accumulate, dgamma, dbeta,
+        ckca__op_batchnorm_backward(ctx, bf16, rows, c, x_, y_, dy_, norm, dx, dresidual, accumulate, dgamma, dbeta,
                                     ws);
     });
 }
@@ -728,34 +728,34 @@ OP(fold)
     it.run([&] { ckca__op_fold(ctx, k, per, w, bias, gamma, beta, mean, var, w_out, bias_out); });
 }
 
-OP(add)(ckca_context *ctx, int half, size_t count, const float *a_, const float *b_, int relu, float *y) {
-    const int kind = map_kind(half);
+OP(add)(ckca_context *ctx, int bf16, size_t count, const float *a_, const float *b_, int relu, float *y) {
+    const int kind = map_kind(bf16);
     const array a = {a_, kind}, b = {b_, kind};
-    call it(ctx, 0, (double)count * bytes_of(kind) * (2 + (b_ != NULL)), 0, "add %zu, %s%s%s", count, map_name(half),
+    call it(ctx, 0, (double)count * bytes_of(kind) * (2 + (b_ != NULL)), 0, "add %zu, %s%s%s", count, map_name(bf16),
             b_ ? "" : " (one)", relu ? " relu" : "");
     it.expect(y, kind, count, 1e-6, [=] __device__(size_t i, double *size) -> double {
         const double v = a[i] + (b_ ? b[i] : 0);
         *size += fabs(v);
         return relu && v <= 0 ? 0 : v;
     });
-    it.run([&] { ckca__op_add(ctx, half, count, a_, b_, relu, y); });
+    it.run([&] { ckca__op_add(ctx, bf16, count, a_, b_, relu, y); });
 }
 OP(add_backward)
-(ckca_context *ctx, int half, size_t count, const float *y_, const float *dy_, float *dx, int accumulate) {
-    const int kind = map_kind(half);
+(ckca_context *ctx, int bf16, size_t count, const float *y_, const float *dy_, float *dx, int accumulate) {
+    const int kind = map_kind(bf16);
     const array y = {y_, kind}, dy = {dy_, kind}, before = {dx, kind};
     call it(ctx, 0, (double)count * bytes_of(kind) * (2 + (y_ != NULL) + accumulate), 0, "add backward %zu, %s%s%s",
-            count, map_name(half), y_ ? " relu" : "", accumulate ? " +=" : "");
+            count, map_name(bf16), y_ ? " relu" : "", accumulate ? " +=" : "");
     it.expect(dx, kind, count, 1e-6, [=] __device__(size_t i, double *size) -> double {
         const double v = y_ && !(y[i] > 0) ? 0 : dy[i], was = accumulate ? before[i] : 0;
         *size += fabs(v) + fabs(was);
         return v + was;
     });
-    it.run([&] { ckca__op_add_backward(ctx, half, count, y_, dy_, dx, accumulate); });
+    it.run([&] { ckca__op_add_backward(ctx, bf16, count, y_, dy_, dx, accumulate); });
 }
 OP(maxpool_forward)(ckca_context *ctx, const ckca__conv *shape_, const float *x_, float *y, unsigned char *at) {
     const ckca__conv s = *shape_;
-    const array x = {x_, map_kind(s.half)};
+    const array x = {x_, map_kind(s.bf16)};
     call it(ctx, 0, (values(&s, 0) + values(&s, 1)) * bytes_of(x.kind) + (at ? values(&s, 1) : 0), 0, "max pool %s%s",
             shape(&s).c_str(), at ? "" : ", evaluation");
     it.expect(y, x.kind, (size_t)values(&s, 1), 0, [=] __device__(size_t i, double *) -> double {
@@ -776,7 +776,7 @@ OP(maxpool_forward)(ckca_context *ctx, const ckca__conv *shape_, const float *x_
 OP(maxpool_backward)
 (ckca_context *ctx, const ckca__conv *shape_, const float *dy_, const unsigned char *at, float *dx, int accumulate) {
     const ckca__conv s = *shape_;
-    const array dy = {dy_, map_kind(s.half)}, before = {dx, map_kind(s.half)};
+    const array dy = {dy_, map_kind(s.bf16)}, before = {dx, map_kind(s.bf16)};
     call it(ctx, 0, (values(&s, 0) * (1 + accumulate) + values(&s, 1)) * bytes_of(dy.kind) + values(&s, 1), 0,
             "max pool backward %s%s", shape(&s).c_str(), accumulate ? " +=" : "");
     it.expect(dx, dy.kind, (size_t)values(&s, 0), 1e-6, [=] __device__(size_t i, double *size) -> double {
@@ -795,29 +795,29 @@ OP(maxpool_backward)
     });
     it.run([&] { ckca__op_maxpool_backward(ctx, shape_, dy_, at, dx, accumulate); });
 }
-OP(avgpool_forward)(ckca_context *ctx, int half, int n, int area, int c, const float *x_, float *y) {
-    const array x = {x_, map_kind(half)};
+OP(avgpool_forward)(ckca_context *ctx, int bf16, int n, int area, int c, const float *x_, float *y) {
+    const array x = {x_, map_kind(bf16)};
     call it(ctx, 0, (double)n * c * (area * bytes_of(x.kind) + 4), 0, "average pool %d x %d x %d, %s", n, area, c,
-            map_name(half));
+            map_name(bf16));
     it.expect(y, FLOAT, (size_t)n * c, 1e-5, [=] __device__(size_t i, double *size) -> double {
         return total((size_t)area, size, [&](size_t t) -> double { return x[(i / c * area + t) * c + i % c] / area; });
     });
-    it.run([&] { ckca__op_avgpool_forward(ctx, half, n, area, c, x_, y); });
+    it.run([&] { ckca__op_avgpool_forward(ctx, bf16, n, area, c, x_, y); });
 }
-OP(avgpool_backward)(ckca_context *ctx, int half, int n, int area, int c, const float *dy, float *dx, int accumulate) {
-    const array before = {dx, map_kind(half)};
+OP(avgpool_backward)(ckca_context *ctx, int bf16, int n, int area, int c, const float *dy, float *dx, int accumulate) {
+    const array before = {dx, map_kind(bf16)};
     call it(ctx, 0, (double)n * c * (area * bytes_of(before.kind) * (1 + accumulate) + 4), 0,
-            "average pool backward %d x %d x %d, %s%s", n, area, c, map_name(half), accumulate ? " +=" : "");
+            "average pool backward %d x %d x %d, %s%s", n, area, c, map_name(bf16), accumulate ? " +=" : "");
     it.expect(dx, before.kind, (size_t)n * area * c, 1e-6, [=] __device__(size_t i, double *size) -> double {
         const double v = (double)dy[i / c / area * c + i % c] / area, was = accumulate ? before[i] : 0;
         *size += fabs(v) + fabs(was);
         return v + was;
     });
-    it.run([&] { ckca__op_avgpool_backward(ctx, half, n, area, c, dy, dx, accumulate); });
+    it.run([&] { ckca__op_avgpool_backward(ctx, bf16, n, area, c, dy, dx, accumulate); });
 }
 OP(subsample_forward)(ckca_context *ctx, const ckca__conv *shape_, const float *x_, float *y) {
     const ckca__conv s = *shape_;
-    const array x = {x_, map_kind(s.half)};
+    const array x = {x_, map_kind(s.bf16)};
     call it(ctx, 0, ((double)s.n * s.p * s.q * s.c + values(&s, 1)) * bytes_of(x.kind), 0, "subsample %s",
             shape(&s).c_str());
     it.expect(y, x.kind, (size_t)values(&s, 1), 0, [=] __device__(size_t i, double *) -> double {
@@ -829,7 +829,7 @@ OP(subsample_forward)(ckca_context *ctx, const ckca__conv *shape_, const float *
 }
 OP(subsample_backward)(ckca_context *ctx, const ckca__conv *shape_, const float *dy_, float *dx, int accumulate) {
     const ckca__conv s = *shape_;
-    const array dy = {dy_, map_kind(s.half)}, before = {dx, map_kind(s.half)};
+    const array dy = {dy_, map_kind(s.bf16)}, before = {dx, map_kind(s.bf16)};
     call it(ctx, 0, ((double)s.n * s.p * s.q * s.c + values(&s, 0) * (1 + accumulate)) * bytes_of(dy.kind), 0,
             "subsample backward %s%s", shape(&s).c_str(), accumulate ? " +=" : "");
     it.expect(dx, dy.kind, (size_t)values(&s, 0), 1e-6, [=] __device__(size_t i, double *size) -> double {
@@ -921,11 +921,11 @@ OP(adakd)
     it.run([&] { ckca__op_adakd(ctx, form, n, k, z, zo, labels, class_weight, temperature, scale, dz, loss); });
 }
 OP(featreg)
-(ckca_context *ctx, ckca_featreg form, int half, int half_teacher, int n, int d, int d_teacher, const float *f_,
+(ckca_context *ctx, ckca_featreg form, int bf16, int bf16_teacher, int n, int d, int d_teacher, const float *f_,
  const float *fo_, float scale, float *df, int accumulate, float *loss, void *ws) {
-    const array f = {f_, map_kind(half)}, fo = {fo_, map_kind(half_teacher)}, before = {df, map_kind(half)};
+    const array f = {f_, map_kind(bf16)}, fo = {fo_, map_kind(bf16_teacher)}, before = {df, map_kind(bf16)};
     call it(ctx, 0, (double)n * d * (bytes_of(f.kind) * (2 + accumulate) + bytes_of(fo.kind)), 0,
-            "FeatReg %d x %d, form %d, %s%s", n, d, (int)form, map_name(half), accumulate ? " +=" : "");
+            "FeatReg %d x %d, form %d, %s%s", n, d, (int)form, map_name(bf16), accumulate ? " +=" : "");
     if (form == CKCA_FEATREG_COSINE) {
         it.expect(df, f.kind, (size_t)n * d, 1e-5, [=] __device__(size_t i, double *size) -> double {
             const size_t row = i / d * d;
@@ -944,7 +944,7 @@ OP(featreg)
         it.writes(df, f.kind, (size_t)n * d);
     it.writes(loss, FLOAT, (size_t)n);
     it.run([&] {
-        ckca__op_featreg(ctx, form, half, half_teacher, n, d, d_teacher, f_, fo_, scale, df, accumulate, loss, ws);
+        ckca__op_featreg(ctx, form, bf16, bf16_teacher, n, d, d_teacher, f_, fo_, scale, df, accumulate, loss, ws);
     });
 }
 OP(sum)(ckca_context *ctx, int n, const float *values, double *sum) {
@@ -1096,14 +1096,14 @@ static ckca_status make_stem(ckca_context *ctx, ckca_model **m, const ckca_model
                          wide = {16, 1, 1, 0, 0};
     const ckca_status status = ckca_model_create(ctx, m, desc);
     if (status) return status;
-    int x = ckca_relu(*m, ckca_batchnorm(*m, "bn1", ckca_conv(*m, "conv1", ckca_input(*m), seven)));
-    x = ckca_maxpool(*m, x, 3, 2, 1);
-    int y = ckca_relu(*m, ckca_batchnorm(*m, "bn2", ckca_conv(*m, "conv2", x, one)));
-    y = ckca_relu(*m, ckca_batchnorm(*m, "bn3", ckca_conv(*m, "conv3", y, three)));
-    y = ckca_batchnorm(*m, "bn4", ckca_conv(*m, "conv4", y, wide));
-    x = ckca_batchnorm(*m, "down_bn", ckca_conv(*m, "down", x, wide));
-    x = ckca_relu(*m, ckca_add(*m, y, x));
-    return ckca_model_finish(*m, ckca_linear(*m, "fc", ckca_avgpool(*m, x), desc->classes));
+    int x = ckca_layer_relu(*m, ckca_layer_batchnorm(*m, "bn1", ckca_layer_conv(*m, "conv1", ckca_layer_input(*m), seven)));
+    x = ckca_layer_maxpool(*m, x, 3, 2, 1);
+    int y = ckca_layer_relu(*m, ckca_layer_batchnorm(*m, "bn2", ckca_layer_conv(*m, "conv2", x, one)));
+    y = ckca_layer_relu(*m, ckca_layer_batchnorm(*m, "bn3", ckca_layer_conv(*m, "conv3", y, three)));
+    y = ckca_layer_batchnorm(*m, "bn4", ckca_layer_conv(*m, "conv4", y, wide));
+    x = ckca_layer_batchnorm(*m, "down_bn", ckca_layer_conv(*m, "down", x, wide));
+    x = ckca_layer_relu(*m, ckca_layer_add(*m, y, x));
+    return ckca_model_finish(*m, ckca_layer_linear(*m, "fc", ckca_layer_avgpool(*m, x), desc->classes));
 }
 
 static int until(const ckca_progress *, void *end) { return now() > *(double *)end; }
@@ -1142,9 +1142,9 @@ static void find_peaks(ckca_context *ctx) {
             std::min(best[ctx->precision], between(
                                                stream, [] {},
                                                [&] {
-                                                   ckca__product(ctx, SIDE, SIDE, SIDE, ctx->precision == CKCA_BF16,
+                                                   ckca__product(ctx, SIDE, SIDE, SIDE, ctx->precision == CKCA_PRECISION_BF16,
                                                                  arrays, 0, arrays + count, 0,
-                                                                 ctx->precision == CKCA_BF16, arrays + 2 * count, 0);
+                                                                 ctx->precision == CKCA_PRECISION_BF16, arrays + 2 * count, 0);
                                                }));
     }
     must(ctx);
@@ -1241,7 +1241,7 @@ static void look_at(const char *net, int batch, int size, int precision, int pro
     flush = NULL;
     ckca_data_free(data);
     ckca_model_free(m);
-    ckca_free(ctx);
+    ckca_context_free(ctx);
 }
 
 int main(int argc, char **argv) {
@@ -1256,7 +1256,7 @@ int main(int argc, char **argv) {
         look_at(argv[first], atoi(argv[first + 1]), atoi(argv[first + 2]), precision, steps);
     } else
         for (const config &c : networks)
-            for (precision = CKCA_FLOAT32; precision <= CKCA_BF16; precision++)
+            for (precision = CKCA_PRECISION_FLOAT32; precision <= CKCA_PRECISION_BF16; precision++)
                 if (c.precisions >> precision & 1) look_at(c.net, c.batch, c.size, precision, 0);
     if (!profile) printf("%d passed, %d failed\n", passed, failures);
     return failures > 0;

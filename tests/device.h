@@ -30,7 +30,7 @@ static void *device_place(ckca_context *ctx, const void *host, size_t bytes, int
     device_argument[i].host = host;
     device_argument[i].bytes = bytes;
     device_argument[i].writable = writable;
-    device_argument[i].half = 0;
+    device_argument[i].bf16 = 0;
     device_argument[i].device = (char *)ckca__device_alloc(ctx, bytes + 2 * DEVICE_MARGIN);
     if (!copy || !device_argument[i].device) {
         printf("no memory on the device\n");
@@ -67,7 +67,7 @@ static void *device_map(ckca_context *ctx, const float *host, size_t count, int 
     if (!half || !host) return device_place(ctx, host, count * sizeof(float), writable);
     place = device_place(ctx, host, count * sizeof *halves, writable);
     if (device_arguments == known) return place; /* an op in place */
-    device_argument[known].half = 1;
+    device_argument[known].bf16 = 1;
     halves = (uint16_t *)malloc(count * sizeof *halves + 1);
     for (i = 0; i < count; i++) halves[i] = device_to_half(host[i]);
     ckca__device_upload(ctx, place, halves, count * sizeof *halves);
@@ -92,7 +92,7 @@ static void device_done(ckca_context *ctx, const char *op) {
         for (j = 0; j < DEVICE_MARGIN; j++)
             beyond += copy[j] != 0xff || copy[DEVICE_MARGIN + bytes + (size_t)j] != 0xff;
         if (beyond) CHECK(0, "%s wrote beyond argument %d", op, i);
-        if (device_argument[i].half) {
+        if (device_argument[i].bf16) {
             float *host = (float *)(uintptr_t)device_argument[i].host;
             size_t e, changed = 0;
             for (e = 0; e < bytes / 2; e++) {
@@ -133,21 +133,21 @@ static size_t device_linear_workspace(ckca_context *ctx, int n, int d, int k) {
 
 static void device_conv_forward(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w,
                                 const float *bias, const float *residual, int relu, float *y, void *ws) {
-    ckca__op_conv_forward(ctx, s, VI(x, device_x(s), s->half_x), FI(w, device_w(s)), FI(bias, s->k),
-                          VI(residual, device_y(s), s->half), relu, VO(y, device_y(s), s->half),
+    ckca__op_conv_forward(ctx, s, VI(x, device_x(s), s->bf16_x), FI(w, device_w(s)), FI(bias, s->k),
+                          VI(residual, device_y(s), s->bf16), relu, VO(y, device_y(s), s->bf16),
                           device_out(ctx, ws, ckca__conv_workspace(ctx, s)));
     device_done(ctx, "conv_forward");
 }
 static void device_conv_backward_data(ckca_context *ctx, const ckca__conv *s, const float *dy, const float *w,
                                       float *dx, int accumulate, void *ws) {
-    ckca__op_conv_backward_data(ctx, s, VI(dy, device_y(s), s->half), FI(w, device_w(s)),
-                                VO(dx, device_x(s), s->half_x), accumulate,
+    ckca__op_conv_backward_data(ctx, s, VI(dy, device_y(s), s->bf16), FI(w, device_w(s)),
+                                VO(dx, device_x(s), s->bf16_x), accumulate,
                                 device_out(ctx, ws, ckca__conv_workspace(ctx, s)));
     device_done(ctx, "conv_backward_data");
 }
 static void device_conv_backward_weight(ckca_context *ctx, const ckca__conv *s, const float *x, const float *dy,
                                         float *dw, float *dbias, void *ws) {
-    ckca__op_conv_backward_weight(ctx, s, VI(x, device_x(s), s->half_x), VI(dy, device_y(s), s->half),
+    ckca__op_conv_backward_weight(ctx, s, VI(x, device_x(s), s->bf16_x), VI(dy, device_y(s), s->bf16),
                                   FO(dw, device_w(s)), FO(dbias, s->k),
                                   device_out(ctx, ws, ckca__conv_workspace(ctx, s)));
     device_done(ctx, "conv_backward_weight");
@@ -189,7 +189,7 @@ static void device_batchnorm_again(ckca_context *ctx, int half, size_t rows, int
                                    const ckca__norm *norm, const float *residual, const ckca__norm *residual_norm,
                                    float *y) {
     ckca__norm own, other;
-    ckca__op_batchnorm_again(ctx, half, rows, c, VI(x, rows * c, half), device_norm(ctx, norm, c, &own),
+    ckca__op_batchnorm_recompute(ctx, half, rows, c, VI(x, rows * c, half), device_norm(ctx, norm, c, &own),
                              VI(residual, rows * c, half), device_norm(ctx, residual_norm, c, &other),
                              VO(y, rows * c, half));
     device_done(ctx, "batchnorm_again");
@@ -228,14 +228,14 @@ static void device_add_backward(ckca_context *ctx, int half, size_t count, const
 }
 static void device_maxpool_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y,
                                    unsigned char *at) {
-    ckca__op_maxpool_forward(ctx, s, VI(x, device_x(s), s->half_x), VO(y, device_y(s), s->half),
+    ckca__op_maxpool_forward(ctx, s, VI(x, device_x(s), s->bf16_x), VO(y, device_y(s), s->bf16),
                              (unsigned char *)device_out(ctx, at, device_y(s)));
     device_done(ctx, "maxpool_forward");
 }
 static void device_maxpool_backward(ckca_context *ctx, const ckca__conv *s, const float *dy, const unsigned char *at,
                                     float *dx, int accumulate) {
-    ckca__op_maxpool_backward(ctx, s, VI(dy, device_y(s), s->half),
-                              (const unsigned char *)device_in(ctx, at, device_y(s)), VO(dx, device_x(s), s->half_x),
+    ckca__op_maxpool_backward(ctx, s, VI(dy, device_y(s), s->bf16),
+                              (const unsigned char *)device_in(ctx, at, device_y(s)), VO(dx, device_x(s), s->bf16_x),
                               accumulate);
     device_done(ctx, "maxpool_backward");
 }
@@ -249,12 +249,12 @@ static void device_avgpool_backward(ckca_context *ctx, int half, int n, int area
     device_done(ctx, "avgpool_backward");
 }
 static void device_subsample_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y) {
-    ckca__op_subsample_forward(ctx, s, VI(x, device_x(s), s->half_x), VO(y, device_y(s), s->half));
+    ckca__op_subsample_forward(ctx, s, VI(x, device_x(s), s->bf16_x), VO(y, device_y(s), s->bf16));
     device_done(ctx, "subsample_forward");
 }
 static void device_subsample_backward(ckca_context *ctx, const ckca__conv *s, const float *dy, float *dx,
                                       int accumulate) {
-    ckca__op_subsample_backward(ctx, s, VI(dy, device_y(s), s->half), VO(dx, device_x(s), s->half_x), accumulate);
+    ckca__op_subsample_backward(ctx, s, VI(dy, device_y(s), s->bf16), VO(dx, device_x(s), s->bf16_x), accumulate);
     device_done(ctx, "subsample_backward");
 }
 static void device_cross_entropy(ckca_context *ctx, int n, int k, const float *z, const int *labels, float smoothing,
@@ -273,12 +273,12 @@ static void device_adakd(ckca_context *ctx, ckca_adakd form, int n, int k, const
                    FO(dz, n * k), FO(loss, n));
     device_done(ctx, "adakd");
 }
-static void device_featreg(ckca_context *ctx, ckca_featreg form, int half, int half_teacher, int n, int d,
+static void device_featreg(ckca_context *ctx, ckca_featreg form, int half, int bf16_teacher, int n, int d,
                            int d_teacher, const float *f, const float *fo, float scale, float *df, int accumulate,
                            float *loss, void *ws) {
     const int widest = d > d_teacher ? d : d_teacher;
-    ckca__op_featreg(ctx, form, half, half_teacher, n, d, d_teacher, VI(f, n * d, half),
-                     VI(fo, n * d_teacher, half_teacher), scale, VO(df, n * d, half), accumulate, FO(loss, n),
+    ckca__op_featreg(ctx, form, half, bf16_teacher, n, d, d_teacher, VI(f, n * d, half),
+                     VI(fo, n * d_teacher, bf16_teacher), scale, VO(df, n * d, half), accumulate, FO(loss, n),
                      device_out(ctx, ws, ckca__op_workspace(ctx, (size_t)n, widest + 2 * n)));
     device_done(ctx, "featreg");
 }
@@ -324,7 +324,7 @@ static void device_batch(ckca_context *ctx, int n, int h, int w, int c, const un
 #define ckca__op_linear_forward device_linear_forward
 #define ckca__op_linear_backward device_linear_backward
 #define ckca__op_batchnorm_forward device_batchnorm_forward
-#define ckca__op_batchnorm_again device_batchnorm_again
+#define ckca__op_batchnorm_recompute device_batchnorm_again
 #define ckca__op_batchnorm_backward device_batchnorm_backward
 #define ckca__op_batchnorm_eval device_batchnorm_eval
 #define ckca__op_fold device_fold

@@ -50,13 +50,13 @@ static inline void fail_each_allocation(const char *name, ckca_status (*job)(ckc
         if (m.calls < fail) {
             CHECK(status == CKCA_OK, "%s without a failing allocation: %s", name, ckca_error(ctx));
             CHECK(fail > 3, "%s allocates %ld times only", name, m.calls);
-            ckca_free(ctx);
+            ckca_context_free(ctx);
             CHECK(m.live == 0, "%s leaves %.0f bytes", name, (double)m.live);
             return;
         }
         CHECK(status == CKCA_ENOMEM && strstr(ckca_error(ctx), "memory"), "%s, allocation %ld fails: %s, \"%s\"", name,
               fail, ckca_status_name(status), ckca_error(ctx));
-        ckca_free(ctx);
+        ckca_context_free(ctx);
         CHECK(m.live == 0, "%s, allocation %ld fails: %.0f bytes leaked", name, fail, (double)m.live);
     }
 }

@@ -167,12 +167,12 @@ static ckca_model *tiny(ckca_context *ctx) {
     conv.out = 2;
     conv.pad = 1;
     conv.bias = 1;
-    x = ckca_input(model);
-    x = ckca_maxpool(model, ckca_conv(model, "c", x, conv), 2, 2, 0);
-    y = ckca_batchnorm(model, "b", ckca_conv(model, "d", x, conv));
-    x = ckca_stage(model, ckca_relu(model, ckca_add(model, x, y)));
-    x = ckca_avgpool(model, ckca_subsample(model, x, 2, 4));
-    if (ckca_model_finish(model, ckca_linear(model, "fc", x, 2))) abort();
+    x = ckca_layer_input(model);
+    x = ckca_layer_maxpool(model, ckca_layer_conv(model, "c", x, conv), 2, 2, 0);
+    y = ckca_layer_batchnorm(model, "b", ckca_layer_conv(model, "d", x, conv));
+    x = ckca_layer_stage(model, ckca_layer_relu(model, ckca_layer_add(model, x, y)));
+    x = ckca_layer_avgpool(model, ckca_layer_subsample(model, x, 2, 4));
+    if (ckca_model_finish(model, ckca_layer_linear(model, "fc", x, 2))) abort();
     return model;
 }
 
@@ -224,7 +224,7 @@ static void write_seeds(const char *folder) {
             remove(path);
         }
         ckca_model_free(model);
-        ckca_free(ctx);
+        ckca_context_free(ctx);
     }
     { /* 9 x 10 pictures that Pillow wrote: JPEG in colour, grey, progressive; PNG in colour, grey with alpha,
            a palette, 16 and 1 bits; as hexadecimal */
@@ -298,6 +298,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
     else copy = (unsigned char *)realloc(copy, size > 1 ? size - 1 : 1);
     run(ctx, target, copy, size - 1);
     free(copy);
-    ckca_free(ctx);
+    ckca_context_free(ctx);
     return 0;
 }

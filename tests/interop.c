@@ -74,6 +74,6 @@ int main(int argc, char **argv) {
         }
         ckca_model_free(model);
     }
-    ckca_free(ctx);
+    ckca_context_free(ctx);
     return result;
 }

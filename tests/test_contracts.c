@@ -80,7 +80,7 @@ static void no_context(const char *what, const ckca_desc *desc, const char *word
               strstr(ckca_error(made), words),
           "%s: the context can be used, or forgets its sentence: \"%s\"", what, ckca_error(made));
     CHECK(!strcmp(ckca_device(made), ""), "%s: it has a device", what);
-    ckca_free(made);
+    ckca_context_free(made);
 }
 
 static void *no_memory(size_t bytes, void *user) { return (void)bytes, (void)user, (void *)NULL; }
@@ -101,14 +101,14 @@ static void test_init(void) {
     desc.isa = CKCA_ISA_AVX512;
     if (ckca__best_isa() < CKCA_ISA_AVX512) no_context("isa avx512", &desc, "isa is avx512, the best of this");
     desc.isa = CKCA_ISA_BEST;
-    desc.direct = CKCA_OFF;
-    no_context("direct -1", &desc, "direct is -1, it may be 0 to 1");
-    desc.direct = 0;
+    desc.no_winograd = CKCA_OFF;
+    no_context("no_winograd -1", &desc, "no_winograd is -1, it may be 0 to 1");
+    desc.no_winograd = 0;
     desc.precision = (ckca_precision)7;
     no_context("precision 7", &desc, "precision is 7, it may be 0 to 2");
-    desc.precision = CKCA_TF32;
-    if (CKCA__DEVICE_IS_HOST) no_context("precision TF32", &desc, "precision is CKCA_TF32, which a GPU has alone");
-    desc.precision = CKCA_FLOAT32;
+    desc.precision = CKCA_PRECISION_TF32;
+    if (CKCA__DEVICE_IS_HOST) no_context("precision TF32", &desc, "precision is CKCA_PRECISION_TF32, which a GPU has alone");
+    desc.precision = CKCA_PRECISION_FLOAT32;
     desc.alloc = no_memory;
     no_context("alloc alone", &desc, "release is NULL");
     desc.alloc = NULL;
@@ -118,7 +118,7 @@ static void test_init(void) {
     CHECK(ckca_init(&made, &desc) == CKCA_ENOMEM && !made && *ckca_error(made), "no memory for a context");
     CHECK(strstr(ckca_error(NULL), "no context"), "%s", ckca_error(NULL));
     CHECK(!strcmp(ckca_status_name((ckca_status)99), "unknown status"), "status 99");
-    ckca_free(NULL);
+    ckca_context_free(NULL);
 }
 
 /* ---- data ---- */
@@ -173,12 +173,12 @@ static void test_data(ckca_data *set) {
     memset(&desc, 0, sizeof desc);
     NOT_MADE(ckca_open_folder(ctx, &data, NULL, NULL), data, sentinel_data, CKCA_EINVAL, "dir is NULL");
     REFUSED(ckca_open_folder(ctx, NULL, DIR, NULL), CKCA_EINVAL, "data is NULL");
-    NOT_MADE(ckca_open_cifar10(ctx, &data, NULL, CKCA_TRAIN, NULL), data, sentinel_data, CKCA_EINVAL, "dir is NULL");
+    NOT_MADE(ckca_open_cifar10(ctx, &data, NULL, CKCA_PART_TRAIN, NULL), data, sentinel_data, CKCA_EINVAL, "dir is NULL");
     NOT_MADE(ckca_open_cifar10(ctx, &data, DIR, (ckca_part)2, NULL), data, sentinel_data, CKCA_EINVAL, "part is 2");
-    NOT_MADE(ckca_open_cifar10(ctx, &data, DIR "/no", CKCA_TRAIN, NULL), data, sentinel_data, CKCA_EIO, "No such file");
-    NOT_MADE(ckca_open_cifar100(ctx, &data, DIR "/no", CKCA_TRAIN, NULL), data, sentinel_data, CKCA_EIO, "No such file");
-    NOT_MADE(ckca_open_idx(ctx, &data, NULL, CKCA_TRAIN, NULL), data, sentinel_data, CKCA_EINVAL, "dir is NULL");
-    NOT_MADE(ckca_open_idx(ctx, &data, DIR "/no", CKCA_TRAIN, NULL), data, sentinel_data, CKCA_EIO, "no train-images");
+    NOT_MADE(ckca_open_cifar10(ctx, &data, DIR "/no", CKCA_PART_TRAIN, NULL), data, sentinel_data, CKCA_EIO, "No such file");
+    NOT_MADE(ckca_open_cifar100(ctx, &data, DIR "/no", CKCA_PART_TRAIN, NULL), data, sentinel_data, CKCA_EIO, "No such file");
+    NOT_MADE(ckca_open_idx(ctx, &data, NULL, CKCA_PART_TRAIN, NULL), data, sentinel_data, CKCA_EINVAL, "dir is NULL");
+    NOT_MADE(ckca_open_idx(ctx, &data, DIR "/no", CKCA_PART_TRAIN, NULL), data, sentinel_data, CKCA_EIO, "no train-images");
     REFUSED(ckca_read_picture(ctx, NULL, &desc, out), CKCA_EINVAL, "path is NULL");
 #ifndef CKCA_NO_STB_IMAGE
     NOT_MADE(ckca_open_folder(ctx, &data, DIR "/no", NULL), data, sentinel_data, CKCA_EIO, "No such file");
@@ -239,49 +239,49 @@ static void broken(int which, const char *words) {
     static const ckca_conv_desc none;
     const ckca_model_desc desc = shape();
     ckca_model *m = NULL;
-    ckca_tensor tensor;
+    ckca_tensor_info tensor;
     int x, node = 0, h;
     if (ckca_model_create(ctx, &m, &desc)) return;
-    x = which ? ckca_input(m) : 0;
+    x = which ? ckca_layer_input(m) : 0;
     ctx->error[0] = 0;
     switch (which) {
-    case 0: node = ckca_relu(m, 0); break;
-    case 1: node = ckca_input(m); break;
-    case 2: node = ckca_conv(m, NULL, x, conv(1, 0, 0, 0, 0)); break;
-    case 3: node = ckca_conv(m, "c", 5, none); break;
-    case 4: node = ckca_conv(m, "c", x, none); break;
-    case 5: node = ckca_conv(m, "c", x, conv(2, -1, 0, 0, 0)); break;
-    case 6: node = ckca_conv(m, "c", x, conv(2, 0, 256, 0, 0)); break;
-    case 7: node = ckca_conv(m, "c", x, conv(2, 0, 0, 3, 0)); break;
-    case 8: node = ckca_conv(m, "c", x, conv(2, 0, 0, 0, 2)); break;
-    case 9: node = ckca_conv(m, "c", x, conv(2, 9, 0, 0, 0)); break;
-    case 10: node = ckca_batchnorm(m, "", x); break;
-    case 11: node = ckca_batchnorm(m, NULL, -2); break;
-    case 12: node = ckca_add(m, x, 3); break;
-    case 13: node = ckca_maxpool(m, x, 16, 1, 0); break;
-    case 14: node = ckca_maxpool(m, x, 2, 0, 0); break;
-    case 15: node = ckca_maxpool(m, x, 2, 1, 2); break;
-    case 16: node = ckca_avgpool(m, 7); break;
-    case 17: node = ckca_subsample(m, x, 0, 3); break;
-    case 18: node = ckca_subsample(m, x, 1, 2); break;
-    case 19: node = ckca_linear(m, "fc", x, 0); break;
-    case 20: node = ckca_stage(m, 4); break;
+    case 0: node = ckca_layer_relu(m, 0); break;
+    case 1: node = ckca_layer_input(m); break;
+    case 2: node = ckca_layer_conv(m, NULL, x, conv(1, 0, 0, 0, 0)); break;
+    case 3: node = ckca_layer_conv(m, "c", 5, none); break;
+    case 4: node = ckca_layer_conv(m, "c", x, none); break;
+    case 5: node = ckca_layer_conv(m, "c", x, conv(2, -1, 0, 0, 0)); break;
+    case 6: node = ckca_layer_conv(m, "c", x, conv(2, 0, 256, 0, 0)); break;
+    case 7: node = ckca_layer_conv(m, "c", x, conv(2, 0, 0, 3, 0)); break;
+    case 8: node = ckca_layer_conv(m, "c", x, conv(2, 0, 0, 0, 2)); break;
+    case 9: node = ckca_layer_conv(m, "c", x, conv(2, 9, 0, 0, 0)); break;
+    case 10: node = ckca_layer_batchnorm(m, "", x); break;
+    case 11: node = ckca_layer_batchnorm(m, NULL, -2); break;
+    case 12: node = ckca_layer_add(m, x, 3); break;
+    case 13: node = ckca_layer_maxpool(m, x, 16, 1, 0); break;
+    case 14: node = ckca_layer_maxpool(m, x, 2, 0, 0); break;
+    case 15: node = ckca_layer_maxpool(m, x, 2, 1, 2); break;
+    case 16: node = ckca_layer_avgpool(m, 7); break;
+    case 17: node = ckca_layer_subsample(m, x, 0, 3); break;
+    case 18: node = ckca_layer_subsample(m, x, 1, 2); break;
+    case 19: node = ckca_layer_linear(m, "fc", x, 0); break;
+    case 20: node = ckca_layer_stage(m, 4); break;
     default: break;
     }
     printf("  %s\n", ckca_error(ctx));
     CHECK(node == -1 && strstr(ckca_error(ctx), words), "node %d gives %d, \"%s\", not \"...%s...\"", which, node,
           ckca_error(ctx), words);
-    CHECK(ckca_relu(m, node) == -1 && strstr(ckca_error(ctx), words), "passing %d on: \"%s\"", which, ckca_error(ctx));
+    CHECK(ckca_layer_relu(m, node) == -1 && strstr(ckca_error(ctx), words), "passing %d on: \"%s\"", which, ckca_error(ctx));
     ctx->error[0] = 0;
     CHECK(ckca_model_finish(m, 0) != CKCA_OK && strstr(ckca_error(ctx), words), "finishing %d: \"%s\"", which,
           ckca_error(ctx));
-    REFUSED(ckca_tensor_info(m, 0, &tensor), CKCA_EINVAL, "not finished");
+    REFUSED(ckca_tensor_info_get(m, 0, &tensor), CKCA_EINVAL, "not finished");
     CHECK(which == 0 || ckca_node_shape(m, 0, &h, NULL, NULL) == CKCA_OK, "a node's shape before the end");
     ckca_model_free(m);
 }
 
 static void test_building(void) {
-    static const char *const words[] = {"relu: there is no node 0 (there is none yet: begin with ckca_input)", "input: it is the first node",
+    static const char *const words[] = {"relu: there is no node 0 (there is none yet: begin with ckca_layer_input)", "input: it is the first node",
         "conv: the name \"\" needs", "conv c: there is no node 5 (nodes are 0 to 0)", "conv c: out is 0, it may be 1 to",
         "conv c: kernel is -1, it may be 0 to 255", "conv c: stride is 256", "conv c: pad is 3, it may be 0 to 2",
         "conv c: bias is 2", "conv c: a kernel of 9", "bn: the name \"\"", "bn: there is no node -2",
@@ -323,23 +323,23 @@ static void test_building(void) {
     NOT_MADE(ckca_resnet(ctx, &m, NULL, &good), m, sentinel_model, CKCA_EINVAL, "arch is NULL");
     NOT_MADE(ckca_resnet(ctx, &m, "vgg16", &good), m, sentinel_model, CKCA_EINVAL, "\"vgg16\" is none of resnet8");
     for (i = 0; i < (int)(sizeof words / sizeof *words); i++) broken(i, words[i]);
-    CHECK(ckca_input(NULL) == -1 && ckca_relu(NULL, 0) == -1 && ckca_stage(NULL, 0) == -1, "nodes of no model");
+    CHECK(ckca_layer_input(NULL) == -1 && ckca_layer_relu(NULL, 0) == -1 && ckca_layer_stage(NULL, 0) == -1, "nodes of no model");
 
     m = NULL; /* out of order, and then in order */
     CHECK(ckca_model_create(ctx, &m, &good) == CKCA_OK, "%s", ckca_error(ctx));
     REFUSED(ckca_model_finish(m, 0), CKCA_EINVAL, "logits: there is no node 0 (there is none yet");
-    x = ckca_avgpool(m, ckca_input(m));
+    x = ckca_layer_avgpool(m, ckca_layer_input(m));
     REFUSED(ckca_model_finish(m, 9), CKCA_EINVAL, "logits: there is no node 9 (nodes are 0 to 1)");
     REFUSED(ckca_model_finish(m, x), CKCA_EINVAL, "logits: node 1 is of the kind avgpool, not linear");
-    fc = ckca_linear(m, "five", x, 5);
+    fc = ckca_layer_linear(m, "five", x, 5);
     REFUSED(ckca_model_finish(m, fc), CKCA_ESHAPE, "five has 5 outputs, the model has 2 classes");
-    fc = ckca_linear(m, "fc", x, CLASSES);
+    fc = ckca_layer_linear(m, "fc", x, CLASSES);
     CHECK(ckca_model_finish(m, fc) == CKCA_OK, "after three failures: %s", ckca_error(ctx));
     REFUSED(ckca_model_finish(m, fc), CKCA_EINVAL, "finished already");
-    NO_NODE(ckca_input(m), "input: the model is finished");
-    NO_NODE(ckca_relu(m, x), "relu: the model is finished");
-    NO_NODE(ckca_linear(m, "more", x, 2), "linear: the model is finished");
-    NO_NODE(ckca_stage(m, x), "stage: the model is finished");
+    NO_NODE(ckca_layer_input(m), "input: the model is finished");
+    NO_NODE(ckca_layer_relu(m, x), "relu: the model is finished");
+    NO_NODE(ckca_layer_linear(m, "more", x, 2), "linear: the model is finished");
+    NO_NODE(ckca_layer_stage(m, x), "stage: the model is finished");
     REFUSED(ckca_model_finish(m, fc), CKCA_EINVAL, "finished already"); /* nothing of the above broke it */
     CHECK(ckca_model_finish(NULL, 0) == CKCA_EINVAL, "no model");
     ckca_model_free(m);
@@ -354,16 +354,16 @@ typedef struct { /* what can be seen of a model */
 } seen;
 
 static seen see(ckca_model *m) {
-    const ckca_slot slot[] = {CKCA_VALUE, CKCA_GRADIENT, CKCA_MOMENTUM};
+    const ckca_slot slot[] = {CKCA_SLOT_VALUE, CKCA_SLOT_GRADIENT, CKCA_SLOT_MOMENTUM};
     seen s;
     size_t at = 0;
     int i, k;
     ckca_model_info_get(m, &s.info);
     s.all = (float *)calloc(m->all * 3, sizeof(float));
     for (k = 0; k < 3; k++)
-        for (i = 0; i < ckca_tensors(m); i++) {
-            ckca_tensor tensor;
-            ckca_tensor_info(m, i, &tensor);
+        for (i = 0; i < ckca_tensor_count(m); i++) {
+            ckca_tensor_info tensor;
+            ckca_tensor_info_get(m, i, &tensor);
             if (k && !tensor.trainable) continue;
             ckca_tensor_read(m, i, slot[k], s.all + at);
             at += (size_t)tensor.count;
@@ -382,7 +382,7 @@ static void test_model(ckca_model *m, ckca_model *raw, const ckca_data *set) {
     static float x[COUNT * SIZE * SIZE * 3], out[20000];
     ckca_model_info info;
     ckca_bytes bytes;
-    ckca_tensor tensor;
+    ckca_tensor_info tensor;
     ckca_sgd_desc sgd;
     ckca_augment augment;
     ckca_score score;
@@ -396,15 +396,15 @@ static void test_model(ckca_model *m, ckca_model *raw, const ckca_data *set) {
     ckca_model_info_get(m, NULL);
     ckca_model_info_get(NULL, &info);
     like = ckca_data_like(NULL);
-    CHECK(info.classes == 0 && like.height == 0 && ckca_tensors(NULL) == 0 && ckca_tensor_find(NULL, "fc.bias") == -1 &&
-              ckca_tensor_find(m, NULL) == -1 && ckca_tensors(raw) == 0,
+    CHECK(info.classes == 0 && like.height == 0 && ckca_tensor_count(NULL) == 0 && ckca_tensor_find(NULL, "fc.bias") == -1 &&
+              ckca_tensor_find(m, NULL) == -1 && ckca_tensor_count(raw) == 0,
           "of no model");
     /* before any forward */
     REFUSED(ckca_node_read(m, 0, out), CKCA_EINVAL, "no ckca_forward before it");
     REFUSED(ckca_backward(m, x, NULL), CKCA_EINVAL, "needs a ckca_forward with training right before it");
     REFUSED(ckca_sgd(m, &sgd), CKCA_EINVAL, "there are no gradients yet");
-    REFUSED(ckca_tensor_read(m, 0, CKCA_GRADIENT, out), CKCA_EINVAL, "conv1.weight has no gradient yet");
-    REFUSED(ckca_tensor_write(m, 0, CKCA_MOMENTUM, out), CKCA_EINVAL, "conv1.weight has no momentum yet");
+    REFUSED(ckca_tensor_read(m, 0, CKCA_SLOT_GRADIENT, out), CKCA_EINVAL, "conv1.weight has no gradient yet");
+    REFUSED(ckca_tensor_write(m, 0, CKCA_SLOT_MOMENTUM, out), CKCA_EINVAL, "conv1.weight has no momentum yet");
     REFUSED(ckca_predict(m, pixels, 1, out), CKCA_EINVAL, "no mean and std yet");
     CHECK(ckca_forward(m, x, 2, 0) == CKCA_OK, "%s", ckca_error(ctx));
     REFUSED(ckca_backward(m, x, NULL), CKCA_EINVAL, "needs a ckca_forward with training right before it");
@@ -427,13 +427,13 @@ static void test_model(ckca_model *m, ckca_model *raw, const ckca_data *set) {
     REFUSED(ckca_node_read(m, 0, NULL), CKCA_EINVAL, "ckca_node_read: out is NULL");
     REFUSED(ckca_model_bytes(m, 0, 1, &bytes), CKCA_EINVAL, "batch is 0, it may be 1 to 1000000");
     REFUSED(ckca_model_bytes(m, 1, 1, NULL), CKCA_EINVAL, "bytes is NULL");
-    REFUSED(ckca_tensor_info(m, 999, &tensor), CKCA_EINVAL, "there is no tensor 999 (they are 0 to");
-    REFUSED(ckca_tensor_info(m, 3, NULL), CKCA_EINVAL, "ckca_tensor_info: tensor is NULL");
-    REFUSED(ckca_tensor_read(m, 3, CKCA_VALUE, NULL), CKCA_EINVAL, "ckca_tensor_read: out is NULL");
-    REFUSED(ckca_tensor_write(m, 3, CKCA_VALUE, NULL), CKCA_EINVAL, "ckca_tensor_write: in is NULL");
-    REFUSED(ckca_tensor_write(m, -1, CKCA_VALUE, x), CKCA_EINVAL, "there is no tensor -1");
+    REFUSED(ckca_tensor_info_get(m, 999, &tensor), CKCA_EINVAL, "there is no tensor 999 (they are 0 to");
+    REFUSED(ckca_tensor_info_get(m, 3, NULL), CKCA_EINVAL, "ckca_tensor_info_get: tensor is NULL");
+    REFUSED(ckca_tensor_read(m, 3, CKCA_SLOT_VALUE, NULL), CKCA_EINVAL, "ckca_tensor_read: out is NULL");
+    REFUSED(ckca_tensor_write(m, 3, CKCA_SLOT_VALUE, NULL), CKCA_EINVAL, "ckca_tensor_write: in is NULL");
+    REFUSED(ckca_tensor_write(m, -1, CKCA_SLOT_VALUE, x), CKCA_EINVAL, "there is no tensor -1");
     REFUSED(ckca_tensor_read(m, 0, (ckca_slot)3, out), CKCA_EINVAL, "slot is 3, it may be 0 to 2");
-    REFUSED(ckca_tensor_read(m, mean, CKCA_MOMENTUM, out), CKCA_EINVAL, "bn1.running_mean is a running statistic");
+    REFUSED(ckca_tensor_read(m, mean, CKCA_SLOT_MOMENTUM, out), CKCA_EINVAL, "bn1.running_mean is a running statistic");
     REFUSED(ckca_sgd(m, NULL), CKCA_EINVAL, "desc is NULL");
 #define BAD_SGD(field, value, words)                        \
     do {                                                    \
@@ -449,7 +449,7 @@ static void test_model(ckca_model *m, ckca_model *raw, const ckca_data *set) {
     BAD_SGD(momentum, -0.5f, "momentum is -0.5");
     BAD_SGD(weight_decay, -2, "weight_decay is -2");
     BAD_SGD(clip_norm, -(float)INFINITY, "clip_norm is -inf");
-    BAD_SGD(plain, -1, "plain is -1");
+    BAD_SGD(no_nesterov, -1, "no_nesterov is -1");
     REFUSED(ckca_model_copy(NULL, m), CKCA_EINVAL, "copy is NULL");
     REFUSED(ckca_predict(m, NULL, 1, out), CKCA_EINVAL, "pixels is NULL");
     REFUSED(ckca_predict(m, pixels, 1, NULL), CKCA_EINVAL, "out is NULL");
@@ -482,9 +482,9 @@ static void test_model(ckca_model *m, ckca_model *raw, const ckca_data *set) {
     /* a model that is not finished */
     NOT_MADE(ckca_model_copy(&copy, raw), copy, sentinel_model, CKCA_EINVAL, "ckca_model_copy: the model is not finished");
     REFUSED(ckca_model_bytes(raw, 1, 1, &bytes), CKCA_EINVAL, "ckca_model_bytes: the model is not finished");
-    REFUSED(ckca_tensor_info(raw, 0, &tensor), CKCA_EINVAL, "ckca_tensor_info: the model is not finished");
-    REFUSED(ckca_tensor_read(raw, 0, CKCA_VALUE, out), CKCA_EINVAL, "ckca_tensor_read: the model is not finished");
-    REFUSED(ckca_tensor_write(raw, 0, CKCA_VALUE, x), CKCA_EINVAL, "ckca_tensor_write: the model is not finished");
+    REFUSED(ckca_tensor_info_get(raw, 0, &tensor), CKCA_EINVAL, "ckca_tensor_info_get: the model is not finished");
+    REFUSED(ckca_tensor_read(raw, 0, CKCA_SLOT_VALUE, out), CKCA_EINVAL, "ckca_tensor_read: the model is not finished");
+    REFUSED(ckca_tensor_write(raw, 0, CKCA_SLOT_VALUE, x), CKCA_EINVAL, "ckca_tensor_write: the model is not finished");
     REFUSED(ckca_forward(raw, x, 1, 1), CKCA_EINVAL, "ckca_forward: the model is not finished");
     REFUSED(ckca_zero_gradients(raw), CKCA_EINVAL, "ckca_zero_gradients: the model is not finished");
     REFUSED(ckca_node_read(raw, 0, out), CKCA_EINVAL, "ckca_node_read: the model is not finished");
@@ -501,9 +501,9 @@ static void test_model(ckca_model *m, ckca_model *raw, const ckca_data *set) {
     CHECK(ckca_forward(NULL, x, 1, 0) == CKCA_EINVAL && ckca_backward(NULL, x, NULL) == CKCA_EINVAL &&
               ckca_sgd(NULL, &sgd) == CKCA_EINVAL && ckca_zero_gradients(NULL) == CKCA_EINVAL &&
               ckca_node_read(NULL, 0, out) == CKCA_EINVAL && ckca_node_shape(NULL, 0, NULL, NULL, NULL) == CKCA_EINVAL &&
-              ckca_model_bytes(NULL, 1, 0, &bytes) == CKCA_EINVAL && ckca_tensor_info(NULL, 0, &tensor) == CKCA_EINVAL &&
-              ckca_tensor_read(NULL, 0, CKCA_VALUE, out) == CKCA_EINVAL &&
-              ckca_tensor_write(NULL, 0, CKCA_VALUE, x) == CKCA_EINVAL && ckca_model_copy(&copy, NULL) == CKCA_EINVAL &&
+              ckca_model_bytes(NULL, 1, 0, &bytes) == CKCA_EINVAL && ckca_tensor_info_get(NULL, 0, &tensor) == CKCA_EINVAL &&
+              ckca_tensor_read(NULL, 0, CKCA_SLOT_VALUE, out) == CKCA_EINVAL &&
+              ckca_tensor_write(NULL, 0, CKCA_SLOT_VALUE, x) == CKCA_EINVAL && ckca_model_copy(&copy, NULL) == CKCA_EINVAL &&
               ckca_evaluate(NULL, set, &score, NULL) == CKCA_EINVAL && ckca_predict(NULL, pixels, 1, out) == CKCA_EINVAL &&
               ckca_get_batch(NULL, set, index, 1, NULL, 0, 0, x, NULL) == CKCA_EINVAL &&
               ckca_update(NULL, set, NULL, NULL) == CKCA_EINVAL && ckca_update_defaults(NULL, set, NULL) == CKCA_EINVAL &&
@@ -570,8 +570,8 @@ static void test_finish_again(void) {
     for (i = 0; i < SIZE * SIZE * 3; i++) picture[i] = (float)(i % 7) - 3;
     for (i = 0; i < 2; i++) {
         ckca_model_create(own, &m[i], &net);
-        x = ckca_relu(m[i], ckca_batchnorm(m[i], "b", ckca_conv(m[i], "c", ckca_input(m[i]), conv(2, 0, 0, 1, 0))));
-        fc[i] = ckca_linear(m[i], "fc", ckca_avgpool(m[i], x), CLASSES);
+        x = ckca_layer_relu(m[i], ckca_layer_batchnorm(m[i], "b", ckca_layer_conv(m[i], "c", ckca_layer_input(m[i]), conv(2, 0, 0, 1, 0))));
+        fc[i] = ckca_layer_linear(m[i], "fc", ckca_layer_avgpool(m[i], x), CLASSES);
     }
     while (failures < 20) {
         ckca_status status;
@@ -582,11 +582,11 @@ static void test_finish_again(void) {
         failures++;
         CHECK(status == CKCA_ENOMEM && strstr(ckca_error(own), "out of memory"), "%s: %s", ckca_status_name(status),
               ckca_error(own));
-        CHECK(ckca_tensors(m[0]) == 0, "a model that failed to finish is finished");
+        CHECK(ckca_tensor_count(m[0]) == 0, "a model that failed to finish is finished");
     }
     CHECK(ckca_model_finish(m[1], fc[1]) == CKCA_OK && failures >= 1, "%d failures: %s", failures, ckca_error(own));
     for (i = 0; i < 2; i++) {
-        ckca_tensor_read(m[i], 0, CKCA_VALUE, weight[i]);
+        ckca_tensor_read(m[i], 0, CKCA_SLOT_VALUE, weight[i]);
         ckca_forward(m[i], picture, 1, 0);
         CHECK(ckca_node_read(m[i], fc[i], y[i]) == CKCA_OK, "%s", ckca_error(own));
     }
@@ -596,7 +596,7 @@ static void test_finish_again(void) {
     CHECK(!memcmp(weight[0], weight[1], sizeof weight[0]) && !memcmp(y[0], y[1], sizeof y[0]), "finished late, it differs");
     ckca_model_free(m[0]);
     ckca_model_free(m[1]);
-    ckca_free(own);
+    ckca_context_free(own);
 }
 
 /* Whatever allocation of a creating call fails, the caller's pointers are as they were. */
@@ -649,7 +649,7 @@ static void test_made_or_not(void) {
     CHECK(failures > 20, "%d allocations failed", failures);
     ckca_model_free(m);
     ckca_data_free(set);
-    ckca_free(own);
+    ckca_context_free(own);
 }
 
 /* Who copies the one file has the licences with it. */
@@ -673,7 +673,7 @@ int main(void) {
     test_licence();
     CHECK(ckca_init(&ctx, NULL) == CKCA_OK, "no context: %s", ckca_error(ctx));
     CHECK(ckca_open_array(ctx, &set, &a, NULL) == CKCA_OK && ckca_resnet(ctx, &m, "resnet8", &desc) == CKCA_OK &&
-              ckca_model_create(ctx, &raw, &desc) == CKCA_OK && ckca_input(raw) == 0,
+              ckca_model_create(ctx, &raw, &desc) == CKCA_OK && ckca_layer_input(raw) == 0,
           "%s", ckca_error(ctx));
     test_init();
     test_data(set);
@@ -684,6 +684,6 @@ int main(void) {
     ckca_model_free(m);
     ckca_model_free(raw);
     ckca_data_free(set);
-    ckca_free(ctx);
+    ckca_context_free(ctx);
     return test_summary();
 }

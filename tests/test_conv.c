@@ -53,8 +53,8 @@ static ckca__conv shape(int n, int h, int w, int c, int k, int r, int s, int str
     v.p = (h + 2 * pad - r) / stride + 1;
     v.q = (w + 2 * pad - s) / stride + 1;
     v.norm = NULL;
-    v.half_x = v.half = 0;
-    v.ready = NULL;
+    v.bf16_x = v.bf16 = 0;
+    v.packed_weights = NULL;
     return v;
 }
 
@@ -270,7 +270,7 @@ static ckca_context *context(ckca_isa isa, int threads) {
     desc.isa = isa;
     desc.threads = threads;
     if (ckca_init(&ctx, &desc) == CKCA_OK) return ctx;
-    ckca_free(ctx);
+    ckca_context_free(ctx);
     return NULL;
 }
 
@@ -278,7 +278,7 @@ static ckca_context *context(ckca_isa isa, int threads) {
    a batch need not be what its pictures are alone, which may be too few tiles for it. */
 static int winograd(const ckca_context *ctx, const ckca__conv *s) {
 #ifdef CKCA__SIMD
-    ckca__wino job;
+    ckca__wino_job job;
     return ckca__wino_plan(ctx, &job, s, 0) && ckca__wino_plan(ctx, &job, s, 1) &&
            (ckca__wino_plan(ctx, &job, s, 2) || s->stride == 2);
 #else
@@ -302,7 +302,7 @@ static void test_norm(ckca_context *ctx, const ckca__conv *shape, int relu) {
     }
     fill(values, 4 * c, 9);
     passes_create(&before, &s);
-    ckca__op_batchnorm_again(ctx, 0, x_count(&s) / c, s.c, before.x, &norm, NULL, NULL, x);
+    ckca__op_batchnorm_recompute(ctx, 0, x_count(&s) / c, s.c, before.x, &norm, NULL, NULL, x);
     ws = guarded(count = ckca__conv_workspace(ctx, &s) / sizeof(float));
     ckca__op_conv_forward(ctx, &s, x, before.w, before.bias, NULL, 0, before.y, ws);
     ckca__op_conv_backward_weight(ctx, &s, x, before.dy, before.dw, NULL, ws);
@@ -436,9 +436,9 @@ static void test_winograd(ckca_context *ctx[CKCA_ISA_AVX512 + 1][3], const ckca_
         for (direct = 0; direct < 2; direct++) {
             passes got;
             passes_create(&got, s);
-            ctx[isa][0]->direct = direct;
+            ctx[isa][0]->no_winograd = direct;
             passes_run(&got, ctx[isa][0], 0, 0);
-            ctx[isa][0]->direct = 0;
+            ctx[isa][0]->no_winograd = 0;
             errors(got.y, y, y_count(s), &rms[direct][0], &worst[direct][0]);
             errors(got.y_relu, y_relu, y_count(s), &rms[direct][1], &worst[direct][1]);
             errors(got.dx, dx, x_count(s), &rms[direct][2], &worst[direct][2]);
@@ -610,6 +610,6 @@ int main(void) {
         test_shape(ctx, &s, 2);
     }
     for (isa = CKCA_ISA_PLAIN; isa <= CKCA_ISA_AVX512; isa++)
-        for (threads = 0; threads < 3; threads++) ckca_free(ctx[isa][threads]);
+        for (threads = 0; threads < 3; threads++) ckca_context_free(ctx[isa][threads]);
     return test_summary();
 }

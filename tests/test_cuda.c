@@ -14,10 +14,10 @@ static void test_host(void) {
     ckca_desc desc;
     ckca_context *ctx = NULL;
     memset(&desc, 0, sizeof desc);
-    for (desc.precision = CKCA_TF32; desc.precision <= CKCA_BF16; desc.precision = (ckca_precision)(desc.precision + 1)) {
+    for (desc.precision = CKCA_PRECISION_TF32; desc.precision <= CKCA_PRECISION_BF16; desc.precision = (ckca_precision)(desc.precision + 1)) {
         CHECK(ckca_init(&ctx, &desc) == CKCA_EINVAL && strstr(ckca_error(ctx), "without CKCA_CUDA"),
               "the host takes precision %d: \"%s\"", (int)desc.precision, ckca_error(ctx));
-        ckca_free(ctx);
+        ckca_context_free(ctx);
     }
 }
 int main(void) {
@@ -38,7 +38,7 @@ static ckca_context *context(ckca_precision precision) {
     memset(&desc, 0, sizeof desc);
     desc.precision = precision;
     if (!ckca_init(&ctx, &desc)) return ctx;
-    ckca_free(ctx);
+    ckca_context_free(ctx);
     return NULL;
 }
 
@@ -68,7 +68,7 @@ static void compare(const char *what, const ckca__conv *s, int precision, const 
     const double worst = worst_error(got, want, count, half);
     CHECK(worst <= 2e-6 + 1.2e-7 * terms,
           "%s of %dx%dx%dx%d, %d of %dx%d, stride %d, pad %d, precision %d, half %d %d: off by %g", what, s->n, s->h,
-          s->w, s->c, s->k, s->r, s->s, s->stride, s->pad, precision, s->half_x, s->half, worst);
+          s->w, s->c, s->k, s->r, s->s, s->stride, s->pad, precision, s->bf16_x, s->bf16, worst);
 }
 
 static void test_conv(ckca_context *ctx, const ckca__conv *s) {
@@ -83,16 +83,16 @@ static void test_conv(ckca_context *ctx, const ckca__conv *s) {
     ckca__op_conv_backward_weight(ctx, s, x, dy, dw, db, ws);
     ckca__naive_conv_forward(ctx, s, x, w, bias, residual, 1, y2, (float *)ws);
     ckca__naive_conv_backward_weight(ctx, s, x, dy, dw2, db2);
-    compare("y", s, (int)ctx->precision, y, y2, ny, s->half, taps * s->c + 2);
+    compare("y", s, (int)ctx->precision, y, y2, ny, s->bf16, taps * s->c + 2);
     compare("dw", s, (int)ctx->precision, dw, dw2, nw, 0, (double)s->n * s->p * s->q + 1);
     compare("dbias", s, (int)ctx->precision, db, db2, (size_t)s->k, 0, (double)s->n * s->p * s->q + 1);
     ckca__op_conv_forward(ctx, s, x, w, NULL, NULL, 0, y, ws);
     ckca__naive_conv_forward(ctx, s, x, w, NULL, NULL, 0, y2, (float *)ws);
-    compare("y alone", s, (int)ctx->precision, y, y2, ny, s->half, taps * s->c);
-    for (add = 1; add >= 0 && s->half_x == s->half; add--) { /* pictures have no gradient */
+    compare("y alone", s, (int)ctx->precision, y, y2, ny, s->bf16, taps * s->c);
+    for (add = 1; add >= 0 && s->bf16_x == s->bf16; add--) { /* pictures have no gradient */
         ckca__op_conv_backward_data(ctx, s, dy, w, dx, add, ws);
         ckca__naive_conv_backward_data(ctx, s, dy, w, dx2, add);
-        compare(add ? "dx" : "dx, written", s, (int)ctx->precision, dx, dx2, nx, s->half, taps * s->k + 1);
+        compare(add ? "dx" : "dx, written", s, (int)ctx->precision, dx, dx2, nx, s->bf16, taps * s->k + 1);
     }
     free(x), free(w), free(bias), free(residual), free(dy), free(ws);
     free(y), free(dx), free(dw), free(db), free(y2), free(dx2), free(dw2), free(db2);
@@ -120,10 +120,10 @@ static void test_convs(ckca_context *ctx) {
         s.pad = v[8];
         s.p = (s.h + 2 * s.pad - s.r) / s.stride + 1, s.q = (s.w + 2 * s.pad - s.s) / s.stride + 1;
         s.norm = NULL;
-        s.ready = NULL;
-        for (half = 0; half <= (ctx->precision == CKCA_BF16 ? 2 : 0); half++) { /* 2: it reads the pictures */
-            s.half_x = half == 1;
-            s.half = half > 0;
+        s.packed_weights = NULL;
+        for (half = 0; half <= (ctx->precision == CKCA_PRECISION_BF16 ? 2 : 0); half++) { /* 2: it reads the pictures */
+            s.bf16_x = half == 1;
+            s.bf16 = half > 0;
             test_conv(ctx, &s);
         }
     }
@@ -145,9 +145,9 @@ static void test_rounding(ckca_context *ctx) {
     ckca__op_conv_forward(ctx, &s, x, w, NULL, NULL, 0, &y, ws);
     /* Cutting would lose half a unit in the last place of each: N 2^-11. */
     CHECK(fabs(y - sum) < N / 8192.0, "precision %d: a sum of %g comes out as %g", (int)ctx->precision, sum, y);
-    if (ctx->precision == CKCA_BF16) { /* every weight alone: dx = 1 w */
+    if (ctx->precision == CKCA_PRECISION_BF16) { /* every weight alone: dx = 1 w */
         int wrong = 0;
-        s.half_x = s.half = 1;
+        s.bf16_x = s.bf16 = 1;
         for (i = 0; i < N; i++) w[4 * N + i] = x[i];
         y = 1;
         ckca__op_conv_backward_data(ctx, &s, &y, w, x, 0, ws);
@@ -218,8 +218,8 @@ static void test_half_norms(ckca_context *ctx, size_t rows, int c) {
                                    v.got, ws);
         ckca__op_batchnorm_forward(ctx, 0, rows, c, x, gamma, beta, rm.want, rv.want, add, add_norm, relu, y.want,
                                    m.want, v.want, ws);
-        ckca__op_batchnorm_again(ctx, 1, rows, c, x, &norm, add, add_norm, again.got);
-        ckca__op_batchnorm_again(ctx, 0, rows, c, x, &norm, add, add_norm, again.want);
+        ckca__op_batchnorm_recompute(ctx, 1, rows, c, x, &norm, add, add_norm, again.got);
+        ckca__op_batchnorm_recompute(ctx, 0, rows, c, x, &norm, add, add_norm, again.want);
         ckca__op_batchnorm_eval(ctx, 1, rows, c, x, gamma, beta, mean, std, add, relu, e.got);
         ckca__op_batchnorm_eval(ctx, 0, rows, c, x, gamma, beta, mean, std, add, relu, e.want);
         ckca__op_batchnorm_backward(ctx, 1, rows, c, x, add ? other : NULL, dy, &norm, dx.got, add ? dr.got : NULL,
@@ -256,7 +256,7 @@ static void test_half_maps(ckca_context *ctx, int n, int c) {
         int half;
         for (half = 0; half < 2; half++) {
 #define SIDE_OF(t) (half ? (t).got : (t).want)
-            pool.half_x = pool.half = sub.half_x = sub.half = half;
+            pool.bf16_x = pool.bf16 = sub.bf16_x = sub.bf16 = half;
             ckca__op_add(ctx, half, in, x, flag ? b : NULL, flag, SIDE_OF(add));
             ckca__op_add_backward(ctx, half, in, flag ? NULL : x, b, SIDE_OF(back), flag);
             ckca__op_maxpool_forward(ctx, &pool, x, SIDE_OF(max), at + (half ? out : 0));
@@ -376,9 +376,9 @@ static ckca_status plain_update(ckca_model *m, const ckca_data *data, const ckca
             ckca__step_ops(u, n);
         }
     }
-    m->step++;
-    ckca__device_release(u->ctx, u->cache_z, u->cache_z_bytes);
-    ckca__device_release(u->ctx, u->cache_f, u->cache_f_bytes);
+    m->updates++;
+    ckca__device_release(u->ctx, u->cache_logits, u->cache_logits_bytes);
+    ckca__device_release(u->ctx, u->cache_features, u->cache_features_bytes);
     ckca__small_free(u->ctx, &u->b);
     ckca__release(u->ctx, u->order);
     ckca_model_free(u->old);
@@ -514,7 +514,7 @@ static void test_streaming(ckca_context *ctx) {
         ckca_open_array(ctx, &many, &array, NULL);
         for (i = 0; i < COUNT; i++) index[i] = i * (MANY / COUNT);
         ckca_subset(&few, many, index, COUNT);
-        cuda_shim_memory -= ckca__device_room(ctx) - ((size_t)9 << 20); /* the pictures take 5.8 MB */
+        cuda_shim_memory -= ckca__device_free_bytes(ctx) - ((size_t)9 << 20); /* the pictures take 5.8 MB */
         CHECK(!ckca_evaluate(m, few, NULL, NULL), "evaluated in little memory: %s", ckca_error(ctx));
         CHECK(many->store->streams, "5.8 of 9 MB are taken for pictures");
         CHECK(!ckca_evaluate(m, small, NULL, NULL) && small->store->resident && !small->store->streams,
@@ -547,27 +547,27 @@ static ckca_model *custom(ckca_context *ctx, int kind) {
     memset(&conv, 0, sizeof conv);
     conv.out = 8, conv.kernel = 3, conv.stride = 1, conv.pad = 1;
     if (ckca_model_create(ctx, &m, &desc)) return NULL;
-    input = ckca_input(m);
-    x = ckca_relu(m, ckca_batchnorm(m, "bn", ckca_conv(m, "conv", input, conv)));
+    input = ckca_layer_input(m);
+    x = ckca_layer_relu(m, ckca_layer_batchnorm(m, "bn", ckca_layer_conv(m, "conv", input, conv)));
     if (kind == 1) { /* pooled, and a hidden layer behind that */
-        x = ckca_avgpool(m, x);
-        x = ckca_relu(m, ckca_linear(m, "hidden", x, 8));
+        x = ckca_layer_avgpool(m, x);
+        x = ckca_layer_relu(m, ckca_layer_linear(m, "hidden", x, 8));
     } else if (kind == 2) { /* a convolution behind the pooling that meets one before it: a bottleneck of 1 x 1 */
         conv.kernel = SIZE, conv.pad = 0;
-        y = ckca_avgpool(m, x);
-        x = ckca_add(m, ckca_conv(m, "squeeze", x, conv), y);
+        y = ckca_layer_avgpool(m, x);
+        x = ckca_layer_add(m, ckca_layer_conv(m, "squeeze", x, conv), y);
     } else if (kind == 4) {
-        x = ckca_conv(m, "conv2", ckca_maxpool(m, x, 3, 2, 1), conv);
-        x = ckca_avgpool(m, ckca_relu(m, ckca_batchnorm(m, "bn2", x)));
+        x = ckca_layer_conv(m, "conv2", ckca_layer_maxpool(m, x, 3, 2, 1), conv);
+        x = ckca_layer_avgpool(m, ckca_layer_relu(m, ckca_layer_batchnorm(m, "bn2", x)));
     } else if (kind == 3) { /* the pictures go round the first convolution */
         conv.out = 3;
-        x = ckca_avgpool(m, ckca_add(m, ckca_conv(m, "back", x, conv), input));
+        x = ckca_layer_avgpool(m, ckca_layer_add(m, ckca_layer_conv(m, "back", x, conv), input));
     }
-    return ckca_model_finish(m, ckca_linear(m, "fc", x, CLASSES)) ? NULL : m;
+    return ckca_model_finish(m, ckca_layer_linear(m, "fc", x, CLASSES)) ? NULL : m;
 }
 
 static void test_half_nets(ckca_context *ctx) {
-    ckca_context *plain = context(CKCA_FLOAT32);
+    ckca_context *plain = context(CKCA_PRECISION_FLOAT32);
     ckca_model *m = net(ctx), *twin_of = net(plain);
     float *input = make(6 * SIZE * SIZE * 3, 1), *a = make(1 << 16, 2), *b = make(1 << 16, 3);
     float dz[6 * CLASSES];
@@ -575,7 +575,7 @@ static void test_half_nets(ckca_context *ctx) {
     int i, kind, read = 0, halves = 0;
     for (i = 0; i < 6 * CLASSES; i++) dz[i] = (float)(i % 5 - 2);
     for (i = 0; i < m->nodes; i++)
-        CHECK(m->node[i].half == (i > 0 && i < m->pooled), "node %d of resnet8: half %d", i, m->node[i].half);
+        CHECK(m->node[i].bf16 == (i > 0 && i < m->pooled), "node %d of resnet8: half %d", i, m->node[i].bf16);
     CHECK(!ckca_model_bytes(m, 64, 1, &bytes) && !ckca_model_bytes(twin_of, 64, 1, &plain_bytes) &&
               bytes.activations < 0.62 * (double)plain_bytes.activations,
           "activations of resnet8 take %.0f and %.0f bytes", (double)bytes.activations,
@@ -587,7 +587,7 @@ static void test_half_nets(ckca_context *ctx) {
         CHECK(!ckca_node_read(twin_of, i, b), "node %d: %s", i, ckca_error(plain));
         CHECK(cosine_of(a, b, count) > 0.9999, "node %d of resnet8 in bfloat16: cosine %g with float32", i,
               cosine_of(a, b, count));
-        read++, halves += m->node[i].half;
+        read++, halves += m->node[i].bf16;
     }
     CHECK(read > 10 && halves > 8, "%d nodes compared, %d of them bfloat16", read, halves);
     CHECK(!ckca_backward(m, dz, NULL) && !ckca_backward(twin_of, dz, NULL), "backward: %s", ckca_error(ctx));
@@ -600,7 +600,7 @@ static void test_half_nets(ckca_context *ctx) {
         m = custom(ctx, kind), twin_of = custom(plain, kind);
         CHECK(m && twin_of, "network %d: %s", kind, ckca_error(ctx));
         if (!m || !twin_of) continue;
-        for (halves = i = 0; i < m->nodes; i++) halves += m->node[i].half;
+        for (halves = i = 0; i < m->nodes; i++) halves += m->node[i].bf16;
         CHECK(halves == (kind == 1 ? 3 : kind == 4 ? 7 : 0), "network %d has %d maps in bfloat16", kind, halves);
         CHECK(!ckca_forward(m, input, 6, 1) && !ckca_forward(twin_of, input, 6, 1), "forward: %s", ckca_error(ctx));
         CHECK(!ckca_node_read(m, m->logits, a) && !ckca_node_read(twin_of, m->logits, b) &&
@@ -613,7 +613,7 @@ static void test_half_nets(ckca_context *ctx) {
               cosine_of(a, b, m->trainable));
         ckca_model_free(m), ckca_model_free(twin_of);
     }
-    ckca_free(plain);
+    ckca_context_free(plain);
     free(input), free(a), free(b);
 }
 
@@ -621,7 +621,7 @@ static void test_half_nets(ckca_context *ctx) {
 static void test_precisions(void) {
     double loss[3] = {0, 0, 0};
     int p;
-    for (p = CKCA_FLOAT32; p <= CKCA_BF16; p++) {
+    for (p = CKCA_PRECISION_FLOAT32; p <= CKCA_PRECISION_BF16; p++) {
         ckca_context *ctx = context((ckca_precision)p);
         ckca_update_desc d = recipe();
         ckca_report report;
@@ -635,7 +635,7 @@ static void test_precisions(void) {
         loss[p] = report.loss;
         ckca_model_free(m);
         ckca_data_free(data);
-        ckca_free(ctx);
+        ckca_context_free(ctx);
         CHECK(fabs(loss[p] - loss[0]) < 0.05 && (!p || loss[p] != loss[0]), "loss %g in precision %d, %g in float32",
               loss[p], p, loss[0]);
     }
@@ -658,7 +658,7 @@ static void test_memory(ckca_context *ctx) {
     desc.height = desc.width = 512;
     desc.classes = CLASSES;
     ckca_resnet(ctx, &large, "resnet8", &desc);
-    status = ckca__reserve(large, 1000000, CKCA__TRAIN); /* about 50 TB */
+    status = ckca__reserve(large, 1000000, CKCA__MODE_TRAIN); /* about 50 TB */
     CHECK(status == CKCA_ENOMEM && strstr(ckca_error(ctx), "the GPU refused") && strstr(ckca_error(ctx), "are free"),
           "a batch of a million: %s, \"%s\"", ckca_status_name(status), ckca_error(ctx));
     status = ckca_forward(m, pictures_, 2, 0);
@@ -684,7 +684,7 @@ static void test_less_memory(ckca_context *ctx) {
         CHECK(!ckca_model_bytes(m, 4, 1, &bytes) && !ckca_forward(m, input, 4, 0) &&
                   !ckca_node_read(m, m->logits, before),
               "forward: %s", ckca_error(ctx));
-        cuda_shim_memory -= ckca__device_room(ctx) - bytes.total * (size_t)step / 30;
+        cuda_shim_memory -= ckca__device_free_bytes(ctx) - bytes.total * (size_t)step / 30;
         refused += ckca_forward(m, input, 4, 1) == CKCA_ENOMEM;
         cuda_shim_memory = (size_t)1 << 30;
         if (!m->n || !m->mode) { /* it ran out (else the statistics have moved) */
@@ -728,7 +728,7 @@ static void test_failures(int streams) {
             silent++;
         ckca_model_free(m);
         ckca_data_free(data);
-        ckca_free(ctx);
+        ckca_context_free(ctx);
     }
     printf("%d calls failed one by one, %d without effect\n", failed, silent);
     CHECK(done && failed > 100 && !silent, "%d failures, %d silent", failed, silent);
@@ -737,18 +737,18 @@ static void test_failures(int streams) {
 
 int main(void) {
     int p;
-    for (p = CKCA_FLOAT32; p <= CKCA_BF16; p++) {
+    for (p = CKCA_PRECISION_FLOAT32; p <= CKCA_PRECISION_BF16; p++) {
         ckca_context *ctx = context((ckca_precision)p);
         if (!ctx) {
             printf("note: no context in precision %d (compute capability below 8.0?)\n", p);
-            CHECK(p != CKCA_FLOAT32, "no context: %s", "is there a GPU?");
+            CHECK(p != CKCA_PRECISION_FLOAT32, "no context: %s", "is there a GPU?");
             continue;
         }
         printf("%s\n", ckca_device(ctx));
         test_convs(ctx);
         if (p) test_rounding(ctx);
         test_nan(ctx);
-        if (p == CKCA_BF16) {
+        if (p == CKCA_PRECISION_BF16) {
             static const int channels[] = {1, 3, 8, 16, 20, 64, 264};
             int i;
             for (i = 0; i < 7; i++) {
@@ -764,7 +764,7 @@ int main(void) {
 #ifdef CKCA_CUDA_SHIM
         test_less_memory(ctx);
 #endif
-        ckca_free(ctx);
+        ckca_context_free(ctx);
     }
     test_precisions();
 #ifdef CKCA_CUDA_SHIM

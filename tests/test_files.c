@@ -98,7 +98,7 @@ static void test_array(void) {
     expect(ctx, "pixels", ckca_open_array(ctx, &data, &array, NULL), CKCA_EINVAL, "pixels is NULL");
     CHECK(ckca_open_array(NULL, &data, &array, NULL) == CKCA_EINVAL, "no context");
     ckca_data_free(NULL);
-    ckca_free(ctx);
+    ckca_context_free(ctx);
 }
 
 /* Pillow 13.0: ImageOps.fit(Image.fromarray(pattern), (width, height), Image.BILINEAR), in mode L where channels is 1.
@@ -157,7 +157,7 @@ static void test_resize(void) {
             CHECK(other == 0, "%d x %d of %d to %d x %d: %d others", h, w, in[0], height, width, other);
         }
     }
-    ckca_free(ctx);
+    ckca_context_free(ctx);
 }
 
 /* ---- splitting ---- */
@@ -323,7 +323,7 @@ static void test_split(void) {
         ckca_data_free(few);
     }
     ckca_data_free(parts[0]);
-    ckca_free(ctx);
+    ckca_context_free(ctx);
 }
 
 #ifndef CKCA_NO_STDIO
@@ -433,7 +433,7 @@ static void test_parsers(void) {
           "lines: %s", ckca_error(ctx));
     memcpy(end, "\nc", 3);
     expect(ctx, "lines", ckca__parse_lines(ctx, "n", end, names, 3), CKCA_EFORMAT, "n: 1 names, there are 3 classes");
-    ckca_free(ctx);
+    ckca_context_free(ctx);
 }
 
 /* ---- safetensors on memory ---- */
@@ -594,7 +594,7 @@ static void test_hostile_headers(void) {
         ckca__st_close(&file);
     }
     CHECK(wrong == 0, "%d hopeless files taken", wrong);
-    ckca_free(ctx);
+    ckca_context_free(ctx);
 #undef T
 #undef X
 }
@@ -647,7 +647,7 @@ static void test_names_json(void) {
         CHECK(!strcmp(json, "[\"caf\xef\xbf\xbd\",\"\xef\xbf\xbd\",\"\xef\xbf\xbd\xef\xbf\xbd!\"]"), "names: %s", json);
         ckca__release(ctx, json);
     }
-    ckca_free(ctx);
+    ckca_context_free(ctx);
 }
 
 static void test_half(void) {
@@ -664,9 +664,9 @@ static void test_half(void) {
                  {0x3555, 0.333251953125f}};
     size_t i;
     for (i = 0; i < sizeof known / sizeof *known; i++)
-        CHECK(ckca__half(known[i].bits) == known[i].value, "half %04x is %g, expected %g", known[i].bits,
-              ckca__half(known[i].bits), known[i].value);
-    CHECK(isinf(ckca__half(0x7c00)) && ckca__half(0xfc00) < 0 && isnan(ckca__half(0x7e00)), "half: infinities and NaN");
+        CHECK(ckca__float16(known[i].bits) == known[i].value, "half %04x is %g, expected %g", known[i].bits,
+              ckca__float16(known[i].bits), known[i].value);
+    CHECK(isinf(ckca__float16(0x7c00)) && ckca__float16(0xfc00) < 0 && isnan(ckca__float16(0x7e00)), "half: infinities and NaN");
 }
 
 /* ---- pictures on memory ---- */
@@ -769,7 +769,7 @@ static void test_decode(void) {
         CHECK(stb_fail > 2, "%s: stb_image allocates %ld times", pictures[i].name, stb_fail - 1);
     }
     stb_fail = 0;
-    ckca_free(ctx);
+    ckca_context_free(ctx);
 }
 
 #endif
@@ -854,7 +854,7 @@ static void test_cifar(void) {
     ckca_data_info info;
     const unsigned char *p;
     memset(&desc, 0, sizeof desc);
-    CHECK(ckca_open_cifar10(ctx, &data, DIR_ "cifar10", CKCA_TRAIN, NULL) == CKCA_OK, "%s", ckca_error(ctx));
+    CHECK(ckca_open_cifar10(ctx, &data, DIR_ "cifar10", CKCA_PART_TRAIN, NULL) == CKCA_OK, "%s", ckca_error(ctx));
     ckca_data_info_get(data, &info);
     CHECK(info.count == 10 && info.height == 32 && info.width == 32 && info.channels == 3 && info.classes == 10,
           "cifar10: %d pictures of %d x %d x %d", info.count, info.height, info.width, info.channels);
@@ -867,7 +867,7 @@ static void test_cifar(void) {
     desc.channels = 1;
     desc.classes = 10;
     desc.class_names = backwards;
-    CHECK(ckca_open_cifar10(ctx, &data, DIR_ "cifar10", CKCA_TEST, &desc) == CKCA_OK, "%s", ckca_error(ctx));
+    CHECK(ckca_open_cifar10(ctx, &data, DIR_ "cifar10", CKCA_PART_TEST, &desc) == CKCA_OK, "%s", ckca_error(ctx));
     ckca_data_info_get(data, &info);
     CHECK(info.count == 3 && info.height == 16 && info.channels == 1 && ckca_label(data, 1) == 8 &&
               !strcmp(info.class_names[8], "automobile"),
@@ -875,34 +875,34 @@ static void test_cifar(void) {
     ckca_data_free(data);
     data = NULL;
     desc.classes = 9; /* airplane, the class of picture 0, is not among them */
-    expect(ctx, "cifar10", ckca_open_cifar10(ctx, &data, DIR_ "cifar10", CKCA_TEST, &desc), CKCA_EINVAL,
+    expect(ctx, "cifar10", ckca_open_cifar10(ctx, &data, DIR_ "cifar10", CKCA_PART_TEST, &desc), CKCA_EINVAL,
            "picture 0 is of class 0, not one of the 9 asked for");
     CHECK(data == NULL, "a failure wrote to data");
-    CHECK(ckca_open_cifar100(ctx, &data, DIR_ "cifar100", CKCA_TRAIN, NULL) == CKCA_OK, "%s", ckca_error(ctx));
+    CHECK(ckca_open_cifar100(ctx, &data, DIR_ "cifar100", CKCA_PART_TRAIN, NULL) == CKCA_OK, "%s", ckca_error(ctx));
     ckca_data_info_get(data, &info);
     CHECK(info.count == 4 && info.classes == 100 && !strcmp(info.class_names[42], "fine42") && ckca_label(data, 2) == 2,
           "cifar100: %d pictures, %d classes, %s", info.count, info.classes, info.class_names[42]);
     ckca_data_free(data);
     remove(DIR_ "cifar100/fine_label_names.txt");
-    CHECK(ckca_open_cifar100(ctx, &data, DIR_ "cifar100", CKCA_TEST, NULL) == CKCA_OK, "%s", ckca_error(ctx));
+    CHECK(ckca_open_cifar100(ctx, &data, DIR_ "cifar100", CKCA_PART_TEST, NULL) == CKCA_OK, "%s", ckca_error(ctx));
     ckca_data_info_get(data, &info);
     CHECK(info.count == 1 && !strcmp(info.class_names[42], "42"), "class 42 is %s", info.class_names[42]);
     ckca_data_free(data);
     put(DIR_ "cifar100/fine_label_names.txt", "apple\n", 6);
-    expect(ctx, "names", ckca_open_cifar100(ctx, &data, DIR_ "cifar100", CKCA_TRAIN, NULL), CKCA_EFORMAT,
+    expect(ctx, "names", ckca_open_cifar100(ctx, &data, DIR_ "cifar100", CKCA_PART_TRAIN, NULL), CKCA_EFORMAT,
            "fine_label_names.txt: 1 names, there are 100 classes");
     remove(DIR_ "cifar100/fine_label_names.txt");
     put(DIR_ "cifar100/test.bin", "short", 5);
-    expect(ctx, "short", ckca_open_cifar100(ctx, &data, DIR_ "cifar100", CKCA_TEST, NULL), CKCA_EFORMAT,
+    expect(ctx, "short", ckca_open_cifar100(ctx, &data, DIR_ "cifar100", CKCA_PART_TEST, NULL), CKCA_EFORMAT,
            "5 bytes, not a multiple of the 3074");
     put(DIR_ "cifar100/test.bin", "", 0);
-    expect(ctx, "empty", ckca_open_cifar100(ctx, &data, DIR_ "cifar100", CKCA_TEST, NULL), CKCA_EFORMAT,
+    expect(ctx, "empty", ckca_open_cifar100(ctx, &data, DIR_ "cifar100", CKCA_PART_TEST, NULL), CKCA_EFORMAT,
            "0 bytes, not a multiple");
-    expect(ctx, "missing", ckca_open_cifar10(ctx, &data, DIR_ "none", CKCA_TEST, NULL), CKCA_EIO,
+    expect(ctx, "missing", ckca_open_cifar10(ctx, &data, DIR_ "none", CKCA_PART_TEST, NULL), CKCA_EIO,
            "none/test_batch.bin: cannot be opened: No such file");
     expect(ctx, "part", ckca_open_cifar10(ctx, &data, DIR_ "cifar10", (ckca_part)7, NULL), CKCA_EINVAL, "part is 7, it may be 0 to 1");
-    expect(ctx, "dir", ckca_open_cifar10(ctx, &data, NULL, CKCA_TEST, NULL), CKCA_EINVAL, "dir is NULL");
-    ckca_free(ctx);
+    expect(ctx, "dir", ckca_open_cifar10(ctx, &data, NULL, CKCA_PART_TEST, NULL), CKCA_EINVAL, "dir is NULL");
+    ckca_context_free(ctx);
 }
 
 static void test_idx(void) {
@@ -923,19 +923,19 @@ static void test_idx(void) {
     }
     desc.channels = 3;
     desc.height = desc.width = 8;
-    CHECK(ckca_open_idx(ctx, &data, DIR_ "idx", CKCA_TRAIN, &desc) == CKCA_OK, "%s", ckca_error(ctx));
+    CHECK(ckca_open_idx(ctx, &data, DIR_ "idx", CKCA_PART_TRAIN, &desc) == CKCA_OK, "%s", ckca_error(ctx));
     CHECK(ckca_pixels(data, 2)[0] == ckca_pixels(data, 2)[1] && ckca_pixels(data, 2)[0] == ckca_pixels(data, 2)[2],
           "grey as colour: %d %d", ckca_pixels(data, 2)[0], ckca_pixels(data, 2)[1]);
     ckca_data_free(data);
     desc.classes = 9;
     desc.class_names = digits;
-    expect(ctx, "idx", ckca_open_idx(ctx, &data, DIR_ "idx", CKCA_TRAIN, &desc), CKCA_EINVAL,
+    expect(ctx, "idx", ckca_open_idx(ctx, &data, DIR_ "idx", CKCA_PART_TRAIN, &desc), CKCA_EINVAL,
            "picture 2 is of class 9, not one of the 9");
-    expect(ctx, "packed", ckca_open_idx(ctx, &data, DIR_ "packed", CKCA_TRAIN, NULL), CKCA_EIO,
+    expect(ctx, "packed", ckca_open_idx(ctx, &data, DIR_ "packed", CKCA_PART_TRAIN, NULL), CKCA_EIO,
            "unpack it with gunzip");
-    expect(ctx, "missing", ckca_open_idx(ctx, &data, DIR_ "packed", CKCA_TEST, NULL), CKCA_EIO,
+    expect(ctx, "missing", ckca_open_idx(ctx, &data, DIR_ "packed", CKCA_PART_TEST, NULL), CKCA_EIO,
            "packed: no t10k-images-idx3-ubyte in it");
-    ckca_free(ctx);
+    ckca_context_free(ctx);
 }
 
 #ifndef CKCA_NO_STB_IMAGE
@@ -998,7 +998,7 @@ static void test_folder(void) {
     desc.channels = 3;
     expect(ctx, "long", ckca_read_picture(ctx, deep, &desc, out), CKCA_EIO,
            "z.jpg: cannot be opened: File name too long");
-    ckca_free(ctx);
+    ckca_context_free(ctx);
 }
 #endif
 
@@ -1144,7 +1144,7 @@ static void test_safetensors(void) {
     ckca__st_close(&file);
     expect(ctx, "open", ckca__st_open(ctx, DIR_ "idx", &file), CKCA_EIO, "idx: not a regular file");
     ckca__st_close(&file);
-    ckca_free(ctx);
+    ckca_context_free(ctx);
 }
 
 /* ---- every allocation fails in turn ---- */
@@ -1155,21 +1155,21 @@ static ckca_status job_cifar10(ckca_context *ctx) {
     ckca_status status;
     memset(&desc, 0, sizeof desc);
     desc.height = desc.width = 20;
-    status = ckca_open_cifar10(ctx, &data, DIR_ "cifar10", CKCA_TRAIN, &desc);
+    status = ckca_open_cifar10(ctx, &data, DIR_ "cifar10", CKCA_PART_TRAIN, &desc);
     ckca_data_free(data);
     return status;
 }
 
 static ckca_status job_cifar100(ckca_context *ctx) { /* with a file of names */
     ckca_data *data = NULL;
-    ckca_status status = ckca_open_cifar100(ctx, &data, DIR_ "cifar100", CKCA_TEST, NULL);
+    ckca_status status = ckca_open_cifar100(ctx, &data, DIR_ "cifar100", CKCA_PART_TEST, NULL);
     ckca_data_free(data);
     return status;
 }
 
 static ckca_status job_idx(ckca_context *ctx) {
     ckca_data *data = NULL;
-    ckca_status status = ckca_open_idx(ctx, &data, DIR_ "idx", CKCA_TEST, NULL);
+    ckca_status status = ckca_open_idx(ctx, &data, DIR_ "idx", CKCA_PART_TEST, NULL);
     ckca_data_free(data);
     return status;
 }
@@ -1257,9 +1257,9 @@ static ckca_model *tiny_model(ckca_context *ctx, uint64_t seed) {
     conv.pad = 1;
     if (ckca_model_create(ctx, &model, &desc)) return NULL;
     if (ckca_model_finish(
-            model, ckca_linear(model, "fc",
-                               ckca_avgpool(model, ckca_relu(model, ckca_batchnorm(model, "bn1",
-                                                                                   ckca_conv(model, "conv1", ckca_input(model), conv)))),
+            model, ckca_layer_linear(model, "fc",
+                               ckca_layer_avgpool(model, ckca_layer_relu(model, ckca_layer_batchnorm(model, "bn1",
+                                                                                   ckca_layer_conv(model, "conv1", ckca_layer_input(model), conv)))),
                                2))) {
         ckca_model_free(model);
         return NULL;
@@ -1437,22 +1437,22 @@ static void test_memory(void) {
     CHECK(ckca_load_memory(ctx, &back, changed, again) == CKCA_OK, "%s", ckca_error(ctx));
     ckca_model_free(back);
     free(changed);
-    for (k = 0; k < ckca_tensors(other); k++) {
-        ckca_tensor tensor;
+    for (k = 0; k < ckca_tensor_count(other); k++) {
+        ckca_tensor_info tensor;
         const float bad[3] = {NAN, INFINITY, -INFINITY};
         const ckca__st_tensor *place;
         ckca__st_file file;
         float good;
-        ckca_tensor_info(other, k, &tensor);
-        ckca_tensor_read(other, k, CKCA_VALUE, value);
+        ckca_tensor_info_get(other, k, &tensor);
+        ckca_tensor_read(other, k, CKCA_SLOT_VALUE, value);
         good = value[tensor.count - 1];
         value[tensor.count - 1] = bad[k % 3];
-        ckca_tensor_write(other, k, CKCA_VALUE, value);
+        ckca_tensor_write(other, k, CKCA_SLOT_VALUE, value);
         copy = (unsigned char *)malloc(size);
         expect(ctx, tensor.name, ckca_save_memory(other, copy, size, &again), CKCA_ENAN, tensor.name);
         CHECK(strstr(ckca_error(ctx), k % 3 ? "is infinite" : "is NaN"), "%s", ckca_error(ctx));
         value[tensor.count - 1] = good;
-        ckca_tensor_write(other, k, CKCA_VALUE, value);
+        ckca_tensor_write(other, k, CKCA_SLOT_VALUE, value);
         memcpy(copy, bytes, size);
         if (ckca__st_parse(ctx, "x", bytes, size, &file) || !(place = ckca__st_find(&file, tensor.name))) abort();
         memcpy(copy + place->end - 4, &bad[k % 3], 4);
@@ -1469,7 +1469,7 @@ static void test_memory(void) {
     free(bytes);
     ckca_model_free(model);
     ckca_model_free(other);
-    ckca_free(ctx);
+    ckca_context_free(ctx);
 }
 
 static ckca_status job_memory(ckca_context *ctx) { /* with prefixes, so that names are fitted */

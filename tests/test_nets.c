@@ -33,7 +33,7 @@ static int ends_with(const char *s, const char *end) {
     return n >= m && !strcmp(s + n - m, end);
 }
 
-static float formula(const ckca_tensor *t, uint32_t k, int64_t i) {
+static float formula(const ckca_tensor_info *t, uint32_t k, int64_t i) {
     double u = draw(k, i);
     if (ends_with(t->name, "running_var")) return (float)(1.0 + 0.3 * u);
     if (ends_with(t->name, "running_mean")) return (float)(0.1 * u);
@@ -114,7 +114,7 @@ static double compare_slot(ckca_model *model, const char *net, const char *what,
     snprintf(name, sizeof name, "%s.names", what);
     names = (const char *)entry(net, name, &bytes);
     for (end = names + bytes; names < end; names = strchr(names, '\n') + 1, seen++) {
-        ckca_tensor t;
+        ckca_tensor_info t;
         float *got;
         int64_t count, j;
         double norm, rms, error;
@@ -122,7 +122,7 @@ static double compare_slot(ckca_model *model, const char *net, const char *what,
         i = ckca_tensor_find(model, name);
         CHECK(i >= 0, "%s: no tensor %s", net, name);
         if (i < 0) return 1;
-        ckca_tensor_info(model, i, &t);
+        ckca_tensor_info_get(model, i, &t);
         got = (float *)malloc((size_t)t.count * sizeof *got);
         CHECK(got && ckca_tensor_read(model, i, slot, got) == CKCA_OK, "%s: %s unreadable", net, name);
         norm = norms[seen];
@@ -138,10 +138,10 @@ static double compare_slot(ckca_model *model, const char *net, const char *what,
         if (!(error <= worst)) worst = error;
         free(got);
     }
-    for (i = 0; i < ckca_tensors(model); i++) {
-        ckca_tensor t;
-        ckca_tensor_info(model, i, &t);
-        trainable += t.trainable || slot == CKCA_VALUE;
+    for (i = 0; i < ckca_tensor_count(model); i++) {
+        ckca_tensor_info t;
+        ckca_tensor_info_get(model, i, &t);
+        trainable += t.trainable || slot == CKCA_SLOT_VALUE;
     }
     CHECK(seen == trainable, "%s: %d tensors, reference %d", net, trainable, seen);
     return worst;
@@ -160,16 +160,16 @@ typedef struct net_case {
 /* Every tensor's values, or the momentum of the trainable ones, by the formula. */
 static void fill(ckca_model *model, ckca_slot slot, uint32_t seed) {
     int i;
-    for (i = 0; i < ckca_tensors(model); i++) {
-        ckca_tensor t;
+    for (i = 0; i < ckca_tensor_count(model); i++) {
+        ckca_tensor_info t;
         float *v;
         int64_t j;
         uint32_t k;
-        ckca_tensor_info(model, i, &t);
-        if (slot == CKCA_MOMENTUM && !t.trainable) continue;
+        ckca_tensor_info_get(model, i, &t);
+        if (slot == CKCA_SLOT_MOMENTUM && !t.trainable) continue;
         k = key(t.name, seed);
         v = (float *)malloc((size_t)t.count * sizeof *v);
-        for (j = 0; j < t.count; j++) v[j] = slot == CKCA_VALUE ? formula(&t, k, j) : (float)(0.01 * draw(k, j));
+        for (j = 0; j < t.count; j++) v[j] = slot == CKCA_SLOT_VALUE ? formula(&t, k, j) : (float)(0.01 * draw(k, j));
         CHECK(ckca_tensor_write(model, i, slot, v) == CKCA_OK, "%s: not written", t.name);
         free(v);
     }
@@ -198,7 +198,7 @@ static void test_net(ckca_context *ctx, const net_case *c) {
         return;
     }
     ckca_model_info_get(model, &info);
-    fill(model, CKCA_VALUE, c->seed);
+    fill(model, CKCA_SLOT_VALUE, c->seed);
     x = (float *)malloc((size_t)pixels * sizeof *x);
     z = (float *)malloc((size_t)(c->n * c->classes) * sizeof *z);
     dz = (float *)malloc((size_t)(c->n * c->classes) * sizeof *dz);
@@ -239,14 +239,14 @@ static void test_net(ckca_context *ctx, const net_case *c) {
 
     CHECK(ckca_zero_gradients(model) == CKCA_OK, "%s: %s", c->net, ckca_error(ctx));
     CHECK(ckca_backward(model, dz, df) == CKCA_OK, "%s: %s", c->net, ckca_error(ctx));
-    gradient = compare_slot(model, c->net, "gradient", CKCA_GRADIENT, c->keep_gradient, c->tolerance_gradient);
+    gradient = compare_slot(model, c->net, "gradient", CKCA_SLOT_GRADIENT, c->keep_gradient, c->tolerance_gradient);
 
-    fill(model, CKCA_MOMENTUM, c->seed + 1);
+    fill(model, CKCA_SLOT_MOMENTUM, c->seed + 1);
     memset(&sgd, 0, sizeof sgd);
     sgd.lr = LR;
     CHECK(ckca_sgd(model, &sgd) == CKCA_OK, "%s: %s", c->net, ckca_error(ctx));
-    momentum = compare_slot(model, c->net, "momentum", CKCA_MOMENTUM, c->keep_other, c->tolerance_gradient);
-    value = compare_slot(model, c->net, "value", CKCA_VALUE, c->keep_other, c->tolerance_gradient);
+    momentum = compare_slot(model, c->net, "momentum", CKCA_SLOT_MOMENTUM, c->keep_other, c->tolerance_gradient);
+    value = compare_slot(model, c->net, "value", CKCA_SLOT_VALUE, c->keep_other, c->tolerance_gradient);
 
     CHECK(ckca_forward(model, x, c->n, 0) == CKCA_OK, "%s: %s", c->net, ckca_error(ctx));
     CHECK(ckca_node_read(model, info.logits, z) == CKCA_OK, "%s: %s", c->net, ckca_error(ctx));
@@ -297,7 +297,7 @@ static void test_structure(ckca_context *ctx) {
         CHECK(info.features == nets[i].features, "%s: %d features, not %d", nets[i].arch, info.features,
               nets[i].features);
         CHECK(!strcmp(info.arch, nets[i].arch), "%s says it is %s", nets[i].arch, info.arch);
-        CHECK(info.step == 0, "%s: step %d", nets[i].arch, info.step);
+        CHECK(info.updates == 0, "%s: step %d", nets[i].arch, info.updates);
         ckca_model_free(model);
     }
 }
@@ -316,16 +316,16 @@ static void test_initial(ckca_context *ctx, const char *arch, const char *last, 
     CHECK(ckca_resnet(ctx, &model, arch, &desc) == CKCA_OK, "%s", ckca_error(ctx));
     desc.seed = 8;
     CHECK(ckca_resnet(ctx, &other, arch, &desc) == CKCA_OK, "%s", ckca_error(ctx));
-    for (i = 0; i < ckca_tensors(model); i++) {
-        ckca_tensor t;
+    for (i = 0; i < ckca_tensor_count(model); i++) {
+        ckca_tensor_info t;
         float *v, *w;
         double sum = 0, squares = 0, n, widest = 0;
         int64_t j;
-        ckca_tensor_info(model, i, &t);
+        ckca_tensor_info_get(model, i, &t);
         v = (float *)malloc((size_t)t.count * sizeof *v);
         w = (float *)malloc((size_t)t.count * sizeof *w);
-        ckca_tensor_read(model, i, CKCA_VALUE, v);
-        ckca_tensor_read(other, i, CKCA_VALUE, w);
+        ckca_tensor_read(model, i, CKCA_SLOT_VALUE, v);
+        ckca_tensor_read(other, i, CKCA_SLOT_VALUE, w);
         n = (double)t.count;
         for (j = 0; j < t.count; j++) {
             sum += v[j];
@@ -341,9 +341,9 @@ static void test_initial(ckca_context *ctx, const char *arch, const char *last, 
             CHECK(widest > sqrt(variance) * 2.5 && widest < sqrt(variance) * 7, "%s %s: greatest %g deviations", arch,
                   t.name, widest / sqrt(variance));
         } else if (!strncmp(t.name, "fc.", 3)) {
-            ckca_tensor weight;
+            ckca_tensor_info weight;
             double half;
-            ckca_tensor_info(model, ckca_tensor_find(model, "fc.weight"), &weight);
+            ckca_tensor_info_get(model, ckca_tensor_find(model, "fc.weight"), &weight);
             half = 1 / sqrt((double)weight.shape[1]);
             CHECK(widest <= half * 1.0001 && widest > 0.5 * half, "%s %s: greatest %g, bound %g", arch, t.name, widest,
                   half);
@@ -377,7 +377,7 @@ static int conv(ckca_model *m, const char *name, int input, int out, int kernel,
     desc.kernel = kernel;
     desc.stride = stride;
     desc.pad = pad;
-    return ckca_conv(m, name, input, desc);
+    return ckca_layer_conv(m, name, input, desc);
 }
 
 /* An irregular graph: every case of the memory planner, useful as a network or not. */
@@ -390,54 +390,54 @@ static ckca_model *irregular(ckca_context *ctx) {
     desc.classes = 5;
     desc.seed = 3;
     CHECK(ckca_model_create(ctx, &m, &desc) == CKCA_OK, "%s", ckca_error(ctx));
-    x = ckca_batchnorm(m, "bn0", conv(m, "conv0", ckca_input(m), 8, 3, 1, 1));
-    x = ckca_relu(m, x);
+    x = ckca_layer_batchnorm(m, "bn0", conv(m, "conv0", ckca_layer_input(m), 8, 3, 1, 1));
+    x = ckca_layer_relu(m, x);
     for (i = 0; i < 6; i++) {
         char name[32];
         snprintf(name, sizeof name, "conv1.%d", i);
         y = conv(m, name, x, 8, 3, 1, 1);
         snprintf(name, sizeof name, "bn1.%d", i);
-        x = ckca_relu(m, ckca_add(m, ckca_batchnorm(m, name, y), i == 4 ? z : x));
+        x = ckca_layer_relu(m, ckca_layer_add(m, ckca_layer_batchnorm(m, name, y), i == 4 ? z : x));
         if (i == 1) z = x; /* is the residual of two blocks */
-        if (i == 2) ckca_stage(m, x);
+        if (i == 2) ckca_layer_stage(m, x);
     }
-    y = ckca_batchnorm(m, "bn2", x);                               /* reads what a ReLU gave, not a convolution */
-    z = ckca_relu(m, ckca_add(m, ckca_batchnorm(m, "bn3", y), y)); /* its own input is its residual */
-    x = ckca_add(m, ckca_relu(m, ckca_batchnorm(m, "bn4", conv(m, "conv4", z, 8, 1, 1, 0))), x);
-    x = ckca_relu(m, x);
-    y = ckca_batchnorm(m, "bn5", conv(m, "conv5", x, 16, 3, 1, 1));
-    z = ckca_batchnorm(m, "bn6", conv(m, "conv6", x, 16, 1, 1, 0));
-    x = ckca_relu(m, ckca_add(m, y, z));
-    ckca_stage(m, x);
+    y = ckca_layer_batchnorm(m, "bn2", x);                               /* reads what a ReLU gave, not a convolution */
+    z = ckca_layer_relu(m, ckca_layer_add(m, ckca_layer_batchnorm(m, "bn3", y), y)); /* its own input is its residual */
+    x = ckca_layer_add(m, ckca_layer_relu(m, ckca_layer_batchnorm(m, "bn4", conv(m, "conv4", z, 8, 1, 1, 0))), x);
+    x = ckca_layer_relu(m, x);
+    y = ckca_layer_batchnorm(m, "bn5", conv(m, "conv5", x, 16, 3, 1, 1));
+    z = ckca_layer_batchnorm(m, "bn6", conv(m, "conv6", x, 16, 1, 1, 0));
+    x = ckca_layer_relu(m, ckca_layer_add(m, y, z));
+    ckca_layer_stage(m, x);
     /* A batch norm over r's reader s, with r as residual; then one over r, with s. */
     for (i = 0; i < 2; i++) {
-        int r = ckca_relu(m, ckca_batchnorm(m, i ? "bn8" : "bn9", conv(m, i ? "conv8" : "conv9", x, 16, 1, 1, 0)));
-        int s = ckca_batchnorm(m, i ? "bn10" : "bn11", conv(m, i ? "conv10" : "conv11", r, 16, 1, 1, 0));
-        s = ckca_relu(m, ckca_add(m, s, r));
-        x = ckca_relu(m, ckca_add(m, ckca_batchnorm(m, i ? "bn12" : "bn13", i ? r : s), i ? s : r));
+        int r = ckca_layer_relu(m, ckca_layer_batchnorm(m, i ? "bn8" : "bn9", conv(m, i ? "conv8" : "conv9", x, 16, 1, 1, 0)));
+        int s = ckca_layer_batchnorm(m, i ? "bn10" : "bn11", conv(m, i ? "conv10" : "conv11", r, 16, 1, 1, 0));
+        s = ckca_layer_relu(m, ckca_layer_add(m, s, r));
+        x = ckca_layer_relu(m, ckca_layer_add(m, ckca_layer_batchnorm(m, i ? "bn12" : "bn13", i ? r : s), i ? s : r));
     }
     /* Batch norms whose only reader can normalise for itself: a convolution, a sum; at last max pooling, and one whose
        output is wanted as a stage in one of the modes. */
-    y = conv(m, "conv15", ckca_relu(m, ckca_batchnorm(m, "bn14", conv(m, "conv14", x, 16, 3, 1, 1))), 16, 3, 1, 1);
-    z = ckca_relu(m, ckca_batchnorm(m, "bn16", conv(m, "conv16", x, 16, 1, 1, 0)));
-    x = ckca_relu(m, ckca_add(m, ckca_batchnorm(m, "bn15", y), z));
+    y = conv(m, "conv15", ckca_layer_relu(m, ckca_layer_batchnorm(m, "bn14", conv(m, "conv14", x, 16, 3, 1, 1))), 16, 3, 1, 1);
+    z = ckca_layer_relu(m, ckca_layer_batchnorm(m, "bn16", conv(m, "conv16", x, 16, 1, 1, 0)));
+    x = ckca_layer_relu(m, ckca_layer_add(m, ckca_layer_batchnorm(m, "bn15", y), z));
     /* Two recomputed outputs, as in a network that normalises before its convolutions; each is its last reader. */
     z = conv(m, "conv22", x, 16, 1, 1, 0);
-    y = conv(m, "conv21", ckca_relu(m, ckca_batchnorm(m, "bn21", x)), 16, 3, 1, 1);
-    x = ckca_relu(m, ckca_add(m, ckca_batchnorm(m, "bn22", y), z));
-    z = ckca_batchnorm(m, "bn23", x);
-    y = ckca_relu(m, ckca_batchnorm(m, "bn24", conv(m, "conv23", x, 16, 3, 1, 1)));
-    x = ckca_relu(m, ckca_add(m, ckca_batchnorm(m, "bn25", conv(m, "conv24", y, 16, 1, 1, 0)), z));
+    y = conv(m, "conv21", ckca_layer_relu(m, ckca_layer_batchnorm(m, "bn21", x)), 16, 3, 1, 1);
+    x = ckca_layer_relu(m, ckca_layer_add(m, ckca_layer_batchnorm(m, "bn22", y), z));
+    z = ckca_layer_batchnorm(m, "bn23", x);
+    y = ckca_layer_relu(m, ckca_layer_batchnorm(m, "bn24", conv(m, "conv23", x, 16, 3, 1, 1)));
+    x = ckca_layer_relu(m, ckca_layer_add(m, ckca_layer_batchnorm(m, "bn25", conv(m, "conv24", y, 16, 1, 1, 0)), z));
     /* Two that have to be run: for two readers, and for a sum without a batch norm. */
-    y = ckca_relu(m, ckca_batchnorm(m, "bn17", conv(m, "conv17", x, 16, 1, 1, 0)));
+    y = ckca_layer_relu(m, ckca_layer_batchnorm(m, "bn17", conv(m, "conv17", x, 16, 1, 1, 0)));
     x = conv(m, "conv18", y, 16, 3, 1, 1);
-    x = ckca_add(m, x, ckca_relu(m, ckca_batchnorm(m, "bn26", conv(m, "conv19", y, 16, 1, 1, 0))));
-    y = ckca_batchnorm(m, "bn18", x);
-    ckca_stage(m, y);
-    x = ckca_relu(m, ckca_batchnorm(m, "bn19", conv(m, "conv20", y, 16, 1, 1, 0)));
-    x = ckca_maxpool(m, x, 3, 2, 1);
-    x = ckca_relu(m, ckca_batchnorm(m, "bn7", conv(m, "conv7", x, 16, 3, 1, 1)));
-    x = ckca_linear(m, "fc", ckca_avgpool(m, x), 5);
+    x = ckca_layer_add(m, x, ckca_layer_relu(m, ckca_layer_batchnorm(m, "bn26", conv(m, "conv19", y, 16, 1, 1, 0))));
+    y = ckca_layer_batchnorm(m, "bn18", x);
+    ckca_layer_stage(m, y);
+    x = ckca_layer_relu(m, ckca_layer_batchnorm(m, "bn19", conv(m, "conv20", y, 16, 1, 1, 0)));
+    x = ckca_layer_maxpool(m, x, 3, 2, 1);
+    x = ckca_layer_relu(m, ckca_layer_batchnorm(m, "bn7", conv(m, "conv7", x, 16, 3, 1, 1)));
+    x = ckca_layer_linear(m, "fc", ckca_layer_avgpool(m, x), 5);
     CHECK(ckca_model_finish(m, x) == CKCA_OK, "%s", ckca_error(ctx));
     return m;
 }
@@ -465,7 +465,7 @@ static float *gradients_in(ckca_model *m, int mode, int n, const float *x, const
     for (j = 0, *stages = 0; j < m->nodes; j++) {
         const size_t values = ckca__rows(&m->node[j], n) * (size_t)m->node[j].c;
         float *out;
-        if (!m->node[j].stage || !(mode & (CKCA__STAGES | CKCA__READABLE))) continue;
+        if (!m->node[j].stage || !(mode & (CKCA__MODE_STAGES | CKCA__MODE_READABLE))) continue;
         out = (float *)malloc(values * sizeof *out);
         ckca__device_download(ctx, out, ckca__value(m, j), values * sizeof *out);
         for (i = 0; i < values; i++) *stages += out[i];
@@ -475,7 +475,7 @@ static float *gradients_in(ckca_model *m, int mode, int n, const float *x, const
     ckca__device_upload(ctx, ckca__grad(m, m->logits), dz, (size_t)(n * m->classes) * sizeof *dz);
     m->node[m->logits].written = 1;
     for (j = 0; j < m->nodes; j++)
-        if (m->node[j].stage && (mode & CKCA__STAGES)) {
+        if (m->node[j].stage && (mode & CKCA__MODE_STAGES)) {
             ckca__device_zero(ctx, ckca__grad(m, j), ckca__rows(&m->node[j], n) * (size_t)m->node[j].c * sizeof(float));
             m->node[j].written = 1;
         }
@@ -491,7 +491,7 @@ static float *gradients_in(ckca_model *m, int mode, int n, const float *x, const
 /* A step gives the same gradients, bit by bit, whatever the plan keeps, recomputes or overwrites. merged: number of
    batch norms fused into their reader; merged_sums: those of them whose reader is a sum (on the GPU there are no others). */
 static void test_plan(ckca_context *ctx, const char *net, int n, int size, int merged, int merged_sums) {
-    static const int modes[] = {CKCA__TRAIN | CKCA__READABLE, CKCA__TRAIN, CKCA__TRAIN | CKCA__STAGES};
+    static const int modes[] = {CKCA__MODE_TRAIN | CKCA__MODE_READABLE, CKCA__MODE_TRAIN, CKCA__MODE_TRAIN | CKCA__MODE_STAGES};
     ckca_model_desc desc;
     ckca_model *m;
     float *x, *dz, *all[3];
@@ -516,11 +516,11 @@ static void test_plan(ckca_context *ctx, const char *net, int n, int size, int m
               modes[mode], modes[0]);
     }
     CHECK(stages[2] == stages[0], "%s: its stages' outputs, added up: %g, not %g", net, stages[2], stages[0]);
-    CHECK(m->plan_values[CKCA__TRAIN] < m->plan_values[CKCA__TRAIN | CKCA__READABLE] && m->agains[CKCA__TRAIN] > 0,
+    CHECK(m->plan_values[CKCA__MODE_TRAIN] < m->plan_values[CKCA__MODE_TRAIN | CKCA__MODE_READABLE] && m->recomputes[CKCA__MODE_TRAIN] > 0,
           "%s: nothing is recomputed", net);
-    for (j = 0; j < m->agains[CKCA__TRAIN]; j++) made += m->again[CKCA__TRAIN][j].in != j;
+    for (j = 0; j < m->recomputes[CKCA__MODE_TRAIN]; j++) made += m->recompute[CKCA__MODE_TRAIN][j].in != j;
     CHECK(made || strcmp(net, "resnet50"), "%s: no recomputed output overwrites its residual", net);
-    for (j = made = 0; j < m->nodes; j++) made += m->node[j].merged[CKCA__TRAIN];
+    for (j = made = 0; j < m->nodes; j++) made += m->node[j].fused_into_reader[CKCA__MODE_TRAIN];
     CHECK(made == (CKCA__DEVICE_IS_HOST ? merged : merged_sums), "%s: %d batch norms are fused into readers", net,
           made);
     for (mode = 0; mode < 3; mode++) free(all[mode]);
@@ -568,12 +568,12 @@ int main(void) {
         memset(&desc, 0, sizeof desc);
         desc.isa = isas[i];
         if (ckca_init(&ctx, &desc) != CKCA_OK) { /* the processor lacks it */
-            ckca_free(ctx);
+            ckca_context_free(ctx);
             continue;
         }
         for (j = 0; j < sizeof cases / sizeof *cases; j++)
             if (isas[i] == CKCA_ISA_BEST || j < (isas[i] == CKCA_ISA_PLAIN ? 2u : 3u)) test_net(ctx, &cases[j]);
-        ckca_free(ctx);
+        ckca_context_free(ctx);
     }
     CHECK(ckca_init(&ctx, NULL) == CKCA_OK, "no context");
     test_group("memory plan: the same gradients whatever is kept");
@@ -591,7 +591,7 @@ int main(void) {
     test_initial(ctx, "resnet20", "bn2.weight", 0);
     test_initial(ctx, "resnet20", "bn2.weight", 1);
     test_initial(ctx, "resnet50-cifar", "bn3.weight", 1);
-    ckca_free(ctx);
+    ckca_context_free(ctx);
     free(file_bytes);
     return test_summary();
 }

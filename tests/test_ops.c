@@ -136,7 +136,7 @@ static void norm_again(ckca_context *ctx, const void *args, float *out) {
     norm_forward(ctx, args, y);
     memcpy(out, y, n * sizeof *out);
     if (a->residual) memcpy(out + n, a->residual, n * sizeof *out);
-    ckca__op_batchnorm_again(ctx, 0, a->rows, a->c, a->x, &saved, a->residual ? out + n : NULL, NULL, out + n);
+    ckca__op_batchnorm_recompute(ctx, 0, a->rows, a->c, a->x, &saved, a->residual ? out + n : NULL, NULL, out + n);
     for (i = 0; i < n && out[i] == out[n + i]; i++) {
     }
     CHECK(i == n, "%s: batch norm %dx%d recomputed differs at %d: %g, %g", ckca_device(ctx), (int)a->rows, a->c, (int)i,
@@ -149,14 +149,14 @@ static void norm_again(ckca_context *ctx, const void *args, float *out) {
                                    a->residual, &residuals, a->relu, NULL, stats, stats + c, ws);
         CHECK(!memcmp(stats, y + n, 4 * c * sizeof *stats), "%s: batch norm %dx%d: statistics differ without y",
               ckca_device(ctx), (int)a->rows, a->c);
-        ckca__op_batchnorm_again(ctx, 0, a->rows, a->c, a->residual, &residuals, NULL, NULL, other);
-        ckca__op_batchnorm_again(ctx, 0, a->rows, a->c, a->x, &saved, other, NULL, other);
+        ckca__op_batchnorm_recompute(ctx, 0, a->rows, a->c, a->residual, &residuals, NULL, NULL, other);
+        ckca__op_batchnorm_recompute(ctx, 0, a->rows, a->c, a->x, &saved, other, NULL, other);
         ckca__op_batchnorm_forward(ctx, 0, a->rows, a->c, a->x, a->gamma, a->beta, stats + 2 * c, stats + 3 * c,
                                    a->residual, &residuals, a->relu, at_once, stats, stats + c, ws);
         CHECK(!memcmp(at_once, other, n * sizeof *other), "%s: batch norm %dx%d: forward with a normalised residual",
               ckca_device(ctx), (int)a->rows, a->c);
         memcpy(at_once, a->residual, n * sizeof *at_once);
-        ckca__op_batchnorm_again(ctx, 0, a->rows, a->c, a->x, &saved, at_once, &residuals, at_once);
+        ckca__op_batchnorm_recompute(ctx, 0, a->rows, a->c, a->x, &saved, at_once, &residuals, at_once);
         CHECK(!memcmp(at_once, other, n * sizeof *other), "%s: batch norm %dx%d: recomputed with a normalised residual",
               ckca_device(ctx), (int)a->rows, a->c);
         free(at_once);
@@ -534,7 +534,7 @@ static void pool_norm(ckca_context *ctx, const pool *a) {
     unsigned char *at = (unsigned char *)malloc(2 * a->out);
     const ckca__norm norm = {values, values + c, values + 2 * c, values + 3 * c, a->s.n % 2};
     ckca__conv s = a->s;
-    ckca__op_batchnorm_again(ctx, 0, a->in / c, a->s.c, a->x, &norm, NULL, NULL, x);
+    ckca__op_batchnorm_recompute(ctx, 0, a->in / c, a->s.c, a->x, &norm, NULL, NULL, x);
     ckca__op_maxpool_forward(ctx, &s, x, y, at);
     s.norm = &norm;
     ckca__op_maxpool_forward(ctx, &s, a->x, y + a->out, at + a->out);
@@ -1265,7 +1265,7 @@ int main(int argc, char **argv) {
             desc.threads = t + 1;
             desc.isa = (ckca_isa)(CKCA_ISA_PLAIN + isa);
             if (ckca_init(&contexts[isa][t], &desc)) {
-                ckca_free(contexts[isa][t]);
+                ckca_context_free(contexts[isa][t]);
                 contexts[isa][t] = NULL;
             } else any = contexts[isa][0];
         }
@@ -1302,6 +1302,6 @@ int main(int argc, char **argv) {
     test_group("values of PyTorch");
     test_torch(argc > 1 ? argv[1] : "tests/reference/ops.safetensors");
     for (isa = 0; isa < ISAS; isa++)
-        for (t = 0; t < THREADS; t++) ckca_free(contexts[isa][t]);
+        for (t = 0; t < THREADS; t++) ckca_context_free(contexts[isa][t]);
     return test_summary();
 }

@@ -616,18 +616,18 @@ static void test_sets(ckca_context *ctx) {
         if (!cases[i].dir) continue;
         snprintf(path, sizeof path, DIR_ "%s", cases[i].dir);
         expect(ctx, cases[i].dir,
-               cases[i].set == 10    ? ckca_open_cifar10(ctx, &data, path, CKCA_TEST, NULL)
-               : cases[i].set == 100 ? ckca_open_cifar100(ctx, &data, path, CKCA_TEST, NULL)
-                                     : ckca_open_idx(ctx, &data, path, CKCA_TEST, NULL),
+               cases[i].set == 10    ? ckca_open_cifar10(ctx, &data, path, CKCA_PART_TEST, NULL)
+               : cases[i].set == 100 ? ckca_open_cifar100(ctx, &data, path, CKCA_PART_TEST, NULL)
+                                     : ckca_open_idx(ctx, &data, path, CKCA_PART_TEST, NULL),
                CKCA_EIO, cases[i].words);
     }
     put(DIR_ "inside/test_batch.bin", "\x1f\x8bxyz", 5);
-    expect(ctx, "gzip inside", ckca_open_cifar10(ctx, &data, DIR_ "inside", CKCA_TEST, NULL), CKCA_EFORMAT, "gunzip");
-    CHECK(ckca_open_cifar10(ctx, &data, DIR_ "fine", CKCA_TEST, NULL) == CKCA_OK, "%s", ckca_error(ctx));
+    expect(ctx, "gzip inside", ckca_open_cifar10(ctx, &data, DIR_ "inside", CKCA_PART_TEST, NULL), CKCA_EFORMAT, "gunzip");
+    CHECK(ckca_open_cifar10(ctx, &data, DIR_ "fine", CKCA_PART_TEST, NULL) == CKCA_OK, "%s", ckca_error(ctx));
     ckca_data_free(data);
-    CHECK(ckca_open_cifar100(ctx, &data, DIR_ "fine", CKCA_TEST, NULL) == CKCA_OK, "%s", ckca_error(ctx));
+    CHECK(ckca_open_cifar100(ctx, &data, DIR_ "fine", CKCA_PART_TEST, NULL) == CKCA_OK, "%s", ckca_error(ctx));
     ckca_data_free(data);
-    CHECK(ckca_open_idx(ctx, &data, DIR_ "digits", CKCA_TEST, NULL) == CKCA_OK && ckca_label(data, 0) == 5, "%s",
+    CHECK(ckca_open_idx(ctx, &data, DIR_ "digits", CKCA_PART_TEST, NULL) == CKCA_OK && ckca_label(data, 0) == 5, "%s",
           ckca_error(ctx));
     ckca_data_free(data);
 }
@@ -781,7 +781,7 @@ int main(int argc, char **argv) {
     }
     remove_all("build/test_pictures");
     test_leave();
-    ckca_free(ctx);
+    ckca_context_free(ctx);
     return test_summary();
 }
 
@@ -805,7 +805,7 @@ int main(void) {
     desc.channels = 3;
     CHECK(ckca_read_picture_memory(ctx, rgb_jpg, sizeof rgb_jpg, &desc, out) == CKCA_OK, "%s", ckca_error(ctx));
 #endif
-    ckca_free(ctx);
+    ckca_context_free(ctx);
     return test_summary();
 }
 

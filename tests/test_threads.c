@@ -95,7 +95,7 @@ static void test_tasks(int threads, int times) {
     CHECK(!wrong, "%d threads: %d of %d calls went wrong", threads, wrong, 20 * i);
     for (i = wrong = 0; i < times; i++) wrong += call(ctx, &n, (int)(ckca__random(3, 3, (uint64_t)i) % 12)) != 0;
     CHECK(!wrong, "%d threads: %d of %d short calls went wrong", threads, wrong, times);
-    ckca_free(ctx);
+    ckca_context_free(ctx);
 }
 
 #ifdef CKCA__THREADS
@@ -132,7 +132,7 @@ static void test_meetings(int threads, int times) {
     int i, failed = 0;
     for (i = 0; i < times && !failed; i++) failed = meeting_fails(ctx);
     CHECK(!failed, "%d threads did not come to the %d. call of as many tasks", threads, i);
-    ckca_free(ctx);
+    ckca_context_free(ctx);
 }
 
 /* The caller has run out of tasks, the worker's takes long: the call must not return before. */
@@ -159,7 +159,7 @@ static void test_lingering(void) {
         watch_unlock();
     }
     CHECK(!early, "%d of 20 calls returned before their last task ended", early);
-    ckca_free(ctx);
+    ckca_context_free(ctx);
 }
 
 /* Who ran what, in which order. In step: a task ends when every thread has come to its task of the same place in its
@@ -212,8 +212,8 @@ static void test_order(void) {
             CHECK(!o.failed && !wrong, "back %d: the caller did not help from the far end (timeout: %d)", back,
                   o.failed);
         }
-    ckca_free(three);
-    ckca_free(two);
+    ckca_context_free(three);
+    ckca_context_free(two);
 }
 
 static void call_alone(void *job, int task, int thread) {
@@ -233,7 +233,7 @@ static void test_alone(void) {
         for (i = 0; i < 9; i++) wrong |= o.task[0][i] != (back ? 8 - i : i);
     }
     CHECK(!wrong && ctx->pool->workers == 0, "a call that is the caller's alone was not");
-    ckca_free(ctx);
+    ckca_context_free(ctx);
 }
 
 /* A user's own threads, a context each. */
@@ -244,7 +244,7 @@ static void *user(void *argument) {
     if (!n) exit(2);
     for (i = 0; i < 1000; i++) *wrong += call(ctx, n, 1 + i % 9) != 0;
     free(n);
-    ckca_free(ctx);
+    ckca_context_free(ctx);
     return NULL;
 }
 
@@ -297,7 +297,7 @@ static void test_absent_worker(void) {
     sigaction(SIGUSR1, &before, NULL);
     close(gate[0]);
     close(gate[1]);
-    ckca_free(ctx);
+    ckca_context_free(ctx);
 }
 
 static void test_fork(void) {
@@ -312,8 +312,8 @@ static void test_fork(void) {
         if (child == 0) {
             alarm(30);
             status = meeting_fails(used) || call(used, &n, 50) || meeting_fails(fresh);
-            if (i % 2) ckca_free(used); /* and the other half leave their parent's behind */
-            ckca_free(fresh);
+            if (i % 2) ckca_context_free(used); /* and the other half leave their parent's behind */
+            ckca_context_free(fresh);
             _exit(status);
         }
         wrong |= child < 0 || waitpid(child, &status, 0) != child || status;
@@ -323,13 +323,13 @@ static void test_fork(void) {
     child = fork(); /* one that only frees what it never used */
     if (child == 0) {
         alarm(30);
-        ckca_free(used);
-        ckca_free(fresh);
+        ckca_context_free(used);
+        ckca_context_free(fresh);
         _exit(0);
     }
     CHECK(child > 0 && waitpid(child, &status, 0) == child && !status, "a child freeing ended with status %d", status);
-    ckca_free(used);
-    ckca_free(fresh);
+    ckca_context_free(used);
+    ckca_context_free(fresh);
 }
 
 static void test_few_threads(void) {
@@ -343,7 +343,7 @@ static void test_few_threads(void) {
         creations = -1;
         CHECK(!wrong && ctx->pool->workers == granted, "with %d of 7 threads granted, %d of 200 calls went wrong",
               granted, wrong);
-        ckca_free(ctx);
+        ckca_context_free(ctx);
     }
 }
 
@@ -387,7 +387,7 @@ static void test_lives(void) {
         if (ckca_init(&ctx, &desc)) exit(2);
         n.threads = ctx->threads;
         if (i % 3 && ctx->threads <= MOST_THREADS) wrong += call(ctx, &n, i % 5) != 0;
-        ckca_free(ctx);
+        ckca_context_free(ctx);
     }
     CHECK(!wrong && balance == 0, "300 contexts: %d wrong calls, %.0f bytes kept", wrong, (double)balance);
 #ifdef CKCA__THREADS
@@ -408,7 +408,7 @@ int main(void) {
 #else
     CHECK(ctx->threads == 1, "%d threads without threads", ctx->threads);
 #endif
-    ckca_free(ctx);
+    ckca_context_free(ctx);
     test_group("each task runs once, on a thread number of its own");
     for (i = 0; i < 4; i++) test_tasks(threads[i], 5000);
     test_group("creating and freeing contexts");

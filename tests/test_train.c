@@ -109,20 +109,20 @@ static ckca_model *strange_net(ckca_context *ctx) {
     desc.classes = 3;
     desc.seed = 3;
     ckca_model_create(ctx, &m, &desc);
-    x = ckca_input(m);
-    a = ckca_relu(m, ckca_batchnorm(m, "bn1", ckca_conv(m, "conv1", x, conv(5, 3, 1, 1, 1))));
-    b = ckca_maxpool(m, a, 3, 2, 1);
-    c = ckca_conv(m, "conv2", b, conv(6, 5, 1, 2, 0));
-    d = ckca_add(m, ckca_subsample(m, b, 1, 6), c);      /* plain add; c has two readers */
-    d = ckca_add(m, ckca_batchnorm(m, "bn2", c), d);     /* batch norm into an add, without ReLU */
-    d = ckca_stage(m, d);
-    c = ckca_relu(m, d);                                 /* the add is marked, so this ReLU stands alone */
-    d = ckca_batchnorm(m, "bn3", c);                     /* c is read by bn3 and the add */
-    d = ckca_relu(m, ckca_add(m, c, ckca_batchnorm(m, "bn4", ckca_conv(m, "conv3", d, conv(6, 1, 1, 0, 0)))));
-    d = ckca_add(m, d, d);
-    d = ckca_conv(m, "conv4", d, conv(4, 3, 3, 0, 1));
-    d = ckca_avgpool(m, d);
-    ckca_model_finish(m, ckca_linear(m, "head", d, 3));
+    x = ckca_layer_input(m);
+    a = ckca_layer_relu(m, ckca_layer_batchnorm(m, "bn1", ckca_layer_conv(m, "conv1", x, conv(5, 3, 1, 1, 1))));
+    b = ckca_layer_maxpool(m, a, 3, 2, 1);
+    c = ckca_layer_conv(m, "conv2", b, conv(6, 5, 1, 2, 0));
+    d = ckca_layer_add(m, ckca_layer_subsample(m, b, 1, 6), c);      /* plain add; c has two readers */
+    d = ckca_layer_add(m, ckca_layer_batchnorm(m, "bn2", c), d);     /* batch norm into an add, without ReLU */
+    d = ckca_layer_stage(m, d);
+    c = ckca_layer_relu(m, d);                                 /* the add is marked, so this ReLU stands alone */
+    d = ckca_layer_batchnorm(m, "bn3", c);                     /* c is read by bn3 and the add */
+    d = ckca_layer_relu(m, ckca_layer_add(m, c, ckca_layer_batchnorm(m, "bn4", ckca_layer_conv(m, "conv3", d, conv(6, 1, 1, 0, 0)))));
+    d = ckca_layer_add(m, d, d);
+    d = ckca_layer_conv(m, "conv4", d, conv(4, 3, 3, 0, 1));
+    d = ckca_layer_avgpool(m, d);
+    ckca_model_finish(m, ckca_layer_linear(m, "head", d, 3));
     return m;
 }
 
@@ -153,14 +153,14 @@ static void test_graph_gradients(ckca_context *ctx) {
     ckca_zero_gradients(m);
     CHECK(ckca_backward(m, r, q) == CKCA_OK, "backward: %s", ckca_error(ctx));
     CHECK(ckca_backward(m, r, q) == CKCA_EINVAL, "a second backward without a forward is refused");
-    for (t = 0; t < ckca_tensors(m); t++) { /* along a random direction per tensor: central difference against g . d */
-        ckca_tensor info;
+    for (t = 0; t < ckca_tensor_count(m); t++) { /* along a random direction per tensor: central difference against g . d */
+        ckca_tensor_info info;
         float w[800], v[800], g[800];
         double expected = 0, seen, h = 2e-3, size = 0;
-        ckca_tensor_info(m, t, &info);
+        ckca_tensor_info_get(m, t, &info);
         if (!info.trainable) continue;
-        ckca_tensor_read(m, t, CKCA_VALUE, w);
-        ckca_tensor_read(m, t, CKCA_GRADIENT, g);
+        ckca_tensor_read(m, t, CKCA_SLOT_VALUE, w);
+        ckca_tensor_read(m, t, CKCA_SLOT_GRADIENT, g);
         for (i = 0; i < info.count; i++) {
             const double d = ckca__uniform(4, (uint64_t)t, (uint64_t)i) * 2 - 1;
             v[i] = (float)d;
@@ -170,12 +170,12 @@ static void test_graph_gradients(ckca_context *ctx) {
         {
             float moved[800];
             for (i = 0; i < info.count; i++) moved[i] = w[i] + (float)h * v[i];
-            ckca_tensor_write(m, t, CKCA_VALUE, moved);
+            ckca_tensor_write(m, t, CKCA_SLOT_VALUE, moved);
             seen = probe(m, x, n, r, q);
             for (i = 0; i < info.count; i++) moved[i] = w[i] - (float)h * v[i];
-            ckca_tensor_write(m, t, CKCA_VALUE, moved);
+            ckca_tensor_write(m, t, CKCA_SLOT_VALUE, moved);
             seen = (seen - probe(m, x, n, r, q)) / (2 * h);
-            ckca_tensor_write(m, t, CKCA_VALUE, w);
+            ckca_tensor_write(m, t, CKCA_SLOT_VALUE, w);
         }
         CHECK(fabs(seen - expected) < 0.02 * size + 2e-2, "%s: directional derivative %g, by differences %g", info.name,
               expected, seen);
@@ -211,28 +211,28 @@ static void test_graph_errors(ckca_context *ctx) {
 #define BROKEN(build, status, words)                                                                                      \
     do {                                                                                                                  \
         ckca_model_create(ctx, &m, &desc);                                                                                \
-        x = ckca_input(m);                                                                                                \
+        x = ckca_layer_input(m);                                                                                                \
         y = build;                                                                                                        \
-        y = ckca_linear(m, "fc", ckca_avgpool(m, y), 3); /* what follows a failure passes it on */                        \
+        y = ckca_layer_linear(m, "fc", ckca_layer_avgpool(m, y), 3); /* what follows a failure passes it on */                        \
         CHECK(ckca_model_finish(m, y) == status && strstr(ckca_error(ctx), words), #build ": \"%s\"", ckca_error(ctx)); \
         ckca_model_free(m);                                                                                               \
     } while (0)
-    BROKEN(ckca_conv(m, "c", x, conv(0, 3, 1, 1, 0)), CKCA_EINVAL, "conv c: out is 0");
-    BROKEN(ckca_conv(m, "c", x, conv(4, 3, 1, 3, 0)), CKCA_EINVAL, "pad is 3, it may be 0 to 2");
-    BROKEN(ckca_conv(m, "c", x, conv(4, 40, 1, 0, 0)), CKCA_ESHAPE, "kernel of 40");
-    BROKEN(ckca_conv(m, "c", 7, conv(4, 3, 1, 1, 0)), CKCA_EINVAL, "no node 7");
-    BROKEN(ckca_conv(m, "a b", x, conv(4, 3, 1, 1, 0)), CKCA_EINVAL, "\"a b\"");
-    BROKEN(ckca_conv(m, NULL, x, conv(4, 3, 1, 1, 0)), CKCA_EINVAL, "name");
-    BROKEN(ckca_conv(m, "c", ckca_conv(m, "c", x, conv(4, 3, 1, 1, 0)), conv(4, 3, 1, 1, 0)), CKCA_EINVAL, "node 1's already");
-    BROKEN(ckca_add(m, x, ckca_conv(m, "c", x, conv(4, 3, 1, 1, 0))), CKCA_ESHAPE, "32 x 32 x 4");
-    BROKEN(ckca_maxpool(m, x, 0, 1, 0), CKCA_EINVAL, "kernel is 0");
-    BROKEN(ckca_subsample(m, x, 2, 1), CKCA_EINVAL, "out is 1, it may be 3 to");
-    BROKEN(ckca_conv(m, "c", x, conv(2000000000, 3, 1, 1, 0)), CKCA_ESHAPE, "too large");
-    BROKEN(ckca_input(m), CKCA_EINVAL, "input");
+    BROKEN(ckca_layer_conv(m, "c", x, conv(0, 3, 1, 1, 0)), CKCA_EINVAL, "conv c: out is 0");
+    BROKEN(ckca_layer_conv(m, "c", x, conv(4, 3, 1, 3, 0)), CKCA_EINVAL, "pad is 3, it may be 0 to 2");
+    BROKEN(ckca_layer_conv(m, "c", x, conv(4, 40, 1, 0, 0)), CKCA_ESHAPE, "kernel of 40");
+    BROKEN(ckca_layer_conv(m, "c", 7, conv(4, 3, 1, 1, 0)), CKCA_EINVAL, "no node 7");
+    BROKEN(ckca_layer_conv(m, "a b", x, conv(4, 3, 1, 1, 0)), CKCA_EINVAL, "\"a b\"");
+    BROKEN(ckca_layer_conv(m, NULL, x, conv(4, 3, 1, 1, 0)), CKCA_EINVAL, "name");
+    BROKEN(ckca_layer_conv(m, "c", ckca_layer_conv(m, "c", x, conv(4, 3, 1, 1, 0)), conv(4, 3, 1, 1, 0)), CKCA_EINVAL, "node 1's already");
+    BROKEN(ckca_layer_add(m, x, ckca_layer_conv(m, "c", x, conv(4, 3, 1, 1, 0))), CKCA_ESHAPE, "32 x 32 x 4");
+    BROKEN(ckca_layer_maxpool(m, x, 0, 1, 0), CKCA_EINVAL, "kernel is 0");
+    BROKEN(ckca_layer_subsample(m, x, 2, 1), CKCA_EINVAL, "out is 1, it may be 3 to");
+    BROKEN(ckca_layer_conv(m, "c", x, conv(2000000000, 3, 1, 1, 0)), CKCA_ESHAPE, "too large");
+    BROKEN(ckca_layer_input(m), CKCA_EINVAL, "input");
     ckca_model_create(ctx, &m, &desc);
-    x = ckca_avgpool(m, ckca_input(m));
+    x = ckca_layer_avgpool(m, ckca_layer_input(m));
     CHECK(ckca_model_finish(m, x) == CKCA_EINVAL, "logits have to come from a linear node");
-    y = ckca_linear(m, "fc", x, 4);
+    y = ckca_layer_linear(m, "fc", x, 4);
     CHECK(ckca_model_finish(m, y) == CKCA_ESHAPE && strstr(ckca_error(ctx), "4 outputs"), "%s", ckca_error(ctx));
     ckca_model_free(m);
     CHECK(ckca_resnet(ctx, &m, "resnet21", &desc) == CKCA_EINVAL && strstr(ckca_error(ctx), "resnet21"), "%s", ckca_error(ctx));
@@ -271,8 +271,8 @@ static ckca_model *first_step(ckca_context *ctx, const ckca_data *data) {
     ckca_report report;
     d.epochs = 12;
     CHECK(ckca_update(m, data, &d, &report) == CKCA_OK, "first update: %s", ckca_error(ctx));
-    CHECK(report.step == 1 && report.teacher_accuracy == -1 && report.kd == 0 && report.sgd_steps == 72,
-          "a fresh model trains plainly: step %d, kd %g, %d SGD steps", report.step, report.kd, report.sgd_steps);
+    CHECK(report.updates == 1 && report.teacher_accuracy == -1 && report.kd == 0 && report.steps == 72,
+          "a fresh model trains plainly: step %d, kd %g, %d SGD steps", report.updates, report.kd, report.steps);
     return m;
 }
 
@@ -315,7 +315,7 @@ static void test_methods(ckca_context *ctx, ckca_model *start, const ckca_data *
         ckca_report report;
         result[i] = copy_of(start);
         CHECK(ckca_update(result[i], data, &d, &report) == CKCA_OK, "%s: %s", name[i], ckca_error(ctx));
-        CHECK(report.step == 2 && report.loss > 0 && report.accuracy >= 0, "%s: step %d", name[i], report.step);
+        CHECK(report.updates == 2 && report.loss > 0 && report.accuracy >= 0, "%s: step %d", name[i], report.updates);
         CHECK((report.teacher_accuracy >= 0) == (i == 0 || i == 4), "%s: teacher %g", name[i], report.teacher_accuracy);
         CHECK((report.kd > 0) == (i == 0 || i == 4), "%s: AdaKD is %g", name[i], report.kd);
     }
@@ -471,9 +471,9 @@ static void test_schedule(void) {
           (double)ckca__rate(&d, 0, 4), (double)ckca__rate(&d, 3, 4));
     CHECK(ckca__rate(&d, 4, 4) == 1 && fabsf(ckca__rate(&d, 22, 4) - 0.5f) < 1e-6f && ckca__rate(&d, 39, 4) < 0.002f,
           "cosine: %g half way, %g at the end", (double)ckca__rate(&d, 22, 4), (double)ckca__rate(&d, 39, 4));
-    d.schedule = CKCA_CONSTANT;
+    d.schedule = CKCA_SCHEDULE_CONSTANT;
     CHECK(ckca__rate(&d, 39, 4) == 1, "constant: %g", (double)ckca__rate(&d, 39, 4));
-    d.schedule = CKCA_STEP;
+    d.schedule = CKCA_SCHEDULE_STEP;
     d.step_epochs = 3;
     d.step_factor = 0.1f;
     CHECK(fabsf(ckca__rate(&d, 12, 4) - 0.1f) < 1e-7f && fabsf(ckca__rate(&d, 36, 4) - 0.001f) < 1e-9f && ckca__rate(&d, 11, 4) == 1,
@@ -507,7 +507,7 @@ static void test_by_hand(ckca_context *ctx, ckca_model *start, const ckca_data *
     double apart;
     d.epochs = 1;
     d.warmup_epochs = CKCA_OFF;
-    d.schedule = CKCA_CONSTANT;
+    d.schedule = CKCA_SCHEDULE_CONSTANT;
     d.label_smoothing = 0.1f;
     d.clip_norm = 0.5f;
     d.augment.pad = 1;
@@ -543,7 +543,7 @@ static void test_copy(ckca_context *ctx, ckca_model *start, const ckca_data *dat
     ckca_update_desc desc;
     ckca_score before, same, after;
     float *w;
-    ckca_tensor tensor;
+    ckca_tensor_info tensor;
     CHECK(ckca_model_copy(&copy, start) == CKCA_OK, "%s", ckca_error(ctx));
     CHECK(ckca_evaluate(start, data, &before, NULL) == CKCA_OK && ckca_evaluate(copy, data, &same, NULL) == CKCA_OK &&
               before.loss == same.loss && before.top1 == same.top1, "a copy scores %g, its model %g", same.loss, before.loss);
@@ -553,11 +553,11 @@ static void test_copy(ckca_context *ctx, ckca_model *start, const ckca_data *dat
     CHECK(ckca_evaluate(start, data, &after, NULL) == CKCA_OK && before.loss == after.loss,
           "training a copy moved its model from %g to %g", before.loss, after.loss);
     CHECK(ckca_evaluate(copy, data, &after, NULL) == CKCA_OK && after.loss != before.loss, "the copy learnt nothing");
-    ckca_tensor_info(copy, 0, &tensor);
+    ckca_tensor_info_get(copy, 0, &tensor);
     w = (float *)malloc((size_t)tensor.count * sizeof *w);
     if (!w) exit(2);
     ckca_model_free(copy);
-    CHECK(ckca_tensor_read(start, 0, CKCA_VALUE, w) == CKCA_OK, "%s", ckca_error(ctx));
+    CHECK(ckca_tensor_read(start, 0, CKCA_SLOT_VALUE, w) == CKCA_OK, "%s", ckca_error(ctx));
     CHECK(ckca_model_copy(NULL, start) == CKCA_EINVAL && ckca_model_copy(&copy, NULL) == CKCA_EINVAL, "no error");
     free(w);
 }
@@ -574,12 +574,12 @@ static void test_update_errors(ckca_context *ctx, ckca_model *start, const ckca_
     d.momentum = 0.99f;
     d.epochs = 30;
     CHECK(ckca_update(m, data, &d, NULL) == CKCA_ENAN && strstr(ckca_error(ctx), "update 2"), "%s", ckca_error(ctx));
-    CHECK(same_weights(m, start) && m->step == 1, "after a NaN the model is as it was");
+    CHECK(same_weights(m, start) && m->updates == 1, "after a NaN the model is as it was");
     d = quick(CKCA_METHOD_CKCA);
     d.progress = never;
     d.user = &stop;
-    CHECK(ckca_update(m, data, &d, &report) == CKCA_ESTOP && report.sgd_steps == 7 && m->step == 1, "stopped after %d steps: %s",
-          report.sgd_steps, ckca_error(ctx));
+    CHECK(ckca_update(m, data, &d, &report) == CKCA_ESTOP && report.steps == 7 && m->updates == 1, "stopped after %d steps: %s",
+          report.steps, ckca_error(ctx));
     CHECK(ckca_update(NULL, data, &d, NULL) == CKCA_EINVAL, "no model");
     CHECK(ckca_update(m, NULL, &d, NULL) == CKCA_EINVAL, "no data");
     d.epochs = -1;
@@ -651,7 +651,7 @@ static void as_it_was(ckca_model *m, state_of *was, const char *after) {
     CHECK(!now.momentum == !was->momentum &&
               (!now.momentum || !memcmp(now.momentum, was->momentum, m->trainable * sizeof(float))),
           "%s: other momentum", after);
-    CHECK(now.info.step == was->info.step && now.batches_tracked == was->batches_tracked && now.names == was->names &&
+    CHECK(now.info.updates == was->info.updates && now.batches_tracked == was->batches_tracked && now.names == was->names &&
               !now.info.mean == !was->info.mean &&
               (!now.info.mean || !memcmp(now.normalization, was->normalization, sizeof now.normalization)),
           "%s: other step, names or normalisation", after);
@@ -752,7 +752,7 @@ static void test_teacher_is_read(ckca_context *ctx, ckca_model *start, const ckc
               "%s", ckca_error(ctx));
         ckca_model_free(raw);
         ckca_model_free(far);
-        ckca_free(elsewhere);
+        ckca_context_free(elsewhere);
     }
     {
         float *now = weights(teacher);
@@ -900,11 +900,11 @@ static void test_threads(void) {
         ckca_update(m[i], data, &d, NULL);
         ckca_data_free(data);
     }
-    CHECK(m[0]->step == 2 && same_weights(m[0], m[1]), "1 and 2 threads give the same bits");
+    CHECK(m[0]->updates == 2 && same_weights(m[0], m[1]), "1 and 2 threads give the same bits");
     CHECK(same_weights(m[0], m[2]), "1 and 3 threads give the same bits");
     for (i = 0; i < 3; i++) {
         ckca_model_free(m[i]);
-        ckca_free(ctx[i]);
+        ckca_context_free(ctx[i]);
     }
 }
 
@@ -946,7 +946,7 @@ static void test_resume(ckca_context *ctx, ckca_model *start, const ckca_data *d
         m = copy_of(start);
         stop = 0;
         CHECK(ckca_update(m, data, &d, &report) == CKCA_OK, "resume after %d: %s", after, ckca_error(ctx));
-        CHECK(same_weights(m, whole) && m->batches_tracked == whole->batches_tracked && m->step == 2,
+        CHECK(same_weights(m, whole) && m->batches_tracked == whole->batches_tracked && m->updates == 2,
               "resumed after %d steps, the weights differ", after);
         CHECK(report.loss == expected.loss && report.accuracy == expected.accuracy, "resumed after %d: loss %g, uninterrupted %g",
               after, report.loss, expected.loss);
@@ -976,13 +976,13 @@ static void test_resume(ckca_context *ctx, ckca_model *start, const ckca_data *d
         CHECK(size > 1000, "the state has %zu bytes", size);
         spill(d.state, bytes, size - 1);
         CHECK(ckca_update(m, data, &d, NULL) == CKCA_EFORMAT, "a truncated state: %s", ckca_error(ctx));
-        CHECK(same_weights(m, start) && m->step == 1, "the model is as it was");
+        CHECK(same_weights(m, start) && m->updates == 1, "the model is as it was");
         free(bytes);
         remove(d.state);
         d.state = DIR "/no/such/folder/state";
         d.progress = NULL;
-        CHECK(ckca_update(m, data, &d, &report) == CKCA_EIO && report.sgd_steps == 0, "told after %d steps: %s",
-              report.sgd_steps, ckca_error(ctx));
+        CHECK(ckca_update(m, data, &d, &report) == CKCA_EIO && report.steps == 0, "told after %d steps: %s",
+              report.steps, ckca_error(ctx));
         CHECK(same_weights(m, start), "the model is as it was");
         ckca_model_free(m);
     }
@@ -1012,10 +1012,10 @@ static void test_unsaved(ckca_context *ctx, ckca_model *start, const ckca_data *
     m = copy_of(start);
     d.progress = never; /* stops at the first step, but there is none */
     d.user = &stop;
-    CHECK(ckca_update(m, data, &d, &report) == CKCA_OK && same_weights(m, whole) && m->step == whole->step,
+    CHECK(ckca_update(m, data, &d, &report) == CKCA_OK && same_weights(m, whole) && m->updates == whole->updates,
           "at once, the same: %s", ckca_error(ctx));
-    CHECK(report.loss == expected.loss && report.accuracy == expected.accuracy && report.step == expected.step &&
-              report.sgd_steps == expected.sgd_steps,
+    CHECK(report.loss == expected.loss && report.accuracy == expected.accuracy && report.updates == expected.updates &&
+              report.steps == expected.steps,
           "loss %g, uninterrupted %g", report.loss, expected.loss);
     again = copy_of(start); /* and nobody else's update may write over it */
     CHECK(ckca_update(again, next, &d, NULL) == CKCA_EINVAL && strstr(ckca_error(ctx), "another update") && there(state),
@@ -1025,9 +1025,9 @@ static void test_unsaved(ckca_context *ctx, ckca_model *start, const ckca_data *
 
     /* the model itself goes on: with the same path, then another one; one save is for both */
     d.progress = NULL;
-    CHECK(ckca_update(m, next, &d, NULL) == CKCA_OK && m->step == 3, "%s", ckca_error(ctx));
+    CHECK(ckca_update(m, next, &d, NULL) == CKCA_OK && m->updates == 3, "%s", ckca_error(ctx));
     d.state = other;
-    CHECK(ckca_update(m, data, &d, NULL) == CKCA_OK && m->step == 4, "%s", ckca_error(ctx));
+    CHECK(ckca_update(m, data, &d, NULL) == CKCA_OK && m->updates == 4, "%s", ckca_error(ctx));
     CHECK(there(state) && there(other), "both states wait");
     again = copy_of(m);
     CHECK(ckca_save(again, one) == CKCA_OK && there(state) && there(other), "a copy's save leaves them alone");
@@ -1082,7 +1082,7 @@ static int spoil(const ckca_progress *p, void *user) {
     if (p->epoch * p->batches + p->batch != s->at) return 0;
     values = (float *)calloc(s->m->parameter[s->tensor].count, sizeof *values);
     values[s->m->parameter[s->tensor].count / 2] = s->value;
-    ckca_tensor_write(s->m, s->tensor, CKCA_VALUE, values);
+    ckca_tensor_write(s->m, s->tensor, CKCA_SLOT_VALUE, values);
     free(values);
     return 0;
 }
@@ -1101,18 +1101,18 @@ static void test_not_finite(ckca_context *ctx, ckca_model *start, const ckca_dat
     d.progress = spoil;
     d.user = &s;
     s.at = (COUNT + d.batch - 1) / d.batch;
-    for (i = 0; i < 2 * ckca_tensors(start); i += 3) {
+    for (i = 0; i < 2 * ckca_tensor_count(start); i += 3) {
         ckca_model *m = copy_of(start);
         char words[200];
         s.m = m;
-        s.tensor = i % ckca_tensors(start);
+        s.tensor = i % ckca_tensor_count(start);
         s.value = i % 2 ? INFINITY : NAN;
-        with_state = i / ckca_tensors(start);
+        with_state = i / ckca_tensor_count(start);
         d.state = with_state ? state : NULL;
         snprintf(words, sizeof words, "%s is not finite", m->parameter[s.tensor].name);
         CHECK(ckca_update(m, data, &d, NULL) == CKCA_ENAN && strstr(ckca_error(ctx), words), "%s: %s", words,
               ckca_error(ctx));
-        CHECK(same_weights(m, start) && m->step == start->step, "%s: the model is not as it was", words);
+        CHECK(same_weights(m, start) && m->updates == start->updates, "%s: the model is not as it was", words);
         CHECK(!there(state), "a state that is not finite was written");
         spoil(&(ckca_progress){0, 0, 1, s.at, s.at, 0, 0, 0, 0, 0, 0, 0}, &s);
         CHECK(ckca_save(m, one) == CKCA_ENAN && strstr(ckca_error(ctx), words), "%s: %s", words, ckca_error(ctx));
@@ -1138,8 +1138,8 @@ static void test_files(ckca_context *ctx, ckca_model *m, const ckca_data *data) 
     b = slurp(two, &again);
     CHECK(size == again && !memcmp(a, b, size), "save, load, save: %zu and %zu bytes", size, again);
     free(b);
-    CHECK(same_weights(m, back) && back->step == m->step && back->batches_tracked == m->batches_tracked, "step %d, %d batches",
-          back->step, (int)back->batches_tracked);
+    CHECK(same_weights(m, back) && back->updates == m->updates && back->batches_tracked == m->batches_tracked, "step %d, %d batches",
+          back->updates, (int)back->batches_tracked);
     CHECK(!memcmp(m->normalization, back->normalization, 6 * sizeof(float)), "mean %.9g, loaded %.9g", (double)m->normalization[0],
           (double)back->normalization[0]);
     for (i = 0; i < CLASSES; i++)
@@ -1254,7 +1254,7 @@ static void test_allocations(void) {
         ckca_model_free(back);
         ckca_model_free(m);
         ckca_data_free(data);
-        ckca_free(ctx);
+        ckca_context_free(ctx);
         CHECK(alloc_open == 0, "allocation %ld failing leaves %ld blocks", k, alloc_open);
         alloc_open = 0;
     }
@@ -1304,7 +1304,7 @@ int main(void) {
     ckca_data_free(data);
     ckca_data_free(next);
     ckca_data_free(test);
-    ckca_free(ctx);
+    ckca_context_free(ctx);
     unlink(DIR "/one.safetensors"), unlink(DIR "/two.safetensors"), unlink(DIR "/scarce.safetensors");
     rmdir(DIR);
     test_leave();
