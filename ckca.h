@@ -660,7 +660,8 @@ CKCA_API void ckca_shuffle(uint64_t seed, int epoch, int n, int *order);
 /* ===================================================================================================================
    SHARED                                                                                                     >>shared
 
-   What every section uses, ckca_cuda.cu included: the context, sizes that cannot overflow, random numbers.
+   Internals shared by every section and by ckca_cuda.cu: the context, size arithmetic that cannot overflow, random
+   numbers.
    =================================================================================================================== */
 
 #include <limits.h>
@@ -670,7 +671,7 @@ CKCA_API void ckca_shuffle(uint64_t seed, int epoch, int n, int *order);
 #include <stdlib.h>
 #include <string.h>
 
-/* With CKCA_STATIC or fewer parts, not every function has a caller. The last section pops this. */
+/* With CKCA_STATIC, or with parts left out, some functions have no caller. The end of the file pops this. */
 #ifdef __GNUC__
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunused-function"
@@ -682,12 +683,13 @@ CKCA_API void ckca_shuffle(uint64_t seed, int epoch, int n, int *order);
 #define CKCA__PRINTF(f, a)
 #endif
 
-/* Vector kernels need GNU C's pragmas and the intrinsics of x86-64 or AArch64; elsewhere the naive ops run. */
+/* Vector kernels need GNU C's pragmas and the intrinsics of x86-64 or AArch64; elsewhere the reference kernels run. */
 #if !defined(CKCA_NO_SIMD) && !defined(CKCA_CUDA) && defined(__GNUC__) && (defined(__x86_64__) || defined(__aarch64__))
 #define CKCA__SIMD
 #endif
 
-/* Ops are static on the host and cross a translation unit with CUDA. What both sides of it compute is CKCA__BOTH. */
+/* Ops are static on the host and external where ckca_cuda.cu implements them. CKCA__BOTH marks functions that run on
+   host and GPU. */
 #ifdef CKCA_CUDA
 enum { CKCA__DEVICE_IS_HOST = 0 };
 #ifdef __cplusplus
@@ -710,12 +712,12 @@ enum { CKCA__CLASSES_MAX = 1000000 };
 
 struct ckca_context {
     int threads;
-    struct ckca__pool *pool; /* NULL: one thread */
+    struct ckca__pool *pool; /* NULL: single-threaded */
     ckca_isa isa;
     int no_winograd;
     ckca_precision precision;
-    void *cuda;                 /* what ckca_cuda.cu keeps */
-    size_t refused, free_bytes; /* bytes that the GPU's memory did not have when last asked, and what it had */
+    void *cuda;                 /* state of ckca_cuda.cu */
+    size_t refused, free_bytes; /* the GPU's last refused allocation in bytes, and what was free then */
     void *(*alloc)(size_t bytes, void *user);
     void (*release)(void *memory, size_t bytes, void *user);
     void *user;
@@ -725,20 +727,20 @@ struct ckca_context {
 };
 
 #ifdef CKCA_IMPLEMENTATION
-/* Records the failure's sentence and hands its status back: return ckca__fail(ctx, CKCA_EINVAL, "...", ...). */
+/* Stores the error message and returns status, for use as: return ckca__fail(ctx, CKCA_EINVAL, "...", ...). */
 static ckca_status ckca__fail(ckca_context *ctx, ckca_status status, const char *format, ...) CKCA__PRINTF(3, 4);
-/* Host memory: zeroed, 64-byte aligned; NULL when there is none. bytes may be 0. */
+/* Host memory: zeroed, 64-byte aligned; NULL if out of memory. bytes may be 0. */
 static void *ckca__alloc(ckca_context *ctx, size_t bytes);
-static void ckca__release(ckca_context *ctx, void *memory); /* NULL is allowed */
+static void ckca__release(ckca_context *ctx, void *memory); /* memory may be NULL */
 #endif
 
-/* a * b and a + b that stick at SIZE_MAX instead of wrapping (no allocation of SIZE_MAX succeeds). */
+/* a * b and a + b that saturate at SIZE_MAX instead of wrapping (an allocation of SIZE_MAX always fails). */
 static size_t ckca__mul(size_t a, size_t b) { return b && a > SIZE_MAX / b ? SIZE_MAX : a * b; }
 static size_t ckca__sum(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
 static size_t ckca__round_up(size_t a, size_t to) { return a > SIZE_MAX - to ? SIZE_MAX : (a + to - 1) / to * to; }
 
-/* Counter-based random numbers: pure functions of (seed, stream, index), so a draw does not depend on who makes it
-   when. Streams are below. Mixing as in SplitMix64 (Steele, Lea, Flood 2014). */
+/* Counter-based random numbers: pure functions of (seed, stream, index), so a draw is the same whichever thread or
+   device makes it, and when. The mixing function is SplitMix64's (Steele, Lea, Flood 2014). */
 enum { CKCA__STREAM_INIT = 1, CKCA__STREAM_SHUFFLE, CKCA__STREAM_AUGMENT, CKCA__STREAM_SPLIT };
 CKCA__BOTH uint64_t ckca__mix(uint64_t z) {
     z = (z ^ (z >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
@@ -757,18 +759,19 @@ CKCA__BOTH double ckca__uniform(uint64_t seed, uint64_t stream, uint64_t index) 
 /* ===================================================================================================================
    BACKEND                                                                                                   >>backend
 
-   The interface between the library and what computes: memory on the device and the ops. The host implements it in
-   HOST OPS, a GPU in ckca_cuda.cu, with the same signatures; CKCA_CUDA chooses when the program is compiled.
+   The interface between the library and the compute device: device memory and the ops. HOST OPS implements it on the
+   CPU, ckca_cuda.cu on a GPU, with the same signatures; CKCA_CUDA chooses at compile time.
 
-   All pointers are device memory (on the host, ordinary memory), float32, NHWC, 64-byte aligned at their start; they do
-   not overlap unless stated. "accumulate" adds to the output instead of overwriting it. ws is scratch memory of at least
-   the size that ckca__conv_workspace and ckca__op_workspace return. Results do not depend on the number of threads.
+   All pointers are device memory (on the host, ordinary memory): float32, NHWC, 64-byte aligned at their start, and not
+   overlapping unless stated. "accumulate" adds to the output instead of overwriting it. ws is scratch memory of at
+   least the size that ckca__conv_workspace or ckca__op_workspace returns. Results do not depend on the number of
+   threads.
 
-   Where "bf16" is 1, which happens on a GPU only, an op's maps and their gradients (x, y, residual and their d...) are
-   bfloat16 behind the float pointers. Weights, statistics and everything that a global pooling produces never are.
+   bf16 is 1 on a GPU only: an op's maps and their gradients (x, y, residual, dx, dy, dresidual) are then bfloat16
+   behind the float pointers. Weights, statistics and everything after global pooling are always float32.
    =================================================================================================================== */
 
-/* A training batch norm once its statistics are taken: relu?((x - mean) inv_std gamma + beta). */
+/* A training batch norm whose statistics are known: relu?((x - mean) inv_std gamma + beta). C values per array. */
 typedef struct ckca__norm {
     const float *mean, *inv_std, *gamma, *beta;
     int relu;
@@ -779,151 +782,151 @@ typedef struct ckca__conv {
     int k, r, s;    /* weight: K x R x S x C */
     int stride, pad;
     int p, q;               /* output: N x P x Q x K; p = (h + 2 pad - r) / stride + 1 */
-    const ckca__norm *norm; /* what the input goes through on its way in, before the border of zeros; NULL: nothing */
-    int bf16_x, bf16;       /* the input is half; the output is (poolings: both, and half says so) */
-    void *packed_weights;   /* see ckca__op_pack_weights; or NULL */
+    const ckca__norm *norm; /* applied to the input while it is read, before zero padding; or NULL */
+    int bf16_x, bf16;       /* bf16_x: the input is bfloat16; bf16: the output is (poolings: bf16 says so of both) */
+    void *packed_weights;   /* from ckca__op_pack_weights; or NULL */
 } ckca__conv;
 
-/* The device behind a new context (a failure's sentence goes to ctx->error), and its end. */
+/* Opens the device behind a new context (a failure leaves its sentence in ctx->error); closes it. */
 CKCA__OP ckca_status ckca__device_init(ckca_context *ctx);
 CKCA__OP void ckca__device_free(ckca_context *ctx);
-/* Ops return nothing: the first call that the GPU refused waits here, to be reported once: CKCA_ECUDA with its name and
+/* Ops return nothing. The first failure on the GPU is kept here and reported once: CKCA_ECUDA, with its name and
    message in ckca_error. */
 CKCA__OP ckca_status ckca__device_status(ckca_context *ctx);
 
-/* Work that repeats, except for values it finds in device memory, is recorded once and then replayed:
+/* A sequence of ops that repeats, with only values in device memory changing, is recorded once and then replayed:
        if (ckca__device_record(ctx, &recording)) { the ops; ckca__device_recorded(ctx, &recording); }
-   *recording starts as NULL and ends with ckca__device_forget. On the host the ops always run. */
+   *recording starts as NULL; ckca__device_forget frees it. On the host the ops run every time. */
 CKCA__OP int ckca__device_record(ckca_context *ctx, void **recording);
 CKCA__OP void ckca__device_recorded(ckca_context *ctx, void **recording);
 CKCA__OP void ckca__device_forget(ckca_context *ctx, void **recording);
 
-/* Memory on the device. ckca__device_alloc returns NULL or memory whose contents nobody may rely on. */
+/* Device memory. ckca__device_alloc returns memory of undefined contents, or NULL if out of memory. */
 CKCA__OP void *ckca__device_alloc(ckca_context *ctx, size_t bytes);
 CKCA__OP void ckca__device_release(ckca_context *ctx, void *memory, size_t bytes);
 CKCA__OP void ckca__device_upload(ckca_context *ctx, void *device, const void *host, size_t bytes);
 CKCA__OP void ckca__device_download(ckca_context *ctx, void *host, const void *device, size_t bytes);
 CKCA__OP void ckca__device_copy(ckca_context *ctx, void *to, const void *from, size_t bytes);
 CKCA__OP void ckca__device_zero(ckca_context *ctx, void *device, size_t bytes);
-/* Bytes that are free. */
+/* Free device memory in bytes. */
 CKCA__OP size_t ckca__device_free_bytes(const ckca_context *ctx);
 
-/* A stage is where what comes in a stream, batch by batch, is put together on the host while the device works on the
-   batch before: fill the memory that ckca__device_staging_buffer returns, then ckca__device_staging_send sends it to device, behind
-   all work that was asked for earlier, and returns at once. bytes: at most, at a time. open returns NULL where there is
-   no memory, stage where there was a failure. */
+/* A staging buffer collects one batch on the host while the device still computes the previous one: fill the memory
+   that ckca__device_staging_buffer returns; ckca__device_staging_send then queues its copy to device behind all earlier
+   work and returns at once. bytes: the most that one send copies. open returns NULL if out of memory, buffer returns
+   NULL after a failure. */
 CKCA__OP void *ckca__device_staging_open(ckca_context *ctx, size_t bytes);
 CKCA__OP void *ckca__device_staging_buffer(ckca_context *ctx, void *staging);
 CKCA__OP void ckca__device_staging_send(ckca_context *ctx, void *staging, void *device, size_t bytes);
 CKCA__OP void ckca__device_staging_close(ckca_context *ctx, void *staging);
 
-/* Scratch bytes that the three convolution passes of this shape need; and any other op on rows x c values. */
+/* Scratch bytes for the three passes of a convolution of this shape; for any other op on rows x c values. */
 CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *s);
-/* 1: the forward pass and the weight gradient of a convolution of this shape, or a max pooling, may have a norm. */
+/* 1 if a convolution of this shape (forward pass, weight gradient), or a max pooling, can normalise its input. */
 CKCA__OP int ckca__may_norm(const ckca_context *ctx, const ckca__conv *s);
 CKCA__OP size_t ckca__op_workspace(const ckca_context *ctx, size_t rows, int c);
 
-/* Weights as a GPU's convolutions read them (rounded, turned for the gradient of the input): made for many convolutions
-   at once, where each one's ready points, in this many bytes (0: w is read as it is). A convolution whose ready is NULL
-   makes them for itself. */
+/* Weights in the layout that a GPU's convolutions read (rounded, and transposed for the input gradient). One call packs
+   the weights of count convolutions, each into its packed_weights of ckca__packed_bytes bytes (0: w is read in place).
+   A convolution whose packed_weights is NULL packs them itself. */
 CKCA__OP size_t ckca__packed_bytes(const ckca_context *ctx, const ckca__conv *s, int backward);
 CKCA__OP void ckca__op_pack_weights(ckca_context *ctx, int count, const ckca__conv *s, const float *const *w,
                                     int backward);
 
-/* y = relu?(conv(x, w) + bias + residual). bias (K) and residual (like y) may be NULL. */
+/* y (N x P x Q x K) = relu?(conv(x, w) + bias + residual). bias (K) and residual (like y) may be NULL. */
 CKCA__OP void ckca__op_conv_forward(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w,
                                     const float *bias, const float *residual, int relu, float *y, void *ws);
-/* Never asked of a convolution whose output alone is half: the pictures need no gradient. */
+/* dx (N x H x W x C) from dy (N x P x Q x K). Never called where the output alone is bfloat16: the first layer's input,
+   the pictures, needs no gradient. */
 CKCA__OP void ckca__op_conv_backward_data(ckca_context *ctx, const ckca__conv *s, const float *dy, const float *w,
                                           float *dx, int accumulate, void *ws);
-/* Adds to dw (K x R x S x C) and, where dbias is not NULL, to dbias (K). */
+/* Adds to dw (K x R x S x C) and, unless it is NULL, to dbias (K). */
 CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv *s, const float *x, const float *dy,
                                             float *dw, float *dbias, void *ws);
-/* y (N x K) = x (N x D) w^T (K x D) + bias. The three passes in the same shapes as a convolution's. bias may be
-   NULL. */
+/* y (N x K) = x (N x D) w^T (K x D) + bias. The backward passes have the same shapes. bias may be NULL. */
 CKCA__OP void ckca__op_linear_forward(ckca_context *ctx, int n, int d, int k, const float *x, const float *w,
                                       const float *bias, float *y, void *ws);
 CKCA__OP void ckca__op_linear_backward(ckca_context *ctx, int n, int d, int k, const float *x, const float *w,
                                        const float *dy, float *dx, int accumulate, float *dw, float *dbias, void *ws);
 
-/* Batch norm over rows x c (rows = N H W), training: mean and inv_std (c each) are saved for the backward pass, the
-   running statistics move by momentum 0.1 (unbiased variance). y = relu?((x - mean) inv_std gamma + beta +
-   residual), unless y is NULL; the residual goes through residual_norm before, if that is not NULL. */
+/* Training batch norm over rows x c (rows = N H W). Saves mean and inv_std (c each) for the backward pass and moves the
+   running statistics with momentum 0.1 (unbiased variance). y = relu?((x - mean) inv_std gamma + beta + residual)
+   unless y is NULL; residual_norm, if not NULL, is applied to the residual first. */
 CKCA__OP void ckca__op_batchnorm_forward(ckca_context *ctx, int bf16, size_t rows, int c, const float *x,
                                          const float *gamma, const float *beta, float *running_mean, float *running_var,
                                          const float *residual, const ckca__norm *residual_norm, int relu, float *y,
                                          float *mean, float *inv_std, void *ws);
-/* y of the last forward pass once more, bit by bit, from x and what that pass saved. y may be residual. */
+/* Recomputes the y of the last forward pass, bit for bit, from x and the saved statistics. y may be residual. */
 CKCA__OP void ckca__op_batchnorm_recompute(ckca_context *ctx, int bf16, size_t rows, int c, const float *x,
                                            const ckca__norm *norm, const float *residual,
                                            const ckca__norm *residual_norm, float *y);
-/* dy is the gradient of y; where relu, it passes only where y > 0. y may be NULL where there was no residual: whether
-   y > 0 is then seen from x. Writes dx; writes (or adds to) dresidual unless it is NULL; adds to dgamma and dbeta. dx
-   may be dy, or it may be x and dresidual dy. */
+/* dy is the gradient of y; with relu it passes only where y > 0. Without a residual y may be NULL: x then tells whether
+   y > 0. Writes dx; writes or accumulates dresidual unless it is NULL; adds to dgamma and dbeta. dx may be dy, or dx
+   may be x while dresidual is dy. */
 CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, int bf16, size_t rows, int c, const float *x,
                                           const float *y, const float *dy, const ckca__norm *norm, float *dx,
                                           float *dresidual, int accumulate_residual, float *dgamma, float *dbeta,
                                           void *ws);
-/* Evaluation: with running statistics. */
+/* Batch norm in evaluation, with running statistics. */
 CKCA__OP void ckca__op_batchnorm_eval(ckca_context *ctx, int bf16, size_t rows, int c, const float *x,
                                       const float *gamma, const float *beta, const float *running_mean,
                                       const float *running_var, const float *residual, int relu, float *y);
-/* Folds an evaluating batch norm into the convolution before it: w_out = w gamma / std per output channel (k of them,
-   per values each), bias_out = beta + (bias - running_mean) gamma / std. bias may be NULL. */
+/* Folds a batch norm in evaluation into the convolution before it, per output channel (k of them, per weights each):
+   w_out = w gamma / std, bias_out = beta + (bias - running_mean) gamma / std. bias may be NULL. */
 CKCA__OP void ckca__op_fold(ckca_context *ctx, int k, size_t per, const float *w, const float *bias, const float *gamma,
                             const float *beta, const float *running_mean, const float *running_var, float *w_out,
                             float *bias_out);
 
-/* y = relu?(a + b), b may be NULL. */
+/* y = relu?(a + b). b may be NULL. */
 CKCA__OP void ckca__op_add(ckca_context *ctx, int bf16, size_t count, const float *a, const float *b, int relu,
                            float *y);
-/* dx (+)= dy where y > 0 (y NULL: everywhere). */
+/* dx (+)= dy where y > 0 (everywhere if y is NULL). */
 CKCA__OP void ckca__op_add_backward(ckca_context *ctx, int bf16, size_t count, const float *y, const float *dy,
                                     float *dx, int accumulate);
-/* s: r = s = kernel, k = c. at (NULL in evaluation) holds, per output, which of the kernel's positions won (the first
-   of equals). */
+/* s: r = s = kernel size, k = c. at, NULL in evaluation, stores which kernel position had each output's maximum (the
+   first of equals). */
 CKCA__OP void ckca__op_maxpool_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y,
                                        unsigned char *at);
 CKCA__OP void ckca__op_maxpool_backward(ckca_context *ctx, const ckca__conv *s, const float *dy,
                                         const unsigned char *at, float *dx, int accumulate);
-/* Mean over area = H W. x is n x area x c (half: it and dx alone). */
+/* Mean over area = H W. x is n x area x c; bf16 applies to x and dx only. */
 CKCA__OP void ckca__op_avgpool_forward(ckca_context *ctx, int bf16, int n, int area, int c, const float *x, float *y);
 CKCA__OP void ckca__op_avgpool_backward(ckca_context *ctx, int bf16, int n, int area, int c, const float *dy, float *dx,
                                         int accumulate);
-/* The parameterless shortcut (option A of He et al. 2016): every stride-th pixel; (k - c) / 2 zero channels in
-   front. */
+/* The parameter-free shortcut (option A of He et al. 2016): every stride-th pixel, with (k - c) / 2 zero channels
+   before and after. */
 CKCA__OP void ckca__op_subsample_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y);
 CKCA__OP void ckca__op_subsample_backward(ckca_context *ctx, const ckca__conv *s, const float *dy, float *dx,
                                           int accumulate);
 
-/* Losses. Each writes its gradient with respect to the student (times scale), or adds it, and its per-picture value
-   (unscaled; their mean over n is the term) to loss[n].
-   Softmax cross-entropy with label smoothing (PyTorch's: target (1 - e) onehot + e / K). hit[i] = 1 if the arg max
-   (lowest index of equals) is the label, | 2 if the label is among the 5 greatest. dz may be NULL. */
+/* Losses. Each writes or accumulates scale times its gradient with respect to the student, and writes its unscaled
+   value per picture to loss[n]; the term is their mean.
+   Softmax cross-entropy with PyTorch's label smoothing, target (1 - e) onehot + e / K. hit[i] has bit 0 set if the arg
+   max (the lowest index of equals) is the label, bit 1 if the label is in the top 5. dlogits (n x k) may be NULL. */
 CKCA__OP void ckca__op_cross_entropy(ckca_context *ctx, int n, int k, const float *logits, const int *labels,
                                      float smoothing, float *dlogits, float *loss, int *hit);
 CKCA__OP void ckca__op_softmax(ckca_context *ctx, int n, int k, const float *logits, float *p);
-/* AdaKD: class_weight is k values, for ADAKD_CLASS only. Adds to dz. */
+/* AdaKD. class_weight (k values) is read by CKCA_ADAKD_CLASS only. Adds to dlogits. */
 CKCA__OP void ckca__op_adakd(ckca_context *ctx, ckca_adakd form, int n, int k, const float *student_logits,
                              const float *teacher_logits, const int *labels, const float *class_weight,
                              float temperature, float scale, float *dlogits, float *loss);
-/* FeatReg on n rows of d values: COSINE (also for STAGES: one call per stage with d = H W C), L2, RELATION (f is n x d,
-   fo n x d_teacher; ws: op_workspace(n, max(d, d_teacher) + 2 n)). For COSINE and L2 d_teacher is d. Writes df or adds
-   to it. cos of a zero vector is 0 with zero gradient. half is about f and df, bf16_teacher about fo: COSINE alone has
-   them. */
+/* FeatReg on n rows of d values. COSINE (STAGES calls it once per stage with d = H W C) and L2 have d_teacher = d;
+   RELATION compares n x d student features with n x d_teacher teacher features and needs a ws of op_workspace(n, max(d,
+   d_teacher) + 2 n). Writes or accumulates dfeatures. The cosine of a zero vector is 0 and has no gradient. bf16
+   applies to the student's features and dfeatures, bf16_teacher to the teacher's; only COSINE supports them. */
 CKCA__OP void ckca__op_featreg(ckca_context *ctx, ckca_featreg form, int bf16, int bf16_teacher, int n, int d,
                                int d_teacher, const float *student_features, const float *teacher_features, float scale,
                                float *dfeatures, int accumulate, float *loss, void *ws);
-/* *sum += the sum of values[0..n), in double. */
+/* *sum += the sum of values[0..n), in double precision. */
 CKCA__OP void ckca__op_sum(ckca_context *ctx, int n, const float *values, double *sum);
-/* *sum += how many of hit[0..n) are right (bit 0). */
+/* *sum += the number of correct predictions in hit[0..n) (bit 0). */
 CKCA__OP void ckca__op_count(ckca_context *ctx, int n, const int *hit, double *sum);
 
-/* out[i] = rows[index[i]], d values each: the batch's part of what the teacher said about every picture. */
+/* out[i] = rows[index[i]], d values each: the batch's rows of the teacher's stored outputs. */
 CKCA__OP void ckca__op_gather(ckca_context *ctx, int n, int d, const float *rows, const int *index, float *out);
 
-/* One SGD step on count values (see ckca_sgd), weight decay on the first decayed of them. *lr is on the device; so is
-   *gscale, by which g is scaled first (NULL: 1). */
+/* One SGD step on count values (see ckca_sgd); weight decay applies to the first decayed of them. *lr and *gscale are
+   on the device; g is multiplied by *gscale (NULL: 1). */
 CKCA__OP void ckca__op_sgd(ckca_context *ctx, size_t count, size_t decayed, float *w, const float *g, float *v,
                            const float *lr, float momentum, float weight_decay, int nesterov, const float *gscale);
 /* *gscale = min(1, clip / ||g||) over count values, as torch.nn.utils.clip_grad_norm_ (eps 1e-6). */
@@ -932,19 +935,19 @@ CKCA__OP void ckca__op_clip(ckca_context *ctx, size_t count, const float *g, flo
 CKCA__OP void ckca__op_shrink_perturb(ckca_context *ctx, size_t count, float *w, const float *fresh, float shrink,
                                       float perturb);
 
-/* Pictures index[0..n) of a store (pixels: bytes, h x w x c each; gathered: of these n alone, in this order) to floats
-   (n x h x w x c): augmented as a pure function of (seed, *epoch, index), then (v / 255 - mean) / std per channel.
-   Augmentation reads black (0) outside the picture. augment may be NULL (then epoch too); it, mean and std (c values)
-   are host memory. */
+/* Converts pictures index[0..n) of a store of h x w x c bytes each to floats (n x h x w x c): augments them as a pure
+   function of (seed, *epoch, index), then computes (v / 255 - mean) / std per channel. gathered: pixels holds only
+   these n pictures, in this order. Outside a picture augmentation reads black (0). augment may be NULL, and epoch with
+   it. augment, mean and std (c values) are host memory. */
 CKCA__OP void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, const unsigned char *pixels, int gathered,
                              const int *index, const ckca_augment *augment, uint64_t seed, const int *epoch,
                              const float *mean, const float *std, float *out);
 
-/* ---- augmentation: what it draws, the same on every device ---- */
+/* ---- augmentation: random draws, identical on every device ---- */
 
-/* What augmentation does to one picture: which rectangle of it is shown, mirrored or not, in which colours. */
+/* The augmentation drawn for one picture: crop, mirroring and colour factors. */
 typedef struct ckca__framing {
-    int top, left, height, width; /* may reach outside, where it is black, when it has the picture's own size */
+    int top, left, height, width; /* may reach outside the picture (black) if it has the picture's size */
     int flip;
     float brightness, contrast, saturation; /* factors */
 } ckca__framing;
@@ -967,8 +970,8 @@ CKCA__BOTH int ckca__augment_int(uint64_t picture_seed, int draw, int below) {
     return i < below ? i : below - 1;
 }
 
-/* torchvision's RandomResizedCrop.get_params: ten tries at an area of crop_min..1 and an aspect of 3/4..4/3 (uniform in
-   its logarithm) that fits, else the largest centred rectangle of allowed aspect. */
+/* As torchvision's RandomResizedCrop.get_params: ten attempts at an area in crop_min..1 and an aspect ratio in 3/4..4/3
+   (log-uniform); if none fits, the largest centred rectangle of allowed aspect ratio. */
 CKCA__BOTH void ckca__augment_crop(uint64_t seed, int h, int w, double crop_min, ckca__framing *f) {
     const double low = 3.0 / 4, high = 4.0 / 3;
     int attempt;
@@ -1020,7 +1023,7 @@ CKCA__BOTH void ckca__augment_framing(const ckca_augment *augment, uint64_t seed
 }
 
 CKCA__BOTH float ckca__augment_clamp(float v) { return v < 0 ? 0 : v > 255 ? 255 : v; }
-/* Luma of ITU-R BT.601, as torchvision's rgb_to_grayscale. */
+/* Luma of ITU-R BT.601, like torchvision's rgb_to_grayscale. */
 CKCA__BOTH float ckca__augment_grey(int c, const float *v) {
     return c == 3 ? 0.2989f * v[0] + 0.587f * v[1] + 0.114f * v[2] : v[0];
 }
@@ -7998,21 +8001,27 @@ static ckca_status ckca__st_write(ckca_context *ctx, const char *path, const ckc
 /* ===================================================================================================================
    REFERENCE KERNELS                                                                                       >>reference
 
-   What the ops compute, in plain loops, forward beside backward: a ResNet to read. They are the tests' reference, and
-   what runs where there are no vector kernels. Loops are ordered so that the innermost runs over neighbours in memory.
+   What the ops compute, in plain loops, forward beside backward: a ResNet to read. The tests compare the vector kernels
+   with these loops, and they run where there are no vector kernels. The innermost loop always runs over neighbours in
+   memory.
    =================================================================================================================== */
 
-/* ---- convolution ---- */
+/* ---- convolution ----
 
-/* What the tasks of the three passes are given; each pass sets what it uses. */
+       y[n][p][q][k] = sum over r, s, c of x[n][p stride - pad + r][q stride - pad + s][c] w[k][r][s][c]
+
+   Pixels outside x count as zero. y is linear in x and in w, so both gradients are the same sum read from the other
+   end: every product x w that contributes to y sends dy w back to x and dy x back to w. */
+
+/* Arguments of the tasks of all three passes; each pass sets what it needs. */
 typedef struct ckca__naive_conv {
     const ckca__conv *s;
-    const float *x, *w, *dy, *bias, *residual; /* w: in the forward pass R x S x C x K */
+    const float *x, *w, *dy, *bias, *residual; /* w: R x S x C x K in the forward pass, else K x R x S x C */
     float *y, *dx, *dw, *dbias;
     int relu, accumulate;
 } ckca__naive_conv;
 
-/* A row of y. */
+/* One row of y: n p of them. */
 static void ckca__naive_conv_forward_row(void *job, int row, int thread) {
     const ckca__naive_conv *a = (const ckca__naive_conv *)job;
     const ckca__conv *s = a->s;
@@ -8039,7 +8048,7 @@ static void ckca__naive_conv_forward_row(void *job, int row, int thread) {
     }
 }
 
-/* y = relu?(conv(x, w) + bias + residual). ws: K R S C floats, for w turned to R x S x C x K. */
+/* y = relu?(conv(x, w) + bias + residual). ws: R S C K floats, for w transposed to R x S x C x K. */
 static void ckca__naive_conv_forward(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w,
                                      const float *bias, const float *residual, int relu, float *y, float *ws) {
     ckca__naive_conv job;
@@ -8058,7 +8067,7 @@ static void ckca__naive_conv_forward(ckca_context *ctx, const ckca__conv *s, con
     ckca__parallel(ctx, s->n * s->p, ckca__naive_conv_forward_row, &job);
 }
 
-/* A row of dx. */
+/* One row of dx: n h of them. */
 static void ckca__naive_conv_backward_data_row(void *job, int row, int thread) {
     const ckca__naive_conv *a = (const ckca__naive_conv *)job;
     const ckca__conv *s = a->s;
@@ -8080,7 +8089,7 @@ static void ckca__naive_conv_backward_data_row(void *job, int row, int thread) {
     }
 }
 
-/* dx (+)= the sum over the outputs that a pixel of x took part in of dy w. */
+/* dx (+)= the sum of dy w over the outputs that read this pixel of x. */
 static void ckca__naive_conv_backward_data(ckca_context *ctx, const ckca__conv *s, const float *dy, const float *w,
                                            float *dx, int accumulate) {
     ckca__naive_conv job;
@@ -8093,7 +8102,7 @@ static void ckca__naive_conv_backward_data(ckca_context *ctx, const ckca__conv *
     ckca__parallel(ctx, s->n * s->h, ckca__naive_conv_backward_data_row, &job);
 }
 
-/* One output channel's weights. */
+/* The weights of one output channel. */
 static void ckca__naive_conv_backward_weight_channel(void *job, int k, int thread) {
     const ckca__naive_conv *a = (const ckca__naive_conv *)job;
     const ckca__conv *s = a->s;
@@ -8118,7 +8127,7 @@ static void ckca__naive_conv_backward_weight_channel(void *job, int k, int threa
     if (a->dbias) a->dbias[k] += sum;
 }
 
-/* dw += the sum over output pixels of dy x, dbias += the sum over them of dy. */
+/* dw += the sum of dy x over output pixels; dbias += the sum of dy. */
 static void ckca__naive_conv_backward_weight(ckca_context *ctx, const ckca__conv *s, const float *x, const float *dy,
                                              float *dw, float *dbias) {
     ckca__naive_conv job;
@@ -8136,8 +8145,8 @@ static void ckca__naive_conv_backward_weight(ckca_context *ctx, const ckca__conv
 #define CKCA__BATCHNORM_EPS 1e-5
 #define CKCA__BATCHNORM_MOMENTUM 0.1
 
-/* Folds one channel's statistics into what the passes need and into the running ones. The running variance is the
-   unbiased one; of a single row there is none, and the biased one (0) stands in. */
+/* Finishes one channel's statistics: stores mean and inverse standard deviation and updates the running statistics. The
+   running variance is unbiased; a single row has none, so the biased variance, 0, is used. */
 static void ckca__batchnorm_finish(size_t rows, double mean, double var, float *running_mean, float *running_var,
                                    float *out_mean, float *out_inv_std) {
     double unbiased = rows > 1 ? var * (double)rows / (double)(rows - 1) : var;
@@ -8147,13 +8156,13 @@ static void ckca__batchnorm_finish(size_t rows, double mean, double var, float *
     *running_var += (float)(CKCA__BATCHNORM_MOMENTUM * (unbiased - *running_var));
 }
 
-/* A norm of one value of channel j. */
+/* Normalises one value of channel j. */
 static float ckca__naive_norm(const ckca__norm *norm, int relu, int j, float x) {
     float v = (x - norm->mean[j]) * (norm->gamma[j] * norm->inv_std[j]) + norm->beta[j];
-    return relu && v <= 0 ? 0 : v; /* NaN stays NaN */
+    return relu && v <= 0 ? 0 : v; /* NaN passes through */
 }
 
-/* y = relu?(norm(x) + residual) in plain loops. */
+/* y = relu?(norm(x) + residual). */
 static void ckca__naive_batchnorm_apply(size_t rows, int c, const float *x, const ckca__norm *norm,
                                         const float *residual, const ckca__norm *residual_norm, float *y) {
     size_t i;
@@ -8189,12 +8198,12 @@ static void ckca__naive_batchnorm_forward(size_t rows, int c, const float *x, co
     if (y) ckca__naive_batchnorm_apply(rows, c, x, &norm, residual, residual_norm, y);
 }
 
-/* 1 where there is no ReLU, or it let channel j of x through: y > 0, y being told from x where it is NULL. */
+/* 1 if the ReLU passed x[i + j], or there is none. y may be NULL: y > 0 is then recomputed from x. */
 static int ckca__naive_batchnorm_gate(const float *x, const float *y, size_t i, int j, const ckca__norm *norm) {
     return !norm->relu || (y ? y[i + j] : ckca__naive_norm(norm, 1, j, x[i + j])) > 0;
 }
 
-/* With g = dy where y > 0 and xhat = (x - mean) inv_std:
+/* With g = dy where y > 0, else 0, and xhat = (x - mean) inv_std:
    dbeta = sum g, dgamma = sum g xhat, dx = gamma inv_std (g - dbeta / rows - xhat dgamma / rows). */
 static void ckca__naive_batchnorm_backward(size_t rows, int c, const float *x, const float *y, const float *dy,
                                            const ckca__norm *norm, float *dx, float *dresidual, int accumulate_residual,
@@ -8255,10 +8264,10 @@ static void ckca__naive_add_backward(size_t count, const float *y, const float *
 
 /* ---- pooling ---- */
 
-#define CKCA__TAPS 256 /* positions in a kernel; at holds one in a byte */
+#define CKCA__TAPS 256 /* kernel positions, at most: the argmax array stores one in a byte */
 
-/* One output pixel of c channels: y = the greatest of what its taps read, at (unless NULL) = the position of the tap
-   that won. NaN wins, as in PyTorch. */
+/* One output pixel of c channels: y = the maximum over its taps, at (unless NULL) = the kernel position of the maximum.
+   NaN wins, as in PyTorch. */
 static void ckca__naive_maxpool_pixel(int c, int taps, const float *const *from, const unsigned char *position,
                                       float *y, unsigned char *at) {
     int j, t;
@@ -8271,8 +8280,8 @@ static void ckca__naive_maxpool_pixel(int c, int taps, const float *const *from,
     }
 }
 
-/* One input pixel: dx = the sum of dy over those of the outputs reading it (at offsets from[t], as their
-   position[t]) in which it won. */
+/* One input pixel of c channels: dx = the sum of dy over the outputs whose maximum it was. Output t of those that read
+   the pixel lies at offset from[t] and reads it at kernel position position[t]. */
 static void ckca__naive_maxpool_pixel_backward(int c, int taps, const size_t *from, const unsigned char *position,
                                                const float *dy, const unsigned char *at, float *dx, int accumulate) {
     int j, t;
@@ -8291,7 +8300,7 @@ typedef struct ckca__avgpool {
     int accumulate;
 } ckca__avgpool;
 
-/* A picture. */
+/* One picture. */
 static void ckca__avgpool_picture(void *job, int i, int thread) {
     const ckca__avgpool *o = (const ckca__avgpool *)job;
     const float *from = o->from + (size_t)i * (size_t)o->area * (size_t)o->c;
@@ -8321,7 +8330,7 @@ typedef struct ckca__subsample {
     int accumulate;
 } ckca__subsample;
 
-/* A picture: a row is too little for a task. */
+/* One picture: a row is too little work for a task. */
 static void ckca__subsample_picture(void *job, int n, int thread) {
     const ckca__subsample *a = (const ckca__subsample *)job;
     const ckca__conv *s = a->s;
@@ -8366,63 +8375,61 @@ static void ckca__naive_sgd(size_t count, float *w, const float *g, float *v, fl
 /* ===================================================================================================================
    THREADS                                                                                                   >>threads
 
-   ckca__parallel, which shares all work among threads.
+   ckca__parallel runs a loop of independent tasks on all threads.
 
-   The tasks of a call are dealt out in runs of neighbours, the same run to the same thread call after call: tasks go
-   through pictures in order, so a thread mostly reads what it wrote itself and still has in its own caches. A thread that
-   has finished its run helps the others, from the far end of theirs. Tasks are run by the caller and by workers that it
-   woke; the call returns when all are done, so it waits for tasks that were claimed, never for a worker that did not
-   come: where other processes keep a processor busy, the caller does that worker's tasks meanwhile. A thread that waits
-   spins for a moment, then sleeps. Results must not depend on which thread runs a task.
+   Each thread gets a contiguous range of tasks, the same in every call: tasks run through pictures in order, so a
+   thread mostly reads what it wrote itself and still has in its caches. A thread that finishes its range steals from
+   the others', starting at the far end. The caller takes part. It waits only for tasks that a thread has claimed, never
+   for a worker that has not started: if other processes keep a processor busy, the caller does that worker's tasks
+   meanwhile. Waiting threads spin briefly, then sleep. Results must not depend on which thread runs a task.
    =================================================================================================================== */
 
 #if !defined(CKCA_NO_THREADS) && (defined(__unix__) || defined(__APPLE__))
 #define CKCA__THREADS
 #include <pthread.h>
 #include <unistd.h>
-/* A thread's tasks that nobody has claimed yet: [first, end). Mostly its own business, so in cache lines of its own. */
+/* The unclaimed tasks of one thread: [first, end). Padded, so that each thread's share has its own cache lines. */
 typedef struct ckca__share {
     pthread_mutex_t mutex;
     int first, end;
-    char apart[128];
+    char padding[128];
 } ckca__share;
 typedef struct ckca__worker {
     struct ckca__pool *pool;
-    int number; /* 1 and up; 0 is the caller */
+    int number; /* thread number, 1 and up; 0 is the caller */
     pthread_t thread;
-    pthread_cond_t wake; /* tasks to claim, or stop. One for each worker: a signal to a condition that several wait for
-                            may, in glibc, itself wait until one signalled earlier has run */
-    int asleep;          /* waits for wake, and nobody has signalled it yet */
+    pthread_cond_t wake; /* tasks or stop: one condition per worker, since a signal to a shared one may wait in glibc */
+    int asleep;          /* 1: waiting for wake, and not signalled yet */
     ckca__share share;
 } ckca__worker;
 typedef struct ckca__pool {
     ckca__share share;                             /* the caller's */
     pthread_mutex_t mutex;                         /* guards finished, calls, stop and asleep */
-    pthread_cond_t done;                           /* all tasks are finished: the caller waits for it */
-    void (*work)(void *job, int task, int thread); /* this, job, tasks and back stay while a task is unfinished */
+    pthread_cond_t done;                           /* signalled when all tasks are finished */
+    void (*work)(void *job, int task, int thread); /* this, job, tasks and reverse are constant during a call */
     void *job;
-    int tasks, back; /* of the call under way, or of the last one; 1: from the last to the first */
-    int finished;    /* of these tasks */
-    int calls;       /* so far; wraps */
+    int tasks, reverse; /* of the current or last call; reverse 1: from the last task to the first */
+    int finished;       /* finished tasks of this call */
+    int calls;          /* number of calls so far; may wrap */
     int stop;
-    pthread_mutex_t shared; /* of ckca__lock; free whenever no call is under way */
-    long process;           /* whose threads the workers are; 0: not created yet */
-    int workers, most;      /* how many there are; how many were asked for */
-    ckca__worker worker[1]; /* most */
+    pthread_mutex_t shared;   /* for ckca__lock; free between calls */
+    long process;             /* process that owns the workers; 0: not created yet */
+    int workers, max_workers; /* workers running; workers requested */
+    ckca__worker worker[1];   /* max_workers elements */
 } ckca__pool;
-/* Looks at a counter, without the mutex, until it changes or CKCA__PATIENCE looks were in vain: 25 microseconds here,
-   about what falling asleep and being woken takes (measured: 5% of a resnet20 step, whose 200 calls follow each other
-   sooner; beside a busy process nothing is lost). Entered and left with the mutex held. */
-#define CKCA__PATIENCE 1000
-static void ckca__pool_look(ckca__pool *pool, const int *counter) {
+/* Spins until a counter changes, for at most CKCA__SPIN_LIMIT iterations: 25 microseconds, about as long as falling
+   asleep and waking up takes, since the 200 calls of a ResNet-20 step mostly follow each other sooner (5% of its time).
+   The mutex is held on entry and on return, and released in between. */
+#define CKCA__SPIN_LIMIT 1000
+static void ckca__pool_spin(ckca__pool *pool, const int *counter) {
 #ifdef __GNUC__
-    int was = *counter, looks;
+    int before = *counter, spins;
     pthread_mutex_unlock(&pool->mutex);
-    for (looks = 0; looks < CKCA__PATIENCE && __atomic_load_n(counter, __ATOMIC_RELAXED) == was; looks++) {
+    for (spins = 0; spins < CKCA__SPIN_LIMIT && __atomic_load_n(counter, __ATOMIC_RELAXED) == before; spins++) {
 #ifdef __x86_64__
         __builtin_ia32_pause();
 #elif defined(__aarch64__)
-        __asm__ volatile("isb"); /* yield does nothing on most */
+        __asm__ volatile("isb"); /* yield is a no-op on most cores */
 #endif
     }
     pthread_mutex_lock(&pool->mutex);
@@ -8430,8 +8437,8 @@ static void ckca__pool_look(ckca__pool *pool, const int *counter) {
     (void)pool, (void)counter;
 #endif
 }
-/* A counter that is looked at. With the mutex held. */
-static void ckca__pool_count(int *counter, int value) {
+/* Stores to a counter that ckca__pool_spin reads. The mutex is held. */
+static void ckca__pool_store(int *counter, int value) {
 #ifdef __GNUC__
     __atomic_store_n(counter, value, __ATOMIC_RELAXED);
 #else
@@ -8441,15 +8448,15 @@ static void ckca__pool_count(int *counter, int value) {
 static ckca__share *ckca__pool_share(ckca__pool *pool, int thread) {
     return thread ? &pool->worker[thread - 1].share : &pool->share;
 }
-/* The next task of a share, or the one furthest from that; -1: there is none. */
-static int ckca__pool_claim(const ckca__pool *pool, ckca__share *share, int furthest) {
+/* Claims the next task of a share, or the last one if far_end. Returns -1 if none is left. */
+static int ckca__pool_claim(const ckca__pool *pool, ckca__share *share, int far_end) {
     int task = -1;
     pthread_mutex_lock(&share->mutex);
-    if (share->first < share->end) task = pool->back == furthest ? share->first++ : --share->end;
+    if (share->first < share->end) task = pool->reverse == far_end ? share->first++ : --share->end;
     pthread_mutex_unlock(&share->mutex);
     return task;
 }
-/* Runs a thread's own tasks, then others', until none is left to claim. Returns how many it ran, all of one call. */
+/* Runs this thread's tasks, then other threads', until all are claimed. Returns the number it ran, all of one call. */
 static int ckca__pool_work(ckca__pool *pool, int thread) {
     int threads = pool->workers + 1, ran = 0, i, task;
     for (i = 0; i < threads; i++) {
@@ -8464,17 +8471,17 @@ static int ckca__pool_work(ckca__pool *pool, int thread) {
 static void *ckca__pool_worker(void *argument) {
     ckca__worker *worker = (ckca__worker *)argument;
     ckca__pool *pool = worker->pool;
-    pthread_mutex_lock(&pool->mutex); /* by now all workers have been created, and there is a call */
+    pthread_mutex_lock(&pool->mutex); /* by now all workers exist and a call has begun */
     while (!pool->stop) {
         int seen = pool->calls, ran;
         pthread_mutex_unlock(&pool->mutex);
         ran = ckca__pool_work(pool, worker->number);
         pthread_mutex_lock(&pool->mutex);
         if (ran) {
-            ckca__pool_count(&pool->finished, pool->finished + ran);
+            ckca__pool_store(&pool->finished, pool->finished + ran);
             if (pool->finished == pool->tasks) pthread_cond_signal(&pool->done);
         }
-        if (seen == pool->calls && !pool->stop) ckca__pool_look(pool, &pool->calls);
+        if (seen == pool->calls && !pool->stop) ckca__pool_spin(pool, &pool->calls);
         if (seen == pool->calls && !pool->stop) {
             worker->asleep = 1;
             pthread_cond_wait(&worker->wake, &pool->mutex);
@@ -8488,9 +8495,9 @@ static void ckca__share_init(ckca__share *share) {
     pthread_mutex_init(&share->mutex, NULL);
     share->first = share->end = 0;
 }
-/* Takes the mutex for a call. Before the first one, and the first in a forked child, which has none of its parent's
-   workers, creates them: there the mutex and the conditions are made anew too, since a worker may have held them. Fewer
-   workers than asked for do. */
+/* Locks the pool for a call, and creates the workers before the first call of a process. A forked child has none of its
+   parent's workers, and one of them may have held the mutex, so mutexes and conditions are initialised again. If fewer
+   workers than requested can be created, those do the work. */
 static void ckca__pool_enter(ckca__pool *pool) {
     const long process = (long)getpid();
     const int started = pool->process == process;
@@ -8500,7 +8507,7 @@ static void ckca__pool_enter(ckca__pool *pool) {
     pool->process = process;
     pthread_cond_init(&pool->done, NULL);
     ckca__share_init(&pool->share);
-    for (pool->workers = 0; pool->workers < pool->most; pool->workers++) {
+    for (pool->workers = 0; pool->workers < pool->max_workers; pool->workers++) {
         ckca__worker *worker = &pool->worker[pool->workers];
         worker->pool = pool;
         worker->number = pool->workers + 1;
@@ -8510,7 +8517,7 @@ static void ckca__pool_enter(ckca__pool *pool) {
         if (pthread_create(&worker->thread, NULL, ckca__pool_worker, worker)) break;
     }
 }
-/* Ends and joins the workers, unless they are a parent process's. */
+/* Stops and joins the workers, unless a parent process owns them. */
 static void ckca__pool_stop(ckca__pool *pool) {
     int i;
     pthread_mutex_destroy(&pool->shared);
@@ -8530,32 +8537,32 @@ static void ckca__pool_stop(ckca__pool *pool) {
 }
 #endif
 
-/* Runs work(job, task, thread) once for every task in 0..tasks-1 and returns when all are done; alone: by the caller
-   alone; back: each thread from the last of its run to the first. thread is below ctx->threads and, among tasks that
-   run at the same time, each one's own: it selects scratch. Tasks must not call this themselves. */
-static void ckca__parallel_so(ckca_context *ctx, int tasks, int alone, int back,
-                              void (*work)(void *job, int task, int thread), void *job) {
+/* Runs work(job, task, thread) once for every task in [0, tasks) and returns when all are done. serial: on the caller's
+   thread only; reverse: each thread runs its range from the last task to the first. thread is below ctx->threads and
+   unique among concurrent tasks, so it selects scratch memory. Tasks must not call this themselves. */
+static void ckca__parallel_run(ckca_context *ctx, int tasks, int serial, int reverse,
+                               void (*work)(void *job, int task, int thread), void *job) {
     int i;
 #ifdef CKCA__THREADS
     ckca__pool *pool = ctx->pool;
-    if (pool && tasks > 1 && !alone) {
+    if (pool && tasks > 1 && !serial) {
         int shares, woken;
         ckca__pool_enter(pool);
         shares = tasks < pool->workers + 1 ? tasks : pool->workers + 1;
         pool->work = work;
         pool->job = job;
         pool->tasks = tasks;
-        pool->back = back;
-        ckca__pool_count(&pool->finished, 0);
-        ckca__pool_count(&pool->calls, (int)((unsigned)pool->calls + 1));
-        for (i = 0; i < shares; i++) { /* the others are empty since the last call */
+        pool->reverse = reverse;
+        ckca__pool_store(&pool->finished, 0);
+        ckca__pool_store(&pool->calls, (int)((unsigned)pool->calls + 1));
+        for (i = 0; i < shares; i++) { /* all other shares are empty since the last call */
             ckca__share *share = ckca__pool_share(pool, i);
             pthread_mutex_lock(&share->mutex);
             share->first = (int)((int64_t)tasks * i / shares);
             share->end = (int)((int64_t)tasks * (i + 1) / shares);
             pthread_mutex_unlock(&share->mutex);
         }
-        for (i = 0, woken = 1; i < pool->workers && woken < tasks; i++) /* one for each task but the caller's own */
+        for (i = 0, woken = 1; i < pool->workers && woken < tasks; i++) /* one worker per task, less the caller's own */
             if (pool->worker[i].asleep) {
                 pool->worker[i].asleep = 0;
                 pthread_cond_signal(&pool->worker[i].wake);
@@ -8564,10 +8571,10 @@ static void ckca__parallel_so(ckca_context *ctx, int tasks, int alone, int back,
         pthread_mutex_unlock(&pool->mutex);
         i = ckca__pool_work(pool, 0);
         pthread_mutex_lock(&pool->mutex);
-        ckca__pool_count(&pool->finished, pool->finished + i);
-        for (i = -1; pool->finished < tasks && pool->finished != i;) { /* while others finish one after another */
+        ckca__pool_store(&pool->finished, pool->finished + i);
+        for (i = -1; pool->finished < tasks && pool->finished != i;) { /* spin as long as other threads make progress */
             i = pool->finished;
-            ckca__pool_look(pool, &pool->finished);
+            ckca__pool_spin(pool, &pool->finished);
         }
         while (pool->finished < tasks) pthread_cond_wait(&pool->done, &pool->mutex);
         pthread_mutex_unlock(&pool->mutex);
@@ -8575,15 +8582,15 @@ static void ckca__parallel_so(ckca_context *ctx, int tasks, int alone, int back,
     }
 #endif
     (void)ctx;
-    (void)alone;
-    for (i = 0; i < tasks; i++) work(job, back ? tasks - 1 - i : i, 0);
+    (void)serial;
+    for (i = 0; i < tasks; i++) work(job, reverse ? tasks - 1 - i : i, 0);
 }
 
 static void ckca__parallel(ckca_context *ctx, int tasks, void (*work)(void *job, int task, int thread), void *job) {
-    ckca__parallel_so(ctx, tasks, 0, 0, work, job);
+    ckca__parallel_run(ctx, tasks, 0, 0, work, job);
 }
 
-/* Between these, a task is alone with what all tasks share (the user's alloc and release, a common result). */
+/* A task holds this lock while it uses what all tasks share: the user's alloc and release, or a common result. */
 static void ckca__lock(ckca_context *ctx) {
     (void)ctx;
 #ifdef CKCA__THREADS
@@ -8597,7 +8604,7 @@ static void ckca__unlock(ckca_context *ctx) {
 #endif
 }
 
-/* The default of ckca_desc.threads. */
+/* Number of processors: the default of ckca_desc.threads. */
 static int ckca__processors(void) {
 #ifdef CKCA__THREADS
     long count = sysconf(_SC_NPROCESSORS_ONLN);
@@ -8607,7 +8614,7 @@ static int ckca__processors(void) {
 #endif
 }
 
-/* A context and, behind it, its pool. */
+/* A context and, directly behind it, its pool. */
 static size_t ckca__context_bytes(int threads) {
 #ifdef CKCA__THREADS
     if (threads > 1) return sizeof(ckca_context) + sizeof(ckca__pool) + (size_t)(threads - 2) * sizeof(ckca__worker);
@@ -8619,10 +8626,9 @@ static size_t ckca__context_bytes(int threads) {
 /* ===================================================================================================================
    VECTOR KERNELS                                                                                             >>vector
 
-   Kernels are written once, on vectors of CKCA__VW floats. This file includes itself once for every instruction set with
-   CKCA__PASS saying which, and CKCA__NAME(f) gives each copy a name of its own; the ops choose with CKCA__DISPATCH.
-   Kernels are single-threaded: threads are the ops' business.
-
+   Each kernel is written once, on vectors of CKCA__VW floats. This file includes itself once per instruction set, named
+   by CKCA__PASS; CKCA__NAME(f) gives each copy its own name, and the ops select one with CKCA__DISPATCH. Kernels are
+   single-threaded: the ops share work out among threads.
    =================================================================================================================== */
 
 static ckca_isa ckca__best_isa(void) {
@@ -8642,7 +8648,7 @@ static ckca_isa ckca__best_isa(void) {
 #ifdef CKCA__SIMD
 
 #define CKCA__INLINE static inline __attribute__((always_inline))
-#define CKCA__APART static __attribute__((noinline))
+#define CKCA__NOINLINE static __attribute__((noinline))
 #ifdef __clang__
 #define CKCA__UNROLL _Pragma("clang loop unroll(full)")
 #define CKCA__ROLL _Pragma("clang loop unroll(disable)")
@@ -8652,42 +8658,42 @@ static ckca_isa ckca__best_isa(void) {
 #endif
 
 enum {
-    CKCA__CONV_PHASES = 8,       /* greatest stride of the fast passes */
-    CKCA__CONV_REGION = 1 << 16, /* floats of source in a task */
-    CKCA__CONV_TASKS = 16,       /* tasks to cut forward pass and input gradient into at least, if possible */
-    CKCA__CONV_LIST = 240,       /* output pixels that meet all weights in turn: whole tiles */
-    CKCA__CONV_PIXELS = 256,     /* weight gradient: output pixels in a region, and least in a group */
-    CKCA__CONV_PANELS = 1 << 17, /* weight gradient: floats of panels, so that they stay in L2 */
-    CKCA__CONV_GROUPS = 8,       /* weight gradient: tasks, if possible */
-    CKCA__CONV_PARTIAL = 1 << 19 /* weight gradient: floats of partial sums, all groups together */
+    CKCA__CONV_MAX_STRIDE = 8,   /* largest stride of the vector kernels: phases per axis */
+    CKCA__CONV_REGION = 1 << 16, /* floats of source per task */
+    CKCA__CONV_TASKS = 16,       /* tasks of the forward pass and the input gradient, at least, if possible */
+    CKCA__CONV_LIST = 240,       /* output pixels per list, which meets all weights in turn: whole tiles */
+    CKCA__CONV_PIXELS = 256,     /* weight gradient: output pixels per region, and at least per group */
+    CKCA__CONV_PANELS = 1 << 17, /* weight gradient: floats of panels, which fit L2 */
+    CKCA__CONV_GROUPS = 8,       /* weight gradient: tasks, at least, if possible */
+    CKCA__CONV_PARTIAL = 1 << 19 /* weight gradient: floats of partial sums of all groups */
 };
 
-/* Forward pass and input gradient are both a *correlation*: output i of an axis is the sum over t < taps of source
-   i step + from + t (zero where there is none) times a weight. The input gradient of a convolution of stride s falls
-   into s phases per axis: every s-th pixel of dx meets the same taps of w. */
+/* The forward pass and the input gradient are both a correlation: output i along an axis is the sum over taps t of a
+   weight times source i step + from + t, or zero outside. The input gradient of a convolution of stride s splits into s
+   phases per axis: every s-th pixel of dx is multiplied with the same taps of w. */
 typedef struct ckca__axis {
-    int taps, first, before; /* how many taps; which of w's is the first; taps of the phases before this one */
-    int from;                /* source coordinate of output 0's first tap */
-    int at, count;           /* outputs are pixels at, at + spread, ...: count of them */
+    int taps, first, before; /* number of taps; the first one's index in w; taps of all earlier phases */
+    int from;                /* source coordinate of output 0 under its first tap */
+    int at, count;           /* the phase has count outputs, at pixels at, at + spread, ... */
 } ckca__axis;
 
 typedef struct ckca__conv_job {
     ckca_isa isa;
     int n, h, w, c;      /* source: N x H x W x C */
     int oh, ow, k;       /* output: N x OH x OW x K */
-    int r, s;            /* taps of w */
-    int step, spread;    /* pixels from one output's source to the next's; from one output to the next */
-    int tap_step;        /* from one tap to the next of w: 1, or -spread in the input gradient */
-    size_t tap, in, out; /* floats in w from one tap, source channel, output channel to the next */
-    ckca__axis y[CKCA__CONV_PHASES], x[CKCA__CONV_PHASES]; /* spread phases each; 0 has the most outputs */
-    int top, left, extra_h; /* a task's region of the source starts there, relative to its first row's outputs */
-    int width;              /* pixels in a row of the region */
-    int in_place;           /* 1: the region needs no zeros around it and is read where it is */
-    int pictures, rows;     /* of outputs, per task and phase */
-    int list;               /* output pixels that meet all weights in turn: whole tiles */
-    int apart;              /* 1: pixels of a list are copied first: they would compete for lines of L1, or for norm */
-    size_t after;           /* from a task's source to that of the task its thread will likely take next; 0: unknown */
-    const ckca__norm *norm; /* of the source, or NULL */
+    int r, s;            /* taps of w along y and x */
+    int step, spread;    /* source pixels per output pixel; output pixels from one of a phase to the next */
+    int tap_step;        /* from one tap to the next in w: 1, or -spread in the input gradient */
+    size_t tap, in, out; /* strides in w, in floats, of a tap, a source channel and an output channel */
+    ckca__axis y[CKCA__CONV_MAX_STRIDE], x[CKCA__CONV_MAX_STRIDE]; /* spread phases each; 0 has the most outputs */
+    int top, left, extra_h; /* origin of a task's source region relative to its first output; extra rows */
+    int width;              /* of a region, in pixels */
+    int in_place;           /* 1: the region needs no zero padding and is read from the source itself */
+    int pictures, rows;     /* outputs per task and phase */
+    int list;               /* output pixels per list, see CKCA__CONV_LIST */
+    int copy_pixels;        /* 1: a list's pixels are copied first: cache conflicts, or a norm */
+    size_t next_offset;     /* from a task's source to that of its thread's likely next task; 0: unknown */
+    const ckca__norm *norm; /* applied to the source, or NULL */
     const float *source, *weights, *bias, *residual;
     float *output, *packed, *scratch;
     size_t scratch_size; /* floats per thread */
@@ -8697,30 +8703,31 @@ typedef struct ckca__conv_job {
 /* What all tiles of one block of output channels share. */
 typedef struct ckca__block {
     const ckca__conv_job *job;
-    int r, j;                    /* rows of taps; values in a row (S C) */
+    int r, j;                    /* rows of taps; values per row (S C) */
     size_t pitch;                /* floats from one source row to the next */
-    const float *weights, *bias; /* r x j x vectors; vectors. Zero-padded */
-    int first, channels;         /* the first output channel; how many there are */
-    const float *next;           /* what to fetch meanwhile: */
-    int lines;                   /* so many times 64 bytes for every 16 steps of the sums */
+    const float *weights, *bias; /* packed weights, r x j x vectors; bias, vectors. Zero-padded to whole vectors */
+    int first, channels;         /* first output channel; number of output channels */
+    const float *next;           /* memory to prefetch: */
+    int lines;                   /* this many cache lines per 16 steps of the reduction */
 } ckca__block;
 
-/* The weight gradient is a matrix product, rows x lanes, summed over pixels. Rows are dy's channels and lanes x's, tap
-   by tap; swapped, where x has too few to fill a vector, rows are x's channels under all taps and lanes are dy's. */
+/* The weight gradient is a matrix product, rows x lanes, reduced over pixels. Rows are dy's channels and lanes are x's,
+   one tap at a time. If x has too few channels to fill a vector the operands are swapped: rows are x's channels under
+   all taps, lanes are dy's channels. */
 typedef struct ckca__wgrad_job {
     ckca_isa isa;
     ckca__conv s;
     int swap, rows, lanes;
-    int groups;              /* of the pixels */
-    int row_cut, lane_cut;   /* of a task, at most */
-    int row_cuts, lane_cuts; /* so many times */
-    int pixels;              /* in a region, at most */
-    int partial;             /* 1: sums are each group's own; 0: there is one group and they are dw */
+    int groups;                /* of output pixels */
+    int task_rows, task_lanes; /* per task, at most */
+    int row_tasks, lane_tasks; /* tasks along each side */
+    int pixels;                /* per region, at most */
+    int partial;               /* 1: each group has its own sums; 0: there is one group, which adds to dw directly */
     const float *x, *dy;
     float *sums; /* groups x K x R x S x C; swapped: groups x R x S x C x K */
     float *dw, *scratch;
-    size_t scratch_size;            /* floats per thread: panels of rows, then, where they start: */
-    size_t at_b, at_zeros, at_taps; /* panels of lanes; zeros for as many lanes; swapped, what the taps meet */
+    size_t scratch_size;               /* floats per thread. It holds panels of rows, then at these offsets: */
+    size_t at_b, at_zeros, at_patches; /* panels of lanes; zeros, one per lane; swapped: patches */
 } ckca__wgrad_job;
 
 /* out[row][lane] += the sum over pixels of a[pixel][row] b[pixel][lane], both in panels: [panel][pixel][value]. */
@@ -8728,71 +8735,79 @@ typedef struct ckca__outer {
     int pixels, rows, lanes;
     const float *a, *b;
     float *out;
-    size_t pitch;                 /* from one row of out to the next */
-    const float *next_a, *next_b; /* the first pixel of what the next panels are made of, to fetch meanwhile; or NULL */
-    size_t step_a, step_b;        /* from that pixel to the next */
+    size_t pitch;                 /* floats from one row of out to the next */
+    const float *next_a, *next_b; /* prefetched meanwhile: first source pixels of the next panels; or NULL */
+    size_t step_a, step_b;        /* floats from such a pixel to the next */
 } ckca__outer;
 
-/* Floats from one panel to the next: no multiple of 4 KiB, where all would compete for the same lines of L1. */
-static size_t ckca__panel(int size, int pixels) { return (size_t)size * pixels + 16; }
+/* Floats from one panel to the next. Never a multiple of 4 KiB, which would map all panels to the same lines of L1. */
+static size_t ckca__panel_pitch(int size, int pixels) { return (size_t)size * pixels + 16; }
 
-/* Winograd's algorithm. Pixels (and dy) turned to points lie [point][group of tiles][vector of channels][tile], a
-   vector each, so that products read them in a row; groups are the tiles of a register tile, in the weight gradient all
-   tiles of a block. */
+/* Winograd's algorithm, explained at its kernels. Transformed pixels (and dy) are stored as [point][group of
+   tiles][vector of channels][tile], one vector each, so that products read them in order. A group is the tiles of one
+   register tile; in the weight gradient, all tiles of a block. */
 enum {
-    CKCA__WINO_ELEMENTS = 36,     /* of weights; pixels have 81 where the stride is 2 */
-    CKCA__WINO_BLOCK = 160 << 10, /* floats that a block of tiles should take, at the points */
-    CKCA__WINO_TASKS = 16,        /* tasks to cut a pass into, if possible */
-    CKCA__WINO_SUMS = 5 << 17     /* weight gradient: floats of a task's sums, at the points */
+    CKCA__WINO_ELEMENTS = 36,     /* transformed weights per channel pair; pixels have 81 at stride 2 */
+    CKCA__WINO_BLOCK = 160 << 10, /* floats of a block of tiles in the transform domain, as a target */
+    CKCA__WINO_TASKS = 16,        /* tasks of a pass, if possible */
+    CKCA__WINO_SUMS = 5 << 17     /* weight gradient: floats of a task's sums in the transform domain */
 };
-enum { CKCA__WINO_SOURCE, CKCA__WINO_DY, CKCA__WINO_SOURCE_2, CKCA__WINO_DY_2, CKCA__WINO_DX_2 }; /* _2: stride 2 */
+/* What a transform reads; _2: at stride 2. */
+enum {
+    CKCA__WINO_KIND_SOURCE,
+    CKCA__WINO_KIND_DY,
+    CKCA__WINO_KIND_SOURCE_2,
+    CKCA__WINO_KIND_DY_2,
+    CKCA__WINO_KIND_DX_2
+};
 typedef struct ckca__wino_maps {
     const float *at;
-    int h, w, c;            /* of N x H x W x C values */
+    int h, w, c;            /* N x H x W x C maps */
     int step;               /* pixels from one tile to the next */
-    int pad;                /* tile (0, 0) begins so far outside */
-    int channels;           /* from at on, that are meant */
-    const ckca__norm *norm; /* or NULL; then at is the first channel */
+    int pad;                /* the first tile starts this far outside */
+    int channels;           /* to transform, from at on */
+    const ckca__norm *norm; /* or NULL; if set, at is channel 0 */
 } ckca__wino_maps;
 typedef struct ckca__wino_job {
     ckca_isa isa;
-    ckca__wino_maps source, dy; /* dy: in the weight gradient */
-    int c, oh, ow, k;           /* channels of the source; output: N x OH x OW x K */
+    ckca__wino_maps source, dy; /* dy: weight gradient only */
+    int c, oh, ow, k;           /* source channels; output: N x OH x OW x K */
     int stride;
-    int rotated180;          /* 1: input gradient: weights read from their other end */
-    int axis, elements;      /* points of a tile along an axis, in all */
-    int outputs;             /* of a tile along an axis */
-    int across, down, tiles; /* tiles: in a row, in a column, in all */
-    int parts, ranges;       /* tasks: parts of the tiles times ranges of output channels */
-    int block;               /* tiles that pass the three steps together */
+    int rotated180;          /* 1: input gradient: weights are rotated by 180 degrees */
+    int axis, elements;      /* points of a tile along an axis; in all */
+    int outputs;             /* output pixels of a tile along an axis */
+    int across, down, tiles; /* tiles per row; per column; in all */
+    int parts, ranges;       /* tasks: parts of the tiles x ranges of output channels */
+    int block;               /* tiles per block, which is transformed, multiplied and transformed back at once */
     const float *weights, *bias, *residual;
     float *output; /* weight gradient: dw */
-    float *sums;   /* weight gradient: parts x K x 3 x 3 x C, or dw itself if there is one part */
-    float *packed; /* weights at the points, [block of channels][point][c][channels]; NULL: each task's own */
+    float *sums;   /* weight gradient: parts x K x 3 x 3 x C, or dw itself if parts is 1 */
+    float *packed; /* transformed weights, [block of channels][point][c][channels]; NULL: per task */
     float *scratch;
     size_t scratch_size; /* floats per thread */
     int relu;
 } ckca__wino_job;
 
-/* Floats from one point of a block of tiles to the next: no multiple of 4 KiB, where all points would compete for the
+/* Floats from one point of a block of tiles to the next. Never a multiple of 4 KiB, which would map all points to the
    same lines of L1. */
 static size_t ckca__wino_pitch(int block, int channels) { return (size_t)block * channels + 16; }
 
-/* Batch norm for rows of a tensor: channels repeat in them, see OPS, the kernels. */
-typedef struct ckca__table {
+/* A batch norm's constants, repeated to fill rows of cols values: see "all other ops" below. */
+typedef struct ckca__norm_table {
     const float *mean, *scale, *beta;
     int relu;
-} ckca__table;
+} ckca__norm_table;
 
-/* Which of the 36 points of the weights a point of the pixels meets: along an axis 0 to 4, then 5 for all others. */
-static int ckca__wino_weights(const ckca__wino_job *job, int element) {
+/* Index of the transformed weights (6 x 6) that an element of the transformed pixels is multiplied with: along an axis
+   0 to 4, then 5 for all others. */
+static int ckca__wino_weight_index(const ckca__wino_job *job, int element) {
     int i = element / job->axis, j = element % job->axis;
     return (i < 5 ? i : 5) * 6 + (j < 5 ? j : 5);
 }
 
 #ifdef CKCA__SIMD
 #ifndef CKCA_FILE
-#define CKCA_FILE "ckca.h" /* set this if you rename the header */
+#define CKCA_FILE "ckca.h" /* define this if you rename the header */
 #endif
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -8844,7 +8859,7 @@ static int ckca__wino_weights(const ckca__wino_job *job, int element) {
 #define CKCA__SUB(a, b) _mm512_sub_ps(a, b)
 #define CKCA__MUL(a, b) _mm512_mul_ps(a, b)
 #define CKCA__FMA(a, b, c) _mm512_fmadd_ps(a, b, c)              /* a b + c */
-#define CKCA__MAX(a, b) _mm512_maskz_max_ps((__mmask16)-1, a, b) /* g++ 12 warns of _mm512_max_ps itself */
+#define CKCA__MAX(a, b) _mm512_maskz_max_ps((__mmask16)-1, a, b) /* g++ 12 warns about _mm512_max_ps itself */
 /* a where y > 0, else 0 */
 #define CKCA__WHERE_POSITIVE(y, a) _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_GT_OQ), a)
 #elif CKCA__PASS == 256
@@ -8895,23 +8910,41 @@ static int ckca__wino_weights(const ckca__wino_job *job, int element) {
     vreinterpretq_f32_u32(vandq_u32(vcgtq_f32(y, vdupq_n_f32(0)), vreinterpretq_u32_f32(a)))
 #endif
 
-/* ---- convolution ---- */
+/* ---- convolution ----
 
-#if CKCA__PASS == 512 || defined(__aarch64__) /* 32 registers: sums of 12 pixels x 2 vectors fit; of 16, 6 x 2 */
+   All passes accumulate register tiles of 12 x 32 sums: 24 of 32 registers (with 16 registers: 6 x 2 vectors, 12). A
+   step of the reduction loads 32 values of one operand and broadcasts 12 of the other for 24 multiply-adds, so with
+   operands in L1 or L2 arithmetic is the limit. The remaining cost is memory: a tile that is the first to read its
+   source stalls. So tiles prefetch into L2, a line or a few every 16 steps, what their thread will read next.
+
+   Forward pass and input gradient: 12 pixels x 32 output channels. A task reads its region of the source in place if
+   that needs no padding. Otherwise it first copies the region, of 256 KiB so that it stays in L2, with zeros around it:
+   the inner loop then needs no bounds checks, and the S C values under a row of taps are contiguous. Weights are packed
+   in the order of that loop, 32 output channels at a time (72 KiB for 3 x 3 x 64, 576 KiB for 3 x 3 x 512), and are
+   streamed from L2 well below its bandwidth. Pixels that are 4 KiB apart (1024 channels) would compete for the same
+   lines of L1, so their values are copied to scratch first.
+
+   Weight gradient: 12 output channels x 32 source channels of one tap, reduced over pixels, in regions of 256 pixels.
+   Both operands are first packed into panels, 12 or 32 channels of all pixels, which a tile reads in order.
+
+   If x has a norm (ckca__conv), the first code that moves x applies it: the copy of a region or list, the packing of
+   panels, or Winograd's transform. That saves batch norm's write and the read that would follow it. */
+
+#if CKCA__PASS == 512 || defined(__aarch64__) /* 32 registers: 12 pixels x 2 vectors of sums; with 16 registers 6 x 2 */
 #define CKCA__TILE 4
 #else
 #define CKCA__TILE 2
 #endif
-#define CKCA__KB (2 * CKCA__VW) /* output channels in a block */
+#define CKCA__CHANNEL_BLOCK (2 * CKCA__VW) /* output channels per block: two vectors */
 
-/* x of channels c to c + CKCA__VW as it is met under a norm: in batch norm's own operations, so to the same bits. */
+/* Normalises channels c to c + CKCA__VW of x with batch norm's own operations, and so to the same bits. */
 CKCA__INLINE CKCA__V CKCA__NAME(ckca__norm)(const ckca__norm *norm, int c, CKCA__V x) {
     CKCA__V scale = CKCA__MUL(CKCA__LOAD(norm->gamma + c), CKCA__LOAD(norm->inv_std + c));
     x = CKCA__FMA(CKCA__SUB(x, CKCA__LOAD(norm->mean + c)), scale, CKCA__LOAD(norm->beta + c));
-    return norm->relu ? CKCA__MAX(CKCA__SET(0.0f), x) : x; /* in this order NaN comes through */
+    return norm->relu ? CKCA__MAX(CKCA__SET(0.0f), x) : x; /* in this order NaN passes through */
 }
 
-/* Copies some values, channel c first, under a norm if there is one. */
+/* Copies values of one pixel, starting at channel c, and normalises them if there is a norm. */
 CKCA__INLINE void CKCA__NAME(ckca__norm_copy)(const ckca__norm *norm, int c, int values, const float *from, float *to) {
     int i;
     if (!norm)
@@ -8921,26 +8954,28 @@ CKCA__INLINE void CKCA__NAME(ckca__norm_copy)(const ckca__norm *norm, int c, int
             CKCA__STORE(to + i, CKCA__NAME(ckca__norm)(norm, c + i, CKCA__LOAD(from + i)));
 }
 
-/* Where the packed weights of a phase start, in floats. */
-static size_t CKCA__NAME(ckca__conv_packed)(const ckca__conv_job *job, const ckca__axis *y, const ckca__axis *x) {
+/* Offset of a phase's packed weights, in floats. */
+static size_t CKCA__NAME(ckca__conv_packed_offset)(const ckca__conv_job *job, const ckca__axis *y,
+                                                   const ckca__axis *x) {
     return ((size_t)y->before * job->s + (size_t)y->taps * x->before) * job->c * ckca__round_up(job->k, CKCA__VW);
 }
 
-/* Packs the weights of one block of output channels of phase (a, b): taps x source channels x output channels, zeros
-   after the last up to a whole vector. */
+/* Packs the weights of one block of output channels of phase (a, b): taps x source channels x output channels,
+   zero-padded to whole vectors. */
 static void CKCA__NAME(ckca__conv_pack)(const ckca__conv_job *job, int a, int b, int first) {
     const ckca__axis *y = &job->y[a], *x = &job->x[b];
-    int channels = job->k - first < CKCA__KB ? job->k - first : CKCA__KB, r, s, c, k, i, some;
-    int wide = channels > CKCA__VW ? CKCA__KB : CKCA__VW;
-    float *to = job->packed + CKCA__NAME(ckca__conv_packed)(job, y, x) + (size_t)first * y->taps * x->taps * job->c;
+    int channels = job->k - first < CKCA__CHANNEL_BLOCK ? job->k - first : CKCA__CHANNEL_BLOCK, r, s, c, k, i, line;
+    int wide = channels > CKCA__VW ? CKCA__CHANNEL_BLOCK : CKCA__VW;
+    float *to =
+        job->packed + CKCA__NAME(ckca__conv_packed_offset)(job, y, x) + (size_t)first * y->taps * x->taps * job->c;
     for (r = 0; r < y->taps; r++)
         for (s = 0; s < x->taps; s++) {
             const float *from = job->weights + first * job->out +
                                 job->tap * ((y->first + r * job->tap_step) * job->s + x->first + s * job->tap_step);
-            for (c = 0; c < job->c; c += some, to += some * wide, from += some * job->in) {
-                some = job->c - c < 16 ? job->c - c : 16; /* a line of cache at a time */
+            for (c = 0; c < job->c; c += line, to += line * wide, from += line * job->in) {
+                line = job->c - c < 16 ? job->c - c : 16; /* one cache line at a time */
                 if (job->out == 1)
-                    for (i = 0; i < some; i++) {
+                    for (i = 0; i < line; i++) {
                         __builtin_prefetch(from + (i + 16) * job->in);
                         __builtin_prefetch(from + (i + 16) * job->in + 16);
                         memcpy(to + i * wide, from + i * job->in, sizeof *to * channels);
@@ -8948,36 +8983,36 @@ static void CKCA__NAME(ckca__conv_pack)(const ckca__conv_job *job, int a, int b,
                 else
                     for (k = 0; k < channels; k++) {
                         __builtin_prefetch(from + k * job->out + 32);
-                        for (i = 0; i < some; i++) to[i * wide + k] = from[k * job->out + i];
+                        for (i = 0; i < line; i++) to[i * wide + k] = from[k * job->out + i];
                     }
-                for (i = 0; i < some; i++) memset(to + i * wide + channels, 0, sizeof *to * (wide - channels));
+                for (i = 0; i < line; i++) memset(to + i * wide + channels, 0, sizeof *to * (wide - channels));
             }
         }
 }
 
-/* Where a pixel's output channels fill no whole vectors, their sums become outputs one by one: bias, residual, ReLU. */
-static void CKCA__NAME(ckca__conv_finish)(const ckca__block *b, const float *sums, float *y) {
+/* Epilogue of a pixel whose output channels do not fill whole vectors: bias, residual, ReLU. */
+static void CKCA__NAME(ckca__conv_epilogue)(const ckca__block *b, const float *sums, float *y) {
     const ckca__conv_job *job = b->job;
     int i;
     for (i = 0; i < b->channels; i++) {
         float sum = sums[i] + b->bias[i];
         if (job->residual) sum += job->residual[y + i - job->output];
-        y[i] = job->relu && sum < 0 ? 0 : sum; /* NaN comes through */
+        y[i] = job->relu && sum < 0 ? 0 : sum; /* NaN passes through */
     }
 }
 
-/* The inner loop of forward pass and input gradient: P pixels x V vectors of output channels stay in registers while
-   taps and source channels go by (P and V are constants once this is inlined). Where count is below P, the last pixel
-   stands in for the missing ones, whose sums are dropped. Whatever the tile, a sum is added up in the same order. */
+/* The inner loop of the forward pass and the input gradient: P pixels x V vectors of sums stay in registers throughout
+   the reduction over taps and source channels (P and V are constants after inlining). If count is below P, the last
+   pixel stands in for the missing ones and their sums are dropped. Every tile size adds up in the same order. */
 CKCA__INLINE void CKCA__NAME(ckca__conv_tile)(const int P, const int V, const ckca__block *b, int count,
                                               const float *const *from, float *const *to) {
     const ckca__conv_job *job = b->job;
     CKCA__V sum[3 * CKCA__TILE][2];
     const float *x[3 * CKCA__TILE], *w = b->weights, *next = b->next;
-    float tile[3 * CKCA__TILE][CKCA__KB];
+    float tile[3 * CKCA__TILE][CKCA__CHANNEL_BLOCK];
     int p, v, r, i, j;
     CKCA__UNROLL for (p = 0; p < P; p++) {
-        const float *y = to[p < count ? p : count - 1] + b->first; /* in cache by the time the sums are ready */
+        const float *y = to[p < count ? p : count - 1] + b->first; /* prefetch the outputs for the epilogue */
         x[p] = from[p < count ? p : count - 1];
         CKCA__UNROLL for (v = 0; v < V; v++) {
             __builtin_prefetch(y + v * CKCA__VW, 1);
@@ -9012,7 +9047,7 @@ CKCA__INLINE void CKCA__NAME(ckca__conv_tile)(const int P, const int V, const ck
                     CKCA__UNROLL for (v = 0; v < V; v++) sum[p][v] =
                         CKCA__ADD(sum[p][v], CKCA__LOAD(residual + v * CKCA__VW));
                 }
-                if (job->relu) { /* in this order NaN comes through */
+                if (job->relu) { /* in this order NaN passes through */
                     CKCA__UNROLL for (v = 0; v < V; v++) sum[p][v] = CKCA__MAX(CKCA__SET(0.0f), sum[p][v]);
                 }
                 CKCA__UNROLL for (v = 0; v < V; v++) CKCA__STORE(y + v * CKCA__VW, sum[p][v]);
@@ -9023,14 +9058,14 @@ CKCA__INLINE void CKCA__NAME(ckca__conv_tile)(const int P, const int V, const ck
     CKCA__UNROLL for (p = 0; p < P; p++) {
         CKCA__UNROLL for (v = 0; v < V; v++) CKCA__STORE(tile[p] + v * CKCA__VW, sum[p][v]);
     }
-    for (p = 0; p < P && p < count; p++) CKCA__NAME(ckca__conv_finish)(b, tile[p], to[p] + b->first);
+    for (p = 0; p < P && p < count; p++) CKCA__NAME(ckca__conv_epilogue)(b, tile[p], to[p] + b->first);
 }
 
-/* A function for each size of tile: side by side in one, they are too much for compilers' choice of registers. */
-#define CKCA__CONV_TILE(T, V)                                                                                      \
-    CKCA__APART void CKCA__NAME(ckca__conv_tile_##T##V)(const ckca__block *b, int count, const float *const *from, \
-                                                        float *const *to) {                                        \
-        CKCA__NAME(ckca__conv_tile)(T * CKCA__TILE, V, b, count, from, to);                                        \
+/* One function per tile size: all sizes in one function degrade the compilers' register allocation. */
+#define CKCA__CONV_TILE(T, V)                                                                                         \
+    CKCA__NOINLINE void CKCA__NAME(ckca__conv_tile_##T##V)(const ckca__block *b, int count, const float *const *from, \
+                                                           float *const *to) {                                        \
+        CKCA__NAME(ckca__conv_tile)(T * CKCA__TILE, V, b, count, from, to);                                           \
     }
 CKCA__CONV_TILE(1, 1)
 CKCA__CONV_TILE(1, 2)
@@ -9040,8 +9075,8 @@ CKCA__CONV_TILE(3, 1)
 CKCA__CONV_TILE(3, 2)
 #undef CKCA__CONV_TILE
 
-/* Output pixels in from (their sources) and to, through all blocks of output channels, in tiles. Meanwhile those fetch
-   the sources of as many pixels from next on, if it is not NULL. */
+/* Computes count output pixels, given by their sources (from) and outputs (to), for all blocks of output channels, tile
+   by tile. The tiles prefetch the sources of as many pixels from next on, unless it is NULL. */
 static void CKCA__NAME(ckca__conv_list)(const ckca__conv_job *job, const ckca__axis *y, const ckca__axis *x,
                                         size_t pitch, int count, const float *const *from, float *const *to,
                                         const float *next, float *scratch) {
@@ -9050,27 +9085,27 @@ static void CKCA__NAME(ckca__conv_list)(const ckca__conv_job *job, const ckca__a
         {CKCA__NAME(ckca__conv_tile_21), CKCA__NAME(ckca__conv_tile_22)},
         {CKCA__NAME(ckca__conv_tile_31), CKCA__NAME(ckca__conv_tile_32)}};
     size_t per = (size_t)y->taps * x->taps * job->c;
-    int lines = (3 * CKCA__TILE * CKCA__KB + job->k - 1) / job->k; /* so that all is fetched by the last block */
-    const float *apart[CKCA__CONV_LIST], *end = next ? next + (size_t)count * job->c : NULL;
-    float bias[CKCA__KB];
+    int lines = (3 * CKCA__TILE * CKCA__CHANNEL_BLOCK + job->k - 1) / job->k; /* all within the last block */
+    const float *copies[CKCA__CONV_LIST], *end = next ? next + (size_t)count * job->c : NULL;
+    float bias[CKCA__CHANNEL_BLOCK];
     ckca__block b;
     int i, size;
-    if (job->apart && per == (size_t)job->c) {
+    if (job->copy_pixels && per == (size_t)job->c) {
         for (i = 0; i < count; i++, scratch += job->c + 16) {
             CKCA__NAME(ckca__norm_copy)(job->norm, 0, job->c, from[i], scratch);
-            apart[i] = scratch;
+            copies[i] = scratch;
         }
-        from = apart;
+        from = copies;
     }
     b.job = job;
     b.r = y->taps;
     b.j = x->taps * job->c;
     b.pitch = pitch;
     b.bias = bias;
-    b.weights = job->packed + CKCA__NAME(ckca__conv_packed)(job, y, x);
-    for (b.first = 0; b.first < job->k; b.first += CKCA__KB, b.weights += CKCA__KB * per) {
+    b.weights = job->packed + CKCA__NAME(ckca__conv_packed_offset)(job, y, x);
+    for (b.first = 0; b.first < job->k; b.first += CKCA__CHANNEL_BLOCK, b.weights += CKCA__CHANNEL_BLOCK * per) {
         int two = job->k - b.first > CKCA__VW;
-        b.channels = job->k - b.first < CKCA__KB ? job->k - b.first : CKCA__KB;
+        b.channels = job->k - b.first < CKCA__CHANNEL_BLOCK ? job->k - b.first : CKCA__CHANNEL_BLOCK;
         memset(bias, 0, sizeof bias);
         if (job->bias) memcpy(bias, job->bias + b.first, sizeof *bias * b.channels);
         for (i = 0; i < count; i += size) {
@@ -9085,7 +9120,7 @@ static void CKCA__NAME(ckca__conv_list)(const ckca__conv_job *job, const ckca__a
     }
 }
 
-/* One task: the outputs of some pictures' rows, all phases. */
+/* One task: the outputs of some rows of some pictures, in all phases. */
 static void CKCA__NAME(ckca__conv_task)(const ckca__conv_job *job, int task, float *scratch) {
     int bands = (job->y[0].count + job->rows - 1) / job->rows, n0 = task / bands * job->pictures;
     int i0 = task % bands * job->rows, pictures = job->n - n0 < job->pictures ? job->n - n0 : job->pictures;
@@ -9097,9 +9132,9 @@ static void CKCA__NAME(ckca__conv_task)(const ckca__conv_job *job, int task, flo
         region = job->source + (((size_t)n0 * job->h + top) * job->w + job->left) * job->c;
         height = job->h;
         width = job->w;
-    } else { /* copy the region, with zeros where the source ends */
-        int l = job->left < 0 ? -job->left : 0, end = job->w - job->left, c = job->c;
-        int middle = (end < width ? end : width) - l;
+    } else { /* copy the region, zero-padded */
+        int l = job->left < 0 ? -job->left : 0, right = job->w - job->left, c = job->c;
+        int middle = (right < width ? right : width) - l;
         float *to = scratch;
         if (l > width) l = width;
         if (middle < 0) middle = 0;
@@ -9124,7 +9159,7 @@ static void CKCA__NAME(ckca__conv_task)(const ckca__conv_job *job, int task, flo
             const float *from[CKCA__CONV_LIST];
             float *to[CKCA__CONV_LIST];
             int count = 0;
-            if (job->after && end - region > (ptrdiff_t)job->after) next = region + job->after;
+            if (job->next_offset && end - region > (ptrdiff_t)job->next_offset) next = region + job->next_offset;
             for (n = 0; n < pictures; n++)
                 for (i = 0; i < rows && i0 + i < y->count; i++) {
                     const float *source = region + (((size_t)n * height + i * job->step + y->from - job->top) * width +
@@ -9137,9 +9172,9 @@ static void CKCA__NAME(ckca__conv_task)(const ckca__conv_job *job, int task, flo
                         from[count] = source;
                         to[count] = output;
                         if (++count == job->list) {
-                            const float *more = job->after && i + 1 < rows ? source + job->c : next;
+                            const float *ahead = job->next_offset && i + 1 < rows ? source + job->c : next;
                             CKCA__NAME(ckca__conv_list)
-                            (job, y, x, (size_t)width * job->c, count, from, to, more, scratch);
+                            (job, y, x, (size_t)width * job->c, count, from, to, ahead, scratch);
                             count = 0;
                         }
                     }
@@ -9148,19 +9183,20 @@ static void CKCA__NAME(ckca__conv_task)(const ckca__conv_job *job, int task, flo
         }
 }
 
-/* Sorts the values of count pixels, pitch floats apart, into panels of WIDE values, the last of as many UNITs as it
-   needs. The first of them is pixel number at, of `pixels`. Under a norm values are whole vectors, channel c first. */
+/* Packs the values of count pixels, pitch floats apart, into panels of WIDE values; the last panel has as many UNITs as
+   it needs. The first pixel is number at of `pixels`. With a norm, values is a multiple of the vector size and c is the
+   first channel. */
 CKCA__INLINE void CKCA__NAME(ckca__panels)(const int WIDE, const int UNIT, int pixels, int at, int count, int values,
                                            const ckca__norm *norm, int c, const float *from, size_t pitch, float *to) {
     for (; count > 0; count--, at++, from += pitch) {
         float *panel = to;
         int left = values, i;
-        for (i = 0; left >= WIDE; left -= WIDE, i += WIDE, panel += ckca__panel(WIDE, pixels))
+        for (i = 0; left >= WIDE; left -= WIDE, i += WIDE, panel += ckca__panel_pitch(WIDE, pixels))
             CKCA__NAME(ckca__norm_copy)(norm, c + i, WIDE, from + i, panel + at * WIDE);
         panel += at * ((left + UNIT - 1) / UNIT * UNIT);
         for (; left >= UNIT; left -= UNIT, i += UNIT, panel += UNIT)
             CKCA__NAME(ckca__norm_copy)(norm, c + i, UNIT, from + i, panel);
-        if (left > 0) memcpy(panel, from + i, sizeof *to * left); /* what stands after it makes sums nobody stores */
+        if (left > 0) memcpy(panel, from + i, sizeof *to * left); /* the rest of the UNIT is never stored */
     }
 }
 static void CKCA__NAME(ckca__row_panels)(int pixels, int values, const float *from, size_t pitch, float *to) {
@@ -9168,14 +9204,14 @@ static void CKCA__NAME(ckca__row_panels)(int pixels, int values, const float *fr
 }
 static void CKCA__NAME(ckca__lane_panels)(int pixels, int at, int count, int values, const float *from, size_t pitch,
                                           float *to) {
-    CKCA__NAME(ckca__panels)(CKCA__KB, CKCA__VW, pixels, at, count, values, NULL, 0, from, pitch, to);
+    CKCA__NAME(ckca__panels)(CKCA__CHANNEL_BLOCK, CKCA__VW, pixels, at, count, values, NULL, 0, from, pitch, to);
 }
 static void CKCA__NAME(ckca__norm_panels)(int pixels, int at, int count, int values, const ckca__norm *norm, int c,
                                           const float *from, size_t pitch, float *to) {
-    CKCA__NAME(ckca__panels)(CKCA__KB, CKCA__VW, pixels, at, count, values, norm, c, from, pitch, to);
+    CKCA__NAME(ckca__panels)(CKCA__CHANNEL_BLOCK, CKCA__VW, pixels, at, count, values, norm, c, from, pitch, to);
 }
 
-/* The outputs [*begin, *end) of an axis whose tap lies inside the source. */
+/* Clips [*begin, *end) to the outputs of an axis whose tap lies inside the source. */
 static void CKCA__NAME(ckca__conv_inside)(int tap, int pad, int stride, int size, int *begin, int *end) {
     int low = pad > tap ? (pad - tap + stride - 1) / stride : 0, high = size - 1 + pad - tap;
     high = high < 0 ? 0 : high / stride + 1;
@@ -9183,7 +9219,7 @@ static void CKCA__NAME(ckca__conv_inside)(int tap, int pad, int stride, int size
     if (*end > high) *end = high;
 }
 
-/* Panels of what output pixels from first on meet under tap (r, t): x's channels from lane on. */
+/* Packs what output pixels from first on read under tap (r, t): x's channels from lane on. */
 static void CKCA__NAME(ckca__conv_lanes)(const ckca__wgrad_job *job, size_t first, int pixels, int r, int t, int lane,
                                          int lanes, const float *zeros, float *to) {
     const ckca__conv *s = &job->s;
@@ -9196,12 +9232,13 @@ static void CKCA__NAME(ckca__conv_lanes)(const ckca__wgrad_job *job, size_t firs
         if (y < 0 || y >= s->h || right <= left) left = right = end;
         CKCA__NAME(ckca__lane_panels)(pixels, at, left - q, lanes, zeros, 0, to);
         row += (ptrdiff_t)(left * s->stride - s->pad + t) * s->c;
-        if (s->norm)
+        if (s->norm) {
             CKCA__NAME(ckca__norm_panels)
             (pixels, at + left - q, right - left, lanes, s->norm, lane, row, (size_t)s->stride * s->c, to);
-        else
+        } else {
             CKCA__NAME(ckca__lane_panels)
             (pixels, at + left - q, right - left, lanes, row, (size_t)s->stride * s->c, to);
+        }
         CKCA__NAME(ckca__lane_panels)(pixels, at + right - q, end - right, lanes, zeros, 0, to);
         at += end - q;
         q = 0;
@@ -9212,8 +9249,8 @@ static void CKCA__NAME(ckca__conv_lanes)(const ckca__wgrad_job *job, size_t firs
     }
 }
 
-/* What output pixels from first on meet under all taps: R x S x C values each. */
-static void CKCA__NAME(ckca__conv_taps)(const ckca__wgrad_job *job, size_t first, int pixels, float *to) {
+/* im2col: the patch of R x S x C values that each output pixel from first on reads. */
+static void CKCA__NAME(ckca__conv_patches)(const ckca__wgrad_job *job, size_t first, int pixels, float *to) {
     const ckca__conv *s = &job->s;
     int wide = s->s * s->c, r, i;
     for (; pixels > 0; pixels--, first++) {
@@ -9234,8 +9271,8 @@ static void CKCA__NAME(ckca__conv_taps)(const ckca__wgrad_job *job, size_t first
     }
 }
 
-/* The inner loop of the weight gradient: A rows x V vectors of sums stay in registers while the pixels go by. Of the
-   rows and lanes, what is there is stored. A line of what is wanted next is fetched with every pixel. */
+/* The inner loop of the weight gradient: A rows x V vectors of sums stay in registers throughout the reduction over
+   pixels. Only the existing rows and lanes are stored. Every pixel prefetches one line of next. */
 CKCA__INLINE void CKCA__NAME(ckca__outer_tile)(const int A, const int V, int pixels, const float *a, const float *b,
                                                int rows, int lanes, float *out, size_t pitch, const float *next,
                                                size_t step) {
@@ -9262,7 +9299,7 @@ CKCA__INLINE void CKCA__NAME(ckca__outer_tile)(const int A, const int V, int pix
                 CKCA__STORE(out + v * CKCA__VW, CKCA__ADD(CKCA__LOAD(out + v * CKCA__VW), sum[i][v]));
         }
     } else {
-        float tile[3 * CKCA__TILE][CKCA__KB];
+        float tile[3 * CKCA__TILE][CKCA__CHANNEL_BLOCK];
         CKCA__UNROLL for (i = 0; i < A; i++) {
             CKCA__UNROLL for (v = 0; v < V; v++) CKCA__STORE(tile[i] + v * CKCA__VW, sum[i][v]);
         }
@@ -9271,11 +9308,11 @@ CKCA__INLINE void CKCA__NAME(ckca__outer_tile)(const int A, const int V, int pix
     }
 }
 
-#define CKCA__OUTER_TILE(T, V)                                                                                   \
-    CKCA__APART void CKCA__NAME(ckca__outer_tile_##T##V)(int pixels, const float *a, const float *b, int rows,   \
-                                                         int lanes, float *out, size_t pitch, const float *next, \
-                                                         size_t step) {                                          \
-        CKCA__NAME(ckca__outer_tile)(T * CKCA__TILE, V, pixels, a, b, rows, lanes, out, pitch, next, step);      \
+#define CKCA__OUTER_TILE(T, V)                                                                                      \
+    CKCA__NOINLINE void CKCA__NAME(ckca__outer_tile_##T##V)(int pixels, const float *a, const float *b, int rows,   \
+                                                            int lanes, float *out, size_t pitch, const float *next, \
+                                                            size_t step) {                                          \
+        CKCA__NAME(ckca__outer_tile)(T * CKCA__TILE, V, pixels, a, b, rows, lanes, out, pitch, next, step);         \
     }
 CKCA__OUTER_TILE(1, 1)
 CKCA__OUTER_TILE(1, 2)
@@ -9285,7 +9322,7 @@ CKCA__OUTER_TILE(3, 1)
 CKCA__OUTER_TILE(3, 2)
 #undef CKCA__OUTER_TILE
 
-/* All panels of rows with all of lanes. */
+/* Multiplies all panels of rows with all panels of lanes. */
 static void CKCA__NAME(ckca__outer)(const ckca__outer *o) {
     static void (*const outer[3][2])(int, const float *, const float *, int, int, float *, size_t, const float *,
                                      size_t) = {{CKCA__NAME(ckca__outer_tile_11), CKCA__NAME(ckca__outer_tile_12)},
@@ -9295,12 +9332,13 @@ static void CKCA__NAME(ckca__outer)(const ckca__outer *o) {
     int lanes = o->lanes;
     const float *a, *b = o->b;
     float *column = o->out, *out;
-    for (; lanes > 0; lanes -= CKCA__KB, b += ckca__panel(CKCA__KB, o->pixels), column += CKCA__KB) {
+    for (; lanes > 0; lanes -= CKCA__CHANNEL_BLOCK, b += ckca__panel_pitch(CKCA__CHANNEL_BLOCK, o->pixels),
+                      column += CKCA__CHANNEL_BLOCK) {
         int two = lanes > CKCA__VW;
         a = o->a;
         out = column;
         for (left = o->rows; left > 0; left -= size, out += size * o->pitch, tile++) {
-            /* The first tiles fetch a panel of rows each, the next ones a line of lanes each. */
+            /* The first tiles prefetch one panel of rows each, the next ones one line of lanes each. */
             const float *next = a;
             size_t step = 0;
             if (tile < panels && o->next_a) {
@@ -9313,23 +9351,24 @@ static void CKCA__NAME(ckca__outer)(const ckca__outer *o) {
             size = left > 2 * CKCA__TILE ? 3 : left > CKCA__TILE ? 2 : 1;
             outer[size - 1][two](o->pixels, a, b, left, lanes, out, o->pitch, next, step);
             size *= CKCA__TILE;
-            a += ckca__panel(size, o->pixels);
+            a += ckca__panel_pitch(size, o->pixels);
         }
     }
 }
 
-/* One task: a group of pixels, a range of rows and one of lanes. */
+/* One task: a group of pixels, a range of rows and a range of lanes. */
 static void CKCA__NAME(ckca__conv_weight_task)(const ckca__wgrad_job *job, int task, float *scratch) {
     const ckca__conv *s = &job->s;
-    int lane = task % job->lane_cuts * job->lane_cut, row = task / job->lane_cuts % job->row_cuts * job->row_cut;
-    int g = task / job->lane_cuts / job->row_cuts, taps = job->swap ? 1 : s->r * s->s, i, t;
+    int lane = task % job->lane_tasks * job->task_lanes, row = task / job->lane_tasks % job->row_tasks * job->task_rows;
+    int g = task / job->lane_tasks / job->row_tasks, taps = job->swap ? 1 : s->r * s->s, i, t;
     size_t all = (size_t)s->n * s->p * s->q, per = (size_t)s->r * s->s * s->c;
     size_t first = all * g / job->groups, end = all * (g + 1) / job->groups;
-    float *a = scratch, *b = scratch + job->at_b, *zeros = scratch + job->at_zeros, *met = scratch + job->at_taps;
+    float *a = scratch, *b = scratch + job->at_b;
+    float *zeros = scratch + job->at_zeros, *patches = scratch + job->at_patches;
     float *sums;
     ckca__outer o;
-    o.rows = job->rows - row < job->row_cut ? job->rows - row : job->row_cut;
-    o.lanes = job->lanes - lane < job->lane_cut ? job->lanes - lane : job->lane_cut;
+    o.rows = job->rows - row < job->task_rows ? job->rows - row : job->task_rows;
+    o.lanes = job->lanes - lane < job->task_lanes ? job->lanes - lane : job->task_lanes;
     o.a = a;
     o.b = b;
     o.pitch = job->swap ? (size_t)s->k : per;
@@ -9349,8 +9388,8 @@ static void CKCA__NAME(ckca__conv_weight_task)(const ckca__wgrad_job *job, int t
                                : job->x + next * s->stride * s->stride * s->c + lane;
         o.step_b = job->swap ? s->k : s->stride * s->c;
         if (job->swap) {
-            CKCA__NAME(ckca__conv_taps)(job, first, o.pixels, met);
-            CKCA__NAME(ckca__row_panels)(o.pixels, o.rows, met + row, job->rows, a);
+            CKCA__NAME(ckca__conv_patches)(job, first, o.pixels, patches);
+            CKCA__NAME(ckca__row_panels)(o.pixels, o.rows, patches + row, job->rows, a);
             CKCA__NAME(ckca__lane_panels)(o.pixels, 0, o.pixels, o.lanes, job->dy + first * s->k + lane, s->k, b);
         } else
             CKCA__NAME(ckca__row_panels)(o.pixels, o.rows, job->dy + first * s->k + row, s->k, a);
@@ -9359,17 +9398,16 @@ static void CKCA__NAME(ckca__conv_weight_task)(const ckca__wgrad_job *job, int t
                 CKCA__NAME(ckca__conv_lanes)(job, first, o.pixels, t / s->s, t % s->s, lane, o.lanes, zeros, b);
             o.out = sums + t * s->c;
             CKCA__NAME(ckca__outer)(&o);
-            o.next_a = o.next_b = NULL; /* fetched with the first tap */
+            o.next_a = o.next_b = NULL; /* prefetched during the first tap */
         }
     }
 }
-/* ------------------------------------------------------------------------------------------------------------------
-   CONVOLUTION, Winograd's algorithm for 3 x 3 kernels of stride 1 and 2 (Winograd 1980; Lavin and Gray 2016)
+/* ---- Winograd's algorithm for 3 x 3 kernels of stride 1 and 2 (Winograd 1980; Lavin and Gray 2016) ----
 
-   Four outputs along an axis are 12 products of six pixels d with three weights g. Seen as polynomials they are given
-   by their values at six points, and values multiply one by one: y = A^T ((G g) (B^T d)) needs 6 products; on both
-   axes, for a tile of 4 x 4 outputs, 36 instead of 144. With the points 0, a, -a, b, -b, infinity, and a^2 = 1/2 and
-   b^2 = 2:
+   Four outputs along an axis are 12 products of six pixels d with three weights g. Seen as polynomials, d and g are
+   determined by their values at six points, and multiplying polynomials multiplies these values one by one:
+   y = A^T ((G g) (B^T d)) needs 6 products, and on both axes, for a tile of 4 x 4 outputs, 36 instead of 144. With the
+   points 0, a, -a, b, -b, infinity, where a^2 = 1/2 and b^2 = 2:
 
              1    0  -5/2    0   1   0           1     0      0
              0   -2a  -2     a   1   0         -2/3  -2a/3  -1/3          1   1   1    1    1   0
@@ -9378,76 +9416,72 @@ static void CKCA__NAME(ckca__conv_weight_task)(const ckca__wgrad_job *job, int t
              0   b/2 -1/2   -b   1   0          1/6  -b/6    1/3          0  a/2 -a/2  2b  -2b  1
              0    1    0   -5/2  0   1           0     0      1
 
-   (The usual points 0, 1, -1, 2, -2 make errors twice as large, at worst six times: measured.) The sum over channels is
-   taken at the points: 36 products of matrices, tiles x C by C x K. The input gradient is the same with the weights
-   turned round and C and K exchanged; the weight gradient runs backwards through it, G^T ((A dy) (B^T d)), its matrices
-   summed over tiles. What is saved in products is partly spent on turning pixels and outputs, 270 operations on vectors
-   per tile of 36 C: the fewer channels, the less is won. On the machine above, in units of direct products, the forward
-   pass makes 150 GFLOP/s with 16 channels, 226 with 32, 280 to 340 with 64 and more.
+   (The usual points 0, 1, -1, 2, -2 double the rounding error, at worst six times as much.) The sum over channels is
+   taken in the transform domain: 36 matrix products of tiles x C by C x K. The input gradient is the same with the
+   weights rotated by 180 degrees and C and K exchanged. The weight gradient is the transpose, G^T ((A dy) (B^T d)),
+   whose matrix products are reduced over tiles. The transforms of pixels and outputs take back part of the saving: they
+   cost 270 vector operations per 36 values of a channel, so the fewer channels there are, the smaller the gain.
 
-   With stride 2, output i is g0 d[2i] + g2 d[2i + 2], two weights on the even pixels, plus g1 d[2i + 1] on the odd ones.
-   Of a tile's nine pixels the five even ones go to the points a, -a, b, -b and infinity, F(4, 2), and the four odd ones
-   stay what they are: 9 products instead of 12, on both axes 81 instead of 144. The weights still have 36 matrices,
-   since all odd pixels meet the same g1. The input gradient makes tiles of 8 x 8 out of 5 x 5 of dy: with padding 1 its
-   even pixels meet g1, its odd ones the other two. On the machine above: 150 GFLOP/s with 128 channels, 130 with 256
-   (on maps of 14 x 14, where a quarter of the tiles is margin); errors 1 to 1.3 times (y) and 1.8 to 2.6 times (dx)
-   those of direct sums.
+   With stride 2, output i is g0 d[2i] + g2 d[2i + 2], two weights on the even pixels, plus g1 d[2i + 1] on the odd
+   ones. Of a tile's nine pixels the five even ones are evaluated at a, -a, b, -b and infinity, F(4, 2), and the four
+   odd ones are used as they are: 9 products instead of 12, on both axes 81 instead of 144. The weights still have 36
+   matrices, since all odd pixels are multiplied with the same g1. The input gradient makes tiles of 8 x 8 out of 5 x 5
+   of dy: with padding 1 its even pixels are multiplied with g1, its odd ones with g0 and g2. Rounding errors are up to
+   1.3 times (y) and 2.6 times (dx) those of direct sums.
 
-   Each task takes some of the tiles, in blocks that stay in L2: turn the pixels, multiply at each point, turn the
-   outputs, with no memory of its own but scratch. Where there are few tiles and many weights, tasks are ranges of
-   output channels, each of which turns its own weights; else they are turned once for all.
-   ------------------------------------------------------------------------------------------------------------------ */
+   Each task handles some of the tiles, in blocks that stay in L2: transform the pixels, multiply at each point,
+   transform the outputs, all in its own scratch. If tiles are few and weights many, tasks are ranges of output channels
+   instead, each of which transforms its own weights; otherwise the weights are transformed once for all tasks. */
 
-/* Winograd's F(4 x 4, 3 x 3): what it does is told further down, where its tasks are cut. The five maps along one axis,
-   between pixels, weights or outputs and values at the points 0, a, -a, b, -b and infinity: */
-#define CKCA__WA 0.70710678f         /* a a = 1/2 */
-#define CKCA__WB 1.41421356f         /* b b = 2 */
-#define CKCA__GROUP (3 * CKCA__TILE) /* tiles whose products are summed side by side */
+/* The transforms along one axis. */
+#define CKCA__WINO_A 0.70710678f     /* a^2 = 1/2 */
+#define CKCA__WINO_B 1.41421356f     /* b^2 = 2 */
+#define CKCA__GROUP (3 * CKCA__TILE) /* tiles of a register tile */
 
-/* Of two weights, F(4, 2): five pixels at the points a, -a, b, -b and infinity. What both sizes share. */
+/* Two weights, F(4, 2): five pixels at the points a, -a, b, -b and infinity. Used by both strides. */
 CKCA__INLINE void CKCA__NAME(ckca__wino_pair_source)(const CKCA__V *d, CKCA__V *u) {
     CKCA__V even_a = CKCA__FMA(CKCA__SET(-2.0f), d[1], d[3]), odd_a = CKCA__FMA(CKCA__SET(-2.0f), d[0], d[2]);
     CKCA__V even_b = CKCA__FMA(CKCA__SET(-0.5f), d[1], d[3]), odd_b = CKCA__FMA(CKCA__SET(-0.5f), d[0], d[2]);
-    u[0] = CKCA__FMA(CKCA__SET(CKCA__WA), odd_a, even_a);
-    u[1] = CKCA__FMA(CKCA__SET(-CKCA__WA), odd_a, even_a);
-    u[2] = CKCA__FMA(CKCA__SET(CKCA__WB), odd_b, even_b);
-    u[3] = CKCA__FMA(CKCA__SET(-CKCA__WB), odd_b, even_b);
+    u[0] = CKCA__FMA(CKCA__SET(CKCA__WINO_A), odd_a, even_a);
+    u[1] = CKCA__FMA(CKCA__SET(-CKCA__WINO_A), odd_a, even_a);
+    u[2] = CKCA__FMA(CKCA__SET(CKCA__WINO_B), odd_b, even_b);
+    u[3] = CKCA__FMA(CKCA__SET(-CKCA__WINO_B), odd_b, even_b);
     u[4] = CKCA__ADD(d[0], CKCA__FMA(CKCA__SET(-2.5f), d[2], d[4]));
 }
 
-/* u = B^T d: six pixels of the source at the six points. */
+/* u = B^T d: six pixels to six points. */
 CKCA__INLINE void CKCA__NAME(ckca__wino_source)(const CKCA__V *d, CKCA__V *u) {
     u[0] = CKCA__ADD(d[0], CKCA__FMA(CKCA__SET(-2.5f), d[2], d[4]));
     CKCA__NAME(ckca__wino_pair_source)(d + 1, u + 1);
 }
 
-/* u = G g: three weights at the six points. */
+/* u = G g: three weights to six points. */
 CKCA__INLINE void CKCA__NAME(ckca__wino_weight)(const CKCA__V *g, CKCA__V *u) {
     CKCA__V even_a = CKCA__MUL(CKCA__SET(-2.0f / 3), CKCA__FMA(CKCA__SET(0.5f), g[2], g[0]));
     CKCA__V even_b = CKCA__MUL(CKCA__SET(1.0f / 6), CKCA__FMA(CKCA__SET(2.0f), g[2], g[0]));
     u[0] = g[0];
-    u[1] = CKCA__FMA(CKCA__SET(-2 * CKCA__WA / 3), g[1], even_a);
-    u[2] = CKCA__FMA(CKCA__SET(2 * CKCA__WA / 3), g[1], even_a);
-    u[3] = CKCA__FMA(CKCA__SET(CKCA__WB / 6), g[1], even_b);
-    u[4] = CKCA__FMA(CKCA__SET(-CKCA__WB / 6), g[1], even_b);
+    u[1] = CKCA__FMA(CKCA__SET(-2 * CKCA__WINO_A / 3), g[1], even_a);
+    u[2] = CKCA__FMA(CKCA__SET(2 * CKCA__WINO_A / 3), g[1], even_a);
+    u[3] = CKCA__FMA(CKCA__SET(CKCA__WINO_B / 6), g[1], even_b);
+    u[4] = CKCA__FMA(CKCA__SET(-CKCA__WINO_B / 6), g[1], even_b);
     u[5] = g[2];
 }
 
-/* Of stride 2: the outer two of three weights at five points, then the middle one. */
+/* Stride 2: the outer two of three weights at five points, then the middle one as it is. */
 CKCA__INLINE void CKCA__NAME(ckca__wino_pair_weight)(const CKCA__V *g, CKCA__V *u) {
     CKCA__V low = CKCA__MUL(CKCA__SET(1.0f / 3), g[2]);
-    u[0] = CKCA__SUB(CKCA__MUL(CKCA__SET(-2 * CKCA__WA / 3), g[0]), low);
-    u[1] = CKCA__SUB(CKCA__MUL(CKCA__SET(2 * CKCA__WA / 3), g[0]), low);
-    u[2] = CKCA__FMA(CKCA__SET(CKCA__WB / 6), g[0], low);
-    u[3] = CKCA__FMA(CKCA__SET(-CKCA__WB / 6), g[0], low);
+    u[0] = CKCA__SUB(CKCA__MUL(CKCA__SET(-2 * CKCA__WINO_A / 3), g[0]), low);
+    u[1] = CKCA__SUB(CKCA__MUL(CKCA__SET(2 * CKCA__WINO_A / 3), g[0]), low);
+    u[2] = CKCA__FMA(CKCA__SET(CKCA__WINO_B / 6), g[0], low);
+    u[3] = CKCA__FMA(CKCA__SET(-CKCA__WINO_B / 6), g[0], low);
     u[4] = g[2];
     u[5] = g[1];
 }
 
-/* y = A^T m: from the points back to four outputs. */
+/* y = A^T m: from the points to four outputs. */
 CKCA__INLINE void CKCA__NAME(ckca__wino_pair_output)(const CKCA__V *m, CKCA__V *y) {
-    CKCA__V sum_a = CKCA__ADD(m[0], m[1]), dif_a = CKCA__MUL(CKCA__SET(CKCA__WA), CKCA__SUB(m[0], m[1]));
-    CKCA__V sum_b = CKCA__ADD(m[2], m[3]), dif_b = CKCA__MUL(CKCA__SET(CKCA__WB), CKCA__SUB(m[2], m[3]));
+    CKCA__V sum_a = CKCA__ADD(m[0], m[1]), dif_a = CKCA__MUL(CKCA__SET(CKCA__WINO_A), CKCA__SUB(m[0], m[1]));
+    CKCA__V sum_b = CKCA__ADD(m[2], m[3]), dif_b = CKCA__MUL(CKCA__SET(CKCA__WINO_B), CKCA__SUB(m[2], m[3]));
     y[0] = CKCA__ADD(sum_a, sum_b);
     y[1] = CKCA__ADD(dif_a, dif_b);
     y[2] = CKCA__FMA(CKCA__SET(2.0f), sum_b, CKCA__MUL(CKCA__SET(0.5f), sum_a));
@@ -9458,14 +9492,14 @@ CKCA__INLINE void CKCA__NAME(ckca__wino_output)(const CKCA__V *m, CKCA__V *y) {
     y[0] = CKCA__ADD(m[0], y[0]);
 }
 
-/* m = A y: its transpose, for gradients. */
+/* m = A y: the transpose, for gradients. */
 CKCA__INLINE void CKCA__NAME(ckca__wino_pair_output_transposed)(const CKCA__V *y, CKCA__V *m) {
     CKCA__V even_a = CKCA__FMA(CKCA__SET(0.5f), y[2], y[0]), odd_a = CKCA__FMA(CKCA__SET(0.5f), y[3], y[1]);
     CKCA__V even_b = CKCA__FMA(CKCA__SET(2.0f), y[2], y[0]), odd_b = CKCA__FMA(CKCA__SET(2.0f), y[3], y[1]);
-    m[0] = CKCA__FMA(CKCA__SET(CKCA__WA), odd_a, even_a);
-    m[1] = CKCA__FMA(CKCA__SET(-CKCA__WA), odd_a, even_a);
-    m[2] = CKCA__FMA(CKCA__SET(CKCA__WB), odd_b, even_b);
-    m[3] = CKCA__FMA(CKCA__SET(-CKCA__WB), odd_b, even_b);
+    m[0] = CKCA__FMA(CKCA__SET(CKCA__WINO_A), odd_a, even_a);
+    m[1] = CKCA__FMA(CKCA__SET(-CKCA__WINO_A), odd_a, even_a);
+    m[2] = CKCA__FMA(CKCA__SET(CKCA__WINO_B), odd_b, even_b);
+    m[3] = CKCA__FMA(CKCA__SET(-CKCA__WINO_B), odd_b, even_b);
     m[4] = y[3];
 }
 CKCA__INLINE void CKCA__NAME(ckca__wino_output_transposed)(const CKCA__V *y, CKCA__V *m) {
@@ -9473,37 +9507,37 @@ CKCA__INLINE void CKCA__NAME(ckca__wino_output_transposed)(const CKCA__V *y, CKC
     CKCA__NAME(ckca__wino_pair_output_transposed)(y, m + 1);
 }
 
-/* g = G^T u: the gradient of three weights. */
+/* g = G^T u: the transpose, for the gradient of three weights. */
 CKCA__INLINE void CKCA__NAME(ckca__wino_weight_transposed)(const CKCA__V *u, CKCA__V *g) {
     CKCA__V sum_a = CKCA__MUL(CKCA__SET(-2.0f / 3), CKCA__ADD(u[1], u[2]));
     CKCA__V sum_b = CKCA__MUL(CKCA__SET(1.0f / 6), CKCA__ADD(u[3], u[4]));
     g[0] = CKCA__ADD(u[0], CKCA__ADD(sum_a, sum_b));
-    g[1] = CKCA__FMA(CKCA__SET(-2 * CKCA__WA / 3), CKCA__SUB(u[1], u[2]),
-                     CKCA__MUL(CKCA__SET(CKCA__WB / 6), CKCA__SUB(u[3], u[4])));
+    g[1] = CKCA__FMA(CKCA__SET(-2 * CKCA__WINO_A / 3), CKCA__SUB(u[1], u[2]),
+                     CKCA__MUL(CKCA__SET(CKCA__WINO_B / 6), CKCA__SUB(u[3], u[4])));
     g[2] = CKCA__ADD(CKCA__FMA(CKCA__SET(0.5f), sum_a, u[5]), CKCA__MUL(CKCA__SET(2.0f), sum_b));
 }
 CKCA__INLINE void CKCA__NAME(ckca__wino_pair_weight_transposed)(const CKCA__V *u, CKCA__V *g) {
     CKCA__V sum = CKCA__SUB(CKCA__ADD(u[2], u[3]), CKCA__ADD(u[0], u[1]));
-    g[0] = CKCA__FMA(CKCA__SET(-2 * CKCA__WA / 3), CKCA__SUB(u[0], u[1]),
-                     CKCA__MUL(CKCA__SET(CKCA__WB / 6), CKCA__SUB(u[2], u[3])));
+    g[0] = CKCA__FMA(CKCA__SET(-2 * CKCA__WINO_A / 3), CKCA__SUB(u[0], u[1]),
+                     CKCA__MUL(CKCA__SET(CKCA__WINO_B / 6), CKCA__SUB(u[2], u[3])));
     g[1] = u[5];
     g[2] = CKCA__FMA(CKCA__SET(1.0f / 3), sum, u[4]);
 }
 
-/* The maps of pixels to points, along one axis. */
+/* The transform of pixels along one axis, by kind. */
 CKCA__INLINE void CKCA__NAME(ckca__wino_transform)(const int kind, const CKCA__V *d, CKCA__V *u) {
     int i;
-    if (kind == CKCA__WINO_SOURCE)
+    if (kind == CKCA__WINO_KIND_SOURCE)
         CKCA__NAME(ckca__wino_source)(d, u);
-    else if (kind == CKCA__WINO_DY)
+    else if (kind == CKCA__WINO_KIND_DY)
         CKCA__NAME(ckca__wino_output_transposed)(d, u);
-    else if (kind == CKCA__WINO_SOURCE_2) {
+    else if (kind == CKCA__WINO_KIND_SOURCE_2) {
         CKCA__V e[5];
         CKCA__UNROLL for (i = 0; i < 5; i++) e[i] = d[2 * i];
         CKCA__NAME(ckca__wino_pair_source)(e, u);
         CKCA__UNROLL for (i = 0; i < 4; i++) u[5 + i] = d[2 * i + 1];
     } else {
-        if (kind == CKCA__WINO_DY_2)
+        if (kind == CKCA__WINO_KIND_DY_2)
             CKCA__NAME(ckca__wino_pair_output_transposed)(d, u);
         else
             CKCA__NAME(ckca__wino_pair_source)(d, u);
@@ -9511,16 +9545,16 @@ CKCA__INLINE void CKCA__NAME(ckca__wino_transform)(const int kind, const CKCA__V
     }
 }
 
-/* The maps of sums at points to outputs, along one axis. */
+/* The transform of sums to outputs along one axis, by kind. */
 CKCA__INLINE void CKCA__NAME(ckca__wino_inverse)(const int kind, const CKCA__V *m, CKCA__V *y) {
     int i;
-    if (kind == CKCA__WINO_SOURCE)
+    if (kind == CKCA__WINO_KIND_SOURCE)
         CKCA__NAME(ckca__wino_output)(m, y);
     else {
         CKCA__V outer[4];
         CKCA__NAME(ckca__wino_pair_output)(m, outer);
         CKCA__UNROLL for (i = 0; i < 4; i++) {
-            if (kind == CKCA__WINO_SOURCE_2)
+            if (kind == CKCA__WINO_KIND_SOURCE_2)
                 y[i] = CKCA__ADD(outer[i], m[5 + i]);
             else {
                 y[2 * i] = m[5 + i];
@@ -9530,15 +9564,15 @@ CKCA__INLINE void CKCA__NAME(ckca__wino_inverse)(const int kind, const CKCA__V *
     }
 }
 
-/* Turns tiles [first, first + count) of some channels of maps to points, with zeros outside. Groups are of CKCA__GROUP
-   tiles, or else there is one. */
+/* Transforms tiles [first, first + count) of a range of channels, reading zeros outside the maps. group is CKCA__GROUP,
+   or job->block for a single group. */
 CKCA__INLINE void CKCA__NAME(ckca__wino_gather)(const int kind, const ckca__wino_job *job, const ckca__wino_maps *maps,
                                                 int first, int count, int group, const float *zeros, float *to) {
-    const int size = kind == CKCA__WINO_SOURCE     ? 6
-                     : kind == CKCA__WINO_SOURCE_2 ? 9
-                     : kind == CKCA__WINO_DX_2     ? 5
-                                                   : 4; /* pixels of a tile along an axis */
-    const int axis = kind == CKCA__WINO_SOURCE || kind == CKCA__WINO_DY ? 6 : 9;
+    const int size = kind == CKCA__WINO_KIND_SOURCE     ? 6
+                     : kind == CKCA__WINO_KIND_SOURCE_2 ? 9
+                     : kind == CKCA__WINO_KIND_DX_2     ? 5
+                                                        : 4; /* pixels of a tile along an axis */
+    const int axis = kind == CKCA__WINO_KIND_SOURCE || kind == CKCA__WINO_KIND_DY ? 6 : 9;
     size_t pitch = ckca__wino_pitch(job->block, maps->channels);
     size_t step = (size_t)CKCA__GROUP * (group == CKCA__GROUP ? maps->channels : CKCA__VW);
     const float *pixel[CKCA__GROUP][9 * 9];
@@ -9557,13 +9591,13 @@ CKCA__INLINE void CKCA__NAME(ckca__wino_gather)(const int kind, const ckca__wino
         }
         for (t = 0; t < tiles; t++)
             for (k = 0; k < maps->channels; k += CKCA__VW) {
-                const float *const *here = pixel[t], *const *next = pixel[t + 1 < tiles ? t + 1 : t];
+                const float *const *current = pixel[t], *const *next = pixel[t + 1 < tiles ? t + 1 : t];
                 float *at = to + (size_t)k * group + t * CKCA__VW;
                 CKCA__V d[9], u[9], partial[9][9];
                 CKCA__ROLL for (j = 0; j < size; j++) {
                     CKCA__UNROLL for (i = 0; i < size; i++) {
-                        d[i] = CKCA__LOAD(here[i * size + j] + k);
-                        if (maps->norm && here[i * size + j] != zeros)
+                        d[i] = CKCA__LOAD(current[i * size + j] + k);
+                        if (maps->norm && current[i * size + j] != zeros)
                             d[i] = CKCA__NAME(ckca__norm)(maps->norm, k, d[i]);
                         __builtin_prefetch(next[i * size + j] + k);
                     }
@@ -9578,19 +9612,19 @@ CKCA__INLINE void CKCA__NAME(ckca__wino_gather)(const int kind, const ckca__wino
     }
 }
 
-static int CKCA__NAME(ckca__wino_channels)(const ckca__wino_job *job, int block) { /* in a block of output channels */
-    return job->k - block * CKCA__KB < CKCA__KB ? CKCA__VW : CKCA__KB;
+static int CKCA__NAME(ckca__wino_channels)(const ckca__wino_job *job, int block) { /* of a block of output channels */
+    return job->k - block * CKCA__CHANNEL_BLOCK < CKCA__CHANNEL_BLOCK ? CKCA__VW : CKCA__CHANNEL_BLOCK;
 }
 
-/* Turns the weights of a block of output channels to points: [point][c][channels]. */
+/* Transforms the weights of a block of output channels: [point][c][channels]. */
 static void CKCA__NAME(ckca__wino_pack)(const ckca__wino_job *job, int block, float *to) {
     size_t in_step = job->rotated180 ? (size_t)9 * job->k : 1, out_step = job->rotated180 ? 1 : (size_t)9 * job->c;
     size_t tap_step = job->rotated180 ? job->k : job->c;
-    int first = block * CKCA__KB, channels = CKCA__NAME(ckca__wino_channels)(job, block);
-    float taps[9][16][CKCA__KB];
+    int first = block * CKCA__CHANNEL_BLOCK, channels = CKCA__NAME(ckca__wino_channels)(job, block);
+    float taps[9][16][CKCA__CHANNEL_BLOCK];
     int c, i, k, t;
     for (c = 0; c < job->c; c += 16) {
-        for (t = 0; t < 9; t++) { /* the input gradient meets the taps backwards */
+        for (t = 0; t < 9; t++) { /* the input gradient's taps are rotated by 180 degrees */
             const float *from =
                 job->weights + first * out_step + c * in_step + (job->rotated180 ? 8 - t : t) * tap_step;
             if (job->rotated180)
@@ -9629,7 +9663,7 @@ static void CKCA__NAME(ckca__wino_pack)(const ckca__wino_job *job, int block, fl
     }
 }
 
-/* to[tile][V vectors] = the sum over channels of x[tile][c] w[c][V vectors], P tiles of a group. */
+/* to (P tiles x V vectors) = the sum over channels of x[tile][c] w[c][V vectors], for P tiles of a group. */
 CKCA__INLINE void CKCA__NAME(ckca__wino_product)(const int P, const int V, int c, const float *x, const float *w,
                                                  float *to) {
     CKCA__V sum[CKCA__GROUP][2];
@@ -9649,9 +9683,9 @@ CKCA__INLINE void CKCA__NAME(ckca__wino_product)(const int P, const int V, int c
     }
 }
 
-/* All tiles of a block at one point. */
+/* The product of all tiles of a block at one point. */
 static void CKCA__NAME(ckca__wino_products)(int count, int two, int c, const float *x, const float *w, float *to) {
-    int size = two ? CKCA__KB : CKCA__VW;
+    int size = two ? CKCA__CHANNEL_BLOCK : CKCA__VW;
     for (; count > 0; count -= CKCA__GROUP, x += CKCA__GROUP * c, to += CKCA__GROUP * size) {
         if (count > 2 * CKCA__TILE && two)
             CKCA__NAME(ckca__wino_product)(CKCA__GROUP, 2, c, x, w, to);
@@ -9668,10 +9702,10 @@ static void CKCA__NAME(ckca__wino_products)(int count, int two, int c, const flo
     }
 }
 
-/* Sums at the points, [point][tile of the block][channels], become outputs: bias, residual, ReLU. */
+/* Transforms sums, [point][tile of the block][channels], to outputs. Epilogue: bias, residual, ReLU. */
 CKCA__INLINE void CKCA__NAME(ckca__wino_scatter)(const int kind, const ckca__wino_job *job, int k0, int channels,
                                                  int first, int count, const float *from) {
-    const int axis = kind == CKCA__WINO_SOURCE ? 6 : 9, outputs = kind == CKCA__WINO_DX_2 ? 8 : 4;
+    const int axis = kind == CKCA__WINO_KIND_SOURCE ? 6 : 9, outputs = kind == CKCA__WINO_KIND_DX_2 ? 8 : 4;
     size_t pitch = ckca__wino_pitch(job->block, channels);
     int t, k, i, j;
     for (t = 0; t < count; t++) {
@@ -9695,7 +9729,7 @@ CKCA__INLINE void CKCA__NAME(ckca__wino_scatter)(const int kind, const ckca__win
                     if (j < cols) {
                         CKCA__V sum = CKCA__ADD(y[j], bias);
                         if (job->residual) sum = CKCA__ADD(sum, CKCA__LOAD(job->residual + to));
-                        if (job->relu) sum = CKCA__MAX(CKCA__SET(0.0f), sum); /* in this order NaN comes through */
+                        if (job->relu) sum = CKCA__MAX(CKCA__SET(0.0f), sum); /* in this order NaN passes through */
                         CKCA__STORE(job->output + to, sum);
                         to += job->k;
                     }
@@ -9707,14 +9741,15 @@ CKCA__INLINE void CKCA__NAME(ckca__wino_scatter)(const int kind, const ckca__win
 
 /* One task of the forward pass or the input gradient. */
 static void CKCA__NAME(ckca__wino_task)(const ckca__wino_job *job, int task, float *scratch) {
-    int part = task / job->ranges, range = task % job->ranges, blocks = (job->k + CKCA__KB - 1) / CKCA__KB, tile, b, i;
+    int part = task / job->ranges, range = task % job->ranges, tile, b, i;
+    int blocks = (job->k + CKCA__CHANNEL_BLOCK - 1) / CKCA__CHANNEL_BLOCK;
     int begin = (int)((long long)job->tiles * part / job->parts);
     int end = (int)((long long)job->tiles * (part + 1) / job->parts);
     int from = blocks * range / job->ranges, to = blocks * (range + 1) / job->ranges;
     float *zeros = scratch, *pixels = zeros + job->c;
     float *sums = pixels + job->elements * ckca__wino_pitch(job->block, job->c);
-    float *own = sums + job->elements * ckca__wino_pitch(job->block, CKCA__KB);
-    size_t per = (size_t)CKCA__WINO_ELEMENTS * job->c * CKCA__KB;
+    float *own = sums + job->elements * ckca__wino_pitch(job->block, CKCA__CHANNEL_BLOCK);
+    size_t per = (size_t)CKCA__WINO_ELEMENTS * job->c * CKCA__CHANNEL_BLOCK;
     const float *weights = job->packed ? job->packed + from * per : own;
     memset(zeros, 0, sizeof *zeros * job->c);
     if (!job->packed)
@@ -9724,36 +9759,38 @@ static void CKCA__NAME(ckca__wino_task)(const ckca__wino_job *job, int task, flo
 #define CKCA__WINO_GATHER(kind) \
     CKCA__NAME(ckca__wino_gather)(kind, job, &job->source, tile, count, CKCA__GROUP, zeros, pixels)
         if (job->stride == 1)
-            CKCA__WINO_GATHER(CKCA__WINO_SOURCE);
+            CKCA__WINO_GATHER(CKCA__WINO_KIND_SOURCE);
         else if (job->rotated180)
-            CKCA__WINO_GATHER(CKCA__WINO_DX_2);
+            CKCA__WINO_GATHER(CKCA__WINO_KIND_DX_2);
         else
-            CKCA__WINO_GATHER(CKCA__WINO_SOURCE_2);
+            CKCA__WINO_GATHER(CKCA__WINO_KIND_SOURCE_2);
 #undef CKCA__WINO_GATHER
         for (b = from; b < to; b++) {
             int channels = CKCA__NAME(ckca__wino_channels)(job, b);
-            for (i = 0; i < job->elements; i++)
+            for (i = 0; i < job->elements; i++) {
                 CKCA__NAME(ckca__wino_products)
                 (count, channels > CKCA__VW, job->c, pixels + i * ckca__wino_pitch(job->block, job->c),
-                 weights + (b - from) * per + (size_t)ckca__wino_weights(job, i) * job->c * channels,
+                 weights + (b - from) * per + (size_t)ckca__wino_weight_index(job, i) * job->c * channels,
                  sums + i * ckca__wino_pitch(job->block, channels));
-#define CKCA__WINO_SCATTER(kind) CKCA__NAME(ckca__wino_scatter)(kind, job, b * CKCA__KB, channels, tile, count, sums)
+            }
+#define CKCA__WINO_SCATTER(kind) \
+    CKCA__NAME(ckca__wino_scatter)(kind, job, b * CKCA__CHANNEL_BLOCK, channels, tile, count, sums)
             if (job->stride == 1)
-                CKCA__WINO_SCATTER(CKCA__WINO_SOURCE);
+                CKCA__WINO_SCATTER(CKCA__WINO_KIND_SOURCE);
             else if (job->rotated180)
-                CKCA__WINO_SCATTER(CKCA__WINO_DX_2);
+                CKCA__WINO_SCATTER(CKCA__WINO_KIND_DX_2);
             else
-                CKCA__WINO_SCATTER(CKCA__WINO_SOURCE_2);
+                CKCA__WINO_SCATTER(CKCA__WINO_KIND_SOURCE_2);
 #undef CKCA__WINO_SCATTER
         }
     }
 }
 
-/* to[2 CKCA__TILE rows of k][V vectors of c] += the sum over a block's tiles of dy[tile][k] x[tile][c], at one
-   point. The first block finds nothing there yet. */
+/* to[2 CKCA__TILE rows of k][V vectors of c] += the sum over a block's tiles of dy[tile][k] x[tile][c], at one point.
+   first: to is overwritten. */
 CKCA__INLINE void CKCA__NAME(ckca__wino_outer)(const int V, int c, int block, int count, int first, const float *dy,
                                                const float *x, float *to) {
-    size_t vector = (size_t)block * CKCA__VW; /* to the next vector's tiles */
+    size_t vector = (size_t)block * CKCA__VW; /* floats from one vector's tiles to the next's */
     CKCA__V sum[2 * CKCA__TILE][2];
     int i, v;
     CKCA__UNROLL for (i = 0; i < 2 * CKCA__TILE; i++) {
@@ -9765,7 +9802,7 @@ CKCA__INLINE void CKCA__NAME(ckca__wino_outer)(const int V, int c, int block, in
     for (; count > 0; count--, dy += CKCA__VW, x += CKCA__VW) {
         CKCA__V value[2];
         CKCA__UNROLL for (v = 0; v < V; v++) value[v] = CKCA__LOAD(x + v * vector);
-        CKCA__UNROLL for (i = 0; i < 2 * CKCA__TILE; i++) { /* rows may go on in the next vector of dy */
+        CKCA__UNROLL for (i = 0; i < 2 * CKCA__TILE; i++) { /* rows may continue in dy's next vector */
             CKCA__V factor = CKCA__SET(dy[i / CKCA__VW * vector + i % CKCA__VW]);
             CKCA__UNROLL for (v = 0; v < V; v++) sum[i][v] = CKCA__FMA(factor, value[v], sum[i][v]);
         }
@@ -9776,7 +9813,7 @@ CKCA__INLINE void CKCA__NAME(ckca__wino_outer)(const int V, int c, int block, in
     }
 }
 
-/* One task of the weight gradient: what its tiles add to dw of a range of output channels. */
+/* One task of the weight gradient: the contribution of its tiles to dw of a range of output channels. */
 static void CKCA__NAME(ckca__wino_weight_task)(const ckca__wino_job *job, int task, float *scratch) {
     int part = task / job->ranges, range = task % job->ranges, tile, i, j, k, c;
     int begin = (int)((long long)job->tiles * part / job->parts);
@@ -9792,15 +9829,16 @@ static void CKCA__NAME(ckca__wino_weight_task)(const ckca__wino_job *job, int ta
     for (tile = begin; tile < end; tile += job->block) {
         int count = end - tile < job->block ? end - tile : job->block;
         if (job->stride == 1) {
-            CKCA__NAME(ckca__wino_gather)(CKCA__WINO_SOURCE, job, &job->source, tile, count, job->block, zeros, x);
-            CKCA__NAME(ckca__wino_gather)(CKCA__WINO_DY, job, &range_dy, tile, count, job->block, zeros, dy);
+            CKCA__NAME(ckca__wino_gather)(CKCA__WINO_KIND_SOURCE, job, &job->source, tile, count, job->block, zeros, x);
+            CKCA__NAME(ckca__wino_gather)(CKCA__WINO_KIND_DY, job, &range_dy, tile, count, job->block, zeros, dy);
         } else {
-            CKCA__NAME(ckca__wino_gather)(CKCA__WINO_SOURCE_2, job, &job->source, tile, count, job->block, zeros, x);
-            CKCA__NAME(ckca__wino_gather)(CKCA__WINO_DY_2, job, &range_dy, tile, count, job->block, zeros, dy);
+            CKCA__NAME(ckca__wino_gather)
+            (CKCA__WINO_KIND_SOURCE_2, job, &job->source, tile, count, job->block, zeros, x);
+            CKCA__NAME(ckca__wino_gather)(CKCA__WINO_KIND_DY_2, job, &range_dy, tile, count, job->block, zeros, dy);
         }
         for (i = 0; i < job->elements; i++) {
-            int at = ckca__wino_weights(job, i), first = tile == begin && i / job->axis < 6 && i % job->axis < 6;
-            for (c = 0; c < job->c; c += CKCA__KB)
+            int at = ckca__wino_weight_index(job, i), first = tile == begin && i / job->axis < 6 && i % job->axis < 6;
+            for (c = 0; c < job->c; c += CKCA__CHANNEL_BLOCK)
                 for (k = 0; k < channels; k += 2 * CKCA__TILE) {
                     const float *a = dy + i * k_pitch + (size_t)k / CKCA__VW * job->block * CKCA__VW + k % CKCA__VW;
                     const float *b = x + i * c_pitch + (size_t)c * job->block;
@@ -9838,13 +9876,17 @@ static void CKCA__NAME(ckca__wino_weight_task)(const ckca__wino_job *job, int ta
 #undef CKCA__GROUP
 
 #undef CKCA__TILE
-#undef CKCA__KB
+#undef CKCA__CHANNEL_BLOCK
 
-/* ---- all other ops ---- */
+/* ---- all other ops ----
 
-/* sum[j] += d, square[j] += d^2 with d = x - shift[j], over some rows. The sums are too many for registers: taking four
-   rows at once reads and writes them (in cache) once for four. Long rows are taken singly, since memory is read fastest
-   from front to back. */
+   Channels are innermost, so a map is one long array in which channels repeat every c values, and also every cols
+   values if cols is a multiple of c. Batch norm's kernels process count values in rows of cols, a multiple of c that
+   fills whole vectors (ckca__fused_rows); the last row may be incomplete. */
+
+/* sum[j] += d, square[j] += d^2 with d = x - shift[j], over some rows. The sums are too many for registers, so up to
+   four rows are summed per visit to them. Long rows are taken one by one, since memory is fastest when read
+   sequentially. */
 static inline void CKCA__NAME(ckca__moments_rows)(int rows, size_t cols, const float *x, const float *shift, float *sum,
                                                   float *square) {
     size_t j = 0;
@@ -9876,8 +9918,8 @@ static void CKCA__NAME(ckca__moments)(size_t count, size_t cols, const float *x,
         CKCA__NAME(ckca__moments_rows)(1, count - i < cols ? count - i : cols, x + i, shift, sum, square);
 }
 
-/* Where a ReLU let x through: y > 0 or, y being NULL, (x - mean) scale + beta > 0; everywhere if scale is NULL too.
-   d is x - mean. */
+/* g where the ReLU passed x, else 0: where y > 0 or, if y is NULL, (x - mean) scale + beta > 0; everywhere if scale is
+   NULL too. d is x - mean. */
 CKCA__INLINE CKCA__V CKCA__NAME(ckca__gate)(CKCA__V g, CKCA__V d, const float *y, const float *scale,
                                             const float *beta) {
     if (y) return CKCA__WHERE_POSITIVE(CKCA__LOAD(y), g);
@@ -9887,7 +9929,7 @@ CKCA__INLINE float CKCA__NAME(ckca__gate_one)(float g, float d, const float *y, 
     return (y ? *y : scale ? d * *scale + *beta : 1.0f) > 0 ? g : 0;
 }
 
-/* sum[j] += g, product[j] += g (x - mean[j]), with g = dy where the gate lets it. */
+/* sum[j] += g, product[j] += g (x - mean[j]), with g = dy where the gate is open. */
 static inline void CKCA__NAME(ckca__products_rows)(int rows, size_t cols, const float *x, const float *y,
                                                    const float *dy, const float *mean, const float *scale,
                                                    const float *beta, float *sum, float *product) {
@@ -9921,25 +9963,26 @@ static void CKCA__NAME(ckca__products)(size_t count, size_t cols, const float *x
     size_t i = 0;
     for (; cols < 128 && i + 4 * cols <= count; i += 4 * cols)
         CKCA__NAME(ckca__products_rows)(4, cols, x + i, y ? y + i : NULL, dy + i, mean, scale, beta, sum, product);
-    for (; i < count; i += cols)
+    for (; i < count; i += cols) {
         CKCA__NAME(ckca__products_rows)
         (1, count - i < cols ? count - i : cols, x + i, y ? y + i : NULL, dy + i, mean, scale, beta, sum, product);
+    }
 }
 
-/* (x - mean) scale + beta, of a vector and of one value. */
-CKCA__INLINE CKCA__V CKCA__NAME(ckca__scaled)(const ckca__table *t, size_t j, const float *x) {
+/* (x - mean) scale + beta, of a vector and of a single value. */
+CKCA__INLINE CKCA__V CKCA__NAME(ckca__scaled)(const ckca__norm_table *t, size_t j, const float *x) {
     return CKCA__FMA(CKCA__SUB(CKCA__LOAD(x), CKCA__LOAD(t->mean + j)), CKCA__LOAD(t->scale + j),
                      CKCA__LOAD(t->beta + j));
 }
-CKCA__INLINE float CKCA__NAME(ckca__scaled_one)(const ckca__table *t, size_t j, float x) {
+CKCA__INLINE float CKCA__NAME(ckca__scaled_one)(const ckca__norm_table *t, size_t j, float x) {
     return (x - t->mean[j]) * t->scale[j] + t->beta[j];
 }
 
-/* y = relu?((x - mean) scale + beta + residual); residual and its table may be NULL. */
-static void CKCA__NAME(ckca__normalize)(size_t count, size_t cols, const float *x, const ckca__table *table,
-                                        const float *residual, const ckca__table *residual_table, float *y) {
+/* y = relu?((x - mean) scale + beta + residual). residual and residual_table may be NULL. */
+static void CKCA__NAME(ckca__normalize)(size_t count, size_t cols, const float *x, const ckca__norm_table *table,
+                                        const float *residual, const ckca__norm_table *residual_table, float *y) {
     const CKCA__V zero = CKCA__SET(0);
-    const ckca__table t = *table, r = residual_table ? *residual_table : t;
+    const ckca__norm_table t = *table, r = residual_table ? *residual_table : t;
     const int normed = residual_table != NULL;
     size_t i, j, end;
     for (i = 0; i < count; i += cols) {
@@ -9951,7 +9994,7 @@ static void CKCA__NAME(ckca__normalize)(size_t count, size_t cols, const float *
                 if (normed && r.relu) add = CKCA__MAX(zero, add);
                 v = CKCA__ADD(v, add);
             }
-            if (t.relu) v = CKCA__MAX(zero, v); /* in this order NaN stays NaN */
+            if (t.relu) v = CKCA__MAX(zero, v); /* in this order NaN passes through */
             CKCA__STORE(y + i + j, v);
         }
         for (; j < end; j++) {
@@ -9966,7 +10009,7 @@ static void CKCA__NAME(ckca__normalize)(size_t count, size_t cols, const float *
     }
 }
 
-/* dx = scale g - b (x - mean) - c; dresidual (+)= g. beta NULL: the gate does not look at x. */
+/* dx = scale g - b (x - mean) - c; dresidual (+)= g. beta NULL: the gate does not depend on x. */
 static void CKCA__NAME(ckca__normalize_backward)(size_t count, size_t cols, const float *x, const float *y,
                                                  const float *dy, const float *mean, const float *scale, const float *b,
                                                  const float *c, const float *beta, float *dx, float *dresidual,
@@ -9993,7 +10036,7 @@ static void CKCA__NAME(ckca__normalize_backward)(size_t count, size_t cols, cons
     }
 }
 
-/* y = relu?(a + b), b may be NULL. */
+/* y = relu?(a + b). b may be NULL. */
 static void CKCA__NAME(ckca__add)(size_t count, const float *a, const float *b, int relu, float *y) {
     const CKCA__V zero = CKCA__SET(0);
     size_t i = 0;
@@ -10009,7 +10052,7 @@ static void CKCA__NAME(ckca__add)(size_t count, const float *a, const float *b, 
     }
 }
 
-/* dx (+)= dy where y > 0 */
+/* dx (+)= dy where y > 0. */
 static void CKCA__NAME(ckca__add_backward)(size_t count, const float *y, const float *dy, float *dx, int accumulate) {
     size_t i = 0;
     for (; i + CKCA__VW <= count; i += CKCA__VW) {
@@ -10043,7 +10086,7 @@ static void CKCA__NAME(ckca__sgd)(size_t count, float *w, const float *g, float 
     }
 }
 
-/* a . b: vectors of floats over runs of 4096, whose sums are added in double. */
+/* a . b: float sums of runs of 4096 values, added in double precision. */
 static double CKCA__NAME(ckca__dot)(size_t count, const float *a, const float *b) {
     float lane[CKCA__VW];
     double sum = 0;
@@ -10063,7 +10106,7 @@ static double CKCA__NAME(ckca__dot)(size_t count, const float *a, const float *b
     return sum;
 }
 
-/* y = alpha a + beta b, or adds it. */
+/* y (+)= alpha a + beta b. */
 static void CKCA__NAME(ckca__combine)(size_t count, float alpha, const float *a, float beta, const float *b, float *y,
                                       int accumulate) {
     const CKCA__V va = CKCA__SET(alpha), vb = CKCA__SET(beta);
@@ -10075,27 +10118,27 @@ static void CKCA__NAME(ckca__combine)(size_t count, float alpha, const float *a,
     for (; i < count; i++) y[i] = alpha * a[i] + beta * b[i] + (accumulate ? y[i] : 0);
 }
 
-/* Vectors of 32-bit integers and of bytes, as many as floats in a CKCA__V. Comparing two CKCA__V gives one of the
-   first, -1 where true (GNU C's vector extensions). */
+/* Vectors of 32-bit integers and of bytes with as many lanes as a CKCA__V. Comparing two CKCA__V gives the former, -1
+   where true (GNU C's vector extensions). */
 typedef int CKCA__NAME(ckca__ints) __attribute__((vector_size(4 * CKCA__VW)));
 typedef unsigned char CKCA__NAME(ckca__bytes) __attribute__((vector_size(CKCA__VW)));
 
-/* One output pixel of a max pooling, see ckca__naive_maxpool_pixel. */
+/* One output pixel of a max pooling: see ckca__naive_maxpool_pixel. */
 static void CKCA__NAME(ckca__maxpool_pixel)(int c, int taps, const float *const *from, const ckca__norm *norm,
                                             const unsigned char *position, float *y, unsigned char *at) {
     int j = 0, t;
     for (; j + CKCA__VW <= c; j += CKCA__VW) {
         CKCA__V best = CKCA__SET(-INFINITY);
-        CKCA__NAME(ckca__ints) where = {0}, take, here;
+        CKCA__NAME(ckca__ints) where = {0}, wins, tap;
         CKCA__NAME(ckca__bytes) narrow;
         for (t = 0; t < taps; t++) {
             CKCA__V v = CKCA__LOAD(from[t] + j);
             if (norm) v = CKCA__NAME(ckca__norm)(norm, j, v);
-            take = (CKCA__NAME(ckca__ints))(v > best) | (CKCA__NAME(ckca__ints))(v != v);
-            here = where & 0;
-            here += position[t];
-            where = (take & here) | (~take & where);
-            best = (CKCA__V)((take & (CKCA__NAME(ckca__ints))v) | (~take & (CKCA__NAME(ckca__ints))best));
+            wins = (CKCA__NAME(ckca__ints))(v > best) | (CKCA__NAME(ckca__ints))(v != v);
+            tap = where & 0;
+            tap += position[t];
+            where = (wins & tap) | (~wins & where);
+            best = (CKCA__V)((wins & (CKCA__NAME(ckca__ints))v) | (~wins & (CKCA__NAME(ckca__ints))best));
         }
         CKCA__STORE(y + j, best);
         narrow = __builtin_convertvector(where, CKCA__NAME(ckca__bytes));
@@ -10110,7 +10153,7 @@ static void CKCA__NAME(ckca__maxpool_pixel)(int c, int taps, const float *const 
     }
 }
 
-/* One input pixel's gradient, see ckca__naive_maxpool_pixel_backward. */
+/* One input pixel's gradient: see ckca__naive_maxpool_pixel_backward. */
 static void CKCA__NAME(ckca__maxpool_pixel_backward)(int c, int taps, const size_t *from, const unsigned char *position,
                                                      const float *dy, const unsigned char *at, float *dx,
                                                      int accumulate) {
@@ -10163,15 +10206,15 @@ static void CKCA__NAME(ckca__maxpool_pixel_backward)(int c, int taps, const size
 /* ===================================================================================================================
    HOST OPS                                                                                                      >>ops
 
-   Each op cuts its work into tasks, and each task is a call of a kernel by one thread. What a task adds up, and in which
-   order, follows from the shapes alone, never from the threads. In the forward pass and the input gradient of a
-   convolution a picture's results do not depend on its neighbours, but their last bits may depend on the batch size: few
-   tiles are summed directly, more use Winograd's algorithm.
+   Each op splits its work into tasks; each task is one thread's call of a kernel. What a task adds up, and in which
+   order, follows from shapes alone, never from the number of threads. In the forward pass and the input gradient of a
+   convolution a picture's results do not depend on the other pictures, but their last bits may depend on the batch
+   size: few tiles are summed directly, more use Winograd's algorithm.
    =================================================================================================================== */
 
 /* ---- memory ---- */
 
-/* On the host the device's memory is the host's own, and nothing about it can fail later. */
+/* On the host, device memory is ordinary memory, and no call fails later. */
 static ckca_status ckca__device_init(ckca_context *ctx) {
     (void)ctx;
     return CKCA_OK;
@@ -10220,24 +10263,24 @@ static void ckca__device_staging_send(ckca_context *ctx, void *staging, void *de
 }
 static void ckca__device_staging_close(ckca_context *ctx, void *staging) { ckca__release(ctx, staging); }
 
-/* ---- how work is cut ---- */
+/* ---- how work is split ---- */
 
-/* Long arrays are worked on in blocks whose number and size depend on the shape alone, never on the threads; sums are
-   taken per block and then added in the blocks' order. */
-#define CKCA__SUM_BLOCKS 256 /* of a long sum; a double each */
-#define CKCA__BLOCK 32768    /* values, of element-wise ops */
-#define CKCA__WIDE 1024      /* see ckca__wide */
+/* Long arrays are processed in blocks whose number and size depend on the shape alone. Sums are taken per block and
+   then added in the order of the blocks. */
+#define CKCA__SUM_BLOCKS 256   /* blocks of a long sum, a double each */
+#define CKCA__BLOCK 32768      /* values per block of element-wise ops */
+#define CKCA__TABLE_WIDTH 1024 /* floats that a table or a wide sum holds, see ckca__fused_rows */
 
-/* ckca__parallel, by the caller alone where tasks go over too few values in all for waking others to pay. */
+/* ckca__parallel, but on the caller's thread alone if the tasks cover too few values to be worth waking others. */
 static void ckca__parallel_over(ckca_context *ctx, size_t values, int tasks,
                                 void (*work)(void *job, int task, int thread), void *job) {
-    ckca__parallel_so(ctx, tasks, values <= CKCA__BLOCK / 2, 0, work, job);
+    ckca__parallel_run(ctx, tasks, values <= CKCA__BLOCK / 2, 0, work, job);
 }
 
-/* The same from the last task to the first: what the pass before read or wrote last is still in cache. */
-static void ckca__parallel_back(ckca_context *ctx, size_t values, int tasks,
-                                void (*work)(void *job, int task, int thread), void *job) {
-    ckca__parallel_so(ctx, tasks, values <= CKCA__BLOCK / 2, 1, work, job);
+/* The same from the last task to the first: the end of what the previous pass touched is still in cache. */
+static void ckca__parallel_over_reverse(ckca_context *ctx, size_t values, int tasks,
+                                        void (*work)(void *job, int task, int thread), void *job) {
+    ckca__parallel_run(ctx, tasks, values <= CKCA__BLOCK / 2, 1, work, job);
 }
 
 static int ckca__blocks(size_t count) { return (int)((count + CKCA__BLOCK - 1) / CKCA__BLOCK); }
@@ -10246,34 +10289,35 @@ static size_t ckca__block_size(size_t count, int b) {
     return left < CKCA__BLOCK ? left : CKCA__BLOCK;
 }
 
-/* How many rows of c channels to take as one, so that few channels, or an odd number of them, fill whole vectors. */
-static size_t ckca__wide(const ckca_context *ctx, int c) {
+/* How many rows of c channels to treat as one, so that few channels, or an odd number of them, fill whole vectors. */
+static size_t ckca__fused_rows(const ckca_context *ctx, int c) {
     size_t width = ctx->isa == CKCA_ISA_AVX512 ? 16 : ctx->isa == CKCA_ISA_AVX2 ? 8 : 4, m = 1;
     while (m * (size_t)c % width) m++;
     while (m * (size_t)c < 64) m *= 2;
-    return m * (size_t)c <= CKCA__WIDE ? m : 1;
+    return m * (size_t)c <= CKCA__TABLE_WIDTH ? m : 1;
 }
 
-/* Rows in each block of batch norm's sums: at most 128 blocks, of at least 64 rows and 16384 values. */
+/* Rows per block of batch norm's sums: at most 128 blocks, of at least 64 rows and 16384 values. */
 static size_t ckca__block_rows(const ckca_context *ctx, size_t rows, int c) {
     size_t block = (rows + 127) / 128;
     if (block < 64) block = 64;
     if (block < (size_t)(16384 / c)) block = (size_t)(16384 / c);
-    return ckca__round_up(block, 4 * ckca__wide(ctx, c));
+    return ckca__round_up(block, 4 * ckca__fused_rows(ctx, c));
 }
 
-/* Batch norm wants most: per channel two doubles of sums, five floats of tables (widened, up to CKCA__WIDE more), and
-   three floats for each block. Never less for more rows: a short batch fits where a full one does. */
+/* Batch norm needs the most: per channel two doubles of sums, five floats of tables (up to CKCA__TABLE_WIDTH more each,
+   to fill vectors) and three floats per block. Monotonic in rows, so the last, short batch fits too. */
 static size_t ckca__op_workspace(const ckca_context *ctx, size_t rows, int c) {
     size_t blocks = rows / 64 + 1 < 128 ? rows / 64 + 1 : 128;
     (void)ctx;
-    return ckca__sum(CKCA__SUM_BLOCKS * sizeof(double) + 20 * CKCA__WIDE, ckca__mul((size_t)c, 36 + 12 * blocks));
+    return ckca__sum(CKCA__SUM_BLOCKS * sizeof(double) + 20 * CKCA__TABLE_WIDTH,
+                     ckca__mul((size_t)c, 36 + 12 * blocks));
 }
 
 /* ---- convolution ---- */
 
 #ifdef CKCA__SIMD
-/* A 1 x 1 convolution sees no neighbours: all pixels of the batch become one picture, a pixel to a row. */
+/* A 1 x 1 convolution has no neighbours: all pixels of the batch become one picture of one pixel per row. */
 static ckca__conv ckca__conv_flat(const ckca__conv *shape) {
     ckca__conv s = *shape;
     double pixels = (double)s.n * s.h * s.w;
@@ -10282,9 +10326,9 @@ static ckca__conv ckca__conv_flat(const ckca__conv *shape) {
     s.n = s.w = s.q = 1;
     return s;
 }
-/* One axis of a correlation's phases. Input gradient: pixel i of dx met tap t of w in dy's pixel (i + pad - t) / stride
-   where that is whole, that is, where t = i + pad modulo stride; from the last such t backwards dy's pixels go upwards.
-   Returns the least from; *extra is how far the taps reach from there. */
+/* One axis of a correlation, split into phases. In the input gradient, dx's pixel i meets w's tap t at dy's pixel (i +
+   pad - t) / stride if that is whole, that is if t = i + pad modulo stride; as t decreases, dy's pixel increases.
+   Returns the smallest from; *extra is the extent of all taps from there. */
 static int ckca__conv_axes(ckca__axis *axis, int gradient, int taps, int stride, int pad, int outputs, int *extra) {
     int spread = gradient ? stride : 1, i, before = 0, low = INT_MAX, high = INT_MIN;
     for (i = 0; i < spread; i++) {
@@ -10305,7 +10349,7 @@ static int ckca__conv_axes(ckca__axis *axis, int gradient, int taps, int stride,
     *extra = high - low;
     return low;
 }
-/* The forward pass (gradient 0) or the input gradient (1) of a shape, cut into tasks. */
+/* Plans the tasks of the forward pass (gradient 0) or the input gradient (1) of a shape. */
 static void ckca__conv_plan(ckca__conv_job *job, const ckca__conv *shape, int gradient) {
     ckca__conv s = ckca__conv_flat(shape);
     int extra_w, bands, least;
@@ -10334,7 +10378,7 @@ static void ckca__conv_plan(ckca__conv_job *job, const ckca__conv *shape, int gr
                     job->top + (job->y->count - 1) * job->step + job->extra_h <= job->h &&
                     (!job->norm || s.r * s.s == 1);
 
-    /* Rows while they fit the region, or whole pictures while they do; fewer where that makes too few tasks. */
+    /* As many rows as fit the region, or whole pictures if several fit; fewer if that makes too few tasks. */
     row = (size_t)job->width * job->c;
     job->rows = CKCA__CONV_REGION / (job->step * row) < (size_t)job->y->count
                     ? (int)(CKCA__CONV_REGION / (job->step * row))
@@ -10352,31 +10396,31 @@ static void ckca__conv_plan(ckca__conv_job *job, const ckca__conv *shape, int gr
             job->pictures++;
     job->scratch_size = job->in_place ? 0 : ckca__round_up(region * job->pictures, 16);
 
-    /* Where pixels are read in place, lists need not end with a task's region: as many pixels as fit L2 beside the
-       weights, and whole tiles in a task. */
+    /* Pixels read in place need no region: a list takes as many pixels as fit L2 beside the weights, and a task takes
+       whole tiles. */
     job->list = CKCA__CONV_LIST;
-    job->apart = job->in_place && (job->norm || job->c % 1024 == 0);
+    job->copy_pixels = job->in_place && (job->norm || job->c % 1024 == 0);
     if (job->in_place) {
-        int most = 3 * CKCA__CONV_REGION / 2 / job->c / 12 * 12;
-        if (job->list > most) job->list = most > 12 ? most : 12;
+        int limit = 3 * CKCA__CONV_REGION / 2 / job->c / 12 * 12;
+        if (job->list > limit) job->list = limit > 12 ? limit : 12;
     }
     if (job->in_place && s.n == 1 && s.w == 1 && s.q == 1) {
         int share = (s.h / CKCA__CONV_TASKS + 11) / 12 * 12;
         if (job->list > share) job->list = share > 12 ? share : 12;
         job->rows = s.h / (4 * CKCA__CONV_TASKS) / job->list * job->list;
         if (job->rows < job->list) job->rows = job->list;
-        job->after = (size_t)job->rows * job->c;
+        job->next_offset = (size_t)job->rows * job->c;
     }
-    if (job->apart) job->scratch_size = (size_t)job->list * (job->c + 16);
+    if (job->copy_pixels) job->scratch_size = (size_t)job->list * (job->c + 16);
 }
-/* Floats from one thread's scratch to the next one's, where each needs size: mostly the same for all ops, so that a
-   thread finds its scratch in its own caches and not in another's (10% of a resnet20 step where two cores share no
-   cache). 2 MiB are a huge page. */
-static size_t ckca__apart(const ckca_context *ctx, size_t size) {
+/* Floats from one thread's scratch to the next. Rounded up to 2 MiB, a huge page, so that it is mostly the same for all
+   ops: each thread then finds its scratch in its own cache, not in another core's (10% of a ResNet-20 step on two cores
+   without a shared cache). */
+static size_t ckca__scratch_stride(const ckca_context *ctx, size_t size) {
     return ckca__round_up(size, ctx->threads > 1 ? ((size_t)1 << 21) / sizeof(float) : 16);
 }
-static int ckca__conv_vector(ckca_isa isa) { return 4 << (isa - CKCA_ISA_BASE); } /* floats */
-/* Packs the weights of one block of output channels and one phase. */
+static int ckca__conv_vector(ckca_isa isa) { return 4 << (isa - CKCA_ISA_BASE); } /* floats per vector */
+/* Packs the weights of one block of output channels of one phase. */
 static void ckca__conv_pack_run(void *argument, int task, int thread) {
     const ckca__conv_job *job = (const ckca__conv_job *)argument;
     int block = 2 * ckca__conv_vector(job->isa), blocks = (job->k + block - 1) / block;
@@ -10388,22 +10432,22 @@ static void ckca__conv_task_run(void *argument, int task, int thread) {
     const ckca__conv_job *job = (const ckca__conv_job *)argument;
     CKCA__DISPATCH(job, ckca__conv_task, (job, task, job->scratch + thread * job->scratch_size));
 }
-/* Packs the weights, then runs the tasks. ws: each thread's scratch, then packed weights. */
+/* Packs the weights, then runs the tasks. ws: each thread's scratch, then the packed weights. */
 static void ckca__conv_run(ckca_context *ctx, ckca__conv_job *job, void *ws) {
     int block = 2 * ckca__conv_vector(ctx->isa), blocks = (job->k + block - 1) / block, tasks;
     job->isa = ctx->isa;
-    job->scratch_size = ckca__apart(ctx, job->scratch_size);
+    job->scratch_size = ckca__scratch_stride(ctx, job->scratch_size);
     job->scratch = (float *)ws;
     job->packed = job->scratch + ctx->threads * job->scratch_size;
     ckca__parallel(ctx, job->spread * job->spread * blocks, ckca__conv_pack_run, job);
     tasks = (job->n + job->pictures - 1) / job->pictures * ((job->y->count + job->rows - 1) / job->rows);
     ckca__parallel(ctx, tasks, ckca__conv_task_run, job);
 }
-/* The weight gradient's tasks: groups of pixels, each with sums of its own, as long as these stay small; then cuts of
-   the side that costs more to read, so that it is read once. */
+/* Plans the weight gradient: groups of pixels with sums of their own, as long as these stay small; then ranges of the
+   side that is more expensive to read, so that it is read once. */
 static void ckca__conv_weight_plan(const ckca_context *ctx, ckca__wgrad_job *job, const ckca__conv *s) {
     size_t sums = (size_t)s->r * s->s * s->c * s->k, pixels = (size_t)s->n * s->p * s->q, most = pixels;
-    int cuts, both;
+    int splits, both;
     memset(job, 0, sizeof *job);
     job->s = *s;
     job->swap = s->c < ckca__conv_vector(ctx->isa);
@@ -10413,37 +10457,38 @@ static void ckca__conv_weight_plan(const ckca_context *ctx, ckca__wgrad_job *job
     if (most > CKCA__CONV_PARTIAL / sums) most = CKCA__CONV_PARTIAL / sums;
     job->groups = most > CKCA__CONV_GROUPS ? CKCA__CONV_GROUPS : most ? (int)most : 1;
     job->partial = job->swap || job->groups > 1;
-    cuts = (CKCA__CONV_GROUPS + job->groups - 1) / job->groups;
-    job->row_cut = job->rows;
-    job->lane_cut = job->lanes;
+    splits = (CKCA__CONV_GROUPS + job->groups - 1) / job->groups;
+    job->task_rows = job->rows;
+    job->task_lanes = job->lanes;
     if (job->rows >= (job->swap ? 1.0 : (double)s->r * s->s) * job->lanes)
-        job->row_cut = ((job->rows + cuts - 1) / cuts + 3) / 4 * 4;
+        job->task_rows = ((job->rows + splits - 1) / splits + 3) / 4 * 4;
     else
-        job->lane_cut = ((job->lanes + cuts - 1) / cuts + 31) / 32 * 32;
-    job->row_cuts = (job->rows + job->row_cut - 1) / job->row_cut;
-    job->lane_cuts = (job->lanes + job->lane_cut - 1) / job->lane_cut;
-    job->pixels = CKCA__CONV_PANELS / (job->row_cut + job->lane_cut);
+        job->task_lanes = ((job->lanes + splits - 1) / splits + 31) / 32 * 32;
+    job->row_tasks = (job->rows + job->task_rows - 1) / job->task_rows;
+    job->lane_tasks = (job->lanes + job->task_lanes - 1) / job->task_lanes;
+    job->pixels = CKCA__CONV_PANELS / (job->task_rows + job->task_lanes);
     if (job->pixels > CKCA__CONV_PIXELS) job->pixels = CKCA__CONV_PIXELS;
     if (job->pixels < 16) job->pixels = 16;
 
-    /* Scratch for any cuts and so for any number of pixels: a short batch fits where a full one does. */
+    /* Scratch for any split and so for any number of pixels: the last, short batch fits too. */
     both = job->rows + job->lanes;
     most = (size_t)CKCA__CONV_PIXELS * both;
     if (most > CKCA__CONV_PANELS) most = CKCA__CONV_PANELS;
     if (most < (size_t)16 * both) most = (size_t)16 * both;
-    job->at_b = (size_t)job->pixels * ckca__round_up(job->row_cut, 12) + 16 * (job->row_cut / 6 + 1);
+    job->at_b = (size_t)job->pixels * ckca__round_up(job->task_rows, 12) + 16 * (job->task_rows / 6 + 1);
     job->at_b = ckca__round_up(job->at_b, 16);
-    job->at_zeros = job->at_b + (size_t)job->pixels * ckca__round_up(job->lane_cut, 32) + 16 * (job->lane_cut / 8 + 1);
-    job->at_taps = job->at_zeros + ckca__round_up(job->lane_cut, 16);
+    job->at_zeros =
+        job->at_b + (size_t)job->pixels * ckca__round_up(job->task_lanes, 32) + 16 * (job->task_lanes / 8 + 1);
+    job->at_patches = job->at_zeros + ckca__round_up(job->task_lanes, 16);
     job->scratch_size = most + CKCA__CONV_PIXELS * 48 + 16 * (job->rows / 6 + job->lanes / 8 + 4) + job->lanes + 32;
     if (job->swap) job->scratch_size += (size_t)CKCA__CONV_PIXELS * job->rows;
-    job->scratch_size = ckca__apart(ctx, job->scratch_size);
+    job->scratch_size = ckca__scratch_stride(ctx, job->scratch_size);
 }
 static void ckca__conv_weight_run(void *argument, int task, int thread) {
     const ckca__wgrad_job *job = (const ckca__wgrad_job *)argument;
     CKCA__DISPATCH(job, ckca__conv_weight_task, (job, task, job->scratch + thread * job->scratch_size));
 }
-/* Output channel k of: dw += the groups' sums. */
+/* Output channel k: dw += the sums of all groups. */
 static void ckca__conv_weight_reduce(void *argument, int k, int thread) {
     const ckca__wgrad_job *job = (const ckca__wgrad_job *)argument;
     size_t per = (size_t)job->s.r * job->s.s * job->s.c, all = per * job->s.k, i;
@@ -10463,7 +10508,7 @@ typedef struct ckca__bias_gradient {
     const float *dy;
     float *dbias;
 } ckca__bias_gradient;
-/* 32 channels. */
+/* One block of 32 channels. */
 static void ckca__conv_bias_block(void *job, int block, int thread) {
     const ckca__bias_gradient *a = (const ckca__bias_gradient *)job;
     int first = block * 32, count = a->k - first < 32 ? a->k - first : 32, i;
@@ -10480,22 +10525,23 @@ static void ckca__conv_bias_block(void *job, int block, int thread) {
     }
     for (i = 0; i < count; i++) a->dbias[first + i] += (float)total[i];
 }
-/* dbias[k] += the sum of dy[row][k]; in double over blocks of 256 rows. */
+/* dbias[k] += the sum over rows of dy[row][k], in double precision over blocks of 256 rows. */
 static void ckca__conv_bias_gradient(ckca_context *ctx, size_t rows, int k, const float *dy, float *dbias) {
     ckca__bias_gradient job = {rows, k, dy, dbias};
     ckca__parallel(ctx, (k + 31) / 32, ckca__conv_bias_block, &job);
 }
 static int ckca__conv_is_naive(const ckca_context *ctx, const ckca__conv *s) {
-    return ctx->isa == CKCA_ISA_PLAIN || s->stride > CKCA__CONV_PHASES;
+    return ctx->isa == CKCA_ISA_PLAIN || s->stride > CKCA__CONV_MAX_STRIDE;
 }
-/* Plans the forward pass (0), the input gradient (1) or the weight gradient (2) of a shape; 0 if it is better off
-   direct: too few tiles to pay for turning the weights, tiles that are mostly margin, channels that fill no vectors. */
+/* Plans the forward pass (0), the input gradient (1) or the weight gradient (2) of a shape with Winograd's algorithm.
+   Returns 0 if direct sums are faster or the shape is unsupported: too few tiles to amortise the transform of the
+   weights, tiles that are mostly margin, channels that do not fill vectors. */
 static int ckca__wino_plan(const ckca_context *ctx, ckca__wino_job *job, const ckca__conv *s, int pass) {
     int lanes, blocks, channels, least;
     if (ctx->no_winograd || ckca__conv_is_naive(ctx, s) || s->r != 3 || s->s != 3 || s->stride > 2 || s->pad > 2 ||
         s->c % 16 || s->k % 16)
         return 0;
-    if (s->stride == 2 && (s->pad != 1 || s->c < 32 || s->k < 32)) return 0; /* few channels: not worth the turning */
+    if (s->stride == 2 && (s->pad != 1 || s->c < 32 || s->k < 32)) return 0; /* too few channels: not worth it */
     memset(job, 0, sizeof *job);
     job->isa = ctx->isa;
     job->stride = s->stride;
@@ -10532,30 +10578,30 @@ static int ckca__wino_plan(const ckca_context *ctx, ckca__wino_job *job, const c
         double sums = (double)CKCA__WINO_ELEMENTS * job->c * job->k / CKCA__WINO_SUMS;
         job->ranges = sums > job->k / 16 ? job->k / 16 : (int)ceil(sums);
         job->parts = (CKCA__WINO_TASKS + job->ranges - 1) / job->ranges;
-        if (s->stride == 2 && job->ranges > 1) return 0; /* too many visits to the sums */
+        if (s->stride == 2 && job->ranges > 1) return 0; /* too many passes over the sums */
     }
-    while (job->parts > 1 && job->parts * 48 > job->tiles) job->parts /= 2; /* shares of an even number of tasks */
+    while (job->parts > 1 && job->parts * 48 > job->tiles) job->parts /= 2; /* halving keeps shares even */
     if (pass < 2 && job->parts < 4) {
         job->parts = 1;
         job->ranges = blocks < 8 ? blocks : 8;
     }
 
-    /* The greatest range of output channels, then the scratch: zeros, pixels, then sums and a task's own weights; or dy
-       and sums. It does not depend on the number of tiles: a short batch fits where a full one does. */
+    /* The widest range of output channels, then the scratch: zeros, pixels, then sums and a task's own weights; in the
+       weight gradient dy and sums. Independent of the number of tiles, so the last, short batch fits too. */
     channels = pass == 2 ? (job->k / 16 + job->ranges - 1) / job->ranges * 16 : lanes;
     job->block = CKCA__WINO_BLOCK / (job->elements * (job->c + channels)) / 12 * 12;
     if (job->block > 96) job->block = 96;
-    least = pass < 2 ? 24 : s->stride == 1 ? 72 : 36; /* dw's sums at the points are long to visit */
+    least = pass < 2 ? 24 : s->stride == 1 ? 72 : 36; /* amortises a pass over dw's sums in the transform domain */
     if (job->block < least) job->block = least;
     job->scratch_size = job->c > job->k ? job->c : job->k;
     job->scratch_size += job->elements * ckca__wino_pitch(job->block, job->c);
     job->scratch_size += job->elements * ckca__wino_pitch(job->block, channels);
     job->scratch_size += (size_t)CKCA__WINO_ELEMENTS * job->c * (pass == 2 ? channels : (blocks + 7) / 8 * lanes);
     if (job->block > job->tiles) job->block = (job->tiles + 11) / 12 * 12;
-    job->scratch_size = ckca__apart(ctx, job->scratch_size);
+    job->scratch_size = ckca__scratch_stride(ctx, job->scratch_size);
     return 1;
 }
-/* Floats that all three passes can do with. */
+/* Workspace for all three passes, in floats. */
 static size_t ckca__wino_workspace(const ckca_context *ctx, const ckca__conv *s) {
     size_t most = 0;
     int pass;
@@ -10563,8 +10609,8 @@ static size_t ckca__wino_workspace(const ckca_context *ctx, const ckca__conv *s)
         ckca__wino_job job;
         size_t floats;
         if (!ckca__wino_plan(ctx, &job, s, pass)) continue;
-        /* Fewer tiles never take more parts, nor one range where these took many. */
-        floats = job.scratch_size * ctx->threads; /* first, then what they share */
+        /* Fewer tiles never need more parts, nor use one range where more tiles use several. */
+        floats = job.scratch_size * ctx->threads; /* scratch first, then what threads share */
         if (pass == 2)
             floats += job.parts > 1 ? (size_t)job.parts * 9 * job.c * job.k : 0;
         else if (job.ranges == 1)
@@ -10573,7 +10619,7 @@ static size_t ckca__wino_workspace(const ckca_context *ctx, const ckca__conv *s)
     }
     return most;
 }
-/* Turns the weights of a block of output channels. */
+/* Transforms the weights of a block of output channels. */
 static void ckca__wino_pack_run(void *argument, int b, int thread) {
     const ckca__wino_job *job = (const ckca__wino_job *)argument;
     int lanes = 2 * ckca__conv_vector(job->isa);
@@ -10597,7 +10643,7 @@ static void ckca__wino_weight_task_run(void *argument, int task, int thread) {
     const ckca__wino_job *job = (const ckca__wino_job *)argument;
     CKCA__DISPATCH(job, ckca__wino_weight_task, (job, task, job->scratch + thread * job->scratch_size));
 }
-/* Output channel k of: dw += the parts' sums. */
+/* Output channel k: dw += the sums of all parts. */
 static void ckca__wino_weight_reduce(void *argument, int k, int thread) {
     const ckca__wino_job *job = (const ckca__wino_job *)argument;
     size_t per = (size_t)9 * job->c, all = per * job->k, i;
@@ -10632,7 +10678,7 @@ CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *
             size_t packed;
             ckca__conv_plan(&job, s, gradient);
             packed = ckca__mul(taps, ckca__mul(job.c, ckca__round_up(job.k, 16)));
-            packed = ckca__sum(packed, ckca__mul(ckca__apart(ctx, job.scratch_size), ctx->threads));
+            packed = ckca__sum(packed, ckca__mul(ckca__scratch_stride(ctx, job.scratch_size), ctx->threads));
             if (packed > floats) floats = packed;
         }
         if (ckca__wino_workspace(ctx, s) > floats) floats = ckca__wino_workspace(ctx, s);
@@ -10642,7 +10688,7 @@ CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *
     return ckca__mul(floats, sizeof(float));
 }
 
-/* Convolutions here arrange weights for themselves. */
+/* Here convolutions pack their weights themselves. */
 CKCA__OP size_t ckca__packed_bytes(const ckca_context *ctx, const ckca__conv *s, int backward) {
     (void)ctx;
     (void)s;
@@ -10660,7 +10706,7 @@ CKCA__OP void ckca__op_pack_weights(ckca_context *ctx, int count, const ckca__co
 
 CKCA__OP int ckca__may_norm(const ckca_context *ctx, const ckca__conv *s) {
 #ifdef CKCA__SIMD
-    return !ckca__conv_is_naive(ctx, s) && s->c % 16 == 0; /* whole vectors pass through registers on their way in */
+    return !ckca__conv_is_naive(ctx, s) && s->c % 16 == 0; /* kernels normalise whole vectors */
 #else
     (void)ctx;
     (void)s;
@@ -10745,7 +10791,7 @@ CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv 
         job.dw = dw;
         job.scratch = (float *)ws;
         job.sums = job.partial ? job.scratch + job.scratch_size * ctx->threads : dw;
-        ckca__parallel(ctx, job.groups * job.row_cuts * job.lane_cuts, ckca__conv_weight_run, &job);
+        ckca__parallel(ctx, job.groups * job.row_tasks * job.lane_tasks, ckca__conv_weight_run, &job);
         if (job.partial) ckca__parallel(ctx, s->k, ckca__conv_weight_reduce, &job);
         if (dbias) ckca__conv_bias_gradient(ctx, (size_t)s->n * s->p * s->q, s->k, dy, dbias);
         return;
@@ -10772,7 +10818,7 @@ CKCA__OP void ckca__op_linear_forward(ckca_context *ctx, int n, int d, int k, co
     ckca__op_conv_forward(ctx, &s, x, w, bias, NULL, 0, y, ws);
 }
 
-/* dx may be NULL: then only the gradients of the parameters are wanted. */
+/* dx may be NULL: then only the parameters' gradients are computed. */
 CKCA__OP void ckca__op_linear_backward(ckca_context *ctx, int n, int d, int k, const float *x, const float *w,
                                        const float *dy, float *dx, int accumulate, float *dw, float *dbias, void *ws) {
     ckca__conv s;
@@ -10784,12 +10830,12 @@ CKCA__OP void ckca__op_linear_backward(ckca_context *ctx, int n, int d, int k, c
 /* ---- batch norm ---- */
 
 #ifdef CKCA__SIMD
-/* table[0..cols) = value[0..c) again and again. */
-static void ckca__repeat(size_t cols, int c, const float *value, float *table) {
+/* table[0..cols) = value[0..c), repeated. They may be the same array. */
+static void ckca__broadcast_row(size_t cols, int c, const float *value, float *table) {
     size_t i;
     for (i = 0; i < cols; i += (size_t)c) memmove(table + i, value, (size_t)c * sizeof *table);
 }
-/* sum[j] = the sum of wide[j], wide[j + c], ... */
+/* sum[j] = wide[j] + wide[j + c] + ... */
 static void ckca__fold_sums(size_t cols, int c, const float *wide, float *sum) {
     size_t i;
     int j;
@@ -10799,26 +10845,26 @@ static void ckca__fold_sums(size_t cols, int c, const float *wide, float *sum) {
 }
 typedef struct ckca__batchnorm_sums {
     const ckca_context *ctx;
-    size_t rows, block, cols; /* rows in all; in a block; values in a row of wide sums */
+    size_t rows, block, cols; /* total rows; rows per block; values in a row of wide sums */
     int c;
     const float *x;
-    float *part; /* what the blocks' sums go to */
+    float *part; /* sums per block */
 } ckca__batchnorm_sums;
 static void ckca__batchnorm_moments(void *job, int b, int thread) {
     const ckca__batchnorm_sums *a = (const ckca__batchnorm_sums *)job;
     size_t c = (size_t)a->c, first = (size_t)b * a->block, cols = a->cols;
     size_t count = a->rows - first < a->block ? a->rows - first : a->block, i;
-    size_t some = (count < 16 ? count : 16) * c;
+    size_t sample = (count < 16 ? count : 16) * c;
     const float *from = a->x + first * c;
-    float *shift = a->part + (size_t)b * 3 * c, *sum = shift + c, *square = sum + c, wide[3 * CKCA__WIDE];
+    float *shift = a->part + (size_t)b * 3 * c, *sum = shift + c, *square = sum + c, wide[3 * CKCA__TABLE_WIDTH];
     (void)thread;
-    ckca__fold_sums(some, a->c, from, shift);
-    for (i = 0; i < c; i++) shift[i] *= (float)a->c / (float)some;
+    ckca__fold_sums(sample, a->c, from, shift);
+    for (i = 0; i < c; i++) shift[i] *= (float)a->c / (float)sample;
     if (cols > c) {
-        ckca__repeat(cols, a->c, shift, wide);
+        ckca__broadcast_row(cols, a->c, shift, wide);
         shift = wide;
-        sum = wide + CKCA__WIDE;
-        square = sum + CKCA__WIDE;
+        sum = wide + CKCA__TABLE_WIDTH;
+        square = sum + CKCA__TABLE_WIDTH;
     }
     memset(sum, 0, cols * sizeof *sum);
     memset(square, 0, cols * sizeof *square);
@@ -10829,14 +10875,14 @@ static void ckca__batchnorm_moments(void *job, int b, int thread) {
         ckca__fold_sums(cols, a->c, square, part + 2 * c);
     }
 }
-/* mean and inv_std from one pass over x. Squares are of differences from a shift, the mean of the block's first 16
-   rows, so that a mean far from 0 costs no digits; blocks are joined as by Chan, Golub, LeVeque 1979. */
+/* mean and inv_std in one pass over x. Squares are taken of differences from a shift, the mean of the block's first 16
+   rows, so that a mean far from 0 loses no precision; blocks are combined as in Chan, Golub, LeVeque 1979. */
 static void ckca__batchnorm_statistics(ckca_context *ctx, size_t rows, int c, const float *x, float *running_mean,
                                        float *running_var, float *mean, float *inv_std, void *ws) {
     size_t block = ckca__block_rows(ctx, rows, c);
     double *total = (double *)ws, *square = total + c;
-    float *part = (float *)(square + c); /* per block: c shifts, sums, sums of squares */
-    ckca__batchnorm_sums job = {ctx, rows, block, ckca__wide(ctx, c) * (size_t)c, c, x, part};
+    float *part = (float *)(square + c); /* per block: c shifts, c sums, c sums of squares */
+    ckca__batchnorm_sums job = {ctx, rows, block, ckca__fused_rows(ctx, c) * (size_t)c, c, x, part};
     int blocks = (int)((rows + block - 1) / block), b, j;
     ckca__parallel_over(ctx, rows * (size_t)c, blocks, ckca__batchnorm_moments, &job);
     memset(total, 0, 2 * (size_t)c * sizeof *total);
@@ -10864,12 +10910,12 @@ static void ckca__batchnorm_statistics(ckca_context *ctx, size_t rows, int c, co
 }
 typedef struct ckca__batchnorm_table {
     const ckca_context *ctx;
-    size_t rows, block, cols; /* rows in all; in a block; values in a row of the tables */
-    int c, blocks, at, width; /* blocks; the strip's first channel; its channels */
+    size_t rows, block, cols; /* total rows; rows per block; values in a row of the tables */
+    int c, blocks, at, width; /* number of blocks; the strip's first channel and number of channels */
     const float *x, *residual;
     float *y;
-    ckca__table table, residual_table; /* the latter's mean is NULL if the residual is taken as it is */
-    float values[6][CKCA__WIDE];
+    ckca__norm_table table, residual_table; /* residual_table.mean is NULL if the residual has no norm */
+    float values[6][CKCA__TABLE_WIDTH];
 } ckca__batchnorm_table;
 static void ckca__batchnorm_apply_block(void *job, int b, int thread) {
     const ckca__batchnorm_table *a = (const ckca__batchnorm_table *)job;
@@ -10884,16 +10930,16 @@ static void ckca__batchnorm_apply_block(void *job, int b, int thread) {
                         a->y + from));
     }
 }
-/* A norm's channels [at, at + width), as rows of cols. inv_std from var where it is NULL. */
-static void ckca__tabulate(const ckca__norm *norm, const float *var, int at, int width, size_t cols,
-                           float values[3][CKCA__WIDE], ckca__table *table) {
+/* Fills the table of a norm's channels [at, at + width), repeated to cols values. inv_std NULL: computed from var. */
+static void ckca__norm_table_fill(const ckca__norm *norm, const float *var, int at, int width, size_t cols,
+                                  float values[3][CKCA__TABLE_WIDTH], ckca__norm_table *table) {
     int j;
     for (j = 0; j < width; j++)
         values[1][j] = norm->gamma[at + j] *
                        (norm->inv_std ? norm->inv_std[at + j] : (float)(1 / sqrt(var[at + j] + CKCA__BATCHNORM_EPS)));
-    ckca__repeat(cols, width, norm->mean + at, values[0]);
-    ckca__repeat(cols, width, values[1], values[1]);
-    ckca__repeat(cols, width, norm->beta + at, values[2]);
+    ckca__broadcast_row(cols, width, norm->mean + at, values[0]);
+    ckca__broadcast_row(cols, width, values[1], values[1]);
+    ckca__broadcast_row(cols, width, norm->beta + at, values[2]);
     table->mean = values[0];
     table->scale = values[1];
     table->beta = values[2];
@@ -10913,33 +10959,33 @@ static void ckca__batchnorm_apply(ckca_context *ctx, size_t rows, int c, const f
     job.residual = residual;
     job.y = y;
     job.residual_table.mean = NULL;
-    for (at = 0; at < c; at += CKCA__WIDE) { /* more channels than the tables hold are done in strips */
-        int width = c - at < CKCA__WIDE ? c - at : CKCA__WIDE;
+    for (at = 0; at < c; at += CKCA__TABLE_WIDTH) { /* strips, if there are more channels than the tables hold */
+        int width = c - at < CKCA__TABLE_WIDTH ? c - at : CKCA__TABLE_WIDTH;
         job.at = at;
         job.width = width;
-        job.cols = width == c ? ckca__wide(ctx, c) * (size_t)c : (size_t)width;
-        ckca__tabulate(norm, var, at, width, job.cols, job.values, &job.table);
+        job.cols = width == c ? ckca__fused_rows(ctx, c) * (size_t)c : (size_t)width;
+        ckca__norm_table_fill(norm, var, at, width, job.cols, job.values, &job.table);
         if (residual_norm)
-            ckca__tabulate(residual_norm, NULL, at, width, job.cols, job.values + 3, &job.residual_table);
-        ckca__parallel_back(ctx, rows * (size_t)c, job.blocks, ckca__batchnorm_apply_block, &job);
+            ckca__norm_table_fill(residual_norm, NULL, at, width, job.cols, job.values + 3, &job.residual_table);
+        ckca__parallel_over_reverse(ctx, rows * (size_t)c, job.blocks, ckca__batchnorm_apply_block, &job);
     }
 }
 typedef struct ckca__batchnorm_gradient {
     const ckca_context *ctx;
-    size_t rows, block, cols; /* rows in all; in a block; values in a row of the table */
+    size_t rows, block, cols; /* total rows; rows per block; values in a row of the tables */
     int c, blocks;
     const float *x, *y, *dy;
-    const float *mean, *scale, *beta, *slope, *offset; /* tables; see ckca__normalize_backward. beta may be NULL */
+    const float *mean, *scale, *beta, *slope, *offset; /* tables: see ckca__normalize_backward. beta may be NULL */
     float *part, *dx, *dresidual;
     int accumulate_residual;
 } ckca__batchnorm_gradient;
-/* One block's share of the sums of g and of g (x - mean). */
+/* One block's sums of g and of g (x - mean). */
 static void ckca__batchnorm_products(void *job, int b, int thread) {
     const ckca__batchnorm_gradient *a = (const ckca__batchnorm_gradient *)job;
     size_t c = (size_t)a->c, cols = a->cols, first = (size_t)b * a->block, from = first * c;
     size_t count = a->rows - first < a->block ? a->rows - first : a->block;
-    float *part = a->part + (size_t)b * 2 * c, wide[2 * CKCA__WIDE];
-    float *sum = cols > c ? wide : part, *product = cols > c ? wide + CKCA__WIDE : part + c;
+    float *part = a->part + (size_t)b * 2 * c, wide[2 * CKCA__TABLE_WIDTH];
+    float *sum = cols > c ? wide : part, *product = cols > c ? wide + CKCA__TABLE_WIDTH : part + c;
     (void)thread;
     memset(sum, 0, cols * sizeof *sum);
     memset(product, 0, cols * sizeof *product);
@@ -10963,8 +11009,8 @@ static void ckca__batchnorm_backward_block(void *job, int b, int thread) {
 }
 #endif
 
-/* Passes over activations: 1 read for the statistics; unless its reader does it, 1 read, 1 write to apply them, 1 read
-   of the residual. */
+/* Memory traffic: 1 read for the statistics; if y is written, 1 read and 1 write to apply them and 1 read of the
+   residual. */
 static void ckca__op_batchnorm_forward(ckca_context *ctx, int bf16, size_t rows, int c, const float *x,
                                        const float *gamma, const float *beta, float *running_mean, float *running_var,
                                        const float *residual, const ckca__norm *residual_norm, int relu, float *y,
@@ -10983,7 +11029,7 @@ static void ckca__op_batchnorm_forward(ckca_context *ctx, int bf16, size_t rows,
                                   mean, inv_std, ws);
 }
 
-/* Passes over activations: 1 read of x, 1 of the residual, 1 write. */
+/* Memory traffic: 1 read of x, 1 of the residual, 1 write. */
 static void ckca__op_batchnorm_recompute(ckca_context *ctx, int bf16, size_t rows, int c, const float *x,
                                          const ckca__norm *norm, const float *residual, const ckca__norm *residual_norm,
                                          float *y) {
@@ -10998,8 +11044,8 @@ static void ckca__op_batchnorm_recompute(ckca_context *ctx, int bf16, size_t row
     ckca__naive_batchnorm_apply(rows, c, x, norm, residual, residual_norm, y);
 }
 
-/* Passes over activations: 2 reads (x, dy) for the sums; 2 reads, 1 write for dx; y, if there is one, is read in both;
-   dresidual is 1 write, and 1 read where it accumulates. */
+/* Memory traffic: 2 reads (x, dy) for the sums; 2 reads and 1 write for dx; y, if given, is read in both passes;
+   dresidual takes 1 write, and 1 read if it accumulates. */
 static void ckca__op_batchnorm_backward(ckca_context *ctx, int bf16, size_t rows, int c, const float *x, const float *y,
                                         const float *dy, const ckca__norm *norm, float *dx, float *dresidual,
                                         int accumulate_residual, float *dgamma, float *dbeta, void *ws) {
@@ -11007,7 +11053,7 @@ static void ckca__op_batchnorm_backward(ckca_context *ctx, int bf16, size_t rows
 #ifdef CKCA__SIMD
     if (ctx->isa != CKCA_ISA_PLAIN) {
         const float *gamma = norm->gamma, *inv_std = norm->inv_std;
-        size_t block = ckca__block_rows(ctx, rows, c), cols = ckca__wide(ctx, c) * (size_t)c;
+        size_t block = ckca__block_rows(ctx, rows, c), cols = ckca__fused_rows(ctx, c) * (size_t)c;
         double *sum = (double *)ws, *product = sum + c;
         float *table = (float *)(product + c), *part = table + 5 * cols; /* mean, scale, beta, slope, offset */
         int blocks = (int)((rows + block - 1) / block), b, j;
@@ -11034,7 +11080,7 @@ static void ckca__op_batchnorm_backward(ckca_context *ctx, int bf16, size_t rows
             table[cols + j] = gamma[j] * inv_std[j];
             table[2 * cols + j] = norm->beta[j];
         }
-        for (j = 0; j < 3; j++) ckca__repeat(cols, c, table + j * cols, table + j * cols);
+        for (j = 0; j < 3; j++) ckca__broadcast_row(cols, c, table + j * cols, table + j * cols);
         ckca__parallel_over(ctx, rows * (size_t)c, blocks, ckca__batchnorm_products, &job);
         memset(sum, 0, 2 * (size_t)c * sizeof *sum);
         for (b = 0; b < blocks; b++)
@@ -11046,8 +11092,8 @@ static void ckca__op_batchnorm_backward(ckca_context *ctx, int bf16, size_t rows
             table[3 * cols + j] = (float)(scale * inv_std[j] * xhat_g / (double)rows);
             table[4 * cols + j] = (float)(scale * sum[j] / (double)rows);
         }
-        for (j = 3; j < 5; j++) ckca__repeat(cols, c, table + j * cols, table + j * cols);
-        ckca__parallel_back(ctx, rows * (size_t)c, blocks, ckca__batchnorm_backward_block, &job);
+        for (j = 3; j < 5; j++) ckca__broadcast_row(cols, c, table + j * cols, table + j * cols);
+        ckca__parallel_over_reverse(ctx, rows * (size_t)c, blocks, ckca__batchnorm_backward_block, &job);
         return;
     }
 #endif
@@ -11155,7 +11201,7 @@ typedef struct ckca__maxpool {
     unsigned char *at;
 } ckca__maxpool;
 
-/* A row of the output: n p of them, independent. */
+/* One row of the output: n p independent rows. */
 static void ckca__maxpool_row(void *job, int row, int thread) {
     const ckca__maxpool *a = (const ckca__maxpool *)job;
     const ckca__conv *s = a->s;
@@ -11197,13 +11243,14 @@ typedef struct ckca__maxpool_gradient {
     int accumulate;
 } ckca__maxpool_gradient;
 
-/* A row of the input. Gathers: a pixel collects from the few windows that cover it, so pixels are independent. */
+/* One row of the input: n h of them. A gather: each pixel collects from the few windows that cover it, so pixels are
+   independent. */
 static void ckca__maxpool_backward_row(void *job, int row, int thread) {
     const ckca__maxpool_gradient *a = (const ckca__maxpool_gradient *)job;
     const ckca__conv *s = a->s;
     size_t from[CKCA__TAPS];
     unsigned char position[CKCA__TAPS];
-    int h = row % s->h + s->pad, w, p, q; /* in the padded input, where window p starts at p stride */
+    int h = row % s->h + s->pad, w, p, q; /* row in the padded input, where window p starts at p stride */
     int p0 = h < s->r ? 0 : (h - s->r) / s->stride + 1, p1 = h / s->stride < s->p ? h / s->stride : s->p - 1;
     (void)thread;
     for (w = s->pad; w < s->w + s->pad; w++) {
@@ -11256,21 +11303,18 @@ static void ckca__op_subsample_backward(ckca_context *ctx, const ckca__conv *s, 
     ckca__parallel_over(ctx, (size_t)s->n * s->h * s->w * s->c, s->n, ckca__subsample_backward_picture, &job);
 }
 
-/* ---- losses ---- */
+/* Exponentials and sums are in double precision, since the terms are differences of nearly equal numbers when student
+   and teacher agree; n x k is so small that one thread suffices. */
 
-/* ---- losses ----
-   Exponentials and sums are in double: k is small beside what a network computes (so small that what goes over n x k
-   is one thread's), and the terms are differences of near-equal numbers when student and teacher agree. */
-
-/* log sum_j exp(z_j / t), by way of the greatest so that nothing overflows. NaN or +inf in z gives NaN. */
+/* log sum_j exp(z_j / t), with the maximum subtracted so that nothing overflows. NaN or +inf in z gives NaN. */
 static double ckca__log_sum_exp(int k, const float *logits, double t) {
-    double most = logits[0], sum = 0;
+    double max = logits[0], sum = 0;
     int j;
     for (j = 1; j < k; j++)
-        if (logits[j] > most) most = logits[j];
-    if (most != most) return most;
-    for (j = 0; j < k; j++) sum += exp((logits[j] - most) / t);
-    return most / t + log(sum);
+        if (logits[j] > max) max = logits[j];
+    if (max != max) return max;
+    for (j = 0; j < k; j++) sum += exp((logits[j] - max) / t);
+    return max / t + log(sum);
 }
 
 static void ckca__op_cross_entropy(ckca_context *ctx, int n, int k, const float *logits, const int *labels,
@@ -11304,8 +11348,8 @@ static void ckca__op_softmax(ckca_context *ctx, int n, int k, const float *logit
     }
 }
 
-/* a_i before division by the batch's mean. 1 - p_o[y] is summed from the other classes: near 0 a difference from 1 has
-   no digits left. */
+/* a_i before division by the batch's mean. 1 - p_teacher[label] is summed from the other classes, since a difference
+   from 1 loses all precision near 0. */
 static double ckca__adakd_weight(ckca_adakd form, int k, const float *teacher_logits, int label,
                                  const float *class_weight) {
     double lse, doubt = 0;
@@ -11319,8 +11363,9 @@ static double ckca__adakd_weight(ckca_adakd form, int k, const float *teacher_lo
     return doubt;
 }
 
-/* T^2 a_i KL(softmax(zo_i / T) || softmax(z_i / T)); with respect to z_i: T a_i (softmax(z_i / T) - softmax(zo_i / T)).
-   T^2 keeps the gradient's size independent of T (Hinton, Vinyals, Dean 2015, section 2); a_i is this project's. */
+/* T^2 a_i KL(softmax(teacher_i / T) || softmax(student_i / T)); its gradient with respect to student_i is T a_i
+   (softmax(student_i / T) - softmax(teacher_i / T)). T^2 makes the gradient's scale independent of T (Hinton, Vinyals,
+   Dean 2015, section 2); a_i is this project's. */
 static void ckca__op_adakd(ckca_context *ctx, ckca_adakd form, int n, int k, const float *student_logits,
                            const float *teacher_logits, const int *labels, const float *class_weight, float temperature,
                            float scale, float *dlogits, float *loss) {
@@ -11335,7 +11380,7 @@ static void ckca__op_adakd(ckca_context *ctx, ckca_adakd form, int n, int k, con
     for (i = 0; i < n; i++) {
         const float *s = student_logits + (size_t)i * (size_t)k, *o = teacher_logits + (size_t)i * (size_t)k;
         double lse_s = ckca__log_sum_exp(k, s, t), lse_o = ckca__log_sum_exp(k, o, t), kl = 0;
-        /* All weights 0 (a teacher with no doubt at all): equal weights, 1 each. */
+        /* If all weights are 0 (a teacher without any doubt), all are 1 instead. */
         double a = mean == 0 ? 1 : ckca__adakd_weight(form, k, o, labels[i], class_weight) / mean;
         int j;
         for (j = 0; j < k; j++) {
@@ -11365,7 +11410,7 @@ static double ckca__vector_dot(const ckca_context *ctx, size_t count, const floa
     (void)ctx;
     return ckca__naive_dot(count, a, b);
 }
-/* y = alpha a + beta b, or adds it. */
+/* y (+)= alpha a + beta b. */
 static void ckca__naive_combine(size_t count, float alpha, const float *a, float beta, const float *b, float *y,
                                 int accumulate) {
     size_t j;
@@ -11385,8 +11430,8 @@ static void ckca__vector_combine(const ckca_context *ctx, size_t count, float al
 
 static double ckca__inverse_norm(double square) { return square > 0 ? 1 / sqrt(square) : square; /* 0, NaN */ }
 
-/* One row: loss = 1 - cos; d cos / d f = (fo / |fo| - cos f / |f|) / |f|. A long row (a whole map) is read from memory
-   once, by the first product, and from cache after that. */
+/* One row: loss = 1 - cos; d cos / d f = (fo / |fo| - cos f / |f|) / |f|, with f the student's and fo the teacher's
+   features. A long row, such as a whole map, is read from memory by the first product and from cache by the others. */
 static void ckca__featreg_cosine(const ckca_context *ctx, size_t d, const float *student_features,
                                  const float *teacher_features, double scale, float *dfeatures, int accumulate,
                                  float *loss) {
@@ -11410,8 +11455,9 @@ typedef struct ckca__featreg {
     double *inv_f, *inv_o; /* RELATION: 1 / |f_i| and 1 / |fo_i| */
 } ckca__featreg;
 
-/* loss[i] = mean_j!=i e_ij^2 with e_ij = cos(f_i, f_j) - cos(fo_i, fo_j), so that their mean over i is that over
-   the n (n - 1) ordered pairs; 0 for n = 1. A pair comes up twice, as ij and as ji, hence the 4 in
+/* loss[i] = the mean over j != i of e_ij^2 with e_ij = cos(f_i, f_j) - cos(fo_i, fo_j), f the student's and fo the
+   teacher's features, so that the mean over i is that over the n (n - 1) ordered pairs; 0 for n = 1. A pair occurs
+   twice, as ij and as ji, hence the 4 in
    d term / d f_i = 4 / (n (n - 1)) sum_j e_ij (f_j / |f_j| - cos(f_i, f_j) f_i / |f_i|) / |f_i|. */
 static void ckca__featreg_relation(void *job, int i, int thread) {
     const ckca__featreg *a = (const ckca__featreg *)job;
@@ -11574,9 +11620,9 @@ static void ckca__op_shrink_perturb(ckca_context *ctx, size_t count, float *w, c
 
 /* ---- pictures ---- */
 
-/* The framed pixels' channels 0..m (at most 4), scaled and shifted. */
-static void ckca__augment_look(const ckca__framing *f, int h, int w, int c, int m, const unsigned char *pixels,
-                               const float *scale, const float *shift, float *out) {
+/* Crops channels 0 to m - 1 (m <= 4), scaled and shifted. The crop has the picture's size. */
+static void ckca__augment_copy_crop(const ckca__framing *f, int h, int w, int c, int m, const unsigned char *pixels,
+                                    const float *scale, const float *shift, float *out) {
     int y, x, j;
     for (y = 0; y < h; y++)
         for (x = 0; x < w; x++, out += c) {
@@ -11587,9 +11633,9 @@ static void ckca__augment_look(const ckca__framing *f, int h, int w, int c, int 
         }
 }
 
-/* The same, the framed rectangle enlarged to h x w: bilinear between pixel centres, as torchvision's. */
-static void ckca__augment_enlarge(const ckca__framing *f, int h, int w, int c, int m, const unsigned char *pixels,
-                                  const float *scale, const float *shift, float *out) {
+/* The same with the crop resized to h x w: bilinear between pixel centres, as in torchvision. */
+static void ckca__augment_resize_crop(const ckca__framing *f, int h, int w, int c, int m, const unsigned char *pixels,
+                                      const float *scale, const float *shift, float *out) {
     int y, x, j;
     for (y = 0; y < h; y++) {
         double v = (y + 0.5) * f->height / h - 0.5, u;
@@ -11613,8 +11659,8 @@ static void ckca__augment_enlarge(const ckca__framing *f, int h, int w, int c, i
     }
 }
 
-/* torchvision's adjust_brightness, _contrast and _saturation, in this order: towards black, towards the picture's mean
-   grey, towards each pixel's own grey. */
+/* torchvision's adjust_brightness, adjust_contrast and adjust_saturation, in this order: blend with black, with the
+   picture's mean grey, with each pixel's own grey. */
 static void ckca__augment_jitter(const ckca__framing *f, int area, int c, float *v) {
     size_t i, count = (size_t)area * (size_t)c;
     double mean = 0;
@@ -11651,15 +11697,15 @@ static void ckca__batch_picture(void *job, int i, int thread) {
     int j, first, jitter = a->augment && a->augment->jitter > 0;
     (void)thread;
     ckca__augment_framing(a->augment, a->seed, a->epoch, a->index[i], h, w, &f);
-    for (first = 0; first < c; first += 4) { /* four channels at a time; there are hardly ever more */
+    for (first = 0; first < c; first += 4) { /* four channels at a time, since there are rarely more */
         int m = c - first < 4 ? c - first : 4;
         float scale[4], shift[4];
         for (j = 0; j < m; j++) {
             scale[j] = jitter ? 1 : 1 / (255 * std[first + j]);
             shift[j] = jitter ? 0 : -mean[first + j] / std[first + j];
         }
-        (f.height == h && f.width == w ? ckca__augment_look : ckca__augment_enlarge)(&f, h, w, c, m, pixels + first,
-                                                                                     scale, shift, to + first);
+        (f.height == h && f.width == w ? ckca__augment_copy_crop : ckca__augment_resize_crop)(
+            &f, h, w, c, m, pixels + first, scale, shift, to + first);
     }
     if (!jitter) return;
     ckca__augment_jitter(&f, h * w, c, to);

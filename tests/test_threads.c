@@ -198,7 +198,7 @@ static void test_order(void) {
             o.threads = 3;
             o.tasks = 15;
             o.in_step = 1;
-            ckca__parallel_so(three, o.tasks, 0, back, keep_order, &o);
+            ckca__parallel_run(three, o.tasks, 0, back, keep_order, &o);
             for (i = 0; i < 3; i++)
                 for (j = 0; j < 5; j++) wrong |= o.ran[i] != 5 || o.task[i][j] != 5 * i + (back ? 4 - j : j);
             CHECK(!o.failed && !wrong, "back %d: threads did not go through their own runs (timeout: %d)", back,
@@ -206,7 +206,7 @@ static void test_order(void) {
             memset(&o, 0, sizeof o);
             o.threads = 2;
             o.tasks = 8;
-            ckca__parallel_so(two, o.tasks, 0, back, keep_order, &o);
+            ckca__parallel_run(two, o.tasks, 0, back, keep_order, &o);
             wrong = o.ran[1] != 1 || o.task[1][0] != (back ? 7 : 4);
             for (i = 0; i < 7; i++) wrong |= o.task[0][i] != helping[back][i];
             CHECK(!o.failed && !wrong, "back %d: the caller did not help from the far end (timeout: %d)", back,
@@ -228,7 +228,7 @@ static void test_alone(void) {
     for (back = 0; back < 2; back++) {
         order o;
         memset(&o, 0, sizeof o);
-        ckca__parallel_so(ctx, 9, 1, back, call_alone, &o);
+        ckca__parallel_run(ctx, 9, 1, back, call_alone, &o);
         wrong |= o.failed || o.ran[0] != 9;
         for (i = 0; i < 9; i++) wrong |= o.task[0][i] != (back ? 8 - i : i);
     }
