@@ -683,13 +683,7 @@ CKCA_API void ckca_shuffle(uint64_t seed, int epoch, int n, int *order);
 #define CKCA__PRINTF(f, a)
 #endif
 
-/* Vector kernels need GNU C's pragmas and the intrinsics of x86-64 or AArch64; elsewhere the reference kernels run. */
-#if !defined(CKCA_NO_SIMD) && !defined(CKCA_CUDA) && defined(__GNUC__) && (defined(__x86_64__) || defined(__aarch64__))
-#define CKCA__SIMD
-#endif
-
-/* Ops are static on the host and external where ckca_cuda.cu implements them. CKCA__BOTH marks functions that run on
-   host and GPU. */
+/* All that CKCA_CUDA changes: ckca_cuda.cu implements the ops, which are then external, in place of HOST OPS. */
 #ifdef CKCA_CUDA
 enum { CKCA__DEVICE_IS_HOST = 0 };
 #ifdef __cplusplus
@@ -699,8 +693,15 @@ enum { CKCA__DEVICE_IS_HOST = 0 };
 #endif
 #else
 enum { CKCA__DEVICE_IS_HOST = 1 };
+#define CKCA__HOST
 #define CKCA__OP static
+/* Vector kernels need GNU C's pragmas and the intrinsics of x86-64 or AArch64; elsewhere the reference kernels run. */
+#if !defined(CKCA_NO_SIMD) && defined(__GNUC__) && (defined(__x86_64__) || defined(__aarch64__))
+#define CKCA__SIMD
 #endif
+#endif
+
+/* Marks functions that run both on the host and on a GPU. */
 #ifdef __CUDACC__
 #define CKCA__BOTH static __host__ __device__
 #else
@@ -1039,13 +1040,12 @@ CKCA__BOTH float ckca__augment_grey(int c, const float *v) {
    =================================================================================================================== */
 
 /* In THREADS: */
-#if !defined(CKCA_NO_THREADS) && (defined(__unix__) || defined(__APPLE__))
-static void ckca__pool_stop(struct ckca__pool *pool);
-#endif
+static int ckca__pool_threads(int threads);
+static size_t ckca__pool_bytes(int threads);
+static void ckca__pool_init(ckca_context *ctx, void *memory);
+static void ckca__pool_free(ckca_context *ctx);
 static void ckca__lock(ckca_context *ctx);
 static void ckca__unlock(ckca_context *ctx);
-static int ckca__processors(void);
-static size_t ckca__context_bytes(int threads);
 
 /* In VECTOR KERNELS: */
 static ckca_isa ckca__best_isa(void);
@@ -1121,6 +1121,7 @@ CKCA_API ckca_status ckca_init(ckca_context **out, const ckca_desc *desc) {
     ckca_desc none;
     ckca_context *ctx;
     char reason[160] = "";
+    size_t bytes;
     int threads;
     if (!out) return CKCA_EINVAL;
     *out = NULL;
@@ -1142,24 +1143,15 @@ CKCA_API ckca_status ckca_init(ckca_context **out, const ckca_desc *desc) {
                      desc->precision == CKCA_PRECISION_TF32 ? "CKCA_PRECISION_TF32" : "CKCA_PRECISION_BF16");
     }
     if (*reason) desc = &none; /* what is unusable is not used */
-    threads = *reason ? 1 : desc->threads ? desc->threads : ckca__processors();
-#ifndef CKCA__THREADS
-    threads = 1;
-#endif
-    ctx = (ckca_context *)(desc->alloc ? desc->alloc(ckca__context_bytes(threads), desc->user)
-                                       : malloc(ckca__context_bytes(threads)));
+    threads = *reason ? 1 : ckca__pool_threads(desc->threads);
+    bytes = sizeof *ctx + ckca__pool_bytes(threads); /* the pool lies behind the context */
+    ctx = (ckca_context *)(desc->alloc ? desc->alloc(bytes, desc->user) : malloc(bytes));
     if (!ctx) return CKCA_ENOMEM;
-    memset(ctx, 0, ckca__context_bytes(threads));
+    memset(ctx, 0, bytes);
     *out = ctx;
     ctx->threads = threads;
     if (*reason) return ctx->failed = ckca__fail(ctx, CKCA_EINVAL, "ckca_init: %s", reason);
-#ifdef CKCA__THREADS
-    if (threads > 1) {
-        ctx->pool = (ckca__pool *)(ctx + 1);
-        ctx->pool->most = threads - 1;
-        pthread_mutex_init(&ctx->pool->shared, NULL);
-    }
-#endif
+    ckca__pool_init(ctx, ctx + 1);
     ctx->alloc = desc->alloc;
     ctx->release = desc->release;
     ctx->user = desc->user;
@@ -1173,11 +1165,9 @@ CKCA_API ckca_status ckca_init(ckca_context **out, const ckca_desc *desc) {
 CKCA_API void ckca_context_free(ckca_context *ctx) {
     if (!ctx) return;
     ckca__device_free(ctx);
-#ifdef CKCA__THREADS
-    if (ctx->pool) ckca__pool_stop(ctx->pool);
-#endif
+    ckca__pool_free(ctx);
     if (ctx->release)
-        ctx->release(ctx, ckca__context_bytes(ctx->threads), ctx->user);
+        ctx->release(ctx, sizeof *ctx + ckca__pool_bytes(ctx->threads), ctx->user);
     else
         free(ctx);
 }
@@ -8517,9 +8507,62 @@ static void ckca__pool_enter(ckca__pool *pool) {
         if (pthread_create(&worker->thread, NULL, ckca__pool_worker, worker)) break;
     }
 }
+/* A call of ckca__parallel_run on all threads. */
+static void ckca__pool_run(ckca__pool *pool, int tasks, int reverse, void (*work)(void *job, int task, int thread),
+                           void *job) {
+    int shares, woken, i;
+    ckca__pool_enter(pool);
+    shares = tasks < pool->workers + 1 ? tasks : pool->workers + 1;
+    pool->work = work;
+    pool->job = job;
+    pool->tasks = tasks;
+    pool->reverse = reverse;
+    ckca__pool_store(&pool->finished, 0);
+    ckca__pool_store(&pool->calls, (int)((unsigned)pool->calls + 1));
+    for (i = 0; i < shares; i++) { /* all other shares are empty since the last call */
+        ckca__share *share = ckca__pool_share(pool, i);
+        pthread_mutex_lock(&share->mutex);
+        share->first = (int)((int64_t)tasks * i / shares);
+        share->end = (int)((int64_t)tasks * (i + 1) / shares);
+        pthread_mutex_unlock(&share->mutex);
+    }
+    for (i = 0, woken = 1; i < pool->workers && woken < tasks; i++) /* one worker per task, less the caller's own */
+        if (pool->worker[i].asleep) {
+            pool->worker[i].asleep = 0;
+            pthread_cond_signal(&pool->worker[i].wake);
+            woken++;
+        }
+    pthread_mutex_unlock(&pool->mutex);
+    i = ckca__pool_work(pool, 0);
+    pthread_mutex_lock(&pool->mutex);
+    ckca__pool_store(&pool->finished, pool->finished + i);
+    for (i = -1; pool->finished < tasks && pool->finished != i;) { /* spin as long as other threads make progress */
+        i = pool->finished;
+        ckca__pool_spin(pool, &pool->finished);
+    }
+    while (pool->finished < tasks) pthread_cond_wait(&pool->done, &pool->mutex);
+    pthread_mutex_unlock(&pool->mutex);
+}
+/* The threads of a context that asked for this many; 0: one per processor. */
+static int ckca__pool_threads(int threads) {
+    long count = threads ? threads : sysconf(_SC_NPROCESSORS_ONLN);
+    return count < 1 ? 1 : count > 4096 ? 4096 : (int)count;
+}
+static size_t ckca__pool_bytes(int threads) {
+    return threads > 1 ? sizeof(ckca__pool) + (size_t)(threads - 2) * sizeof(ckca__worker) : 0;
+}
+/* Makes the pool of ctx->threads threads in zeroed memory of ckca__pool_bytes; none for a single thread. */
+static void ckca__pool_init(ckca_context *ctx, void *memory) {
+    if (ctx->threads == 1) return;
+    ctx->pool = (ckca__pool *)memory;
+    ctx->pool->max_workers = ctx->threads - 1;
+    pthread_mutex_init(&ctx->pool->shared, NULL);
+}
 /* Stops and joins the workers, unless a parent process owns them. */
-static void ckca__pool_stop(ckca__pool *pool) {
+static void ckca__pool_free(ckca_context *ctx) {
+    ckca__pool *pool = ctx->pool;
     int i;
+    if (!pool) return;
     pthread_mutex_destroy(&pool->shared);
     if (pool->process != (long)getpid()) return;
     pthread_mutex_lock(&pool->mutex);
@@ -8535,6 +8578,30 @@ static void ckca__pool_stop(ckca__pool *pool) {
     pthread_cond_destroy(&pool->done);
     pthread_mutex_destroy(&pool->mutex);
 }
+/* A task holds this lock while it uses what all tasks share: the user's alloc and release, or a common result. */
+static void ckca__lock(ckca_context *ctx) {
+    if (ctx->pool) pthread_mutex_lock(&ctx->pool->shared);
+}
+static void ckca__unlock(ckca_context *ctx) {
+    if (ctx->pool) pthread_mutex_unlock(&ctx->pool->shared);
+}
+#else
+static void ckca__pool_run(struct ckca__pool *pool, int tasks, int reverse,
+                           void (*work)(void *job, int task, int thread), void *job) {
+    (void)pool, (void)tasks, (void)reverse, (void)work, (void)job;
+}
+static int ckca__pool_threads(int threads) {
+    (void)threads;
+    return 1;
+}
+static size_t ckca__pool_bytes(int threads) {
+    (void)threads;
+    return 0;
+}
+static void ckca__pool_init(ckca_context *ctx, void *memory) { (void)ctx, (void)memory; }
+static void ckca__pool_free(ckca_context *ctx) { (void)ctx; }
+static void ckca__lock(ckca_context *ctx) { (void)ctx; }
+static void ckca__unlock(ckca_context *ctx) { (void)ctx; }
 #endif
 
 /* Runs work(job, task, thread) once for every task in [0, tasks) and returns when all are done. serial: on the caller's
@@ -8543,84 +8610,14 @@ static void ckca__pool_stop(ckca__pool *pool) {
 static void ckca__parallel_run(ckca_context *ctx, int tasks, int serial, int reverse,
                                void (*work)(void *job, int task, int thread), void *job) {
     int i;
-#ifdef CKCA__THREADS
-    ckca__pool *pool = ctx->pool;
-    if (pool && tasks > 1 && !serial) {
-        int shares, woken;
-        ckca__pool_enter(pool);
-        shares = tasks < pool->workers + 1 ? tasks : pool->workers + 1;
-        pool->work = work;
-        pool->job = job;
-        pool->tasks = tasks;
-        pool->reverse = reverse;
-        ckca__pool_store(&pool->finished, 0);
-        ckca__pool_store(&pool->calls, (int)((unsigned)pool->calls + 1));
-        for (i = 0; i < shares; i++) { /* all other shares are empty since the last call */
-            ckca__share *share = ckca__pool_share(pool, i);
-            pthread_mutex_lock(&share->mutex);
-            share->first = (int)((int64_t)tasks * i / shares);
-            share->end = (int)((int64_t)tasks * (i + 1) / shares);
-            pthread_mutex_unlock(&share->mutex);
-        }
-        for (i = 0, woken = 1; i < pool->workers && woken < tasks; i++) /* one worker per task, less the caller's own */
-            if (pool->worker[i].asleep) {
-                pool->worker[i].asleep = 0;
-                pthread_cond_signal(&pool->worker[i].wake);
-                woken++;
-            }
-        pthread_mutex_unlock(&pool->mutex);
-        i = ckca__pool_work(pool, 0);
-        pthread_mutex_lock(&pool->mutex);
-        ckca__pool_store(&pool->finished, pool->finished + i);
-        for (i = -1; pool->finished < tasks && pool->finished != i;) { /* spin as long as other threads make progress */
-            i = pool->finished;
-            ckca__pool_spin(pool, &pool->finished);
-        }
-        while (pool->finished < tasks) pthread_cond_wait(&pool->done, &pool->mutex);
-        pthread_mutex_unlock(&pool->mutex);
-        return;
-    }
-#endif
-    (void)ctx;
-    (void)serial;
-    for (i = 0; i < tasks; i++) work(job, reverse ? tasks - 1 - i : i, 0);
+    if (ctx->pool && tasks > 1 && !serial)
+        ckca__pool_run(ctx->pool, tasks, reverse, work, job);
+    else
+        for (i = 0; i < tasks; i++) work(job, reverse ? tasks - 1 - i : i, 0);
 }
 
 static void ckca__parallel(ckca_context *ctx, int tasks, void (*work)(void *job, int task, int thread), void *job) {
     ckca__parallel_run(ctx, tasks, 0, 0, work, job);
-}
-
-/* A task holds this lock while it uses what all tasks share: the user's alloc and release, or a common result. */
-static void ckca__lock(ckca_context *ctx) {
-    (void)ctx;
-#ifdef CKCA__THREADS
-    if (ctx->pool) pthread_mutex_lock(&ctx->pool->shared);
-#endif
-}
-static void ckca__unlock(ckca_context *ctx) {
-    (void)ctx;
-#ifdef CKCA__THREADS
-    if (ctx->pool) pthread_mutex_unlock(&ctx->pool->shared);
-#endif
-}
-
-/* Number of processors: the default of ckca_desc.threads. */
-static int ckca__processors(void) {
-#ifdef CKCA__THREADS
-    long count = sysconf(_SC_NPROCESSORS_ONLN);
-    return count < 1 ? 1 : count > 4096 ? 4096 : (int)count;
-#else
-    return 1;
-#endif
-}
-
-/* A context and, directly behind it, its pool. */
-static size_t ckca__context_bytes(int threads) {
-#ifdef CKCA__THREADS
-    if (threads > 1) return sizeof(ckca_context) + sizeof(ckca__pool) + (size_t)(threads - 2) * sizeof(ckca__worker);
-#endif
-    (void)threads;
-    return sizeof(ckca_context);
 }
 
 /* ===================================================================================================================
@@ -10199,9 +10196,8 @@ static void CKCA__NAME(ckca__maxpool_pixel_backward)(int c, int taps, const size
 #undef CKCA__WHERE_POSITIVE
 #endif /* CKCA__PASS */
 
-#if defined(CKCA_IMPLEMENTATION) && !defined(CKCA__PASS) && !defined(CKCA__HOST_OPS)
+#if defined(CKCA_IMPLEMENTATION) && defined(CKCA__HOST) && !defined(CKCA__PASS) && !defined(CKCA__HOST_OPS)
 #define CKCA__HOST_OPS
-#ifndef CKCA_CUDA
 
 /* ===================================================================================================================
    HOST OPS                                                                                                      >>ops
@@ -11720,7 +11716,6 @@ static void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, const 
     ckca__parallel_over(ctx, (size_t)n * h * w * c, n, ckca__batch_picture, &job);
 }
 
-#endif /* CKCA_CUDA */
 #endif /* CKCA__HOST_OPS */
 
 #if defined(CKCA__SHARED) && !defined(CKCA__PASS) && !defined(CKCA__POPPED)

@@ -404,7 +404,7 @@ int main(void) {
     test_group("default number of threads");
 #ifdef CKCA__THREADS
     alarm(300); /* a call that never returns is a failure too */
-    CHECK(ctx->threads == ckca__processors(), "%d threads, %d processors", ctx->threads, ckca__processors());
+    CHECK(ctx->threads == ckca__pool_threads(0), "%d threads, %d processors", ctx->threads, ckca__pool_threads(0));
 #else
     CHECK(ctx->threads == 1, "%d threads without threads", ctx->threads);
 #endif
