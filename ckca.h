@@ -8018,7 +8018,7 @@ static void ckca__naive_conv_forward_row(void *job, int row, int thread) {
     int n = row / s->p, p = row % s->p, q, r, t, c, j;
     (void)thread;
     for (q = 0; q < s->q; q++) {
-        size_t at = ((size_t)row * s->q + q) * s->k;
+        ptrdiff_t at = ((ptrdiff_t)row * s->q + q) * s->k;
         float *to = a->y + at;
         for (j = 0; j < s->k; j++) to[j] = a->bias ? a->bias[j] : 0.0f;
         for (r = 0; r < s->r; r++)
@@ -8027,7 +8027,7 @@ static void ckca__naive_conv_forward_row(void *job, int row, int thread) {
                 const float *from = a->x + (((ptrdiff_t)n * s->h + iy) * s->w + ix) * s->c;
                 if (iy < 0 || iy >= s->h || ix < 0 || ix >= s->w) continue;
                 for (c = 0; c < s->c; c++) {
-                    const float *weight = a->w + (((size_t)r * s->s + t) * s->c + c) * s->k;
+                    const float *weight = a->w + (((ptrdiff_t)r * s->s + t) * s->c + c) * s->k;
                     for (j = 0; j < s->k; j++) to[j] += from[c] * weight[j];
                 }
             }
@@ -8042,7 +8042,7 @@ static void ckca__naive_conv_forward_row(void *job, int row, int thread) {
 static void ckca__naive_conv_forward(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w,
                                      const float *bias, const float *residual, int relu, float *y, float *ws) {
     ckca__naive_conv job;
-    size_t per = (size_t)s->r * s->s * s->c, i;
+    ptrdiff_t per = (ptrdiff_t)s->r * s->s * s->c, i;
     int k;
     for (k = 0; k < s->k; k++)
         for (i = 0; i < per; i++) ws[i * s->k + k] = w[k * per + i];
@@ -8064,15 +8064,15 @@ static void ckca__naive_conv_backward_data_row(void *job, int row, int thread) {
     int n = row / s->h, y = row % s->h, x, r, t, k, c;
     (void)thread;
     for (x = 0; x < s->w; x++) {
-        float *to = a->dx + ((size_t)row * s->w + x) * s->c;
-        if (!a->accumulate) memset(to, 0, sizeof *to * s->c);
+        float *to = a->dx + ((ptrdiff_t)row * s->w + x) * s->c;
+        if (!a->accumulate) memset(to, 0, sizeof *to * (size_t)s->c);
         for (r = 0; r < s->r; r++)
             for (t = 0; t < s->s; t++) {
                 int top = y + s->pad - r, left = x + s->pad - t, p = top / s->stride, q = left / s->stride;
                 const float *from = a->dy + (((ptrdiff_t)n * s->p + p) * s->q + q) * s->k;
                 if (top < 0 || top % s->stride || p >= s->p || left < 0 || left % s->stride || q >= s->q) continue;
                 for (k = 0; k < s->k; k++) {
-                    const float *weight = a->w + (((size_t)k * s->r + r) * s->s + t) * s->c;
+                    const float *weight = a->w + (((ptrdiff_t)k * s->r + r) * s->s + t) * s->c;
                     for (c = 0; c < s->c; c++) to[c] += from[k] * weight[c];
                 }
             }
@@ -8096,7 +8096,7 @@ static void ckca__naive_conv_backward_data(ckca_context *ctx, const ckca__conv *
 static void ckca__naive_conv_backward_weight_channel(void *job, int k, int thread) {
     const ckca__naive_conv *a = (const ckca__naive_conv *)job;
     const ckca__conv *s = a->s;
-    size_t row, rows = (size_t)s->n * s->p;
+    ptrdiff_t row, rows = (ptrdiff_t)s->n * s->p;
     float sum = 0.0f;
     int q, r, t, c;
     (void)thread;
@@ -8109,7 +8109,7 @@ static void ckca__naive_conv_backward_weight_channel(void *job, int k, int threa
                 for (t = 0; t < s->s; t++) {
                     int iy = (int)(row % s->p) * s->stride - s->pad + r, ix = q * s->stride - s->pad + t;
                     const float *pixel = a->x + ((n * s->h + iy) * s->w + ix) * s->c;
-                    float *to = a->dw + (((size_t)k * s->r + r) * s->s + t) * s->c;
+                    float *to = a->dw + (((ptrdiff_t)k * s->r + r) * s->s + t) * s->c;
                     if (iy < 0 || iy >= s->h || ix < 0 || ix >= s->w) continue;
                     for (c = 0; c < s->c; c++) to[c] += from * pixel[c];
                 }
@@ -8155,9 +8155,9 @@ static float ckca__naive_norm(const ckca__norm *norm, int relu, int j, float x) 
 /* y = relu?(norm(x) + residual). */
 static void ckca__naive_batchnorm_apply(size_t rows, int c, const float *x, const ckca__norm *norm,
                                         const float *residual, const ckca__norm *residual_norm, float *y) {
-    size_t i;
+    ptrdiff_t i;
     int j;
-    for (i = 0; i < rows * (size_t)c; i += (size_t)c)
+    for (i = 0; i < (ptrdiff_t)rows * c; i += c)
         for (j = 0; j < c; j++) {
             float v = ckca__naive_norm(norm, 0, j, x[i + j]);
             if (residual_norm)
@@ -8174,13 +8174,13 @@ static void ckca__naive_batchnorm_forward(size_t rows, int c, const float *x, co
                                           float *inv_std, void *ws) {
     const ckca__norm norm = {mean, inv_std, gamma, beta, relu};
     double *sum = (double *)ws, *square = sum + c;
-    size_t i;
+    ptrdiff_t i;
     int j;
     memset(sum, 0, 2 * (size_t)c * sizeof *sum);
-    for (i = 0; i < rows * (size_t)c; i += (size_t)c)
+    for (i = 0; i < (ptrdiff_t)rows * c; i += c)
         for (j = 0; j < c; j++) sum[j] += x[i + j];
     for (j = 0; j < c; j++) sum[j] /= (double)rows;
-    for (i = 0; i < rows * (size_t)c; i += (size_t)c)
+    for (i = 0; i < (ptrdiff_t)rows * c; i += c)
         for (j = 0; j < c; j++) square[j] += (x[i + j] - sum[j]) * (x[i + j] - sum[j]);
     for (j = 0; j < c; j++)
         ckca__batchnorm_finish(rows, sum[j], square[j] / (double)rows, running_mean + j, running_var + j, mean + j,
@@ -8189,7 +8189,7 @@ static void ckca__naive_batchnorm_forward(size_t rows, int c, const float *x, co
 }
 
 /* 1 if the ReLU passed x[i + j], or there is none. y may be NULL: y > 0 is then recomputed from x. */
-static int ckca__naive_batchnorm_gate(const float *x, const float *y, size_t i, int j, const ckca__norm *norm) {
+static int ckca__naive_batchnorm_gate(const float *x, const float *y, ptrdiff_t i, int j, const ckca__norm *norm) {
     return !norm->relu || (y ? y[i + j] : ckca__naive_norm(norm, 1, j, x[i + j])) > 0;
 }
 
@@ -8200,17 +8200,17 @@ static void ckca__naive_batchnorm_backward(size_t rows, int c, const float *x, c
                                            float *dgamma, float *dbeta, void *ws) {
     const float *gamma = norm->gamma, *mean = norm->mean, *inv_std = norm->inv_std;
     double *sum = (double *)ws, *product = sum + c;
-    size_t i;
+    ptrdiff_t i;
     int j;
     memset(sum, 0, 2 * (size_t)c * sizeof *sum);
-    for (i = 0; i < rows * (size_t)c; i += (size_t)c)
+    for (i = 0; i < (ptrdiff_t)rows * c; i += c)
         for (j = 0; j < c; j++) {
             float g = ckca__naive_batchnorm_gate(x, y, i, j, norm) ? dy[i + j] : 0;
             sum[j] += g;
             product[j] += g * (x[i + j] - mean[j]) * inv_std[j];
         }
     for (j = 0; j < c; j++) dbeta[j] += (float)sum[j], dgamma[j] += (float)product[j];
-    for (i = 0; i < rows * (size_t)c; i += (size_t)c)
+    for (i = 0; i < (ptrdiff_t)rows * c; i += c)
         for (j = 0; j < c; j++) {
             float g = ckca__naive_batchnorm_gate(x, y, i, j, norm) ? dy[i + j] : 0;
             float xhat = (x[i + j] - mean[j]) * inv_std[j];
@@ -8223,9 +8223,9 @@ static void ckca__naive_batchnorm_backward(size_t rows, int c, const float *x, c
 static void ckca__naive_batchnorm_eval(size_t rows, int c, const float *x, const float *gamma, const float *beta,
                                        const float *running_mean, const float *running_var, const float *residual,
                                        int relu, float *y) {
-    size_t i;
+    ptrdiff_t i;
     int j;
-    for (i = 0; i < rows * (size_t)c; i += (size_t)c)
+    for (i = 0; i < (ptrdiff_t)rows * c; i += c)
         for (j = 0; j < c; j++) {
             float inv_std = (float)(1 / sqrt(running_var[j] + CKCA__BATCHNORM_EPS));
             float v = (x[i + j] - running_mean[j]) * (gamma[j] * inv_std) + beta[j];
@@ -8272,13 +8272,13 @@ static void ckca__naive_maxpool_pixel(int c, int taps, const float *const *from,
 
 /* One input pixel of c channels: dx = the sum of dy over the outputs whose maximum it was. Output t of those that read
    the pixel lies at offset from[t] and reads it at kernel position position[t]. */
-static void ckca__naive_maxpool_pixel_backward(int c, int taps, const size_t *from, const unsigned char *position,
+static void ckca__naive_maxpool_pixel_backward(int c, int taps, const ptrdiff_t *from, const unsigned char *position,
                                                const float *dy, const unsigned char *at, float *dx, int accumulate) {
     int j, t;
     for (j = 0; j < c; j++) {
         float sum = accumulate ? dx[j] : 0;
         for (t = 0; t < taps; t++)
-            if (at[from[t] + (size_t)j] == position[t]) sum += dy[from[t] + (size_t)j];
+            if (at[from[t] + j] == position[t]) sum += dy[from[t] + j];
         dx[j] = sum;
     }
 }
@@ -8324,13 +8324,13 @@ typedef struct ckca__subsample {
 static void ckca__subsample_picture(void *job, int n, int thread) {
     const ckca__subsample *a = (const ckca__subsample *)job;
     const ckca__conv *s = a->s;
-    float *to = a->to + (size_t)n * s->p * s->q * s->k;
+    float *to = a->to + (ptrdiff_t)n * s->p * s->q * s->k;
     int p, q, front = (s->k - s->c) / 2;
     (void)thread;
-    memset(to, 0, (size_t)s->p * s->q * s->k * sizeof *to);
+    memset(to, 0, (size_t)s->p * (size_t)s->q * (size_t)s->k * sizeof *to);
     for (p = 0; p < s->p; p++) {
-        const float *from = a->from + ((size_t)n * s->h + (size_t)p * s->stride) * s->w * s->c;
-        for (q = 0; q < s->q; q++, to += s->k, from += (size_t)s->stride * s->c)
+        const float *from = a->from + ((ptrdiff_t)n * s->h + (ptrdiff_t)p * s->stride) * s->w * s->c;
+        for (q = 0; q < s->q; q++, to += s->k, from += (ptrdiff_t)s->stride * s->c)
             memcpy(to + front, from, (size_t)s->c * sizeof *to);
     }
 }
@@ -8338,14 +8338,14 @@ static void ckca__subsample_picture(void *job, int n, int thread) {
 static void ckca__subsample_backward_picture(void *job, int n, int thread) {
     const ckca__subsample *a = (const ckca__subsample *)job;
     const ckca__conv *s = a->s;
-    float *picture = a->to + (size_t)n * s->h * s->w * s->c;
+    float *picture = a->to + (ptrdiff_t)n * s->h * s->w * s->c;
     int p, q, c, front = (s->k - s->c) / 2;
     (void)thread;
-    if (!a->accumulate) memset(picture, 0, (size_t)s->h * s->w * s->c * sizeof *picture);
+    if (!a->accumulate) memset(picture, 0, (size_t)s->h * (size_t)s->w * (size_t)s->c * sizeof *picture);
     for (p = 0; p < s->p; p++) {
-        const float *from = a->from + ((size_t)n * s->p + p) * s->q * s->k + front;
-        float *to = picture + (size_t)p * s->stride * s->w * s->c;
-        for (q = 0; q < s->q; q++, from += s->k, to += (size_t)s->stride * s->c)
+        const float *from = a->from + ((ptrdiff_t)n * s->p + p) * s->q * s->k + front;
+        float *to = picture + (ptrdiff_t)p * s->stride * s->w * s->c;
+        for (q = 0; q < s->q; q++, from += s->k, to += (ptrdiff_t)s->stride * s->c)
             for (c = 0; c < s->c; c++) to[c] += from[c];
     }
 }
@@ -8676,12 +8676,12 @@ typedef struct ckca__axis {
 
 typedef struct ckca__conv_job {
     ckca_isa isa;
-    int n, h, w, c;      /* source: N x H x W x C */
-    int oh, ow, k;       /* output: N x OH x OW x K */
-    int r, s;            /* taps of w along y and x */
-    int step, spread;    /* source pixels per output pixel; output pixels from one of a phase to the next */
-    int tap_step;        /* from one tap to the next in w: 1, or -spread in the input gradient */
-    size_t tap, in, out; /* strides in w, in floats, of a tap, a source channel and an output channel */
+    int n, h, w, c;         /* source: N x H x W x C */
+    int oh, ow, k;          /* output: N x OH x OW x K */
+    int r, s;               /* taps of w along y and x */
+    int step, spread;       /* source pixels per output pixel; output pixels from one of a phase to the next */
+    int tap_step;           /* from one tap to the next in w: 1, or -spread in the input gradient */
+    ptrdiff_t tap, in, out; /* strides in w, in floats, of a tap, a source channel and an output channel */
     ckca__axis y[CKCA__CONV_MAX_STRIDE], x[CKCA__CONV_MAX_STRIDE]; /* spread phases each; 0 has the most outputs */
     int top, left, extra_h; /* origin of a task's source region relative to its first output; extra rows */
     int width;              /* of a region, in pixels */
@@ -8689,7 +8689,7 @@ typedef struct ckca__conv_job {
     int pictures, rows;     /* outputs per task and phase */
     int list;               /* output pixels per list, see CKCA__CONV_LIST */
     int copy_pixels;        /* 1: a list's pixels are copied first: cache conflicts, or a norm */
-    size_t next_offset;     /* from a task's source to that of its thread's likely next task; 0: unknown */
+    ptrdiff_t next_offset;  /* from a task's source to that of its thread's likely next task; 0: unknown */
     const ckca__norm *norm; /* applied to the source, or NULL */
     const float *source, *weights, *bias, *residual;
     float *output, *packed, *scratch;
@@ -8701,7 +8701,7 @@ typedef struct ckca__conv_job {
 typedef struct ckca__block {
     const ckca__conv_job *job;
     int r, j;                    /* rows of taps; values per row (S C) */
-    size_t pitch;                /* floats from one source row to the next */
+    ptrdiff_t pitch;             /* floats from one source row to the next */
     const float *weights, *bias; /* packed weights, r x j x vectors; bias, vectors. Zero-padded to whole vectors */
     int first, channels;         /* first output channel; number of output channels */
     const float *next;           /* memory to prefetch: */
@@ -8732,13 +8732,13 @@ typedef struct ckca__outer {
     int pixels, rows, lanes;
     const float *a, *b;
     float *out;
-    size_t pitch;                 /* floats from one row of out to the next */
+    ptrdiff_t pitch;              /* floats from one row of out to the next */
     const float *next_a, *next_b; /* prefetched meanwhile: first source pixels of the next panels; or NULL */
-    size_t step_a, step_b;        /* floats from such a pixel to the next */
+    ptrdiff_t step_a, step_b;     /* floats from such a pixel to the next */
 } ckca__outer;
 
 /* Floats from one panel to the next. Never a multiple of 4 KiB, which would map all panels to the same lines of L1. */
-static size_t ckca__panel_pitch(int size, int pixels) { return (size_t)size * pixels + 16; }
+static ptrdiff_t ckca__panel_pitch(int size, int pixels) { return (ptrdiff_t)size * pixels + 16; }
 
 /* Winograd's algorithm, explained at its kernels. Transformed pixels (and dy) are stored as [point][group of
    tiles][vector of channels][tile], one vector each, so that products read them in order. A group is the tiles of one
@@ -8787,7 +8787,7 @@ typedef struct ckca__wino_job {
 
 /* Floats from one point of a block of tiles to the next. Never a multiple of 4 KiB, which would map all points to the
    same lines of L1. */
-static size_t ckca__wino_pitch(int block, int channels) { return (size_t)block * channels + 16; }
+static ptrdiff_t ckca__wino_pitch(int block, int channels) { return (ptrdiff_t)block * channels + 16; }
 
 /* A batch norm's constants, repeated to fill rows of cols values: see "all other ops" below. */
 typedef struct ckca__norm_table {
@@ -8945,16 +8945,17 @@ CKCA__INLINE CKCA__V CKCA__NAME(ckca__norm)(const ckca__norm *norm, int c, CKCA_
 CKCA__INLINE void CKCA__NAME(ckca__norm_copy)(const ckca__norm *norm, int c, int values, const float *from, float *to) {
     int i;
     if (!norm)
-        memcpy(to, from, sizeof *to * values);
+        memcpy(to, from, sizeof *to * (size_t)values);
     else
         for (i = 0; i < values; i += CKCA__VW)
             CKCA__STORE(to + i, CKCA__NAME(ckca__norm)(norm, c + i, CKCA__LOAD(from + i)));
 }
 
 /* Offset of a phase's packed weights, in floats. */
-static size_t CKCA__NAME(ckca__conv_packed_offset)(const ckca__conv_job *job, const ckca__axis *y,
-                                                   const ckca__axis *x) {
-    return ((size_t)y->before * job->s + (size_t)y->taps * x->before) * job->c * ckca__round_up(job->k, CKCA__VW);
+static ptrdiff_t CKCA__NAME(ckca__conv_packed_offset)(const ckca__conv_job *job, const ckca__axis *y,
+                                                      const ckca__axis *x) {
+    return ((ptrdiff_t)y->before * job->s + (ptrdiff_t)y->taps * x->before) * job->c *
+           (ptrdiff_t)ckca__round_up((size_t)job->k, CKCA__VW);
 }
 
 /* Packs the weights of one block of output channels of phase (a, b): taps x source channels x output channels,
@@ -8964,7 +8965,7 @@ static void CKCA__NAME(ckca__conv_pack)(const ckca__conv_job *job, int a, int b,
     int channels = job->k - first < CKCA__CHANNEL_BLOCK ? job->k - first : CKCA__CHANNEL_BLOCK, r, s, c, k, i, line;
     int wide = channels > CKCA__VW ? CKCA__CHANNEL_BLOCK : CKCA__VW;
     float *to =
-        job->packed + CKCA__NAME(ckca__conv_packed_offset)(job, y, x) + (size_t)first * y->taps * x->taps * job->c;
+        job->packed + CKCA__NAME(ckca__conv_packed_offset)(job, y, x) + (ptrdiff_t)first * y->taps * x->taps * job->c;
     for (r = 0; r < y->taps; r++)
         for (s = 0; s < x->taps; s++) {
             const float *from = job->weights + first * job->out +
@@ -8975,14 +8976,14 @@ static void CKCA__NAME(ckca__conv_pack)(const ckca__conv_job *job, int a, int b,
                     for (i = 0; i < line; i++) {
                         __builtin_prefetch(from + (i + 16) * job->in);
                         __builtin_prefetch(from + (i + 16) * job->in + 16);
-                        memcpy(to + i * wide, from + i * job->in, sizeof *to * channels);
+                        memcpy(to + i * wide, from + i * job->in, sizeof *to * (size_t)channels);
                     }
                 else
                     for (k = 0; k < channels; k++) {
                         __builtin_prefetch(from + k * job->out + 32);
                         for (i = 0; i < line; i++) to[i * wide + k] = from[k * job->out + i];
                     }
-                for (i = 0; i < line; i++) memset(to + i * wide + channels, 0, sizeof *to * (wide - channels));
+                for (i = 0; i < line; i++) memset(to + i * wide + channels, 0, sizeof *to * (size_t)(wide - channels));
             }
         }
 }
@@ -9075,19 +9076,19 @@ CKCA__CONV_TILE(3, 2)
 /* Computes count output pixels, given by their sources (from) and outputs (to), for all blocks of output channels, tile
    by tile. The tiles prefetch the sources of as many pixels from next on, unless it is NULL. */
 static void CKCA__NAME(ckca__conv_list)(const ckca__conv_job *job, const ckca__axis *y, const ckca__axis *x,
-                                        size_t pitch, int count, const float *const *from, float *const *to,
+                                        ptrdiff_t pitch, int count, const float *const *from, float *const *to,
                                         const float *next, float *scratch) {
     static void (*const tile[3][2])(const ckca__block *, int, const float *const *, float *const *) = {
         {CKCA__NAME(ckca__conv_tile_11), CKCA__NAME(ckca__conv_tile_12)},
         {CKCA__NAME(ckca__conv_tile_21), CKCA__NAME(ckca__conv_tile_22)},
         {CKCA__NAME(ckca__conv_tile_31), CKCA__NAME(ckca__conv_tile_32)}};
-    size_t per = (size_t)y->taps * x->taps * job->c;
+    ptrdiff_t per = (ptrdiff_t)y->taps * x->taps * job->c;
     int lines = (3 * CKCA__TILE * CKCA__CHANNEL_BLOCK + job->k - 1) / job->k; /* all within the last block */
-    const float *copies[CKCA__CONV_LIST], *end = next ? next + (size_t)count * job->c : NULL;
+    const float *copies[CKCA__CONV_LIST], *end = next ? next + (ptrdiff_t)count * job->c : NULL;
     float bias[CKCA__CHANNEL_BLOCK];
     ckca__block b;
     int i, size;
-    if (job->copy_pixels && per == (size_t)job->c) {
+    if (job->copy_pixels && per == job->c) {
         for (i = 0; i < count; i++, scratch += job->c + 16) {
             CKCA__NAME(ckca__norm_copy)(job->norm, 0, job->c, from[i], scratch);
             copies[i] = scratch;
@@ -9104,12 +9105,12 @@ static void CKCA__NAME(ckca__conv_list)(const ckca__conv_job *job, const ckca__a
         int two = job->k - b.first > CKCA__VW;
         b.channels = job->k - b.first < CKCA__CHANNEL_BLOCK ? job->k - b.first : CKCA__CHANNEL_BLOCK;
         memset(bias, 0, sizeof bias);
-        if (job->bias) memcpy(bias, job->bias + b.first, sizeof *bias * b.channels);
+        if (job->bias) memcpy(bias, job->bias + b.first, sizeof *bias * (size_t)b.channels);
         for (i = 0; i < count; i += size) {
             int left = count - i;
             b.next = next;
             b.lines = next < end ? lines : 0;
-            if (b.lines) next += (size_t)b.lines * ((b.j + 15) / 16) * b.r * 16;
+            if (b.lines) next += (ptrdiff_t)b.lines * ((b.j + 15) / 16) * b.r * 16;
             size = left > 2 * CKCA__TILE ? 3 : left > CKCA__TILE ? 2 : 1;
             tile[size - 1][two](&b, left, from + i, to + i);
             size *= CKCA__TILE;
@@ -9123,10 +9124,10 @@ static void CKCA__NAME(ckca__conv_task)(const ckca__conv_job *job, int task, flo
     int i0 = task % bands * job->rows, pictures = job->n - n0 < job->pictures ? job->n - n0 : job->pictures;
     int rows = job->y[0].count - i0 < job->rows ? job->y[0].count - i0 : job->rows;
     int top = i0 * job->step + job->top, height = (rows - 1) * job->step + job->extra_h, width = job->width;
-    const float *region = scratch, *next = NULL, *end = job->source + (size_t)job->n * job->h * job->w * job->c;
+    const float *region = scratch, *next = NULL, *end = job->source + (ptrdiff_t)job->n * job->h * job->w * job->c;
     int n, i, j, a, b;
     if (job->in_place) {
-        region = job->source + (((size_t)n0 * job->h + top) * job->w + job->left) * job->c;
+        region = job->source + (((ptrdiff_t)n0 * job->h + top) * job->w + job->left) * job->c;
         height = job->h;
         width = job->w;
     } else { /* copy the region, zero-padded */
@@ -9136,18 +9137,18 @@ static void CKCA__NAME(ckca__conv_task)(const ckca__conv_job *job, int task, flo
         if (l > width) l = width;
         if (middle < 0) middle = 0;
         for (n = n0; n < n0 + pictures; n++)
-            for (i = top; i < top + height; i++, to += (size_t)width * c) {
+            for (i = top; i < top + height; i++, to += (ptrdiff_t)width * c) {
                 int inside = i >= 0 && i < job->h ? middle : 0;
-                memset(to, 0, sizeof *to * l * c);
+                memset(to, 0, sizeof *to * (size_t)l * (size_t)c);
                 if (inside) {
-                    const float *from = job->source + (((size_t)n * job->h + i) * job->w + job->left + l) * c;
+                    const float *from = job->source + (((ptrdiff_t)n * job->h + i) * job->w + job->left + l) * c;
                     if (!job->norm)
-                        memcpy(to + l * c, from, sizeof *to * inside * c);
+                        memcpy(to + l * c, from, sizeof *to * (size_t)inside * (size_t)c);
                     else
                         for (j = 0; j < inside; j++)
                             CKCA__NAME(ckca__norm_copy)(job->norm, 0, c, from + j * c, to + (l + j) * c);
                 }
-                memset(to + (l + inside) * c, 0, sizeof *to * (width - l - inside) * c);
+                memset(to + (l + inside) * c, 0, sizeof *to * (size_t)(width - l - inside) * (size_t)c);
             }
     }
     for (a = 0; a < job->spread; a++)
@@ -9159,24 +9160,25 @@ static void CKCA__NAME(ckca__conv_task)(const ckca__conv_job *job, int task, flo
             if (job->next_offset && end - region > (ptrdiff_t)job->next_offset) next = region + job->next_offset;
             for (n = 0; n < pictures; n++)
                 for (i = 0; i < rows && i0 + i < y->count; i++) {
-                    const float *source = region + (((size_t)n * height + i * job->step + y->from - job->top) * width +
-                                                    x->from - job->left) *
-                                                       job->c;
+                    const float *source =
+                        region +
+                        (((ptrdiff_t)n * height + i * job->step + y->from - job->top) * width + x->from - job->left) *
+                            job->c;
                     float *output =
                         job->output +
-                        (((size_t)(n0 + n) * job->oh + y->at + (i0 + i) * job->spread) * job->ow + x->at) * job->k;
+                        (((ptrdiff_t)(n0 + n) * job->oh + y->at + (i0 + i) * job->spread) * job->ow + x->at) * job->k;
                     for (j = 0; j < x->count; j++, source += job->step * job->c, output += job->spread * job->k) {
                         from[count] = source;
                         to[count] = output;
                         if (++count == job->list) {
                             const float *ahead = job->next_offset && i + 1 < rows ? source + job->c : next;
                             CKCA__NAME(ckca__conv_list)
-                            (job, y, x, (size_t)width * job->c, count, from, to, ahead, scratch);
+                            (job, y, x, (ptrdiff_t)width * job->c, count, from, to, ahead, scratch);
                             count = 0;
                         }
                     }
                 }
-            CKCA__NAME(ckca__conv_list)(job, y, x, (size_t)width * job->c, count, from, to, next, scratch);
+            CKCA__NAME(ckca__conv_list)(job, y, x, (ptrdiff_t)width * job->c, count, from, to, next, scratch);
         }
 }
 
@@ -9184,7 +9186,8 @@ static void CKCA__NAME(ckca__conv_task)(const ckca__conv_job *job, int task, flo
    it needs. The first pixel is number at of `pixels`. With a norm, values is a multiple of the vector size and c is the
    first channel. */
 CKCA__INLINE void CKCA__NAME(ckca__panels)(const int WIDE, const int UNIT, int pixels, int at, int count, int values,
-                                           const ckca__norm *norm, int c, const float *from, size_t pitch, float *to) {
+                                           const ckca__norm *norm, int c, const float *from, ptrdiff_t pitch,
+                                           float *to) {
     for (; count > 0; count--, at++, from += pitch) {
         float *panel = to;
         int left = values, i;
@@ -9193,18 +9196,18 @@ CKCA__INLINE void CKCA__NAME(ckca__panels)(const int WIDE, const int UNIT, int p
         panel += at * ((left + UNIT - 1) / UNIT * UNIT);
         for (; left >= UNIT; left -= UNIT, i += UNIT, panel += UNIT)
             CKCA__NAME(ckca__norm_copy)(norm, c + i, UNIT, from + i, panel);
-        if (left > 0) memcpy(panel, from + i, sizeof *to * left); /* the rest of the UNIT is never stored */
+        if (left > 0) memcpy(panel, from + i, sizeof *to * (size_t)left); /* the rest of the UNIT is never stored */
     }
 }
-static void CKCA__NAME(ckca__row_panels)(int pixels, int values, const float *from, size_t pitch, float *to) {
+static void CKCA__NAME(ckca__row_panels)(int pixels, int values, const float *from, ptrdiff_t pitch, float *to) {
     CKCA__NAME(ckca__panels)(3 * CKCA__TILE, CKCA__TILE, pixels, 0, pixels, values, NULL, 0, from, pitch, to);
 }
-static void CKCA__NAME(ckca__lane_panels)(int pixels, int at, int count, int values, const float *from, size_t pitch,
+static void CKCA__NAME(ckca__lane_panels)(int pixels, int at, int count, int values, const float *from, ptrdiff_t pitch,
                                           float *to) {
     CKCA__NAME(ckca__panels)(CKCA__CHANNEL_BLOCK, CKCA__VW, pixels, at, count, values, NULL, 0, from, pitch, to);
 }
 static void CKCA__NAME(ckca__norm_panels)(int pixels, int at, int count, int values, const ckca__norm *norm, int c,
-                                          const float *from, size_t pitch, float *to) {
+                                          const float *from, ptrdiff_t pitch, float *to) {
     CKCA__NAME(ckca__panels)(CKCA__CHANNEL_BLOCK, CKCA__VW, pixels, at, count, values, norm, c, from, pitch, to);
 }
 
@@ -9220,7 +9223,8 @@ static void CKCA__NAME(ckca__conv_inside)(int tap, int pad, int stride, int size
 static void CKCA__NAME(ckca__conv_lanes)(const ckca__wgrad_job *job, size_t first, int pixels, int r, int t, int lane,
                                          int lanes, const float *zeros, float *to) {
     const ckca__conv *s = &job->s;
-    int picture = (int)(first / ((size_t)s->p * s->q)), p = (int)(first / s->q % s->p), q = (int)(first % s->q), at = 0;
+    int picture = (int)(first / ((size_t)s->p * (size_t)s->q)), p = (int)(first / (size_t)s->q % (size_t)s->p),
+        q = (int)(first % (size_t)s->q), at = 0;
     while (at < pixels) {
         int end = s->q - q < pixels - at ? s->q : q + pixels - at, left = q, right = end;
         int y = p * s->stride - s->pad + r;
@@ -9231,10 +9235,10 @@ static void CKCA__NAME(ckca__conv_lanes)(const ckca__wgrad_job *job, size_t firs
         row += (ptrdiff_t)(left * s->stride - s->pad + t) * s->c;
         if (s->norm) {
             CKCA__NAME(ckca__norm_panels)
-            (pixels, at + left - q, right - left, lanes, s->norm, lane, row, (size_t)s->stride * s->c, to);
+            (pixels, at + left - q, right - left, lanes, s->norm, lane, row, (ptrdiff_t)s->stride * s->c, to);
         } else {
             CKCA__NAME(ckca__lane_panels)
-            (pixels, at + left - q, right - left, lanes, row, (size_t)s->stride * s->c, to);
+            (pixels, at + left - q, right - left, lanes, row, (ptrdiff_t)s->stride * s->c, to);
         }
         CKCA__NAME(ckca__lane_panels)(pixels, at + right - q, end - right, lanes, zeros, 0, to);
         at += end - q;
@@ -9251,18 +9255,20 @@ static void CKCA__NAME(ckca__conv_patches)(const ckca__wgrad_job *job, size_t fi
     const ckca__conv *s = &job->s;
     int wide = s->s * s->c, r, i;
     for (; pixels > 0; pixels--, first++) {
-        int y = (int)(first / s->q % s->p) * s->stride - s->pad, x = (int)(first % s->q) * s->stride - s->pad;
+        int y = (int)(first / (size_t)s->q % (size_t)s->p) * s->stride - s->pad,
+            x = (int)(first % (size_t)s->q) * s->stride - s->pad;
         int low = x < 0 ? -x : 0, high = s->w - x < s->s ? s->w - x : s->s;
         for (r = 0; r < s->r; r++, y++, to += wide) {
-            const float *from = job->x + (((ptrdiff_t)(first / ((size_t)s->p * s->q)) * s->h + y) * s->w + x) * s->c;
+            const float *from =
+                job->x + (((ptrdiff_t)(first / ((size_t)s->p * (size_t)s->q)) * s->h + y) * s->w + x) * s->c;
             if (y < 0 || y >= s->h || high <= low)
-                memset(to, 0, sizeof *to * wide);
+                memset(to, 0, sizeof *to * (size_t)wide);
             else if (high - low == s->s && wide >= CKCA__VW) {
                 for (i = 0; i + CKCA__VW <= wide; i += CKCA__VW) CKCA__STORE(to + i, CKCA__LOAD(from + i));
                 CKCA__STORE(to + wide - CKCA__VW, CKCA__LOAD(from + wide - CKCA__VW));
             } else {
-                memset(to, 0, sizeof *to * wide);
-                memcpy(to + low * s->c, from + low * s->c, sizeof *to * (high - low) * s->c);
+                memset(to, 0, sizeof *to * (size_t)wide);
+                memcpy(to + low * s->c, from + low * s->c, sizeof *to * (size_t)(high - low) * (size_t)s->c);
             }
         }
     }
@@ -9271,8 +9277,8 @@ static void CKCA__NAME(ckca__conv_patches)(const ckca__wgrad_job *job, size_t fi
 /* The inner loop of the weight gradient: A rows x V vectors of sums stay in registers throughout the reduction over
    pixels. Only the existing rows and lanes are stored. Every pixel prefetches one line of next. */
 CKCA__INLINE void CKCA__NAME(ckca__outer_tile)(const int A, const int V, int pixels, const float *a, const float *b,
-                                               int rows, int lanes, float *out, size_t pitch, const float *next,
-                                               size_t step) {
+                                               int rows, int lanes, float *out, ptrdiff_t pitch, const float *next,
+                                               ptrdiff_t step) {
     CKCA__V sum[3 * CKCA__TILE][2];
     int i, v;
     CKCA__UNROLL for (i = 0; i < A; i++) {
@@ -9305,11 +9311,11 @@ CKCA__INLINE void CKCA__NAME(ckca__outer_tile)(const int A, const int V, int pix
     }
 }
 
-#define CKCA__OUTER_TILE(T, V)                                                                                      \
-    CKCA__NOINLINE void CKCA__NAME(ckca__outer_tile_##T##V)(int pixels, const float *a, const float *b, int rows,   \
-                                                            int lanes, float *out, size_t pitch, const float *next, \
-                                                            size_t step) {                                          \
-        CKCA__NAME(ckca__outer_tile)(T * CKCA__TILE, V, pixels, a, b, rows, lanes, out, pitch, next, step);         \
+#define CKCA__OUTER_TILE(T, V)                                                                                         \
+    CKCA__NOINLINE void CKCA__NAME(ckca__outer_tile_##T##V)(int pixels, const float *a, const float *b, int rows,      \
+                                                            int lanes, float *out, ptrdiff_t pitch, const float *next, \
+                                                            ptrdiff_t step) {                                          \
+        CKCA__NAME(ckca__outer_tile)(T * CKCA__TILE, V, pixels, a, b, rows, lanes, out, pitch, next, step);            \
     }
 CKCA__OUTER_TILE(1, 1)
 CKCA__OUTER_TILE(1, 2)
@@ -9321,10 +9327,10 @@ CKCA__OUTER_TILE(3, 2)
 
 /* Multiplies all panels of rows with all panels of lanes. */
 static void CKCA__NAME(ckca__outer)(const ckca__outer *o) {
-    static void (*const outer[3][2])(int, const float *, const float *, int, int, float *, size_t, const float *,
-                                     size_t) = {{CKCA__NAME(ckca__outer_tile_11), CKCA__NAME(ckca__outer_tile_12)},
-                                                {CKCA__NAME(ckca__outer_tile_21), CKCA__NAME(ckca__outer_tile_22)},
-                                                {CKCA__NAME(ckca__outer_tile_31), CKCA__NAME(ckca__outer_tile_32)}};
+    static void (*const outer[3][2])(int, const float *, const float *, int, int, float *, ptrdiff_t, const float *,
+                                     ptrdiff_t) = {{CKCA__NAME(ckca__outer_tile_11), CKCA__NAME(ckca__outer_tile_12)},
+                                                   {CKCA__NAME(ckca__outer_tile_21), CKCA__NAME(ckca__outer_tile_22)},
+                                                   {CKCA__NAME(ckca__outer_tile_31), CKCA__NAME(ckca__outer_tile_32)}};
     int panels = (o->rows + 3 * CKCA__TILE - 1) / (3 * CKCA__TILE), lines = (o->lanes + 15) / 16, tile = 0, left, size;
     int lanes = o->lanes;
     const float *a, *b = o->b;
@@ -9337,7 +9343,7 @@ static void CKCA__NAME(ckca__outer)(const ckca__outer *o) {
         for (left = o->rows; left > 0; left -= size, out += size * o->pitch, tile++) {
             /* The first tiles prefetch one panel of rows each, the next ones one line of lanes each. */
             const float *next = a;
-            size_t step = 0;
+            ptrdiff_t step = 0;
             if (tile < panels && o->next_a) {
                 next = o->next_a + tile * 3 * CKCA__TILE;
                 step = o->step_a;
@@ -9358,8 +9364,9 @@ static void CKCA__NAME(ckca__conv_weight_task)(const ckca__wgrad_job *job, int t
     const ckca__conv *s = &job->s;
     int lane = task % job->lane_tasks * job->task_lanes, row = task / job->lane_tasks % job->row_tasks * job->task_rows;
     int g = task / job->lane_tasks / job->row_tasks, taps = job->swap ? 1 : s->r * s->s, i, t;
-    size_t all = (size_t)s->n * s->p * s->q, per = (size_t)s->r * s->s * s->c;
-    size_t first = all * g / job->groups, end = all * (g + 1) / job->groups;
+    size_t all = (size_t)s->n * (size_t)s->p * (size_t)s->q;
+    ptrdiff_t per = (ptrdiff_t)s->r * s->s * s->c;
+    size_t first = all * (size_t)g / (size_t)job->groups, end = all * (size_t)(g + 1) / (size_t)job->groups;
     float *a = scratch, *b = scratch + job->at_b;
     float *zeros = scratch + job->at_zeros, *patches = scratch + job->at_patches;
     float *sums;
@@ -9368,28 +9375,29 @@ static void CKCA__NAME(ckca__conv_weight_task)(const ckca__wgrad_job *job, int t
     o.lanes = job->lanes - lane < job->task_lanes ? job->lanes - lane : job->task_lanes;
     o.a = a;
     o.b = b;
-    o.pitch = job->swap ? (size_t)s->k : per;
+    o.pitch = job->swap ? s->k : per;
     sums = job->sums + g * per * s->k + row * o.pitch + lane;
-    memset(zeros, 0, sizeof *zeros * o.lanes);
+    memset(zeros, 0, sizeof *zeros * (size_t)o.lanes);
     if (job->partial)
         for (i = 0; i < o.rows; i++)
-            for (t = 0; t < taps; t++) memset(sums + i * o.pitch + t * s->c, 0, sizeof *sums * o.lanes);
-    for (; first < end; first += o.pixels) {
+            for (t = 0; t < taps; t++) memset(sums + i * o.pitch + t * s->c, 0, sizeof *sums * (size_t)o.lanes);
+    for (; first < end; first += (size_t)o.pixels) {
         size_t next;
         o.pixels = end - first < (size_t)job->pixels ? (int)(end - first) : job->pixels;
-        next = first + o.pixels;
-        o.next_a = next < end && !job->swap ? job->dy + next * s->k + row : NULL;
+        next = first + (size_t)o.pixels;
+        o.next_a = next < end && !job->swap ? job->dy + next * (size_t)s->k + row : NULL;
         o.step_a = s->k;
         o.next_b = next >= end ? NULL
-                   : job->swap ? job->dy + next * s->k + lane
-                               : job->x + next * s->stride * s->stride * s->c + lane;
+                   : job->swap ? job->dy + next * (size_t)s->k + lane
+                               : job->x + next * (size_t)s->stride * (size_t)s->stride * (size_t)s->c + lane;
         o.step_b = job->swap ? s->k : s->stride * s->c;
         if (job->swap) {
             CKCA__NAME(ckca__conv_patches)(job, first, o.pixels, patches);
             CKCA__NAME(ckca__row_panels)(o.pixels, o.rows, patches + row, job->rows, a);
-            CKCA__NAME(ckca__lane_panels)(o.pixels, 0, o.pixels, o.lanes, job->dy + first * s->k + lane, s->k, b);
+            CKCA__NAME(ckca__lane_panels)
+            (o.pixels, 0, o.pixels, o.lanes, job->dy + first * (size_t)s->k + lane, s->k, b);
         } else
-            CKCA__NAME(ckca__row_panels)(o.pixels, o.rows, job->dy + first * s->k + row, s->k, a);
+            CKCA__NAME(ckca__row_panels)(o.pixels, o.rows, job->dy + first * (size_t)s->k + row, s->k, a);
         for (t = 0; t < taps; t++) {
             if (!job->swap)
                 CKCA__NAME(ckca__conv_lanes)(job, first, o.pixels, t / s->s, t % s->s, lane, o.lanes, zeros, b);
@@ -9570,8 +9578,8 @@ CKCA__INLINE void CKCA__NAME(ckca__wino_gather)(const int kind, const ckca__wino
                      : kind == CKCA__WINO_KIND_DX_2     ? 5
                                                         : 4; /* pixels of a tile along an axis */
     const int axis = kind == CKCA__WINO_KIND_SOURCE || kind == CKCA__WINO_KIND_DY ? 6 : 9;
-    size_t pitch = ckca__wino_pitch(job->block, maps->channels);
-    size_t step = (size_t)CKCA__GROUP * (group == CKCA__GROUP ? maps->channels : CKCA__VW);
+    ptrdiff_t pitch = ckca__wino_pitch(job->block, maps->channels);
+    ptrdiff_t step = (ptrdiff_t)CKCA__GROUP * (group == CKCA__GROUP ? maps->channels : CKCA__VW);
     const float *pixel[CKCA__GROUP][9 * 9];
     int t, i, j, k;
     for (; count > 0; count -= CKCA__GROUP, first += CKCA__GROUP, to += step) {
@@ -9589,7 +9597,7 @@ CKCA__INLINE void CKCA__NAME(ckca__wino_gather)(const int kind, const ckca__wino
         for (t = 0; t < tiles; t++)
             for (k = 0; k < maps->channels; k += CKCA__VW) {
                 const float *const *current = pixel[t], *const *next = pixel[t + 1 < tiles ? t + 1 : t];
-                float *at = to + (size_t)k * group + t * CKCA__VW;
+                float *at = to + (ptrdiff_t)k * group + t * CKCA__VW;
                 CKCA__V d[9], u[9], partial[9][9];
                 CKCA__ROLL for (j = 0; j < size; j++) {
                     CKCA__UNROLL for (i = 0; i < size; i++) {
@@ -9615,8 +9623,9 @@ static int CKCA__NAME(ckca__wino_channels)(const ckca__wino_job *job, int block)
 
 /* Transforms the weights of a block of output channels: [point][c][channels]. */
 static void CKCA__NAME(ckca__wino_pack)(const ckca__wino_job *job, int block, float *to) {
-    size_t in_step = job->rotated180 ? (size_t)9 * job->k : 1, out_step = job->rotated180 ? 1 : (size_t)9 * job->c;
-    size_t tap_step = job->rotated180 ? job->k : job->c;
+    ptrdiff_t in_step = job->rotated180 ? (ptrdiff_t)9 * job->k : 1,
+              out_step = job->rotated180 ? 1 : (ptrdiff_t)9 * job->c;
+    ptrdiff_t tap_step = job->rotated180 ? job->k : job->c;
     int first = block * CKCA__CHANNEL_BLOCK, channels = CKCA__NAME(ckca__wino_channels)(job, block);
     float taps[9][16][CKCA__CHANNEL_BLOCK];
     int c, i, k, t;
@@ -9628,7 +9637,7 @@ static void CKCA__NAME(ckca__wino_pack)(const ckca__wino_job *job, int block, fl
                 for (i = 0; i < 16; i++) {
                     __builtin_prefetch(from + (i + 16) * in_step);
                     __builtin_prefetch(from + (i + 16) * in_step + 16);
-                    memcpy(taps[t][i], from + i * in_step, sizeof(float) * channels);
+                    memcpy(taps[t][i], from + i * in_step, sizeof(float) * (size_t)channels);
                 }
             else
                 for (k = 0; k < channels; k++) {
@@ -9654,7 +9663,7 @@ static void CKCA__NAME(ckca__wino_pack)(const ckca__wino_job *job, int block, fl
                     else
                         CKCA__NAME(ckca__wino_weight)(partial[a], u);
                     CKCA__UNROLL for (b = 0; b < 6; b++)
-                        CKCA__STORE(to + ((size_t)(a * 6 + b) * job->c + c + i) * channels + k, u[b]);
+                        CKCA__STORE(to + ((ptrdiff_t)(a * 6 + b) * job->c + c + i) * channels + k, u[b]);
                 }
             }
     }
@@ -9703,24 +9712,24 @@ static void CKCA__NAME(ckca__wino_products)(int count, int two, int c, const flo
 CKCA__INLINE void CKCA__NAME(ckca__wino_scatter)(const int kind, const ckca__wino_job *job, int k0, int channels,
                                                  int first, int count, const float *from) {
     const int axis = kind == CKCA__WINO_KIND_SOURCE ? 6 : 9, outputs = kind == CKCA__WINO_KIND_DX_2 ? 8 : 4;
-    size_t pitch = ckca__wino_pitch(job->block, channels);
+    ptrdiff_t pitch = ckca__wino_pitch(job->block, channels);
     int t, k, i, j;
     for (t = 0; t < count; t++) {
         int tile = first + t, picture = tile / (job->across * job->down), rest = tile % (job->across * job->down);
         int top = rest / job->across * outputs, left = rest % job->across * outputs;
         int rows = job->oh - top < outputs ? job->oh - top : outputs;
         int cols = job->ow - left < outputs ? job->ow - left : outputs;
-        size_t at = (((size_t)picture * job->oh + top) * job->ow + left) * job->k + k0;
+        ptrdiff_t at = (((ptrdiff_t)picture * job->oh + top) * job->ow + left) * job->k + k0;
         for (k = 0; k < channels; k += CKCA__VW, at += CKCA__VW) {
             CKCA__V m[9], y[8], partial[8][9], bias = job->bias ? CKCA__LOAD(job->bias + k0 + k) : CKCA__SET(0.0f);
             CKCA__ROLL for (j = 0; j < axis; j++) {
                 CKCA__UNROLL for (i = 0; i < axis; i++) m[i] =
-                    CKCA__LOAD(from + (i * axis + j) * pitch + (size_t)t * channels + k);
+                    CKCA__LOAD(from + (i * axis + j) * pitch + (ptrdiff_t)t * channels + k);
                 CKCA__NAME(ckca__wino_inverse)(kind, m, y);
                 CKCA__UNROLL for (i = 0; i < outputs; i++) partial[i][j] = y[i];
             }
             CKCA__ROLL for (i = 0; i < rows; i++) {
-                size_t to = at + (size_t)i * job->ow * job->k;
+                ptrdiff_t to = at + (ptrdiff_t)i * job->ow * job->k;
                 CKCA__NAME(ckca__wino_inverse)(kind, partial[i], y);
                 CKCA__UNROLL for (j = 0; j < outputs; j++) {
                     if (j < cols) {
@@ -9746,9 +9755,9 @@ static void CKCA__NAME(ckca__wino_task)(const ckca__wino_job *job, int task, flo
     float *zeros = scratch, *pixels = zeros + job->c;
     float *sums = pixels + job->elements * ckca__wino_pitch(job->block, job->c);
     float *own = sums + job->elements * ckca__wino_pitch(job->block, CKCA__CHANNEL_BLOCK);
-    size_t per = (size_t)CKCA__WINO_ELEMENTS * job->c * CKCA__CHANNEL_BLOCK;
+    ptrdiff_t per = (ptrdiff_t)CKCA__WINO_ELEMENTS * job->c * CKCA__CHANNEL_BLOCK;
     const float *weights = job->packed ? job->packed + from * per : own;
-    memset(zeros, 0, sizeof *zeros * job->c);
+    memset(zeros, 0, sizeof *zeros * (size_t)job->c);
     if (!job->packed)
         for (b = from; b < to; b++) CKCA__NAME(ckca__wino_pack)(job, b, own + (b - from) * per);
     for (tile = begin; tile < end; tile += job->block) {
@@ -9767,7 +9776,7 @@ static void CKCA__NAME(ckca__wino_task)(const ckca__wino_job *job, int task, flo
             for (i = 0; i < job->elements; i++) {
                 CKCA__NAME(ckca__wino_products)
                 (count, channels > CKCA__VW, job->c, pixels + i * ckca__wino_pitch(job->block, job->c),
-                 weights + (b - from) * per + (size_t)ckca__wino_weight_index(job, i) * job->c * channels,
+                 weights + (b - from) * per + (ptrdiff_t)ckca__wino_weight_index(job, i) * job->c * channels,
                  sums + i * ckca__wino_pitch(job->block, channels));
             }
 #define CKCA__WINO_SCATTER(kind) \
@@ -9787,7 +9796,7 @@ static void CKCA__NAME(ckca__wino_task)(const ckca__wino_job *job, int task, flo
    first: to is overwritten. */
 CKCA__INLINE void CKCA__NAME(ckca__wino_outer)(const int V, int c, int block, int count, int first, const float *dy,
                                                const float *x, float *to) {
-    size_t vector = (size_t)block * CKCA__VW; /* floats from one vector's tiles to the next's */
+    ptrdiff_t vector = (ptrdiff_t)block * CKCA__VW; /* floats from one vector's tiles to the next's */
     CKCA__V sum[2 * CKCA__TILE][2];
     int i, v;
     CKCA__UNROLL for (i = 0; i < 2 * CKCA__TILE; i++) {
@@ -9816,13 +9825,13 @@ static void CKCA__NAME(ckca__wino_weight_task)(const ckca__wino_job *job, int ta
     int begin = (int)((long long)job->tiles * part / job->parts);
     int end = (int)((long long)job->tiles * (part + 1) / job->parts);
     int k0 = job->k / 16 * range / job->ranges * 16, channels = job->k / 16 * (range + 1) / job->ranges * 16 - k0;
-    size_t c_pitch = ckca__wino_pitch(job->block, job->c), k_pitch = ckca__wino_pitch(job->block, channels);
+    ptrdiff_t c_pitch = ckca__wino_pitch(job->block, job->c), k_pitch = ckca__wino_pitch(job->block, channels);
     float *zeros = scratch, *x = zeros + (job->c > job->k ? job->c : job->k);
     float *dy = x + job->elements * c_pitch, *sums = dy + job->elements * k_pitch;
     ckca__wino_maps range_dy = job->dy;
     range_dy.at += k0;
     range_dy.channels = channels;
-    memset(zeros, 0, sizeof *zeros * (x - zeros));
+    memset(zeros, 0, sizeof *zeros * (size_t)(x - zeros));
     for (tile = begin; tile < end; tile += job->block) {
         int count = end - tile < job->block ? end - tile : job->block;
         if (job->stride == 1) {
@@ -9837,9 +9846,10 @@ static void CKCA__NAME(ckca__wino_weight_task)(const ckca__wino_job *job, int ta
             int at = ckca__wino_weight_index(job, i), first = tile == begin && i / job->axis < 6 && i % job->axis < 6;
             for (c = 0; c < job->c; c += CKCA__CHANNEL_BLOCK)
                 for (k = 0; k < channels; k += 2 * CKCA__TILE) {
-                    const float *a = dy + i * k_pitch + (size_t)k / CKCA__VW * job->block * CKCA__VW + k % CKCA__VW;
-                    const float *b = x + i * c_pitch + (size_t)c * job->block;
-                    float *to = sums + ((size_t)at * channels + k) * job->c + c;
+                    const float *a =
+                        dy + i * k_pitch + (ptrdiff_t)(k / CKCA__VW) * job->block * CKCA__VW + k % CKCA__VW;
+                    const float *b = x + i * c_pitch + (ptrdiff_t)c * job->block;
+                    float *to = sums + ((ptrdiff_t)at * channels + k) * job->c + c;
                     if (job->c - c > CKCA__VW)
                         CKCA__NAME(ckca__wino_outer)(2, job->c, job->block, count, first, a, b, to);
                     else
@@ -9850,10 +9860,10 @@ static void CKCA__NAME(ckca__wino_weight_task)(const ckca__wino_job *job, int ta
     for (k = 0; k < channels; k++)
         for (c = 0; c < job->c; c += CKCA__VW) {
             CKCA__V u[6], g[3], partial[3][6];
-            float *to = job->sums + (((size_t)part * job->k + k0 + k) * 9) * job->c + c;
+            float *to = job->sums + (((ptrdiff_t)part * job->k + k0 + k) * 9) * job->c + c;
             CKCA__ROLL for (j = 0; j < 6; j++) {
                 CKCA__UNROLL for (i = 0; i < 6; i++) u[i] =
-                    CKCA__LOAD(sums + ((size_t)(i * 6 + j) * channels + k) * job->c + c);
+                    CKCA__LOAD(sums + ((ptrdiff_t)(i * 6 + j) * channels + k) * job->c + c);
                 if (job->stride == 2)
                     CKCA__NAME(ckca__wino_pair_weight_transposed)(u, g);
                 else
@@ -9891,7 +9901,7 @@ static inline void CKCA__NAME(ckca__moments_rows)(int rows, size_t cols, const f
     for (; j + CKCA__VW <= cols; j += CKCA__VW) {
         CKCA__V m = CKCA__LOAD(shift + j), s = CKCA__LOAD(sum + j), q = CKCA__LOAD(square + j);
         for (r = 0; r < rows; r++) {
-            CKCA__V d = CKCA__SUB(CKCA__LOAD(x + r * cols + j), m);
+            CKCA__V d = CKCA__SUB(CKCA__LOAD(x + (size_t)r * cols + j), m);
             s = CKCA__ADD(s, d);
             q = CKCA__FMA(d, d, q);
         }
@@ -9900,7 +9910,7 @@ static inline void CKCA__NAME(ckca__moments_rows)(int rows, size_t cols, const f
     }
     for (; j < cols; j++)
         for (r = 0; r < rows; r++) {
-            float d = x[r * cols + j] - shift[j];
+            float d = x[(size_t)r * cols + j] - shift[j];
             sum[j] += d;
             square[j] += d * d;
         }
@@ -10151,9 +10161,9 @@ static void CKCA__NAME(ckca__maxpool_pixel)(int c, int taps, const float *const 
 }
 
 /* One input pixel's gradient: see ckca__naive_maxpool_pixel_backward. */
-static void CKCA__NAME(ckca__maxpool_pixel_backward)(int c, int taps, const size_t *from, const unsigned char *position,
-                                                     const float *dy, const unsigned char *at, float *dx,
-                                                     int accumulate) {
+static void CKCA__NAME(ckca__maxpool_pixel_backward)(int c, int taps, const ptrdiff_t *from,
+                                                     const unsigned char *position, const float *dy,
+                                                     const unsigned char *at, float *dx, int accumulate) {
     int j = 0, t;
     for (; j + CKCA__VW <= c; j += CKCA__VW) {
         CKCA__V sum = accumulate ? CKCA__LOAD(dx + j) : CKCA__SET(0);
@@ -10170,7 +10180,7 @@ static void CKCA__NAME(ckca__maxpool_pixel_backward)(int c, int taps, const size
     for (; j < c; j++) {
         float sum = accumulate ? dx[j] : 0;
         for (t = 0; t < taps; t++)
-            if (at[from[t] + (size_t)j] == position[t]) sum += dy[from[t] + (size_t)j];
+            if (at[from[t] + j] == position[t]) sum += dy[from[t] + j];
         dx[j] = sum;
     }
 }
@@ -10266,6 +10276,9 @@ static void ckca__device_staging_close(ckca_context *ctx, void *staging) { ckca_
 #define CKCA__SUM_BLOCKS 256   /* blocks of a long sum, a double each */
 #define CKCA__BLOCK 32768      /* values per block of element-wise ops */
 #define CKCA__TABLE_WIDTH 1024 /* floats that a table or a wide sum holds, see ckca__fused_rows */
+
+/* Values of a map of n x h x w x c. */
+static size_t ckca__map_size(int n, int h, int w, int c) { return (size_t)n * (size_t)h * (size_t)w * (size_t)c; }
 
 /* ckca__parallel, but on the caller's thread alone if the tasks cover too few values to be worth waking others. */
 static void ckca__parallel_over(ckca_context *ctx, size_t values, int tasks,
@@ -10365,8 +10378,8 @@ static void ckca__conv_plan(ckca__conv_job *job, const ckca__conv *shape, int gr
     job->tap_step = gradient ? -s.stride : 1;
     job->norm = gradient ? NULL : s.norm;
     job->tap = s.c;
-    job->in = gradient ? (size_t)s.r * s.s * s.c : 1;
-    job->out = gradient ? 1 : (size_t)s.r * s.s * s.c;
+    job->in = gradient ? (ptrdiff_t)s.r * s.s * s.c : 1;
+    job->out = gradient ? 1 : (ptrdiff_t)s.r * s.s * s.c;
     job->top = ckca__conv_axes(job->y, gradient, s.r, s.stride, s.pad, job->oh, &job->extra_h);
     job->left = ckca__conv_axes(job->x, gradient, s.s, s.stride, s.pad, job->ow, &extra_w);
     job->width = (job->x->count - 1) * job->step + extra_w;
@@ -10375,22 +10388,23 @@ static void ckca__conv_plan(ckca__conv_job *job, const ckca__conv *shape, int gr
                     (!job->norm || s.r * s.s == 1);
 
     /* As many rows as fit the region, or whole pictures if several fit; fewer if that makes too few tasks. */
-    row = (size_t)job->width * job->c;
-    job->rows = CKCA__CONV_REGION / (job->step * row) < (size_t)job->y->count
-                    ? (int)(CKCA__CONV_REGION / (job->step * row))
+    row = (size_t)job->width * (size_t)job->c;
+    job->rows = CKCA__CONV_REGION / ((size_t)job->step * row) < (size_t)job->y->count
+                    ? (int)(CKCA__CONV_REGION / ((size_t)job->step * row))
                     : job->y->count;
     if (job->rows < 1) job->rows = 1;
     bands = (job->y->count + job->rows - 1) / job->rows;
     least = (CKCA__CONV_TASKS + job->n - 1) / job->n;
     if (bands < least) bands = least;
     job->rows = (job->y->count + bands - 1) / bands;
-    region = ((size_t)(job->rows - 1) * job->step + job->extra_h) * row;
+    region = ((size_t)(job->rows - 1) * (size_t)job->step + (size_t)job->extra_h) * row;
     job->pictures = 1;
     if (bands == 1)
-        while (region * (job->pictures + 1) <= CKCA__CONV_REGION && (job->pictures + 1) * CKCA__CONV_TASKS <= job->n &&
+        while (region * (size_t)(job->pictures + 1) <= CKCA__CONV_REGION &&
+               (job->pictures + 1) * CKCA__CONV_TASKS <= job->n &&
                job->pictures * job->y->count * job->x->count < CKCA__CONV_LIST)
             job->pictures++;
-    job->scratch_size = job->in_place ? 0 : ckca__round_up(region * job->pictures, 16);
+    job->scratch_size = job->in_place ? 0 : ckca__round_up(region * (size_t)job->pictures, 16);
 
     /* Pixels read in place need no region: a list takes as many pixels as fit L2 beside the weights, and a task takes
        whole tiles. */
@@ -10405,9 +10419,9 @@ static void ckca__conv_plan(ckca__conv_job *job, const ckca__conv *shape, int gr
         if (job->list > share) job->list = share > 12 ? share : 12;
         job->rows = s.h / (4 * CKCA__CONV_TASKS) / job->list * job->list;
         if (job->rows < job->list) job->rows = job->list;
-        job->next_offset = (size_t)job->rows * job->c;
+        job->next_offset = (ptrdiff_t)job->rows * job->c;
     }
-    if (job->copy_pixels) job->scratch_size = (size_t)job->list * (job->c + 16);
+    if (job->copy_pixels) job->scratch_size = (size_t)job->list * (size_t)(job->c + 16);
 }
 /* Floats from one thread's scratch to the next. Rounded up to 2 MiB, a huge page, so that it is mostly the same for all
    ops: each thread then finds its scratch in its own cache, not in another core's (10% of a ResNet-20 step on two cores
@@ -10426,7 +10440,7 @@ static void ckca__conv_pack_run(void *argument, int task, int thread) {
 }
 static void ckca__conv_task_run(void *argument, int task, int thread) {
     const ckca__conv_job *job = (const ckca__conv_job *)argument;
-    CKCA__DISPATCH(job, ckca__conv_task, (job, task, job->scratch + thread * job->scratch_size));
+    CKCA__DISPATCH(job, ckca__conv_task, (job, task, job->scratch + (size_t)thread * job->scratch_size));
 }
 /* Packs the weights, then runs the tasks. ws: each thread's scratch, then the packed weights. */
 static void ckca__conv_run(ckca_context *ctx, ckca__conv_job *job, void *ws) {
@@ -10434,7 +10448,7 @@ static void ckca__conv_run(ckca_context *ctx, ckca__conv_job *job, void *ws) {
     job->isa = ctx->isa;
     job->scratch_size = ckca__scratch_stride(ctx, job->scratch_size);
     job->scratch = (float *)ws;
-    job->packed = job->scratch + ctx->threads * job->scratch_size;
+    job->packed = job->scratch + (size_t)ctx->threads * job->scratch_size;
     ckca__parallel(ctx, job->spread * job->spread * blocks, ckca__conv_pack_run, job);
     tasks = (job->n + job->pictures - 1) / job->pictures * ((job->y->count + job->rows - 1) / job->rows);
     ckca__parallel(ctx, tasks, ckca__conv_task_run, job);
@@ -10442,7 +10456,7 @@ static void ckca__conv_run(ckca_context *ctx, ckca__conv_job *job, void *ws) {
 /* Plans the weight gradient: groups of pixels with sums of their own, as long as these stay small; then ranges of the
    side that is more expensive to read, so that it is read once. */
 static void ckca__conv_weight_plan(const ckca_context *ctx, ckca__wgrad_job *job, const ckca__conv *s) {
-    size_t sums = (size_t)s->r * s->s * s->c * s->k, pixels = (size_t)s->n * s->p * s->q, most = pixels;
+    size_t sums = ckca__map_size(s->k, s->r, s->s, s->c), pixels = ckca__map_size(s->n, s->p, s->q, 1), most = pixels;
     int splits, both;
     memset(job, 0, sizeof *job);
     job->s = *s;
@@ -10468,26 +10482,28 @@ static void ckca__conv_weight_plan(const ckca_context *ctx, ckca__wgrad_job *job
 
     /* Scratch for any split and so for any number of pixels: the last, short batch fits too. */
     both = job->rows + job->lanes;
-    most = (size_t)CKCA__CONV_PIXELS * both;
+    most = (size_t)CKCA__CONV_PIXELS * (size_t)both;
     if (most > CKCA__CONV_PANELS) most = CKCA__CONV_PANELS;
-    if (most < (size_t)16 * both) most = (size_t)16 * both;
-    job->at_b = (size_t)job->pixels * ckca__round_up(job->task_rows, 12) + 16 * (job->task_rows / 6 + 1);
+    if (most < (size_t)16 * (size_t)both) most = (size_t)16 * (size_t)both;
+    job->at_b =
+        (size_t)job->pixels * ckca__round_up((size_t)job->task_rows, 12) + (size_t)(16 * (job->task_rows / 6 + 1));
     job->at_b = ckca__round_up(job->at_b, 16);
-    job->at_zeros =
-        job->at_b + (size_t)job->pixels * ckca__round_up(job->task_lanes, 32) + 16 * (job->task_lanes / 8 + 1);
-    job->at_patches = job->at_zeros + ckca__round_up(job->task_lanes, 16);
-    job->scratch_size = most + CKCA__CONV_PIXELS * 48 + 16 * (job->rows / 6 + job->lanes / 8 + 4) + job->lanes + 32;
-    if (job->swap) job->scratch_size += (size_t)CKCA__CONV_PIXELS * job->rows;
+    job->at_zeros = job->at_b + (size_t)job->pixels * ckca__round_up((size_t)job->task_lanes, 32) +
+                    (size_t)(16 * (job->task_lanes / 8 + 1));
+    job->at_patches = job->at_zeros + ckca__round_up((size_t)job->task_lanes, 16);
+    job->scratch_size =
+        most + CKCA__CONV_PIXELS * 48 + (size_t)(16 * (job->rows / 6 + job->lanes / 8 + 4)) + (size_t)job->lanes + 32;
+    if (job->swap) job->scratch_size += (size_t)CKCA__CONV_PIXELS * (size_t)job->rows;
     job->scratch_size = ckca__scratch_stride(ctx, job->scratch_size);
 }
 static void ckca__conv_weight_run(void *argument, int task, int thread) {
     const ckca__wgrad_job *job = (const ckca__wgrad_job *)argument;
-    CKCA__DISPATCH(job, ckca__conv_weight_task, (job, task, job->scratch + thread * job->scratch_size));
+    CKCA__DISPATCH(job, ckca__conv_weight_task, (job, task, job->scratch + (size_t)thread * job->scratch_size));
 }
 /* Output channel k: dw += the sums of all groups. */
 static void ckca__conv_weight_reduce(void *argument, int k, int thread) {
     const ckca__wgrad_job *job = (const ckca__wgrad_job *)argument;
-    size_t per = (size_t)job->s.r * job->s.s * job->s.c, all = per * job->s.k, i;
+    ptrdiff_t per = (ptrdiff_t)job->s.r * job->s.s * job->s.c, all = per * job->s.k, i;
     float *to = job->dw + k * per;
     const float *sums = job->sums;
     int g;
@@ -10516,7 +10532,7 @@ static void ckca__conv_bias_block(void *job, int block, int thread) {
         float sum[32];
         memset(sum, 0, sizeof sum);
         for (row = begin; row < a->rows && row < begin + 256; row++)
-            for (i = 0; i < count; i++) sum[i] += a->dy[row * a->k + first + i];
+            for (i = 0; i < count; i++) sum[i] += a->dy[row * (size_t)a->k + (size_t)first + (size_t)i];
         for (i = 0; i < count; i++) total[i] += sum[i];
     }
     for (i = 0; i < count; i++) a->dbias[first + i] += (float)total[i];
@@ -10589,10 +10605,11 @@ static int ckca__wino_plan(const ckca_context *ctx, ckca__wino_job *job, const c
     if (job->block > 96) job->block = 96;
     least = pass < 2 ? 24 : s->stride == 1 ? 72 : 36; /* amortises a pass over dw's sums in the transform domain */
     if (job->block < least) job->block = least;
-    job->scratch_size = job->c > job->k ? job->c : job->k;
-    job->scratch_size += job->elements * ckca__wino_pitch(job->block, job->c);
-    job->scratch_size += job->elements * ckca__wino_pitch(job->block, channels);
-    job->scratch_size += (size_t)CKCA__WINO_ELEMENTS * job->c * (pass == 2 ? channels : (blocks + 7) / 8 * lanes);
+    job->scratch_size = (size_t)(job->c > job->k ? job->c : job->k);
+    job->scratch_size += (size_t)(job->elements * ckca__wino_pitch(job->block, job->c));
+    job->scratch_size += (size_t)(job->elements * ckca__wino_pitch(job->block, channels));
+    job->scratch_size +=
+        (size_t)CKCA__WINO_ELEMENTS * (size_t)job->c * (size_t)(pass == 2 ? channels : (blocks + 7) / 8 * lanes);
     if (job->block > job->tiles) job->block = (job->tiles + 11) / 12 * 12;
     job->scratch_size = ckca__scratch_stride(ctx, job->scratch_size);
     return 1;
@@ -10606,11 +10623,11 @@ static size_t ckca__wino_workspace(const ckca_context *ctx, const ckca__conv *s)
         size_t floats;
         if (!ckca__wino_plan(ctx, &job, s, pass)) continue;
         /* Fewer tiles never need more parts, nor use one range where more tiles use several. */
-        floats = job.scratch_size * ctx->threads; /* scratch first, then what threads share */
+        floats = job.scratch_size * (size_t)ctx->threads; /* scratch first, then what threads share */
         if (pass == 2)
-            floats += job.parts > 1 ? (size_t)job.parts * 9 * job.c * job.k : 0;
+            floats += job.parts > 1 ? (size_t)job.parts * 9 * (size_t)job.c * (size_t)job.k : 0;
         else if (job.ranges == 1)
-            floats += (size_t)CKCA__WINO_ELEMENTS * job.c * ckca__round_up(job.k, 32);
+            floats += (size_t)CKCA__WINO_ELEMENTS * (size_t)job.c * ckca__round_up((size_t)job.k, 32);
         if (floats > most) most = floats;
     }
     return most;
@@ -10620,29 +10637,29 @@ static void ckca__wino_pack_run(void *argument, int b, int thread) {
     const ckca__wino_job *job = (const ckca__wino_job *)argument;
     int lanes = 2 * ckca__conv_vector(job->isa);
     (void)thread;
-    CKCA__DISPATCH(job, ckca__wino_pack, (job, b, job->packed + (size_t)b * CKCA__WINO_ELEMENTS * job->c * lanes));
+    CKCA__DISPATCH(job, ckca__wino_pack, (job, b, job->packed + (ptrdiff_t)b * CKCA__WINO_ELEMENTS * job->c * lanes));
 }
 static void ckca__wino_task_run(void *argument, int task, int thread) {
     const ckca__wino_job *job = (const ckca__wino_job *)argument;
-    CKCA__DISPATCH(job, ckca__wino_task, (job, task, job->scratch + thread * job->scratch_size));
+    CKCA__DISPATCH(job, ckca__wino_task, (job, task, job->scratch + (size_t)thread * job->scratch_size));
 }
 static void ckca__wino_run(ckca_context *ctx, ckca__wino_job *job, void *ws) {
     int lanes = 2 * ckca__conv_vector(ctx->isa);
     job->scratch = (float *)ws;
     if (job->ranges == 1) {
-        job->packed = job->scratch + ctx->threads * job->scratch_size;
+        job->packed = job->scratch + (size_t)ctx->threads * job->scratch_size;
         ckca__parallel(ctx, (job->k + lanes - 1) / lanes, ckca__wino_pack_run, job);
     }
     ckca__parallel(ctx, job->parts * job->ranges, ckca__wino_task_run, job);
 }
 static void ckca__wino_weight_task_run(void *argument, int task, int thread) {
     const ckca__wino_job *job = (const ckca__wino_job *)argument;
-    CKCA__DISPATCH(job, ckca__wino_weight_task, (job, task, job->scratch + thread * job->scratch_size));
+    CKCA__DISPATCH(job, ckca__wino_weight_task, (job, task, job->scratch + (size_t)thread * job->scratch_size));
 }
 /* Output channel k: dw += the sums of all parts. */
 static void ckca__wino_weight_reduce(void *argument, int k, int thread) {
     const ckca__wino_job *job = (const ckca__wino_job *)argument;
-    size_t per = (size_t)9 * job->c, all = per * job->k, i;
+    ptrdiff_t per = (ptrdiff_t)9 * job->c, all = per * job->k, i;
     int part;
     (void)thread;
     for (part = 0; part < job->parts; part++)
@@ -10651,14 +10668,15 @@ static void ckca__wino_weight_reduce(void *argument, int k, int thread) {
 static void ckca__wino_weight_run(ckca_context *ctx, ckca__wino_job *job, float *dw, void *ws) {
     job->output = dw;
     job->scratch = (float *)ws;
-    job->sums = job->parts > 1 ? job->scratch + ctx->threads * job->scratch_size : dw;
+    job->sums = job->parts > 1 ? job->scratch + (size_t)ctx->threads * job->scratch_size : dw;
     ckca__parallel(ctx, job->parts * job->ranges, ckca__wino_weight_task_run, job);
     if (job->parts > 1) ckca__parallel(ctx, job->k, ckca__wino_weight_reduce, job);
 }
 #endif /* CKCA__SIMD */
 
 CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *s) {
-    size_t taps = ckca__mul(s->r, s->s), floats = ckca__mul(taps, ckca__mul(s->c, s->k));
+    size_t taps = ckca__mul((size_t)s->r, (size_t)s->s),
+           floats = ckca__mul(taps, ckca__mul((size_t)s->c, (size_t)s->k));
 #ifdef CKCA__SIMD
     if (!ckca__conv_is_naive(ctx, s)) {
         ckca__conv_job job;
@@ -10669,12 +10687,12 @@ CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *
             floats *= CKCA__CONV_GROUPS; /* partial sums */
         else if (floats < CKCA__CONV_PARTIAL)
             floats = CKCA__CONV_PARTIAL;
-        floats = ckca__sum(floats, ckca__mul(weight.scratch_size, ctx->threads));
+        floats = ckca__sum(floats, ckca__mul(weight.scratch_size, (size_t)ctx->threads));
         for (gradient = 0; gradient < 2; gradient++) {
             size_t packed;
             ckca__conv_plan(&job, s, gradient);
-            packed = ckca__mul(taps, ckca__mul(job.c, ckca__round_up(job.k, 16)));
-            packed = ckca__sum(packed, ckca__mul(ckca__scratch_stride(ctx, job.scratch_size), ctx->threads));
+            packed = ckca__mul(taps, ckca__mul((size_t)job.c, ckca__round_up((size_t)job.k, 16)));
+            packed = ckca__sum(packed, ckca__mul(ckca__scratch_stride(ctx, job.scratch_size), (size_t)ctx->threads));
             if (packed > floats) floats = packed;
         }
         if (ckca__wino_workspace(ctx, s) > floats) floats = ckca__wino_workspace(ctx, s);
@@ -10775,7 +10793,7 @@ CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv 
         wino.source.at = x;
         wino.dy.at = dy;
         ckca__wino_weight_run(ctx, &wino, dw, ws);
-        if (dbias) ckca__conv_bias_gradient(ctx, (size_t)s->n * s->p * s->q, s->k, dy, dbias);
+        if (dbias) ckca__conv_bias_gradient(ctx, ckca__map_size(s->n, s->p, s->q, 1), s->k, dy, dbias);
         return;
     }
     if (!ckca__conv_is_naive(ctx, s)) {
@@ -10786,10 +10804,10 @@ CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv 
         job.dy = dy;
         job.dw = dw;
         job.scratch = (float *)ws;
-        job.sums = job.partial ? job.scratch + job.scratch_size * ctx->threads : dw;
+        job.sums = job.partial ? job.scratch + job.scratch_size * (size_t)ctx->threads : dw;
         ckca__parallel(ctx, job.groups * job.row_tasks * job.lane_tasks, ckca__conv_weight_run, &job);
         if (job.partial) ckca__parallel(ctx, s->k, ckca__conv_weight_reduce, &job);
-        if (dbias) ckca__conv_bias_gradient(ctx, (size_t)s->n * s->p * s->q, s->k, dy, dbias);
+        if (dbias) ckca__conv_bias_gradient(ctx, ckca__map_size(s->n, s->p, s->q, 1), s->k, dy, dbias);
         return;
     }
 #endif
@@ -10837,7 +10855,7 @@ static void ckca__fold_sums(size_t cols, int c, const float *wide, float *sum) {
     int j;
     for (j = 0; j < c; j++) sum[j] = wide[j];
     for (i = (size_t)c; i < cols; i += (size_t)c)
-        for (j = 0; j < c; j++) sum[j] += wide[i + j];
+        for (j = 0; j < c; j++) sum[j] += wide[i + (size_t)j];
 }
 typedef struct ckca__batchnorm_sums {
     const ckca_context *ctx;
@@ -11073,10 +11091,10 @@ static void ckca__op_batchnorm_backward(ckca_context *ctx, int bf16, size_t rows
                                         accumulate_residual};
         for (j = 0; j < c; j++) {
             table[j] = norm->mean[j];
-            table[cols + j] = gamma[j] * inv_std[j];
-            table[2 * cols + j] = norm->beta[j];
+            table[cols + (size_t)j] = gamma[j] * inv_std[j];
+            table[2 * cols + (size_t)j] = norm->beta[j];
         }
-        for (j = 0; j < 3; j++) ckca__broadcast_row(cols, c, table + j * cols, table + j * cols);
+        for (j = 0; j < 3; j++) ckca__broadcast_row(cols, c, table + (size_t)j * cols, table + (size_t)j * cols);
         ckca__parallel_over(ctx, rows * (size_t)c, blocks, ckca__batchnorm_products, &job);
         memset(sum, 0, 2 * (size_t)c * sizeof *sum);
         for (b = 0; b < blocks; b++)
@@ -11085,10 +11103,10 @@ static void ckca__op_batchnorm_backward(ckca_context *ctx, int bf16, size_t rows
             double xhat_g = product[j] * inv_std[j], scale = (double)gamma[j] * inv_std[j];
             dbeta[j] += (float)sum[j];
             dgamma[j] += (float)xhat_g;
-            table[3 * cols + j] = (float)(scale * inv_std[j] * xhat_g / (double)rows);
-            table[4 * cols + j] = (float)(scale * sum[j] / (double)rows);
+            table[3 * cols + (size_t)j] = (float)(scale * inv_std[j] * xhat_g / (double)rows);
+            table[4 * cols + (size_t)j] = (float)(scale * sum[j] / (double)rows);
         }
-        for (j = 3; j < 5; j++) ckca__broadcast_row(cols, c, table + j * cols, table + j * cols);
+        for (j = 3; j < 5; j++) ckca__broadcast_row(cols, c, table + (size_t)j * cols, table + (size_t)j * cols);
         ckca__parallel_over_reverse(ctx, rows * (size_t)c, blocks, ckca__batchnorm_backward_block, &job);
         return;
     }
@@ -11206,11 +11224,11 @@ static void ckca__maxpool_row(void *job, int row, int thread) {
     int h0 = row % s->p * s->stride - s->pad, q, i, j;
     (void)thread;
     for (q = 0; q < s->q; q++) {
-        size_t o = ((size_t)row * (size_t)s->q + (size_t)q) * (size_t)s->c;
+        ptrdiff_t o = ((ptrdiff_t)row * s->q + q) * s->c;
         int w0 = q * s->stride - s->pad, taps = 0;
         for (i = h0 < 0 ? -h0 : 0; i < s->r && h0 + i < s->h; i++)
             for (j = w0 < 0 ? -w0 : 0; j < s->s && w0 + j < s->w; j++) {
-                from[taps] = a->x + (((size_t)(row / s->p) * s->h + (h0 + i)) * s->w + (w0 + j)) * s->c;
+                from[taps] = a->x + (((ptrdiff_t)(row / s->p) * s->h + h0 + i) * s->w + w0 + j) * s->c;
                 position[taps++] = (unsigned char)(i * s->s + j);
             }
 #ifdef CKCA__SIMD
@@ -11227,7 +11245,7 @@ static void ckca__maxpool_row(void *job, int row, int thread) {
 static void ckca__op_maxpool_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y,
                                      unsigned char *at) {
     ckca__maxpool job = {ctx, s, x, y, at};
-    ckca__parallel_over(ctx, (size_t)s->n * s->p * s->q * s->c, s->n * s->p, ckca__maxpool_row, &job);
+    ckca__parallel_over(ctx, ckca__map_size(s->n, s->p, s->q, s->c), s->n * s->p, ckca__maxpool_row, &job);
 }
 
 typedef struct ckca__maxpool_gradient {
@@ -11244,18 +11262,18 @@ typedef struct ckca__maxpool_gradient {
 static void ckca__maxpool_backward_row(void *job, int row, int thread) {
     const ckca__maxpool_gradient *a = (const ckca__maxpool_gradient *)job;
     const ckca__conv *s = a->s;
-    size_t from[CKCA__TAPS];
+    ptrdiff_t from[CKCA__TAPS];
     unsigned char position[CKCA__TAPS];
     int h = row % s->h + s->pad, w, p, q; /* row in the padded input, where window p starts at p stride */
     int p0 = h < s->r ? 0 : (h - s->r) / s->stride + 1, p1 = h / s->stride < s->p ? h / s->stride : s->p - 1;
     (void)thread;
     for (w = s->pad; w < s->w + s->pad; w++) {
         int q0 = w < s->s ? 0 : (w - s->s) / s->stride + 1, q1 = w / s->stride < s->q ? w / s->stride : s->q - 1;
-        float *to = a->dx + ((size_t)row * s->w + (w - s->pad)) * s->c;
+        float *to = a->dx + ((ptrdiff_t)row * s->w + w - s->pad) * s->c;
         int taps = 0;
         for (p = p0; p <= p1; p++)
             for (q = q0; q <= q1; q++) {
-                from[taps] = (((size_t)(row / s->h) * s->p + p) * s->q + q) * s->c;
+                from[taps] = (((ptrdiff_t)(row / s->h) * s->p + p) * s->q + q) * s->c;
                 position[taps++] = (unsigned char)((h - p * s->stride) * s->s + w - q * s->stride);
             }
 #ifdef CKCA__SIMD
@@ -11272,31 +11290,31 @@ static void ckca__maxpool_backward_row(void *job, int row, int thread) {
 static void ckca__op_maxpool_backward(ckca_context *ctx, const ckca__conv *s, const float *dy, const unsigned char *at,
                                       float *dx, int accumulate) {
     ckca__maxpool_gradient job = {ctx, s, dy, at, dx, accumulate};
-    ckca__parallel_over(ctx, (size_t)s->n * s->h * s->w * s->c, s->n * s->h, ckca__maxpool_backward_row, &job);
+    ckca__parallel_over(ctx, ckca__map_size(s->n, s->h, s->w, s->c), s->n * s->h, ckca__maxpool_backward_row, &job);
 }
 
 static void ckca__op_avgpool_forward(ckca_context *ctx, int bf16, int n, int area, int c, const float *x, float *y) {
     ckca__avgpool job = {area, c, x, y, 0};
     (void)bf16;
-    ckca__parallel_over(ctx, (size_t)n * area * c, n, ckca__avgpool_picture, &job);
+    ckca__parallel_over(ctx, (size_t)n * (size_t)area * (size_t)c, n, ckca__avgpool_picture, &job);
 }
 
 static void ckca__op_avgpool_backward(ckca_context *ctx, int bf16, int n, int area, int c, const float *dy, float *dx,
                                       int accumulate) {
     ckca__avgpool job = {area, c, dy, dx, accumulate};
     (void)bf16;
-    ckca__parallel_over(ctx, (size_t)n * area * c, n, ckca__avgpool_backward_picture, &job);
+    ckca__parallel_over(ctx, (size_t)n * (size_t)area * (size_t)c, n, ckca__avgpool_backward_picture, &job);
 }
 
 static void ckca__op_subsample_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y) {
     ckca__subsample job = {s, x, y, 0};
-    ckca__parallel_over(ctx, (size_t)s->n * s->p * s->q * s->k, s->n, ckca__subsample_picture, &job);
+    ckca__parallel_over(ctx, ckca__map_size(s->n, s->p, s->q, s->k), s->n, ckca__subsample_picture, &job);
 }
 
 static void ckca__op_subsample_backward(ckca_context *ctx, const ckca__conv *s, const float *dy, float *dx,
                                         int accumulate) {
     ckca__subsample job = {s, dy, dx, accumulate};
-    ckca__parallel_over(ctx, (size_t)s->n * s->h * s->w * s->c, s->n, ckca__subsample_backward_picture, &job);
+    ckca__parallel_over(ctx, ckca__map_size(s->n, s->h, s->w, s->c), s->n, ckca__subsample_backward_picture, &job);
 }
 
 /* Exponentials and sums are in double precision, since the terms are differences of nearly equal numbers when student
@@ -11325,8 +11343,8 @@ static void ckca__op_cross_entropy(ckca_context *ctx, int n, int k, const float 
             sum += row[j];
             rank += row[j] > row[label] || (row[j] == row[label] && j < label);
             if (dlogits)
-                dlogits[(size_t)i * (size_t)k + j] =
-                    (float)((exp(row[j] - lse) - (j == label ? 1 - smoothing : 0) - smoothing / k) / n);
+                dlogits[(ptrdiff_t)i * k + j] =
+                    (float)((exp(row[j] - lse) - (j == label ? 1 - smoothing : 0) - smoothing / (float)k) / n);
         }
         loss[i] = (float)(lse - (1 - smoothing) * row[label] - smoothing * (sum / k));
         hit[i] = lse == lse ? (rank == 0) | (rank < 5) << 1 : 0;
@@ -11340,7 +11358,7 @@ static void ckca__op_softmax(ckca_context *ctx, int n, int k, const float *logit
         const float *row = logits + (size_t)i * (size_t)k;
         double lse = ckca__log_sum_exp(k, row, 1);
         int j;
-        for (j = 0; j < k; j++) p[(size_t)i * (size_t)k + j] = (float)exp(row[j] - lse);
+        for (j = 0; j < k; j++) p[(ptrdiff_t)i * k + j] = (float)exp(row[j] - lse);
     }
 }
 
@@ -11382,7 +11400,7 @@ static void ckca__op_adakd(ckca_context *ctx, ckca_adakd form, int n, int k, con
         for (j = 0; j < k; j++) {
             double log_s = s[j] / t - lse_s, log_o = o[j] / t - lse_o, p_o = exp(log_o);
             kl += p_o * (log_o - log_s);
-            dlogits[(size_t)i * (size_t)k + j] += (float)(scale * t * a * (exp(log_s) - p_o) / n);
+            dlogits[(ptrdiff_t)i * k + j] += (float)(scale * t * a * (exp(log_s) - p_o) / n);
         }
         loss[i] = (float)(t * t * a * kl);
     }
@@ -11508,7 +11526,7 @@ static void ckca__op_featreg(ckca_context *ctx, ckca_featreg form, int bf16, int
     (void)bf16;
     (void)bf16_teacher;
     if (form != CKCA_FEATREG_RELATION) {
-        ckca__parallel_over(ctx, (size_t)n * d, n, ckca__featreg_row, &job);
+        ckca__parallel_over(ctx, (size_t)n * (size_t)d, n, ckca__featreg_row, &job);
         return;
     }
     for (i = 0; i < n; i++) {
@@ -11517,7 +11535,7 @@ static void ckca__op_featreg(ckca_context *ctx, ckca_featreg form, int bf16, int
         job.inv_f[i] = ckca__inverse_norm(ckca__vector_dot(ctx, (size_t)d, fi, fi));
         job.inv_o[i] = ckca__inverse_norm(ckca__vector_dot(ctx, (size_t)d_teacher, oi, oi));
     }
-    ckca__parallel_over(ctx, (size_t)n * n * d, n, ckca__featreg_relation, &job);
+    ckca__parallel_over(ctx, (size_t)n * (size_t)n * (size_t)d, n, ckca__featreg_relation, &job);
 }
 
 static void ckca__op_sum(ckca_context *ctx, int n, const float *values, double *sum) {
@@ -11661,12 +11679,13 @@ static void ckca__augment_jitter(const ckca__framing *f, int area, int c, float 
     size_t i, count = (size_t)area * (size_t)c;
     double mean = 0;
     for (i = 0; i < count; i++) v[i] = ckca__augment_clamp(v[i] * f->brightness);
-    for (i = 0; i < count; i += (size_t)c) mean += ckca__augment_grey(c, v + i) / area;
+    for (i = 0; i < count; i += (size_t)c) mean += ckca__augment_grey(c, v + i) / (float)area;
     for (i = 0; i < count; i++) v[i] = ckca__augment_clamp(f->contrast * v[i] + (1 - f->contrast) * (float)mean);
     for (i = 0; i < count && c == 3; i += 3) {
         float grey = ckca__augment_grey(c, v + i);
         int j;
-        for (j = 0; j < 3; j++) v[i + j] = ckca__augment_clamp(f->saturation * v[i + j] + (1 - f->saturation) * grey);
+        for (j = 0; j < 3; j++)
+            v[i + (size_t)j] = ckca__augment_clamp(f->saturation * v[i + (size_t)j] + (1 - f->saturation) * grey);
     }
 }
 
@@ -11706,14 +11725,14 @@ static void ckca__batch_picture(void *job, int i, int thread) {
     if (!jitter) return;
     ckca__augment_jitter(&f, h * w, c, to);
     for (at = 0; at < size; at += (size_t)c)
-        for (j = 0; j < c; j++) to[at + j] = (to[at + j] / 255 - mean[j]) / std[j];
+        for (j = 0; j < c; j++) to[at + (size_t)j] = (to[at + (size_t)j] / 255 - mean[j]) / std[j];
 }
 
 static void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, const unsigned char *pixels, int gathered,
                            const int *index, const ckca_augment *augment, uint64_t seed, const int *epoch,
                            const float *mean, const float *std, float *out) {
     ckca__batch job = {h, w, c, pixels, gathered, index, augment, seed, epoch ? *epoch : 0, mean, std, out};
-    ckca__parallel_over(ctx, (size_t)n * h * w * c, n, ckca__batch_picture, &job);
+    ckca__parallel_over(ctx, ckca__map_size(n, h, w, c), n, ckca__batch_picture, &job);
 }
 
 #endif /* CKCA__HOST_OPS */
