@@ -8802,7 +8802,6 @@ static int ckca__wino_weight_index(const ckca__wino_job *job, int element) {
     return (i < 5 ? i : 5) * 6 + (j < 5 ? j : 5);
 }
 
-#ifdef CKCA__SIMD
 #ifndef CKCA_FILE
 #define CKCA_FILE "ckca.h" /* define this if you rename the header */
 #endif
@@ -8832,7 +8831,6 @@ static int ckca__wino_weight_index(const ckca__wino_job *job, int element) {
     } while (0)
 #else
 #define CKCA__DISPATCH(ctx, name, args) name##_128 args
-#endif
 #endif
 #endif /* CKCA__SIMD */
 
@@ -9220,11 +9218,11 @@ static void CKCA__NAME(ckca__conv_inside)(int tap, int pad, int stride, int size
 }
 
 /* Packs what output pixels from first on read under tap (r, t): x's channels from lane on. */
-static void CKCA__NAME(ckca__conv_lanes)(const ckca__wgrad_job *job, size_t first, int pixels, int r, int t, int lane,
-                                         int lanes, const float *zeros, float *to) {
+static void CKCA__NAME(ckca__conv_lanes)(const ckca__wgrad_job *job, ptrdiff_t first, int pixels, int r, int t,
+                                         int lane, int lanes, const float *zeros, float *to) {
     const ckca__conv *s = &job->s;
-    int picture = (int)(first / ((size_t)s->p * (size_t)s->q)), p = (int)(first / (size_t)s->q % (size_t)s->p),
-        q = (int)(first % (size_t)s->q), at = 0;
+    int picture = (int)(first / ((ptrdiff_t)s->p * s->q)), p = (int)(first / s->q % s->p), q = (int)(first % s->q),
+        at = 0;
     while (at < pixels) {
         int end = s->q - q < pixels - at ? s->q : q + pixels - at, left = q, right = end;
         int y = p * s->stride - s->pad + r;
@@ -9251,16 +9249,14 @@ static void CKCA__NAME(ckca__conv_lanes)(const ckca__wgrad_job *job, size_t firs
 }
 
 /* im2col: the patch of R x S x C values that each output pixel from first on reads. */
-static void CKCA__NAME(ckca__conv_patches)(const ckca__wgrad_job *job, size_t first, int pixels, float *to) {
+static void CKCA__NAME(ckca__conv_patches)(const ckca__wgrad_job *job, ptrdiff_t first, int pixels, float *to) {
     const ckca__conv *s = &job->s;
     int wide = s->s * s->c, r, i;
     for (; pixels > 0; pixels--, first++) {
-        int y = (int)(first / (size_t)s->q % (size_t)s->p) * s->stride - s->pad,
-            x = (int)(first % (size_t)s->q) * s->stride - s->pad;
+        int y = (int)(first / s->q % s->p) * s->stride - s->pad, x = (int)(first % s->q) * s->stride - s->pad;
         int low = x < 0 ? -x : 0, high = s->w - x < s->s ? s->w - x : s->s;
         for (r = 0; r < s->r; r++, y++, to += wide) {
-            const float *from =
-                job->x + (((ptrdiff_t)(first / ((size_t)s->p * (size_t)s->q)) * s->h + y) * s->w + x) * s->c;
+            const float *from = job->x + ((first / ((ptrdiff_t)s->p * s->q) * s->h + y) * s->w + x) * s->c;
             if (y < 0 || y >= s->h || high <= low)
                 memset(to, 0, sizeof *to * (size_t)wide);
             else if (high - low == s->s && wide >= CKCA__VW) {
@@ -9364,9 +9360,8 @@ static void CKCA__NAME(ckca__conv_weight_task)(const ckca__wgrad_job *job, int t
     const ckca__conv *s = &job->s;
     int lane = task % job->lane_tasks * job->task_lanes, row = task / job->lane_tasks % job->row_tasks * job->task_rows;
     int g = task / job->lane_tasks / job->row_tasks, taps = job->swap ? 1 : s->r * s->s, i, t;
-    size_t all = (size_t)s->n * (size_t)s->p * (size_t)s->q;
-    ptrdiff_t per = (ptrdiff_t)s->r * s->s * s->c;
-    size_t first = all * (size_t)g / (size_t)job->groups, end = all * (size_t)(g + 1) / (size_t)job->groups;
+    ptrdiff_t all = (ptrdiff_t)s->n * s->p * s->q, per = (ptrdiff_t)s->r * s->s * s->c;
+    ptrdiff_t first = all * g / job->groups, end = all * (g + 1) / job->groups;
     float *a = scratch, *b = scratch + job->at_b;
     float *zeros = scratch + job->at_zeros, *patches = scratch + job->at_patches;
     float *sums;
@@ -9381,23 +9376,23 @@ static void CKCA__NAME(ckca__conv_weight_task)(const ckca__wgrad_job *job, int t
     if (job->partial)
         for (i = 0; i < o.rows; i++)
             for (t = 0; t < taps; t++) memset(sums + i * o.pitch + t * s->c, 0, sizeof *sums * (size_t)o.lanes);
-    for (; first < end; first += (size_t)o.pixels) {
-        size_t next;
-        o.pixels = end - first < (size_t)job->pixels ? (int)(end - first) : job->pixels;
-        next = first + (size_t)o.pixels;
-        o.next_a = next < end && !job->swap ? job->dy + next * (size_t)s->k + row : NULL;
+    for (; first < end; first += o.pixels) {
+        ptrdiff_t next;
+        o.pixels = end - first < job->pixels ? (int)(end - first) : job->pixels;
+        next = first + o.pixels;
+        o.next_a = next < end && !job->swap ? job->dy + next * s->k + row : NULL;
         o.step_a = s->k;
         o.next_b = next >= end ? NULL
-                   : job->swap ? job->dy + next * (size_t)s->k + lane
-                               : job->x + next * (size_t)s->stride * (size_t)s->stride * (size_t)s->c + lane;
+                   : job->swap ? job->dy + next * s->k + lane
+                               : job->x + next * s->stride * s->stride * s->c + lane;
         o.step_b = job->swap ? s->k : s->stride * s->c;
         if (job->swap) {
             CKCA__NAME(ckca__conv_patches)(job, first, o.pixels, patches);
             CKCA__NAME(ckca__row_panels)(o.pixels, o.rows, patches + row, job->rows, a);
             CKCA__NAME(ckca__lane_panels)
-            (o.pixels, 0, o.pixels, o.lanes, job->dy + first * (size_t)s->k + lane, s->k, b);
+            (o.pixels, 0, o.pixels, o.lanes, job->dy + first * s->k + lane, s->k, b);
         } else
-            CKCA__NAME(ckca__row_panels)(o.pixels, o.rows, job->dy + first * (size_t)s->k + row, s->k, a);
+            CKCA__NAME(ckca__row_panels)(o.pixels, o.rows, job->dy + first * s->k + row, s->k, a);
         for (t = 0; t < taps; t++) {
             if (!job->swap)
                 CKCA__NAME(ckca__conv_lanes)(job, first, o.pixels, t / s->s, t % s->s, lane, o.lanes, zeros, b);
@@ -10525,14 +10520,14 @@ static void ckca__conv_bias_block(void *job, int block, int thread) {
     const ckca__bias_gradient *a = (const ckca__bias_gradient *)job;
     int first = block * 32, count = a->k - first < 32 ? a->k - first : 32, i;
     double total[32];
-    size_t row, begin;
+    ptrdiff_t row, begin, rows = (ptrdiff_t)a->rows;
     (void)thread;
     for (i = 0; i < 32; i++) total[i] = 0;
-    for (begin = 0; begin < a->rows; begin += 256) {
+    for (begin = 0; begin < rows; begin += 256) {
         float sum[32];
         memset(sum, 0, sizeof sum);
-        for (row = begin; row < a->rows && row < begin + 256; row++)
-            for (i = 0; i < count; i++) sum[i] += a->dy[row * (size_t)a->k + (size_t)first + (size_t)i];
+        for (row = begin; row < rows && row < begin + 256; row++)
+            for (i = 0; i < count; i++) sum[i] += a->dy[row * a->k + first + i];
         for (i = 0; i < count; i++) total[i] += sum[i];
     }
     for (i = 0; i < count; i++) a->dbias[first + i] += (float)total[i];
