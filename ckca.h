@@ -8507,7 +8507,7 @@ static void ckca__pool_enter(ckca__pool *pool) {
         if (pthread_create(&worker->thread, NULL, ckca__pool_worker, worker)) break;
     }
 }
-/* A call of ckca__parallel_run on all threads. */
+/* ckca__parallel_run on all threads. */
 static void ckca__pool_run(ckca__pool *pool, int tasks, int reverse, void (*work)(void *job, int task, int thread),
                            void *job) {
     int shares, woken, i;
@@ -8543,7 +8543,7 @@ static void ckca__pool_run(ckca__pool *pool, int tasks, int reverse, void (*work
     while (pool->finished < tasks) pthread_cond_wait(&pool->done, &pool->mutex);
     pthread_mutex_unlock(&pool->mutex);
 }
-/* The threads of a context that asked for this many; 0: one per processor. */
+/* Resolves the number of threads that a context asked for: 0 is one per processor. */
 static int ckca__pool_threads(int threads) {
     long count = threads ? threads : sysconf(_SC_NPROCESSORS_ONLN);
     return count < 1 ? 1 : count > 4096 ? 4096 : (int)count;
@@ -8585,7 +8585,7 @@ static void ckca__lock(ckca_context *ctx) {
 static void ckca__unlock(ckca_context *ctx) {
     if (ctx->pool) pthread_mutex_unlock(&ctx->pool->shared);
 }
-#else
+#else /* everything runs on the caller's thread */
 static void ckca__pool_run(struct ckca__pool *pool, int tasks, int reverse,
                            void (*work)(void *job, int task, int thread), void *job) {
     (void)pool, (void)tasks, (void)reverse, (void)work, (void)job;
@@ -8628,6 +8628,7 @@ static void ckca__parallel(ckca_context *ctx, int tasks, void (*work)(void *job,
    single-threaded: the ops share work out among threads.
    =================================================================================================================== */
 
+/* The best instruction set that this processor supports. */
 static ckca_isa ckca__best_isa(void) {
 #if !defined(CKCA__SIMD)
     return CKCA_ISA_PLAIN;
@@ -8658,7 +8659,7 @@ enum {
     CKCA__CONV_MAX_STRIDE = 8,   /* largest stride of the vector kernels: phases per axis */
     CKCA__CONV_REGION = 1 << 16, /* floats of source per task */
     CKCA__CONV_TASKS = 16,       /* tasks of the forward pass and the input gradient, at least, if possible */
-    CKCA__CONV_LIST = 240,       /* output pixels per list, which meets all weights in turn: whole tiles */
+    CKCA__CONV_LIST = 240,       /* output pixels per list, which runs through all weights: whole tiles */
     CKCA__CONV_PIXELS = 256,     /* weight gradient: output pixels per region, and at least per group */
     CKCA__CONV_PANELS = 1 << 17, /* weight gradient: floats of panels, which fit L2 */
     CKCA__CONV_GROUPS = 8,       /* weight gradient: tasks, at least, if possible */
@@ -11312,7 +11313,9 @@ static void ckca__op_subsample_backward(ckca_context *ctx, const ckca__conv *s, 
     ckca__parallel_over(ctx, ckca__map_size(s->n, s->h, s->w, s->c), s->n, ckca__subsample_backward_picture, &job);
 }
 
-/* Exponentials and sums are in double precision, since the terms are differences of nearly equal numbers when student
+/* ---- losses ----
+
+   Exponentials and sums are in double precision, since the terms are differences of nearly equal numbers when student
    and teacher agree; n x k is so small that one thread suffices. */
 
 /* log sum_j exp(z_j / t), with the maximum subtracted so that nothing overflows. NaN or +inf in z gives NaN. */
