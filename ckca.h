@@ -3357,11 +3357,12 @@ typedef enum ckca__kind {
     CKCA__KIND_MAXPOOL,
     CKCA__KIND_AVGPOOL,
     CKCA__KIND_SUBSAMPLE,
-    CKCA__KIND_LINEAR
+    CKCA__KIND_LINEAR,
+    CKCA__KIND_COUNT
 } ckca__kind;
 
 /* The words of the graph's text (see ckca__graph_write), by kind. */
-static const char *const ckca__kind_name[] = {"input",   "conv",    "bn",        "relu",  "add",
+static const char *const ckca__kind_name[CKCA__KIND_COUNT] = {"input",   "conv",    "bn",        "relu",  "add",
                                               "maxpool", "avgpool", "subsample", "linear"};
 
 enum { CKCA__NAME_MAX = 64, CKCA__NODES_MAX = 10000, CKCA__BATCH_MAX = 1000000, CKCA__MODES = 8 };
@@ -3382,7 +3383,7 @@ typedef struct ckca__node {
     int folded;              /* convolution: 1: in evaluation the batch norm's tail runs it */
     int head, source, residual,
         relu; /* of a tail: its batch norm or -1; what it reads; what it adds or -1; ReLU last */
-    size_t value[CKCA__MODES], grad[CKCA__MODES], at[CKCA__MODES]; /* offsets per picture in the plan of each mode */
+    size_t value[CKCA__MODES], grad[CKCA__MODES], side[CKCA__MODES]; /* offsets per picture in the plan of each mode */
     size_t packed_weights; /* convolution: offset in bytes in model->ready, as it was filled last */
     size_t now;            /* in a backward pass: where its output lies, as value or made again */
     size_t saved;          /* batch norm: offset of mean, then inv_std, in model->saved */
@@ -3464,6 +3465,22 @@ struct ckca_model {
 /* A mode says what a forward has to leave behind, and so which plan holds: what backward needs, the stages' outputs for
    FeatReg, all outputs for a caller to read. */
 enum { CKCA__MODE_EVALUATE = 0, CKCA__MODE_TRAIN = 1, CKCA__MODE_STAGES = 2, CKCA__MODE_READABLE = 4 };
+
+/* In EXECUTION: */
+static void ckca__shape(const ckca_model *m, const ckca__node *node, int n, int mode, ckca__conv *s);
+static int ckca__stand_in(const ckca_model *m, int i, int mode, const ckca__norm **norm);
+static float *ckca__value(const ckca_model *m, int i);
+static float *ckca__value_now(const ckca_model *m, int i);
+static float *ckca__grad(const ckca_model *m, int i);
+static void *ckca__side(const ckca_model *m, int i);
+static float *ckca__param(const ckca_model *m, const ckca__node *node, float *arena, int which);
+static size_t ckca__rows(const ckca__node *x, int n);
+static const float *ckca__input(const ckca_model *m, int i);
+static const float *ckca__input_now(const ckca_model *m, int i);
+static float *ckca__grad_into(ckca_model *m, int i, int *add);
+
+/* In MEMORY PLAN: */
+static size_t ckca__node_floats(const ckca__node *x);
 
 /* ---- building ---- */
 
@@ -3593,6 +3610,55 @@ static ckca__parameter *ckca__add_parameter(ckca_model *m, const char *suffix, c
     return p;
 }
 
+/* ---- layers ----
+
+   Everything about one kind of layer stands together: the builder, which checks shapes, then the functions that its row
+   of ckca__layers names. The other sections walk the table and know no kind, with one exception: ckca__fuse groups
+   convolution, batch norm, add and ReLU, and the batch norm's row runs such a group.
+
+   forward and backward run node i of m, whose batch, mode and buffers are set. backward reads the output's gradient,
+   writes or adds to the gradient of what the node read (ckca__grad_into) and adds to its parameters'. */
+
+/* A parameter of a node in one of the arenas: which of the node's parameters, in the order they were added. */
+enum {
+    CKCA__PARAM_WEIGHT = 0,
+    CKCA__PARAM_BIAS,
+    CKCA__PARAM_GAMMA = 0,
+    CKCA__PARAM_BETA,
+    CKCA__PARAM_MEAN,
+    CKCA__PARAM_VAR
+};
+
+/* What the memory plan, fusion, the choice of bfloat16 and the arenas ask about a kind. */
+enum {
+    CKCA__LAYER_READS_INPUT = 1,      /* backward reads what forward read */
+    CKCA__LAYER_READS_OUTPUT = 2,     /* backward reads what forward wrote (the ReLU's gate) */
+    CKCA__LAYER_NORMALIZES = 4,       /* it can do the work of a batch norm in front of it, where ckca__may_norm */
+    CKCA__LAYER_CONVOLUTION = 8,      /* its first parameter is a convolution's and is packed, see ckca__pack_weights */
+    CKCA__LAYER_BATCH_STATISTICS = 16, /* training leaves mean and inv_std of each channel in model->saved */
+    CKCA__LAYER_FROM_PICTURES = 32,   /* reads float32 pictures and can give bfloat16 */
+    CKCA__LAYER_TO_FLOAT32 = 64,      /* reads either and gives float32 */
+    CKCA__LAYER_LOGITS = 128          /* reads and gives float32; the logits are the output of such a node */
+};
+
+enum { CKCA__LAYER_NUMBERS = 5 };
+
+typedef struct ckca__layer {
+    int inputs, named;                  /* nodes that it reads; 1: it has a name, which its parameters' names begin with */
+    size_t number[CKCA__LAYER_NUMBERS]; /* its numbers in the graph's text: where in ckca__node they are; 0: no more */
+    unsigned flags;                     /* CKCA__LAYER_... */
+    int (*build)(ckca_model *m, const char *name, const int *number); /* of the text; number: inputs, then the above */
+    void (*forward)(ckca_model *m, int i);
+    void (*backward)(ckca_model *m, int i);
+    size_t (*workspace)(const ckca_model *m, const ckca__node *x, int n, int mode); /* bytes of scratch for n pictures */
+    size_t (*side)(const ckca__node *x); /* floats per picture that forward leaves to backward beside y; NULL: none */
+} ckca__layer;
+
+static size_t ckca__workspace_map(const ckca_model *m, const ckca__node *x, int n, int mode) {
+    (void)mode;
+    return ckca__op_workspace(m->ctx, ckca__rows(x, n), x->c);
+}
+
 CKCA_API int ckca_layer_input(ckca_model *m) {
     ckca__node *node;
     if (m && m->nodes && !m->failed && !m->finished)
@@ -3603,6 +3669,11 @@ CKCA_API int ckca_layer_input(ckca_model *m) {
     node->w = m->width;
     node->c = m->channels;
     return ckca__accept(m, node);
+}
+
+static int ckca__build_input(ckca_model *m, const char *name, const int *number) {
+    (void)name, (void)number;
+    return ckca_layer_input(m);
 }
 
 /* Output length of a window over length values, 0 if it does not fit. */
@@ -3645,6 +3716,46 @@ CKCA_API int ckca_layer_conv(ckca_model *m, const char *name, int input, ckca_co
     return ckca__accept(m, node);
 }
 
+static int ckca__build_conv(ckca_model *m, const char *name, const int *number) {
+    ckca_conv_desc desc;
+    desc.out = number[1];
+    desc.kernel = number[2];
+    desc.stride = number[3];
+    desc.pad = number[4];
+    desc.bias = number[5];
+    return ckca_layer_conv(m, name, number[0], desc);
+}
+
+static void ckca__forward_conv(ckca_model *m, int i) {
+    const ckca__node *x = &m->node[i];
+    ckca__conv s;
+    ckca__shape(m, x, m->n, m->mode, &s);
+    ckca__op_conv_forward(m->ctx, &s, ckca__input(m, i), ckca__param(m, x, m->values, CKCA__PARAM_WEIGHT),
+                          x->bias ? ckca__param(m, x, m->values, CKCA__PARAM_BIAS) : NULL, NULL, 0, ckca__value(m, i),
+                          m->workspace);
+}
+
+static void ckca__backward_conv(ckca_model *m, int i) {
+    const ckca__node *x = &m->node[i];
+    const float *dy = ckca__grad(m, i);
+    int add;
+    float *dx = ckca__grad_into(m, x->source, &add);
+    ckca__conv s;
+    ckca__shape(m, x, m->n, m->mode, &s);
+    ckca__op_conv_backward_weight(m->ctx, &s, ckca__input_now(m, i), dy,
+                                  ckca__param(m, x, m->gradients, CKCA__PARAM_WEIGHT),
+                                  x->bias ? ckca__param(m, x, m->gradients, CKCA__PARAM_BIAS) : NULL, m->workspace);
+    if (dx)
+        ckca__op_conv_backward_data(m->ctx, &s, dy, ckca__param(m, x, m->values, CKCA__PARAM_WEIGHT), dx, add,
+                                    m->workspace);
+}
+
+static size_t ckca__workspace_conv(const ckca_model *m, const ckca__node *x, int n, int mode) {
+    ckca__conv s;
+    ckca__shape(m, x, n, mode, &s);
+    return ckca__conv_workspace(m->ctx, &s);
+}
+
 CKCA_API int ckca_layer_batchnorm(ckca_model *m, const char *name, int input) {
     ckca__node *node = ckca__add_node(m, CKCA__KIND_BATCHNORM, name ? name : "", input, -1, 1);
     int c;
@@ -3660,6 +3771,60 @@ CKCA_API int ckca_layer_batchnorm(ckca_model *m, const char *name, int input) {
     return ckca__accept(m, node);
 }
 
+static int ckca__build_batchnorm(ckca_model *m, const char *name, const int *number) {
+    return ckca_layer_batchnorm(m, name, number[0]);
+}
+
+/* Node i is the tail of the group: batch norm (+ add) (+ ReLU), in evaluation with the convolution it is folded into. */
+static void ckca__forward_batchnorm(ckca_model *m, int i) {
+    ckca__node *x = &m->node[i];
+    const ckca__node *bn = &m->node[x->head], *source = &m->node[x->source];
+    const ckca__norm *residual_norm;
+    const int other = ckca__stand_in(m, x->residual, m->mode, &residual_norm);
+    const float *residual = other >= 0 ? ckca__value(m, other) : NULL;
+    const size_t rows = ckca__rows(x, m->n);
+    float *y = ckca__value(m, i);
+    float *gamma = ckca__param(m, bn, m->values, CKCA__PARAM_GAMMA),
+          *beta = ckca__param(m, bn, m->values, CKCA__PARAM_BETA);
+    float *mean = ckca__param(m, bn, m->values, CKCA__PARAM_MEAN),
+          *var = ckca__param(m, bn, m->values, CKCA__PARAM_VAR);
+    if (m->mode & CKCA__MODE_TRAIN) {
+        float *saved = m->saved + bn->saved, *inv_std = saved + ckca__round_up((size_t)x->c, 16);
+        x->norm.mean = saved;
+        x->norm.inv_std = inv_std;
+        x->norm.gamma = gamma;
+        x->norm.beta = beta;
+        x->norm.relu = x->relu;
+        ckca__op_batchnorm_forward(m->ctx, x->bf16, rows, x->c, ckca__value(m, x->source), gamma, beta, mean, var,
+                                   residual, residual_norm, x->relu, x->fused_into_reader[m->mode] ? NULL : y, saved,
+                                   inv_std, m->workspace);
+    } else if (source->folded) {
+        ckca__conv s;
+        ckca__shape(m, source, m->n, m->mode, &s);
+        ckca__op_conv_forward(m->ctx, &s, ckca__value(m, source->in[0]),
+                              ckca__param(m, source, m->folded, CKCA__PARAM_WEIGHT),
+                              ckca__param(m, bn, m->folded, CKCA__PARAM_BETA), residual, x->relu, y, m->workspace);
+    } else {
+        ckca__op_batchnorm_eval(m->ctx, x->bf16, rows, x->c, ckca__value(m, x->source), gamma, beta, mean, var,
+                                residual, x->relu, y);
+    }
+}
+
+static void ckca__backward_batchnorm(ckca_model *m, int i) {
+    const ckca__node *x = &m->node[i], *bn = &m->node[x->head];
+    const size_t rows = ckca__rows(x, m->n);
+    int add, add_residual;
+    float *dy = ckca__grad(m, i), *dresidual = ckca__grad_into(m, x->residual, &add_residual);
+    float *to = ckca__grad_into(m, x->source, &add);
+    /* Where its input has a gradient already (or needs none), dx takes the place of dy and is added from there. */
+    float *dx = add || !to ? dy : to;
+    ckca__op_batchnorm_backward(m->ctx, x->bf16, rows, x->c, ckca__value_now(m, x->source),
+                                x->residual >= 0 ? ckca__value_now(m, i) : NULL, dy, &x->norm, dx, dresidual,
+                                add_residual, ckca__param(m, bn, m->gradients, CKCA__PARAM_GAMMA),
+                                ckca__param(m, bn, m->gradients, CKCA__PARAM_BETA), m->workspace);
+    if (add) ckca__op_add_backward(m->ctx, x->bf16, rows * (size_t)x->c, NULL, dy, to, 1);
+}
+
 CKCA_API int ckca_layer_relu(ckca_model *m, int input) {
     ckca__node *node = ckca__add_node(m, CKCA__KIND_RELU, NULL, input, -1, 1);
     if (!node) return -1;
@@ -3667,6 +3832,11 @@ CKCA_API int ckca_layer_relu(ckca_model *m, int input) {
     node->w = m->node[input].w;
     node->c = m->node[input].c;
     return ckca__accept(m, node);
+}
+
+static int ckca__build_relu(ckca_model *m, const char *name, const int *number) {
+    (void)name;
+    return ckca_layer_relu(m, number[0]);
 }
 
 CKCA_API int ckca_layer_add(ckca_model *m, int a, int b) {
@@ -3682,6 +3852,32 @@ CKCA_API int ckca_layer_add(ckca_model *m, int a, int b) {
     node->w = x->w;
     node->c = x->c;
     return ckca__accept(m, node);
+}
+
+static int ckca__build_add(ckca_model *m, const char *name, const int *number) {
+    (void)name;
+    return ckca_layer_add(m, number[0], number[1]);
+}
+
+/* y = relu?(a + b): an add, a ReLU, or both where the ReLU is the add's tail. */
+static void ckca__forward_add(ckca_model *m, int i) {
+    const ckca__node *x = &m->node[i];
+    const int other = ckca__stand_in(m, x->residual, m->mode, NULL);
+    ckca__op_add(m->ctx, x->bf16, ckca__rows(x, m->n) * (size_t)x->c, ckca__input(m, i),
+                 other >= 0 ? ckca__value(m, other) : NULL, x->relu, ckca__value(m, i));
+}
+
+static void ckca__backward_add(ckca_model *m, int i) {
+    const ckca__node *x = &m->node[i];
+    const int from[2] = {x->source, x->residual};
+    int side;
+    for (side = 0; side < 2; side++) {
+        int add;
+        float *dx = ckca__grad_into(m, from[side], &add);
+        if (dx)
+            ckca__op_add_backward(m->ctx, x->bf16, ckca__rows(x, m->n) * (size_t)x->c,
+                                  x->relu ? ckca__value_now(m, i) : NULL, ckca__grad(m, i), dx, add);
+    }
 }
 
 CKCA_API int ckca_layer_maxpool(ckca_model *m, int input, int kernel, int stride, int pad) {
@@ -3708,12 +3904,58 @@ CKCA_API int ckca_layer_maxpool(ckca_model *m, int input, int kernel, int stride
     return ckca__accept(m, node);
 }
 
+static int ckca__build_maxpool(ckca_model *m, const char *name, const int *number) {
+    (void)name;
+    return ckca_layer_maxpool(m, number[0], number[1], number[2], number[3]);
+}
+
+/* A byte for each output: which position of the kernel won. */
+static size_t ckca__side_maxpool(const ckca__node *x) {
+    const size_t size = ckca__node_floats(x);
+    return x->bf16 ? (size + 1) / 2 : (size + 3) / 4;
+}
+
+static void ckca__forward_maxpool(ckca_model *m, int i) {
+    ckca__conv s;
+    ckca__shape(m, &m->node[i], m->n, m->mode, &s);
+    ckca__op_maxpool_forward(m->ctx, &s, ckca__input(m, i), ckca__value(m, i),
+                             m->mode & CKCA__MODE_TRAIN ? (unsigned char *)ckca__side(m, i) : NULL);
+}
+
+static void ckca__backward_maxpool(ckca_model *m, int i) {
+    int add;
+    float *dx = ckca__grad_into(m, m->node[i].source, &add);
+    ckca__conv s;
+    ckca__shape(m, &m->node[i], m->n, m->mode, &s);
+    if (dx)
+        ckca__op_maxpool_backward(m->ctx, &s, ckca__grad(m, i), (const unsigned char *)ckca__side(m, i), dx, add);
+}
+
 CKCA_API int ckca_layer_avgpool(ckca_model *m, int input) {
     ckca__node *node = ckca__add_node(m, CKCA__KIND_AVGPOOL, NULL, input, -1, 1);
     if (!node) return -1;
     node->h = node->w = 1;
     node->c = m->node[input].c;
     return ckca__accept(m, node);
+}
+
+static int ckca__build_avgpool(ckca_model *m, const char *name, const int *number) {
+    (void)name;
+    return ckca_layer_avgpool(m, number[0]);
+}
+
+static void ckca__forward_avgpool(ckca_model *m, int i) {
+    const ckca__node *x = &m->node[i], *source = &m->node[x->source];
+    ckca__op_avgpool_forward(m->ctx, source->bf16, m->n, source->h * source->w, x->c, ckca__input(m, i),
+                             ckca__value(m, i));
+}
+
+static void ckca__backward_avgpool(ckca_model *m, int i) {
+    const ckca__node *x = &m->node[i], *source = &m->node[x->source];
+    int add;
+    float *dx = ckca__grad_into(m, x->source, &add);
+    if (dx)
+        ckca__op_avgpool_backward(m->ctx, source->bf16, m->n, source->h * source->w, x->c, ckca__grad(m, i), dx, add);
 }
 
 CKCA_API int ckca_layer_subsample(ckca_model *m, int input, int stride, int out) {
@@ -3735,6 +3977,25 @@ CKCA_API int ckca_layer_subsample(ckca_model *m, int input, int stride, int out)
     return ckca__accept(m, node);
 }
 
+static int ckca__build_subsample(ckca_model *m, const char *name, const int *number) {
+    (void)name;
+    return ckca_layer_subsample(m, number[0], number[1], number[2]);
+}
+
+static void ckca__forward_subsample(ckca_model *m, int i) {
+    ckca__conv s;
+    ckca__shape(m, &m->node[i], m->n, m->mode, &s);
+    ckca__op_subsample_forward(m->ctx, &s, ckca__input(m, i), ckca__value(m, i));
+}
+
+static void ckca__backward_subsample(ckca_model *m, int i) {
+    int add;
+    float *dx = ckca__grad_into(m, m->node[i].source, &add);
+    ckca__conv s;
+    ckca__shape(m, &m->node[i], m->n, m->mode, &s);
+    if (dx) ckca__op_subsample_backward(m->ctx, &s, ckca__grad(m, i), dx, add);
+}
+
 CKCA_API int ckca_layer_linear(ckca_model *m, const char *name, int input, int out) {
     ckca__node *node = ckca__add_node(m, CKCA__KIND_LINEAR, name ? name : "", input, -1, 1);
     const ckca__node *x;
@@ -3747,6 +4008,83 @@ CKCA_API int ckca_layer_linear(ckca_model *m, const char *name, int input, int o
         !ckca__add_parameter(m, "bias", CKCA__ROLE_BIAS, 1, out, 1, 1, 1))
         return -1;
     return ckca__accept(m, node);
+}
+
+static int ckca__build_linear(ckca_model *m, const char *name, const int *number) {
+    return ckca_layer_linear(m, name, number[0], number[1]);
+}
+
+static void ckca__forward_linear(ckca_model *m, int i) {
+    const ckca__node *x = &m->node[i], *source = &m->node[x->source];
+    ckca__op_linear_forward(m->ctx, m->n, source->h * source->w * source->c, x->c, ckca__input(m, i),
+                            ckca__param(m, x, m->values, CKCA__PARAM_WEIGHT),
+                            ckca__param(m, x, m->values, CKCA__PARAM_BIAS), ckca__value(m, i), m->workspace);
+}
+
+static void ckca__backward_linear(ckca_model *m, int i) {
+    const ckca__node *x = &m->node[i], *source = &m->node[x->source];
+    int add;
+    float *dx = ckca__grad_into(m, x->source, &add);
+    ckca__op_linear_backward(m->ctx, m->n, source->h * source->w * source->c, x->c, ckca__input_now(m, i),
+                             ckca__param(m, x, m->values, CKCA__PARAM_WEIGHT), ckca__grad(m, i), dx, add,
+                             ckca__param(m, x, m->gradients, CKCA__PARAM_WEIGHT),
+                             ckca__param(m, x, m->gradients, CKCA__PARAM_BIAS), m->workspace);
+}
+
+/* Of a 1x1 convolution over one picture of n pixels. */
+static size_t ckca__workspace_linear(const ckca_model *m, const ckca__node *x, int n, int mode) {
+    ckca__conv s;
+    (void)mode;
+    memset(&s, 0, sizeof s);
+    s.n = s.h = s.r = s.s = s.stride = s.p = 1;
+    s.w = s.q = n;
+    s.c = m->parameter[x->tensor].shape[1];
+    s.k = x->c;
+    return ckca__conv_workspace(m->ctx, &s);
+}
+
+/* By kind. Numbers are in the order of the text. */
+#define CKCA__FIELD(name) offsetof(ckca__node, name)
+static const ckca__layer ckca__layers[CKCA__KIND_COUNT] = {
+    /* input */
+    {0, 0, {0}, 0, ckca__build_input, NULL, NULL, ckca__workspace_map, NULL},
+    /* conv */
+    {1, 1,
+     {CKCA__FIELD(c), CKCA__FIELD(kernel), CKCA__FIELD(stride), CKCA__FIELD(pad), CKCA__FIELD(bias)},
+     CKCA__LAYER_READS_INPUT | CKCA__LAYER_NORMALIZES | CKCA__LAYER_CONVOLUTION | CKCA__LAYER_FROM_PICTURES,
+     ckca__build_conv, ckca__forward_conv, ckca__backward_conv, ckca__workspace_conv, NULL},
+    /* bn */
+    {1, 1, {0}, CKCA__LAYER_READS_INPUT | CKCA__LAYER_BATCH_STATISTICS,
+     ckca__build_batchnorm, ckca__forward_batchnorm, ckca__backward_batchnorm, ckca__workspace_map, NULL},
+    /* relu */
+    {1, 0, {0}, CKCA__LAYER_READS_OUTPUT,
+     ckca__build_relu, ckca__forward_add, ckca__backward_add, ckca__workspace_map, NULL},
+    /* add */
+    {2, 0, {0}, 0, ckca__build_add, ckca__forward_add, ckca__backward_add, ckca__workspace_map, NULL},
+    /* maxpool */
+    {1, 0, {CKCA__FIELD(kernel), CKCA__FIELD(stride), CKCA__FIELD(pad)}, CKCA__LAYER_NORMALIZES,
+     ckca__build_maxpool, ckca__forward_maxpool, ckca__backward_maxpool, ckca__workspace_map, ckca__side_maxpool},
+    /* avgpool */
+    {1, 0, {0}, CKCA__LAYER_TO_FLOAT32,
+     ckca__build_avgpool, ckca__forward_avgpool, ckca__backward_avgpool, ckca__workspace_map, NULL},
+    /* subsample */
+    {1, 0, {CKCA__FIELD(stride), CKCA__FIELD(c)}, 0,
+     ckca__build_subsample, ckca__forward_subsample, ckca__backward_subsample, ckca__workspace_map, NULL},
+    /* linear */
+    {1, 1, {CKCA__FIELD(c)}, CKCA__LAYER_READS_INPUT | CKCA__LAYER_LOGITS,
+     ckca__build_linear, ckca__forward_linear, ckca__backward_linear, ckca__workspace_linear, NULL},
+};
+#undef CKCA__FIELD
+
+/* 1: a flag of node i's own kind. */
+static int ckca__has(const ckca_model *m, int i, unsigned flag) {
+    return (ckca__layers[m->node[i].kind].flags & flag) != 0;
+}
+
+/* The row that runs node i: a batch norm's tail is run by the batch norm's. */
+static const ckca__layer *ckca__layer_of(const ckca_model *m, int i) {
+    const ckca__node *x = &m->node[i];
+    return &ckca__layers[x->head >= 0 ? m->node[x->head].kind : x->kind];
 }
 
 CKCA_API int ckca_layer_stage(ckca_model *m, int input) {
@@ -3848,7 +4186,8 @@ CKCA_API ckca_status ckca_model_create(ckca_context *ctx, ckca_model **out, cons
     return CKCA_OK;
 }
 
-/* Groups what runs as one op; in node order, so that an add finds its batch norm grouped and a ReLU its add. */
+/* Groups what runs as one op; in node order, so that an add finds its batch norm grouped and a ReLU its add. The one
+   place, with ckca__fold, that knows kinds: which neighbours make one op is a fact about these four. */
 static void ckca__fuse(ckca_model *m) {
     int i;
     for (i = 0; i < m->nodes; i++) { /* what an earlier try of ckca_model_finish may have left */
@@ -3905,7 +4244,7 @@ static void ckca__place_parameters(ckca_model *m) {
     m->all = offset;
     m->saved_count = 0;
     for (i = 0; i < m->nodes; i++) {
-        if (m->node[i].kind != CKCA__KIND_BATCHNORM) continue;
+        if (!ckca__has(m, i, CKCA__LAYER_BATCH_STATISTICS)) continue;
         m->node[i].saved = m->saved_count;
         m->saved_count += 2 * ckca__round_up((size_t)m->node[i].c, CKCA__ALIGN / sizeof(float));
     }
@@ -3917,14 +4256,14 @@ static void ckca__place_parameters(ckca_model *m) {
 static void ckca__choose_bf16(ckca_model *m) {
     int i, side, changed = m->ctx->precision == CKCA_PRECISION_BF16;
     for (i = 1; i < m->nodes; i++)
-        m->node[i].bf16 = changed && m->node[i].kind != CKCA__KIND_AVGPOOL && m->node[i].kind != CKCA__KIND_LINEAR;
+        m->node[i].bf16 = changed && !ckca__has(m, i, CKCA__LAYER_TO_FLOAT32 | CKCA__LAYER_LOGITS);
     while (changed) {
         changed = 0;
         for (i = 1; i < m->nodes; i++)
             for (side = 0; side < 2; side++) {
                 ckca__node *x = &m->node[i], *in = x->in[side] < 0 ? x : &m->node[x->in[side]];
-                if (x->bf16 == in->bf16 || x->kind == CKCA__KIND_AVGPOOL ||
-                    (x->kind == CKCA__KIND_CONV && in == m->node))
+                if (x->bf16 == in->bf16 || ckca__has(m, i, CKCA__LAYER_TO_FLOAT32) ||
+                    (ckca__has(m, i, CKCA__LAYER_FROM_PICTURES) && in == m->node))
                     continue;
                 x->bf16 = in->bf16 = 0;
                 changed = 1;
@@ -3940,7 +4279,7 @@ static ckca_status ckca__seal(ckca_model *m, int logits) {
     if (logits < 0 || logits >= m->nodes)
         return ckca__fail(ctx, CKCA_EINVAL, "logits: there is no node %d (%s)", logits,
                           ckca__which_nodes(m, nodes, sizeof nodes));
-    if (m->node[logits].kind != CKCA__KIND_LINEAR)
+    if (!ckca__has(m, logits, CKCA__LAYER_LOGITS))
         return ckca__fail(ctx, CKCA_EINVAL, "logits: node %d is of the kind %s, not linear", logits,
                           ckca__kind_name[m->node[logits].kind]);
     if (m->node[logits].c != m->classes)
@@ -4116,20 +4455,18 @@ CKCA_API ckca_status ckca_resnet(ckca_context *ctx, ckca_model **out, const char
 /* Writes at most room bytes (always terminated) and returns the length it takes, as snprintf does. */
 static size_t ckca__graph_write(const ckca_model *m, char *out, size_t capacity) {
     size_t length = 0;
-    int i;
+    int i, j;
 #define CKCA__PUT(...)                                                                                             \
     length += (size_t)snprintf(length < capacity ? out + length : NULL, length < capacity ? capacity - length : 0, \
                                __VA_ARGS__)
     for (i = 0; i < m->nodes; i++) {
         const ckca__node *x = &m->node[i];
+        const ckca__layer *layer = &ckca__layers[x->kind];
         CKCA__PUT("%s%s", i ? ";" : "", ckca__kind_name[x->kind]);
         if (x->name[0]) CKCA__PUT(" %s", x->name);
-        if (x->in[0] >= 0) CKCA__PUT(" %d", x->in[0]);
-        if (x->in[1] >= 0) CKCA__PUT(" %d", x->in[1]);
-        if (x->kind == CKCA__KIND_CONV) CKCA__PUT(" %d %d %d %d %d", x->c, x->kernel, x->stride, x->pad, x->bias);
-        if (x->kind == CKCA__KIND_MAXPOOL) CKCA__PUT(" %d %d %d", x->kernel, x->stride, x->pad);
-        if (x->kind == CKCA__KIND_SUBSAMPLE) CKCA__PUT(" %d %d", x->stride, x->c);
-        if (x->kind == CKCA__KIND_LINEAR) CKCA__PUT(" %d", x->c);
+        for (j = 0; j < layer->inputs; j++) CKCA__PUT(" %d", x->in[j]);
+        for (j = 0; j < CKCA__LAYER_NUMBERS && layer->number[j]; j++)
+            CKCA__PUT(" %d", *(const int *)(const void *)((const char *)x + layer->number[j]));
     }
     for (i = 0; i < m->nodes; i++)
         if (m->node[i].stage) CKCA__PUT(";stage %d", i);
@@ -4138,12 +4475,20 @@ static size_t ckca__graph_write(const ckca_model *m, char *out, size_t capacity)
     return length;
 }
 
+/* The kind that a word of the text names, or CKCA__KIND_COUNT. */
+static int ckca__kind_of(const char *word) {
+    int kind = 0;
+    while (kind < CKCA__KIND_COUNT && strcmp(ckca__kind_name[kind], word)) kind++;
+    return kind;
+}
+
 /* Builds and seals the nodes of a text that may be hostile; parameters are not allocated yet. */
 static ckca_status ckca__graph_read(ckca_model *m, const char *text) {
+    enum { NUMBERS = 2 + CKCA__LAYER_NUMBERS }; /* at most: inputs, then the layer's own */
     int statement = 0;
     while (*text) {
         char word[2][CKCA__NAME_MAX] = {"", ""}; /* the kind and, for some, a name */
-        int number[7], numbers = 0, words = 0, named = 0, done = -1;
+        int number[NUMBERS], numbers = 0, words = 0, named = 0, done = -1, kind = CKCA__KIND_COUNT;
         const char *end = text + strcspn(text, ";");
         while (text < end) {
             size_t length = strcspn(text, " ;");
@@ -4151,41 +4496,27 @@ static ckca_status ckca__graph_read(ckca_model *m, const char *text) {
             if (words == 2 || (words == 1 && !named)) {
                 char *stop;
                 long value = strtol(text, &stop, 10); /* the text ends in 0, ' ' or ';', so this stays inside it */
-                if (numbers == 7 || stop != text + length || value < -1 || value > INT_MAX) break;
+                if (numbers == NUMBERS || stop != text + length || value < -1 || value > INT_MAX) break;
                 number[numbers++] = (int)value;
             } else {
                 memcpy(word[words], text, length);
-                word[words++][length] = 0;
-                named = !strcmp(word[0], "conv") || !strcmp(word[0], "bn") || !strcmp(word[0], "linear");
+                word[words][length] = 0;
+                if (!words++) {
+                    kind = ckca__kind_of(word[0]);
+                    named = kind < CKCA__KIND_COUNT && ckca__layers[kind].named;
+                }
             }
             text += length;
             if (*text == ' ') text++;
         }
-        if (text == end && words == 1) {
-            const char *kind = word[0];
-            if (!strcmp(kind, "input") && numbers == 0) done = ckca_layer_input(m);
-            if (!strcmp(kind, "relu") && numbers == 1) done = ckca_layer_relu(m, number[0]);
-            if (!strcmp(kind, "add") && numbers == 2) done = ckca_layer_add(m, number[0], number[1]);
-            if (!strcmp(kind, "maxpool") && numbers == 4)
-                done = ckca_layer_maxpool(m, number[0], number[1], number[2], number[3]);
-            if (!strcmp(kind, "avgpool") && numbers == 1) done = ckca_layer_avgpool(m, number[0]);
-            if (!strcmp(kind, "subsample") && numbers == 3)
-                done = ckca_layer_subsample(m, number[0], number[1], number[2]);
-            if (!strcmp(kind, "stage") && numbers == 1) done = ckca_layer_stage(m, number[0]);
-            if (!strcmp(kind, "logits") && numbers == 1 && !*end) return ckca__seal(m, number[0]);
-        } else if (text == end && words == 2) {
-            const char *kind = word[0];
-            if (!strcmp(kind, "bn") && numbers == 1) done = ckca_layer_batchnorm(m, word[1], number[0]);
-            if (!strcmp(kind, "linear") && numbers == 2) done = ckca_layer_linear(m, word[1], number[0], number[1]);
-            if (!strcmp(kind, "conv") && numbers == 6) {
-                ckca_conv_desc desc;
-                desc.out = number[1];
-                desc.kernel = number[2];
-                desc.stride = number[3];
-                desc.pad = number[4];
-                desc.bias = number[5];
-                done = ckca_layer_conv(m, word[1], number[0], desc);
-            }
+        if (text == end && words == 1 + named && kind < CKCA__KIND_COUNT) {
+            const ckca__layer *layer = &ckca__layers[kind];
+            int wanted = layer->inputs, i;
+            for (i = 0; i < CKCA__LAYER_NUMBERS && layer->number[i]; i++) wanted++;
+            if (numbers == wanted) done = layer->build(m, word[1], number);
+        } else if (text == end && words == 1 && numbers == 1) {
+            if (!strcmp(word[0], "stage")) done = ckca_layer_stage(m, number[0]);
+            if (!strcmp(word[0], "logits") && !*end) return ckca__seal(m, number[0]);
         }
         if (m->failed)
             return ckca__fail(m->ctx, m->failed == CKCA_ENOMEM ? CKCA_ENOMEM : CKCA_EFORMAT, "graph: %s", m->failure);
@@ -5377,9 +5708,17 @@ static int ckca__is_fused_into_reader(const ckca_model *m, int i, int mode) {
     while (reader < end && (reader->fused || (reader->source != i && reader->residual != i))) reader++;
     if (reader == end) return 0;
     if (reader->residual == i) return reader->head >= 0;
-    if (reader->kind != CKCA__KIND_CONV && reader->kind != CKCA__KIND_MAXPOOL) return 0;
+    if (!(ckca__layer_of(m, (int)(reader - m->node))->flags & CKCA__LAYER_NORMALIZES)) return 0;
     ckca__shape(m, reader, 1, mode, &s);
     return ckca__may_norm(m->ctx, &s);
+}
+
+/* 1: the backward of node i reads its output. A batch norm's tail does for its ReLU's gate where there is a residual;
+   otherwise it sees from its input whether the ReLU let a value pass. */
+static int ckca__reads_output(const ckca_model *m, int i) {
+    const ckca__node *x = &m->node[i];
+    if (x->head >= 0) return x->relu && x->residual >= 0;
+    return (ckca__layer_of(m, i)->flags & CKCA__LAYER_READS_OUTPUT) != 0;
 }
 
 /* The node whose values stand for those of node i, and in norm what they go through first, if anything. */
@@ -5418,18 +5757,22 @@ static float *ckca__value_now(const ckca_model *m, int i) {
 static float *ckca__grad(const ckca_model *m, int i) {
     return m->activations + m->node[i].grad[m->mode] * (size_t)m->n;
 }
-static unsigned char *ckca__at(const ckca_model *m, int i) {
-    return (unsigned char *)(m->activations + m->node[i].at[m->mode] * (size_t)m->n);
+/* What a layer leaves to its backward beside its output, see ckca__layer. */
+static void *ckca__side(const ckca_model *m, int i) {
+    return m->activations + m->node[i].side[m->mode] * (size_t)m->n;
 }
-/* A parameter of a node in one of the arenas: which of the node's parameters, in the order they were added. */
-enum {
-    CKCA__PARAM_WEIGHT = 0,
-    CKCA__PARAM_BIAS,
-    CKCA__PARAM_GAMMA = 0,
-    CKCA__PARAM_BETA,
-    CKCA__PARAM_MEAN,
-    CKCA__PARAM_VAR
-};
+/* What node i reads, in the forward pass and in the backward pass. */
+static const float *ckca__input(const ckca_model *m, int i) {
+    return ckca__value(m, ckca__stand_in(m, m->node[i].source, m->mode, NULL));
+}
+static const float *ckca__input_now(const ckca_model *m, int i) {
+    return ckca__value_now(m, ckca__stand_in(m, m->node[i].source, m->mode, NULL));
+}
+/* Where a backward puts the gradient of node i, *add: by adding to it. NULL: none is wanted (of the pictures, of -1). */
+static float *ckca__grad_into(ckca_model *m, int i, int *add) {
+    *add = i > 0 ? ckca__accumulates(m, i) : 0;
+    return i > 0 ? ckca__grad(m, i) : NULL;
+}
 static float *ckca__param(const ckca_model *m, const ckca__node *node, float *arena, int which) {
     return arena + m->parameter[node->tensor + which].offset;
 }
@@ -5444,7 +5787,6 @@ static float *ckca__input_buffer(ckca_model *m, int n, int mode) {
 
 /* Runs n pictures at input (N x H x W x C, on the device) through the network; reserve first. */
 static void ckca__run_forward(ckca_model *m, int n, int mode, const float *input) {
-    ckca_context *ctx = m->ctx;
     const int training = mode & CKCA__MODE_TRAIN;
     int i;
     if (training)
@@ -5454,73 +5796,8 @@ static void ckca__run_forward(ckca_model *m, int n, int mode, const float *input
     m->n = n;
     m->mode = mode;
     m->input = input;
-    for (i = 1; i < m->nodes; i++) {
-        const ckca__node *x = &m->node[i], *source = &m->node[x->source];
-        const ckca__norm *residual_norm;
-        const int other = ckca__stand_in(m, x->residual, mode, &residual_norm);
-        const float *in, *residual = other >= 0 ? ckca__value(m, other) : NULL;
-        const size_t rows = ckca__rows(x, n);
-        float *y;
-        ckca__conv s;
-        if (!ckca__runs(m, i, mode)) continue;
-        y = ckca__value(m, i);
-        if (x->head >= 0) { /* a batch norm's group */
-            const ckca__node *bn = &m->node[x->head];
-            float *gamma = ckca__param(m, bn, m->values, CKCA__PARAM_GAMMA),
-                  *beta = ckca__param(m, bn, m->values, CKCA__PARAM_BETA);
-            float *mean = ckca__param(m, bn, m->values, CKCA__PARAM_MEAN),
-                  *var = ckca__param(m, bn, m->values, CKCA__PARAM_VAR);
-            if (training) {
-                ckca__norm *norm = &m->node[i].norm;
-                float *saved = m->saved + bn->saved, *inv_std = saved + ckca__round_up((size_t)x->c, 16);
-                norm->mean = saved;
-                norm->inv_std = inv_std;
-                norm->gamma = gamma;
-                norm->beta = beta;
-                norm->relu = x->relu;
-                ckca__op_batchnorm_forward(ctx, x->bf16, rows, x->c, ckca__value(m, x->source), gamma, beta, mean, var,
-                                           residual, residual_norm, x->relu, x->fused_into_reader[mode] ? NULL : y,
-                                           saved, inv_std, m->workspace);
-            } else if (source->folded) {
-                ckca__shape(m, source, n, mode, &s);
-                ckca__op_conv_forward(
-                    ctx, &s, ckca__value(m, source->in[0]), ckca__param(m, source, m->folded, CKCA__PARAM_WEIGHT),
-                    ckca__param(m, bn, m->folded, CKCA__PARAM_BETA), residual, x->relu, y, m->workspace);
-            } else {
-                ckca__op_batchnorm_eval(ctx, x->bf16, rows, x->c, ckca__value(m, x->source), gamma, beta, mean, var,
-                                        residual, x->relu, y);
-            }
-            continue;
-        }
-        in = ckca__value(m, ckca__stand_in(m, x->source, mode, NULL));
-        switch (x->kind) {
-        case CKCA__KIND_CONV:
-            ckca__shape(m, x, n, mode, &s);
-            ckca__op_conv_forward(ctx, &s, in, ckca__param(m, x, m->values, CKCA__PARAM_WEIGHT),
-                                  x->bias ? ckca__param(m, x, m->values, CKCA__PARAM_BIAS) : NULL, NULL, 0, y,
-                                  m->workspace);
-            break;
-        case CKCA__KIND_LINEAR:
-            ckca__op_linear_forward(ctx, n, source->h * source->w * source->c, x->c, in,
-                                    ckca__param(m, x, m->values, CKCA__PARAM_WEIGHT),
-                                    ckca__param(m, x, m->values, CKCA__PARAM_BIAS), y, m->workspace);
-            break;
-        case CKCA__KIND_MAXPOOL:
-            ckca__shape(m, x, n, mode, &s);
-            ckca__op_maxpool_forward(ctx, &s, in, y, training ? ckca__at(m, i) : NULL);
-            break;
-        case CKCA__KIND_AVGPOOL:
-            ckca__op_avgpool_forward(ctx, source->bf16, n, source->h * source->w, x->c, in, y);
-            break;
-        case CKCA__KIND_SUBSAMPLE:
-            ckca__shape(m, x, n, mode, &s);
-            ckca__op_subsample_forward(ctx, &s, in, y);
-            break;
-        default:
-            ckca__op_add(ctx, x->bf16, rows * (size_t)x->c, in, residual, x->relu, y);
-            break; /* add and ReLU */
-        }
-    }
+    for (i = 1; i < m->nodes; i++)
+        if (ckca__runs(m, i, mode)) ckca__layer_of(m, i)->forward(m, i);
     if (training) {
         m->batches_tracked++;
         m->folded_valid = 0;
@@ -5556,7 +5833,7 @@ static void ckca__pack_weights(ckca_model *m, int mode) {
     for (i = 1; i < m->nodes && m->packed_weights; i++) {
         ckca__node *x = &m->node[i];
         const int folded = x->folded && !(mode & CKCA__MODE_TRAIN);
-        if (x->kind != CKCA__KIND_CONV) continue;
+        if (!ckca__has(m, i, CKCA__LAYER_CONVOLUTION)) continue;
         x->packed_weights = offset;
         ckca__shape(m, x, 1, mode, &s[count]);
         offset += ckca__packed_bytes(m->ctx, &s[count], mode & CKCA__MODE_TRAIN);
@@ -5572,75 +5849,12 @@ static void ckca__pack_weights(ckca_model *m, int mode) {
 
 /* The reverse walk. Before it, gradients of outputs (logits at least) are in ckca__grad with written set. */
 static void ckca__run_backward(ckca_model *m) {
-    ckca_context *ctx = m->ctx;
-    const int n = m->n, mode = m->mode;
     int i, next = 0;
     for (i = 0; i < m->nodes; i++) m->node[i].now = m->node[i].value[m->mode];
     for (i = m->nodes - 1; i > 0; i--) {
-        const ckca__node *x = &m->node[i], *source = &m->node[x->source];
-        const size_t rows = ckca__rows(x, n), count = rows * (size_t)x->c;
-        float *dy, *dx = NULL;
-        ckca__conv s;
-        int add = 0;
-        if (x->fused || !x->written) continue;
+        if (m->node[i].fused || !m->node[i].written) continue;
         ckca__recompute_outputs(m, i, &next);
-        dy = ckca__grad(m, i);
-        if (x->head >= 0) {
-            const ckca__node *bn = &m->node[x->head];
-            float *dresidual = x->residual > 0 ? ckca__grad(m, x->residual) : NULL;
-            int add_residual = dresidual ? ckca__accumulates(m, x->residual) : 0;
-            add = x->source > 0 ? ckca__accumulates(m, x->source) : 1;
-            /* Where its input has a gradient already (or needs none), dx takes the place of dy and is added from
-               there. */
-            dx = add ? dy : ckca__grad(m, x->source);
-            ckca__op_batchnorm_backward(ctx, x->bf16, rows, x->c, ckca__value_now(m, x->source),
-                                        x->residual >= 0 ? ckca__value_now(m, i) : NULL, dy, &x->norm, dx, dresidual,
-                                        add_residual, ckca__param(m, bn, m->gradients, CKCA__PARAM_GAMMA),
-                                        ckca__param(m, bn, m->gradients, CKCA__PARAM_BETA), m->workspace);
-            if (add && x->source > 0) ckca__op_add_backward(ctx, x->bf16, count, NULL, dy, ckca__grad(m, x->source), 1);
-            continue;
-        }
-        if (x->source > 0) {
-            dx = ckca__grad(m, x->source);
-            add = ckca__accumulates(m, x->source);
-        }
-        switch (x->kind) {
-        case CKCA__KIND_CONV:
-            ckca__shape(m, x, n, mode, &s);
-            ckca__op_conv_backward_weight(ctx, &s, ckca__value_now(m, ckca__stand_in(m, x->source, mode, NULL)), dy,
-                                          ckca__param(m, x, m->gradients, CKCA__PARAM_WEIGHT),
-                                          x->bias ? ckca__param(m, x, m->gradients, CKCA__PARAM_BIAS) : NULL,
-                                          m->workspace);
-            if (dx)
-                ckca__op_conv_backward_data(ctx, &s, dy, ckca__param(m, x, m->values, CKCA__PARAM_WEIGHT), dx, add,
-                                            m->workspace);
-            break;
-        case CKCA__KIND_LINEAR:
-            ckca__op_linear_backward(ctx, n, source->h * source->w * source->c, x->c, ckca__value_now(m, x->source),
-                                     ckca__param(m, x, m->values, CKCA__PARAM_WEIGHT), dy, dx, add,
-                                     ckca__param(m, x, m->gradients, CKCA__PARAM_WEIGHT),
-                                     ckca__param(m, x, m->gradients, CKCA__PARAM_BIAS), m->workspace);
-            break;
-        case CKCA__KIND_MAXPOOL:
-            ckca__shape(m, x, n, mode, &s);
-            if (dx) ckca__op_maxpool_backward(ctx, &s, dy, ckca__at(m, i), dx, add);
-            break;
-        case CKCA__KIND_AVGPOOL:
-            if (dx) ckca__op_avgpool_backward(ctx, source->bf16, n, source->h * source->w, x->c, dy, dx, add);
-            break;
-        case CKCA__KIND_SUBSAMPLE:
-            ckca__shape(m, x, n, mode, &s);
-            if (dx) ckca__op_subsample_backward(ctx, &s, dy, dx, add);
-            break;
-        default: /* add and ReLU */
-            if (dx) ckca__op_add_backward(ctx, x->bf16, count, x->relu ? ckca__value_now(m, i) : NULL, dy, dx, add);
-            if (x->residual > 0) {
-                add = ckca__accumulates(m, x->residual);
-                ckca__op_add_backward(ctx, x->bf16, count, x->relu ? ckca__value_now(m, i) : NULL, dy,
-                                      ckca__grad(m, x->residual), add);
-            }
-            break;
-        }
+        ckca__layer_of(m, i)->backward(m, i);
     }
 }
 
@@ -6082,7 +6296,7 @@ static size_t ckca__all_packed_bytes(const ckca_model *m, int mode) {
     int i;
     for (i = 1; i < m->nodes; i++) {
         ckca__conv s;
-        if (m->node[i].kind != CKCA__KIND_CONV) continue;
+        if (!ckca__has(m, i, CKCA__LAYER_CONVOLUTION)) continue;
         ckca__shape(m, &m->node[i], 1, mode, &s);
         bytes = ckca__sum(bytes, ckca__packed_bytes(m->ctx, &s, mode & CKCA__MODE_TRAIN));
     }
@@ -6093,21 +6307,7 @@ static size_t ckca__workspace_bytes(const ckca_model *m, int n, int mode) {
     size_t most = 0, bytes;
     int i;
     for (i = 0; i < m->nodes; i++) {
-        const ckca__node *x = &m->node[i];
-        ckca__conv s;
-        if (x->kind == CKCA__KIND_CONV) {
-            ckca__shape(m, x, n, mode, &s);
-            bytes = ckca__conv_workspace(m->ctx, &s);
-        } else if (x->kind == CKCA__KIND_LINEAR) { /* a 1x1 convolution over one picture of n pixels */
-            memset(&s, 0, sizeof s);
-            s.n = s.h = s.r = s.s = s.stride = s.p = 1;
-            s.w = s.q = n;
-            s.c = m->parameter[x->tensor].shape[1];
-            s.k = x->c;
-            bytes = ckca__conv_workspace(m->ctx, &s);
-        } else {
-            bytes = ckca__op_workspace(m->ctx, (size_t)n * (size_t)x->h * (size_t)x->w, x->c);
-        }
+        bytes = ckca__layers[m->node[i].kind].workspace(m, &m->node[i], n, mode);
         if (most < bytes) most = bytes;
     }
     bytes = ckca__op_workspace(m->ctx, m->trainable, 1); /* clipping */
@@ -6163,17 +6363,17 @@ static ckca_status ckca__plan(ckca_model *m, int mode) {
         if (training && i > 0 && p->place[i] == i)
             ckca__plan_add(p, &list[count++], size, &x->grad[mode],
                            output || p->reader[i] < 0 ? m->nodes : end - 1 - p->reader[i], ckca__plan_shared(p, i));
-        if (training && x->kind == CKCA__KIND_MAXPOOL)
-            ckca__plan_add(p, &list[count++], /* a byte for each value */
-                           ckca__round_up(x->bf16 ? (size + 1) / 2 : (size + 3) / 4, CKCA__ALIGN / sizeof(float)),
-                           &x->at[mode], i, end - 1 - i);
+        if (training && ckca__layer_of(m, i)->side)
+            ckca__plan_add(p, &list[count++],
+                           ckca__round_up(ckca__layer_of(m, i)->side(x), CKCA__ALIGN / sizeof(float)), &x->side[mode],
+                           i, end - 1 - i);
     }
     for (i = m->nodes - 1; training && i > 0; i--) { /* as backward will come to it */
         const ckca__node *x = &m->node[i];
         if (x->fused) continue;
-        if (x->head >= 0 || x->kind == CKCA__KIND_CONV || x->kind == CKCA__KIND_LINEAR)
+        if (ckca__layer_of(m, i)->flags & CKCA__LAYER_READS_INPUT)
             ckca__plan_want(p, ckca__stand_in(m, x->source, mode, NULL), i, 0, &failed);
-        if (x->relu && x->head >= 0 && x->residual >= 0) ckca__plan_want(p, i, i, 0, &failed);
+        if (ckca__reads_output(m, i)) ckca__plan_want(p, i, i, 0, &failed);
     }
     all = failed ? NULL : (ckca__buffer *)ckca__alloc(m->ctx, (size_t)(count + m->recomputes[mode]) * sizeof *all);
     if (!all) {
@@ -6230,15 +6430,15 @@ static void ckca__plan_backward(ckca__planner *p) {
     for (i = 0; i < m->nodes; i++) {
         p->since[i] = p->end;
         p->until[i] = p->latest[i] = -1;
-        if (m->node[i].kind == CKCA__KIND_CONV) last = i;
+        if (ckca__has(m, i, CKCA__LAYER_CONVOLUTION)) last = i;
     }
     for (i = m->nodes - 1; i > 0; i--) {
         const ckca__node *x = &m->node[i];
         const int moment = p->end - 1 - i;
         if (x->fused) continue;
-        if (x->head >= 0 || x->kind == CKCA__KIND_CONV || x->kind == CKCA__KIND_LINEAR)
+        if (ckca__layer_of(m, i)->flags & CKCA__LAYER_READS_INPUT)
             ckca__plan_read(p, ckca__stand_in(m, x->source, p->mode, NULL), moment);
-        if (x->relu && (x->head < 0 || x->residual >= 0)) ckca__plan_read(p, i, moment); /* its gate */
+        if (ckca__reads_output(m, i)) ckca__plan_read(p, i, moment);
     }
     for (i = m->nodes - 1; i >= 0; i--) { /* what is read behind the last convolution is kept: nothing large follows */
         const ckca__node *x = &m->node[i];
@@ -6736,7 +6936,7 @@ static void ckca__read_tracked(ckca_model *m, const ckca__st_file *file) {
     for (i = 0; i < m->nodes; i++) {
         const ckca__st_tensor *tracked;
         char name[CKCA__NAME_MAX + 32];
-        if (m->node[i].kind != CKCA__KIND_BATCHNORM) continue;
+        if (!ckca__has(m, i, CKCA__LAYER_BATCH_STATISTICS)) continue;
         snprintf(name, sizeof name, "%s.num_batches_tracked", m->node[i].name);
         tracked = ckca__st_find(file, name);
         if (tracked && !strcmp(tracked->dtype, "I64") && tracked->end - tracked->begin == 8)

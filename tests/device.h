@@ -13,7 +13,7 @@ static struct {
     const void *host;
     size_t bytes; /* on the device */
     char *device;
-    int writable, half;
+    int writable, bf16;
 } device_argument[16];
 static int device_arguments;
 
