@@ -5675,7 +5675,7 @@ static ckca_status ckca__adopt(ckca_model *m, const ckca_data *data, const char 
    =================================================================================================================== */
 
 /* Below: */
-static void ckca__shape(const ckca_model *m, const ckca__node *node, int n, int mode, ckca__conv *s);
+static int ckca__reads_output(const ckca_model *m, int i);
 static void ckca__fold(ckca_model *m, int mode);
 static void ckca__pack_weights(ckca_model *m, int mode);
 static void ckca__recompute_outputs(ckca_model *m, int i, int *next);
@@ -5692,10 +5692,11 @@ static int ckca__is_output(const ckca_model *m, int i, int mode) {
     return i == m->logits || i == m->pooled || (m->node[i].stage && (mode & CKCA__MODE_STAGES));
 }
 
-/* 1: the input of batch norm i makes room for its gradient: nothing else reads it, no ReLU's gate either. */
+/* 1: the input of batch norm i makes room for its gradient: nothing else reads it, the input's own backward neither. */
 static int ckca__in_place(const ckca_model *m, int i) {
     const ckca__node *x = &m->node[i];
-    return !x->fused && x->head >= 0 && x->source > 0 && m->node[x->source].readers == 1 && !m->node[x->source].relu;
+    return !x->fused && x->head >= 0 && x->source > 0 && m->node[x->source].readers == 1 &&
+           !m->node[x->source].relu && !ckca__reads_output(m, x->source);
 }
 
 /* 1: batch norm i takes its statistics and no more: the only node that reads it normalises for itself what it reads. */
