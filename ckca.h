@@ -613,6 +613,9 @@ CKCA_API int ckca_layer_subsample(ckca_model *model, int input, int stride,
                                                                                    in front and behind to out channels */
 CKCA_API int ckca_layer_linear(ckca_model *model, const char *name, int input,
                                int out);                     /* input flattened: H x W x C */
+/* torch.nn.GroupNorm: each picture's channels are normalised in groups of c / groups neighbours by the group's own mean
+   and variance, in training as in evaluation; then a weight and a bias per channel. groups divides the channels. */
+CKCA_API int ckca_layer_groupnorm(ckca_model *model, const char *name, int input, int groups);
 CKCA_API int ckca_layer_stage(ckca_model *model, int input); /* marks a map for FeatReg's STAGES; returns input */
 /* logits is the output (N x 1 x 1 x classes, of a linear node); its input are the pooled features. Draws the initial
    weights. All calls below need a finished model. */
@@ -877,6 +880,17 @@ CKCA__OP void ckca__op_batchnorm_eval(ckca_context *ctx, int bf16, size_t rows, 
 CKCA__OP void ckca__op_fold(ckca_context *ctx, int k, size_t per, const float *w, const float *bias, const float *gamma,
                             const float *beta, const float *running_mean, const float *running_var, float *w_out,
                             float *bias_out);
+
+/* Group norm of n pictures of area = H W pixels: y = (x - mean) inv_std gamma + beta, mean and inv_std (biased variance,
+   eps 1e-5) over the area and the c / groups channels of a group. statistics holds them for the backward pass: n x groups
+   means, then as many inv_std; NULL in evaluation. */
+CKCA__OP void ckca__op_groupnorm_forward(ckca_context *ctx, int bf16, int n, int area, int c, int groups,
+                                         const float *x, const float *gamma, const float *beta, float *y,
+                                         float *statistics);
+/* Writes dx or adds to it (NULL: it is not wanted); adds to dgamma and dbeta (c each). ws: 2 n c floats. */
+CKCA__OP void ckca__op_groupnorm_backward(ckca_context *ctx, int bf16, int n, int area, int c, int groups,
+                                          const float *x, const float *gamma, const float *statistics, const float *dy,
+                                          float *dx, int accumulate, float *dgamma, float *dbeta, void *ws);
 
 /* y = relu?(a + b). b may be NULL. */
 CKCA__OP void ckca__op_add(ckca_context *ctx, int bf16, size_t count, const float *a, const float *b, int relu,
@@ -3358,12 +3372,13 @@ typedef enum ckca__kind {
     CKCA__KIND_AVGPOOL,
     CKCA__KIND_SUBSAMPLE,
     CKCA__KIND_LINEAR,
+    CKCA__KIND_GROUPNORM,
     CKCA__KIND_COUNT
 } ckca__kind;
 
 /* The words of the graph's text (see ckca__graph_write), by kind. */
 static const char *const ckca__kind_name[CKCA__KIND_COUNT] = {"input",   "conv",    "bn",        "relu",  "add",
-                                              "maxpool", "avgpool", "subsample", "linear"};
+                                              "maxpool", "avgpool", "subsample", "linear", "gn"};
 
 enum { CKCA__NAME_MAX = 64, CKCA__NODES_MAX = 10000, CKCA__BATCH_MAX = 1000000, CKCA__MODES = 8 };
 #define CKCA__VALUES_MAX ((size_t)1 << 30) /* of one picture's map, or of one parameter */
@@ -3374,6 +3389,7 @@ typedef struct ckca__node {
     int h, w, c;             /* output, per picture */
     int kernel, stride, pad; /* convolution, pooling; stride of subsample */
     int bias;                /* convolution */
+    int groups;              /* group norm */
     int zero;                /* batch norm: gamma starts at 0 */
     int stage;               /* marked by ckca_layer_stage */
     int readers;             /* nodes that read it, plus one if it is an output */
@@ -4043,6 +4059,53 @@ static size_t ckca__workspace_linear(const ckca_model *m, const ckca__node *x, i
     return ckca__conv_workspace(m->ctx, &s);
 }
 
+CKCA_API int ckca_layer_groupnorm(ckca_model *m, const char *name, int input, int groups) {
+    ckca__node *node = ckca__add_node(m, CKCA__KIND_GROUPNORM, name ? name : "", input, -1, 1);
+    int c;
+    if (!node) return -1;
+    node->h = m->node[input].h;
+    node->w = m->node[input].w;
+    node->c = c = m->node[input].c;
+    node->groups = groups;
+    if (groups < 1 || c % groups)
+        return ckca__broken(m, CKCA_EINVAL, "gn %s: %d groups do not divide the input's %d channels", name, groups, c);
+    if (!ckca__add_parameter(m, "weight", CKCA__ROLE_GAMMA, 1, c, 1, 1, 1) ||
+        !ckca__add_parameter(m, "bias", CKCA__ROLE_BETA, 1, c, 1, 1, 1))
+        return -1;
+    return ckca__accept(m, node);
+}
+
+static int ckca__build_groupnorm(ckca_model *m, const char *name, const int *number) {
+    return ckca_layer_groupnorm(m, name, number[0], number[1]);
+}
+
+static void ckca__forward_groupnorm(ckca_model *m, int i) {
+    const ckca__node *x = &m->node[i];
+    ckca__op_groupnorm_forward(m->ctx, x->bf16, m->n, x->h * x->w, x->c, x->groups, ckca__input(m, i),
+                               ckca__param(m, x, m->values, CKCA__PARAM_GAMMA),
+                               ckca__param(m, x, m->values, CKCA__PARAM_BETA), ckca__value(m, i),
+                               m->mode & CKCA__MODE_TRAIN ? (float *)ckca__side(m, i) : NULL);
+}
+
+static void ckca__backward_groupnorm(ckca_model *m, int i) {
+    const ckca__node *x = &m->node[i];
+    int add;
+    float *dx = ckca__grad_into(m, x->source, &add);
+    ckca__op_groupnorm_backward(m->ctx, x->bf16, m->n, x->h * x->w, x->c, x->groups, ckca__input_now(m, i),
+                                ckca__param(m, x, m->values, CKCA__PARAM_GAMMA), (const float *)ckca__side(m, i),
+                                ckca__grad(m, i), dx, add, ckca__param(m, x, m->gradients, CKCA__PARAM_GAMMA),
+                                ckca__param(m, x, m->gradients, CKCA__PARAM_BETA), m->workspace);
+}
+
+/* Each picture's part of the two parameters' gradients. */
+static size_t ckca__workspace_groupnorm(const ckca_model *m, const ckca__node *x, int n, int mode) {
+    (void)m, (void)mode;
+    return ckca__mul(2 * (size_t)n, (size_t)x->c * sizeof(float));
+}
+
+/* mean and inv_std of each group. */
+static size_t ckca__side_groupnorm(const ckca__node *x) { return 2 * (size_t)x->groups; }
+
 /* By kind. Numbers are in the order of the text. */
 #define CKCA__FIELD(name) offsetof(ckca__node, name)
 static const ckca__layer ckca__layers[CKCA__KIND_COUNT] = {
@@ -4073,6 +4136,10 @@ static const ckca__layer ckca__layers[CKCA__KIND_COUNT] = {
     /* linear */
     {1, 1, {CKCA__FIELD(c)}, CKCA__LAYER_READS_INPUT | CKCA__LAYER_LOGITS,
      ckca__build_linear, ckca__forward_linear, ckca__backward_linear, ckca__workspace_linear, NULL},
+    /* gn */
+    {1, 1, {CKCA__FIELD(groups)}, CKCA__LAYER_READS_INPUT,
+     ckca__build_groupnorm, ckca__forward_groupnorm, ckca__backward_groupnorm, ckca__workspace_groupnorm,
+     ckca__side_groupnorm},
 };
 #undef CKCA__FIELD
 
@@ -11338,6 +11405,101 @@ static void ckca__op_fold(ckca_context *ctx, int k, size_t per, const float *w, 
         for (j = 0; j < per; j++) w_out[(size_t)i * per + j] = (float)(w[(size_t)i * per + j] * scale);
         bias_out[i] = (float)(beta[i] + ((bias ? bias[i] : 0) - running_mean[i]) * scale);
     }
+}
+
+/* ---- group norm ---- */
+
+/* Plain loops, which are their own reference; a task is a picture. */
+typedef struct ckca__groupnorm {
+    int n, area, c, groups, accumulate;
+    const float *x, *gamma, *beta, *dy;
+    float *y, *dx;
+    float *statistics; /* n x groups means, then inv_std; or NULL */
+    float *parts;      /* n x 2 x c: each picture's part of dgamma, then of dbeta */
+} ckca__groupnorm;
+
+static void ckca__groupnorm_picture(void *job, int n, int thread) {
+    const ckca__groupnorm *a = (const ckca__groupnorm *)job;
+    const size_t c = (size_t)a->c, size = (size_t)a->area * c, per = c / (size_t)a->groups, groups = (size_t)a->groups;
+    const float *x = a->x + (size_t)n * size;
+    float *y = a->y + (size_t)n * size;
+    size_t g, i, j;
+    (void)thread;
+    for (g = 0; g < groups; g++) {
+        const double count = (double)a->area * (double)per;
+        double sum = 0, square = 0;
+        float mean, inv_std;
+        for (i = g * per; i < size; i += c)
+            for (j = i; j < i + per; j++) sum += (double)x[j];
+        sum /= count;
+        for (i = g * per; i < size; i += c)
+            for (j = i; j < i + per; j++) square += ((double)x[j] - sum) * ((double)x[j] - sum);
+        mean = (float)sum;
+        inv_std = (float)(1 / sqrt(square / count + CKCA__BATCHNORM_EPS));
+        for (i = g * per; i < size; i += c)
+            for (j = 0; j < per; j++)
+                y[i + j] = (x[i + j] - mean) * (inv_std * a->gamma[g * per + j]) + a->beta[g * per + j];
+        if (!a->statistics) continue;
+        a->statistics[(size_t)n * groups + g] = mean;
+        a->statistics[((size_t)a->n + (size_t)n) * groups + g] = inv_std;
+    }
+}
+
+/* With xhat = (x - mean) inv_std, per channel dgamma = sum dy xhat, dbeta = sum dy, and per group of m values
+   dx = inv_std (dy gamma - (sum dbeta gamma) / m - xhat (sum dgamma gamma) / m), the sums over its channels. */
+static void ckca__groupnorm_backward_picture(void *job, int n, int thread) {
+    const ckca__groupnorm *a = (const ckca__groupnorm *)job;
+    const size_t c = (size_t)a->c, size = (size_t)a->area * c, per = c / (size_t)a->groups, groups = (size_t)a->groups;
+    const float *x = a->x + (size_t)n * size, *dy = a->dy + (size_t)n * size;
+    float *dx = a->dx ? a->dx + (size_t)n * size : NULL, *dgamma = a->parts + 2 * c * (size_t)n, *dbeta = dgamma + c;
+    size_t g, i, j;
+    (void)thread;
+    for (g = 0; g < groups; g++) {
+        const float mean = a->statistics[(size_t)n * groups + g];
+        const float inv_std = a->statistics[((size_t)a->n + (size_t)n) * groups + g];
+        const double count = (double)a->area * (double)per;
+        double sum = 0, product = 0;
+        float slope, shift;
+        for (j = g * per; j < (g + 1) * per; j++) {
+            double of_dy = 0, of_product = 0;
+            for (i = j; i < size; i += c) {
+                of_dy += (double)dy[i];
+                of_product += (double)dy[i] * (double)((x[i] - mean) * inv_std);
+            }
+            dbeta[j] = (float)of_dy;
+            dgamma[j] = (float)of_product;
+            sum += of_dy * (double)a->gamma[j];
+            product += of_product * (double)a->gamma[j];
+        }
+        shift = (float)(sum / count);
+        slope = (float)(product / count);
+        for (i = g * per; dx && i < size; i += c)
+            for (j = 0; j < per; j++) {
+                const float xhat = (x[i + j] - mean) * inv_std;
+                const float d = inv_std * (dy[i + j] * a->gamma[g * per + j] - shift - xhat * slope);
+                dx[i + j] = a->accumulate ? dx[i + j] + d : d;
+            }
+    }
+}
+
+static void ckca__op_groupnorm_forward(ckca_context *ctx, int bf16, int n, int area, int c, int groups, const float *x,
+                                       const float *gamma, const float *beta, float *y, float *statistics) {
+    ckca__groupnorm job = {n, area, c, groups, 0, x, gamma, beta, NULL, y, NULL, statistics, NULL};
+    (void)bf16;
+    ckca__parallel_over(ctx, (size_t)n * (size_t)area * (size_t)c, n, ckca__groupnorm_picture, &job);
+}
+
+static void ckca__op_groupnorm_backward(ckca_context *ctx, int bf16, int n, int area, int c, int groups,
+                                        const float *x, const float *gamma, const float *statistics, const float *dy,
+                                        float *dx, int accumulate, float *dgamma, float *dbeta, void *ws) {
+    ckca__groupnorm job = {n,  area, c,    groups, accumulate, x, gamma, NULL, dy, NULL, dx, (float *)(uintptr_t)statistics,
+                           (float *)ws};
+    const float *part = job.parts;
+    int i, j;
+    (void)bf16;
+    ckca__parallel_over(ctx, (size_t)n * (size_t)area * (size_t)c, n, ckca__groupnorm_backward_picture, &job);
+    for (i = 0; i < n; i++, part += 2 * c)
+        for (j = 0; j < c; j++) dgamma[j] += part[j], dbeta[j] += part[c + j];
 }
 
 /* ---- element-wise ---- */

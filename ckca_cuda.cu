@@ -1183,6 +1183,18 @@ template <class T> __device__ __forceinline__ T ckca__warp_sum(T v) {
     return v;
 }
 
+/* The sum of v over the block, in a fixed order, in every thread. */
+__device__ double ckca__block_sum(double v) {
+    __shared__ double sums[CKCA__THREADS / 32];
+    v = ckca__warp_sum(v);
+    __syncthreads(); /* whoever still reads the last call's sums */
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = v;
+    __syncthreads();
+    v = 0;
+    for (int i = 0; i < CKCA__THREADS / 32; i++) v += sums[i];
+    return v;
+}
+
 /* Joins the parts of KIND 3 (Chan, Golub, LeVeque 1979) to mean and inv_std, and moves the running statistics. */
 __global__ void ckca__batchnorm_finish(ckca__moments m, int parts, float *running_mean, float *running_var, float *mean,
                                        float *inv_std) {
@@ -1964,6 +1976,111 @@ CKCA__OP void ckca__op_subsample_backward(ckca_context *ctx, const ckca__conv *s
     });
 }
 
+/* Group norm, a block for each picture's group. The values of a group lie c / groups at a time, c apart. */
+struct ckca__group {
+    size_t first; /* where its values begin */
+    int channel, per, c;
+    float count; /* of its values */
+    __device__ __forceinline__ ckca__group(int area, int all, int groups)
+        : first((size_t)(blockIdx.x / groups) * area * all + blockIdx.x % groups * (all / groups)),
+          channel((int)blockIdx.x % groups * (all / groups)), per(all / groups), c(all), count((float)area * (float)per) {}
+    /* Where value i is; its channel. */
+    __device__ __forceinline__ size_t at(size_t i) const { return first + i / per * c + i % per; }
+    __device__ __forceinline__ int channel_of(size_t i) const { return channel + (int)(i % per); }
+};
+
+template <class T>
+__global__ void ckca__groupnorm_kernel(int area, int c, int groups, const T *x, const float *gamma, const float *beta,
+                                       T *y, float *statistics) {
+    const ckca__group group(area, c, groups);
+    const size_t values = (size_t)area * group.per;
+    float sum = 0, square = 0;
+    for (size_t i = threadIdx.x; i < values; i += CKCA__THREADS) sum += ckca__to_float(x[group.at(i)]);
+    const float mean = (float)(ckca__block_sum(sum) / group.count);
+    for (size_t i = threadIdx.x; i < values; i += CKCA__THREADS) {
+        const float d = ckca__to_float(x[group.at(i)]) - mean;
+        square += d * d;
+    }
+    const float inv_std = (float)(1 / sqrt(ckca__block_sum(square) / group.count + 1e-5));
+    for (size_t i = threadIdx.x; i < values; i += CKCA__THREADS) {
+        const int j = group.channel_of(i);
+        ckca__put(y + group.at(i), (ckca__to_float(x[group.at(i)]) - mean) * (inv_std * gamma[j]) + beta[j]);
+    }
+    if (statistics && threadIdx.x == 0) {
+        statistics[blockIdx.x] = mean;
+        statistics[gridDim.x + blockIdx.x] = inv_std;
+    }
+}
+template <class T>
+__global__ void ckca__groupnorm_backward_kernel(int area, int c, int groups, const T *x, const float *gamma,
+                                                const float *statistics, const T *dy, T *dx, int accumulate) {
+    const ckca__group group(area, c, groups);
+    const size_t values = (size_t)area * group.per;
+    const float mean = statistics[blockIdx.x], inv_std = statistics[gridDim.x + blockIdx.x];
+    float sum = 0, product = 0;
+    for (size_t i = threadIdx.x; i < values; i += CKCA__THREADS) {
+        const size_t at = group.at(i);
+        const float g = ckca__to_float(dy[at]) * gamma[group.channel_of(i)];
+        sum += g;
+        product += g * ((ckca__to_float(x[at]) - mean) * inv_std);
+    }
+    const float shift = (float)(ckca__block_sum(sum) / group.count);
+    const float slope = (float)(ckca__block_sum(product) / group.count);
+    for (size_t i = threadIdx.x; i < values; i += CKCA__THREADS) {
+        const size_t at = group.at(i);
+        const float xhat = (ckca__to_float(x[at]) - mean) * inv_std;
+        const float d = inv_std * (ckca__to_float(dy[at]) * gamma[group.channel_of(i)] - shift - xhat * slope);
+        ckca__put(dx + at, accumulate ? ckca__to_float(dx[at]) + d : d);
+    }
+}
+/* part (n x 2 x c): each picture's sums of dy xhat and of dy; then their sums over the pictures. */
+template <class T>
+__global__ void ckca__groupnorm_parts(int n, int area, int c, int groups, const T *x, const float *statistics,
+                                      const T *dy, float *part) {
+    CKCA__EACH(i, (size_t)n * c) {
+        const size_t picture = i / c, j = i % c, group = picture * groups + j / (c / groups);
+        const float mean = statistics[group], inv_std = statistics[(size_t)n * groups + group];
+        float sum = 0, product = 0;
+        for (size_t at = picture * area * c + j, end = (picture + 1) * area * c; at < end; at += c) {
+            const float g = ckca__to_float(dy[at]);
+            sum += g;
+            product += g * ((ckca__to_float(x[at]) - mean) * inv_std);
+        }
+        part[picture * 2 * c + j] = product;
+        part[picture * 2 * c + c + j] = sum;
+    }
+}
+__global__ void ckca__groupnorm_gradients(int n, int c, const float *part, float *dgamma, float *dbeta) {
+    CKCA__EACH(i, 2 * (size_t)c) {
+        double sum = 0;
+        for (int picture = 0; picture < n; picture++) sum += part[(size_t)picture * 2 * c + i];
+        *(i < (size_t)c ? dgamma + i : dbeta + (i - c)) += (float)sum;
+    }
+}
+CKCA__OP void ckca__op_groupnorm_forward(ckca_context *ctx, int bf16, int n, int area, int c, int groups,
+                                         const float *x, const float *gamma, const float *beta, float *y,
+                                         float *statistics) {
+    ckca__typed(bf16, [&](auto type) {
+        typedef decltype(type) T;
+        CKCA__LAUNCH(ctx, ckca__groupnorm_kernel<T>, (unsigned)n * (unsigned)groups, area, c, groups, (const T *)x,
+                     gamma, beta, (T *)y, statistics);
+    });
+}
+CKCA__OP void ckca__op_groupnorm_backward(ckca_context *ctx, int bf16, int n, int area, int c, int groups,
+                                          const float *x, const float *gamma, const float *statistics, const float *dy,
+                                          float *dx, int accumulate, float *dgamma, float *dbeta, void *ws) {
+    ckca__typed(bf16, [&](auto type) {
+        typedef decltype(type) T;
+        CKCA__LAUNCH(ctx, ckca__groupnorm_parts<T>, ckca__grid(ctx, (size_t)n * c, 1), n, area, c, groups,
+                     (const T *)x, statistics, (const T *)dy, (float *)ws);
+        if (dx)
+            CKCA__LAUNCH(ctx, ckca__groupnorm_backward_kernel<T>, (unsigned)n * (unsigned)groups, area, c, groups,
+                         (const T *)x, gamma, statistics, (const T *)dy, (T *)dx, accumulate);
+    });
+    CKCA__LAUNCH(ctx, ckca__groupnorm_gradients, ckca__grid(ctx, 2 * (size_t)c, 1), n, c, (const float *)ws, dgamma,
+                 dbeta);
+}
+
 __global__ void ckca__gather_kernel(int n, int d, const float *rows, const int *index, float *out) {
     CKCA__EACH(i, (size_t)n * d) out[i] = rows[(size_t)index[i / d] * d + i % d];
 }
@@ -2025,18 +2142,6 @@ __global__ void ckca__softmax_kernel(int n, int k, const float *z, float *p) {
 }
 CKCA__OP void ckca__op_softmax(ckca_context *ctx, int n, int k, const float *logits, float *p) {
     CKCA__LAUNCH(ctx, ckca__softmax_kernel, ckca__warps(n), n, k, logits, p);
-}
-
-/* The sum of v over the block, in a fixed order, in every thread. */
-__device__ double ckca__block_sum(double v) {
-    __shared__ double sums[CKCA__THREADS / 32];
-    v = ckca__warp_sum(v);
-    __syncthreads(); /* whoever still reads the last call's sums */
-    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = v;
-    __syncthreads();
-    v = 0;
-    for (int i = 0; i < CKCA__THREADS / 32; i++) v += sums[i];
-    return v;
 }
 
 /* One block. *sum = (or +=) the sum of values, over n where mean. */

@@ -257,6 +257,22 @@ static void device_subsample_backward(ckca_context *ctx, const ckca__conv *s, co
     ckca__op_subsample_backward(ctx, s, VI(dy, device_y(s), s->bf16), VO(dx, device_x(s), s->bf16_x), accumulate);
     device_done(ctx, "subsample_backward");
 }
+static void device_groupnorm_forward(ckca_context *ctx, int half, int n, int area, int c, int groups, const float *x,
+                                     const float *gamma, const float *beta, float *y, float *statistics) {
+    const size_t count = (size_t)n * area * c;
+    ckca__op_groupnorm_forward(ctx, half, n, area, c, groups, VI(x, count, half), FI(gamma, c), FI(beta, c),
+                               VO(y, count, half), FO(statistics, 2 * n * groups));
+    device_done(ctx, "groupnorm_forward");
+}
+static void device_groupnorm_backward(ckca_context *ctx, int half, int n, int area, int c, int groups, const float *x,
+                                      const float *gamma, const float *statistics, const float *dy, float *dx,
+                                      int accumulate, float *dgamma, float *dbeta, void *ws) {
+    const size_t count = (size_t)n * area * c;
+    ckca__op_groupnorm_backward(ctx, half, n, area, c, groups, VI(x, count, half), FI(gamma, c),
+                                FI(statistics, 2 * n * groups), VI(dy, count, half), VO(dx, count, half), accumulate,
+                                FO(dgamma, c), FO(dbeta, c), device_out(ctx, ws, 2 * (size_t)n * c * sizeof(float)));
+    device_done(ctx, "groupnorm_backward");
+}
 static void device_cross_entropy(ckca_context *ctx, int n, int k, const float *z, const int *labels, float smoothing,
                                  float *dz, float *loss, int *hit) {
     ckca__op_cross_entropy(ctx, n, k, FI(z, n * k), II(labels, n), smoothing, FO(dz, n * k), FO(loss, n), IO(hit, n));
@@ -336,6 +352,8 @@ static void device_batch(ckca_context *ctx, int n, int h, int w, int c, const un
 #define ckca__op_avgpool_backward device_avgpool_backward
 #define ckca__op_subsample_forward device_subsample_forward
 #define ckca__op_subsample_backward device_subsample_backward
+#define ckca__op_groupnorm_forward device_groupnorm_forward
+#define ckca__op_groupnorm_backward device_groupnorm_backward
 #define ckca__op_cross_entropy device_cross_entropy
 #define ckca__op_softmax device_softmax
 #define ckca__op_adakd device_adakd

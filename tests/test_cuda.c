@@ -244,11 +244,13 @@ static void test_half_maps(ckca_context *ctx, int n, int c) {
     float *x = make(in, 1), *b = make(in, 2), *dy = make(wide, 3), *fo = make(in, 4);
     unsigned char *at = (unsigned char *)malloc(2 * out);
     void *ws = malloc(ckca__op_workspace(ctx, (size_t)n, 63 * c + 2 * n));
+    float *statistics = make(2 * (size_t)(n * c), 21), *parts = make(2 * (size_t)(n * c), 22);
     int flag;
     pool.n = sub.n = n;
     pool.c = pool.k = sub.c = c;
     sub.k = c + 4;
     for (flag = 0; flag < 2; flag++) {
+        twin group = twins(in, 17), from_group = twins(in, 18), dgamma = twins((size_t)c, 19), dbeta = twins((size_t)c, 20);
         twin add = twins(in, 5), back = twins(in, 6), max = twins(out, 7), from_max = twins(in, 8),
              pick = twins(wide, 9);
         twin from_pick = twins(in, 10), mean = twins((size_t)n * (size_t)c, 11), from_mean = twins(in, 12);
@@ -265,6 +267,11 @@ static void test_half_maps(ckca_context *ctx, int n, int c) {
             ckca__op_subsample_backward(ctx, &sub, dy, SIDE_OF(from_pick), flag);
             ckca__op_avgpool_forward(ctx, half, n, 63, c, x, SIDE_OF(mean));
             ckca__op_avgpool_backward(ctx, half, n, 63, c, dy, SIDE_OF(from_mean), flag);
+            ckca__op_groupnorm_forward(ctx, half, n, 63, c, flag ? c : 1, x, b, fo, SIDE_OF(group),
+                                       flag ? statistics : NULL);
+            if (flag)
+                ckca__op_groupnorm_backward(ctx, half, n, 63, c, c, x, b, statistics, x, SIDE_OF(from_group), 1,
+                                            SIDE_OF(dgamma), SIDE_OF(dbeta), parts);
             ckca__op_featreg(ctx, CKCA_FEATREG_COSINE, half, half, n, 63 * c, 63 * c, x, fo, 3, SIDE_OF(df), flag,
                              SIDE_OF(loss), ws);
             ckca__op_featreg(ctx, CKCA_FEATREG_COSINE, half, 0, n, 63 * c, 63 * c, x, fo, 3, SIDE_OF(df2), flag,
@@ -278,10 +285,12 @@ static void test_half_maps(ckca_context *ctx, int n, int c) {
         twins_done(&max, "maxpool", n, c, 0, 0), twins_done(&from_max, "maxpool's dx", n, c, 1, 1e-7);
         twins_done(&pick, "subsample", n, c, 0, 0), twins_done(&from_pick, "subsample's dx", n, c, 1, 1e-7);
         twins_done(&mean, "avgpool", n, c, 0, 1e-6), twins_done(&from_mean, "avgpool's dx", n, c, 1, 1e-7);
+        twins_done(&group, "group norm", n, c, 1, 1e-6), twins_done(&from_group, "group norm's dx", n, c, 1, 1e-5);
+        twins_done(&dgamma, "group norm's dgamma", n, c, 0, 1e-5), twins_done(&dbeta, "dbeta", n, c, 0, 1e-5);
         twins_done(&df, "cosine", n, c, 1, 1e-7), twins_done(&df2, "cosine, teacher in float", n, c, 1, 1e-7);
         twins_done(&df3, "cosine, student in float", n, c, 0, 1e-6), twins_done(&loss, "cosine's loss", n, c, 0, 1e-6);
     }
-    free(x), free(b), free(dy), free(fo), free(at), free(ws);
+    free(x), free(b), free(dy), free(fo), free(at), free(ws), free(statistics), free(parts);
 }
 
 static void test_small_ops(ckca_context *ctx) {
@@ -559,6 +568,9 @@ static ckca_model *custom(ckca_context *ctx, int kind) {
     } else if (kind == 4) {
         x = ckca_layer_conv(m, "conv2", ckca_layer_maxpool(m, x, 3, 2, 1), conv);
         x = ckca_layer_avgpool(m, ckca_layer_relu(m, ckca_layer_batchnorm(m, "bn2", x)));
+    } else if (kind == 5) { /* group norm */
+        x = ckca_layer_relu(m, ckca_layer_groupnorm(m, "gn", ckca_layer_conv(m, "conv2", x, conv), 2));
+        x = ckca_layer_avgpool(m, x);
     } else if (kind == 3) { /* the pictures go round the first convolution */
         conv.out = 3;
         x = ckca_layer_avgpool(m, ckca_layer_add(m, ckca_layer_conv(m, "back", x, conv), input));
@@ -596,12 +608,12 @@ static void test_half_nets(ckca_context *ctx) {
     CHECK(cosine_of(a, b, m->trainable) > 0.99, "gradients of resnet8 in bfloat16: cosine %g with float32",
           cosine_of(a, b, m->trainable));
     ckca_model_free(m), ckca_model_free(twin_of);
-    for (kind = 0; kind < 5; kind++) { /* no pooling; hidden layer; mixed; the pictures added; max pooling */
+    for (kind = 0; kind < 6; kind++) { /* no pooling; hidden layer; mixed; the pictures added; max pooling; group norm */
         m = custom(ctx, kind), twin_of = custom(plain, kind);
         CHECK(m && twin_of, "network %d: %s", kind, ckca_error(ctx));
         if (!m || !twin_of) continue;
         for (halves = i = 0; i < m->nodes; i++) halves += m->node[i].bf16;
-        CHECK(halves == (kind == 1 ? 3 : kind == 4 ? 7 : 0), "network %d has %d maps in bfloat16", kind, halves);
+        CHECK(halves == (kind == 1 ? 3 : kind == 4 ? 7 : kind == 5 ? 6 : 0), "network %d has %d maps in bfloat16", kind, halves);
         CHECK(!ckca_forward(m, input, 6, 1) && !ckca_forward(twin_of, input, 6, 1), "forward: %s", ckca_error(ctx));
         CHECK(!ckca_node_read(m, m->logits, a) && !ckca_node_read(twin_of, m->logits, b) &&
                   cosine_of(a, b, 6 * CLASSES) > 0.9999,

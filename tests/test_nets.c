@@ -442,6 +442,32 @@ static ckca_model *irregular(ckca_context *ctx) {
     return m;
 }
 
+/* Group norms in all places that a plan tells apart: over the pictures; before a ReLU, a sum, max pooling and a batch
+   norm, which must not write over what a group norm reads; behind a batch norm, whose output is recomputed for it. */
+static ckca_model *grouped(ckca_context *ctx) {
+    ckca_model_desc desc;
+    ckca_model *m;
+    int x, y;
+    memset(&desc, 0, sizeof desc);
+    desc.height = desc.width = 12;
+    desc.classes = 5;
+    desc.seed = 4;
+    CHECK(ckca_model_create(ctx, &m, &desc) == CKCA_OK, "%s", ckca_error(ctx));
+    x = ckca_layer_groupnorm(m, "gn0", ckca_layer_input(m), 3);
+    x = ckca_layer_relu(m, ckca_layer_groupnorm(m, "gn1", conv(m, "conv1", x, 8, 3, 1, 1), 2));
+    y = ckca_layer_groupnorm(m, "gn2", conv(m, "conv2", x, 8, 3, 1, 1), 8);
+    x = ckca_layer_relu(m, ckca_layer_add(m, y, x));
+    ckca_layer_stage(m, x);
+    y = ckca_layer_groupnorm(m, "gn3", conv(m, "conv3", x, 8, 1, 1, 0), 4);
+    x = ckca_layer_relu(m, ckca_layer_add(m, ckca_layer_batchnorm(m, "bn3", y), x));
+    x = ckca_layer_relu(m, ckca_layer_batchnorm(m, "bn4", conv(m, "conv4", x, 8, 3, 1, 1)));
+    x = ckca_layer_maxpool(m, ckca_layer_groupnorm(m, "gn4", x, 1), 3, 2, 1);
+    x = ckca_layer_relu(m, ckca_layer_groupnorm(m, "gn5", conv(m, "conv5", x, 16, 3, 1, 1), 4));
+    x = ckca_layer_linear(m, "fc", ckca_layer_avgpool(m, x), 5);
+    CHECK(ckca_model_finish(m, x) == CKCA_OK, "%s", ckca_error(ctx));
+    return m;
+}
+
 /* Gradients of every parameter after a step in a mode, from memory that is filled with NaN first; and the sum of the
    stages' outputs, where they are wanted. */
 static float *gradients_in(ckca_model *m, int mode, int n, const float *x, const float *dz, size_t *count,
@@ -503,6 +529,7 @@ static void test_plan(ckca_context *ctx, const char *net, int n, int size, int m
     desc.classes = 5;
     desc.seed = 1;
     if (!strcmp(net, "irregular")) m = irregular(ctx);
+    else if (!strcmp(net, "grouped")) m = grouped(ctx);
     else CHECK(ckca_resnet(ctx, &m, net, &desc) == CKCA_OK, "%s", ckca_error(ctx));
     x = (float *)malloc((size_t)(n * m->height * m->width * 3) * sizeof *x);
     dz = (float *)malloc((size_t)(n * 5) * sizeof *dz);
@@ -544,6 +571,110 @@ static void test_plan_size(ckca_context *ctx, const char *net, int size, double 
     ckca_model_free(m);
 }
 
+/* Logits in training or evaluation; the loss is their sum under weights dz. */
+static double grouped_logits(ckca_model *m, const float *x, const float *dz, int training, float *z) {
+    double loss = 0;
+    int i;
+    CHECK(ckca_forward(m, x, 3, training) == CKCA_OK, "%s", ckca_error(m->ctx));
+    CHECK(ckca_node_read(m, m->logits, z) == CKCA_OK, "%s", ckca_error(m->ctx));
+    for (i = 0; i < 15; i++) loss += (double)dz[i] * (double)z[i];
+    return loss;
+}
+
+/* Group norm in a network: initial weights, gradients against the loss's differences along them, what decay reaches, a
+   copy, the graph's text, a checkpoint, and texts that are refused. */
+static void test_grouped(ckca_context *ctx) {
+    static const char *const bad[] = {"input;gn g 0 2;avgpool 1;linear fc 2 5;logits 3",
+                                      "input;gn g 0 0;avgpool 1;linear fc 2 5;logits 3",
+                                      "input;gn g 0 -1;avgpool 1;linear fc 2 5;logits 3",
+                                      "input;gn g 0;avgpool 1;linear fc 2 5;logits 3",
+                                      "input;gn g 0 1 1;avgpool 1;linear fc 2 5;logits 3",
+                                      "input;gn 0 1;avgpool 1;linear fc 2 5;logits 3"};
+    static const char *const good = "input;gn g 0 3;avgpool 1;linear fc 2 5;logits 3";
+    ckca_model *m = grouped(ctx), *copy = NULL, *loaded = NULL;
+    float x[3 * 432], dz[15], z[15], other[15], *w, *g;
+    double squares = 0, up, down, step;
+    char text[600];
+    size_t t, bytes, i;
+    ckca_model_desc desc;
+    ckca_bytes training;
+    int k;
+    for (i = 0; i < 3 * 432; i++) x[i] = (float)draw(9, (int64_t)i);
+    for (i = 0; i < 15; i++) dz[i] = (float)draw(10, (int64_t)i);
+    for (k = 0; k < ckca_tensor_count(m); k++) {
+        ckca_tensor_info about;
+        float v[16] = {0};
+        ckca_tensor_info_get(m, k, &about);
+        if (strncmp(about.name, "gn", 2)) continue;
+        ckca_tensor_read(m, k, CKCA_SLOT_VALUE, v);
+        for (i = 0; (int64_t)i < about.count && v[i] == (ends_with(about.name, ".bias") ? 0.0f : 1.0f); i++) {
+        }
+        CHECK((int64_t)i == about.count && about.trainable && about.dims == 1, "%s starts with %g", about.name,
+              (double)v[i]);
+        CHECK(m->parameter[k].offset >= m->decayed && m->parameter[k].offset < m->trainable, "%s is decayed",
+              about.name);
+        for (i = 0; (int64_t)i < about.count; i++) v[i] += 0.3f * (float)draw(11 + (uint32_t)k, (int64_t)i);
+        ckca_tensor_write(m, k, CKCA_SLOT_VALUE, v);
+    }
+    w = (float *)malloc(m->trainable * sizeof *w), g = (float *)malloc(m->trainable * sizeof *g);
+    grouped_logits(m, x, dz, 1, z);
+    CHECK(!ckca_zero_gradients(m) && !ckca_backward(m, dz, NULL), "%s", ckca_error(ctx));
+    ckca__device_download(ctx, g, m->gradients, m->trainable * sizeof *g);
+    for (t = 0; t < 2; t++) { /* along all gradients, then along those of the group norms */
+        float *moved = (float *)malloc(m->trainable * sizeof *moved), *along = (float *)calloc(m->trainable, sizeof *w);
+        int side;
+        for (k = 0; k < m->parameters; k++)
+            if (m->parameter[k].offset < m->trainable && (!t || !strncmp(m->parameter[k].name, "gn", 2)))
+                memcpy(along + m->parameter[k].offset, g + m->parameter[k].offset, m->parameter[k].count * sizeof *g);
+        for (i = 0, squares = 0; i < m->trainable; i++) squares += (double)along[i] * (double)along[i];
+        step = 2e-3 / sqrt(squares);
+        ckca__device_download(ctx, w, m->values, m->trainable * sizeof *w);
+        for (side = 0, up = down = 0; side < 2; side++) {
+            for (i = 0; i < m->trainable; i++) moved[i] = w[i] + (float)((side ? -step : step) * (double)along[i]);
+            ckca__device_upload(ctx, m->values, moved, m->trainable * sizeof *moved);
+            *(side ? &down : &up) = grouped_logits(m, x, dz, 1, z);
+        }
+        ckca__device_upload(ctx, m->values, w, m->trainable * sizeof *w);
+        CHECK(fabs((up - down) / (2 * step) / squares - 1) < 0.01,
+              "grouped: the loss rises by %g along its gradient, not %g", (up - down) / (2 * step), squares);
+        free(moved), free(along);
+    }
+    m->folded_valid = 0;
+    grouped_logits(m, x, dz, 0, z);
+    CHECK(ckca_model_copy(&copy, m) == CKCA_OK, "%s", ckca_error(ctx));
+    grouped_logits(copy, x, dz, 0, other);
+    CHECK(!memcmp(z, other, sizeof z), "grouped: a copy gives other logits");
+    bytes = ckca__graph_write(m, text, sizeof text);
+    CHECK(bytes < sizeof text && strstr(text, ";gn gn1 2 2;relu 3;"), "grouped: its text is %s", text);
+    CHECK(!ckca_model_bytes(m, 3, 1, &training) && training.workspace >= 2 * 3 * 16 * sizeof(float),
+          "grouped: %d bytes of workspace", (int)training.workspace);
+    memset(&desc, 0, sizeof desc);
+    desc.height = desc.width = 12;
+    desc.classes = 5;
+    for (t = 0; t <= sizeof bad / sizeof *bad; t++) {
+        ckca_model *fresh = NULL;
+        ckca_status status;
+        CHECK(ckca_model_create(ctx, &fresh, &desc) == CKCA_OK, "%s", ckca_error(ctx));
+        status = ckca__graph_read(fresh, t ? bad[t - 1] : good);
+        CHECK(status == (t ? CKCA_EFORMAT : CKCA_OK), "\"%s\": %s", t ? bad[t - 1] : good,
+              status ? ckca_error(ctx) : "taken");
+        ckca_model_free(fresh);
+    }
+#ifndef CKCA_NO_STDIO
+    test_enter();
+    CHECK(ckca_save(m, "build/grouped.safetensors") == CKCA_OK, "%s", ckca_error(ctx));
+    CHECK(ckca_load(ctx, &loaded, "build/grouped.safetensors") == CKCA_OK, "%s", ckca_error(ctx));
+    remove("build/grouped.safetensors");
+    test_leave();
+    if (loaded) {
+        grouped_logits(loaded, x, dz, 0, other);
+        CHECK(!memcmp(z, other, sizeof z), "grouped: its checkpoint gives other logits");
+    }
+#endif
+    free(w), free(g);
+    ckca_model_free(m), ckca_model_free(copy), ckca_model_free(loaded);
+}
+
 int main(void) {
     static const net_case cases[] = {
         {"resnet20-a", "resnet20", 0, 4, 10, 4, 12, 10, (int64_t)1 << 30, 16, 15, 1e-5, 1e-4},
@@ -578,6 +709,7 @@ int main(void) {
     CHECK(ckca_init(&ctx, NULL) == CKCA_OK, "no context");
     test_group("memory plan: the same gradients whatever is kept");
     test_plan(ctx, "irregular", 6, 0, 8, 3);
+    test_plan(ctx, "grouped", 6, 0, 0, 0);
     test_plan(ctx, "resnet20", 4, 16, 9, 0);
     test_plan(ctx, "resnet18", 2, 64, 8 + 1 + 3, 3);
     test_plan(ctx, "resnet50", 2, 32, 2 * 16 + 1 + 4, 4);
@@ -585,6 +717,8 @@ int main(void) {
     test_plan_size(ctx, "resnet20", 32, CKCA__DEVICE_IS_HOST ? 0.865e6 : 0.885e6);
     test_plan_size(ctx, "resnet18", 224, CKCA__DEVICE_IS_HOST ? 11.85e6 : 11.95e6);
     test_plan_size(ctx, "resnet50", 224, 47.4e6);
+    test_group("group norm in a network");
+    test_grouped(ctx);
     test_group("architectures: parameter counts and features");
     test_structure(ctx);
     test_group("initial weights");

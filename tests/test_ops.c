@@ -636,6 +636,111 @@ static void test_pools(void) {
     }
 }
 
+/* ---- group norm ---- */
+
+typedef struct {
+    int n, area, c, groups, accumulate;
+    const float *x, *gamma, *beta, *dy, *statistics, *start;
+} group_norm;
+
+/* out: y, means, inv_std; with two threads y alone, as in evaluation. */
+static void group_forward(ckca_context *ctx, const void *args, float *out) {
+    const group_norm *a = (const group_norm *)args;
+    const size_t count = (size_t)(a->n * a->area * a->c);
+    ckca__op_groupnorm_forward(ctx, 0, a->n, a->area, a->c, a->groups, a->x, a->gamma, a->beta, out, out + count);
+    if (ctx->threads == 2) {
+        float *y = (float *)malloc(count * sizeof *y);
+        ckca__op_groupnorm_forward(ctx, 0, a->n, a->area, a->c, a->groups, a->x, a->gamma, a->beta, y, NULL);
+        CHECK(!memcmp(y, out, count * sizeof *y), "%s: group norm of %d channels: other bits in evaluation",
+              ckca_device(ctx), a->c);
+        free(y);
+    }
+}
+/* out: dx, dgamma, dbeta; with two threads the latter also without dx. */
+static void group_backward(ckca_context *ctx, const void *args, float *out) {
+    const group_norm *a = (const group_norm *)args;
+    const size_t count = (size_t)(a->n * a->area * a->c), c = (size_t)a->c;
+    void *ws = malloc(2 * (size_t)a->n * c * sizeof(float));
+    if (a->accumulate) memcpy(out, a->x, count * sizeof *out);
+    memcpy(out + count, a->start, 2 * c * sizeof *out);
+    ckca__op_groupnorm_backward(ctx, 0, a->n, a->area, a->c, a->groups, a->x, a->gamma, a->statistics, a->dy, out,
+                                a->accumulate, out + count, out + count + c, ws);
+    if (ctx->threads == 2) {
+        float *d = (float *)malloc(2 * c * sizeof *d);
+        memcpy(d, a->start, 2 * c * sizeof *d);
+        ckca__op_groupnorm_backward(ctx, 0, a->n, a->area, a->c, a->groups, a->x, a->gamma, a->statistics, a->dy, NULL,
+                                    0, d, d + c, ws);
+        CHECK(!memcmp(d, out + count, 2 * c * sizeof *d), "%s: group norm of %d channels: other bits without dx",
+              ckca_device(ctx), a->c);
+        free(d);
+    }
+    free(ws);
+}
+
+/* y, then means and inv_std, one group at a time. v: x, gamma, beta. */
+static void group_reference(const group_norm *a, const double *v, double *y) {
+    const int per = a->c / a->groups, count = a->n * a->area * a->c;
+    const double *gamma = v + count, *beta = gamma + a->c;
+    int n, g, i, j;
+    for (n = 0; n < a->n; n++)
+        for (g = 0; g < a->groups; g++) {
+            double mean = 0, var = 0;
+#define AT ((n * a->area + i) * a->c + g * per + j)
+#define EACH_OF_GROUP for (i = 0; i < a->area; i++) for (j = 0; j < per; j++)
+            EACH_OF_GROUP mean += v[AT] / (a->area * per);
+            EACH_OF_GROUP var += (v[AT] - mean) * (v[AT] - mean) / (a->area * per);
+            EACH_OF_GROUP y[AT] = (v[AT] - mean) / sqrt(var + 1e-5) * gamma[g * per + j] + beta[g * per + j];
+#undef AT
+#undef EACH_OF_GROUP
+            y[count + n * a->groups + g] = mean;
+            y[count + (a->n + n) * a->groups + g] = 1 / sqrt(var + 1e-5);
+        }
+}
+static double group_loss(const double *v, const void *args) {
+    const group_norm *a = (const group_norm *)args;
+    const int count = a->n * a->area * a->c;
+    double *y = (double *)malloc((size_t)(count + 2 * a->n * a->groups) * sizeof *y), loss = 0;
+    int i;
+    group_reference(a, v, y);
+    for (i = 0; i < count; i++) loss += y[i] * a->dy[i];
+    free(y);
+    return loss;
+}
+
+static void test_group_norm(void) {
+    static const int shapes[][4] = {{2, 12, 6, 3}, {1, 5, 8, 2},    {3, 35, 16, 16}, {2, 20, 5, 1},
+                                    {2, 9, 26, 2}, {1, 300, 7, 7},  {4, 1, 12, 3},   {40, 16, 32, 8}};
+    size_t t, i;
+    for (t = 0; t < sizeof shapes / sizeof *shapes; t++) {
+        const int *d = shapes[t];
+        const size_t count = (size_t)(d[0] * d[1] * d[2]), c = (size_t)d[2], groups = (size_t)(d[0] * d[3]);
+        char what[100];
+        group_norm a;
+        double *v = (double *)malloc((count + 2 * c) * sizeof *v), *g;
+        double *y = (double *)malloc((count + 2 * groups) * sizeof *y);
+        float *x = make(count, t % 2 ? 99 : -2, t % 2 ? 103 : 2), *gamma = make(c, 0.5, 1.5), *beta = make(c, -1, 1);
+        float *dy = make(count, -1, 1), *start = make(2 * c, -1, 1), *statistics = make(2 * groups, 0, 0);
+        memset(&a, 0, sizeof a);
+        a.n = d[0], a.area = d[1], a.c = d[2], a.groups = d[3];
+        a.x = x, a.gamma = gamma, a.beta = beta, a.dy = dy, a.start = start, a.statistics = statistics;
+        for (i = 0; i < count; i++) v[i] = x[i];
+        for (i = 0; i < c; i++) v[count + i] = gamma[i], v[count + c + i] = beta[i];
+        group_reference(&a, v, y);
+        for (i = 0; i < 2 * groups; i++) statistics[i] = (float)y[count + i];
+        snprintf(what, sizeof what, "group norm of %d x %d x %d in %d groups", d[0], d[1], d[2], d[3]);
+        check_op(what, group_forward, &a, count + 2 * groups, y, t % 2 ? 3e-5 : 3e-6);
+        g = central(group_loss, count + 2 * c, v, &a);
+        for (i = 0; i < 2 * c; i++) g[count + i] += start[i];
+        strcat(what, " backward");
+        check_op(what, group_backward, &a, count + 2 * c, g, t % 2 ? 2e-4 : 2e-5);
+        for (i = 0; i < count; i++) g[i] += x[i];
+        a.accumulate = 1;
+        strcat(what, ", added");
+        check_op(what, group_backward, &a, count + 2 * c, g, t % 2 ? 2e-4 : 2e-5);
+        free(v), free(g), free(y), free(x), free(gamma), free(beta), free(dy), free(start), free(statistics);
+    }
+}
+
 /* The first of equals wins; NaN wins over all, wherever it is; -inf is a value like any other. */
 static void test_maxpool_edges(void) {
     enum { C = 21 };
@@ -1240,6 +1345,19 @@ static void test_torch(const char *path) {
         }
         ckca__release(any, ws);
     }
+    for (j = 1; j <= 6; j = j == 1 ? 3 : j + 3) { /* groups */
+        float dgamma[6] = {0}, dbeta[6] = {0}, statistics[2 * 3 * 6], parts[2 * 3 * 6];
+        char name[20];
+        snprintf(name, sizeof name, "gn%d", j);
+        ckca__op_groupnorm_forward(any, 0, 3, 20, 6, j, tensor(name, "x"), tensor(name, "gamma"), tensor(name, "beta"),
+                                   out, statistics);
+        check_part(name, "y", out, 2e-6);
+        ckca__op_groupnorm_backward(any, 0, 3, 20, 6, j, tensor(name, "x"), tensor(name, "gamma"), statistics,
+                                    tensor(name, "dy"), dw, 0, dgamma, dbeta, parts);
+        check_part(name, "d_x", dw, 5e-6);
+        check_part(name, "d_gamma", dgamma, 5e-6);
+        check_part(name, "d_beta", dbeta, 5e-6);
+    }
     for (form = 0; form < 2; form++) {
         const float *g = torch("sgd.g", NULL);
         float w[37], v[37] = {0}, lr = 0.1f, gscale;
@@ -1287,6 +1405,8 @@ int main(int argc, char **argv) {
     test_device();
     test_group("pooling: values and gradients");
     test_pools();
+    test_group("group norm: values, gradients, accumulation, any number of threads");
+    test_group_norm();
     test_group("max pooling: ties, NaN, infinities");
     test_maxpool_edges();
     test_group("cross-entropy and AdaKD");

@@ -127,4 +127,9 @@ for name, limit in (("clip_low", 0.5), ("clip_high", 100.0)):
     torch.nn.utils.clip_grad_norm_([w], limit)
     put(name, w.grad)
 
+# Group norm, of one group, some and as many as channels.
+for groups in (1, 3, 6):
+    x, gamma, beta = leaf(3, 6, 4, 5, scale=2, shift=3), leaf(6, shift=1, scale=0.3), leaf(6)
+    backward(f"gn{groups}", F.group_norm(x, groups, gamma, beta), dict(x=x, gamma=gamma, beta=beta))
+
 save_file(out, sys.argv[1] if len(sys.argv) > 1 else "tests/reference/ops.safetensors")
