@@ -244,7 +244,14 @@ typedef enum ckca_status {
 } ckca_status;
 
 /* Instruction sets of the host kernels; the best the processor has is taken unless another is asked for. */
-typedef enum ckca_isa { CKCA_ISA_BEST = 0, CKCA_ISA_PLAIN, CKCA_ISA_BASE, CKCA_ISA_AVX2, CKCA_ISA_AVX512 } ckca_isa;
+typedef enum ckca_isa {
+    CKCA_ISA_BEST = 0,
+    CKCA_ISA_PLAIN,
+    CKCA_ISA_BASE,
+    CKCA_ISA_AVX2,
+    CKCA_ISA_AVX512,
+    CKCA_ISA_COUNT /* here and below: how many there are, not a value */
+} ckca_isa;
 
 /* What convolutions and linear layers multiply in on the GPU; weights, sums, statistics, features, logits, losses and
    SGD are float32 in all three. The host has FLOAT32 alone: there another is an error, like an instruction set it
@@ -252,9 +259,10 @@ typedef enum ckca_isa { CKCA_ISA_BEST = 0, CKCA_ISA_PLAIN, CKCA_ISA_BASE, CKCA_I
 typedef enum ckca_precision {
     CKCA_PRECISION_FLOAT32 = 0,
     CKCA_PRECISION_TF32, /* tensor cores, factors rounded to 10 bits of mantissa (needs compute capability 8.0) */
-    CKCA_PRECISION_BF16 /* tensor cores, factors rounded to 7 bits of mantissa (likewise). Maps between the pictures and the
+    CKCA_PRECISION_BF16, /* tensor cores, factors rounded to 7 bits of mantissa (likewise). Maps between the pictures and the
                   average pooling, and their gradients, are kept in bfloat16 too: half the memory and its traffic. A
                   network without an average pooling keeps float32, and multiplies in TF32 */
+    CKCA_PRECISION_COUNT
 } ckca_precision;
 
 typedef struct ckca_context ckca_context; /* threads, memory, errors; one per thread of your own */
@@ -441,14 +449,20 @@ typedef struct ckca_augment {
     float jitter;     /* brightness, contrast, saturation each scaled by 1 -+ jitter */
 } ckca_augment;
 
-typedef enum ckca_schedule { CKCA_SCHEDULE_COSINE = 0, CKCA_SCHEDULE_CONSTANT, CKCA_SCHEDULE_STEP } ckca_schedule;
+typedef enum ckca_schedule {
+    CKCA_SCHEDULE_COSINE = 0,
+    CKCA_SCHEDULE_CONSTANT,
+    CKCA_SCHEDULE_STEP,
+    CKCA_SCHEDULE_COUNT
+} ckca_schedule;
 
 typedef enum ckca_method {
     CKCA_METHOD_CKCA = 0,       /* warm start + AdaKD + FeatReg */
     CKCA_METHOD_SCRATCH,        /* weights drawn anew: SCRATCH_CHUNK or, on joined chunks, SCRATCH_ALL */
     CKCA_METHOD_WARM,           /* vanilla warm start */
     CKCA_METHOD_SHRINK_PERTURB, /* Ash and Adams 2020: w = shrink w + perturb w_fresh */
-    CKCA_METHOD_LWF             /* Li and Hoiem 2016: constant distillation, weight w_kd, default 1 */
+    CKCA_METHOD_LWF,            /* Li and Hoiem 2016: constant distillation, weight w_kd, default 1 */
+    CKCA_METHOD_COUNT
 } ckca_method;
 
 /* a_i, the weight of picture i in AdaKD; p_o is the teacher's softmax, y its label. This project's forms. */
@@ -456,7 +470,8 @@ typedef enum ckca_adakd {
     CKCA_ADAKD_CONSTANT = 0, /* 1 */
     CKCA_ADAKD_CLASS,        /* the teacher's top-1 accuracy on the chunk's pictures of class y_i */
     CKCA_ADAKD_TRUTH,        /* p_o[y_i] over its batch mean */
-    CKCA_ADAKD_DOUBT         /* 1 - p_o[y_i] over its batch mean */
+    CKCA_ADAKD_DOUBT,        /* 1 - p_o[y_i] over its batch mean */
+    CKCA_ADAKD_COUNT
 } ckca_adakd;
 
 /* d(f, fo) in FeatReg. This project's forms. */
@@ -464,7 +479,8 @@ typedef enum ckca_featreg {
     CKCA_FEATREG_STAGES = 0, /* COSINE on the output map of every stage, averaged over stages */
     CKCA_FEATREG_COSINE,     /* 1 - cos(f, fo) */
     CKCA_FEATREG_L2,         /* mean over D of (f - fo)^2 */
-    CKCA_FEATREG_RELATION    /* mean over pairs of (cos(f_i, f_j) - cos(fo_i, fo_j))^2 */
+    CKCA_FEATREG_RELATION,   /* mean over pairs of (cos(f_i, f_j) - cos(fo_i, fo_j))^2 */
+    CKCA_FEATREG_COUNT
 } ckca_featreg;
 
 typedef struct ckca_progress {
@@ -585,7 +601,12 @@ typedef struct ckca_tensor_info {
     int64_t count;
     int trainable; /* 0: running_mean, running_var */
 } ckca_tensor_info;
-typedef enum ckca_slot { CKCA_SLOT_VALUE = 0, CKCA_SLOT_GRADIENT, CKCA_SLOT_MOMENTUM } ckca_slot;
+typedef enum ckca_slot {
+    CKCA_SLOT_VALUE = 0,
+    CKCA_SLOT_GRADIENT,
+    CKCA_SLOT_MOMENTUM,
+    CKCA_SLOT_COUNT
+} ckca_slot;
 CKCA_API int ckca_tensor_count(const ckca_model *model);
 CKCA_API ckca_status ckca_tensor_info_get(const ckca_model *model, int i, ckca_tensor_info *tensor);
 CKCA_API int ckca_tensor_find(const ckca_model *model, const char *name); /* index, or -1 */
@@ -921,6 +942,14 @@ CKCA__OP void ckca__op_subsample_backward(ckca_context *ctx, const ckca__conv *s
 CKCA__OP void ckca__op_cross_entropy(ckca_context *ctx, int n, int k, const float *logits, const int *labels,
                                      float smoothing, float *dlogits, float *loss, int *hit);
 CKCA__OP void ckca__op_softmax(ckca_context *ctx, int n, int k, const float *logits, float *p);
+/* The forms of AdaKD. What a form computes is in ckca__op_adakd, here and on the GPU. */
+typedef struct ckca__adakd_form {
+    const char *name;
+    float w_kd;         /* the default weight */
+    int over_mean;      /* 1: a_i is divided by its mean over the batch */
+} ckca__adakd_form;
+static const ckca__adakd_form ckca__adakds[CKCA_ADAKD_COUNT] = {
+    {"CONSTANT", 1, 0}, {"CLASS", 2, 0}, /* its weights are below 1 */ {"TRUTH", 1, 1}, {"DOUBT", 1, 1}};
 /* AdaKD. class_weight (k values) is read by CKCA_ADAKD_CLASS only. Adds to dlogits. */
 CKCA__OP void ckca__op_adakd(ckca_context *ctx, ckca_adakd form, int n, int k, const float *student_logits,
                              const float *teacher_logits, const int *labels, const float *class_weight,
@@ -1063,6 +1092,8 @@ static void ckca__unlock(ckca_context *ctx);
 
 /* In VECTOR KERNELS: */
 static ckca_isa ckca__best_isa(void);
+static int ckca__isa_supported(ckca_isa isa);
+static const char *ckca__isa_name(ckca_isa isa);
 
 /* ---- errors ---- */
 
@@ -1126,12 +1157,10 @@ CKCA_API const char *ckca_status_name(ckca_status status) {
 /* ---- context ---- */
 
 CKCA_API ckca_status ckca_init(ckca_context **out, const ckca_desc *desc) {
-    static const char *const isa_name[] = {"best", "plain", "base", "avx2", "avx512"};
-    const ckca_isa best = ckca__best_isa();
     ckca__bound bounds[4] = {{"threads", 0, 0, 4096, 0},
-                             {"isa", 0, 0, CKCA_ISA_AVX512, 0},
+                             {"isa", 0, 0, CKCA_ISA_COUNT - 1, 0},
                              {"no_winograd", 0, 0, 1, 0},
-                             {"precision", 0, 0, CKCA_PRECISION_BF16, 0}};
+                             {"precision", 0, 0, CKCA_PRECISION_COUNT - 1, 0}};
     ckca_desc none;
     ckca_context *ctx;
     char reason[160] = "";
@@ -1149,9 +1178,9 @@ CKCA_API ckca_status ckca_init(ckca_context **out, const ckca_desc *desc) {
         snprintf(reason, sizeof reason, "%s is NULL: alloc and release come together, or neither",
                  desc->alloc ? "release" : "alloc");
     else if (!ckca__out_of_bounds(bounds, 4, reason, sizeof reason)) {
-        if (desc->isa > CKCA_ISA_PLAIN && desc->isa > best)
+        if (desc->isa != CKCA_ISA_BEST && !ckca__isa_supported(desc->isa))
             snprintf(reason, sizeof reason, "isa is %s, the best of this processor and this build is %s",
-                     isa_name[desc->isa], isa_name[best]);
+                     ckca__isa_name(desc->isa), ckca__isa_name(ckca__best_isa()));
         else if (CKCA__DEVICE_IS_HOST && desc->precision)
             snprintf(reason, sizeof reason, "precision is %s, which a GPU has alone: this is built without CKCA_CUDA",
                      desc->precision == CKCA_PRECISION_TF32 ? "CKCA_PRECISION_TF32" : "CKCA_PRECISION_BF16");
@@ -1169,10 +1198,10 @@ CKCA_API ckca_status ckca_init(ckca_context **out, const ckca_desc *desc) {
     ctx->alloc = desc->alloc;
     ctx->release = desc->release;
     ctx->user = desc->user;
-    ctx->isa = desc->isa ? desc->isa : best;
+    ctx->isa = desc->isa ? desc->isa : ckca__best_isa();
     ctx->no_winograd = desc->no_winograd;
     ctx->precision = desc->precision;
-    snprintf(ctx->device, sizeof ctx->device, "host %s x%d", isa_name[ctx->isa], ctx->threads);
+    snprintf(ctx->device, sizeof ctx->device, "host %s x%d", ckca__isa_name(ctx->isa), ctx->threads);
     return ctx->failed = ckca__device_init(ctx);
 }
 
@@ -4750,9 +4779,9 @@ typedef struct ckca__setting {
 #define CKCA__AT(field) #field, offsetof(ckca_update_desc, field)
 static const ckca__setting ckca__settings[] = {
     /*                                real  0 is   least       most  off  decides */
-    {CKCA__AT(method),                 0,    0,      0, CKCA_METHOD_LWF,      0, 1},
-    {CKCA__AT(adakd),                  0,    0,      0, CKCA_ADAKD_DOUBT,     0, 1},
-    {CKCA__AT(featreg),                0,    0,      0, CKCA_FEATREG_RELATION, 0, 1},
+    {CKCA__AT(method),                 0,    0,      0, CKCA_METHOD_COUNT - 1,      0, 1},
+    {CKCA__AT(adakd),                  0,    0,      0, CKCA_ADAKD_COUNT - 1,     0, 1},
+    {CKCA__AT(featreg),                0,    0,      0, CKCA_FEATREG_COUNT - 1, 0, 1},
     {CKCA__AT(w_kd),                   1,    1,      0, 1e6,                  1, 1},
     {CKCA__AT(w_feat),                 1,    1,      0, 1e6,                  1, 1},
     {CKCA__AT(temperature),            1,    2,      0, 1e6,                  0, 1},
@@ -4761,7 +4790,7 @@ static const ckca__setting ckca__settings[] = {
     {CKCA__AT(epochs),                 0,    40,     0, 1e6,                  0, 1},
     {CKCA__AT(batch),                  0,    64,     0, CKCA__BATCH_MAX,      0, 1},
     {CKCA__AT(lr),                     1,    0.1f,   0, 1e6,                  0, 1},
-    {CKCA__AT(schedule),               0,    0,      0, CKCA_SCHEDULE_STEP,            0, 1},
+    {CKCA__AT(schedule),               0,    0,      0, CKCA_SCHEDULE_COUNT - 1,            0, 1},
     {CKCA__AT(warmup_epochs),          1,    1,      0, 1e6,                  1, 1},
     {CKCA__AT(step_epochs),            1,    0,      0, 1e6,                  0, 1},
     {CKCA__AT(step_factor),            1,    0.1f,   0, 1,                    0, 1},
@@ -4828,6 +4857,16 @@ static void ckca__settings_off(ckca_update_desc *d) {
         if (ckca__settings[i].off && ckca__setting_get(d, &ckca__settings[i]) < 0)
             ckca__setting_set(d, &ckca__settings[i], 0);
 }
+
+/* The forms of FeatReg. What a form computes is in ckca__op_featreg. */
+static const struct {
+    const char *name;
+    int stages;        /* 1: compares the maps of stages, which both networks must have, and so asks the teacher per batch */
+    int same_features; /* 1: student and teacher need as many features */
+} ckca__featregs[CKCA_FEATREG_COUNT] = {{"STAGES", 1, 0}, {"COSINE", 0, 1}, {"L2", 0, 1}, {"RELATION", 0, 0}};
+
+/* 1: the loss compares stages' maps. */
+static int ckca__uses_stages(const ckca__update *u) { return u->d.w_feat > 0 && ckca__featregs[u->d.featreg].stages; }
 
 /* Below: */
 static ckca_status ckca__train(ckca__update *u, double start);
@@ -5078,9 +5117,7 @@ static void ckca__ask_teacher(ckca__update *u, int n, const float *input) {
         if (u->d.w_feat > 0)
             ckca__op_gather(u->ctx, n, t->features, u->cache_features, u->b.position, u->b.teacher_features);
     } else {
-        ckca__run_forward(
-            t, n, u->d.w_feat > 0 && u->d.featreg == CKCA_FEATREG_STAGES ? CKCA__MODE_STAGES : CKCA__MODE_EVALUATE,
-            input);
+        ckca__run_forward(t, n, ckca__uses_stages(u) ? CKCA__MODE_STAGES : CKCA__MODE_EVALUATE, input);
         u->teacher_logits = ckca__value(t, t->logits);
         u->teacher_features = ckca__value(t, t->pooled);
     }
@@ -5090,7 +5127,7 @@ static void ckca__ask_teacher(ckca__update *u, int n, const float *input) {
 static void ckca__feature_term(ckca__update *u, int n) {
     ckca_model *m = u->m, *t = u->teacher;
     int i, j = 0, stages = 0;
-    if (u->d.featreg != CKCA_FEATREG_STAGES) {
+    if (!ckca__featregs[u->d.featreg].stages) {
         ckca__op_featreg(u->ctx, u->d.featreg, 0, 0, n, m->features, t->features, ckca__value(m, m->pooled),
                          u->teacher_features, u->d.w_feat, ckca__grad(m, m->pooled), ckca__accumulates(m, m->pooled),
                          u->b.loss, m->workspace);
@@ -5192,7 +5229,7 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
         u->teacher = u->old;
     else if (teacher && (status = ckca_model_copy(&u->teacher, teacher)))
         return status;
-    u->mode = CKCA__MODE_TRAIN | (u->d.w_feat > 0 && u->d.featreg == CKCA_FEATREG_STAGES ? CKCA__MODE_STAGES : 0);
+    u->mode = CKCA__MODE_TRAIN | (ckca__uses_stages(u) ? CKCA__MODE_STAGES : 0);
     u->batches = (u->data->count + u->d.batch - 1) / u->d.batch;
     u->order = (int *)ckca__alloc(u->ctx, (size_t)u->data->count * sizeof(int));
     if (!u->order)
@@ -5236,8 +5273,8 @@ CKCA_API ckca_status ckca_update_defaults(const ckca_model *m, const ckca_data *
     d = *desc;
     first_update = m->updates == 0 && !d.teacher; /* nothing to keep yet */
     if (d.method == CKCA_METHOD_LWF) d.adakd = CKCA_ADAKD_CONSTANT;
-    if (d.w_kd == 0 && d.adakd == CKCA_ADAKD_CLASS) d.w_kd = 2;
-    if (d.w_feat == 0 && d.featreg == CKCA_FEATREG_STAGES && !ckca__same_stages(m, d.teacher ? d.teacher : m))
+    if (d.w_kd == 0) d.w_kd = ckca__adakds[d.adakd].w_kd;
+    if (d.w_feat == 0 && ckca__featregs[d.featreg].stages && !ckca__same_stages(m, d.teacher ? d.teacher : m))
         d.w_feat = CKCA_OFF;
     if (first_update || (d.method != CKCA_METHOD_CKCA && d.method != CKCA_METHOD_LWF)) d.w_kd = d.w_feat = CKCA_OFF;
     if (d.method == CKCA_METHOD_LWF) d.w_feat = CKCA_OFF;
@@ -5267,13 +5304,13 @@ static ckca_status ckca__check_teacher(const ckca__update *u, const ckca_model *
                               i < m->channels ? "mean" : "std", i % m->channels, (double)t->normalization[i],
                               (double)m->normalization[i]);
     if (!(u->d.w_feat > 0)) return CKCA_OK;
-    if ((u->d.featreg == CKCA_FEATREG_COSINE || u->d.featreg == CKCA_FEATREG_L2) && t->features != m->features)
+    if (ckca__featregs[u->d.featreg].same_features && t->features != m->features)
         return ckca__fail(u->ctx, CKCA_ESHAPE, "teacher: it has %d features, the model %d: only RELATION compares them",
                           t->features, m->features);
-    if (u->d.featreg == CKCA_FEATREG_STAGES && !ckca__same_stages(m, t))
-        return ckca__fail(
-            u->ctx, CKCA_ESHAPE,
-            "teacher: FeatReg's STAGES needs stages (ckca_layer_stage) in both networks, of the same shapes");
+    if (ckca__featregs[u->d.featreg].stages && !ckca__same_stages(m, t))
+        return ckca__fail(u->ctx, CKCA_ESHAPE,
+                          "teacher: FeatReg's %s needs stages (ckca_layer_stage) in both networks, of the same shapes",
+                          ckca__featregs[u->d.featreg].name);
     return CKCA_OK;
 }
 
@@ -5294,8 +5331,7 @@ static ckca_status ckca__consult(ckca__update *u) {
     ckca_model *t = u->teacher;
     const ckca_augment *a = &u->d.augment;
     const size_t count = (size_t)u->data->count;
-    const int live = (u->d.w_feat > 0 && u->d.featreg == CKCA_FEATREG_STAGES) || a->pad || a->flip || a->resized_crop ||
-                     a->jitter > 0;
+    const int live = ckca__uses_stages(u) || a->pad || a->flip || a->resized_crop || a->jitter > 0;
     float *by_class = (float *)ckca__alloc(ctx, (size_t)t->classes * sizeof(float));
     ckca_score score;
     ckca_status status;
@@ -5319,7 +5355,7 @@ static ckca_status ckca__consult(ckca__update *u) {
             if (by_class[i] < 0) by_class[i] = 0; /* a class without pictures is never asked for */
         ckca__device_upload(ctx, u->b.class_weight, by_class, (size_t)t->classes * sizeof(float));
         status = ckca__reserve(t, u->d.batch,
-                               live && u->d.featreg == CKCA_FEATREG_STAGES ? CKCA__MODE_STAGES : CKCA__MODE_EVALUATE);
+                               ckca__uses_stages(u) ? CKCA__MODE_STAGES : CKCA__MODE_EVALUATE);
     }
     ckca__release(ctx, by_class);
     return status;
@@ -6157,13 +6193,14 @@ static void ckca__reorder(const ckca__parameter *p, const float *from, float *to
 /* A tensor's place in the arena that slot names, and a host buffer of its size to be released. */
 static ckca_status ckca__tensor_place(ckca_model *m, const char *call, int i, ckca_slot slot, float **place,
                                       float **host) {
-    static const char *const slot_name[] = {"value", "gradient", "momentum"};
-    float *arena = slot == CKCA_SLOT_VALUE ? m->values : slot == CKCA_SLOT_GRADIENT ? m->gradients : m->momentum;
+    static const char *const slot_name[CKCA_SLOT_COUNT] = {"value", "gradient", "momentum"};
+    float *const arenas[CKCA_SLOT_COUNT] = {m->values, m->gradients, m->momentum}, *arena;
     const ckca__parameter *p = &m->parameter[i];
-    ckca__bound bound = {"slot", 0, 0, CKCA_SLOT_MOMENTUM, 0};
+    ckca__bound bound = {"slot", 0, 0, CKCA_SLOT_COUNT - 1, 0};
     ckca_status status;
     bound.value = (int)slot;
     if ((status = ckca__check_bounds(m->ctx, call, &bound, 1))) return status;
+    arena = arenas[slot];
     if (slot != CKCA_SLOT_VALUE && p->role >= CKCA__ROLE_MEAN)
         return ckca__fail(m->ctx, CKCA_EINVAL, "%s: %s is a running statistic, it has no %s", call, p->name,
                           slot_name[slot]);
@@ -8896,19 +8933,47 @@ static void ckca__parallel(ckca_context *ctx, int tasks, void (*work)(void *job,
    single-threaded: the ops share work out among threads.
    =================================================================================================================== */
 
+/* An instruction set is a row of ckca__isas, a pass of this file (below) and a line of CKCA__DISPATCH. */
+static int ckca__isa_plain(void) { return 1; }
+#if defined(CKCA__SIMD) && defined(__x86_64__)
+static int ckca__isa_base(void) { return 1; }
+static int ckca__isa_avx2(void) {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+static int ckca__isa_avx512(void) {
+    __builtin_cpu_init();
+    return ckca__isa_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq");
+}
+#else
+#ifdef CKCA__SIMD
+static int ckca__isa_base(void) { return 1; }
+#else
+#define ckca__isa_base NULL
+#endif
+#define ckca__isa_avx2 NULL
+#define ckca__isa_avx512 NULL
+#endif
+
+static const struct {
+    const char *name;
+    int width;              /* floats per vector; plain loops cut work as for 4 */
+    int (*supported)(void); /* by the processor; NULL: not in this build */
+} ckca__isas[CKCA_ISA_COUNT] = {{"best", 0, NULL}, /* not one of its own */
+                                {"plain", 4, ckca__isa_plain},
+                                {"base", 4, ckca__isa_base},
+                                {"avx2", 8, ckca__isa_avx2},
+                                {"avx512", 16, ckca__isa_avx512}};
+
+static const char *ckca__isa_name(ckca_isa isa) { return ckca__isas[isa].name; }
+static int ckca__isa_supported(ckca_isa isa) { return ckca__isas[isa].supported && ckca__isas[isa].supported(); }
+
 /* The best instruction set that this processor supports. */
 static ckca_isa ckca__best_isa(void) {
-#if !defined(CKCA__SIMD)
-    return CKCA_ISA_PLAIN;
-#elif defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        return CKCA_ISA_AVX512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return CKCA_ISA_AVX2;
-    return CKCA_ISA_BASE;
-#else
-    return CKCA_ISA_BASE;
-#endif
+    int isa = CKCA_ISA_COUNT - 1;
+    while (!ckca__isa_supported((ckca_isa)isa)) isa--;
+    return (ckca_isa)isa;
 }
 
 #ifdef CKCA__SIMD
@@ -10564,7 +10629,7 @@ static size_t ckca__block_size(size_t count, int b) {
 
 /* How many rows of c channels to treat as one, so that few channels, or an odd number of them, fill whole vectors. */
 static size_t ckca__fused_rows(const ckca_context *ctx, int c) {
-    size_t width = ctx->isa == CKCA_ISA_AVX512 ? 16 : ctx->isa == CKCA_ISA_AVX2 ? 8 : 4, m = 1;
+    size_t width = (size_t)ckca__isas[ctx->isa].width, m = 1;
     while (m * (size_t)c % width) m++;
     while (m * (size_t)c < 64) m *= 2;
     return m * (size_t)c <= CKCA__TABLE_WIDTH ? m : 1;
@@ -10693,7 +10758,7 @@ static void ckca__conv_plan(ckca__conv_job *job, const ckca__conv *shape, int gr
 static size_t ckca__scratch_stride(const ckca_context *ctx, size_t size) {
     return ckca__round_up(size, ctx->threads > 1 ? ((size_t)1 << 21) / sizeof(float) : 16);
 }
-static int ckca__conv_vector(ckca_isa isa) { return 4 << (isa - CKCA_ISA_BASE); } /* floats per vector */
+static int ckca__conv_vector(ckca_isa isa) { return ckca__isas[isa].width; } /* floats per vector */
 /* Packs the weights of one block of output channels of one phase. */
 static void ckca__conv_pack_run(void *argument, int task, int thread) {
     const ckca__conv_job *job = (const ckca__conv_job *)argument;
@@ -11747,7 +11812,7 @@ static void ckca__op_adakd(ckca_context *ctx, ckca_adakd form, int n, int k, con
     double t = temperature, mean = 0;
     int i;
     (void)ctx;
-    if (form == CKCA_ADAKD_TRUTH || form == CKCA_ADAKD_DOUBT) {
+    if (ckca__adakds[form].over_mean) {
         for (i = 0; i < n; i++)
             mean += ckca__adakd_weight(form, k, teacher_logits + (size_t)i * (size_t)k, labels[i], NULL) / n;
     } else

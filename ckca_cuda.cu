@@ -134,7 +134,7 @@ CKCA__OP void ckca__device_free(ckca_context *ctx) {
 /* What a failure leaves is freed with the context. */
 CKCA__OP ckca_status ckca__device_init(ckca_context *ctx) {
     ckca__cuda *cuda = (ckca__cuda *)calloc(1, sizeof *cuda);
-    static const char *const precision[] = {"float32", "tf32", "bf16"};
+    static const char *const precision[CKCA_PRECISION_COUNT] = {"float32", "tf32", "bf16"};
     cudaDeviceProp gpu;
     int device, ok, i;
     if (!cuda) {
@@ -1591,6 +1591,8 @@ template <int PASS> static void ckca__run_gemm(ckca_context *ctx, ckca__gemm *g)
     case CKCA_PRECISION_BF16:
         ckca__launch_gemm<CKCA_PRECISION_BF16, PASS>(ctx, grid, width, g);
         break;
+    case CKCA_PRECISION_COUNT: /* not a value */
+        break;
     }
 }
 
@@ -2203,7 +2205,7 @@ CKCA__OP void ckca__op_adakd(ckca_context *ctx, ckca_adakd form, int n, int k, c
                              const int *labels, const float *class_weight, float temperature, float scale, float *dlogits,
                              float *loss) {
     double *mean = ckca__cuda_of(ctx)->scratch;
-    if (form == CKCA_ADAKD_TRUTH || form == CKCA_ADAKD_DOUBT) {
+    if (ckca__adakds[form].over_mean) {
         CKCA__LAUNCH(ctx, ckca__adakd_weights, ckca__warps(n), form, n, k, teacher_logits, labels, loss);
         CKCA__LAUNCH(ctx, ckca__sum_kernel, 1, n, (const float *)loss, 1, mean);
     }

@@ -675,6 +675,63 @@ static void test_grouped(ckca_context *ctx) {
     ckca_model_free(m), ckca_model_free(copy), ckca_model_free(loaded);
 }
 
+/* Every row of the tables is filled, and what lies behind a table's end is refused. */
+static void test_tables(ckca_context *ctx) {
+    ckca_model *m = grouped(ctx);
+    ckca_context *none = NULL;
+    ckca_data *data = NULL;
+    ckca_array array;
+    ckca_desc desc;
+    float value[1024];
+    unsigned char pixels[432] = {0};
+    int i, label = 0;
+    for (i = 0; i < CKCA__KIND_COUNT; i++) {
+        const ckca__layer *layer = &ckca__layers[i];
+        CHECK(ckca__kind_name[i] && ckca__kind_of(ckca__kind_name[i]) == i, "layer %d has no word of its own", i);
+        CHECK(layer->build && layer->workspace && (!i || (layer->forward && layer->backward)),
+              "layer %s has not all functions", ckca__kind_name[i]);
+    }
+    for (i = 1; i < CKCA_ISA_COUNT; i++) {
+        char name[40];
+        memset(&desc, 0, sizeof desc);
+        desc.isa = (ckca_isa)i;
+        CHECK(ckca_init(&none, &desc) == (ckca__isa_supported(desc.isa) ? CKCA_OK : CKCA_EINVAL), "instruction set %d",
+              i);
+        snprintf(name, sizeof name, "host %s x", ckca__isa_name(desc.isa));
+        CHECK(!none || !CKCA__DEVICE_IS_HOST || !strncmp(ckca_device(none), name, strlen(name)), "%s is not %s",
+              ckca_device(none), name);
+        ckca_context_free(none);
+        none = NULL;
+    }
+    for (i = -1; i <= 1; i += 2) {
+        memset(&desc, 0, sizeof desc);
+        desc.isa = (ckca_isa)(i < 0 ? -1 : CKCA_ISA_COUNT);
+        CHECK(ckca_init(&none, &desc) == CKCA_EINVAL && !none, "instruction set %d is taken", (int)desc.isa);
+        memset(&desc, 0, sizeof desc);
+        desc.precision = (ckca_precision)(i < 0 ? -1 : CKCA_PRECISION_COUNT);
+        CHECK(ckca_init(&none, &desc) == CKCA_EINVAL && !none, "precision %d is taken", (int)desc.precision);
+        CHECK(ckca_tensor_read(m, 0, (ckca_slot)(i < 0 ? -1 : CKCA_SLOT_COUNT), value) == CKCA_EINVAL &&
+                  strstr(ckca_error(ctx), "there is no slot"),
+              "a slot beyond the last is read: %s", ckca_error(ctx));
+    }
+    memset(&array, 0, sizeof array);
+    array.pixels = pixels, array.labels = &label, array.count = 1, array.classes = 5;
+    array.height = array.width = 12, array.channels = 3;
+    CHECK(ckca_open_array(ctx, &data, &array, NULL) == CKCA_OK, "%s", ckca_error(ctx));
+    for (i = 0; i < 4; i++) {
+        ckca_update_desc update;
+        memset(&update, 0, sizeof update);
+        update.epochs = 1;
+        if (i == 0) update.method = CKCA_METHOD_COUNT;
+        if (i == 1) update.adakd = CKCA_ADAKD_COUNT;
+        if (i == 2) update.featreg = CKCA_FEATREG_COUNT;
+        if (i == 3) update.schedule = CKCA_SCHEDULE_COUNT;
+        CHECK(ckca_update(m, data, &update, NULL) == CKCA_EINVAL, "an update takes a value behind the last, case %d", i);
+    }
+    ckca_data_free(data);
+    ckca_model_free(m);
+}
+
 int main(void) {
     static const net_case cases[] = {
         {"resnet20-a", "resnet20", 0, 4, 10, 4, 12, 10, (int64_t)1 << 30, 16, 15, 1e-5, 1e-4},
@@ -719,6 +776,8 @@ int main(void) {
     test_plan_size(ctx, "resnet50", 224, 47.4e6);
     test_group("group norm in a network");
     test_grouped(ctx);
+    test_group("one row per kind, form and instruction set");
+    test_tables(ctx);
     test_group("architectures: parameter counts and features");
     test_structure(ctx);
     test_group("initial weights");
