@@ -710,7 +710,7 @@ static double group_loss(const double *v, const void *args) {
 static void test_group_norm(void) {
     static const int shapes[][4] = {{2, 12, 6, 3}, {1, 5, 8, 2},    {3, 35, 16, 16}, {2, 20, 5, 1},
                                     {2, 9, 26, 2}, {1, 300, 7, 7},  {4, 1, 12, 3},   {40, 16, 32, 8}};
-    size_t t, i;
+    size_t t, i, j;
     for (t = 0; t < sizeof shapes / sizeof *shapes; t++) {
         const int *d = shapes[t];
         const size_t count = (size_t)(d[0] * d[1] * d[2]), c = (size_t)d[2], groups = (size_t)(d[0] * d[3]);
@@ -729,8 +729,21 @@ static void test_group_norm(void) {
         for (i = 0; i < 2 * groups; i++) statistics[i] = (float)y[count + i];
         snprintf(what, sizeof what, "group norm of %d x %d x %d in %d groups", d[0], d[1], d[2], d[3]);
         check_op(what, group_forward, &a, count + 2 * groups, y, t % 2 ? 3e-5 : 3e-6);
-        g = central(group_loss, count + 2 * c, v, &a);
-        for (i = 0; i < 2 * c; i++) g[count + i] += start[i];
+        g = doubles(count + 2 * c, NULL);
+        for (i = 0; i < 2 * c; i++) g[count + i] = start[i];
+        for (i = 0; i < (size_t)a.n; i++) { /* picture by picture: one does not depend on another */
+            const size_t size = count / (size_t)a.n;
+            double *one = (double *)malloc((size + 2 * c) * sizeof *one), *of_one;
+            group_norm picture = a;
+            picture.n = 1;
+            picture.dy = dy + i * size;
+            memcpy(one, v + i * size, size * sizeof *one);
+            memcpy(one + size, v + count, 2 * c * sizeof *one);
+            of_one = central(group_loss, size + 2 * c, one, &picture);
+            memcpy(g + i * size, of_one, size * sizeof *g);
+            for (j = 0; j < 2 * c; j++) g[count + j] += of_one[size + j];
+            free(one), free(of_one);
+        }
         strcat(what, " backward");
         check_op(what, group_backward, &a, count + 2 * c, g, t % 2 ? 2e-4 : 2e-5);
         for (i = 0; i < count; i++) g[i] += x[i];
@@ -1307,28 +1320,27 @@ static void test_torch(const char *path) {
         check_torch("avgpool.d_x", out, 1e-6);
     }
     {
-        static const char *const adakd[] = {"adakd_CONSTANT", "adakd_CLASS", "adakd_TRUTH", "adakd_DOUBT"};
-        static const char *const featreg[] = {"featreg_STAGES", "featreg_COSINE", "featreg_L2", "featreg_RELATION"};
         const float *z = torch("loss.z", NULL), *zo = torch("loss.zo", NULL);
         const int *labels = (const int *)(const void *)torch("loss.labels", NULL);
         int hit[6];
-        char name[40];
+        char name[40], base[30];
         for (j = 0; j < 2; j++) {
             ckca__op_cross_entropy(any, 6, 7, z, labels, j ? 0.1f : 0, out, loss, hit);
             check_torch_mean(j ? "ce_smooth.loss" : "ce.loss", 6, loss);
             check_torch(j ? "ce_smooth.d_z" : "ce.d_z", out, 1e-6);
         }
-        for (form = 0; form < 4; form++) {
+        for (form = 0; form < CKCA_ADAKD_COUNT; form++) {
             memset(out, 0, 42 * sizeof *out);
             ckca__op_adakd(any, (ckca_adakd)form, 6, 7, z, zo, labels, torch("loss.class_weight", NULL), 3, 1, out,
                            loss);
-            snprintf(name, sizeof name, "%s.loss", adakd[form]);
+            snprintf(base, sizeof base, "adakd_%s", ckca__adakds[form].name);
+            snprintf(name, sizeof name, "%s.loss", base);
             check_torch_mean(name, 6, loss);
-            check_part(adakd[form], "d_z", out, 1e-6);
+            check_part(base, "d_z", out, 1e-6);
         }
         ws = ckca__alloc(any, ckca__op_workspace(any, 5, 12 + 2 * 5));
-        for (form = 0; form < 4; form++) {
-            int stages = form == CKCA_FEATREG_STAGES, n = stages ? 2 : 5;
+        for (form = 0; form < CKCA_FEATREG_COUNT; form++) {
+            int stages = ckca__featregs[form].stages, n = stages ? 2 : 5;
             ckca__op_featreg(any, (ckca_featreg)form, 0, 0, n, stages ? 60 : 8,
                              stages                          ? 60
                              : form == CKCA_FEATREG_RELATION ? 12
@@ -1339,9 +1351,10 @@ static void test_torch(const char *path) {
                                                                    : "feat.fo",
                                    NULL),
                              1, out, 0, loss, ws);
-            snprintf(name, sizeof name, "%s.loss", featreg[form]);
+            snprintf(base, sizeof base, "featreg_%s", ckca__featregs[form].name);
+            snprintf(name, sizeof name, "%s.loss", base);
             check_torch_mean(name, n, loss);
-            check_part(featreg[form], "d_f", out, 1e-6);
+            check_part(base, "d_f", out, 1e-6);
         }
         ckca__release(any, ws);
     }
