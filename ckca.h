@@ -635,7 +635,8 @@ CKCA_API int ckca_layer_subsample(ckca_model *model, int input, int stride,
 CKCA_API int ckca_layer_linear(ckca_model *model, const char *name, int input,
                                int out);                     /* input flattened: H x W x C */
 /* torch.nn.GroupNorm: each picture's channels are normalised in groups of c / groups neighbours by the group's own mean
-   and variance, in training as in evaluation; then a weight and a bias per channel. groups divides the channels. */
+   and variance, in training as in evaluation; then come a weight and a bias per channel, which start as 1 and 0 and do
+   not decay. groups must divide the channels. */
 CKCA_API int ckca_layer_groupnorm(ckca_model *model, const char *name, int input, int groups);
 CKCA_API int ckca_layer_stage(ckca_model *model, int input); /* marks a map for FeatReg's STAGES; returns input */
 /* logits is the output (N x 1 x 1 x classes, of a linear node); its input are the pooled features. Draws the initial
