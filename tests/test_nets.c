@@ -458,6 +458,7 @@ static ckca_model *grouped(ckca_context *ctx) {
     y = ckca_layer_groupnorm(m, "gn2", conv(m, "conv2", x, 8, 3, 1, 1), 8);
     x = ckca_layer_relu(m, ckca_layer_add(m, y, x));
     ckca_layer_stage(m, x);
+    x = ckca_layer_relu(m, ckca_layer_add(m, ckca_layer_groupnorm(m, "gn6", x, 2), x)); /* its gradient is added */
     y = ckca_layer_groupnorm(m, "gn3", conv(m, "conv3", x, 8, 1, 1, 0), 4);
     x = ckca_layer_relu(m, ckca_layer_add(m, ckca_layer_batchnorm(m, "bn3", y), x));
     x = ckca_layer_relu(m, ckca_layer_batchnorm(m, "bn4", conv(m, "conv4", x, 8, 3, 1, 1)));
