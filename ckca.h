@@ -601,12 +601,7 @@ typedef struct ckca_tensor_info {
     int64_t count;
     int trainable; /* 0: running_mean, running_var */
 } ckca_tensor_info;
-typedef enum ckca_slot {
-    CKCA_SLOT_VALUE = 0,
-    CKCA_SLOT_GRADIENT,
-    CKCA_SLOT_MOMENTUM,
-    CKCA_SLOT_COUNT
-} ckca_slot;
+typedef enum ckca_slot { CKCA_SLOT_VALUE = 0, CKCA_SLOT_GRADIENT, CKCA_SLOT_MOMENTUM, CKCA_SLOT_COUNT } ckca_slot;
 CKCA_API int ckca_tensor_count(const ckca_model *model);
 CKCA_API ckca_status ckca_tensor_info_get(const ckca_model *model, int i, ckca_tensor_info *tensor);
 CKCA_API int ckca_tensor_find(const ckca_model *model, const char *name); /* index, or -1 */
@@ -633,7 +628,7 @@ CKCA_API int ckca_layer_subsample(ckca_model *model, int input, int stride,
                                   int out); /* every stride-th pixel, zeros added
                                                                                    in front and behind to out channels */
 CKCA_API int ckca_layer_linear(ckca_model *model, const char *name, int input,
-                               int out);                     /* input flattened: H x W x C */
+                               int out); /* input flattened: H x W x C */
 /* torch.nn.GroupNorm: each picture's channels are normalised in groups of c / groups neighbours by the group's own mean
    and variance, in training as in evaluation; then come a weight and a bias per channel, which start as 1 and 0 and do
    not decay. groups must divide the channels. */
@@ -946,8 +941,8 @@ CKCA__OP void ckca__op_softmax(ckca_context *ctx, int n, int k, const float *log
 /* The forms of AdaKD. What a form computes is in ckca__op_adakd, here and on the GPU. */
 typedef struct ckca__adakd_form {
     const char *name;
-    float w_kd;         /* the default weight */
-    int over_mean;      /* 1: a_i is divided by its mean over the batch */
+    float w_kd;    /* the default weight */
+    int over_mean; /* 1: a_i is divided by its mean over the batch */
 } ckca__adakd_form;
 static const ckca__adakd_form ckca__adakds[CKCA_ADAKD_COUNT] = {
     {"CONSTANT", 1, 0}, {"CLASS", 2, 0}, /* its weights are below 1 */ {"TRUTH", 1, 1}, {"DOUBT", 1, 1}};
@@ -3407,8 +3402,8 @@ typedef enum ckca__kind {
 } ckca__kind;
 
 /* The words of the graph's text (see ckca__graph_write), by kind. */
-static const char *const ckca__kind_name[CKCA__KIND_COUNT] = {"input",   "conv",    "bn",        "relu",  "add",
-                                              "maxpool", "avgpool", "subsample", "linear", "gn"};
+static const char *const ckca__kind_name[CKCA__KIND_COUNT] = {"input",   "conv",    "bn",        "relu",   "add",
+                                                              "maxpool", "avgpool", "subsample", "linear", "gn"};
 
 enum { CKCA__NAME_MAX = 64, CKCA__NODES_MAX = 10000, CKCA__BATCH_MAX = 1000000, CKCA__MODES = 8 };
 #define CKCA__VALUES_MAX ((size_t)1 << 30) /* of one picture's map, or of one parameter */
@@ -3677,26 +3672,27 @@ enum {
 
 /* What the memory plan, fusion, the choice of bfloat16 and the arenas ask about a kind. */
 enum {
-    CKCA__LAYER_READS_INPUT = 1,      /* backward reads what forward read */
-    CKCA__LAYER_READS_OUTPUT = 2,     /* backward reads what forward wrote (the ReLU's gate) */
-    CKCA__LAYER_NORMALIZES = 4,       /* it can do the work of a batch norm in front of it, where ckca__may_norm */
-    CKCA__LAYER_CONVOLUTION = 8,      /* its first parameter is a convolution's and is packed, see ckca__pack_weights */
+    CKCA__LAYER_READS_INPUT = 1,  /* backward reads what forward read */
+    CKCA__LAYER_READS_OUTPUT = 2, /* backward reads what forward wrote (the ReLU's gate) */
+    CKCA__LAYER_NORMALIZES = 4,   /* it can do the work of a batch norm in front of it, where ckca__may_norm */
+    CKCA__LAYER_CONVOLUTION = 8,  /* its first parameter is a convolution's and is packed, see ckca__pack_weights */
     CKCA__LAYER_BATCH_STATISTICS = 16, /* training leaves mean and inv_std of each channel in model->saved */
-    CKCA__LAYER_FROM_PICTURES = 32,   /* reads float32 pictures and can give bfloat16 */
-    CKCA__LAYER_TO_FLOAT32 = 64,      /* reads either and gives float32 */
-    CKCA__LAYER_LOGITS = 128          /* reads and gives float32; the logits are the output of such a node */
+    CKCA__LAYER_FROM_PICTURES = 32,    /* reads float32 pictures and can give bfloat16 */
+    CKCA__LAYER_TO_FLOAT32 = 64,       /* reads either and gives float32 */
+    CKCA__LAYER_LOGITS = 128           /* reads and gives float32; the logits are the output of such a node */
 };
 
 enum { CKCA__LAYER_NUMBERS = 5 };
 
 typedef struct ckca__layer {
-    int inputs, named;                  /* nodes that it reads; 1: it has a name, which its parameters' names begin with */
+    int inputs, named; /* nodes that it reads; 1: it has a name, which its parameters' names begin with */
     size_t number[CKCA__LAYER_NUMBERS]; /* its numbers in the graph's text: where in ckca__node they are; 0: no more */
     unsigned flags;                     /* CKCA__LAYER_... */
     int (*build)(ckca_model *m, const char *name, const int *number); /* of the text; number: inputs, then the above */
     void (*forward)(ckca_model *m, int i);
     void (*backward)(ckca_model *m, int i);
-    size_t (*workspace)(const ckca_model *m, const ckca__node *x, int n, int mode); /* bytes of scratch for n pictures */
+    size_t (*workspace)(const ckca_model *m, const ckca__node *x, int n,
+                        int mode);       /* bytes of scratch for n pictures */
     size_t (*side)(const ckca__node *x); /* floats per picture that forward leaves to backward beside y; NULL: none */
 } ckca__layer;
 
@@ -3973,8 +3969,7 @@ static void ckca__backward_maxpool(ckca_model *m, int i) {
     float *dx = ckca__grad_into(m, m->node[i].source, &add);
     ckca__conv s;
     ckca__shape(m, &m->node[i], m->n, m->mode, &s);
-    if (dx)
-        ckca__op_maxpool_backward(m->ctx, &s, ckca__grad(m, i), (const unsigned char *)ckca__side(m, i), dx, add);
+    if (dx) ckca__op_maxpool_backward(m->ctx, &s, ckca__grad(m, i), (const unsigned char *)ckca__side(m, i), dx, add);
 }
 
 CKCA_API int ckca_layer_avgpool(ckca_model *m, int input) {
@@ -4142,33 +4137,86 @@ static const ckca__layer ckca__layers[CKCA__KIND_COUNT] = {
     /* input */
     {0, 0, {0}, 0, ckca__build_input, NULL, NULL, ckca__workspace_map, NULL},
     /* conv */
-    {1, 1,
+    {1,
+     1,
      {CKCA__FIELD(c), CKCA__FIELD(kernel), CKCA__FIELD(stride), CKCA__FIELD(pad), CKCA__FIELD(bias)},
      CKCA__LAYER_READS_INPUT | CKCA__LAYER_NORMALIZES | CKCA__LAYER_CONVOLUTION | CKCA__LAYER_FROM_PICTURES,
-     ckca__build_conv, ckca__forward_conv, ckca__backward_conv, ckca__workspace_conv, NULL},
+     ckca__build_conv,
+     ckca__forward_conv,
+     ckca__backward_conv,
+     ckca__workspace_conv,
+     NULL},
     /* bn */
-    {1, 1, {0}, CKCA__LAYER_READS_INPUT | CKCA__LAYER_BATCH_STATISTICS,
-     ckca__build_batchnorm, ckca__forward_batchnorm, ckca__backward_batchnorm, ckca__workspace_map, NULL},
+    {1,
+     1,
+     {0},
+     CKCA__LAYER_READS_INPUT | CKCA__LAYER_BATCH_STATISTICS,
+     ckca__build_batchnorm,
+     ckca__forward_batchnorm,
+     ckca__backward_batchnorm,
+     ckca__workspace_map,
+     NULL},
     /* relu */
-    {1, 0, {0}, CKCA__LAYER_READS_OUTPUT,
-     ckca__build_relu, ckca__forward_add, ckca__backward_add, ckca__workspace_map, NULL},
+    {1,
+     0,
+     {0},
+     CKCA__LAYER_READS_OUTPUT,
+     ckca__build_relu,
+     ckca__forward_add,
+     ckca__backward_add,
+     ckca__workspace_map,
+     NULL},
     /* add */
     {2, 0, {0}, 0, ckca__build_add, ckca__forward_add, ckca__backward_add, ckca__workspace_map, NULL},
     /* maxpool */
-    {1, 0, {CKCA__FIELD(kernel), CKCA__FIELD(stride), CKCA__FIELD(pad)}, CKCA__LAYER_NORMALIZES,
-     ckca__build_maxpool, ckca__forward_maxpool, ckca__backward_maxpool, ckca__workspace_map, ckca__side_maxpool},
+    {1,
+     0,
+     {CKCA__FIELD(kernel), CKCA__FIELD(stride), CKCA__FIELD(pad)},
+     CKCA__LAYER_NORMALIZES,
+     ckca__build_maxpool,
+     ckca__forward_maxpool,
+     ckca__backward_maxpool,
+     ckca__workspace_map,
+     ckca__side_maxpool},
     /* avgpool */
-    {1, 0, {0}, CKCA__LAYER_TO_FLOAT32,
-     ckca__build_avgpool, ckca__forward_avgpool, ckca__backward_avgpool, ckca__workspace_map, NULL},
+    {1,
+     0,
+     {0},
+     CKCA__LAYER_TO_FLOAT32,
+     ckca__build_avgpool,
+     ckca__forward_avgpool,
+     ckca__backward_avgpool,
+     ckca__workspace_map,
+     NULL},
     /* subsample */
-    {1, 0, {CKCA__FIELD(stride), CKCA__FIELD(c)}, 0,
-     ckca__build_subsample, ckca__forward_subsample, ckca__backward_subsample, ckca__workspace_map, NULL},
+    {1,
+     0,
+     {CKCA__FIELD(stride), CKCA__FIELD(c)},
+     0,
+     ckca__build_subsample,
+     ckca__forward_subsample,
+     ckca__backward_subsample,
+     ckca__workspace_map,
+     NULL},
     /* linear */
-    {1, 1, {CKCA__FIELD(c)}, CKCA__LAYER_READS_INPUT | CKCA__LAYER_LOGITS,
-     ckca__build_linear, ckca__forward_linear, ckca__backward_linear, ckca__workspace_linear, NULL},
+    {1,
+     1,
+     {CKCA__FIELD(c)},
+     CKCA__LAYER_READS_INPUT | CKCA__LAYER_LOGITS,
+     ckca__build_linear,
+     ckca__forward_linear,
+     ckca__backward_linear,
+     ckca__workspace_linear,
+     NULL},
     /* gn */
-    {1, 1, {CKCA__FIELD(groups)}, CKCA__LAYER_READS_INPUT,
-     ckca__build_groupnorm, ckca__forward_groupnorm, ckca__backward_groupnorm, ckca__workspace_groupnorm,
+    {1,
+     1,
+     {CKCA__FIELD(groups)},
+     CKCA__LAYER_READS_INPUT,
+     ckca__build_groupnorm,
+     ckca__forward_groupnorm,
+     ckca__backward_groupnorm,
+     ckca__workspace_groupnorm,
      ckca__side_groupnorm},
 };
 #undef CKCA__FIELD
@@ -4862,7 +4910,7 @@ static void ckca__settings_off(ckca_update_desc *d) {
 /* The forms of FeatReg. What a form computes is in ckca__op_featreg. */
 static const struct {
     const char *name;
-    int stages;        /* 1: compares the maps of stages, which both networks must have, and so asks the teacher per batch */
+    int stages; /* 1: compares the maps of stages, which both networks must have, and so asks the teacher per batch */
     int same_features; /* 1: student and teacher need as many features */
 } ckca__featregs[CKCA_FEATREG_COUNT] = {{"STAGES", 1, 0}, {"COSINE", 0, 1}, {"L2", 0, 1}, {"RELATION", 0, 0}};
 
@@ -5355,8 +5403,7 @@ static ckca_status ckca__consult(ckca__update *u) {
         for (i = 0; i < t->classes; i++)
             if (by_class[i] < 0) by_class[i] = 0; /* a class without pictures is never asked for */
         ckca__device_upload(ctx, u->b.class_weight, by_class, (size_t)t->classes * sizeof(float));
-        status = ckca__reserve(t, u->d.batch,
-                               ckca__uses_stages(u) ? CKCA__MODE_STAGES : CKCA__MODE_EVALUATE);
+        status = ckca__reserve(t, u->d.batch, ckca__uses_stages(u) ? CKCA__MODE_STAGES : CKCA__MODE_EVALUATE);
     }
     ckca__release(ctx, by_class);
     return status;
@@ -5799,8 +5846,8 @@ static int ckca__is_output(const ckca_model *m, int i, int mode) {
 /* 1: the input of batch norm i makes room for its gradient: nothing else reads it, the input's own backward neither. */
 static int ckca__in_place(const ckca_model *m, int i) {
     const ckca__node *x = &m->node[i];
-    return !x->fused && x->head >= 0 && x->source > 0 && m->node[x->source].readers == 1 &&
-           !m->node[x->source].relu && !ckca__reads_output(m, x->source);
+    return !x->fused && x->head >= 0 && x->source > 0 && m->node[x->source].readers == 1 && !m->node[x->source].relu &&
+           !ckca__reads_output(m, x->source);
 }
 
 /* 1: batch norm i takes its statistics and no more: the only node that reads it normalises for itself what it reads. */
@@ -5863,9 +5910,7 @@ static float *ckca__grad(const ckca_model *m, int i) {
     return m->activations + m->node[i].grad[m->mode] * (size_t)m->n;
 }
 /* What a layer leaves to its backward beside its output, see ckca__layer. */
-static void *ckca__side(const ckca_model *m, int i) {
-    return m->activations + m->node[i].side[m->mode] * (size_t)m->n;
-}
+static void *ckca__side(const ckca_model *m, int i) { return m->activations + m->node[i].side[m->mode] * (size_t)m->n; }
 /* What node i reads, in the forward pass and in the backward pass. */
 static const float *ckca__input(const ckca_model *m, int i) {
     return ckca__value(m, ckca__stand_in(m, m->node[i].source, m->mode, NULL));
@@ -8959,8 +9004,8 @@ static int ckca__isa_base(void) { return 1; }
 
 static const struct {
     const char *name;
-    int width;              /* floats per vector; plain loops cut work as for 4 */
-    int (*supported)(void); /* by the processor; NULL: not in this build */
+    int width;                                     /* floats per vector; plain loops cut work as for 4 */
+    int (*supported)(void);                        /* by the processor; NULL: not in this build */
 } ckca__isas[CKCA_ISA_COUNT] = {{"best", 0, NULL}, /* not one of its own */
                                 {"plain", 4, ckca__isa_plain},
                                 {"base", 4, ckca__isa_base},
@@ -11555,11 +11600,11 @@ static void ckca__op_groupnorm_forward(ckca_context *ctx, int bf16, int n, int a
     ckca__parallel_over(ctx, (size_t)n * (size_t)area * (size_t)c, n, ckca__groupnorm_picture, &job);
 }
 
-static void ckca__op_groupnorm_backward(ckca_context *ctx, int bf16, int n, int area, int c, int groups,
-                                        const float *x, const float *gamma, const float *statistics, const float *dy,
-                                        float *dx, int accumulate, float *dgamma, float *dbeta, void *ws) {
-    ckca__groupnorm job = {n,  area, c,    groups, accumulate, x, gamma, NULL, dy, NULL, dx, (float *)(uintptr_t)statistics,
-                           (float *)ws};
+static void ckca__op_groupnorm_backward(ckca_context *ctx, int bf16, int n, int area, int c, int groups, const float *x,
+                                        const float *gamma, const float *statistics, const float *dy, float *dx,
+                                        int accumulate, float *dgamma, float *dbeta, void *ws) {
+    ckca__groupnorm job = {
+        n, area, c, groups, accumulate, x, gamma, NULL, dy, NULL, dx, (float *)(uintptr_t)statistics, (float *)ws};
     const float *part = job.parts;
     int i, j;
     (void)bf16;
