@@ -699,7 +699,7 @@ static void test_tables(ckca_context *ctx) {
         CHECK(ckca_init(&none, &desc) == (ckca__isa_supported(desc.isa) ? CKCA_OK : CKCA_EINVAL), "instruction set %d",
               i);
         snprintf(name, sizeof name, "host %s x", ckca__isa_name(desc.isa));
-        CHECK(!none || !CKCA__DEVICE_IS_HOST || !strncmp(ckca_device(none), name, strlen(name)), "%s is not %s",
+        CHECK(!ckca__isa_supported(desc.isa) || !CKCA__DEVICE_IS_HOST || !strncmp(ckca_device(none), name, strlen(name)), "%s is not %s",
               ckca_device(none), name);
         ckca_context_free(none);
         none = NULL;
@@ -707,12 +707,16 @@ static void test_tables(ckca_context *ctx) {
     for (i = -1; i <= 1; i += 2) {
         memset(&desc, 0, sizeof desc);
         desc.isa = (ckca_isa)(i < 0 ? -1 : CKCA_ISA_COUNT);
-        CHECK(ckca_init(&none, &desc) == CKCA_EINVAL && !none, "instruction set %d is taken", (int)desc.isa);
+        CHECK(ckca_init(&none, &desc) == CKCA_EINVAL, "instruction set %d is taken", (int)desc.isa);
+        ckca_context_free(none);
+        none = NULL;
         memset(&desc, 0, sizeof desc);
         desc.precision = (ckca_precision)(i < 0 ? -1 : CKCA_PRECISION_COUNT);
-        CHECK(ckca_init(&none, &desc) == CKCA_EINVAL && !none, "precision %d is taken", (int)desc.precision);
+        CHECK(ckca_init(&none, &desc) == CKCA_EINVAL, "precision %d is taken", (int)desc.precision);
+        ckca_context_free(none);
+        none = NULL;
         CHECK(ckca_tensor_read(m, 0, (ckca_slot)(i < 0 ? -1 : CKCA_SLOT_COUNT), value) == CKCA_EINVAL &&
-                  strstr(ckca_error(ctx), "there is no slot"),
+                  strstr(ckca_error(ctx), "slot is"),
               "a slot beyond the last is read: %s", ckca_error(ctx));
     }
     memset(&array, 0, sizeof array);
