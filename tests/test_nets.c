@@ -678,6 +678,7 @@ static void test_grouped(ckca_context *ctx) {
 
 /* Every row of the tables is filled, and what lies behind a table's end is refused. */
 static void test_tables(ckca_context *ctx) {
+    static const char *const names[CKCA_ISA_COUNT] = {"best", "plain", "base", "avx2", "avx512"};
     ckca_model *m = grouped(ctx);
     ckca_context *none = NULL;
     ckca_data *data = NULL;
@@ -698,8 +699,11 @@ static void test_tables(ckca_context *ctx) {
         desc.isa = (ckca_isa)i;
         CHECK(ckca_init(&none, &desc) == (ckca__isa_supported(desc.isa) ? CKCA_OK : CKCA_EINVAL), "instruction set %d",
               i);
-        snprintf(name, sizeof name, "host %s x", ckca__isa_name(desc.isa));
-        CHECK(!ckca__isa_supported(desc.isa) || !CKCA__DEVICE_IS_HOST || !strncmp(ckca_device(none), name, strlen(name)), "%s is not %s",
+        CHECK(!strcmp(ckca__isa_name(desc.isa), names[i]), "instruction set %d is called %s", i,
+              ckca__isa_name(desc.isa));
+        snprintf(name, sizeof name, "host %s x", names[i]);
+        CHECK(!ckca__isa_supported(desc.isa) || !CKCA__DEVICE_IS_HOST ||
+                  !strncmp(ckca_device(none), name, strlen(name)), "%s is not %s",
               ckca_device(none), name);
         ckca_context_free(none);
         none = NULL;
