@@ -17,7 +17,7 @@
        GEMM           the one kernel behind the three passes of every convolution but plain 1 x 1
        CONVOLUTION    the ops that choose it, or cuBLAS
        CHANNELS       sums over all pixels: batch norm, bias gradients
-       ELEMENTS       element-wise ops, pooling, gathering
+       ELEMENTS       element-wise ops, pooling, group norm, gathering
        LOSSES
        WEIGHTS        SGD, clipping
        PICTURES       bytes to augmented, normalised floats
@@ -1978,61 +1978,65 @@ CKCA__OP void ckca__op_subsample_backward(ckca_context *ctx, const ckca__conv *s
     });
 }
 
-/* Group norm, a block for each picture's group. The values of a group lie c / groups at a time, c apart. */
+/* Group norm, a block for each picture's group in turn. The values of a group lie c / groups at a time, c apart. */
 struct ckca__group {
-    size_t first; /* where its values begin */
-    int channel, per, c;
-    float count; /* of its values */
-    __device__ __forceinline__ ckca__group(int area, int all, int groups)
-        : first((size_t)(blockIdx.x / groups) * area * all + blockIdx.x % groups * (all / groups)),
-          channel((int)blockIdx.x % groups * (all / groups)), per(all / groups), c(all), count((float)area * (float)per) {}
+    int c, per, channel; /* channels in all, in the group; its first */
+    size_t first;        /* where its values begin */
+    float count;         /* of its values */
+    __device__ __forceinline__ ckca__group(size_t b, int area, int channels, int groups)
+        : c(channels), per(channels / groups), channel((int)(b % groups) * per),
+          first(b / groups * area * channels + channel), count((float)area * (float)per) {}
     /* Where value i is; its channel. */
     __device__ __forceinline__ size_t at(size_t i) const { return first + i / per * c + i % per; }
     __device__ __forceinline__ int channel_of(size_t i) const { return channel + (int)(i % per); }
 };
 
 template <class T>
-__global__ void ckca__groupnorm_kernel(int area, int c, int groups, const T *x, const float *gamma, const float *beta,
-                                       T *y, float *statistics) {
-    const ckca__group group(area, c, groups);
-    const size_t values = (size_t)area * group.per;
-    float sum = 0, square = 0;
-    for (size_t i = threadIdx.x; i < values; i += CKCA__THREADS) sum += ckca__to_float(x[group.at(i)]);
-    const float mean = (float)(ckca__block_sum(sum) / group.count);
-    for (size_t i = threadIdx.x; i < values; i += CKCA__THREADS) {
-        const float d = ckca__to_float(x[group.at(i)]) - mean;
-        square += d * d;
-    }
-    const float inv_std = (float)(1 / sqrt(ckca__block_sum(square) / group.count + 1e-5));
-    for (size_t i = threadIdx.x; i < values; i += CKCA__THREADS) {
-        const int j = group.channel_of(i);
-        ckca__put(y + group.at(i), (ckca__to_float(x[group.at(i)]) - mean) * (inv_std * gamma[j]) + beta[j]);
-    }
-    if (statistics && threadIdx.x == 0) {
-        statistics[blockIdx.x] = mean;
-        statistics[gridDim.x + blockIdx.x] = inv_std;
+__global__ void ckca__groupnorm_kernel(size_t all, int area, int c, int groups, const T *x, const float *gamma,
+                                       const float *beta, T *y, float *statistics) {
+    for (size_t b = blockIdx.x; b < all; b += gridDim.x) {
+        const ckca__group group(b, area, c, groups);
+        const size_t values = (size_t)area * group.per;
+        float sum = 0, square = 0;
+        for (size_t i = threadIdx.x; i < values; i += CKCA__THREADS) sum += ckca__to_float(x[group.at(i)]);
+        const float mean = (float)(ckca__block_sum(sum) / group.count);
+        for (size_t i = threadIdx.x; i < values; i += CKCA__THREADS) {
+            const float d = ckca__to_float(x[group.at(i)]) - mean;
+            square += d * d;
+        }
+        const float inv_std = (float)(1 / sqrt(ckca__block_sum(square) / group.count + 1e-5));
+        for (size_t i = threadIdx.x; i < values; i += CKCA__THREADS) {
+            const int j = group.channel_of(i);
+            ckca__put(y + group.at(i), (ckca__to_float(x[group.at(i)]) - mean) * (inv_std * gamma[j]) + beta[j]);
+        }
+        if (statistics && threadIdx.x == 0) {
+            statistics[b] = mean;
+            statistics[all + b] = inv_std;
+        }
     }
 }
 template <class T>
-__global__ void ckca__groupnorm_backward_kernel(int area, int c, int groups, const T *x, const float *gamma,
+__global__ void ckca__groupnorm_backward_kernel(size_t all, int area, int c, int groups, const T *x, const float *gamma,
                                                 const float *statistics, const T *dy, T *dx, int accumulate) {
-    const ckca__group group(area, c, groups);
-    const size_t values = (size_t)area * group.per;
-    const float mean = statistics[blockIdx.x], inv_std = statistics[gridDim.x + blockIdx.x];
-    float sum = 0, product = 0;
-    for (size_t i = threadIdx.x; i < values; i += CKCA__THREADS) {
-        const size_t at = group.at(i);
-        const float g = ckca__to_float(dy[at]) * gamma[group.channel_of(i)];
-        sum += g;
-        product += g * ((ckca__to_float(x[at]) - mean) * inv_std);
-    }
-    const float shift = (float)(ckca__block_sum(sum) / group.count);
-    const float slope = (float)(ckca__block_sum(product) / group.count);
-    for (size_t i = threadIdx.x; i < values; i += CKCA__THREADS) {
-        const size_t at = group.at(i);
-        const float xhat = (ckca__to_float(x[at]) - mean) * inv_std;
-        const float d = inv_std * (ckca__to_float(dy[at]) * gamma[group.channel_of(i)] - shift - xhat * slope);
-        ckca__put(dx + at, accumulate ? ckca__to_float(dx[at]) + d : d);
+    for (size_t b = blockIdx.x; b < all; b += gridDim.x) {
+        const ckca__group group(b, area, c, groups);
+        const size_t values = (size_t)area * group.per;
+        const float mean = statistics[b], inv_std = statistics[all + b];
+        float sum = 0, product = 0;
+        for (size_t i = threadIdx.x; i < values; i += CKCA__THREADS) {
+            const size_t at = group.at(i);
+            const float g = ckca__to_float(dy[at]) * gamma[group.channel_of(i)];
+            sum += g;
+            product += g * ((ckca__to_float(x[at]) - mean) * inv_std);
+        }
+        const float shift = (float)(ckca__block_sum(sum) / group.count);
+        const float slope = (float)(ckca__block_sum(product) / group.count);
+        for (size_t i = threadIdx.x; i < values; i += CKCA__THREADS) {
+            const size_t at = group.at(i);
+            const float xhat = (ckca__to_float(x[at]) - mean) * inv_std;
+            const float d = inv_std * (ckca__to_float(dy[at]) * gamma[group.channel_of(i)] - shift - xhat * slope);
+            ckca__put(dx + at, accumulate ? ckca__to_float(dx[at]) + d : d);
+        }
     }
 }
 /* part (n x 2 x c): each picture's sums of dy xhat and of dy; then their sums over the pictures. */
@@ -2064,8 +2068,9 @@ CKCA__OP void ckca__op_groupnorm_forward(ckca_context *ctx, int bf16, int n, int
                                          float *statistics) {
     ckca__typed(bf16, [&](auto type) {
         typedef decltype(type) T;
-        CKCA__LAUNCH(ctx, ckca__groupnorm_kernel<T>, (unsigned)n * (unsigned)groups, area, c, groups, (const T *)x,
-                     gamma, beta, (T *)y, statistics);
+        const size_t all = (size_t)n * groups;
+        CKCA__LAUNCH(ctx, ckca__groupnorm_kernel<T>, ckca__grid(ctx, all * CKCA__THREADS, 1), all, area, c, groups,
+                     (const T *)x, gamma, beta, (T *)y, statistics);
     });
 }
 CKCA__OP void ckca__op_groupnorm_backward(ckca_context *ctx, int bf16, int n, int area, int c, int groups,
@@ -2073,11 +2078,12 @@ CKCA__OP void ckca__op_groupnorm_backward(ckca_context *ctx, int bf16, int n, in
                                           float *dx, int accumulate, float *dgamma, float *dbeta, void *ws) {
     ckca__typed(bf16, [&](auto type) {
         typedef decltype(type) T;
+        const size_t all = (size_t)n * groups;
         CKCA__LAUNCH(ctx, ckca__groupnorm_parts<T>, ckca__grid(ctx, (size_t)n * c, 1), n, area, c, groups,
                      (const T *)x, statistics, (const T *)dy, (float *)ws);
         if (dx)
-            CKCA__LAUNCH(ctx, ckca__groupnorm_backward_kernel<T>, (unsigned)n * (unsigned)groups, area, c, groups,
-                         (const T *)x, gamma, statistics, (const T *)dy, (T *)dx, accumulate);
+            CKCA__LAUNCH(ctx, ckca__groupnorm_backward_kernel<T>, ckca__grid(ctx, all * CKCA__THREADS, 1), all, area, c,
+                         groups, (const T *)x, gamma, statistics, (const T *)dy, (T *)dx, accumulate);
     });
     CKCA__LAUNCH(ctx, ckca__groupnorm_gradients, ckca__grid(ctx, 2 * (size_t)c, 1), n, c, (const float *)ws, dgamma,
                  dbeta);
