@@ -143,7 +143,8 @@
        time; contexts do not share anything. Inside, a context has ckca_desc.threads - 1 threads of its own, created
        by the first call that has work for them, asleep between calls, ended by ckca_context_free; results are the same bits
        for any number of them. The child of a fork() may go on with a context that was not working then: the threads
-       are created anew.
+       are created anew. Not on a GPU, which CUDA does not share with a child: there it can only free what it has of
+       its parent, which gives back host memory alone; all else fails.
 
    ERRORS
        Every call that can fail returns a ckca_status, and ckca_error(ctx) then holds one sentence with the real names
@@ -587,7 +588,8 @@ CKCA_API ckca_status ckca_load_weights_memory(ckca_model *model, const void *byt
    =================================================================================================================== */
 
 /* Bytes a model takes at a batch size, known before they are allocated; training: in ckca_update. (ckca_forward in
-   training takes more activations, since it keeps all of them readable.) */
+   training takes more activations, since it keeps all of them readable. A GPU whose memory turns out to be short for the
+   activations of training takes fewer, and recomputes the others: asked again after that, this says so.) */
 typedef struct ckca_bytes {
     size_t parameters, gradients, momentum, activations, workspace, total;
 } ckca_bytes;
@@ -798,6 +800,12 @@ typedef struct ckca__norm {
     int relu;
 } ckca__norm;
 
+/* Where a training batch norm's statistics go, c values each: mean and inv_std of this batch, the running ones (which
+   move, see ckca__op_batchnorm_forward). */
+typedef struct ckca__statistics {
+    float *mean, *inv_std, *running_mean, *running_var;
+} ckca__statistics;
+
 typedef struct ckca__conv {
     int n, h, w, c; /* input: N x H x W x C */
     int k, r, s;    /* weight: K x R x S x C */
@@ -806,6 +814,7 @@ typedef struct ckca__conv {
     const ckca__norm *norm; /* applied to the input while it is read, before zero padding; or NULL */
     int bf16_x, bf16;       /* bf16_x: the input is bfloat16; bf16: the output is (poolings: bf16 says so of both) */
     void *packed_weights;   /* from ckca__op_pack_weights; or NULL */
+    const ckca__statistics *statistics; /* forward: also computes these of its output; NULL: none */
 } ckca__conv;
 
 /* Opens the device behind a new context (a failure leaves its sentence in ctx->error); closes it. */
@@ -845,6 +854,8 @@ CKCA__OP void ckca__device_staging_close(ckca_context *ctx, void *staging);
 CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *s);
 /* 1 if a convolution of this shape (forward pass, weight gradient), or a max pooling, can normalise its input. */
 CKCA__OP int ckca__may_norm(const ckca_context *ctx, const ckca__conv *s);
+/* 1: the forward pass takes statistics, where the convolution has them, as ckca__op_batchnorm_forward would. */
+CKCA__OP int ckca__may_take_statistics(const ckca_context *ctx, const ckca__conv *s);
 CKCA__OP size_t ckca__op_workspace(const ckca_context *ctx, size_t rows, int c);
 
 /* Weights in the layout that a GPU's convolutions read (rounded, and transposed for the input gradient). One call packs
@@ -3422,6 +3433,7 @@ typedef struct ckca__node {
     int bf16;                /* 1: its output and gradient are bfloat16, see ckca__choose_bf16 */
     int fused;               /* 1: a later tail runs it */
     int folded;              /* convolution: 1: in evaluation the batch norm's tail runs it */
+    int takes;               /* convolution: the batch norm's tail whose statistics it takes in training; 0: none */
     int head, source, residual,
         relu; /* of a tail: its batch norm or -1; what it reads; what it adds or -1; ReLU last */
     size_t value[CKCA__MODES], grad[CKCA__MODES], side[CKCA__MODES]; /* offsets per picture in the plan of each mode */
@@ -3491,6 +3503,7 @@ struct ckca_model {
     int recomputes[CKCA__MODES];
 
     float *values, *gradients, *momentum; /* arenas over the parameters; the latter two when training */
+    float *rate;   /* when training, on the device: ckca_sgd's learning rate and the factor of clipping */
     float *folded; /* evaluation: weights with batch norm folded in, biases in the place of beta */
     int folded_valid;
     float *saved; /* batch statistics of the last training forward */
@@ -3501,6 +3514,7 @@ struct ckca_model {
     const float *input; /* the last forward's pictures, size and mode */
     int n, mode;
     ckca__unsaved *unsaved;
+    int recompute_outputs; /* 1: backward recomputes batch norms' outputs; 0, on a GPU with memory: they are kept */
 };
 
 /* A mode says what a forward has to leave behind, and so which plan holds: what backward needs, the stages' outputs for
@@ -3510,6 +3524,7 @@ enum { CKCA__MODE_EVALUATE = 0, CKCA__MODE_TRAIN = 1, CKCA__MODE_STAGES = 2, CKC
 /* In EXECUTION: */
 static void ckca__shape(const ckca_model *m, const ckca__node *node, int n, int mode, ckca__conv *s);
 static int ckca__stand_in(const ckca_model *m, int i, int mode, const ckca__norm **norm);
+static ckca__statistics ckca__statistics_of(const ckca_model *m, const ckca__node *tail);
 static float *ckca__value(const ckca_model *m, int i);
 static float *ckca__value_now(const ckca_model *m, int i);
 static float *ckca__grad(const ckca_model *m, int i);
@@ -3770,8 +3785,13 @@ static int ckca__build_conv(ckca_model *m, const char *name, const int *number) 
 
 static void ckca__forward_conv(ckca_model *m, int i) {
     const ckca__node *x = &m->node[i];
+    ckca__statistics statistics;
     ckca__conv s;
     ckca__shape(m, x, m->n, m->mode, &s);
+    if ((m->mode & CKCA__MODE_TRAIN) && x->takes) {
+        statistics = ckca__statistics_of(m, &m->node[x->takes]);
+        s.statistics = &statistics;
+    }
     ckca__op_conv_forward(m->ctx, &s, ckca__input(m, i), ckca__param(m, x, m->values, CKCA__PARAM_WEIGHT),
                           x->bias ? ckca__param(m, x, m->values, CKCA__PARAM_BIAS) : NULL, NULL, 0, ckca__value(m, i),
                           m->workspace);
@@ -3831,15 +3851,19 @@ static void ckca__forward_batchnorm(ckca_model *m, int i) {
     float *mean = ckca__param(m, bn, m->values, CKCA__PARAM_MEAN),
           *var = ckca__param(m, bn, m->values, CKCA__PARAM_VAR);
     if (m->mode & CKCA__MODE_TRAIN) {
-        float *saved = m->saved + bn->saved, *inv_std = saved + ckca__round_up((size_t)x->c, 16);
-        x->norm.mean = saved;
-        x->norm.inv_std = inv_std;
+        const ckca__statistics statistics = ckca__statistics_of(m, x);
+        x->norm.mean = statistics.mean;
+        x->norm.inv_std = statistics.inv_std;
         x->norm.gamma = gamma;
         x->norm.beta = beta;
         x->norm.relu = x->relu;
-        ckca__op_batchnorm_forward(m->ctx, x->bf16, rows, x->c, ckca__value(m, x->source), gamma, beta, mean, var,
-                                   residual, residual_norm, x->relu, x->fused_into_reader[m->mode] ? NULL : y, saved,
-                                   inv_std, m->workspace);
+        if (source->takes != i)
+            ckca__op_batchnorm_forward(m->ctx, x->bf16, rows, x->c, ckca__value(m, x->source), gamma, beta, mean, var,
+                                       residual, residual_norm, x->relu, x->fused_into_reader[m->mode] ? NULL : y,
+                                       statistics.mean, statistics.inv_std, m->workspace);
+        else if (!x->fused_into_reader[m->mode]) /* the convolution has taken the statistics */
+            ckca__op_batchnorm_recompute(m->ctx, x->bf16, rows, x->c, ckca__value(m, x->source), &x->norm, residual,
+                                         residual_norm, y);
     } else if (source->folded) {
         ckca__conv s;
         ckca__shape(m, source, m->n, m->mode, &s);
@@ -4266,6 +4290,7 @@ CKCA_API void ckca_model_free(ckca_model *m) {
     ckca__device_release(ctx, m->values, m->all * sizeof(float));
     ckca__device_release(ctx, m->gradients, m->trainable * sizeof(float));
     ckca__device_release(ctx, m->momentum, m->trainable * sizeof(float));
+    ckca__device_release(ctx, m->rate, 2 * sizeof *m->rate);
     ckca__device_release(ctx, m->folded, m->trainable * sizeof(float));
     ckca__device_release(ctx, m->saved, m->saved_count * sizeof(float));
     ckca__device_release(ctx, m->activations, m->activation_bytes);
@@ -4300,6 +4325,7 @@ CKCA_API ckca_status ckca_model_create(ckca_context *ctx, ckca_model **out, cons
     m = (ckca_model *)ckca__alloc(ctx, sizeof *m);
     if (!m) return ckca__fail(ctx, CKCA_ENOMEM, "out of memory for a model");
     m->ctx = ctx;
+    m->recompute_outputs = CKCA__DEVICE_IS_HOST;
     m->height = desc->height ? desc->height : 32;
     m->width = desc->width ? desc->width : 32;
     m->channels = desc->channels ? desc->channels : 3;
@@ -4690,7 +4716,7 @@ CKCA_API ckca_status ckca_model_copy(ckca_model **out, const ckca_model *m) {
     copy = (ckca_model *)ckca__alloc(ctx, sizeof *copy);
     if (!copy) return ckca__fail(ctx, CKCA_ENOMEM, "copy: out of memory for the model");
     *copy = *m;
-    copy->gradients = copy->momentum = copy->folded = copy->saved = copy->activations = NULL;
+    copy->gradients = copy->momentum = copy->rate = copy->folded = copy->saved = copy->activations = NULL;
     copy->activation_bytes = copy->workspace_bytes = copy->packed_bytes = 0;
     memset(copy->plan_values, 0, sizeof copy->plan_values);
     memset(copy->recompute, 0, sizeof copy->recompute);
@@ -5886,6 +5912,7 @@ static void ckca__shape(const ckca_model *m, const ckca__node *node, int n, int 
     s->bf16_x = x->bf16;
     s->bf16 = node->bf16;
     s->packed_weights = m->packed_weights ? (char *)m->packed_weights + node->packed_weights : NULL;
+    s->statistics = NULL;
     s->n = n;
     s->h = x->h;
     s->w = x->w;
@@ -5971,6 +5998,17 @@ static void ckca__fold(ckca_model *m, int mode) {
     }
     ckca__pack_weights(m, mode);
     m->folded_valid = 1;
+}
+
+/* Where the statistics of a batch norm with this tail go in training. */
+static ckca__statistics ckca__statistics_of(const ckca_model *m, const ckca__node *tail) {
+    const ckca__node *bn = &m->node[tail->head];
+    ckca__statistics s;
+    s.mean = m->saved + bn->saved;
+    s.inv_std = s.mean + ckca__round_up((size_t)bn->c, 16);
+    s.running_mean = ckca__param(m, bn, m->values, CKCA__PARAM_MEAN);
+    s.running_var = ckca__param(m, bn, m->values, CKCA__PARAM_VAR);
+    return s;
 }
 
 /* Makes the weights of all convolutions as they read them: before a training forward, after folding. */
@@ -6153,7 +6191,6 @@ CKCA_API ckca_status ckca_sgd(ckca_model *m, const ckca_sgd_desc *desc) {
     ckca_sgd_desc d;
     ckca_update_desc settings;
     ckca_status status;
-    float *device; /* lr and gscale */
     if (!m) return CKCA_EINVAL;
     if ((status = ckca__check_finished(m, "ckca_sgd"))) return status;
     if (!desc) return ckca__null(m->ctx, "ckca_sgd", "desc");
@@ -6165,7 +6202,7 @@ CKCA_API ckca_status ckca_sgd(ckca_model *m, const ckca_sgd_desc *desc) {
     settings.clip_norm = d.clip_norm;
     settings.no_nesterov = d.no_nesterov;
     if ((status = ckca__settings_check(m->ctx, "ckca_sgd", &settings))) return status;
-    if (!m->gradients)
+    if (!m->gradients || !m->momentum || !m->rate)
         return ckca__fail(m->ctx, CKCA_EINVAL,
                           "ckca_sgd: there are no gradients yet: ckca_forward with training, then ckca_backward");
     ckca__settings_fill(&settings);
@@ -6173,11 +6210,8 @@ CKCA_API ckca_status ckca_sgd(ckca_model *m, const ckca_sgd_desc *desc) {
     d.momentum = settings.momentum;
     d.weight_decay = settings.weight_decay;
     d.clip_norm = settings.clip_norm;
-    device = (float *)ckca__device_alloc(m->ctx, 2 * sizeof *device);
-    if (!device) return ckca__fail(m->ctx, CKCA_ENOMEM, "sgd: out of memory for two floats");
-    ckca__device_upload(m->ctx, device, &d.lr, sizeof d.lr);
-    ckca__run_sgd(m, &d, device, device + 1);
-    ckca__device_release(m->ctx, device, 2 * sizeof *device);
+    ckca__device_upload(m->ctx, m->rate, &d.lr, sizeof d.lr);
+    ckca__run_sgd(m, &d, m->rate, m->rate + 1);
     return ckca__device_status(m->ctx);
 }
 
@@ -6366,6 +6400,18 @@ static ckca_status ckca__reserve(ckca_model *m, int n, int mode) {
     int ok = 1;
     if (!m->plan_values[mode] && (status = ckca__plan(m, mode))) return status;
     if ((status = ckca__measure(m, n, mode, &bytes))) return status;
+    if ((mode & CKCA__MODE_TRAIN) && !m->recompute_outputs && bytes.activations > m->activation_bytes &&
+        bytes.activations > (ckca__device_free_bytes(m->ctx) + m->activation_bytes) / 2) { /* memory is short */
+        int other;
+        m->recompute_outputs = 1;
+        for (other = 0; other < CKCA__MODES; other++)
+            if (other & CKCA__MODE_TRAIN) m->plan_values[other] = 0;
+        ckca__device_release(m->ctx, activations, m->activation_bytes); /* nothing goes on with the old plan */
+        activations = m->activations = NULL;
+        m->activation_bytes = 0;
+        m->n = 0;
+        if ((status = ckca__plan(m, mode)) || (status = ckca__measure(m, n, mode, &bytes))) return status;
+    }
     if (activations && m->activation_bytes < bytes.activations) m->n = 0; /* what was in it goes */
     ok = ckca__arena(m->ctx, &activations, &m->activation_bytes, bytes.activations);
     m->activations = (float *)activations;
@@ -6379,6 +6425,7 @@ static ckca_status ckca__reserve(ckca_model *m, int n, int mode) {
         ok = (m->saved = (float *)ckca__device_alloc(m->ctx, m->saved_count * sizeof(float))) != NULL;
     if (ok && (mode & CKCA__MODE_TRAIN)) {
         ok = ckca__reserve_zeroed(m, &m->gradients) && ckca__reserve_zeroed(m, &m->momentum);
+        if (ok && !m->rate) ok = (m->rate = (float *)ckca__device_alloc(m->ctx, 2 * sizeof *m->rate)) != NULL;
     } else if (ok && !m->folded) {
         ok = (m->folded = (float *)ckca__device_alloc(m->ctx, m->trainable * sizeof(float))) != NULL;
         m->folded_valid = 0;
@@ -6490,6 +6537,13 @@ static ckca_status ckca__plan(ckca_model *m, int mode) {
         ckca__node *x = &m->node[i];
         x->fused_into_reader[mode] = ckca__is_fused_into_reader(m, i, mode);
         p->reader[i] = -1;
+        x->takes = 0; /* a tail comes after its convolution */
+        if (!x->fused && x->head >= 0 && ckca__has(m, x->source, CKCA__LAYER_CONVOLUTION) &&
+            !m->node[x->source].takes) {
+            ckca__conv s;
+            ckca__shape(m, &m->node[x->source], 1, mode, &s);
+            if (ckca__may_take_statistics(m->ctx, &s)) m->node[x->source].takes = i;
+        }
         if (!ckca__runs(m, i, mode)) continue;
         if (i) p->reader[ckca__stand_in(m, x->source, mode, NULL)] = i;
         if (x->residual >= 0) p->reader[ckca__stand_in(m, x->residual, mode, NULL)] = i;
@@ -6593,7 +6647,8 @@ static void ckca__plan_backward(ckca__planner *p) {
     }
     for (i = m->nodes - 1; i >= 0; i--) { /* what is read behind the last convolution is kept: nothing large follows */
         const ckca__node *x = &m->node[i];
-        if (x->fused || x->head < 0 || p->reader[i] >= last || p->until[i] < 0 || (p->mode & CKCA__MODE_READABLE)) {
+        if (x->fused || x->head < 0 || p->reader[i] >= last || p->until[i] < 0 || (p->mode & CKCA__MODE_READABLE) ||
+            !m->recompute_outputs) {
             p->latest[i] = -2;
             continue;
         }
@@ -11075,6 +11130,12 @@ CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *
 #endif
     (void)ctx;
     return ckca__mul(floats, sizeof(float));
+}
+
+CKCA__OP int ckca__may_take_statistics(const ckca_context *ctx, const ckca__conv *s) { /* they would cost the same */
+    (void)ctx;
+    (void)s;
+    return 0;
 }
 
 /* Here convolutions pack their weights themselves. */

@@ -12,7 +12,7 @@
 
    CONTENTS, each a section under this name
        CONTEXT        stream, cuBLAS handle, errors that wait to be reported, launching
-       MEMORY         device memory, copies, stages for what comes in a stream, recorded work (CUDA graphs)
+       MEMORY         device memory, copies, staging of what comes in a stream, recorded work (CUDA graphs)
        INSTRUCTIONS   what C++ has no name for: tensor cores, copies under way, roundings; and values of either kind
        GEMM           the one kernel behind the three passes of every convolution but plain 1 x 1
        CONVOLUTION    the ops that choose it, or cuBLAS
@@ -23,20 +23,25 @@
        PICTURES       bytes to augmented, normalised floats
 
    HOW KERNELS ARE LAID OUT
-       Everything runs in one stream, in order, but for the uploads of pictures that the GPU has no room to keep (see
-       stages). Blocks are of 256 threads. Element-wise kernels are grids of at most 16 blocks a multiprocessor whose
-       threads walk the array in strides, 16 bytes at a time where they can; where channels matter the stride is a
-       multiple of the channels, so that each thread meets the same ones and loads their constants once. Sums are taken
-       in two stages of fixed shape: a block sums its part in an order that depends on the sizes alone, then one block
-       or warp adds the parts in theirs. There are no atomics: the same machine gives the same bits.
+       Everything runs in one stream, in order, but for two things: uploads of pictures that the GPU has no room to keep
+       (see staging), and weight gradients, which go on beside the gradient of the same convolution's input. Kernels may
+       start while the one before ends (programmatic dependent launch) and wait before they touch memory. Blocks are of
+       256 threads, of 128 where a GEMM uses tensor cores. Element-wise kernels are grids of at most 16 blocks a
+       multiprocessor whose threads walk the array in strides, 16 bytes at a time where they can; where channels matter
+       the stride is a multiple of the channels, so that each thread meets the same ones and loads their constants once.
+       Batch norm's kernels load several rows before they use the first.
+       Sums over a grid: each block sums its part in an order that depends on the sizes alone; the block that comes last
+       (a ticket, counted by an integer atomic) adds the parts in theirs. Which block that is makes no difference: the
+       same machine gives the same bits.
 
    FLOORS, what no kernel can beat: bytes through memory at its bandwidth, or multiply-adds at the peak of the unit used
        GEMM           2 N P Q K R S C flops on tensor cores (FLOAT32: on the FFMA units), or the bytes of x, w and y
                       once. 3 x 3 on 16 channels costs 288 flops and 8 bytes an output: memory is the floor there.
-       batch norm     forward: read x twice, write y (12 bytes a value, 4 more with a residual); backward: read x and dy
-                      twice, y twice where ReLU, write dx (20 to 28 bytes), dresidual 4 to 8 more. BF16: half of that.
+       batch norm     forward: read x once, write y (8 bytes a value, 4 more with a residual), since the convolution takes
+                      the statistics; backward: read x and dy twice, write dx (20 bytes), y twice more behind a residual,
+                      dresidual 4 to 8 more. BF16: half of that.
        element-wise   the bytes of its arguments once; SGD 20 bytes a parameter.
-       pictures       a byte in, a float out.
+       pictures       a byte in, a float out; the first convolution widens their channels to a chunk.
        losses         small; latency.
 
    PRECISION (ckca_desc.precision): FLOAT32 multiplies floats on the FFMA units. TF32 rounds both factors of
@@ -57,6 +62,12 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #endif
+#ifdef _WIN32
+#define CKCA__PROCESS() 0L /* there is no fork() */
+#else
+#include <unistd.h>
+#define CKCA__PROCESS() ((long)getpid())
+#endif
 
 /* ------------------------------------------------------------------------------------------------------------------
    CONTEXT
@@ -66,6 +77,8 @@ enum {
     CKCA__THREADS = 256, /* in every block */
     CKCA__SLOTS = 4,     /* pinned buffers that uploads go through, in turn */
     CKCA__SLOT_BYTES = 1 << 18,
+    CKCA__SHARED_BYTES = 48 << 10, /* of a block, unless a kernel asks for more */
+    CKCA__TICKETS = 1 << 14,
     CKCA__BLAS_BYTES = 32 << 20 /* cuBLAS's workspace: what it is advised to have on Hopper, and fixed for graphs */
 };
 
@@ -73,12 +86,22 @@ typedef struct ckca__cuda {
     cudaStream_t stream, copies; /* all work; what a stage sends, meanwhile */
     cublasHandle_t blas;
     void *blas_workspace;
+    struct {
+        cudaStream_t stream; /* gradients of weights, beside those of inputs */
+        cublasHandle_t blas;
+        void *blas_workspace;
+        cudaEvent_t forked, done;
+        int now, pending, wanted; /* 1: work goes there; nobody has waited for it; nor must, just now */
+    } beside;
     int blocks;                    /* of an element-wise kernel, at most */
     double *scratch;               /* on the device: one double */
+    unsigned *tickets;             /* on the device: 0 between kernels, see ckca__is_last */
+    int early;                     /* 1: kernels may be started while the one before ends */
     char *slot[CKCA__SLOTS];       /* pinned host memory */
     cudaEvent_t sent[CKCA__SLOTS]; /* the slot's last upload is through */
     int next;                      /* slot */
     unsigned releases;             /* memory given back so far: what was recorded before may point to it */
+    long process; /* the one that made all this: CUDA does not pass to the child of a fork() */
     int failed;
     char error[400];
 } ckca__cuda;
@@ -94,41 +117,118 @@ static int ckca__cuda_note(ckca__cuda *cuda, const char *call, const char *messa
     cuda->failed = 1;
     return 0;
 }
+/* A failure is taken from what the call returns, and removed from where CUDA keeps the last one for others to find. */
 static int ckca__cuda_check(ckca__cuda *cuda, const char *call, cudaError_t status) {
-    return status == cudaSuccess ? 1 : ckca__cuda_note(cuda, call, cudaGetErrorString(status));
+    if (status == cudaSuccess) return 1;
+    cudaGetLastError();
+    return ckca__cuda_note(cuda, call, cudaGetErrorString(status));
 }
 static int ckca__blas_check(ckca__cuda *cuda, const char *call, cublasStatus_t status) {
     return status == CUBLAS_STATUS_SUCCESS ? 1 : ckca__cuda_note(cuda, call, cublasGetStatusString(status));
 }
-#define CKCA__CUDA(cuda, call) ckca__cuda_check(cuda, #call, call)
-#define CKCA__BLAS(cuda, call) ckca__blas_check(cuda, #call, call)
+static int ckca__cuda_is_ours(const ckca__cuda *cuda) { return cuda->process == CKCA__PROCESS(); }
+static int ckca__cuda_usable(ckca__cuda *cuda, const char *call) {
+    return ckca__cuda_is_ours(cuda) || ckca__cuda_note(cuda, call, "the child of a fork() cannot use its parent's GPU");
+}
+#define CKCA__CUDA(cuda, call) (ckca__cuda_usable(cuda, #call) && ckca__cuda_check(cuda, #call, call))
+#define CKCA__BLAS(cuda, call) (ckca__cuda_usable(cuda, #call) && ckca__blas_check(cuda, #call, call))
 
-/* Every kernel starts here: CKCA__LAUNCH(ctx, kernel, blocks, arguments...). tests/cuda_shim.h has its own. */
-#ifndef CKCA__LAUNCH
-#define CKCA__LAUNCH(ctx, kernel, grid, ...)                                           \
-    do {                                                                               \
-        kernel<<<(grid), CKCA__THREADS, 0, ckca__cuda_of(ctx)->stream>>>(__VA_ARGS__); \
-        ckca__cuda_check(ckca__cuda_of(ctx), #kernel, cudaGetLastError());             \
-    } while (0)
-#endif
+/* Where work goes: the main stream, which then waits first for what went on beside it, unless that is wanted. */
+static cudaStream_t ckca__cuda_stream(ckca__cuda *cuda) {
+    if (cuda->beside.now) return cuda->beside.stream;
+    if (cuda->beside.pending && !cuda->beside.wanted) {
+        cuda->beside.pending = 0;
+        CKCA__CUDA(cuda, cudaStreamWaitEvent(cuda->stream, cuda->beside.done, 0));
+    }
+    return cuda->stream;
+}
+
+/* Work between these goes on beside what comes after it, up to the end of the next convolution's gradient of the input.
+   They share no scratch, and no tickets. */
+static void ckca__beside_begin(ckca__cuda *cuda) {
+    cuda->beside.now = CKCA__CUDA(cuda, cudaEventRecord(cuda->beside.forked, ckca__cuda_stream(cuda))) &&
+                       CKCA__CUDA(cuda, cudaStreamWaitEvent(cuda->beside.stream, cuda->beside.forked, 0));
+}
+static void ckca__beside_end(ckca__cuda *cuda) {
+    if (!cuda->beside.now) return;
+    cuda->beside.now = 0;
+    cuda->beside.pending = CKCA__CUDA(cuda, cudaEventRecord(cuda->beside.done, cuda->beside.stream));
+}
+static unsigned *ckca__tickets(const ckca__cuda *cuda) {
+    return cuda->tickets + (cuda->beside.now ? CKCA__TICKETS : 0);
+}
+
+/* Blocks, their threads and their shared memory beyond what the kernel declares. */
+typedef struct ckca__launch_shape {
+    dim3 grid;
+    unsigned threads;
+    size_t shared;
+    ckca__launch_shape(dim3 grid_, unsigned threads_ = CKCA__THREADS, size_t shared_ = 0)
+        : grid(grid_), threads(threads_), shared(shared_) {}
+    ckca__launch_shape(unsigned blocks) : ckca__launch_shape(dim3(blocks)) {}
+} ckca__launch_shape;
+
+/* Every kernel starts here: CKCA__LAUNCH(ctx, kernel, blocks, arguments...). Where the GPU can, it is started while the
+   one before it ends (programmatic dependent launch): every kernel calls ckca__wait_for_grids. */
+template <class... P, class... A>
+static void ckca__launch(ckca_context *ctx, const char *name, void (*kernel)(P...), ckca__launch_shape shape,
+                         A... arguments) {
+    ckca__cuda *cuda = ckca__cuda_of(ctx);
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute early = {};
+    if (!ckca__cuda_usable(cuda, name)) return;
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = shape.grid;
+    config.blockDim = dim3(shape.threads);
+    config.dynamicSmemBytes = shape.shared;
+    config.stream = ckca__cuda_stream(cuda);
+    config.attrs = &early;
+    config.numAttrs = (unsigned)cuda->early;
+    if (shape.shared > CKCA__SHARED_BYTES &&
+        !ckca__cuda_check(cuda, name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                           (int)shape.shared)))
+        return;
+    ckca__cuda_check(cuda, name, cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...));
+}
+#define CKCA__LAUNCH(ctx, kernel, ...) ckca__launch(ctx, #kernel, kernel, __VA_ARGS__)
 
 CKCA__OP void ckca__device_free(ckca_context *ctx) {
     ckca__cuda *cuda = ckca__cuda_of(ctx);
     int i;
     if (!cuda) return;
+    ctx->cuda = NULL;
+    if (!ckca__cuda_is_ours(cuda)) {
+        free(cuda);
+        return;
+    }
+    if (cuda->beside.stream) cudaStreamSynchronize(cuda->beside.stream);
     if (cuda->stream) cudaStreamSynchronize(cuda->stream);
     if (cuda->copies) cudaStreamSynchronize(cuda->copies);
     if (cuda->blas) cublasDestroy(cuda->blas);
+    if (cuda->beside.blas) cublasDestroy(cuda->beside.blas);
+    if (cuda->beside.forked) cudaEventDestroy(cuda->beside.forked);
+    if (cuda->beside.done) cudaEventDestroy(cuda->beside.done);
+    if (cuda->beside.blas_workspace) cudaFree(cuda->beside.blas_workspace);
+    if (cuda->beside.stream) cudaStreamDestroy(cuda->beside.stream);
     for (i = 0; i < CKCA__SLOTS; i++) {
         if (cuda->sent[i]) cudaEventDestroy(cuda->sent[i]);
         if (cuda->slot[i]) cudaFreeHost(cuda->slot[i]);
     }
     if (cuda->blas_workspace) cudaFree(cuda->blas_workspace);
     if (cuda->scratch) cudaFree(cuda->scratch);
+    if (cuda->tickets) cudaFree(cuda->tickets);
     if (cuda->copies) cudaStreamDestroy(cuda->copies);
     if (cuda->stream) cudaStreamDestroy(cuda->stream);
     free(cuda);
-    ctx->cuda = NULL;
+}
+
+static int ckca__blas_create(ckca__cuda *cuda, cudaStream_t stream, cublasHandle_t *blas, void **workspace) {
+    return CKCA__CUDA(cuda, cudaMalloc(workspace, CKCA__BLAS_BYTES)) && CKCA__BLAS(cuda, cublasCreate(blas)) &&
+           CKCA__BLAS(cuda, cublasSetStream(*blas, stream)) &&
+           CKCA__BLAS(cuda, cublasSetWorkspace(*blas, *workspace, CKCA__BLAS_BYTES)) &&
+           /* Parts of a sum are added in float32 even where the result is BF16. */
+           CKCA__BLAS(cuda, cublasSetMathMode(*blas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
 }
 
 /* What a failure leaves is freed with the context. */
@@ -136,12 +236,13 @@ CKCA__OP ckca_status ckca__device_init(ckca_context *ctx) {
     ckca__cuda *cuda = (ckca__cuda *)calloc(1, sizeof *cuda);
     static const char *const precision[CKCA_PRECISION_COUNT] = {"float32", "tf32", "bf16"};
     cudaDeviceProp gpu;
-    int device, ok, i;
+    int device, ok, i, runtime = 0, driver = 0;
     if (!cuda) {
         snprintf(ctx->error, sizeof ctx->error, "ckca_init: out of memory for the GPU's %d bytes", (int)sizeof *cuda);
         return CKCA_ENOMEM;
     }
     ctx->cuda = cuda;
+    cuda->process = CKCA__PROCESS();
     ok = CKCA__CUDA(cuda, cudaGetDevice(&device)) && CKCA__CUDA(cuda, cudaGetDeviceProperties(&gpu, device));
     if (!ok) return ckca__device_status(ctx);
     if (ctx->precision != CKCA_PRECISION_FLOAT32 && gpu.major < 8) { /* as an instruction set it lacks */
@@ -152,13 +253,19 @@ CKCA__OP ckca_status ckca__device_init(ckca_context *ctx) {
     }
     ok = CKCA__CUDA(cuda, cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking)) &&
          CKCA__CUDA(cuda, cudaStreamCreateWithFlags(&cuda->copies, cudaStreamNonBlocking)) &&
+         CKCA__CUDA(cuda, cudaStreamCreateWithFlags(&cuda->beside.stream, cudaStreamNonBlocking)) &&
          CKCA__CUDA(cuda, cudaMalloc((void **)&cuda->scratch, sizeof *cuda->scratch)) &&
-         CKCA__CUDA(cuda, cudaMalloc(&cuda->blas_workspace, CKCA__BLAS_BYTES)) &&
-         CKCA__BLAS(cuda, cublasCreate(&cuda->blas)) && CKCA__BLAS(cuda, cublasSetStream(cuda->blas, cuda->stream)) &&
-         CKCA__BLAS(cuda, cublasSetWorkspace(cuda->blas, cuda->blas_workspace, CKCA__BLAS_BYTES));
+         CKCA__CUDA(cuda, cudaMalloc((void **)&cuda->tickets, 2 * CKCA__TICKETS * sizeof *cuda->tickets)) &&
+         CKCA__CUDA(cuda, cudaMemsetAsync(cuda->tickets, 0, 2 * CKCA__TICKETS * sizeof *cuda->tickets, cuda->stream)) &&
+         CKCA__CUDA(cuda, cudaRuntimeGetVersion(&runtime)) && CKCA__CUDA(cuda, cudaDriverGetVersion(&driver)) &&
+         CKCA__CUDA(cuda, cudaEventCreateWithFlags(&cuda->beside.forked, cudaEventDisableTiming)) &&
+         CKCA__CUDA(cuda, cudaEventCreateWithFlags(&cuda->beside.done, cudaEventDisableTiming)) &&
+         ckca__blas_create(cuda, cuda->stream, &cuda->blas, &cuda->blas_workspace) &&
+         ckca__blas_create(cuda, cuda->beside.stream, &cuda->beside.blas, &cuda->beside.blas_workspace);
     for (i = 0; ok && i < CKCA__SLOTS; i++)
         ok = CKCA__CUDA(cuda, cudaMallocHost((void **)&cuda->slot[i], CKCA__SLOT_BYTES)) &&
              CKCA__CUDA(cuda, cudaEventCreateWithFlags(&cuda->sent[i], cudaEventDisableTiming));
+    cuda->early = gpu.major >= 9 && runtime >= 12030 && driver >= 12030; /* in graphs, too */
     cuda->blocks = 16 * gpu.multiProcessorCount;
     snprintf(ctx->device, sizeof ctx->device, "cuda %.40s %s", gpu.name, precision[ctx->precision]);
     return ckca__device_status(ctx);
@@ -193,25 +300,27 @@ CKCA__OP void *ckca__device_alloc(ckca_context *ctx, size_t bytes) {
     ckca__cuda *cuda = ckca__cuda_of(ctx);
     void *memory = NULL;
     size_t total;
+    if (!ckca__cuda_usable(cuda, "cudaMalloc")) return NULL;
     if (ckca__cuda_granted(cuda, "cudaMalloc", cudaMalloc(&memory, bytes ? bytes : 1))) {
-        if (CKCA_FRESH >= 0) CKCA__CUDA(cuda, cudaMemsetAsync(memory, CKCA_FRESH, bytes, cuda->stream));
+        if (CKCA_FRESH >= 0) CKCA__CUDA(cuda, cudaMemsetAsync(memory, CKCA_FRESH, bytes, ckca__cuda_stream(cuda)));
         return memory;
     }
     ctx->refused = bytes;
-    if (cudaMemGetInfo(&ctx->free_bytes, &total) != cudaSuccess) ctx->free_bytes = 0;
+    if (cudaMemGetInfo(&ctx->free_bytes, &total) != cudaSuccess) ctx->free_bytes = 0, cudaGetLastError();
     return NULL;
 }
 
 CKCA__OP void ckca__device_release(ckca_context *ctx, void *memory, size_t bytes) {
     ckca__cuda *cuda = ckca__cuda_of(ctx);
     (void)bytes;
-    if (!memory) return;
+    if (!memory || !ckca__cuda_is_ours(cuda)) return;
     cuda->releases++;
     CKCA__CUDA(cuda, cudaFree(memory));
 }
 
 /* Small things are copied to pinned memory first, so that the call returns while the GPU is still busy with the steps
-   before; large ones (weights, a store of pictures) are left to the driver. */
+   before. Large ones (weights, a store of pictures) are rare; their source, which the driver may read until the copy is
+   through, is the caller's again after the call. */
 CKCA__OP void ckca__device_upload(ckca_context *ctx, void *device, const void *host, size_t bytes) {
     ckca__cuda *cuda = ckca__cuda_of(ctx);
     const void *from = host;
@@ -222,25 +331,28 @@ CKCA__OP void ckca__device_upload(ckca_context *ctx, void *device, const void *h
         from = memcpy(cuda->slot[slot], host, bytes);
         cuda->next = (slot + 1) % CKCA__SLOTS;
     }
-    CKCA__CUDA(cuda, cudaMemcpyAsync(device, from, bytes, cudaMemcpyHostToDevice, cuda->stream));
-    if (small) CKCA__CUDA(cuda, cudaEventRecord(cuda->sent[slot], cuda->stream));
+    CKCA__CUDA(cuda, cudaMemcpyAsync(device, from, bytes, cudaMemcpyHostToDevice, ckca__cuda_stream(cuda)));
+    if (small)
+        CKCA__CUDA(cuda, cudaEventRecord(cuda->sent[slot], ckca__cuda_stream(cuda)));
+    else
+        CKCA__CUDA(cuda, cudaStreamSynchronize(ckca__cuda_stream(cuda)));
 }
 
 CKCA__OP void ckca__device_download(ckca_context *ctx, void *host, const void *device, size_t bytes) {
     ckca__cuda *cuda = ckca__cuda_of(ctx);
     if (!bytes) return;
-    CKCA__CUDA(cuda, cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, cuda->stream));
-    CKCA__CUDA(cuda, cudaStreamSynchronize(cuda->stream));
+    CKCA__CUDA(cuda, cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, ckca__cuda_stream(cuda)));
+    CKCA__CUDA(cuda, cudaStreamSynchronize(ckca__cuda_stream(cuda)));
 }
 
 CKCA__OP void ckca__device_copy(ckca_context *ctx, void *to, const void *from, size_t bytes) {
     ckca__cuda *cuda = ckca__cuda_of(ctx);
-    if (bytes) CKCA__CUDA(cuda, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, cuda->stream));
+    if (bytes) CKCA__CUDA(cuda, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, ckca__cuda_stream(cuda)));
 }
 
 CKCA__OP void ckca__device_zero(ckca_context *ctx, void *device, size_t bytes) {
     ckca__cuda *cuda = ckca__cuda_of(ctx);
-    if (bytes) CKCA__CUDA(cuda, cudaMemsetAsync(device, 0, bytes, cuda->stream));
+    if (bytes) CKCA__CUDA(cuda, cudaMemsetAsync(device, 0, bytes, ckca__cuda_stream(cuda)));
 }
 
 CKCA__OP size_t ckca__device_free_bytes(const ckca_context *ctx) {
@@ -248,7 +360,7 @@ CKCA__OP size_t ckca__device_free_bytes(const ckca_context *ctx) {
     return CKCA__CUDA(ckca__cuda_of(ctx), cudaMemGetInfo(&room, &total)) ? room : 0;
 }
 
-/* ---- stages ---- */
+/* ---- staging ---- */
 
 /* Two buffers on either side, by turns: while one is filled on the host, the other's upload and the work on the batch
    before that go on. Work finds its input where it always was, at the price of a copy on the device. */
@@ -263,8 +375,12 @@ CKCA__OP void ckca__device_staging_close(ckca_context *ctx, void *stage) {
     ckca__cuda *cuda = ckca__cuda_of(ctx);
     ckca__staging *s = (ckca__staging *)stage;
     int i;
+    if (!ckca__cuda_is_ours(cuda)) {
+        free(s);
+        return;
+    }
     CKCA__CUDA(cuda, cudaStreamSynchronize(cuda->copies));
-    CKCA__CUDA(cuda, cudaStreamSynchronize(cuda->stream));
+    CKCA__CUDA(cuda, cudaStreamSynchronize(ckca__cuda_stream(cuda)));
     for (i = 0; i < 2; i++) {
         if (s->sent[i]) cudaEventDestroy(s->sent[i]);
         if (s->taken[i]) cudaEventDestroy(s->taken[i]);
@@ -286,7 +402,7 @@ CKCA__OP void *ckca__device_staging_open(ckca_context *ctx, size_t bytes) {
              CKCA__CUDA(cuda, cudaEventCreateWithFlags(&s->sent[i], cudaEventDisableTiming)) &&
              CKCA__CUDA(cuda, cudaEventCreateWithFlags(&s->taken[i], cudaEventDisableTiming));
     /* The buffers are zeroed in one stream and written to in the other. */
-    if (ok && CKCA__CUDA(cuda, cudaStreamSynchronize(cuda->stream))) return s;
+    if (ok && CKCA__CUDA(cuda, cudaStreamSynchronize(ckca__cuda_stream(cuda)))) return s;
     ckca__device_staging_close(ctx, s);
     return NULL;
 }
@@ -304,9 +420,9 @@ CKCA__OP void ckca__device_staging_send(ckca_context *ctx, void *stage, void *de
     CKCA__CUDA(cuda, cudaStreamWaitEvent(cuda->copies, s->taken[i], 0));
     CKCA__CUDA(cuda, cudaMemcpyAsync(s->device[i], s->host[i], bytes, cudaMemcpyHostToDevice, cuda->copies));
     CKCA__CUDA(cuda, cudaEventRecord(s->sent[i], cuda->copies));
-    CKCA__CUDA(cuda, cudaStreamWaitEvent(cuda->stream, s->sent[i], 0));
-    CKCA__CUDA(cuda, cudaMemcpyAsync(device, s->device[i], bytes, cudaMemcpyDeviceToDevice, cuda->stream));
-    CKCA__CUDA(cuda, cudaEventRecord(s->taken[i], cuda->stream));
+    CKCA__CUDA(cuda, cudaStreamWaitEvent(ckca__cuda_stream(cuda), s->sent[i], 0));
+    CKCA__CUDA(cuda, cudaMemcpyAsync(device, s->device[i], bytes, cudaMemcpyDeviceToDevice, ckca__cuda_stream(cuda)));
+    CKCA__CUDA(cuda, cudaEventRecord(s->taken[i], ckca__cuda_stream(cuda)));
 }
 
 /* ---- recorded work ---- */
@@ -320,8 +436,8 @@ typedef struct ckca__recording {
 } ckca__recording;
 
 static void ckca__cuda_drop(ckca__cuda *cuda, ckca__recording *r) {
-    if (!r->graph) return;
-    CKCA__CUDA(cuda, cudaStreamSynchronize(cuda->stream)); /* it may be running */
+    if (!r->graph || !ckca__cuda_is_ours(cuda)) return;
+    CKCA__CUDA(cuda, cudaStreamSynchronize(ckca__cuda_stream(cuda))); /* it may be running */
     CKCA__CUDA(cuda, cudaGraphExecDestroy(r->graph));
     r->graph = NULL;
 }
@@ -334,13 +450,13 @@ CKCA__OP int ckca__device_record(ckca_context *ctx, void **recording) {
         return 1;
     }
     if (r->graph && r->releases == cuda->releases) {
-        CKCA__CUDA(cuda, cudaGraphLaunch(r->graph, cuda->stream));
+        CKCA__CUDA(cuda, cudaGraphLaunch(r->graph, ckca__cuda_stream(cuda)));
         return 0;
     }
     ckca__cuda_drop(cuda, r);
     r->releases = cuda->releases;
     if (r->seen++)
-        r->capturing = CKCA__CUDA(cuda, cudaStreamBeginCapture(cuda->stream, cudaStreamCaptureModeThreadLocal));
+        r->capturing = CKCA__CUDA(cuda, cudaStreamBeginCapture(ckca__cuda_stream(cuda), cudaStreamCaptureModeThreadLocal));
     return 1;
 }
 
@@ -354,9 +470,9 @@ CKCA__OP void ckca__device_recorded(ckca_context *ctx, void **recording) {
         return;
     }
     r->capturing = 0;
-    if (!CKCA__CUDA(cuda, cudaStreamEndCapture(cuda->stream, &graph))) return;
+    if (!CKCA__CUDA(cuda, cudaStreamEndCapture(ckca__cuda_stream(cuda), &graph))) return;
     if (CKCA__CUDA(cuda, cudaGraphInstantiate(&r->graph, graph, 0)))
-        CKCA__CUDA(cuda, cudaGraphLaunch(r->graph, cuda->stream));
+        CKCA__CUDA(cuda, cudaGraphLaunch(r->graph, ckca__cuda_stream(cuda)));
     else
         r->graph = NULL;
     CKCA__CUDA(cuda, cudaGraphDestroy(graph));
@@ -385,7 +501,9 @@ __device__ __forceinline__ unsigned ckca__to_bf16x2(float low, float high) {
 }
 __device__ __forceinline__ unsigned ckca__to_tf32(float v) {
     unsigned word = __float_as_uint(v);
-#if __CUDA_ARCH__ >= 800
+#if __CUDA_ARCH__ >= 900 /* one instruction; rna takes four */
+    asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(word) : "f"(v));
+#elif __CUDA_ARCH__ >= 800
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(word) : "f"(v));
 #endif
     return word;
@@ -412,6 +530,17 @@ template <int LEFT> __device__ __forceinline__ void ckca__copies_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 #endif
 }
+
+/* A kernel may be started before those ahead of it in its stream have ended (see ckca__launch): each waits here before
+   it reads or writes memory. */
+__device__ __forceinline__ void ckca__wait_for_grids() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/* name: the shared memory that the launch asks for. */
+#define CKCA__DYNAMIC_SHARED(name) extern __shared__ __align__(128) uint4 name[]
 
 /* Four matrices of 8 rows of 16 bytes: lane i points to row i % 8 of matrix i / 8, and gets of each, in its order, the
    word lane % 4 of row lane / 4. TURNED: rows are of 8 halves, and a lane gets rows 2 (lane % 4) and the next of column
@@ -481,19 +610,28 @@ template <class T> struct ckca__chunk {
     enum { VALUES = 16 / sizeof(T) };
 };
 
+/* A number as a value, for functions that take it as a template argument does. */
+template <int N> struct ckca__constant {
+    enum { VALUE = N };
+};
+
 /* WIDTH neighbours: as many as a chunk of either kind has (aligned like it), two (aligned together), or one. Kernels
    that go over values are written once for all. */
 template <int WIDTH> struct ckca__lane {
     float v[WIDTH];
     __device__ __forceinline__ ckca__lane() {}
     __device__ __forceinline__ explicit ckca__lane(const float *from) {
-        if constexpr (WIDTH >= 4)
+        if constexpr (WIDTH >= 4) {
             for (int j = 0; j < WIDTH; j += 4) {
                 const float4 q = *(const float4 *)(from + j);
                 v[j] = q.x, v[j + 1] = q.y, v[j + 2] = q.z, v[j + 3] = q.w;
             }
-        else
+        } else if constexpr (WIDTH == 2) {
+            const float2 q = *(const float2 *)from;
+            v[0] = q.x, v[1] = q.y;
+        } else {
             for (int j = 0; j < WIDTH; j++) v[j] = from[j];
+        }
     }
     __device__ __forceinline__ explicit ckca__lane(const ckca__bf16 *from) {
         if constexpr (WIDTH == 8) {
@@ -503,27 +641,134 @@ template <int WIDTH> struct ckca__lane {
                 v[2 * j] = __uint_as_float(word[j] << 16);
                 v[2 * j + 1] = __uint_as_float(word[j] & 0xffff0000);
             }
-        } else
+        } else {
             for (int j = 0; j < WIDTH; j++) v[j] = ckca__to_float(from[j]);
+        }
     }
     __device__ __forceinline__ void store(float *to) const {
-        if constexpr (WIDTH >= 4)
+        if constexpr (WIDTH >= 4) {
             for (int j = 0; j < WIDTH; j += 4) *(float4 *)(to + j) = make_float4(v[j], v[j + 1], v[j + 2], v[j + 3]);
-        else if constexpr (WIDTH == 2)
+        } else if constexpr (WIDTH == 2) {
             *(float2 *)to = make_float2(v[0], v[1]);
-        else
+        } else {
             *to = v[0];
+        }
     }
     __device__ __forceinline__ void store(ckca__bf16 *to) const {
-        if constexpr (WIDTH == 8)
+        if constexpr (WIDTH == 8) {
             *(uint4 *)to = make_uint4(ckca__to_bf16x2(v[0], v[1]), ckca__to_bf16x2(v[2], v[3]),
                                       ckca__to_bf16x2(v[4], v[5]), ckca__to_bf16x2(v[6], v[7]));
-        else if constexpr (WIDTH == 2)
+        } else if constexpr (WIDTH == 2) {
             *(unsigned *)to = ckca__to_bf16x2(v[0], v[1]);
-        else
+        } else {
             for (int j = 0; j < WIDTH; j++) ckca__put(to + j, v[j]);
+        }
     }
 };
+
+/* The same as it lies in memory, so that several loads can be under way before the first value is used. */
+template <class T, int WIDTH> struct ckca__raw {
+    uint4 chunk;
+    __device__ __forceinline__ ckca__raw() {}
+    __device__ __forceinline__ explicit ckca__raw(const T *from) : chunk(*(const uint4 *)from) {}
+    __device__ __forceinline__ ckca__lane<WIDTH> values() const {
+        const unsigned word[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+        ckca__lane<WIDTH> v;
+        for (int j = 0; j < WIDTH; j++) {
+            if constexpr (sizeof(T) == sizeof(float)) {
+                v.v[j] = __uint_as_float(word[j]);
+            } else {
+                v.v[j] = __uint_as_float(j % 2 ? word[j / 2] & 0xffff0000 : word[j / 2] << 16);
+            }
+        }
+        return v;
+    }
+};
+template <class T> struct ckca__raw<T, 1> {
+    T value;
+    __device__ __forceinline__ ckca__raw() {}
+    __device__ __forceinline__ explicit ckca__raw(const T *from) : value(*from) {}
+    __device__ __forceinline__ ckca__lane<1> values() const { return ckca__lane<1>(&value); }
+};
+
+/* Batch norm of a value, scale = gamma inv_std. Forward and backward share it, so that the gate of a ReLU that is
+   recomputed from x is the one that the forward pass met. */
+__device__ __forceinline__ float ckca__normalise(float x, float mean, float scale, float beta) {
+    return fmaf(x - mean, scale, beta);
+}
+
+/* v as it is read back from an array of T. */
+template <class T> __device__ __forceinline__ float ckca__stored(float v) {
+    T to;
+    ckca__put(&to, v);
+    return ckca__to_float(to);
+}
+
+/* Floats that other blocks of the same kernel have written: from the second-level cache, which all share. */
+template <int WIDTH> __device__ __forceinline__ ckca__lane<WIDTH> ckca__fresh(const float *from) {
+    ckca__lane<WIDTH> v;
+    if constexpr (WIDTH == 4) {
+        const float4 q = __ldcg((const float4 *)from);
+        v.v[0] = q.x, v.v[1] = q.y, v.v[2] = q.z, v.v[3] = q.w;
+    } else {
+        for (int j = 0; j < WIDTH; j++) v.v[j] = __ldcg(from + j);
+    }
+    return v;
+}
+
+/* Called once by so many blocks, each after its part of a result is written: 1 in the one that comes last and can read
+   all parts. Which one it is must make no difference. The ticket, an integer, is 0 again then. */
+__device__ __forceinline__ int ckca__is_last(unsigned *ticket, unsigned blocks) {
+    __shared__ unsigned taken;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) taken = atomicInc(ticket, blocks - 1);
+    __syncthreads();
+    __threadfence();
+    return taken == blocks - 1;
+}
+
+/* ---- statistics of a tensor's channels ---- */
+
+/* Joins count parts of per rows each, the last ones of what is left of rows (Chan, Golub, LeVeque 1979): part i's mean
+   of the caller's channel is at part + i apart, its squares (the sum of (x - mean)^2) at that + squares. Threads wide
+   apart share a channel. The first wide threads have the result. scratch: 3 doubles a thread. */
+template <int THREADS>
+__device__ __forceinline__ void ckca__join(const float *part, size_t apart, size_t squares, int wide, int count,
+                                           double per, double rows, double *scratch, double *mean, double *square) {
+    const int me = (int)threadIdx.x;
+    const double shift = __ldcg(part);
+    double d = 0, dd = 0, q = 0;
+#pragma unroll 4
+    for (int i = me / wide; i < count; i += THREADS / wide) {
+        const double left = rows - i * per, n = left < per ? (left > 0 ? left : 0) : per;
+        const double off = __ldcg(part + i * apart) - shift;
+        d += n * off;
+        dd += n * off * off;
+        q += __ldcg(part + i * apart + squares);
+    }
+    __syncthreads(); /* scratch may still be in use */
+    scratch[me] = d;
+    scratch[THREADS + me] = dd;
+    scratch[2 * THREADS + me] = q;
+    __syncthreads();
+    for (int i = me + wide; i < THREADS && me < wide; i += wide) {
+        d += scratch[i];
+        dd += scratch[THREADS + i];
+        q += scratch[2 * THREADS + i];
+    }
+    *mean = shift + d / rows;
+    *square = q + dd - d * d / rows;
+}
+
+__device__ __forceinline__ void ckca__store_statistics(const ckca__statistics &s, int c, double mean, double square,
+                                                       double rows) {
+    const double var = square < 0 ? 0 : square / rows, unbiased = rows > 1 ? var * rows / (rows - 1) : var;
+    s.mean[c] = (float)mean;
+    s.inv_std[c] = (float)(1 / sqrt(var + 1e-5));
+    s.running_mean[c] += (float)(0.1 * (mean - s.running_mean[c]));
+    s.running_var[c] += (float)(0.1 * (unbiased - s.running_var[c]));
+}
 
 /* Runs f with a value of the type that an op's maps are of. */
 template <class F> static void ckca__typed(int bf16, F f) {
@@ -538,35 +783,47 @@ template <class F> static void ckca__typed(int bf16, F f) {
 
        pass       rows                 columns   k               A                            B
        FORWARD    output pixels        K         R S C           x under the taps             w
-       DATA       input pixels         C         taps K          dy over the taps             w, turned to C x R x S x K
+       DATA       input pixels         C         taps K          dy over the taps             w, as C x R x S x K
        WEIGHT     R S C                K         output pixels   x under tap and pixel        dy
 
    A is never stored: its elements are fetched from x or dy as they are needed (implicit GEMM). An input pixel of a
    convolution of stride s meets only the taps of its phase (every s-th); blockIdx.z walks the s x s phases, each a GEMM
-   of its own, so nothing is multiplied by zeros. In WEIGHT blockIdx.z walks splits of the pixels, whose sums
-   ckca__add_splits adds in their order.
+   of its own, so nothing is multiplied by zeros. In WEIGHT blockIdx.z walks splits of the pixels.
 
-   A block computes 128 rows x COLUMNS (16, 32, 64 or 128) columns in slabs of 64 bytes of k, 16 floats or 32 BF16.
-   Three slabs are in shared memory: while one is multiplied, the next two are on their way there (cp.async). What
-   travels is a *chunk*, 16 bytes that are neighbours in memory: along k in FORWARD and DATA, where a slab is lines (rows
-   or columns) of 4 chunks; along rows or columns in WEIGHT, where it is k lines of 128 or COLUMNS values. Chunks of a
-   line are exchanged (ckca__spot) such that whatever is fetched at once, 8 chunks on top of each other (ldmatrix) or a
-   fragment's 32 words, meets all banks. Channels that are no multiple of a chunk are fetched one by one (WHOLE = 0).
+   A block computes 128 rows x COLUMNS (16, 32, 64 or 128) columns in stages of k. It has three parts:
+       loader      ckca__along (FORWARD, DATA) or ckca__across (WEIGHT) brings a stage to shared memory (cp.async), two
+                   stages ahead of the one that is multiplied
+       main loop   ckca__multiply adds a stage's products to the sums, which are in registers; a warp has 64 x 64 of
+                   them where there are 128 columns
+       epilogue    ckca__spread moves the sums to shared memory, line by line as the output lies in memory, and
+                   ckca__finish_rows or ckca__finish_weights takes them from there, 16 bytes at a time. What happens to
+                   a value on its way out is ckca__finish.
+
+   What the loader moves is a *chunk*, 16 bytes that are neighbours in memory: along k in FORWARD and DATA, where a stage
+   is lines (rows or columns) of CHUNKS chunks; along rows or columns in WEIGHT, where it is k lines of 128 or COLUMNS
+   values. Chunks of a line are exchanged (swizzled) such that whatever is read at once meets all banks. Channels that
+   are no multiple of a chunk are widened with zeros first (ckca__widen) or, K of the gradients, fetched one by one
+   (WHOLE = 0).
    ------------------------------------------------------------------------------------------------------------------ */
 
 enum { CKCA__FORWARD, CKCA__DATA, CKCA__ROLE_WEIGHT };
-enum { CKCA__ROWS = 128, CKCA__SLABS = 3, CKCA__SLAB_CHUNKS = 4 };
+enum { CKCA__ROWS = 128, CKCA__MODE_STAGES = 3 };
 
 typedef struct ckca__gemm {
     ckca__conv s;
     const void *a, *b;    /* as in the table */
     const float *bias;    /* FORWARD; or NULL */
     const void *residual; /* likewise */
-    void *out;
-    int relu, accumulate; /* adds to out */
-    int split;            /* WEIGHT: pixels of a split */
-    int wide;             /* how many blocks all columns take */
-    ckca__divisor q, p;   /* of the output, DATA: of the input: pixels in a line, lines in a picture */
+    void *out;            /* WEIGHT: the splits' sums, K x R S C each */
+    float *dw;            /* WEIGHT: K x R S x channels, channels <= C */
+    int channels;
+    int relu, accumulate;     /* adds to out */
+    int split, splits, group; /* WEIGHT: pixels of a split; how many splits; of how many the first sums are */
+    int wide;                 /* how many blocks all columns take */
+    ckca__divisor q, p;       /* of the output, DATA: of the input: pixels in a line, lines in a picture */
+    ckca__statistics statistics; /* FORWARD: of the output; mean NULL: none */
+    float *part;                 /* theirs: by block of rows mean and squares, K each; in groups of so many first */
+    unsigned *tickets;
 } ckca__gemm;
 
 /* One axis of a phase: output i of count lies at at + spread i and meets tap first + step t of w, t < taps, in source
@@ -621,13 +878,53 @@ struct ckca__output {
 template <int PRECISION> struct ckca__factor { typedef float type; };
 template <> struct ckca__factor<CKCA_PRECISION_BF16> { typedef ckca__bf16 type; };
 
-/* Where a chunk of a line lies in a slab, whose lines have CHUNKS each. WORDS: its words are fetched one by one, from 4
-   neighbouring lines at once; else whole chunks from 8 lines. */
-template <int CHUNKS, int WORDS> __device__ __forceinline__ int ckca__spot(int line, int chunk) {
-    const int turn =
-        WORDS ? (CHUNKS >= 8 ? line % 4 * 2 : line & 2) : (CHUNKS >= 8 ? line % 8 : line * CHUNKS / 8 % CHUNKS);
-    return line * CHUNKS + (chunk ^ turn);
-}
+/* The shape of a block and of its stages. */
+template <int PRECISION_, int PASS_, int COLUMNS_, int WHOLE_> struct ckca__block {
+    typedef typename ckca__factor<PRECISION_>::type T;
+    static constexpr int
+        PRECISION = PRECISION_,
+        PASS = PASS_,
+        COLUMNS = COLUMNS_,
+        WHOLE = WHOLE_,
+        TENSOR = PRECISION != CKCA_PRECISION_FLOAT32,
+        THREADS = TENSOR ? 128 : 256,
+        BLOCKS = TENSOR && COLUMNS < 64 ? 3 : 2, /* of a multiprocessor, at least */
+        VALUES = ckca__chunk<T>::VALUES,
+        CHUNKS = TENSOR && COLUMNS >= 64 ? 8 : 4, /* of k in a stage */
+        DEPTH = CHUNKS * VALUES,
+        CHUNKS_A = CKCA__ROWS / VALUES, /* WEIGHT: of a line of A, of B */
+        CHUNKS_B = COLUMNS / VALUES,
+        BESIDE = COLUMNS >= 64 ? 2 : 1, /* tensor cores: 4 warps, each of TALL x WIDE tiles of 16 x 8 sums */
+        TALL = CKCA__ROWS * BESIDE / 64,
+        WIDE = COLUMNS / BESIDE / 8,
+        EACH = COLUMNS / 16, /* FFMA: 16 x 16 threads, each of 8 x EACH sums */
+        SUMS = TENSOR ? TALL * WIDE * 4 : 8 * EACH,
+        WORDS = TENSOR && VALUES == 4 && PASS == CKCA__ROLE_WEIGHT, /* fragments are read by words across lines */
+        STAGE_A = CKCA__ROWS * CHUNKS,
+        STAGE = STAGE_A + COLUMNS * CHUNKS, /* chunks */
+        LINES = PASS == CKCA__ROLE_WEIGHT ? COLUMNS : CKCA__ROWS, /* of the tile that the epilogue reads */
+        LENGTH = PASS == CKCA__ROLE_WEIGHT ? CKCA__ROWS : COLUMNS,
+        PITCH = LENGTH + 8,
+        BYTES = CKCA__MODE_STAGES * STAGE * 16 > LINES * PITCH * 4 ? CKCA__MODE_STAGES * STAGE * 16 : LINES * PITCH * 4;
+    /* What is added (exclusive or) to a chunk's number in a line of A or B: where 8 lines' chunks are read at once, one
+       after the other; WORDS: where 4 lines' are, one or two neighbours each. */
+    static __device__ __forceinline__ int lines_of(int chunks, int line) {
+        return chunks >= 8 ? line % 8 : line * chunks / 8 % chunks;
+    }
+    static __device__ __forceinline__ int words_of(int vectors, int line) {
+        return vectors == 2 ? (line & 1) | (line & 2) << 1 : vectors == 1 ? line % 4 * 2 : line & 2;
+    }
+    static __device__ __forceinline__ int swizzle_a(int line) {
+        if (PASS != CKCA__ROLE_WEIGHT) return lines_of(CHUNKS, line);
+        return WORDS ? words_of(TALL / 2, line) : TENSOR ? lines_of(CHUNKS_A, line) : 0;
+    }
+    static __device__ __forceinline__ int swizzle_b(int line) {
+        if (PASS != CKCA__ROLE_WEIGHT) return lines_of(CHUNKS, line);
+        return WORDS ? words_of(WIDE / 4, line) : TENSOR ? lines_of(CHUNKS_B, line) : 0;
+    }
+};
+
+/* ---- loader ---- */
 
 /* FORWARD and DATA: a place along k = (tap y, tap x, channel), and where it lies from what the first tap meets, in A's
    tensor and in the weights. */
@@ -661,396 +958,535 @@ struct ckca__walk {
     }
 };
 
-/* One value on its way to shared memory, from an array that may be of the other kind. */
-template <class T> __device__ __forceinline__ void ckca__fetch_one(T *to, const void *from, int bf16, ptrdiff_t i) {
-    if (sizeof(T) == sizeof(ckca__bf16) && bf16)
-        *to = ((const T *)from)[i];
-    else
-        ckca__put(to, ((const float *)from)[i]);
-}
-
-/* FORWARD and DATA: this thread's part in bringing slabs to shared memory: one chunk of k in each of some lines of A
+/* FORWARD and DATA: this thread's part in bringing stages to shared memory: one chunk of k in each of some lines of A
    and of B. */
-template <class T, int COLUMNS, int WHOLE> struct ckca__along {
+template <class B> struct ckca__along {
+    typedef typename B::T T;
     enum {
-        VALUES = ckca__chunk<T>::VALUES,
-        APART = CKCA__THREADS / CKCA__SLAB_CHUNKS, /* lines that are fetched at once */
+        APART = B::THREADS / B::CHUNKS, /* lines that are fetched at once */
         ROWS = CKCA__ROWS / APART,
-        LINES = (COLUMNS + APART - 1) / APART
+        LINES = (B::COLUMNS + APART - 1) / APART
     };
     const ckca__gemm &g;
     const ckca__walk walk;
-    const int bf16, taps_y, h, w, columns, line, column;
-    ptrdiff_t source[ROWS]; /* of each row: where the first tap's pixel lies, and its y and x */
-    int y[ROWS], x[ROWS];
+    const int taps_y, h, w, columns, line, column, to;
+    int pixel[ROWS], y[ROWS], x[ROWS]; /* of each row: which one the first tap meets, and its y and x */
     ckca__place k;
 
-    __device__ ckca__along(const ckca__gemm &g_, int pass, const ckca__phase &py, const ckca__phase &px, int row0,
-                           int column0)
-        : g(g_), walk(g_, py, px, pass == CKCA__DATA ? g_.s.k : g_.s.c, pass == CKCA__DATA ? g_.s.q : g_.s.w),
-          bf16(pass == CKCA__DATA ? g.s.bf16 : g.s.bf16_x), taps_y(py.taps), h(pass == CKCA__DATA ? g.s.p : g.s.h),
-          w(pass == CKCA__DATA ? g.s.q : g.s.w), columns(pass == CKCA__DATA ? g.s.c : g.s.k),
-          line((int)threadIdx.x / CKCA__SLAB_CHUNKS), column(column0 + line) {
+    __device__ ckca__along(const ckca__gemm &g_, const ckca__phase &py, const ckca__phase &px, int row0, int column0)
+        : g(g_), walk(g_, py, px, B::PASS == CKCA__DATA ? g_.s.k : g_.s.c, B::PASS == CKCA__DATA ? g_.s.q : g_.s.w),
+          taps_y(py.taps), h(B::PASS == CKCA__DATA ? g.s.p : g.s.h), w(B::PASS == CKCA__DATA ? g.s.q : g.s.w),
+          columns(B::PASS == CKCA__DATA ? g.s.c : g.s.k), line((int)threadIdx.x / B::CHUNKS), column(column0 + line),
+          to(line * B::CHUNKS + ((int)threadIdx.x % B::CHUNKS ^ B::swizzle_a(line))) {
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            const ckca__output at(g, pass, py, px, row0 + line + i * APART);
+            const ckca__output at(g, B::PASS, py, px, row0 + line + i * APART);
             y[i] = at.n < g.s.n ? at.y * py.stride + py.from : -(1 << 29); /* outside of everything */
             x[i] = at.x * px.stride + px.from;
-            source[i] = (((ptrdiff_t)at.n * h + y[i]) * w + x[i]) * walk.channels;
+            pixel[i] = at.n < g.s.n ? (at.n * h + y[i]) * w + x[i] : 0;
         }
         k.y = k.x = k.c = k.source = 0;
         k.weight = (py.first * g.s.s + px.first) * walk.channels;
-        walk.advance(k, (int)threadIdx.x % CKCA__SLAB_CHUNKS * VALUES);
+        walk.advance(k, (int)threadIdx.x % B::CHUNKS * B::VALUES);
     }
     __device__ __forceinline__ int is_inside(int i, const ckca__place &at) const {
         return at.y < taps_y && (unsigned)(y[i] + at.y) < (unsigned)h && (unsigned)(x[i] + at.x) < (unsigned)w;
     }
-    __device__ __forceinline__ void fetch(uint4 *a, uint4 *b) {
-        const int to = ckca__spot<CKCA__SLAB_CHUNKS, 0>(line, (int)threadIdx.x % CKCA__SLAB_CHUNKS);
-        const ptrdiff_t weights = (ptrdiff_t)column * (g.s.r * g.s.s * walk.channels);
+    /* APART is a multiple of 8, so that lines APART apart are swizzled alike. */
+    __device__ __forceinline__ void fetch(uint4 *stage) {
+        const ptrdiff_t taps = (ptrdiff_t)g.s.r * g.s.s * walk.channels;
+        const T *source = (const T *)g.a + k.source, *from = (const T *)g.b + column * taps;
+        uint4 *a = stage + to, *b = a + B::STAGE_A;
 #pragma unroll
-        for (int i = 0; i < ROWS; i++) {
-            uint4 *chunk = a + to + i * APART * CKCA__SLAB_CHUNKS;
-            if constexpr (WHOLE) {
-                ckca__copy_chunk(chunk, (const T *)g.a + source[i] + k.source, is_inside(i, k));
+        for (int i = 0; i < ROWS; i++, a += APART * B::CHUNKS) {
+            if constexpr (B::WHOLE) {
+                ckca__copy_chunk(a, source + (ptrdiff_t)pixel[i] * walk.channels, is_inside(i, k));
             } else {
                 ckca__place at = k;
-                for (int j = 0; j < VALUES; j++, walk.advance(at, 1))
-                    if (is_inside(i, at))
-                        ckca__fetch_one((T *)chunk + j, g.a, bf16, source[i] + at.source);
-                    else
-                        ckca__put((T *)chunk + j, 0);
+                for (int j = 0; j < B::VALUES; j++, walk.advance(at, 1)) {
+                    if (is_inside(i, at)) {
+                        ((T *)a)[j] = ((const T *)g.a)[(ptrdiff_t)pixel[i] * walk.channels + at.source];
+                    } else {
+                        ckca__put((T *)a + j, 0);
+                    }
+                }
             }
         }
 #pragma unroll
-        for (int i = 0; i < LINES; i++) {
-            uint4 *chunk = b + to + i * APART * CKCA__SLAB_CHUNKS;
+        for (int i = 0; i < LINES; i++, b += APART * B::CHUNKS, from += APART * taps) {
             const int is_column = column + i * APART < columns;
-            const T *from = (const T *)g.b + weights + (ptrdiff_t)(i * APART) * (g.s.r * g.s.s * walk.channels);
-            if (COLUMNS < APART && line >= COLUMNS) break;
-            if constexpr (WHOLE) {
-                ckca__copy_chunk(chunk, from + k.weight, is_column && k.y < taps_y);
+            if (B::COLUMNS < APART && line >= B::COLUMNS) break;
+            if constexpr (B::WHOLE) {
+                ckca__copy_chunk(b, from + k.weight, is_column && k.y < taps_y);
             } else {
                 ckca__place at = k;
-                for (int j = 0; j < VALUES; j++, walk.advance(at, 1))
-                    if (is_column && at.y < taps_y)
-                        ((T *)chunk)[j] = from[at.weight];
-                    else
-                        ckca__put((T *)chunk + j, 0);
+                for (int j = 0; j < B::VALUES; j++, walk.advance(at, 1)) {
+                    if (is_column && at.y < taps_y) {
+                        ((T *)b)[j] = from[at.weight];
+                    } else {
+                        ckca__put((T *)b + j, 0);
+                    }
+                }
             }
         }
-        walk.advance(k, CKCA__SLAB_CHUNKS * VALUES);
+        walk.advance(k, B::DEPTH);
     }
 };
 
 /* WEIGHT: likewise, in some lines (pixels) one chunk of rows and one of columns. */
-template <class T, int COLUMNS, int WHOLE> struct ckca__across {
+template <class B> struct ckca__across {
+    typedef typename B::T T;
     enum {
-        VALUES = ckca__chunk<T>::VALUES,
-        DEPTH = CKCA__SLAB_CHUNKS * VALUES, /* pixels in a slab */
-        WORDS = sizeof(T) == 4,
-        CHUNKS_A = CKCA__ROWS / VALUES,
-        CHUNKS_B = COLUMNS / VALUES,
-        APART_A = CKCA__THREADS / CHUNKS_A,
-        APART_B = CKCA__THREADS / CHUNKS_B,
-        ROWS = WHOLE ? 1 : VALUES /* that are fetched one by one: a whole chunk is under one tap */
+        APART_A = B::THREADS / B::CHUNKS_A,
+        APART_B = B::THREADS / B::CHUNKS_B,
+        ROWS = B::WHOLE ? 1 : B::VALUES /* that are fetched one by one: a whole chunk is under one tap */
     };
     const ckca__gemm &g;
     int pixel, end, column;
     int tap_y[ROWS], tap_x[ROWS], c[ROWS];
     __device__ ckca__across(const ckca__gemm &g_, int row0, int column0, int begin, int end_)
-        : g(g_), pixel(begin), end(end_), column(column0 + (int)threadIdx.x % CHUNKS_B * VALUES) {
+        : g(g_), pixel(begin), end(end_), column(column0 + (int)threadIdx.x % B::CHUNKS_B * B::VALUES) {
 #pragma unroll
         for (int j = 0; j < ROWS; j++) {
-            const int row = row0 + (int)threadIdx.x % CHUNKS_A * VALUES + j, tap = row / g.s.c;
+            const int row = row0 + (int)threadIdx.x % B::CHUNKS_A * B::VALUES + j, tap = row / g.s.c;
             c[j] = row % g.s.c;
             tap_y[j] = tap < g.s.r * g.s.s ? tap / g.s.s - g.s.pad : -(1 << 29); /* no such row: outside of all */
             tap_x[j] = tap % g.s.s - g.s.pad;
         }
     }
-    __device__ __forceinline__ void fetch(uint4 *a, uint4 *b) {
+    __device__ __forceinline__ void fetch(uint4 *stage) {
 #pragma unroll
-        for (int i = 0; i < DEPTH / APART_A; i++) {
-            const int line = (int)threadIdx.x / CHUNKS_A + i * APART_A, k = pixel + line;
+        for (int i = 0; i < B::DEPTH / APART_A; i++) {
+            const int line = (int)threadIdx.x / B::CHUNKS_A + i * APART_A, k = pixel + line;
             const int above = ckca__quotient(k, g.q), n = ckca__quotient(above, g.p);
             const int y = (above - n * g.s.p) * g.s.stride, x = (k - above * g.s.q) * g.s.stride;
-            uint4 *to = a + ckca__spot<CHUNKS_A, WORDS>(line, (int)threadIdx.x % CHUNKS_A);
+            uint4 *to = stage + line * B::CHUNKS_A + ((int)threadIdx.x % B::CHUNKS_A ^ B::swizzle_a(line));
 #pragma unroll
             for (int j = 0; j < ROWS; j++) {
                 const int sy = y + tap_y[j], sx = x + tap_x[j];
                 const int there = k < end && (unsigned)sy < (unsigned)g.s.h && (unsigned)sx < (unsigned)g.s.w;
                 const ptrdiff_t at = (((ptrdiff_t)n * g.s.h + sy) * g.s.w + sx) * g.s.c + c[j];
-                if (WHOLE)
+                if constexpr (B::WHOLE) {
                     ckca__copy_chunk(to, (const T *)g.a + at, there);
-                else if (there)
-                    ckca__fetch_one((T *)to + j, g.a, g.s.bf16_x, at);
-                else
+                } else if (!there) {
                     ckca__put((T *)to + j, 0);
+                } else if (sizeof(T) == sizeof(ckca__bf16) && g.s.bf16_x) {
+                    ((T *)to)[j] = ((const T *)g.a)[at];
+                } else {
+                    ckca__put((T *)to + j, ((const float *)g.a)[at]);
+                }
             }
         }
 #pragma unroll
-        for (int i = 0; i < (DEPTH + APART_B - 1) / APART_B; i++) {
-            const int line = (int)threadIdx.x / CHUNKS_B + i * APART_B, k = pixel + line;
-            uint4 *to = b + ckca__spot<CHUNKS_B, WORDS>(line, (int)threadIdx.x % CHUNKS_B);
+        for (int i = 0; i < (B::DEPTH + APART_B - 1) / APART_B; i++) {
+            const int line = (int)threadIdx.x / B::CHUNKS_B + i * APART_B, k = pixel + line;
             const T *from = (const T *)g.b + (size_t)k * g.s.k + column;
-            if (DEPTH < APART_B && line >= DEPTH) break;
-            if constexpr (WHOLE) {
+            uint4 *to =
+                stage + B::STAGE_A + line * B::CHUNKS_B + ((int)threadIdx.x % B::CHUNKS_B ^ B::swizzle_b(line));
+            if (B::DEPTH < APART_B && line >= B::DEPTH) break;
+            if constexpr (B::WHOLE) {
                 ckca__copy_chunk(to, from, k < end && column < g.s.k);
             } else {
-                for (int j = 0; j < VALUES; j++)
-                    if (k < end && column + j < g.s.k)
+                for (int j = 0; j < B::VALUES; j++) {
+                    if (k < end && column + j < g.s.k) {
                         ((T *)to)[j] = from[j];
-                    else
+                    } else {
                         ckca__put((T *)to + j, 0);
+                    }
+                }
             }
         }
-        pixel += DEPTH;
+        pixel += B::DEPTH;
     }
 };
 
-/* Where a row's sums go: the output's pixel; in WEIGHT the row itself; -1: nowhere. */
+/* ---- main loop ---- */
+
+/* Adds a stage's products to the sums of this thread. A word of a fragment is 4 bytes of k, see ckca__mma_tf32. */
+template <class B> __device__ __forceinline__ void ckca__multiply_tensor(const uint4 *a, const uint4 *b, float *sums) {
+    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+    const int row = warp / B::BESIDE * B::TALL * 16, column = warp % B::BESIDE * B::WIDE * 8;
+#pragma unroll
+    for (int step = 0; step < B::CHUNKS / 2; step++) { /* 32 bytes of k */
+        unsigned x[B::TALL][4], y[B::WIDE][2];
+        if constexpr (B::WORDS) { /* a lane's rows are neighbours, and so are its columns: see ckca__spread */
+#pragma unroll
+            for (int bf16 = 0; bf16 < 2; bf16++) {
+                const int line = step * 8 + bf16 * 4 + lane % 4;
+                const uint4 *from_a = a + line * B::CHUNKS_A, *from_b = b + line * B::CHUNKS_B;
+#pragma unroll
+                for (int q = 0; q < B::TALL / 2; q++) {
+                    const int chunk = row / 4 + lane / 4 * (B::TALL / 2) + q;
+                    const uint4 v = from_a[chunk ^ B::swizzle_a(lane % 4)];
+                    x[2 * q][bf16 * 2] = v.x, x[2 * q][bf16 * 2 + 1] = v.y;
+                    x[2 * q + 1][bf16 * 2] = v.z, x[2 * q + 1][bf16 * 2 + 1] = v.w;
+                }
+                if constexpr (B::WIDE >= 4) {
+#pragma unroll
+                    for (int q = 0; q < B::WIDE / 4; q++) {
+                        const int chunk = column / 4 + lane / 4 * (B::WIDE / 4) + q;
+                        const uint4 v = from_b[chunk ^ B::swizzle_b(lane % 4)];
+                        y[4 * q][bf16] = v.x, y[4 * q + 1][bf16] = v.y;
+                        y[4 * q + 2][bf16] = v.z, y[4 * q + 3][bf16] = v.w;
+                    }
+                } else {
+                    const int chunk = column / 4 + lane / 8;
+                    const uint2 v =
+                        ((const uint2 *)(from_b + (chunk ^ B::swizzle_b(lane % 4))))[lane / 4 % 2];
+                    y[0][bf16] = v.x, y[1][bf16] = v.y;
+                }
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < B::TALL; i++) {
+                if constexpr (B::PASS == CKCA__ROLE_WEIGHT) {
+                    const int chunk = (row + i * 16) / B::VALUES + lane / 8 % 2;
+                    ckca__load_matrices<1>(x[i], a + (step * 16 + lane / 16 * 8 + lane % 8) * B::CHUNKS_A +
+                                                     (chunk ^ B::swizzle_a(lane % 8)));
+                } else {
+                    ckca__load_matrices<0>(x[i], a + (row + i * 16 + lane % 16) * B::CHUNKS +
+                                                     ((step * 2 + lane / 16) ^ B::swizzle_a(lane % 8)));
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < B::WIDE; j += 2) { /* both words of a tile, then its neighbour's */
+                if constexpr (B::PASS == CKCA__ROLE_WEIGHT) {
+                    const int chunk = (column + j * 8) / B::VALUES + lane / 16;
+                    ckca__load_matrices<1>(
+                        y[j], b + (step * 16 + lane % 16) * B::CHUNKS_B + (chunk ^ B::swizzle_b(lane % 8)));
+                } else {
+                    ckca__load_matrices<0>(y[j], b + (column + j * 8 + lane / 16 * 8 + lane % 8) * B::CHUNKS +
+                                                     ((step * 2 + lane / 8 % 2) ^ B::swizzle_b(lane % 8)));
+                }
+            }
+        }
+        if constexpr (B::PRECISION == CKCA_PRECISION_TF32) {
+#pragma unroll
+            for (int i = 0; i < B::TALL * 4; i++) x[i / 4][i % 4] = ckca__to_tf32(__uint_as_float(x[i / 4][i % 4]));
+#pragma unroll
+            for (int j = 0; j < B::WIDE * 2; j++) y[j / 2][j % 2] = ckca__to_tf32(__uint_as_float(y[j / 2][j % 2]));
+        }
+#pragma unroll
+        for (int i = 0; i < B::TALL; i++) {
+#pragma unroll
+            for (int j = 0; j < B::WIDE; j++) {
+                if constexpr (B::PRECISION == CKCA_PRECISION_TF32) {
+                    ckca__mma_tf32(sums + (i * B::WIDE + j) * 4, x[i], y[j]);
+                } else {
+                    ckca__mma_bf16(sums + (i * B::WIDE + j) * 4, x[i], y[j]);
+                }
+            }
+        }
+    }
+}
+
+/* A thread's rows are every 16th in FORWARD and DATA, so that what a warp reads at once lies in two neighbouring lines;
+   in WEIGHT they are neighbours. Likewise its columns. */
+template <class B> __device__ __forceinline__ void ckca__multiply_floats(const uint4 *a, const uint4 *b, float *sums) {
+    const int tall = (int)threadIdx.x / 16, wide = (int)threadIdx.x % 16;
+    if constexpr (B::PASS != CKCA__ROLE_WEIGHT) {
+        const uint4 *from_a = a + tall * B::CHUNKS, *from_b = b + wide * B::CHUNKS;
+        const int swizzle_a = B::swizzle_a(tall), swizzle_b = B::swizzle_b(wide); /* of every 16th line after, too */
+#pragma unroll 2
+        for (int chunk = 0; chunk < B::CHUNKS; chunk++) {
+            float y[4][B::EACH];
+#pragma unroll
+            for (int j = 0; j < B::EACH; j++) {
+                const ckca__lane<4> four((const float *)(from_b + j * 16 * B::CHUNKS + (chunk ^ swizzle_b)));
+                for (int e = 0; e < 4; e++) y[e][j] = four.v[e];
+            }
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const ckca__lane<4> x((const float *)(from_a + i * 16 * B::CHUNKS + (chunk ^ swizzle_a)));
+                for (int e = 0; e < 4; e++)
+                    for (int j = 0; j < B::EACH; j++) sums[i * B::EACH + j] += x.v[e] * y[e][j];
+            }
+        }
+    } else {
+#pragma unroll 4
+        for (int k = 0; k < B::DEPTH; k++) {
+            const ckca__lane<8> x((const float *)(a + k * B::CHUNKS_A) + tall * 8);
+            const ckca__lane<B::EACH> y((const float *)(b + k * B::CHUNKS_B) + wide * B::EACH);
+            for (int i = 0; i < 8; i++)
+                for (int j = 0; j < B::EACH; j++) sums[i * B::EACH + j] += x.v[i] * y.v[j];
+        }
+    }
+}
+
+/* ---- epilogue ---- */
+
+/* Moves the sums to where they belong in the tile, lines of PITCH floats. Loops over sums have to be unrolled: an index
+   that is not known puts them into memory. */
+template <class B> __device__ __forceinline__ void ckca__spread(const float *sums, float *tile) {
+    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+    const int row = warp / B::BESIDE * B::TALL * 16, column = warp % B::BESIDE * B::WIDE * 8;
+    const int tall = (int)threadIdx.x / 16, wide = (int)threadIdx.x % 16;
+    if constexpr (!B::TENSOR) {
+#pragma unroll
+        for (int i = 0; i < 8 * B::EACH; i++) {
+            if constexpr (B::PASS == CKCA__ROLE_WEIGHT) {
+                tile[(wide * B::EACH + i % B::EACH) * B::PITCH + tall * 8 + i / B::EACH] = sums[i];
+            } else {
+                tile[(tall + i / B::EACH * 16) * B::PITCH + wide + i % B::EACH * 16] = sums[i];
+            }
+        }
+    } else if constexpr (B::WORDS) { /* row r of a lane's is row r % 2 * 8 + lane / 4 of tile r / 2; columns likewise */
+#pragma unroll
+        for (int j = 0; j < 2 * B::WIDE; j++) {
+            float *to = tile + (column + (lane % 4 * 2 + j / B::WIDE) * B::WIDE + j % B::WIDE) * B::PITCH + row +
+                        lane / 4 * 2 * B::TALL;
+#pragma unroll
+            for (int r = 0; r < 2 * B::TALL; r++)
+                to[r] = sums[(r / 2 * B::WIDE + j % B::WIDE) * 4 + r % 2 * 2 + j / B::WIDE];
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 2 * B::TALL * B::WIDE; i++) { /* a tile's upper rows, its lower ones */
+            const int y = row + i / 2 / B::WIDE * 16 + i % 2 * 8 + lane / 4;
+            const int x = column + i / 2 % B::WIDE * 8 + lane % 4 * 2;
+            if constexpr (B::PASS == CKCA__ROLE_WEIGHT) {
+                tile[x * B::PITCH + y] = sums[i * 2];
+                tile[(x + 1) * B::PITCH + y] = sums[i * 2 + 1];
+            } else {
+                *(float2 *)(tile + y * B::PITCH + x) = make_float2(sums[i * 2], sums[i * 2 + 1]);
+            }
+        }
+    }
+}
+
+/* FORWARD and DATA: where a row lies in the output, in pixels; -1: nowhere. */
 template <int PASS>
 __device__ __forceinline__ ptrdiff_t ckca__gemm_line(const ckca__gemm &g, const ckca__phase &py, const ckca__phase &px,
                                                      int row) {
-    if (PASS == CKCA__ROLE_WEIGHT) return row < g.s.r * g.s.s * g.s.c ? row : -1;
     if (PASS == CKCA__FORWARD || g.s.stride == 1) /* row by row, as in memory */
         return row < g.s.n * (int)(g.p.by * g.q.by) ? row : -1;
     const ckca__output at(g, PASS, py, px, row);
     return at.n < g.s.n ? ((ptrdiff_t)at.n * g.s.h + py.at + at.y * py.spread) * g.s.w + px.at + at.x * px.spread : -1;
 }
 
-/* WIDTH finished sums of neighbouring columns on their way out. */
+/* What FORWARD and DATA do to WIDTH neighbouring values on their way to place at of the output. */
 template <class T, int PASS, int WIDTH>
-__device__ __forceinline__ void ckca__gemm_store(const ckca__gemm &g, ptrdiff_t line, int column, const float *sums) {
-    const int columns = PASS == CKCA__DATA ? g.s.c : g.s.k;
-    if (line < 0 || column >= columns) return;
-    if constexpr (PASS == CKCA__ROLE_WEIGHT) { /* a split's own K x R S C, or all there is of dw */
-        const size_t apart = (size_t)g.s.r * g.s.s * g.s.c;
-        float *to = (float *)g.out + ((size_t)blockIdx.z * g.s.k + column) * apart + line;
-#pragma unroll
-        for (int j = 0; j < WIDTH; j++, to += apart)
-            if (column + j < columns) *to = g.accumulate ? *to + sums[j] : sums[j];
-    } else if (WIDTH > 1 && columns % WIDTH) { /* not aligned together */
-#pragma unroll
-        for (int j = 0; j < WIDTH; j++) ckca__gemm_store<T, PASS, 1>(g, line, column + j, sums + j);
-    } else {
+__device__ __forceinline__ void ckca__finish(const ckca__gemm &g, ckca__lane<WIDTH> &v, size_t at, int column) {
+    if (PASS == CKCA__DATA ? g.accumulate : g.residual != NULL) {
+        const ckca__lane<WIDTH> was((const T *)(PASS == CKCA__DATA ? g.out : g.residual) + at);
+        for (int j = 0; j < WIDTH; j++) v.v[j] += was.v[j];
+    }
+    if (PASS == CKCA__FORWARD && g.bias)
+        for (int j = 0; j < WIDTH; j++) v.v[j] += g.bias[column + j];
+    if (PASS == CKCA__FORWARD && g.relu)
+        for (int j = 0; j < WIDTH; j++) v.v[j] = v.v[j] <= 0 ? 0 : v.v[j]; /* NaN stays NaN */
+}
+
+/* Joins the statistics of the blocks' rows: the last block of a group of them the group's, the last of all the groups'. */
+template <int THREADS, int COLUMNS>
+__device__ __forceinline__ void ckca__finish_statistics(const ckca__gemm &g, int rows, int column0, double *scratch) {
+    const int block = (int)blockIdx.x / g.wide, blocks = (rows + CKCA__ROWS - 1) / CKCA__ROWS;
+    const int groups = (blocks + g.group - 1) / g.group, first = block / g.group * g.group;
+    const int members = blocks - first < g.group ? blocks - first : g.group, me = (int)threadIdx.x;
+    const int column = column0 + me % COLUMNS, there = column < g.s.k, left = rows - first * CKCA__ROWS;
+    const size_t apart = 2 * (size_t)g.s.k;
+    unsigned *tickets = g.tickets + (size_t)((int)blockIdx.x % g.wide) * (groups + 1);
+    float *part = g.part + (there ? column : 0);
+    double mean, square;
+    if (!ckca__is_last(tickets + block / g.group, members)) return;
+    ckca__join<THREADS>(part + first * apart, apart, (size_t)g.s.k, COLUMNS, members, CKCA__ROWS,
+                        left < members * CKCA__ROWS ? left : members * CKCA__ROWS, scratch, &mean, &square);
+    if (groups > 1) {
+        if (me < COLUMNS && there) part[first * apart] = (float)mean, part[first * apart + g.s.k] = (float)square;
+        if (!ckca__is_last(tickets + groups, groups)) return;
+        ckca__join<THREADS>(part, g.group * apart, (size_t)g.s.k, COLUMNS, groups, (double)g.group * CKCA__ROWS, rows,
+                            scratch, &mean, &square);
+    }
+    if (me < COLUMNS && there) ckca__store_statistics(g.statistics, column, mean, square, rows);
+}
+
+/* The tile's rows to the output; FORWARD: and the statistics of its columns, where they are asked for. A thread's
+   columns are the same in all its rows. */
+template <class B, int WIDTH>
+__device__ __forceinline__ void ckca__finish_rows(const ckca__gemm &g, const ckca__phase &py, const ckca__phase &px,
+                                                  int row0, int column0, float *tile) {
+    typedef typename B::T T;
+    enum { PIECES = B::COLUMNS / WIDTH, SLICES = B::THREADS / PIECES };
+    const int columns = B::PASS == CKCA__DATA ? g.s.c : g.s.k, me = (int)threadIdx.x;
+    const int piece = me % PIECES * WIDTH, column = column0 + piece, statistics = B::PASS == CKCA__FORWARD && g.part;
+    ckca__lane<WIDTH> shift, sum, square; /* of what is stored; relative to the first row, so that no digits cancel */
+    const auto first = [&](int i) { return tile[i] + (g.bias && column0 + i < columns ? g.bias[column0 + i] : 0); };
+    for (int j = 0; j < WIDTH; j++) shift.v[j] = first(piece + j), sum.v[j] = square.v[j] = 0;
+    for (int i = me / PIECES; i < CKCA__ROWS && column < columns; i += SLICES) {
+        const ptrdiff_t line = ckca__gemm_line<B::PASS>(g, py, px, row0 + i);
         const size_t at = (size_t)line * columns + column;
-        ckca__lane<WIDTH> v, was;
-#pragma unroll
-        for (int j = 0; j < WIDTH; j++) v.v[j] = sums[j];
-        if (PASS == CKCA__DATA ? g.accumulate : g.residual != NULL) {
-            was = ckca__lane<WIDTH>((const T *)(PASS == CKCA__DATA ? g.out : g.residual) + at);
-#pragma unroll
-            for (int j = 0; j < WIDTH; j++) v.v[j] += was.v[j];
-        }
-        if (PASS == CKCA__FORWARD) {
-#pragma unroll
-            for (int j = 0; j < WIDTH; j++) {
-                if (g.bias) v.v[j] += g.bias[column + j];
-                if (g.relu && v.v[j] <= 0) v.v[j] = 0; /* NaN stays NaN */
-            }
-        }
+        ckca__lane<WIDTH> v(tile + i * B::PITCH + piece);
+        if (line < 0) continue;
+        ckca__finish<T, B::PASS, WIDTH>(g, v, at, column);
         v.store((T *)g.out + at);
+        for (int j = 0; j < WIDTH && statistics; j++) {
+            const float d = ckca__stored<T>(v.v[j]) - shift.v[j];
+            sum.v[j] += d;
+            square.v[j] += d * d;
+        }
+    }
+    if (!statistics) return; /* never in DATA */
+    const float about = me < B::COLUMNS ? first(me) : 0;
+    const int rows = g.s.n * (int)(g.p.by * g.q.by), count = rows - row0 < CKCA__ROWS ? rows - row0 : CKCA__ROWS;
+    __syncthreads(); /* the tile has been read */
+    for (int j = 0; j < WIDTH; j++) {
+        tile[me / PIECES * B::COLUMNS + piece + j] = sum.v[j];
+        tile[(SLICES + me / PIECES) * B::COLUMNS + piece + j] = square.v[j];
+    }
+    __syncthreads();
+    if (me < B::COLUMNS && column0 + me < columns) {
+        float *part = g.part + (size_t)(row0 / CKCA__ROWS) * 2 * columns + column0 + me;
+        double s = 0, q = 0;
+        for (int i = 0; i < SLICES; i++) s += tile[i * B::COLUMNS + me], q += tile[(SLICES + i) * B::COLUMNS + me];
+        part[0] = (float)(about + s / count);
+        part[columns] = (float)(q - s * s / count);
+    }
+    ckca__finish_statistics<B::THREADS, B::COLUMNS>(g, rows, column0, (double *)tile);
+}
+
+/* dw gets WIDTH neighbouring rows of a column. */
+template <int WIDTH>
+__device__ __forceinline__ void ckca__add_weights(const ckca__gemm &g, int row, int column, const ckca__lane<WIDTH> &v) {
+    float *to = g.dw + (size_t)column * g.s.r * g.s.s * g.channels;
+    if (WIDTH > 1 && g.channels == g.s.c) {
+        ckca__lane<WIDTH> was(to + row);
+        for (int j = 0; j < WIDTH; j++) was.v[j] += v.v[j];
+        was.store(to + row);
+        return;
+    }
+    for (int j = 0; j < WIDTH; j++) {
+        const int tap = (row + j) / g.s.c, c = row + j - tap * g.s.c;
+        if (c < g.channels) to[tap * g.channels + c] += v.v[j];
     }
 }
 
-template <int PRECISION, int PASS, int COLUMNS, int WHOLE>
-__global__ void __launch_bounds__(CKCA__THREADS, 2) ckca__gemm_kernel(ckca__gemm g) {
-    typedef typename ckca__factor<PRECISION>::type T;
-    enum {
-        VALUES = ckca__chunk<T>::VALUES,
-        DEPTH = CKCA__SLAB_CHUNKS * VALUES, /* k in a slab */
-        /* Tensor cores: 8 warps, each of TALL x WIDE tiles of 16 x 8 sums. */
-        BESIDE = COLUMNS >= 32 ? 2 : 1,
-        TALL = CKCA__ROWS / (8 / BESIDE) / 16,
-        WIDE = COLUMNS / BESIDE / 8,
-        /* FFMA: 16 x 16 threads, each of 8 x EACH sums. */
-        EACH = COLUMNS / 16,
-        SUMS = PRECISION == CKCA_PRECISION_FLOAT32 ? 8 * EACH : TALL * WIDE * 4,
-        /* WEIGHT's slabs. */
-        WORDS = sizeof(T) == 4,
-        CHUNKS_A = CKCA__ROWS / VALUES,
-        CHUNKS_B = COLUMNS / VALUES
-    };
-    __shared__ uint4 slab_a[CKCA__SLABS][CKCA__ROWS * CKCA__SLAB_CHUNKS],
-        slab_b[CKCA__SLABS][COLUMNS * CKCA__SLAB_CHUNKS];
-    const int row0 = (int)blockIdx.x / g.wide * CKCA__ROWS, column0 = (int)blockIdx.x % g.wide * COLUMNS;
-    const int z = (int)blockIdx.z, lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
-    const int warp_row = warp / BESIDE * TALL * 16, warp_column = warp % BESIDE * WIDE * 8;
-    const int my_row = (int)threadIdx.x / 16 * 8; /* FFMA; its columns: every 16th, or neighbours */
-    const int my_column = (int)threadIdx.x % 16 * (PASS == CKCA__ROLE_WEIGHT ? EACH : 1);
-    const int next_column = PASS == CKCA__ROLE_WEIGHT ? 1 : 16;
+/* WEIGHT: the tile to dw or, where there are splits, to this split's sums. The last block of a group of splits adds the
+   group's, the last block of all adds the groups': each in a fixed order, whichever block it is. */
+template <class B, int WIDTH>
+__device__ __forceinline__ void ckca__finish_weights(const ckca__gemm &g, int row0, int column0, const float *tile) {
+    enum { PIECES = CKCA__ROWS / WIDTH, ITEMS = B::COLUMNS * PIECES };
+    const int rows = g.s.r * g.s.s * g.s.c, me = (int)threadIdx.x, z = (int)blockIdx.z;
+    const int groups = (g.splits + g.group - 1) / g.group, first = z / g.group * g.group;
+    const int members = g.splits - first < g.group ? g.splits - first : g.group;
+    const size_t count = (size_t)rows * g.s.k;
+    unsigned *tickets = g.tickets + (size_t)blockIdx.x * (groups + 1);
+    for (int level = 0; level < 3; level++) { /* the tile; a group; the groups */
+        const int last = level == 2 || (level == 1 && groups == 1) || g.splits == 1;
+        const int from = level == 2 ? 0 : first, step = level == 2 ? g.group : 1;
+        const int terms = level == 2 ? groups : members;
+        for (int i = me; i < ITEMS; i += B::THREADS) {
+            const int row = row0 + i % PIECES * WIDTH, column = column0 + i / PIECES;
+            float *part = (float *)g.out + (size_t)column * rows + row;
+            ckca__lane<WIDTH> v;
+            if (row >= rows || column >= g.s.k) continue;
+            if (level == 0) {
+                v = ckca__lane<WIDTH>(tile + i / PIECES * B::PITCH + i % PIECES * WIDTH);
+            } else {
+                for (int j = 0; j < WIDTH; j++) v.v[j] = 0;
+#pragma unroll 4
+                for (int t = 0; t < terms; t++) {
+                    const ckca__lane<WIDTH> other = ckca__fresh<WIDTH>(part + (size_t)(from + t * step) * count);
+                    for (int j = 0; j < WIDTH; j++) v.v[j] += other.v[j];
+                }
+            }
+            if (last) {
+                ckca__add_weights(g, row, column, v);
+            } else {
+                v.store(part + (size_t)(level == 0 ? z : first) * count);
+            }
+        }
+        if (last || !ckca__is_last(level == 0 ? tickets + z / g.group : tickets + groups, level == 0 ? members : groups))
+            return;
+    }
+}
+
+template <class B> __global__ void __launch_bounds__(B::THREADS, B::BLOCKS) ckca__gemm_kernel(ckca__gemm g) {
+    CKCA__DYNAMIC_SHARED(stages);
+    const int row0 = (int)blockIdx.x / g.wide * CKCA__ROWS, column0 = (int)blockIdx.x % g.wide * B::COLUMNS;
+    const int z = (int)blockIdx.z, pixels = g.s.n * g.s.p * g.s.q;
     const ckca__phase py =
-        ckca__phase_of(PASS, z / g.s.stride, g.s.r, g.s.stride, g.s.pad, PASS == CKCA__DATA ? g.s.h : g.s.p);
+        ckca__phase_of(B::PASS, z / g.s.stride, g.s.r, g.s.stride, g.s.pad, B::PASS == CKCA__DATA ? g.s.h : g.s.p);
     const ckca__phase px =
-        ckca__phase_of(PASS, z % g.s.stride, g.s.s, g.s.stride, g.s.pad, PASS == CKCA__DATA ? g.s.w : g.s.q);
-    const int pixels = g.s.n * g.s.p * g.s.q;
-    const int begin = PASS == CKCA__ROLE_WEIGHT ? z * g.split : 0;
-    const int end = PASS != CKCA__ROLE_WEIGHT       ? py.taps * px.taps * (PASS == CKCA__DATA ? g.s.k : g.s.c)
+        ckca__phase_of(B::PASS, z % g.s.stride, g.s.s, g.s.stride, g.s.pad, B::PASS == CKCA__DATA ? g.s.w : g.s.q);
+    const int begin = B::PASS == CKCA__ROLE_WEIGHT ? z * g.split : 0;
+    const int end = B::PASS != CKCA__ROLE_WEIGHT    ? py.taps * px.taps * (B::PASS == CKCA__DATA ? g.s.k : g.s.c)
                     : pixels - begin < g.split ? pixels
                                                : begin + g.split;
-    const int slabs = end > begin ? (end - begin + DEPTH - 1) / DEPTH : 0;
-    float sums[SUMS];
-    ckca__along<T, COLUMNS, WHOLE> along(g, PASS, py, px, row0, column0); /* one of these is used; */
-    ckca__across<T, COLUMNS, WHOLE> across(g, row0, column0, begin, end); /* the compiler drops the other */
-#define CKCA__FETCH(slab)                                                             \
-    do {                                                                              \
-        if constexpr (PASS == CKCA__ROLE_WEIGHT)                                           \
-            across.fetch(slab_a[(slab) % CKCA__SLABS], slab_b[(slab) % CKCA__SLABS]); \
-        else                                                                          \
-            along.fetch(slab_a[(slab) % CKCA__SLABS], slab_b[(slab) % CKCA__SLABS]);  \
-    } while (0)
-
-#pragma unroll
-    for (int i = 0; i < SUMS; i++) sums[i] = 0;
-    for (int slab = 0; slab < CKCA__SLABS - 1; slab++) {
-        if (slab < slabs) CKCA__FETCH(slab);
-        ckca__copies_commit();
-    }
-    for (int slab = 0; slab < slabs; slab++) {
-        const uint4 *a = slab_a[slab % CKCA__SLABS], *b = slab_b[slab % CKCA__SLABS];
-        ckca__copies_wait<CKCA__SLABS - 2>();
-        __syncthreads(); /* everybody's part of this slab is there; and the slab before has been used by all */
-        if (slab + CKCA__SLABS - 1 < slabs) CKCA__FETCH(slab + CKCA__SLABS - 1);
-        ckca__copies_commit();
-        if constexpr (PRECISION != CKCA_PRECISION_FLOAT32) {
-#pragma unroll(PASS == CKCA__ROLE_WEIGHT && WORDS ? 1 : 2)
-            for (int step = 0; step < CKCA__SLAB_CHUNKS / 2; step++) { /* 32 bytes of k */
-                unsigned x[TALL][4];
-#pragma unroll
-                for (int i = 0; i < TALL; i++) {
-                    const int row = warp_row + i * 16;
-                    if constexpr (PASS != CKCA__ROLE_WEIGHT)
-                        ckca__load_matrices<0>(
-                            x[i], a + ckca__spot<CKCA__SLAB_CHUNKS, 0>(row + lane % 16, step * 2 + lane / 16));
-                    else if constexpr (!WORDS)
-                        ckca__load_matrices<1>(x[i], a + ckca__spot<CHUNKS_A, 0>(step * 16 + lane / 16 * 8 + lane % 8,
-                                                                                 row / VALUES + lane / 8 % 2));
-                    else
-                        for (int j = 0; j < 4; j++) {
-                            const int at = row + lane / 4 + j % 2 * 8;
-                            x[i][j] = ((const unsigned *)(a + ckca__spot<CHUNKS_A, 1>(step * 8 + j / 2 * 4 + lane % 4,
-                                                                                      at / VALUES)))[at % VALUES];
-                        }
-#pragma unroll
-                    for (int j = 0; j < 4 && PRECISION == CKCA_PRECISION_TF32; j++)
-                        x[i][j] = ckca__to_tf32(__uint_as_float(x[i][j]));
-                }
-#pragma unroll
-                for (int pair = 0; pair < WIDE / 2; pair++) { /* of tiles: b0 and b1 of one, then of its neighbour */
-                    const int column = warp_column + pair * 16;
-                    unsigned y[4];
-                    if constexpr (PASS != CKCA__ROLE_WEIGHT)
-                        ckca__load_matrices<0>(y, b + ckca__spot<CKCA__SLAB_CHUNKS, 0>(
-                                                          column + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2));
-                    else if constexpr (!WORDS)
-                        ckca__load_matrices<1>(
-                            y, b + ckca__spot<CHUNKS_B, 0>(step * 16 + lane % 16, column / VALUES + lane / 16));
-                    else
-                        for (int j = 0; j < 4; j++) {
-                            const int at = column + lane / 4 + j / 2 * 8;
-                            y[j] = ((const unsigned *)(b + ckca__spot<CHUNKS_B, 1>(step * 8 + j % 2 * 4 + lane % 4,
-                                                                                   at / VALUES)))[at % VALUES];
-                        }
-#pragma unroll
-                    for (int j = 0; j < 4 && PRECISION == CKCA_PRECISION_TF32; j++) y[j] = ckca__to_tf32(__uint_as_float(y[j]));
-#pragma unroll
-                    for (int i = 0; i < TALL; i++)
-#pragma unroll
-                        for (int j = 0; j < 2; j++) {
-                            float *tile = sums + (i * WIDE + pair * 2 + j) * 4;
-                            if constexpr (PRECISION == CKCA_PRECISION_TF32)
-                                ckca__mma_tf32(tile, x[i], y + j * 2);
-                            else
-                                ckca__mma_bf16(tile, x[i], y + j * 2);
-                        }
-                }
-            }
-        } else if constexpr (PASS != CKCA__ROLE_WEIGHT) {
-#pragma unroll 1
-            for (int chunk = 0; chunk < CKCA__SLAB_CHUNKS; chunk++) {
-                float y[4][EACH];
-#pragma unroll
-                for (int j = 0; j < EACH; j++) {
-                    const ckca__lane<4> four(
-                        (const float *)(b + ckca__spot<CKCA__SLAB_CHUNKS, 0>(my_column + j * 16, chunk)));
-                    for (int e = 0; e < 4; e++) y[e][j] = four.v[e];
-                }
-#pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    const ckca__lane<4> x((const float *)(a + ckca__spot<CKCA__SLAB_CHUNKS, 0>(my_row + i, chunk)));
-                    for (int e = 0; e < 4; e++)
-                        for (int j = 0; j < EACH; j++) sums[i * EACH + j] += x.v[e] * y[e][j];
-                }
-            }
+    const int count = end > begin ? (end - begin + B::DEPTH - 1) / B::DEPTH : 0;
+    float sums[B::SUMS];
+    ckca__along<B> along(g, py, px, row0, column0);       /* one of these is used; */
+    ckca__across<B> across(g, row0, column0, begin, end); /* the compiler drops the other */
+    const auto fetch = [&](uint4 *to) {
+        if constexpr (B::PASS == CKCA__ROLE_WEIGHT) {
+            across.fetch(to);
         } else {
-#pragma unroll 4
-            for (int k = 0; k < DEPTH; k++) {
-                const ckca__lane<4> upper((const float *)(a + ckca__spot<CHUNKS_A, 1>(k, my_row / 4)));
-                const ckca__lane<4> lower((const float *)(a + ckca__spot<CHUNKS_A, 1>(k, my_row / 4 + 1)));
-                float y[EACH];
-                for (int j = 0; j < EACH; j++)
-                    y[j] = ((const float *)(b + ckca__spot<CHUNKS_B, 1>(k, (my_column + j) / 4)))[(my_column + j) % 4];
-                for (int i = 0; i < 8; i++)
-                    for (int j = 0; j < EACH; j++)
-                        sums[i * EACH + j] += (i < 4 ? upper.v[i % 4] : lower.v[i % 4]) * y[j];
-            }
+            along.fetch(to);
         }
+    };
+    uint4 *read = stages, *write = stages;
+    ckca__wait_for_grids();
+#pragma unroll
+    for (int i = 0; i < B::SUMS; i++) sums[i] = 0;
+    for (int i = 0; i < CKCA__MODE_STAGES - 1; i++, write += B::STAGE) {
+        if (i < count) fetch(write);
+        ckca__copies_commit();
     }
-#undef CKCA__FETCH
-    /* Loops over sums have to be unrolled: an index that is not known puts them into memory. */
-    if constexpr (PRECISION == CKCA_PRECISION_FLOAT32) {
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const ptrdiff_t line = ckca__gemm_line<PASS>(g, py, px, row0 + my_row + i);
-#pragma unroll
-            for (int j = 0; j < EACH; j++)
-                ckca__gemm_store<T, PASS, 1>(g, line, column0 + my_column + j * next_column, sums + i * EACH + j);
+#pragma unroll 1
+    for (int i = 0; i < count; i++) {
+        ckca__copies_wait<CKCA__MODE_STAGES - 2>();
+        __syncthreads(); /* everybody's part of this stage is there; and the stage before has been used by all */
+        if (i + CKCA__MODE_STAGES - 1 < count) fetch(write);
+        ckca__copies_commit();
+        if constexpr (B::TENSOR) {
+            ckca__multiply_tensor<B>(read, read + B::STAGE_A, sums);
+        } else {
+            ckca__multiply_floats<B>(read, read + B::STAGE_A, sums);
         }
+        read = read == stages + (CKCA__MODE_STAGES - 1) * B::STAGE ? stages : read + B::STAGE;
+        write = write == stages + (CKCA__MODE_STAGES - 1) * B::STAGE ? stages : write + B::STAGE;
+    }
+    ckca__copies_wait<0>();
+    __syncthreads(); /* the tile takes the stages' place */
+    float *tile = (float *)stages;
+    ckca__spread<B>(sums, tile);
+    __syncthreads();
+    if constexpr (B::PASS == CKCA__ROLE_WEIGHT) {
+        if (g.s.r * g.s.s * g.s.c % 4 == 0) {
+            ckca__finish_weights<B, 4>(g, row0, column0, tile);
+        } else {
+            ckca__finish_weights<B, 1>(g, row0, column0, tile);
+        }
+    } else if ((B::PASS == CKCA__DATA ? g.s.c : g.s.k) % B::VALUES == 0) {
+        ckca__finish_rows<B, B::VALUES>(g, py, px, row0, column0, tile);
     } else {
-#pragma unroll
-        for (int i = 0; i < 2 * TALL; i++) { /* a tile's upper rows, its lower ones */
-            const ptrdiff_t line =
-                ckca__gemm_line<PASS>(g, py, px, row0 + warp_row + i / 2 * 16 + lane / 4 + i % 2 * 8);
-#pragma unroll
-            for (int j = 0; j < WIDE; j++)
-                ckca__gemm_store<T, PASS, 2>(g, line, column0 + warp_column + j * 8 + lane % 4 * 2,
-                                             sums + (i / 2 * WIDE + j) * 4 + i % 2 * 2);
-        }
+        ckca__finish_rows<B, 1>(g, py, px, row0, column0, tile);
     }
 }
 
-/* dw += the splits' sums. A block's threads are so many slices of the splits (a power of two) times neighbouring
-   values; each adds every slices-th split, and then one thread the slices, in an order that depends on the sizes
-   alone. */
-__global__ void __launch_bounds__(CKCA__THREADS)
-    ckca__add_splits(size_t count, int splits, int slices, const float *parts, float *dw) {
-    __shared__ float sums[CKCA__THREADS];
-    const int wide = CKCA__THREADS / slices, me = (int)threadIdx.x, slice = me / wide;
-    for (size_t first = blockIdx.x * (size_t)wide; first < count; first += gridDim.x * (size_t)wide) {
-        const size_t i = first + me % wide;
-        float sum = 0;
-#pragma unroll 8
-        for (int j = slice; j < splits; j += slices)
-            if (i < count) sum += parts[j * count + i];
-        __syncthreads(); /* whoever still reads the last round's */
-        sums[me] = sum;
-        __syncthreads();
-        if (slice || i >= count) continue;
-        for (int j = 1; j < slices; j++) sum += sums[j * wide + me];
-        dw[i] += sum;
+/* x with its channels widened by zeros to whole chunks: a chunk by each thread. */
+template <class FROM, class T> __global__ void ckca__widen_kernel(size_t pixels, int c, int wide, const FROM *x, T *to) {
+    enum { VALUES = ckca__chunk<T>::VALUES };
+    ckca__wait_for_grids();
+    const size_t stride = (size_t)gridDim.x * blockDim.x;
+    const unsigned chunks = (unsigned)(wide / VALUES);
+    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < pixels * chunks; i += stride) {
+        const size_t pixel = i / chunks;
+        const int first = (int)(i - pixel * chunks) * VALUES;
+        ckca__lane<VALUES> v;
+        for (int j = 0; j < VALUES; j++) v.v[j] = first + j < c ? ckca__to_float(x[pixel * c + first + j]) : 0;
+        v.store(to + i * VALUES);
     }
 }
 
-/* Weights as passes read them: rounded to BF16; turned from k x taps x c to c x taps x k. Of many convolutions at once:
-   a block takes 32 x 32 of a tap. */
+/* Weights as passes read them: rounded to BF16, channels widened; turned from k x taps x c to c x taps x k. Of many
+   convolutions at once: a block takes 32 x 32 of a tap. */
 enum { CKCA__TILE = 32, CKCA__ARRANGED = 32 };
 typedef struct ckca__arrange {
     int count, tiles;
     struct {
         const float *w;
         void *cast, *turned; /* or NULL */
-        int bf16, k, taps, c;
+        int bf16, k, taps, c, wide; /* wide: channels in cast */
         int first; /* tile */
     } of[CKCA__ARRANGED];
 } ckca__arrange;
@@ -1059,97 +1495,114 @@ __global__ void __launch_bounds__(CKCA__THREADS) ckca__arrange_kernel(ckca__arra
     __shared__ float tile[CKCA__TILE][CKCA__TILE + 1];
     const int x = (int)threadIdx.x % CKCA__TILE, y = (int)threadIdx.x / CKCA__TILE;
     int i = 0;
+    ckca__wait_for_grids();
     while (i + 1 < a.count && a.of[i + 1].first <= (int)blockIdx.x) i++;
     const auto &o = a.of[i];
-    const int wide = (o.c + CKCA__TILE - 1) / CKCA__TILE, at = (int)blockIdx.x - o.first;
-    const int c0 = at % wide * CKCA__TILE, tap = at / wide % o.taps, k0 = at / wide / o.taps * CKCA__TILE;
-    for (int j = y; j < CKCA__TILE; j += CKCA__THREADS / CKCA__TILE)
-        if (k0 + j < o.k && c0 + x < o.c) {
-            const size_t from = ((size_t)(k0 + j) * o.taps + tap) * o.c + c0 + x;
-            tile[j][x] = o.w[from];
-            if (o.cast) ckca__put((ckca__bf16 *)o.cast + from, tile[j][x]);
+    const int tiles = (o.c + CKCA__TILE - 1) / CKCA__TILE, at = (int)blockIdx.x - o.first;
+    const int c0 = at % tiles * CKCA__TILE, tap = at / tiles % o.taps, k0 = at / tiles / o.taps * CKCA__TILE;
+    const auto put = [&](void *to, size_t place, float v) {
+        if (o.bf16) {
+            ckca__put((ckca__bf16 *)to + place, v);
+        } else {
+            ((float *)to)[place] = v;
         }
+    };
+    for (int j = y; j < CKCA__TILE; j += CKCA__THREADS / CKCA__TILE) {
+        if (k0 + j >= o.k) continue;
+        tile[j][x] = c0 + x < o.c ? o.w[((size_t)(k0 + j) * o.taps + tap) * o.c + c0 + x] : 0;
+        if (o.cast && c0 + x < o.wide) put(o.cast, ((size_t)(k0 + j) * o.taps + tap) * o.wide + c0 + x, tile[j][x]);
+    }
     if (!o.turned) return;
     __syncthreads();
     for (int j = y; j < CKCA__TILE; j += CKCA__THREADS / CKCA__TILE)
-        if (c0 + j < o.c && k0 + x < o.k) {
-            const size_t to = ((size_t)(c0 + j) * o.taps + tap) * o.k + k0 + x;
-            if (o.bf16)
-                ckca__put((ckca__bf16 *)o.turned + to, tile[x][j]);
-            else
-                ((float *)o.turned)[to] = tile[x][j];
-        }
+        if (c0 + j < o.c && k0 + x < o.k) put(o.turned, ((size_t)(c0 + j) * o.taps + tap) * o.k + k0 + x, tile[x][j]);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
    CHANNELS: sums over all pixels of a tensor, channel by channel
 
-   Rows (pixels) are cut into at most 256 parts. A block takes one part of up to 32 chunks of neighbouring channels: its
-   threads walk rows, several at a time, and then add up in order. A warp per channel adds the parts.
+   Rows (pixels) are cut into at most 256 parts. A block takes one part of up to 8 chunks of neighbouring channels: its
+   threads walk rows, several at a time, and then add up in order. The last block of these channels adds the parts.
    ------------------------------------------------------------------------------------------------------------------ */
 
-enum { CKCA__PARTS = 256 };
+enum { CKCA__PARTS = 256, CKCA__CHANNEL_BLOCKS = 1024 };
 
-/* How many parts rows are cut into, and how many rows there are in each but the last. Never fewer for more rows. */
-static int ckca__parts(size_t rows) { return rows / 64 + 1 < CKCA__PARTS ? (int)(rows / 64 + 1) : CKCA__PARTS; }
-static size_t ckca__part_rows(size_t rows) { return (rows + ckca__parts(rows) - 1) / ckca__parts(rows); }
+/* How many parts rows are cut into, and how many rows there are in each but the last. Never fewer for more rows. Blocks
+   of other channels run beside; few parts are added quickly. */
+static int ckca__parts(size_t rows, int groups) {
+    const int most = CKCA__CHANNEL_BLOCKS / groups < CKCA__PARTS ? CKCA__CHANNEL_BLOCKS / groups : CKCA__PARTS;
+    const size_t parts = rows / 64 + 1;
+    return parts < (size_t)most ? (int)parts : most > 0 ? most : 1;
+}
 
-/* Threads along channels: a power of two, so that few channels leave no thread idle. */
+/* Threads along channels: a power of two, so that few channels leave no thread idle; 8 read whole lines of memory. */
 static int ckca__lanes(int chunks) {
     int lanes = 1;
-    while (lanes < 32 && lanes < chunks) lanes *= 2;
+    while (lanes < 8 && lanes < chunks) lanes *= 2;
     return lanes;
 }
 
 typedef struct ckca__moments {
     size_t rows, per; /* in all, in a part */
-    int c, lanes;
+    int first, c, lanes; /* channels from first on */
     const void *x, *y, *dy;                     /* see below; values of the kernel's type */
-    const float *mean, *gamma, *beta, *inv_std; /* KIND 2; the last three with a ReLU but no y: it is told from x */
-    float *part;                                /* parts x KIND x c */
+    const float *mean, *gamma, *beta, *inv_std; /* KIND 2; gamma and beta with a ReLU but no y: it is told from x */
+    float *part;                                /* parts x 2 x c */
+    unsigned *tickets;                          /* one for all blocks of the same channels */
+    ckca__statistics statistics;                /* KIND 3: the results */
+    float *dgamma, *dbeta, *table;              /* KIND 2 and (dbeta alone) 1 */
 } ckca__moments;
 
-/* What a ReLU's gradient asks: y > 0, as ckca__batchnorm_apply made y from x when there was no residual. */
-__device__ __forceinline__ int ckca__gate(float x, float mean, float scale, float beta) {
-    return (x - mean) * scale + beta > 0;
-}
-
-/* Per part, KIND 3: a shift (its first row), the sums of d and of d^2 with d = x - shift, so that a mean far from 0
-   costs no digits. KIND 2: the sums of g and of g (x - mean), g being dy where y > 0. KIND 1: the sum of dy. */
+/* Per part, KIND 3: mean and squares, from the sums of d and d^2 with d = x - the part's first row, so that a mean far
+   from 0 costs no digits. KIND 2: the sums of g and of g (x - mean), g being dy where y > 0. KIND 1: the sum of dy. The
+   last block of some channels adds their parts: statistics (see ckca__store_statistics); or dgamma, dbeta and what the
+   last pass needs of them (table, 2 x c). */
 template <class T, int KIND, int WIDTH>
 __global__ void __launch_bounds__(CKCA__THREADS) ckca__channel_sums(ckca__moments m) {
+    enum { ROWS = KIND == 2 ? 2 : 4 }; /* that are loaded at once */
     __shared__ __align__(16) float first[CKCA__THREADS * WIDTH], second[CKCA__THREADS * WIDTH];
     __shared__ float some[2][CKCA__THREADS];
+    __shared__ double scratch[3 * CKCA__THREADS];
     const int at_once = CKCA__THREADS / m.lanes, wide = m.lanes * WIDTH, me = (int)threadIdx.x;
-    const int c0 = (int)blockIdx.x * wide, c = c0 + me % m.lanes * WIDTH;
-    const size_t begin = blockIdx.y * m.per, end = m.rows - begin < m.per ? m.rows : begin + m.per;
-    const int there = c < m.c && begin < m.rows;
+    const int c0 = m.first + (int)blockIdx.x * wide, c = c0 + me % m.lanes * WIDTH;
+    const size_t begin = blockIdx.y * m.per, left = begin < m.rows ? m.rows - begin : 0;
+    const size_t end = begin + (left < m.per ? left : m.per);
+    const int there = c < m.c && left;
     ckca__lane<WIDTH> shift, scale, beta, a, b;
+    ckca__wait_for_grids();
     for (int j = 0; j < WIDTH; j++) shift.v[j] = scale.v[j] = a.v[j] = b.v[j] = 0, beta.v[j] = 1; /* the gate is open */
     if (there && KIND == 3) shift = ckca__lane<WIDTH>((const T *)m.x + begin * m.c + c);
     if (there && KIND == 2) shift = ckca__lane<WIDTH>(m.mean + c);
     if (there && KIND == 2 && m.beta)
         for (int j = 0; j < WIDTH; j++) scale.v[j] = m.gamma[c + j] * m.inv_std[c + j], beta.v[j] = m.beta[c + j];
-#pragma unroll(KIND == 2 ? 2 : 4)
-    for (size_t row = there ? begin + me / m.lanes : end; row < end; row += at_once) {
-        const size_t i = row * m.c + c;
-        ckca__lane<WIDTH> x, y, g;
-        if (KIND > 1) x = ckca__lane<WIDTH>((const T *)m.x + i);
-        if (KIND < 3) g = ckca__lane<WIDTH>((const T *)m.dy + i);
-        if (KIND == 2 && m.y) y = ckca__lane<WIDTH>((const T *)m.y + i);
-        for (int j = 0; j < WIDTH; j++) {
-            if (KIND == 3) {
-                const float d = x.v[j] - shift.v[j];
-                a.v[j] += d;
-                b.v[j] += d * d;
-            } else {
-                if (KIND == 2 && !(m.y ? y.v[j] > 0 : ckca__gate(x.v[j], shift.v[j], scale.v[j], beta.v[j])))
-                    g.v[j] = 0;
-                a.v[j] += g.v[j];
-                if (KIND == 2) b.v[j] += g.v[j] * (x.v[j] - shift.v[j]);
+    const auto add = [&](size_t i, auto rows) { /* the loads of some rows come first, all together */
+        enum { N = decltype(rows)::VALUE };
+        ckca__raw<T, WIDTH> x[N], y[N], g[N];
+#pragma unroll
+        for (int r = 0; r < N; r++, i += (size_t)at_once * m.c) {
+            if (KIND > 1) x[r] = ckca__raw<T, WIDTH>((const T *)m.x + i);
+            if (KIND < 3) g[r] = ckca__raw<T, WIDTH>((const T *)m.dy + i);
+            if (KIND == 2 && m.y) y[r] = ckca__raw<T, WIDTH>((const T *)m.y + i);
+        }
+#pragma unroll
+        for (int r = 0; r < N; r++) {
+            ckca__lane<WIDTH> v, gate, dy;
+            if (KIND > 1) v = x[r].values();
+            if (KIND < 3) dy = g[r].values();
+            if (KIND == 2 && m.y) gate = y[r].values();
+            for (int j = 0; j < WIDTH; j++) {
+                const float d = KIND > 1 ? v.v[j] - shift.v[j] : 0;
+                if (KIND == 2 &&
+                    !((m.y ? gate.v[j] : ckca__normalise(v.v[j], shift.v[j], scale.v[j], beta.v[j])) > 0))
+                    dy.v[j] = 0;
+                a.v[j] += KIND == 3 ? d : dy.v[j];
+                if (KIND > 1) b.v[j] += d * (KIND == 3 ? d : dy.v[j]);
             }
         }
-    }
+    };
+    size_t row = there ? begin + me / m.lanes : end;
+    for (; row + (ROWS - 1) * at_once < end; row += ROWS * at_once) add(row * m.c + c, ckca__constant<ROWS>());
+    for (; row < end; row += at_once) add(row * m.c + c, ckca__constant<1>());
     /* Each thread adds WIDTH rows of a channel, then one thread the sums of these. */
     a.store(first + me * WIDTH);
     b.store(second + me * WIDTH);
@@ -1163,18 +1616,50 @@ __global__ void __launch_bounds__(CKCA__THREADS) ckca__channel_sums(ckca__moment
     some[0][me] = sum;
     some[1][me] = square;
     __syncthreads();
-    if (me >= wide || c0 + me >= m.c) return;
-    for (int i = me + wide; i < CKCA__THREADS; i += wide) {
-        sum += some[0][i];
-        square += some[1][i];
+    const int channel = c0 + me % wide, is_channel = channel < m.c;
+    if (me < wide && is_channel) {
+        float *to = m.part + (size_t)blockIdx.y * 2 * m.c + channel;
+        for (int i = me + wide; i < CKCA__THREADS; i += wide) {
+            sum += some[0][i];
+            square += some[1][i];
+        }
+        if (KIND == 3 && left) {
+            const double n = (double)(end - begin), s = sum;
+            square = (float)(square - s * s / n);
+            sum = (float)(ckca__to_float(((const T *)m.x)[begin * m.c + channel]) + s / n);
+        }
+        to[0] = sum;
+        to[m.c] = square;
     }
-    float *to = m.part + (size_t)blockIdx.y * KIND * m.c + c0 + me;
+    if (!ckca__is_last(m.tickets + blockIdx.x, gridDim.y)) return;
+    const float *part = m.part + (is_channel ? channel : 0);
     if (KIND == 3) {
-        *to = begin < m.rows ? ckca__to_float(((const T *)m.x)[begin * m.c + c0 + me]) : 0;
-        to += m.c;
+        double mean, squares;
+        ckca__join<CKCA__THREADS>(part, 2 * (size_t)m.c, (size_t)m.c, wide, (int)gridDim.y, (double)m.per,
+                                  (double)m.rows, scratch, &mean, &squares);
+        if (me < wide && is_channel) ckca__store_statistics(m.statistics, channel, mean, squares, (double)m.rows);
+        return;
     }
-    to[0] = sum;
-    if (KIND > 1) to[m.c] = square;
+    double total = 0, product = 0;
+#pragma unroll 4
+    for (int i = me / wide; i < (int)gridDim.y; i += CKCA__THREADS / wide) {
+        total += __ldcg(part + (size_t)i * 2 * m.c);
+        if (KIND == 2) product += __ldcg(part + ((size_t)i * 2 + 1) * m.c);
+    }
+    scratch[me] = total;
+    scratch[CKCA__THREADS + me] = product;
+    __syncthreads();
+    if (me >= wide || !is_channel) return;
+    for (int i = me + wide; i < CKCA__THREADS; i += wide) {
+        total += scratch[i];
+        product += scratch[CKCA__THREADS + i];
+    }
+    m.dbeta[channel] += (float)total;
+    if (KIND == 1) return;
+    product *= m.inv_std[channel];
+    m.dgamma[channel] += (float)product;
+    m.table[channel] = (float)(total / (double)m.rows);
+    m.table[m.c + channel] = (float)(product / (double)m.rows);
 }
 
 /* The sum of v over a warp, in a fixed order, in every lane. */
@@ -1193,60 +1678,6 @@ __device__ double ckca__block_sum(double v) {
     v = 0;
     for (int i = 0; i < CKCA__THREADS / 32; i++) v += sums[i];
     return v;
-}
-
-/* Joins the parts of KIND 3 (Chan, Golub, LeVeque 1979) to mean and inv_std, and moves the running statistics. */
-__global__ void ckca__batchnorm_finish(ckca__moments m, int parts, float *running_mean, float *running_var, float *mean,
-                                       float *inv_std) {
-    const int c = (int)(blockIdx.x * (CKCA__THREADS / 32) + threadIdx.x / 32), lane = (int)threadIdx.x % 32;
-    double total = 0, square = 0;
-    if (c >= m.c) return; /* a whole warp */
-    for (int i = lane; i < parts; i += 32) {
-        const float *p = m.part + (size_t)i * 3 * m.c + c;
-        const size_t begin = (size_t)i * m.per;
-        if (begin < m.rows) total += (double)(m.rows - begin < m.per ? m.rows - begin : m.per) * p[0] + p[m.c];
-    }
-    total = ckca__warp_sum(total) / (double)m.rows;
-    for (int i = lane; i < parts; i += 32) {
-        const float *p = m.part + (size_t)i * 3 * m.c + c;
-        const size_t begin = (size_t)i * m.per;
-        if (begin >= m.rows) continue;
-        const double n = (double)(m.rows - begin < m.per ? m.rows - begin : m.per), d = p[m.c] / n,
-                     e = p[0] + d - total;
-        square += p[2 * m.c] - n * d * d + n * e * e;
-    }
-    square = ckca__warp_sum(square);
-    if (lane) return;
-    const double var = square < 0 ? 0 : square / (double)m.rows;
-    const double unbiased = m.rows > 1 ? var * (double)m.rows / (double)(m.rows - 1) : var;
-    mean[c] = (float)total;
-    inv_std[c] = (float)(1 / sqrt(var + 1e-5));
-    running_mean[c] += (float)(0.1 * (total - running_mean[c]));
-    running_var[c] += (float)(0.1 * (unbiased - running_var[c]));
-}
-
-/* Adds the parts of KIND 2 to dbeta and dgamma, and leaves in table (2 x c) what the last pass needs of them; or those
-   of KIND 1 to dbeta alone (dgamma NULL). */
-__global__ void ckca__channel_gradients(ckca__moments m, int parts, const float *inv_std, float *dgamma, float *dbeta,
-                                        float *table) {
-    const int c = (int)(blockIdx.x * (CKCA__THREADS / 32) + threadIdx.x / 32), lane = (int)threadIdx.x % 32;
-    const int kind = dgamma ? 2 : 1;
-    double sum = 0, product = 0;
-    if (c >= m.c) return;
-    for (int i = lane; i < parts; i += 32) {
-        if (i * m.per >= m.rows) continue;
-        sum += m.part[(size_t)i * kind * m.c + c];
-        if (dgamma) product += m.part[((size_t)i * 2 + 1) * m.c + c];
-    }
-    sum = ckca__warp_sum(sum);
-    product = ckca__warp_sum(product);
-    if (lane) return;
-    dbeta[c] += (float)sum;
-    if (!dgamma) return;
-    product *= inv_std[c];
-    dgamma[c] += (float)product;
-    table[c] = (float)(sum / (double)m.rows);
-    table[m.c + c] = (float)(product / (double)m.rows);
 }
 
 typedef struct ckca__normed {
@@ -1268,33 +1699,51 @@ template <int WIDTH> struct ckca__affine {
             scale.v[j] *= norm.inv_std ? norm.inv_std[at + j] : (float)(1 / sqrt(var[at + j] + 1e-5));
     }
     __device__ float operator()(int j, float x, int relu) const {
-        const float v = (x - mean.v[j]) * scale.v[j] + beta.v[j];
+        const float v = ckca__normalise(x, mean.v[j], scale.v[j], beta.v[j]);
         return relu && v <= 0 ? 0 : v; /* NaN stays NaN */
     }
 };
 
+/* body(i, N) for this thread's places, N of them at once, apart from each other: their loads are independent. */
+template <int N, class F> __device__ __forceinline__ void ckca__places(size_t i, size_t count, size_t apart, F body) {
+    for (; i + (N - 1) * apart < count; i += N * apart) body(i, ckca__constant<N>());
+    for (; i < count; i += apart) body(i, ckca__constant<1>());
+}
+
 /* out = relu?(norm(x) + residual), the residual through a norm of its own where NORMED. */
 template <class T, int WIDTH, int NORMED> __global__ void ckca__batchnorm_apply(ckca__normed n) {
     const size_t c = (size_t)n.c / WIDTH, threads = (size_t)gridDim.x * blockDim.x, stride = threads / c * c;
-    const size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x, at = id % c * WIDTH;
+    const size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x, at = id % c * WIDTH, apart = stride * WIDTH;
+    ckca__wait_for_grids();
     if (id >= stride) return;
     const ckca__affine<WIDTH> norm(n.norm, n.var, at), residual_norm(NORMED ? n.residual_norm : n.norm, n.var, at);
-    for (size_t i = id * WIDTH; i < n.count; i += stride * WIDTH) {
-        ckca__lane<WIDTH> x((const T *)n.x + i), add;
-        if (n.residual) add = ckca__lane<WIDTH>((const T *)n.residual + i);
-        for (int j = 0; j < WIDTH; j++) {
-            float v = norm(j, x.v[j], 0);
-            if (n.residual) v += NORMED ? residual_norm(j, add.v[j], n.residual_norm.relu) : add.v[j];
-            x.v[j] = n.norm.relu && v <= 0 ? 0 : v;
+    ckca__places<4>(id * WIDTH, n.count, apart, [&](size_t i, auto places) {
+        enum { N = decltype(places)::VALUE };
+        ckca__raw<T, WIDTH> x[N], residual[N];
+#pragma unroll
+        for (int p = 0; p < N; p++) {
+            x[p] = ckca__raw<T, WIDTH>((const T *)n.x + i + p * apart);
+            if (n.residual) residual[p] = ckca__raw<T, WIDTH>((const T *)n.residual + i + p * apart);
         }
-        x.store((T *)n.out + i);
-    }
+#pragma unroll
+        for (int p = 0; p < N; p++) {
+            ckca__lane<WIDTH> y = x[p].values(), add;
+            if (n.residual) add = residual[p].values();
+            for (int j = 0; j < WIDTH; j++) {
+                float v = norm(j, y.v[j], 0);
+                if (n.residual) v += NORMED ? residual_norm(j, add.v[j], n.residual_norm.relu) : add.v[j];
+                y.v[j] = n.norm.relu && v <= 0 ? 0 : v;
+            }
+            y.store((T *)n.out + i + p * apart);
+        }
+    });
 }
 
 /* With g = dy where y > 0 and xhat = (x - mean) inv_std: out = gamma inv_std (g - mean of g - xhat mean of g xhat). */
 template <class T, int WIDTH> __global__ void ckca__batchnorm_backward(ckca__normed n) {
     const size_t c = (size_t)n.c / WIDTH, threads = (size_t)gridDim.x * blockDim.x, stride = threads / c * c;
-    const size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x, at = id % c * WIDTH;
+    const size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x, at = id % c * WIDTH, apart = stride * WIDTH;
+    ckca__wait_for_grids();
     if (id >= stride) return;
     const ckca__lane<WIDTH> mean(n.norm.mean + at), beta(n.norm.beta + at), mean_g(n.table + at);
     ckca__lane<WIDTH> scale(n.norm.gamma + at), slope(n.table + n.c + at); /* gamma inv_std; inv_std mean of g xhat */
@@ -1303,26 +1752,40 @@ template <class T, int WIDTH> __global__ void ckca__batchnorm_backward(ckca__nor
         scale.v[j] *= inv_std;
         slope.v[j] *= inv_std;
     }
-    for (size_t i = id * WIDTH; i < n.count; i += stride * WIDTH) {
-        const ckca__lane<WIDTH> x((const T *)n.x + i);
-        ckca__lane<WIDTH> g((const T *)n.dy + i), to;
-        if (n.y) {
-            const ckca__lane<WIDTH> y((const T *)n.y + i);
-            for (int j = 0; j < WIDTH; j++) g.v[j] = y.v[j] > 0 ? g.v[j] : 0;
-        } else if (n.norm.relu)
-            for (int j = 0; j < WIDTH; j++) g.v[j] = ckca__gate(x.v[j], mean.v[j], scale.v[j], beta.v[j]) ? g.v[j] : 0;
-        if (n.dresidual) {
-            to = g;
-            if (n.accumulate) {
-                const ckca__lane<WIDTH> was((const T *)n.dresidual + i);
-                for (int j = 0; j < WIDTH; j++) to.v[j] += was.v[j];
-            }
-            to.store((T *)n.dresidual + i);
+    ckca__places<2>(id * WIDTH, n.count, apart, [&](size_t i, auto places) {
+        enum { N = decltype(places)::VALUE };
+        ckca__raw<T, WIDTH> x[N], dy[N], y[N], was[N];
+#pragma unroll
+        for (int p = 0; p < N; p++) {
+            x[p] = ckca__raw<T, WIDTH>((const T *)n.x + i + p * apart);
+            dy[p] = ckca__raw<T, WIDTH>((const T *)n.dy + i + p * apart);
+            if (n.y) y[p] = ckca__raw<T, WIDTH>((const T *)n.y + i + p * apart);
+            if (n.dresidual && n.accumulate) was[p] = ckca__raw<T, WIDTH>((const T *)n.dresidual + i + p * apart);
         }
-        for (int j = 0; j < WIDTH; j++)
-            to.v[j] = scale.v[j] * (g.v[j] - mean_g.v[j] - (x.v[j] - mean.v[j]) * slope.v[j]);
-        to.store((T *)n.out + i);
-    }
+#pragma unroll
+        for (int p = 0; p < N; p++) {
+            const ckca__lane<WIDTH> v = x[p].values();
+            ckca__lane<WIDTH> g = dy[p].values(), to;
+            if (n.y) {
+                const ckca__lane<WIDTH> gate = y[p].values();
+                for (int j = 0; j < WIDTH; j++) g.v[j] = gate.v[j] > 0 ? g.v[j] : 0;
+            } else if (n.norm.relu) {
+                for (int j = 0; j < WIDTH; j++)
+                    g.v[j] = ckca__normalise(v.v[j], mean.v[j], scale.v[j], beta.v[j]) > 0 ? g.v[j] : 0;
+            }
+            if (n.dresidual) {
+                to = g;
+                if (n.accumulate) {
+                    const ckca__lane<WIDTH> before = was[p].values();
+                    for (int j = 0; j < WIDTH; j++) to.v[j] += before.v[j];
+                }
+                to.store((T *)n.dresidual + i + p * apart);
+            }
+            for (int j = 0; j < WIDTH; j++)
+                to.v[j] = scale.v[j] * (g.v[j] - mean_g.v[j] - (v.v[j] - mean.v[j]) * slope.v[j]);
+            to.store((T *)n.out + i + p * apart);
+        }
+    });
 }
 
 /* Blocks for an element-wise kernel over count items, each of at least so many threads altogether. */
@@ -1334,9 +1797,6 @@ static unsigned ckca__grid(const ckca_context *ctx, size_t count, size_t least) 
 }
 
 /* Runs f with a value of the maps' type and (as a constant) how many values of channels are taken at once. */
-template <int N> struct ckca__constant {
-    enum { VALUE = N };
-};
 template <class F> static void ckca__typed_wide(int bf16, int c, F f) {
     if (bf16 && c % 8 == 0)
         f(ckca__bf16(), ckca__constant<8>());
@@ -1349,20 +1809,38 @@ template <class F> static void ckca__typed_wide(int bf16, int c, F f) {
 }
 
 static void ckca__run_channel_sums(ckca_context *ctx, int bf16, int kind, ckca__moments *m) {
-    const int parts = ckca__parts(m->rows);
-    m->per = ckca__part_rows(m->rows);
     ckca__typed_wide(bf16, m->c, [&](auto type, auto wide) {
         typedef decltype(type) T;
         enum { WIDTH = decltype(wide)::VALUE };
         m->lanes = ckca__lanes(m->c / WIDTH);
-        const dim3 grid((m->c + m->lanes * WIDTH - 1) / (m->lanes * WIDTH), parts);
-        if (kind == 3)
-            CKCA__LAUNCH(ctx, (ckca__channel_sums<T, 3, WIDTH>), grid, *m);
-        else if (kind == 2)
-            CKCA__LAUNCH(ctx, (ckca__channel_sums<T, 2, WIDTH>), grid, *m);
-        else
-            CKCA__LAUNCH(ctx, (ckca__channel_sums<T, 1, WIDTH>), grid, *m);
+        const int channels = m->lanes * WIDTH, groups = (m->c + channels - 1) / channels;
+        const int parts = ckca__parts(m->rows, groups);
+        m->per = (m->rows + parts - 1) / parts;
+        m->tickets = ckca__tickets(ckca__cuda_of(ctx));
+        for (m->first = 0; m->first < m->c; m->first += CKCA__TICKETS * channels) {
+            const int left = groups - m->first / channels;
+            const dim3 grid(left < CKCA__TICKETS ? left : CKCA__TICKETS, parts);
+            if (kind == 3)
+                CKCA__LAUNCH(ctx, (ckca__channel_sums<T, 3, WIDTH>), grid, *m);
+            else if (kind == 2)
+                CKCA__LAUNCH(ctx, (ckca__channel_sums<T, 2, WIDTH>), grid, *m);
+            else
+                CKCA__LAUNCH(ctx, (ckca__channel_sums<T, 1, WIDTH>), grid, *m);
+            if (m->c - m->first <= CKCA__TICKETS * channels) break;
+        }
     });
+}
+
+/* Mean, inv_std and running statistics of x, rows x c values. ws: parts x 2 x c floats. */
+static void ckca__take_statistics(ckca_context *ctx, int bf16, size_t rows, int c, const void *x,
+                                  const ckca__statistics *statistics, void *ws) {
+    ckca__moments m = {};
+    m.rows = rows;
+    m.c = c;
+    m.x = x;
+    m.part = (float *)ws;
+    m.statistics = *statistics;
+    ckca__run_channel_sums(ctx, bf16, 3, &m);
 }
 
 static unsigned ckca__warps(int c) { return (unsigned)((c + CKCA__THREADS / 32 - 1) / (CKCA__THREADS / 32)); }
@@ -1370,7 +1848,7 @@ static unsigned ckca__warps(int c) { return (unsigned)((c + CKCA__THREADS / 32 -
 CKCA__OP size_t ckca__op_workspace(const ckca_context *ctx, size_t rows, int c) {
     (void)ctx; /* batch norm's parts and table; clipping's sums; RELATION asks for channels enough for its norms */
     return ckca__sum(CKCA__PARTS * sizeof(double),
-                     ckca__mul((size_t)c, (3 * (size_t)ckca__parts(rows) + 4) * sizeof(float)));
+                     ckca__mul((size_t)c, (2 * (size_t)ckca__parts(rows, 1) + 2) * sizeof(float)));
 }
 
 static void ckca__run_apply(ckca_context *ctx, int bf16, size_t rows, int c, const float *x, const ckca__norm &norm,
@@ -1400,14 +1878,8 @@ CKCA__OP void ckca__op_batchnorm_forward(ckca_context *ctx, int bf16, size_t row
                                          const float *residual, const ckca__norm *residual_norm, int relu, float *y,
                                          float *mean, float *inv_std, void *ws) {
     const ckca__norm norm = {mean, inv_std, gamma, beta, relu};
-    ckca__moments m = {};
-    m.rows = rows;
-    m.c = c;
-    m.x = x;
-    m.part = (float *)ws;
-    ckca__run_channel_sums(ctx, bf16, 3, &m);
-    CKCA__LAUNCH(ctx, ckca__batchnorm_finish, ckca__warps(c), m, ckca__parts(rows), running_mean, running_var, mean,
-                 inv_std);
+    const ckca__statistics statistics = {mean, inv_std, running_mean, running_var};
+    ckca__take_statistics(ctx, bf16, rows, c, x, &statistics, ws);
     if (y) ckca__run_apply(ctx, bf16, rows, c, x, norm, NULL, residual, residual_norm, y);
 }
 
@@ -1430,18 +1902,20 @@ CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, int bf16, size_t ro
                                           void *ws) {
     ckca__moments m = {};
     ckca__normed n = {};
-    float *table = (float *)ws + (size_t)ckca__parts(rows) * 2 * c;
+    float *table = (float *)ws + (size_t)ckca__parts(rows, 1) * 2 * c;
     m.rows = rows;
     m.c = c;
     m.x = x;
     m.y = norm->relu ? y : NULL;
     m.dy = dy;
     m.mean = norm->mean;
-    if (norm->relu && !y) m.gamma = norm->gamma, m.beta = norm->beta, m.inv_std = norm->inv_std;
+    m.inv_std = norm->inv_std;
+    if (norm->relu && !y) m.gamma = norm->gamma, m.beta = norm->beta;
+    m.dgamma = dgamma;
+    m.dbeta = dbeta;
+    m.table = table;
     m.part = (float *)ws;
     ckca__run_channel_sums(ctx, bf16, 2, &m);
-    CKCA__LAUNCH(ctx, ckca__channel_gradients, ckca__warps(c), m, ckca__parts(rows), norm->inv_std, dgamma, dbeta,
-                 table);
     n.count = rows * (size_t)c;
     n.c = c;
     n.x = x;
@@ -1462,6 +1936,7 @@ CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, int bf16, size_t ro
 __global__ void ckca__fold_kernel(int k, size_t per, const float *w, const float *bias, const float *gamma,
                                   const float *beta, const float *mean, const float *var, float *w_out,
                                   float *bias_out) {
+    ckca__wait_for_grids();
     const size_t stride = (size_t)gridDim.x * blockDim.x, id = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     for (size_t i = id; i < (size_t)k * per; i += stride) {
         const size_t c = i / per;
@@ -1482,20 +1957,30 @@ CKCA__OP void ckca__op_fold(ckca_context *ctx, int k, size_t per, const float *w
    CONVOLUTION
    ------------------------------------------------------------------------------------------------------------------ */
 
-/* Blocks that WEIGHT is cut into, if possible: two for each multiprocessor of a large GPU. Not the one at hand's: with
-   it the order of sums, and so the bits, would change. */
-enum { CKCA__WEIGHT_BLOCKS = 264, CKCA__LEAST_SPLIT = 512 };
+/* Blocks that a GPU runs at a time: two on each multiprocessor of a large one. Not the one at hand's: with it the order
+   of sums, and so the bits, would change. */
+enum { CKCA__WAVE = 264, CKCA__LEAST_SPLIT = 512 };
 
 /* What a convolution or linear layer multiplies in: BF16 only where its output is stored so. */
 static ckca_precision ckca__math(const ckca_context *ctx, const ckca__conv *s) {
     return ctx->precision == CKCA_PRECISION_BF16 && !s->bf16 ? CKCA_PRECISION_TF32 : ctx->precision;
 }
+static int ckca__chunk_values(const ckca_context *ctx, const ckca__conv *s) {
+    return ckca__math(ctx, s) == CKCA_PRECISION_BF16 ? 8 : 4;
+}
+static size_t ckca__value_bytes(const ckca_context *ctx, const ckca__conv *s) {
+    return 16 / (size_t)ckca__chunk_values(ctx, s);
+}
 
-/* 1: a pass fetches whole chunks: all channels that lie along them fill them, and nothing has to be converted. */
+/* 1: a pass fetches whole chunks: K of a gradient fills them. (Channels of x are widened until they do.) */
 static int ckca__is_whole(const ckca_context *ctx, int pass, const ckca__conv *s) {
-    const int values = ckca__math(ctx, s) == CKCA_PRECISION_BF16 ? 8 : 4;
-    return (pass == CKCA__DATA || (s->c % values == 0 && s->bf16_x == s->bf16)) &&
-           (pass == CKCA__FORWARD || s->k % values == 0);
+    return pass == CKCA__FORWARD || s->k % ckca__chunk_values(ctx, s) == 0;
+}
+static int ckca__wide_channels(const ckca_context *ctx, const ckca__conv *s) {
+    return (int)ckca__round_up((size_t)s->c, (size_t)ckca__chunk_values(ctx, s));
+}
+static int ckca__is_widened(const ckca_context *ctx, const ckca__conv *s) {
+    return s->c % ckca__chunk_values(ctx, s) || s->bf16_x != s->bf16;
 }
 
 /* Columns of a block: no more than there are; 128 only on tensor cores, which are so fast that every fetch should serve
@@ -1512,31 +1997,72 @@ static int ckca__is_product(const ckca__conv *s) {
     return s->r == 1 && s->s == 1 && s->stride == 1 && !s->pad && s->bf16_x == s->bf16;
 }
 
+/* The splits that fill their waves of blocks best; of equally good ones the fewest, since each costs a pass over the
+   weights. */
 static int ckca__weight_splits(const ckca_context *ctx, const ckca__conv *s) {
-    const int blocks =
-        ckca__ceil(s->r * s->s * s->c, CKCA__ROWS) * ckca__ceil(s->k, ckca__columns(ctx, CKCA__ROLE_WEIGHT, s));
-    const int most = s->n * s->p * s->q / CKCA__LEAST_SPLIT, wanted = CKCA__WEIGHT_BLOCKS / blocks;
-    const int splits = most < wanted ? most : wanted;
-    return splits > 1 ? splits : 1;
+    const int blocks = ckca__ceil(s->r * s->s * ckca__wide_channels(ctx, s), CKCA__ROWS) *
+                       ckca__ceil(s->k, ckca__columns(ctx, CKCA__ROLE_WEIGHT, s));
+    const int pixels = s->n * s->p * s->q / CKCA__LEAST_SPLIT, wanted = ckca__ceil(2 * CKCA__WAVE, blocks);
+    const int most = blocks >= 2 * CKCA__WAVE ? 1 : pixels < wanted ? pixels : wanted;
+    int best = 1, splits;
+    double least = 1e30;
+    for (splits = 1; splits <= most; splits++) { /* time ~ waves / splits */
+        const double waves = ckca__ceil(blocks * splits, CKCA__WAVE), time = waves / splits * (1 + splits * 1e-3);
+        if (time < least * 0.999) least = time, best = splits;
+    }
+    return best;
+}
+/* Parts are added in groups of so many first. */
+static int ckca__group(int parts) {
+    int group = 1;
+    if (parts <= 16) return parts;
+    while (group * group < parts) group++;
+    return group;
 }
 
-/* Of weights rounded or turned, of splits, or of parts of the bias's gradient: never two at a time. (Rounding up to
-   CKCA__ALIGN aside, the first are no larger than the weights.) */
+/* Bytes of a convolution's weights as FORWARD reads them (rounded, widened), and turned, as far as anybody reads them
+   so; of x widened; of the statistics' parts. */
+static size_t ckca__cast_bytes(const ckca_context *ctx, const ckca__conv *s) {
+    const int product = ckca__is_product(s), wide = product ? s->c : ckca__wide_channels(ctx, s);
+    const size_t count = ckca__mul(ckca__mul((size_t)s->r * s->s, (size_t)wide), (size_t)s->k);
+    return ckca__math(ctx, s) == CKCA_PRECISION_BF16 || wide > s->c
+               ? ckca__round_up(ckca__mul(count, ckca__value_bytes(ctx, s)), CKCA__ALIGN)
+               : 0;
+}
+static size_t ckca__turned_bytes(const ckca_context *ctx, const ckca__conv *s) {
+    const size_t count = ckca__mul(ckca__mul((size_t)s->r * s->s, (size_t)s->c), (size_t)s->k);
+    return ckca__is_product(s) ? 0 : ckca__round_up(ckca__mul(count, ckca__value_bytes(ctx, s)), CKCA__ALIGN);
+}
+static size_t ckca__widened_bytes(const ckca_context *ctx, const ckca__conv *s) {
+    const size_t pixels = ckca__mul(ckca__mul((size_t)s->n, (size_t)s->h), (size_t)s->w);
+    const size_t bytes = ckca__mul(pixels, ckca__mul((size_t)ckca__wide_channels(ctx, s), ckca__value_bytes(ctx, s)));
+    return ckca__is_widened(ctx, s) ? ckca__round_up(bytes, CKCA__ALIGN) : 0;
+}
+CKCA__OP size_t ckca__packed_bytes(const ckca_context *ctx, const ckca__conv *s, int backward) {
+    return ckca__sum(ckca__cast_bytes(ctx, s), backward ? ckca__turned_bytes(ctx, s) : 0);
+}
+
+/* In turn: FORWARD's weights, x widened, parts of statistics; DATA's weights; WEIGHT's x widened and splits, then parts of
+   the bias's gradient. */
 CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *s) {
     const double pixels = (double)s->n * s->p * s->q;
-    const size_t weights = ckca__mul(ckca__mul((size_t)s->r * s->s, (size_t)s->c), (size_t)s->k);
-    const size_t bias = (size_t)ckca__parts(pixels < 1e9 ? (size_t)pixels : 1000000000) * s->k;
-    size_t floats = weights;
-    if (!ckca__is_product(s) && pixels <= INT_MAX) floats = ckca__mul(weights, (size_t)ckca__weight_splits(ctx, s));
-    if (floats < bias) floats = bias;
-    return ckca__mul(floats, sizeof(float));
+    const size_t rows = pixels < 1e9 ? (size_t)pixels : 1000000000;
+    const size_t weights = ckca__mul(ckca__mul((size_t)s->r * s->s, (size_t)ckca__wide_channels(ctx, s)), (size_t)s->k);
+    const size_t parts = ckca__mul((rows / CKCA__ROWS + CKCA__PARTS + 1) * 2 * sizeof(float), (size_t)s->k);
+    const size_t cast = ckca__round_up(ckca__mul(weights, sizeof(float)), CKCA__ALIGN);
+    const size_t widened = ckca__widened_bytes(ctx, s);
+    size_t most = ckca__sum(cast, ckca__sum(widened, parts)), splits = weights;
+    if (pixels <= INT_MAX) splits = ckca__mul(weights, (size_t)ckca__weight_splits(ctx, s));
+    splits = ckca__sum(widened, ckca__mul(splits, sizeof(float)));
+    return most < splits ? splits : most;
 }
 
 /* Pixels and taps are counted in ints, and so is what lies between a window's first value and its last. */
 static int ckca__conv_fits(ckca_context *ctx, const ckca__conv *s) {
     const double most = INT_MAX - 4096, lines = s->r + 1.0;
-    if ((double)s->n * s->h * s->w < most && (double)s->n * s->p * s->q < most && lines * (s->s + 1.0) * s->c < most &&
-        lines * (s->s + 1.0) * s->k < most && lines * s->w * s->c < most && lines * s->q * s->k < most)
+    if ((double)s->n * s->h * s->w < most && (double)s->n * s->p * s->q < most &&
+        lines * (s->s + 1.0) * (s->c + 8.0) < most && lines * (s->s + 1.0) * s->k < most &&
+        lines * s->w * (s->c + 8.0) < most && lines * s->q * s->k < most)
         return 1;
     char what[200];
     snprintf(what, sizeof what, "%d x %d x %d x %d by %d x %d x %d: 2^31 pixels, or values in a window's reach", s->n,
@@ -1546,22 +2072,26 @@ static int ckca__conv_fits(ckca_context *ctx, const ckca__conv *s) {
 
 template <int PRECISION, int PASS, int WHOLE>
 static void ckca__launch_gemm(ckca_context *ctx, dim3 grid, int columns, const ckca__gemm *g) {
+    const auto launch = [&](auto width) {
+        typedef ckca__block<PRECISION, PASS, decltype(width)::VALUE, WHOLE> B;
+        ckca__launch(ctx, "ckca__gemm_kernel", ckca__gemm_kernel<B>, ckca__launch_shape(grid, B::THREADS, B::BYTES), *g);
+    };
     if (columns == 16)
-        CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 16, WHOLE>), grid, *g);
+        launch(ckca__constant<16>());
     else if (columns == 32)
-        CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 32, WHOLE>), grid, *g);
+        launch(ckca__constant<32>());
     else if (columns == 64)
-        CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 64, WHOLE>), grid, *g);
+        launch(ckca__constant<64>());
     else if constexpr (PRECISION != CKCA_PRECISION_FLOAT32 && WHOLE)
-        CKCA__LAUNCH(ctx, (ckca__gemm_kernel<PRECISION, PASS, 128, WHOLE>), grid, *g);
+        launch(ckca__constant<128>());
 }
 
 template <int PRECISION, int PASS>
 static void ckca__launch_gemm(ckca_context *ctx, dim3 grid, int columns, const ckca__gemm *g) {
-    if (ckca__is_whole(ctx, PASS, &g->s))
+    if (PASS == CKCA__FORWARD || ckca__is_whole(ctx, PASS, &g->s))
         ckca__launch_gemm<PRECISION, PASS, 1>(ctx, grid, columns, g);
     else
-        ckca__launch_gemm<PRECISION, PASS, 0>(ctx, grid, columns, g);
+        ckca__launch_gemm<PRECISION, PASS, PASS == CKCA__FORWARD>(ctx, grid, columns, g);
 }
 
 template <int PASS> static void ckca__run_gemm(ckca_context *ctx, ckca__gemm *g) {
@@ -1572,14 +2102,17 @@ template <int PASS> static void ckca__run_gemm(ckca_context *ctx, ckca__gemm *g)
         rows = s->n * ckca__ceil(s->h, s->stride) * ckca__ceil(s->w, s->stride);
         layers = s->stride * s->stride;
     }
+    if (PASS == CKCA__FORWARD) g->group = ckca__group(ckca__ceil(rows, CKCA__ROWS));
     if (PASS == CKCA__ROLE_WEIGHT) {
         rows = s->r * s->s * s->c;
-        layers = ckca__weight_splits(ctx, s);
+        layers = g->splits;
         g->split = ckca__ceil(s->n * s->p * s->q, layers);
+        g->group = ckca__group(layers);
     }
     g->p = ckca__divide_by(PASS == CKCA__DATA ? s->h : s->p);
     g->q = ckca__divide_by(PASS == CKCA__DATA ? s->w : s->q);
     g->wide = ckca__ceil(columns, width);
+    g->tickets = ckca__tickets(ckca__cuda_of(ctx));
     const dim3 grid((unsigned)ckca__ceil(rows, CKCA__ROWS) * g->wide, 1, layers);
     switch (ckca__math(ctx, s)) {
     case CKCA_PRECISION_FLOAT32:
@@ -1596,24 +2129,9 @@ template <int PASS> static void ckca__run_gemm(ckca_context *ctx, ckca__gemm *g)
     }
 }
 
-/* Bytes of a convolution's weights rounded, and turned, as far as anybody reads them so. */
-static size_t ckca__cast_bytes(const ckca_context *ctx, const ckca__conv *s) {
-    const size_t count = ckca__mul(ckca__mul((size_t)s->r * s->s, (size_t)s->c), (size_t)s->k);
-    return ckca__math(ctx, s) == CKCA_PRECISION_BF16 ? ckca__round_up(ckca__mul(count, sizeof(ckca__bf16)), CKCA__ALIGN) : 0;
-}
-static size_t ckca__turned_bytes(const ckca_context *ctx, const ckca__conv *s) {
-    const size_t count = ckca__mul(ckca__mul((size_t)s->r * s->s, (size_t)s->c), (size_t)s->k);
-    if (ckca__is_product(s)) return 0;
-    return ckca__math(ctx, s) == CKCA_PRECISION_BF16 ? ckca__cast_bytes(ctx, s)
-                                           : ckca__round_up(ckca__mul(count, sizeof(float)), CKCA__ALIGN);
-}
-CKCA__OP size_t ckca__packed_bytes(const ckca_context *ctx, const ckca__conv *s, int backward) {
-    return ckca__sum(ckca__cast_bytes(ctx, s), backward ? ckca__turned_bytes(ctx, s) : 0);
-}
-
-/* One convolution more to arrange: cast and turned as in ckca__arrange. */
+/* One convolution more to arrange: cast (wide channels) and turned as in ckca__arrange. */
 static void ckca__arrange_add(const ckca_context *ctx, ckca__arrange *a, const ckca__conv *s, const float *w,
-                              void *cast, void *turned) {
+                              void *cast, int wide, void *turned) {
     auto &o = a->of[a->count++];
     o.w = w;
     o.cast = cast;
@@ -1622,6 +2140,7 @@ static void ckca__arrange_add(const ckca_context *ctx, ckca__arrange *a, const c
     o.k = s->k;
     o.taps = s->r * s->s;
     o.c = s->c;
+    o.wide = wide;
     o.first = a->tiles;
     a->tiles += ckca__ceil(s->k, CKCA__TILE) * ckca__ceil(s->c, CKCA__TILE) * o.taps;
 }
@@ -1634,38 +2153,60 @@ CKCA__OP void ckca__op_pack_weights(ckca_context *ctx, int count, const ckca__co
     ckca__arrange a = {};
     for (int i = 0; i < count; i++) {
         const size_t cast = ckca__cast_bytes(ctx, &s[i]), turned = backward ? ckca__turned_bytes(ctx, &s[i]) : 0;
+        const int wide = ckca__is_product(&s[i]) ? s[i].c : ckca__wide_channels(ctx, &s[i]);
         char *to = (char *)s[i].packed_weights;
-        if (cast || turned) ckca__arrange_add(ctx, &a, &s[i], w[i], cast ? to : NULL, turned ? to + cast : NULL);
+        if (cast || turned) ckca__arrange_add(ctx, &a, &s[i], w[i], cast ? to : NULL, wide, turned ? to + cast : NULL);
         if (a.count == CKCA__ARRANGED) ckca__arrange_run(ctx, &a);
     }
     ckca__arrange_run(ctx, &a);
 }
 
-/* The weights as a pass reads them: as they are, ready, or made so in ws. */
-static const void *ckca__weights(ckca_context *ctx, const ckca__conv *s, int turned, const float *w, void *ws) {
+/* The weights as a pass reads them, of wide channels (turned: of K): as they are, packed already, or packed in ws. */
+static const void *ckca__weights(ckca_context *ctx, const ckca__conv *s, int turned, int wide, const float *w,
+                                 void *ws) {
     const size_t cast = ckca__cast_bytes(ctx, s);
+    const int as_packed = ckca__is_product(s) ? s->c : ckca__wide_channels(ctx, s);
     ckca__arrange a = {};
-    if (!turned && !cast) return w;
-    if (s->packed_weights) return (char *)s->packed_weights + (turned ? cast : 0);
-    ckca__arrange_add(ctx, &a, s, w, turned ? NULL : ws, turned ? ws : NULL);
+    if (!turned && wide == s->c && ckca__math(ctx, s) != CKCA_PRECISION_BF16) return w;
+    if (s->packed_weights && (turned || wide == as_packed)) return (char *)s->packed_weights + (turned ? cast : 0);
+    ckca__arrange_add(ctx, &a, s, w, turned ? NULL : ws, wide, turned ? ws : NULL);
     ckca__arrange_run(ctx, &a);
     return ws;
 }
 
+/* x as FORWARD and WEIGHT read it: as it is, or widened in ws. */
+static const void *ckca__widen(ckca_context *ctx, const ckca__conv *s, const void *x, void *ws) {
+    const size_t pixels = (size_t)s->n * s->h * s->w;
+    const int wide = ckca__wide_channels(ctx, s);
+    if (!ckca__is_widened(ctx, s)) return x;
+    const unsigned grid = ckca__grid(ctx, pixels * (wide / ckca__chunk_values(ctx, s)), 1);
+    ckca__typed(s->bf16_x, [&](auto from) {
+        typedef decltype(from) FROM;
+        ckca__typed(ckca__math(ctx, s) == CKCA_PRECISION_BF16, [&](auto to) {
+            typedef decltype(to) T;
+            CKCA__LAUNCH(ctx, (ckca__widen_kernel<FROM, T>), grid, pixels, s->c, wide, (const FROM *)x, (T *)ws);
+        });
+    });
+    return ws;
+}
+
 /* c (rows x columns) = (or +=) a b, all row-major; a is stored transposed (summed x rows) where turn_a, b (columns x
-   summed) where turn_b. half: a and b are BF16; half_c: c is. cuBLAS counts columns first, so it is asked for c^T = b^T
+   summed) where turn_b. bf16: a and b are; bf16_c: c is. cuBLAS counts columns first, so it is asked for c^T = b^T
    a^T. */
 static void ckca__product(ckca_context *ctx, int rows, int columns, int summed, int bf16, const void *a, int turn_a,
-                          const void *b, int turn_b, int half_c, void *c, int accumulate) {
+                          const void *b, int turn_b, int bf16_c, void *c, int accumulate) {
     const float one = 1, beta = accumulate ? 1.0f : 0.0f;
     const cublasComputeType_t compute =
         bf16 || ctx->precision == CKCA_PRECISION_FLOAT32 ? CUBLAS_COMPUTE_32F : CUBLAS_COMPUTE_32F_FAST_TF32;
     const cudaDataType type = bf16 ? CUDA_R_16BF : CUDA_R_32F;
-    CKCA__BLAS(ckca__cuda_of(ctx),
-               cublasGemmEx(ckca__cuda_of(ctx)->blas, turn_b ? CUBLAS_OP_T : CUBLAS_OP_N,
+    ckca__cuda *cuda = ckca__cuda_of(ctx);
+    const cublasHandle_t blas = cuda->beside.now ? cuda->beside.blas : cuda->blas;
+    ckca__cuda_stream(cuda); /* waits for what is beside */
+    CKCA__BLAS(cuda,
+               cublasGemmEx(blas, turn_b ? CUBLAS_OP_T : CUBLAS_OP_N,
                             turn_a ? CUBLAS_OP_T : CUBLAS_OP_N, columns, rows, summed, &one, b, type,
                             turn_b ? summed : columns, a, type, turn_a ? rows : summed, &beta, c,
-                            half_c ? CUDA_R_16BF : CUDA_R_32F, columns, compute, CUBLAS_GEMM_DEFAULT));
+                            bf16_c ? CUDA_R_16BF : CUDA_R_32F, columns, compute, CUBLAS_GEMM_DEFAULT));
 }
 
 /* Not here: 1 x 1 convolutions are cuBLAS's, which reads what lies in memory. */
@@ -1675,21 +2216,56 @@ CKCA__OP int ckca__may_norm(const ckca_context *ctx, const ckca__conv *s) {
     return 0;
 }
 
+CKCA__OP int ckca__may_take_statistics(const ckca_context *ctx, const ckca__conv *s) {
+    (void)ctx;
+    (void)s;
+    return 1;
+}
+
+/* 1: the statistics of a 1 x 1 convolution's output are taken in an epilogue of our own. By the model (H100, our GEMM at
+   half the tensor cores' rate, cuBLAS at four fifths) it beats cuBLAS and one more pass over the output while what it
+   loses in products, which grows with C, is less than that pass; on the FFMA units it never does. */
+static int ckca__is_short(const ckca_context *ctx, const ckca__conv *s) {
+    return ctx->precision != CKCA_PRECISION_FLOAT32 && s->c <= 256;
+}
+
+/* Tickets that the statistics of an output need. */
+static int ckca__has_tickets(const ckca_context *ctx, const ckca__conv *s) {
+    const int blocks = ckca__ceil(s->n * s->p * s->q, CKCA__ROWS), groups = ckca__ceil(blocks, ckca__group(blocks));
+    return (double)(groups + 1) * ckca__ceil(s->k, ckca__columns(ctx, CKCA__FORWARD, s)) <= CKCA__TICKETS;
+}
+
 CKCA__OP void ckca__op_conv_forward(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w,
                                     const float *bias, const float *residual, int relu, float *y, void *ws) {
+    const int wide = ckca__wide_channels(ctx, s), plain = !bias && !residual && !relu;
+    const int product = ckca__is_product(s) && plain && !(s->statistics && ckca__is_short(ctx, s));
+    char *more = (char *)ws;
     ckca__gemm g = {};
+    int taken = 0;
     if (!ckca__conv_fits(ctx, s)) return;
     g.s = *s;
-    g.a = x;
-    g.b = ckca__weights(ctx, s, 0, w, ws);
-    g.bias = bias;
-    g.residual = residual;
-    g.relu = relu;
-    g.out = y;
-    if (ckca__is_product(s) && !bias && !residual && !relu)
+    g.b = ckca__weights(ctx, s, 0, product ? s->c : wide, w, ws);
+    if (g.b == ws)
+        more += ckca__round_up((size_t)s->r * s->s * wide * s->k * ckca__value_bytes(ctx, s), CKCA__ALIGN);
+    if (product) {
         ckca__product(ctx, s->n * s->p * s->q, s->k, s->c, s->bf16, x, 0, g.b, 1, s->bf16, y, 0);
-    else /* what comes after the sums costs no pass over y here */
+    } else { /* what comes after the sums costs no pass over y here */
+        g.a = ckca__widen(ctx, s, x, more);
+        g.s.c = wide;
+        g.bias = bias;
+        g.residual = residual;
+        g.relu = relu;
+        g.out = y;
+        if (g.a == more) more += ckca__widened_bytes(ctx, s);
+        if (s->statistics && ckca__has_tickets(ctx, s)) {
+            taken = 1;
+            g.statistics = *s->statistics;
+            g.part = (float *)more;
+        }
         ckca__run_gemm<CKCA__FORWARD>(ctx, &g);
+    }
+    if (s->statistics && !taken)
+        ckca__take_statistics(ctx, s->bf16, (size_t)s->n * s->p * s->q, s->k, y, s->statistics, more);
 }
 
 CKCA__OP void ckca__op_conv_backward_data(ckca_context *ctx, const ckca__conv *s, const float *dy, const float *w,
@@ -1698,53 +2274,55 @@ CKCA__OP void ckca__op_conv_backward_data(ckca_context *ctx, const ckca__conv *s
     if (!ckca__conv_fits(ctx, s)) return;
     g.s = *s;
     g.a = dy;
-    g.b = ckca__weights(ctx, s, !ckca__is_product(s), w, ws);
+    ckca__cuda_of(ctx)->beside.wanted = s->packed_weights != NULL; /* ws is not used, then */
+    g.b = ckca__weights(ctx, s, !ckca__is_product(s), s->c, w, ws);
     g.out = dx;
     g.accumulate = accumulate;
     if (ckca__is_product(s))
         ckca__product(ctx, s->n * s->p * s->q, s->c, s->k, s->bf16, dy, 0, g.b, 0, s->bf16, dx, accumulate);
     else
         ckca__run_gemm<CKCA__DATA>(ctx, &g);
+    ckca__cuda_of(ctx)->beside.wanted = 0;
 }
 
 CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv *s, const float *x, const float *dy,
                                             float *dw, float *dbias, void *ws) {
-    const size_t weights = (size_t)s->r * s->s * s->c * s->k;
     ckca__gemm g = {};
-    int splits;
     if (!ckca__conv_fits(ctx, s)) return;
-    splits = ckca__weight_splits(ctx, s);
+    if (s->packed_weights) ckca__beside_begin(ckca__cuda_of(ctx));
     if (ckca__is_product(s)) {
         ckca__product(ctx, s->k, s->c, s->n * s->p * s->q, s->bf16, dy, 1, x, 0, 0, dw, 1);
     } else {
+        char *more = (char *)ws;
         g.s = *s;
+        g.channels = s->c;
         g.a = x;
-        g.b = dy;
-        g.accumulate = splits == 1;
-        g.out = splits == 1 ? dw : (float *)ws;
-        ckca__run_gemm<CKCA__ROLE_WEIGHT>(ctx, &g);
-        if (splits > 1) {
-            int slices = 1;
-            while (slices < 32 && slices * 8 <= splits) slices *= 2;
-            CKCA__LAUNCH(ctx, ckca__add_splits, ckca__grid(ctx, weights * slices, 1), weights, splits, slices,
-                         (const float *)ws, dw);
+        g.splits = ckca__weight_splits(ctx, s);
+        if (ckca__is_whole(ctx, CKCA__ROLE_WEIGHT, s)) {
+            g.a = ckca__widen(ctx, s, x, more);
+            g.s.c = ckca__wide_channels(ctx, s);
+            if (g.a == more) more += ckca__widened_bytes(ctx, s);
         }
+        g.b = dy;
+        g.dw = dw;
+        g.out = more;
+        ckca__run_gemm<CKCA__ROLE_WEIGHT>(ctx, &g);
     }
     if (dbias) {
         ckca__moments m = {};
         m.rows = (size_t)s->n * s->p * s->q;
         m.c = s->k;
         m.dy = dy;
+        m.dbeta = dbias;
         m.part = (float *)ws;
         ckca__run_channel_sums(ctx, s->bf16, 1, &m);
-        CKCA__LAUNCH(ctx, ckca__channel_gradients, ckca__warps(s->k), m, ckca__parts(m.rows), (const float *)NULL,
-                     (float *)NULL, dbias, (float *)NULL);
     }
+    ckca__beside_end(ckca__cuda_of(ctx));
 }
 
 /* A linear layer is a 1 x 1 convolution over n pictures of one pixel. */
 static ckca__conv ckca__linear_as_conv(int n, int d, int k) {
-    const ckca__conv s = {n, 1, 1, d, k, 1, 1, 1, 0, 1, 1, NULL, 0, 0, NULL};
+    const ckca__conv s = {n, 1, 1, d, k, 1, 1, 1, 0, 1, 1, NULL, 0, 0, NULL, NULL};
     return s;
 }
 
@@ -1789,6 +2367,7 @@ __device__ __forceinline__ void ckca__add_at(size_t i, const T *a, const T *b, i
     v.store(y + i);
 }
 template <class T> __global__ void ckca__add_kernel(size_t count, const T *a, const T *b, int relu, T *y) {
+    ckca__wait_for_grids();
     CKCA__IN_CHUNKS(T, count, ckca__add_at, a, b, relu, y);
 }
 
@@ -1805,6 +2384,7 @@ __device__ __forceinline__ void ckca__add_backward_at(size_t i, const T *y, cons
 }
 template <class T>
 __global__ void ckca__add_backward_kernel(size_t count, const T *y, const T *dy, T *dx, int accumulate) {
+    ckca__wait_for_grids();
     CKCA__IN_CHUNKS(T, count, ckca__add_backward_at, y, dy, dx, accumulate);
 }
 CKCA__OP void ckca__op_add(ckca_context *ctx, int bf16, size_t count, const float *a, const float *b, int relu,
@@ -1839,6 +2419,7 @@ struct ckca__pixel {
 
 /* WIDTH channels of an output each. The first of equals wins, NaN over all. */
 template <class T, int WIDTH> __global__ void ckca__maxpool_kernel(ckca__conv s, const T *x, T *y, unsigned char *at) {
+    ckca__wait_for_grids();
     CKCA__EACH(i, (size_t)s.n * s.p * s.q * s.c / WIDTH) {
         const ckca__pixel o(i, s.p, s.q, s.c / WIDTH, WIDTH);
         ckca__lane<WIDTH> most;
@@ -1860,6 +2441,7 @@ template <class T, int WIDTH> __global__ void ckca__maxpool_kernel(ckca__conv s,
 template <class T, int WIDTH>
 __global__ void ckca__maxpool_backward_kernel(ckca__conv s, const T *dy, const unsigned char *at, T *dx,
                                               int accumulate) {
+    ckca__wait_for_grids();
     CKCA__EACH(i, (size_t)s.n * s.h * s.w * s.c / WIDTH) {
         const ckca__pixel o(i, s.h, s.w, s.c / WIDTH, WIDTH);
         const int w = o.x + s.pad, h = o.y + s.pad; /* in the padded input, where window p starts at p stride */
@@ -1900,6 +2482,7 @@ CKCA__OP void ckca__op_maxpool_backward(ckca_context *ctx, const ckca__conv *s, 
 
 /* WIDTH means each, of values c apart: neighbouring threads read neighbouring channels. */
 template <class T, int WIDTH> __global__ void ckca__avgpool_kernel(int n, int area, int c, const T *x, float *y) {
+    ckca__wait_for_grids();
     CKCA__EACH(i, (size_t)n * c / WIDTH) {
         const ckca__pixel o(i, 1, 1, c / WIDTH, WIDTH);
         const T *from = x + (size_t)o.n * area * c + o.c;
@@ -1916,6 +2499,7 @@ template <class T, int WIDTH> __global__ void ckca__avgpool_kernel(int n, int ar
 }
 template <class T, int WIDTH>
 __global__ void ckca__avgpool_backward_kernel(int n, int area, int c, const float *dy, T *dx, int accumulate) {
+    ckca__wait_for_grids();
     CKCA__EACH(i, (size_t)n * area * c / WIDTH) {
         const ckca__pixel o(i, 1, area, c / WIDTH, WIDTH);
         ckca__lane<WIDTH> g(dy + (size_t)o.n * c + o.c), was;
@@ -1943,6 +2527,7 @@ CKCA__OP void ckca__op_avgpool_backward(ckca_context *ctx, int bf16, int n, int 
 }
 
 template <class T> __global__ void ckca__subsample_kernel(ckca__conv s, const T *x, T *y) {
+    ckca__wait_for_grids();
     CKCA__EACH(i, (size_t)s.n * s.p * s.q * s.k) {
         const ckca__pixel o(i, s.p, s.q, s.k, 1);
         const int c = o.c - (s.k - s.c) / 2;
@@ -1953,6 +2538,7 @@ template <class T> __global__ void ckca__subsample_kernel(ckca__conv s, const T 
     }
 }
 template <class T> __global__ void ckca__subsample_backward_kernel(ckca__conv s, const T *dy, T *dx, int accumulate) {
+    ckca__wait_for_grids();
     CKCA__EACH(i, (size_t)s.n * s.h * s.w * s.c) {
         const ckca__pixel o(i, s.h, s.w, s.c, 1);
         const int p = o.y / s.stride, q = o.x / s.stride,
@@ -1979,11 +2565,11 @@ CKCA__OP void ckca__op_subsample_backward(ckca_context *ctx, const ckca__conv *s
 }
 
 /* Group norm, a block for each picture's group in turn. The values of a group lie c / groups at a time, c apart. */
-struct ckca__group {
+struct ckca__norm_group {
     int c, per, channel; /* channels in all, in the group; its first */
     size_t first;        /* where its values begin */
     float count;         /* of its values */
-    __device__ __forceinline__ ckca__group(size_t b, int area, int channels, int groups)
+    __device__ __forceinline__ ckca__norm_group(size_t b, int area, int channels, int groups)
         : c(channels), per(channels / groups), channel((int)(b % groups) * per),
           first(b / groups * area * channels + channel), count((float)area * (float)per) {}
     /* Where value i is; its channel. */
@@ -1994,8 +2580,9 @@ struct ckca__group {
 template <class T>
 __global__ void ckca__groupnorm_kernel(size_t all, int area, int c, int groups, const T *x, const float *gamma,
                                        const float *beta, T *y, float *statistics) {
+    ckca__wait_for_grids();
     for (size_t b = blockIdx.x; b < all; b += gridDim.x) {
-        const ckca__group group(b, area, c, groups);
+        const ckca__norm_group group(b, area, c, groups);
         const size_t values = (size_t)area * group.per;
         float sum = 0, square = 0;
         for (size_t i = threadIdx.x; i < values; i += CKCA__THREADS) sum += ckca__to_float(x[group.at(i)]);
@@ -2018,8 +2605,9 @@ __global__ void ckca__groupnorm_kernel(size_t all, int area, int c, int groups, 
 template <class T>
 __global__ void ckca__groupnorm_backward_kernel(size_t all, int area, int c, int groups, const T *x, const float *gamma,
                                                 const float *statistics, const T *dy, T *dx, int accumulate) {
+    ckca__wait_for_grids();
     for (size_t b = blockIdx.x; b < all; b += gridDim.x) {
-        const ckca__group group(b, area, c, groups);
+        const ckca__norm_group group(b, area, c, groups);
         const size_t values = (size_t)area * group.per;
         const float mean = statistics[b], inv_std = statistics[all + b];
         float sum = 0, product = 0;
@@ -2043,6 +2631,7 @@ __global__ void ckca__groupnorm_backward_kernel(size_t all, int area, int c, int
 template <class T>
 __global__ void ckca__groupnorm_parts(int n, int area, int c, int groups, const T *x, const float *statistics,
                                       const T *dy, float *part) {
+    ckca__wait_for_grids();
     CKCA__EACH(i, (size_t)n * c) {
         const size_t picture = i / c, j = i % c, group = picture * groups + j / (c / groups);
         const float mean = statistics[group], inv_std = statistics[(size_t)n * groups + group];
@@ -2057,6 +2646,7 @@ __global__ void ckca__groupnorm_parts(int n, int area, int c, int groups, const 
     }
 }
 __global__ void ckca__groupnorm_gradients(int n, int c, const float *part, float *dgamma, float *dbeta) {
+    ckca__wait_for_grids();
     CKCA__EACH(i, 2 * (size_t)c) {
         double sum = 0;
         for (int picture = 0; picture < n; picture++) sum += part[(size_t)picture * 2 * c + i];
@@ -2090,6 +2680,7 @@ CKCA__OP void ckca__op_groupnorm_backward(ckca_context *ctx, int bf16, int n, in
 }
 
 __global__ void ckca__gather_kernel(int n, int d, const float *rows, const int *index, float *out) {
+    ckca__wait_for_grids();
     CKCA__EACH(i, (size_t)n * d) out[i] = rows[(size_t)index[i / d] * d + i % d];
 }
 CKCA__OP void ckca__op_gather(ckca_context *ctx, int n, int d, const float *rows, const int *index, float *out) {
@@ -2118,6 +2709,7 @@ __device__ __forceinline__ int ckca__warp_row() { return (int)(blockIdx.x * (CKC
 
 __global__ void ckca__cross_entropy_kernel(int n, int k, const float *z, const int *labels, float smoothing, float *dz,
                                            float *loss, int *hit) {
+    ckca__wait_for_grids();
     const int i = ckca__warp_row(), lane = (int)threadIdx.x % 32;
     if (i >= n) return;
     const float *row = z + (size_t)i * k;
@@ -2143,6 +2735,7 @@ CKCA__OP void ckca__op_cross_entropy(ckca_context *ctx, int n, int k, const floa
 }
 
 __global__ void ckca__softmax_kernel(int n, int k, const float *z, float *p) {
+    ckca__wait_for_grids();
     const int i = ckca__warp_row();
     if (i >= n) return;
     const double lse = ckca__log_sum_exp(k, z + (size_t)i * k, 1);
@@ -2154,6 +2747,7 @@ CKCA__OP void ckca__op_softmax(ckca_context *ctx, int n, int k, const float *log
 
 /* One block. *sum = (or +=) the sum of values, over n where mean. */
 __global__ void ckca__sum_kernel(int n, const float *values, int mean, double *sum) {
+    ckca__wait_for_grids();
     double v = 0;
     for (int i = (int)threadIdx.x; i < n; i += CKCA__THREADS) v += values[i];
     v = ckca__block_sum(v);
@@ -2163,6 +2757,7 @@ CKCA__OP void ckca__op_sum(ckca_context *ctx, int n, const float *values, double
     CKCA__LAUNCH(ctx, ckca__sum_kernel, 1, n, values, 0, sum);
 }
 __global__ void ckca__count_kernel(int n, const int *hit, double *sum) {
+    ckca__wait_for_grids();
     double v = 0;
     for (int i = (int)threadIdx.x; i < n; i += CKCA__THREADS) v += hit[i] & 1;
     v = ckca__block_sum(v);
@@ -2175,6 +2770,7 @@ CKCA__OP void ckca__op_count(ckca_context *ctx, int n, const int *hit, double *s
 /* AdaKD's a_i for TRUTH and DOUBT, before division by their mean, into weight. 1 - p_o[y] is summed from the other
    classes: near 0 a difference from 1 has no digits left. */
 __global__ void ckca__adakd_weights(ckca_adakd form, int n, int k, const float *zo, const int *labels, float *weight) {
+    ckca__wait_for_grids();
     const int i = ckca__warp_row(), lane = (int)threadIdx.x % 32;
     if (i >= n) return;
     const float *row = zo + (size_t)i * k;
@@ -2190,6 +2786,7 @@ __global__ void ckca__adakd_weights(ckca_adakd form, int n, int k, const float *
 __global__ void ckca__adakd_kernel(ckca_adakd form, int n, int k, const float *z, const float *zo, const int *labels,
                                    const float *class_weight, double t, float scale, const double *mean, float *dz,
                                    float *loss) {
+    ckca__wait_for_grids();
     const int i = ckca__warp_row(), lane = (int)threadIdx.x % 32;
     if (i >= n) return;
     const float *s = z + (size_t)i * k, *o = zo + (size_t)i * k;
@@ -2231,6 +2828,7 @@ __device__ __forceinline__ double ckca__inverse_norm(double square) { return squ
 template <class T, class TEACHER, int WIDTH>
 __global__ void ckca__cosine_kernel(int d, const T *f, const TEACHER *fo, double scale, T *df, int accumulate,
                                     float *loss) {
+    ckca__wait_for_grids();
     const size_t row = (size_t)blockIdx.x * d, end = row + d;
     double square = 0, square_o = 0, product = 0;
 #pragma unroll 2
@@ -2258,6 +2856,7 @@ __global__ void ckca__cosine_kernel(int d, const T *f, const TEACHER *fo, double
 
 __global__ void ckca__l2_kernel(int d, const float *f, const float *fo, double scale, float *df, int accumulate,
                                 float *loss) {
+    ckca__wait_for_grids();
     const size_t row = (size_t)blockIdx.x * d;
     double sum = 0;
     for (size_t j = row + threadIdx.x; j < row + d; j += CKCA__THREADS) {
@@ -2271,6 +2870,7 @@ __global__ void ckca__l2_kernel(int d, const float *f, const float *fo, double s
 
 /* inverse[i] = 1 / |f_i|; a block per picture. */
 __global__ void ckca__norms_kernel(int d, const float *f, double *inverse) {
+    ckca__wait_for_grids();
     const float *row = f + (size_t)blockIdx.x * d;
     const double square = ckca__block_dot(d, row, row);
     if (threadIdx.x == 0) inverse[blockIdx.x] = ckca__inverse_norm(square);
@@ -2280,6 +2880,7 @@ __global__ void ckca__norms_kernel(int d, const float *f, double *inverse) {
    counts for, then the threads go over the features. Formulas as on the host (ckca__featreg_relation). */
 __global__ void ckca__relation_kernel(int n, int d, int d_teacher, const float *f, const float *fo, const double *inv_f,
                                       const double *inv_o, double scale, float *df, int accumulate, float *loss) {
+    ckca__wait_for_grids();
     enum { TILE = CKCA__THREADS };
     __shared__ double weight[TILE];
     const int i = (int)blockIdx.x, lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
@@ -2357,6 +2958,7 @@ __device__ __forceinline__ void ckca__sgd_at(size_t i, size_t decayed, float *w,
 }
 __global__ void ckca__sgd_kernel(size_t count, size_t decayed, float *w, const float *g, float *v, const float *lr,
                                  float momentum, float weight_decay, int nesterov, const float *gscale) {
+    ckca__wait_for_grids();
     const float rate = *lr, scale = gscale ? *gscale : 1;
     CKCA__IN_CHUNKS(float, count, ckca__sgd_at, decayed, w, g, v, rate, momentum, weight_decay, nesterov, scale);
 }
@@ -2368,12 +2970,14 @@ CKCA__OP void ckca__op_sgd(ckca_context *ctx, size_t count, size_t decayed, floa
 
 /* sums[block] = the block's share of g . g, of 256 blocks. */
 __global__ void ckca__squares_kernel(size_t count, const float *g, double *sums) {
+    ckca__wait_for_grids();
     double sum = 0;
     CKCA__EACH(i, count) sum += (double)g[i] * g[i];
     sum = ckca__block_sum(sum);
     if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 __global__ void ckca__clip_kernel(const double *sums, float clip, float *gscale) {
+    ckca__wait_for_grids();
     const double coefficient = clip / (sqrt(ckca__block_sum(sums[threadIdx.x])) + 1e-6);
     if (threadIdx.x == 0) *gscale = coefficient > 1 ? 1 : (float)coefficient;
 }
@@ -2383,6 +2987,7 @@ CKCA__OP void ckca__op_clip(ckca_context *ctx, size_t count, const float *g, flo
 }
 
 __global__ void ckca__shrink_perturb_kernel(size_t count, float *w, const float *fresh, float shrink, float perturb) {
+    ckca__wait_for_grids();
     CKCA__EACH(i, count) w[i] = shrink * w[i] + perturb * fresh[i];
 }
 CKCA__OP void ckca__op_shrink_perturb(ckca_context *ctx, size_t count, float *w, const float *fresh, float shrink,
@@ -2434,6 +3039,7 @@ __device__ void ckca__look(const ckca__pictures &p, const ckca__framing &f, cons
 
 /* A block per picture. Jitter's contrast needs the picture's mean grey, so with it pixels are looked at twice. */
 __global__ void ckca__pictures_kernel(ckca__pictures p) {
+    ckca__wait_for_grids();
     __shared__ ckca__framing framing;
     const int picture = p.index[blockIdx.x], area = p.h * p.w;
     const unsigned char *pixels = p.pixels + (size_t)(p.gathered ? (int)blockIdx.x : picture) * area * p.c;

@@ -2,7 +2,7 @@
 
        g++ -std=c++17 -O2 -x c++ -include tests/cuda_shim.h -I. -c ckca_cuda.cu
 
-   Blocks run one after the other. A block's threads are fibres: one runs until it waits at a barrier (or for its warp),
+   Blocks run one after the other, in every other launch from the last to the first. A block's threads are fibres: one runs until it waits at a barrier (or for its warp),
    then another, of the same warp if it can. Tensor-core instructions are functions that take and give the fragments of
    PTX's documentation, cuBLAS's call is three loops; copies to shared memory (cp.async) happen when they are waited for.
    Slow, for small shapes.
@@ -10,13 +10,16 @@
    It is stricter than a GPU where that finds mistakes: device memory cannot be touched by the host (outside of kernels
    and copies its pages are closed), starts as NaN and has closed pages or NaN around it; pointers among a kernel's
    arguments must be device memory; a captured graph keeps the arguments' values, and copies from the host, allocations
-   and waiting are refused while capturing; threads that wait for each other forever end the program with a message. */
+   and waiting are refused while capturing; pageable memory is read only when a copy runs; a call in the child of a fork()
+   ends it with a message, and so do threads that wait for each other forever, a kernel that may start early and does not
+   wait for those before it, and dynamic shared memory beyond what was asked for or not opted in to. */
 #ifndef CUDA_SHIM_H
 #define CUDA_SHIM_H
 #ifndef CKCA_CUDA_SHIM
 #define CKCA_CUDA_SHIM
 #endif
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -55,6 +58,9 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
     float x, y, z, w;
 };
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
@@ -72,13 +78,22 @@ static inline float __uint_as_float(unsigned u) {
     memcpy(&v, &u, 4);
     return v;
 }
+template <class T> static inline T __ldcg(const T *from) { return *from; }
+static inline unsigned atomicInc(unsigned *at, unsigned most) { /* blocks and fibres take turns */
+    const unsigned was = *at;
+    *at = was >= most ? 0 : was + 1;
+    return was;
+}
+static inline void __threadfence() {}
 static inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
 
 /* What a test can ask for: the memory the "GPU" has; the failure of a call (0: none, 1: the next one, ...); streams that
-   put off what they are given until somebody waits for it (bit 0: of each context the first one, bit 1: the second). */
+   put off what they are given until somebody waits for it (bit 0: of each context the first one, bit 1: the second, bit 2: the third). */
 extern "C" {
 size_t cuda_shim_memory = (size_t)1 << 30;
 int cuda_shim_fail = 0, cuda_shim_lazy = 0;
+int cuda_shim_last = 0; /* the last error, which anybody may have left */
+long cuda_shim_allocations = 0;
 long cuda_shim_launches = 0, cuda_shim_replays = 0, cuda_shim_waits = 0;
 }
 
@@ -138,7 +153,9 @@ struct under_way { /* a thread's copies to shared memory, which happen when they
 
 static place home, fibre[THREADS];
 static char *stacks;
-static bool done[THREADS];
+static bool done[THREADS], waited[THREADS];
+static int threads = THREADS; /* of a block */
+static bool early;            /* the kernel may start before the one ahead of it has ended */
 static struct {
     const struct meeting *at; /* NULL: it can run */
     unsigned turn;
@@ -161,8 +178,9 @@ static void next() {
     int to = -1, i, left = 0;
     for (i = 1; i < 32 && to < 0; i++)
         if (can_run(from / 32 * 32 + (from + i) % 32)) to = from / 32 * 32 + (from + i) % 32;
-    for (i = 0; i < THREADS && to < 0; i++) {
-        const int other = ((from / 32 + onward * (1 + i / 32) + 2 * WARPS) % WARPS) * 32 + i % 32;
+    const int warps = threads / 32;
+    for (i = 0; i < threads && to < 0; i++) {
+        const int other = ((from / 32 + onward * (1 + i / 32) + 2 * warps) % warps) * 32 + i % 32;
         if (can_run(other)) to = other;
         left += !done[other];
     }
@@ -197,6 +215,10 @@ static void leave(meeting &m) {
 }
 static void start() {
     (*body)();
+    if (early && !waited[current]) {
+        fprintf(stderr, "cuda_shim: a kernel that may start early does not wait\n");
+        abort();
+    }
     done[current] = true;
     leave(block);
     leave(warp[current / 32]);
@@ -204,28 +226,49 @@ static void start() {
     abort();
 }
 
-static void run(dim3 grid, const std::function<void()> &kernel) {
-    if (!stacks)
+/* Dynamic shared memory ends where a page that cannot be touched begins. */
+enum { SHARED = 256 << 10 };
+static char *shared_end, *shared;
+static size_t shared_bytes;
+
+static void run_block(dim3 index) {
+    block_index = index;
+    block = meeting{threads, 0, 0};
+    for (auto &w : warp) w = meeting{32, 0, 0};
+    memset(shared_end - shared_bytes, 0xff, shared_bytes);
+    shared = shared_end - shared_bytes;
+    for (int i = 0; i < threads; i++) {
+        done[i] = waited[i] = false;
+        waits[i].at = nullptr;
+        copies[i].first = copies[i].last = copies[i].group = 0;
+        prepare(&fibre[i], stacks + (size_t)i * STACK, start);
+    }
+    onward = onward == 1 ? -1 : 1;
+    current = onward == 1 ? 0 : threads - 32;
+    thread.x = (unsigned)current;
+    go(&home, &fibre[current]);
+}
+
+static void run(dim3 grid, unsigned count, size_t bytes, bool is_early, const std::function<void()> &kernel) {
+    static bool backwards;
+    const uint64_t blocks = (uint64_t)grid.x * grid.y * grid.z;
+    if (!stacks) {
         stacks =
             (char *)mmap(nullptr, (size_t)THREADS * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        shared_end = (char *)mmap(nullptr, SHARED + 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) +
+                     SHARED;
+        mprotect(shared_end, 4096, PROT_NONE);
+    }
     body = &kernel;
     block_count = grid;
-    for (block_index.z = 0; block_index.z < grid.z; block_index.z++)
-        for (block_index.y = 0; block_index.y < grid.y; block_index.y++)
-            for (block_index.x = 0; block_index.x < grid.x; block_index.x++) {
-                block = meeting{THREADS, 0, 0};
-                for (auto &w : warp) w = meeting{32, 0, 0};
-                for (int i = 0; i < THREADS; i++) {
-                    done[i] = false;
-                    waits[i].at = nullptr;
-                    copies[i].first = copies[i].last = copies[i].group = 0;
-                    prepare(&fibre[i], stacks + (size_t)i * STACK, start);
-                }
-                onward = onward == 1 ? -1 : 1;
-                current = onward == 1 ? 0 : THREADS - 32;
-                thread.x = (unsigned)current;
-                go(&home, &fibre[current]);
-            }
+    threads = (int)count;
+    early = is_early;
+    shared_bytes = bytes;
+    backwards = !backwards;
+    for (uint64_t i = 0; i < blocks; i++) {
+        const uint64_t b = backwards ? blocks - 1 - i : i;
+        run_block(dim3((unsigned)(b % grid.x), (unsigned)(b / grid.x % grid.y), (unsigned)(b / grid.x / grid.y)));
+    }
 }
 
 /* ---- device memory ---- */
@@ -292,7 +335,7 @@ static void submit(stream *s, std::function<void()> work) {
     }
     s->queue.push_back(std::move(work));
     s->submitted++;
-    if (!(cuda_shim_lazy >> s->number % 2 & 1)) catch_up(s, s->submitted);
+    if (!(cuda_shim_lazy >> s->number % 3 & 1)) catch_up(s, s->submitted);
 }
 
 /* What frees memory waits for all. */
@@ -320,9 +363,19 @@ struct cudaDeviceProp {
     int major, minor, multiProcessorCount;
 };
 
-static cudaError_t shim_last;
+#define shim_last cuda_shim_last
+/* Every call passes here. */
+static void shim_process() {
+    static const pid_t process = getpid();
+    if (process == getpid()) return;
+    fprintf(stderr, "cuda_shim: a call in the child of a fork()\n");
+    abort();
+}
 /* Counts a call; true where the test wants it to fail. */
-static bool shim_fails() { return cuda_shim_fail && --cuda_shim_fail == 0; }
+static bool shim_fails() {
+    shim_process();
+    return cuda_shim_fail && --cuda_shim_fail == 0;
+}
 #define SHIM_CALL()                                            \
     do {                                                       \
         if (shim_fails()) return shim_last = cudaErrorUnknown; \
@@ -339,6 +392,12 @@ static const char *cudaGetErrorString(cudaError_t e) {
            : e == cudaErrorStreamCaptureUnsupported ? "operation not permitted when stream is capturing"
                                                     : "unknown error";
 }
+static cudaError_t cudaRuntimeGetVersion(int *version) {
+    SHIM_CALL();
+    *version = 13000;
+    return cudaSuccess;
+}
+static cudaError_t cudaDriverGetVersion(int *version) { return cudaRuntimeGetVersion(version); }
 static cudaError_t cudaGetDevice(int *device) {
     SHIM_CALL();
     *device = 0;
@@ -355,6 +414,7 @@ static cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
 static cudaError_t cudaMalloc(void **memory, size_t bytes) {
     using namespace shim;
     SHIM_CALL();
+    cuda_shim_allocations++;
     if (capturing) return shim_last = cudaErrorStreamCaptureUnsupported;
     if (bytes > cuda_shim_memory || in_use + bytes > cuda_shim_memory) return shim_last = cudaErrorMemoryAllocation;
     if (!arena) {
@@ -400,16 +460,14 @@ static cudaError_t cudaFree(void *memory) {
     blocks.erase(b);
     return cudaSuccess;
 }
-static std::map<char *, size_t> shim_pinned;
 static cudaError_t cudaMallocHost(void **memory, size_t bytes) {
     SHIM_CALL();
     *memory = malloc(bytes ? bytes : 1);
-    shim_pinned[(char *)*memory] = bytes;
     return cudaSuccess;
 }
 static cudaError_t cudaFreeHost(void *memory) {
+    shim_process();
     shim::finish_all();
-    shim_pinned.erase((char *)memory);
     free(memory);
     return cudaSuccess;
 }
@@ -427,13 +485,7 @@ static cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cud
         abort();
     }
     if (capturing && kind != cudaMemcpyDeviceToDevice) return shim_last = cudaErrorStreamCaptureUnsupported;
-    auto pinned = shim_pinned.upper_bound((char *)(uintptr_t)from);
-    if (kind == cudaMemcpyHostToDevice &&
-        (pinned == shim_pinned.begin() || (--pinned, (const char *)from >= pinned->first + pinned->second))) {
-        const std::vector<char> copy((const char *)from, (const char *)from + bytes); /* the driver takes one at once */
-        submit(s, [=] { memcpy(to, copy.data(), bytes); });
-    } else
-        submit(s, [=] { memcpy(to, from, bytes); });
+    submit(s, [=] { memcpy(to, from, bytes); });
     return cudaSuccess;
 }
 static cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t s) {
@@ -448,6 +500,7 @@ static cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, int) {
     return cudaSuccess;
 }
 static cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+    shim_process();
     shim::finish_all();
     shim::streams.erase(std::find(shim::streams.begin(), shim::streams.end(), stream));
     delete stream;
@@ -472,6 +525,7 @@ static cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, int) {
     return cudaSuccess;
 }
 static cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    shim_process();
     delete event;
     return cudaSuccess;
 }
@@ -513,36 +567,64 @@ static cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
     return cudaSuccess;
 }
 static cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+    shim_process();
     delete graph;
     return cudaSuccess;
 }
 static cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
+    shim_process();
     delete exec;
     return cudaSuccess;
 }
 
 /* ---- launching, and what a kernel sees ---- */
 
-#define threadIdx (shim::thread)
-#define blockIdx (shim::block_index)
-#define gridDim (shim::block_count)
-static const dim3 blockDim(shim::THREADS);
+static auto &threadIdx = shim::thread;
+static dim3 &blockIdx = shim::block_index, &gridDim = shim::block_count;
+static struct {
+    struct {
+        operator unsigned() const { return (unsigned)shim::threads; }
+    } x;
+} blockDim;
+#define CKCA__DYNAMIC_SHARED(name) uint4 *const name = (uint4 *)shim::shared
+static void ckca__wait_for_grids() { shim::waited[shim::current] = true; }
 
-template <class... P, class... A>
-static void shim_launch(cudaStream_t stream, void (*kernel)(P...), dim3 grid, A... arguments) {
-    std::tuple<P...> values(arguments...);
-    std::apply([](const auto &...v) { (shim::check_argument(v), ...); }, values);
-    cuda_shim_launches++;
-    shim::submit(stream, [=] { shim::run(grid, [&] { std::apply(kernel, values); }); });
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    size_t dynamicSmemBytes;
+    cudaStream_t stream;
+    struct cudaLaunchAttribute *attrs;
+    unsigned numAttrs;
+};
+enum { cudaLaunchAttributeProgrammaticStreamSerialization = 6, cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+struct cudaLaunchAttribute {
+    int id;
+    struct {
+        int programmaticStreamSerializationAllowed;
+    } val;
+};
+static std::map<const void *, size_t> shim_shared; /* kernels that opted in to more shared memory */
+template <class F> static cudaError_t cudaFuncSetAttribute(F *kernel, int, int bytes) {
+    SHIM_CALL();
+    if (bytes > 227 << 10) return shim_last = cudaErrorInvalidValue;
+    shim_shared[(const void *)kernel] = (size_t)bytes;
+    return cudaSuccess;
 }
-#define CKCA__LAUNCH(ctx, kernel, grid, ...)                               \
-    do {                                                                   \
-        if (shim_fails())                                                  \
-            shim_last = cudaErrorUnknown;                                  \
-        else                                                               \
-            shim_launch(ckca__cuda_of(ctx)->stream, kernel, grid, __VA_ARGS__); \
-        ckca__cuda_check(ckca__cuda_of(ctx), #kernel, cudaGetLastError()); \
-    } while (0)
+template <class... P, class... A>
+static cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(P...), A... v) {
+    const std::tuple<P...> values(v...);
+    const dim3 grid = config->gridDim;
+    const unsigned threads = config->blockDim.x;
+    const size_t shared = config->dynamicSmemBytes, opted = shim_shared[(const void *)kernel];
+    const bool early = config->numAttrs && config->attrs->val.programmaticStreamSerializationAllowed;
+    SHIM_CALL();
+    (shim::check_argument(v), ...);
+    if (shared > (opted ? opted : 48 << 10) || threads % 32 || threads > shim::THREADS)
+        return shim_last = cudaErrorInvalidValue;
+    cuda_shim_launches++;
+    shim::submit(config->stream, [=] { shim::run(grid, threads, shared, early, [&] { std::apply(kernel, values); }); });
+    return cudaSuccess;
+}
 
 static void __syncthreads() { shim::meet(shim::block); }
 
@@ -640,7 +722,11 @@ static void ckca__mma_bf16(float *c, const unsigned *a, const unsigned *b) { shi
 
 /* ---- cuBLAS ---- */
 
-typedef cudaStream_t *cublasHandle_t;
+struct shim_blas {
+    cudaStream_t stream;
+    bool reduced; /* BF16 sums in two parts that are rounded before they are added, as cuBLAS may */
+};
+typedef shim_blas *cublasHandle_t;
 typedef int cublasStatus_t;
 enum { CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_EXECUTION_FAILED = 13 };
 enum cublasOperation_t { CUBLAS_OP_N, CUBLAS_OP_T };
@@ -652,15 +738,21 @@ static cublasStatus_t shim_blas_call() { return shim_fails() ? CUBLAS_STATUS_EXE
 static cublasStatus_t cublasCreate(cublasHandle_t *blas) {
     *blas = nullptr;
     if (shim_blas_call()) return CUBLAS_STATUS_EXECUTION_FAILED;
-    *blas = new cudaStream_t();
+    *blas = new shim_blas{nullptr, true};
     return CUBLAS_STATUS_SUCCESS;
 }
 static cublasStatus_t cublasDestroy(cublasHandle_t blas) {
+    shim_process();
     delete blas;
     return CUBLAS_STATUS_SUCCESS;
 }
 static cublasStatus_t cublasSetStream(cublasHandle_t blas, cudaStream_t stream) {
-    *blas = stream;
+    blas->stream = stream;
+    return shim_blas_call();
+}
+enum { CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION = 16 };
+static cublasStatus_t cublasSetMathMode(cublasHandle_t blas, int mode) {
+    blas->reduced = mode != CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
     return shim_blas_call();
 }
 static cublasStatus_t cublasSetWorkspace(cublasHandle_t, void *, size_t) { return shim_blas_call(); }
@@ -671,8 +763,9 @@ static cublasStatus_t cublasGemmEx(cublasHandle_t blas, cublasOperation_t turn_a
                                    cudaDataType type_c, int ldc, cublasComputeType_t compute, int) {
     if (shim_blas_call() || type_a != type_b) return CUBLAS_STATUS_EXECUTION_FAILED;
     const float one = *alpha, add = *beta;
+    const bool reduced = blas->reduced && type_c == CUDA_R_16BF;
     shim::check_argument(a), shim::check_argument(b), shim::check_argument(c);
-    shim::submit(*blas, [=] {
+    shim::submit(blas->stream, [=] {
         const auto value = [](const void *from, cudaDataType type, size_t i) {
             return type == CUDA_R_16BF ? __uint_as_float((unsigned)((const uint16_t *)from)[i] << 16)
                                        : ((const float *)from)[i];
@@ -685,9 +778,11 @@ static cublasStatus_t cublasGemmEx(cublasHandle_t blas, cublasOperation_t turn_a
             for (int i = 0; i < m; i++) {
                 const size_t to = i + (size_t)j * ldc;
                 double sum = 0;
-                for (int l = 0; l < k; l++)
+                for (int l = 0; l < k; l++) {
+                    if (reduced && l == k / 2) sum = __uint_as_float(shim_bf16((float)sum) << 16);
                     sum += (double)factor(a, type_a, turn_a ? l + (size_t)i * lda : i + (size_t)l * lda) *
                            factor(b, type_b, turn_b ? j + (size_t)l * ldb : l + (size_t)j * ldb);
+                }
                 const float v = (float)(one * sum) + (add != 0 ? add * value(c, type_c, to) : 0);
                 if (type_c == CUDA_R_16BF)
                     ((uint16_t *)c)[to] = (uint16_t)shim_bf16(v);

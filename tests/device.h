@@ -126,14 +126,23 @@ static size_t device_x(const ckca__conv *s) { return (size_t)s->n * s->h * s->w 
 static size_t device_w(const ckca__conv *s) { return (size_t)s->k * s->r * s->s * s->c; }
 static size_t device_y(const ckca__conv *s) { return (size_t)s->n * s->p * s->q * s->k; }
 static size_t device_linear_workspace(ckca_context *ctx, int n, int d, int k) {
-    ckca__conv s = {1, 1, 0, 0, 0, 1, 1, 1, 0, 1, 0, NULL, 0, 0, NULL};
+    ckca__conv s = {1, 1, 0, 0, 0, 1, 1, 1, 0, 1, 0, NULL, 0, 0, NULL, NULL};
     s.w = s.q = n, s.c = d, s.k = k;
     return ckca__conv_workspace(ctx, &s);
 }
 
 static void device_conv_forward(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w,
                                 const float *bias, const float *residual, int relu, float *y, void *ws) {
-    ckca__op_conv_forward(ctx, s, VI(x, device_x(s), s->bf16_x), FI(w, device_w(s)), FI(bias, s->k),
+    ckca__conv on = *s;
+    ckca__statistics to;
+    if (s->statistics) {
+        to.mean = FO(s->statistics->mean, s->k);
+        to.inv_std = FO(s->statistics->inv_std, s->k);
+        to.running_mean = FO(s->statistics->running_mean, s->k);
+        to.running_var = FO(s->statistics->running_var, s->k);
+        on.statistics = &to;
+    }
+    ckca__op_conv_forward(ctx, &on, VI(x, device_x(s), s->bf16_x), FI(w, device_w(s)), FI(bias, s->k),
                           VI(residual, device_y(s), s->bf16), relu, VO(y, device_y(s), s->bf16),
                           device_out(ctx, ws, ckca__conv_workspace(ctx, s)));
     device_done(ctx, "conv_forward");

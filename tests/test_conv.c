@@ -55,6 +55,7 @@ static ckca__conv shape(int n, int h, int w, int c, int k, int r, int s, int str
     v.norm = NULL;
     v.bf16_x = v.bf16 = 0;
     v.packed_weights = NULL;
+    v.statistics = NULL;
     return v;
 }
 
