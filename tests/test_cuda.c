@@ -603,6 +603,7 @@ static void test_recording(ckca_context *ctx) {
 /* Pictures that the device has no room for come batch by batch: the same bits, and an epoch still waits only once. On
    the shim whatever may run late does. */
 static void test_streaming(ckca_context *ctx) {
+    float *prompt = NULL; /* the weights where nothing runs late */
     int lazy;
     for (lazy = 0; lazy < 8; lazy += lazy < 4 ? 1 : 3) { /* 0 to 4, 7 */
         ckca_data *resident = pictures(ctx), *streaming = pictures(ctx);
@@ -636,6 +637,8 @@ static void test_streaming(ckca_context *ctx) {
         CHECK(resident->store->resident && !streaming->store->resident, "which pictures are on the device");
         x = weights(a), y = weights(b);
         CHECK(!memcmp(x, y, a->all * sizeof *x), "late streams %d: training on a stream gives other weights", lazy);
+        if (!prompt) prompt = weights(a);
+        CHECK(!memcmp(x, prompt, a->all * sizeof *x), "late streams %d: other weights than without", lazy);
         CHECK(!ckca_evaluate(a, resident, &one, NULL) && !ckca_evaluate(a, streaming, &other, NULL) &&
                   one.loss == other.loss && one.top1 == other.top1,
               "late streams %d: evaluated on a stream: loss %g, not %g", lazy, other.loss, one.loss);
@@ -647,6 +650,7 @@ static void test_streaming(ckca_context *ctx) {
         ckca_model_free(a), ckca_model_free(b);
         ckca_data_free(resident), ckca_data_free(streaming);
     }
+    free(prompt);
 #ifdef CKCA_CUDA_SHIM
     cuda_shim_lazy = 0;
     { /* and it is the room that decides */
@@ -886,13 +890,13 @@ static void test_recompute(ckca_context *ctx) {
     ckca_bytes kept, fewer;
     float *x, *y;
     CHECK(!ckca_update(a, data, &d, NULL) && !ckca_update(b, data, &d, NULL), "update: %s", ckca_error(ctx));
-    CHECK(!ckca_update(a, data, &d, NULL) && !a->recompute, "update with memory: %s", ckca_error(ctx));
+    CHECK(!ckca_update(a, data, &d, NULL) && !a->recompute_outputs, "update with memory: %s", ckca_error(ctx));
     CHECK(!ckca_model_bytes(b, 16, 1, &kept), "bytes: %s", ckca_error(ctx));
     ckca__device_release(ctx, b->activations, b->activation_bytes);
     b->activations = NULL;
     b->activation_bytes = 0;
     cuda_shim_memory -= ckca__device_free_bytes(ctx) - kept.activations * 7 / 4;
-    CHECK(!ckca__reserve(b, 16, CKCA__MODE_TRAIN) && b->recompute, "reserve in little memory: %s", ckca_error(ctx));
+    CHECK(!ckca__reserve(b, 16, CKCA__MODE_TRAIN) && b->recompute_outputs, "reserve in little memory: %s", ckca_error(ctx));
     cuda_shim_memory = (size_t)1 << 30;
     CHECK(!ckca_update(b, data, &d, NULL), "update after that: %s", ckca_error(ctx));
     CHECK(!ckca_model_bytes(b, 16, 1, &fewer) && fewer.activations < 0.9 * (double)kept.activations,
