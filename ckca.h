@@ -3392,10 +3392,10 @@ CKCA_API ckca_status ckca_join(ckca_data **joined, ckca_data *const *parts, int 
 
    Layers and their parameters, the ResNets, the graph as text.
 
-   A model is a list of nodes in the order they were added, so inputs come before their readers. Forward walks it,
-   backward walks it in reverse. ckca_model_finish groups neighbours that run as one op: batch norm (+ add) (+ ReLU)
-   always, and in evaluation the convolution in front too, with the batch norm folded into its weights. The last node of
-   a group, its tail, runs for all of them and owns the output.
+   A model is a list of nodes in the order in which they were added, so every node comes after its inputs. The forward
+   pass walks the list, the backward pass walks it in reverse. ckca_model_finish fuses neighbours that run as one op:
+   batch norm (+ add) (+ ReLU) always; in evaluation also the convolution before it, with the batch norm folded into its
+   weights. The last node of such a group, its tail, runs the op and owns the output.
    =================================================================================================================== */
 
 typedef enum ckca__kind {
@@ -3412,38 +3412,43 @@ typedef enum ckca__kind {
     CKCA__KIND_COUNT
 } ckca__kind;
 
-/* The words of the graph's text (see ckca__graph_write), by kind. */
+/* The name of each kind in the graph's text (see ckca__graph_write) and in messages. */
 static const char *const ckca__kind_name[CKCA__KIND_COUNT] = {"input",   "conv",    "bn",        "relu",   "add",
                                                               "maxpool", "avgpool", "subsample", "linear", "gn"};
 
 enum { CKCA__NAME_MAX = 64, CKCA__NODES_MAX = 10000, CKCA__BATCH_MAX = 1000000, CKCA__MODES = 8 };
-#define CKCA__VALUES_MAX ((size_t)1 << 30) /* of one picture's map, or of one parameter */
+#define CKCA__VALUES_MAX ((size_t)1 << 30) /* in one node's output per picture, and in one parameter */
 
 typedef struct ckca__node {
     ckca__kind kind;
-    int in[2];               /* nodes it reads, -1 for none */
-    int h, w, c;             /* output, per picture */
-    int kernel, stride, pad; /* convolution, pooling; stride of subsample */
-    int bias;                /* convolution */
+    int in[2];               /* input nodes, -1: none */
+    int h, w, c;             /* shape of the output, per picture */
+    int kernel, stride, pad; /* convolution, pooling; stride also for subsample */
+    int bias;                /* convolution: 1: it has one */
     int groups;              /* group norm */
-    int zero;                /* batch norm: gamma starts at 0 */
-    int stage;               /* marked by ckca_layer_stage */
-    int readers;             /* nodes that read it, plus one if it is an output */
-    int tensor;              /* its first parameter: weight (gamma), then bias (beta), running_mean, running_var */
-    int bf16;                /* 1: its output and gradient are bfloat16, see ckca__choose_bf16 */
+    int zero;                /* batch norm: 1: gamma starts at 0 */
+    int stage;               /* 1: marked by ckca_layer_stage */
+    int readers;             /* number of nodes that read it, plus one for logits and for features */
+    int tensor;              /* index of its first parameter: weight (gamma), bias (beta), running_mean, running_var */
+    int bf16;                /* 1: output and gradient are bfloat16, see ckca__choose_bf16 */
     int fused;               /* 1: a later tail runs it */
     int folded;              /* convolution: 1: in evaluation the batch norm's tail runs it */
-    int takes;               /* convolution: the batch norm's tail whose statistics it takes in training; 0: none */
-    int head, source, residual,
-        relu; /* of a tail: its batch norm or -1; what it reads; what it adds or -1; ReLU last */
-    size_t value[CKCA__MODES], grad[CKCA__MODES], side[CKCA__MODES]; /* offsets per picture in the plan of each mode */
-    size_t packed_weights; /* convolution: offset in bytes in model->ready, as it was filled last */
-    size_t now;            /* in a backward pass: where its output lies, as value or made again */
-    size_t saved;          /* batch norm: offset of mean, then inv_std, in model->saved */
+    int takes;               /* convolution: the batch norm tail whose statistics it computes in training; 0: none */
+    /* Of a tail: */
+    int head;     /* its batch norm, or -1 */
+    int source;   /* the node that it reads */
+    int residual; /* the node that it adds, or -1 */
+    int relu;     /* 1: it ends with a ReLU */
+    /* Offsets per picture in floats, in the memory plan of each mode: */
+    size_t value[CKCA__MODES], grad[CKCA__MODES];
+    size_t side[CKCA__MODES]; /* what forward saves for backward beside the output, see ckca__layer */
+    size_t backward_value;    /* during a backward pass: offset of its output, saved or recomputed */
+    size_t packed_weights;    /* convolution: offset in model->packed_weights, in bytes */
+    size_t saved;             /* batch norm: offset in model->saved of mean, then inv_std, C floats each */
     int fused_into_reader
-        [CKCA__MODES]; /* of a batch norm's tail: 1: its reader does its work, see ckca__is_fused_into_reader */
-    ckca__norm norm;   /* of a batch norm's tail: this step's */
-    int written;       /* in a backward pass: 1: its gradient holds something to add to */
+        [CKCA__MODES]; /* batch norm's tail: 1: its reader normalises, see ckca__is_fused_into_reader */
+    ckca__norm norm;   /* batch norm's tail: the statistics of this forward pass */
+    int has_grad;      /* during a backward pass: 1: its gradient has a value to add to */
     char name[CKCA__NAME_MAX];
 } ckca__node;
 
@@ -3456,83 +3461,89 @@ typedef enum ckca__role {
     CKCA__ROLE_VAR
 } ckca__role;
 
-/* An output that the backward pass makes again, see the memory plan. */
+/* An output that the backward pass recomputes, see MEMORY PLAN. */
 typedef struct ckca__recompute {
-    int node, before; /* which; before which node's backward */
-    int on_the_way;   /* 1: made only to make others, which may take its place */
-    int dies;         /* the last moment at which it can be read */
-    int in, ends;     /* the item whose buffer it lies in (its own: itself); when that buffer is free */
-    size_t at;        /* offset per picture */
+    int node, before; /* recompute node's output before the backward of node before */
+    int intermediate; /* 1: needed only to recompute others, which may overwrite it */
+    int last_use;     /* the last moment at which it may be read; -1: it has been overwritten */
+    int buffer_of;    /* the item whose buffer holds it (itself if it has its own) */
+    int buffer_end;   /* the last use of the buffer that it owns */
+    size_t offset;    /* per picture, in floats */
 } ckca__recompute;
 
 typedef struct ckca__parameter {
     char name[CKCA__NAME_MAX + 16];
     ckca__role role;
-    int node, dims, shape[4]; /* in PyTorch's order */
-    size_t count, offset;     /* in floats, in the arenas */
+    int node;
+    int dims, shape[4];   /* in PyTorch's order: K x C x R x S, K x D or C */
+    size_t count, offset; /* values, and where they start in each arena, in floats */
 } ckca__parameter;
 
-/* A training state that holds an update's result until ckca_save has written it. */
+/* The training state of a finished update. It stays on disk until ckca_save has written the result. */
 typedef struct ckca__unsaved {
     struct ckca__unsaved *next;
-    char *state, *lock; /* paths, behind this struct */
+    char *state, *lock; /* paths, stored after this struct */
 } ckca__unsaved;
 
 struct ckca_model {
     ckca_context *ctx;
-    ckca_status failed; /* the first failure of building; its sentence is kept below */
-    char failure[256];
+    ckca_status failed; /* the first error of a ckca_layer_... call */
+    char failure[256];  /* its message */
     int finished;
     char arch[32];
     int height, width, channels, classes, features, updates;
     uint64_t seed;
-    int64_t batches_tracked; /* training forwards seen: PyTorch's num_batches_tracked */
+    int64_t batches_tracked; /* number of training forward passes: PyTorch's num_batches_tracked */
     char **class_names;      /* classes strings, or NULL */
-    float *normalization;    /* mean, then std: 2 channels values */
-    int normalized;          /* 1: normalization is known */
+    float *normalization;    /* channels means, then channels standard deviations, of values 0 to 1 */
+    int normalized;          /* 1: normalization is set */
 
     ckca__node *node;
-    int nodes, logits, pooled; /* pooled: the node of the features */
+    int nodes, logits, pooled; /* number of nodes; index of the logits' node and of the features' node */
     ckca__parameter *parameter;
     int parameters;
     size_t node_capacity, parameter_capacity;
-    size_t decayed, trainable, all, saved_count; /* floats: weights with decay come first, buffers last */
-    size_t plan_values[CKCA__MODES];             /* floats of activations per picture; 0: not planned yet */
-    ckca__recompute *recompute[CKCA__MODES];     /* in the order they are made */
+    size_t decayed, trainable, all;  /* arena sizes in floats: weights with decay, + other trainable, + buffers */
+    size_t saved_count;              /* size of saved, in floats */
+    size_t plan_values[CKCA__MODES]; /* floats of activations per picture; 0: not planned yet */
+    ckca__recompute *recompute[CKCA__MODES]; /* in the order in which they are recomputed */
     size_t recompute_capacity[CKCA__MODES];
     int recomputes[CKCA__MODES];
 
-    float *values, *gradients, *momentum; /* arenas over the parameters; the latter two when training */
-    float *rate;   /* when training, on the device: ckca_sgd's learning rate and the factor of clipping */
-    float *folded; /* evaluation: weights with batch norm folded in, biases in the place of beta */
-    int folded_valid;
-    float *saved; /* batch statistics of the last training forward */
+    float *values, *gradients, *momentum; /* arenas of all, trainable and trainable floats; NULL until needed */
+    float *rate;      /* on the device, when training: ckca_sgd's learning rate and the factor of clipping */
+    float *folded;    /* evaluation: trainable floats, convolution weights with batch norm folded in, biases at beta */
+    int folded_valid; /* 1: folded and packed_weights match values */
+    float *saved;     /* batch statistics of the last training forward pass */
     float *activations;
     size_t activation_bytes;
-    void *workspace, *packed_weights; /* scratch; weights as convolutions read them, see ckca__pack_weights */
+    void *workspace;      /* scratch memory of one op */
+    void *packed_weights; /* weights in the layout that convolutions read, see ckca__pack_weights */
     size_t workspace_bytes, packed_bytes;
-    const float *input; /* the last forward's pictures, size and mode */
-    int n, mode;
+    /* Of the last forward pass: */
+    const float *input; /* n x height x width x channels, on the device */
+    int n;              /* pictures; 0: its outputs are no longer there */
+    int mode;
     ckca__unsaved *unsaved;
     int recompute_outputs; /* 1: backward recomputes batch norms' outputs; 0, on a GPU with memory: they are kept */
 };
 
-/* A mode says what a forward has to leave behind, and so which plan holds: what backward needs, the stages' outputs for
-   FeatReg, all outputs for a caller to read. */
+/* A mode is a set of flags that says what a forward pass must keep: TRAIN: what backward reads; STAGES: the stages'
+   outputs, for FeatReg; READABLE: all outputs, for ckca_node_read. Each mode has its own memory plan. */
 enum { CKCA__MODE_EVALUATE = 0, CKCA__MODE_TRAIN = 1, CKCA__MODE_STAGES = 2, CKCA__MODE_READABLE = 4 };
 
 /* In EXECUTION: */
 static void ckca__shape(const ckca_model *m, const ckca__node *node, int n, int mode, ckca__conv *s);
-static int ckca__stand_in(const ckca_model *m, int i, int mode, const ckca__norm **norm);
+static int ckca__stored_node(const ckca_model *m, int i, int mode, const ckca__norm **norm);
 static ckca__statistics ckca__statistics_of(const ckca_model *m, const ckca__node *tail);
 static float *ckca__value(const ckca_model *m, int i);
-static float *ckca__value_now(const ckca_model *m, int i);
+static float *ckca__backward_value(const ckca_model *m, int i);
 static float *ckca__grad(const ckca_model *m, int i);
 static void *ckca__side(const ckca_model *m, int i);
 static float *ckca__param(const ckca_model *m, const ckca__node *node, float *arena, int which);
 static size_t ckca__rows(const ckca__node *x, int n);
 static const float *ckca__input(const ckca_model *m, int i);
-static const float *ckca__input_now(const ckca_model *m, int i);
+static const float *ckca__backward_input(const ckca_model *m, int i);
 static float *ckca__grad_into(ckca_model *m, int i, int *add);
 
 /* In MEMORY PLAN: */
@@ -3540,14 +3551,15 @@ static size_t ckca__node_floats(const ckca__node *x);
 
 /* ---- building ---- */
 
-static int ckca__broken(ckca_model *m, ckca_status status, const char *format, ...) CKCA__PRINTF(3, 4);
-static int ckca__broken(ckca_model *m, ckca_status status, const char *format, ...) {
+/* Stores the first error of building m for ckca_model_finish; returns -1, as the layer builders do. */
+static int ckca__build_error(ckca_model *m, ckca_status status, const char *format, ...) CKCA__PRINTF(3, 4);
+static int ckca__build_error(ckca_model *m, ckca_status status, const char *format, ...) {
     char sentence[sizeof m->failure];
     va_list args;
     va_start(args, format);
     vsnprintf(sentence, sizeof sentence, format, args);
     va_end(args);
-    if (!m->failed && !m->finished) { /* a finished model stays what it is */
+    if (!m->failed && !m->finished) { /* an error after ckca_model_finish leaves the model usable */
         memcpy(m->failure, sentence, sizeof sentence);
         m->failed = status;
     }
@@ -3555,12 +3567,12 @@ static int ckca__broken(ckca_model *m, ckca_status status, const char *format, .
     return -1;
 }
 
-/* Which nodes there are, for a sentence about one that there is not. */
-static const char *ckca__which_nodes(const ckca_model *m, char *text, size_t room) {
+/* The range of valid nodes, for messages. */
+static const char *ckca__node_range(const ckca_model *m, char *text, size_t capacity) {
     if (m->nodes)
-        snprintf(text, room, "nodes are 0 to %d", m->nodes - 1);
+        snprintf(text, capacity, "nodes are 0 to %d", m->nodes - 1);
     else
-        snprintf(text, room, "there is none yet: begin with ckca_layer_input");
+        snprintf(text, capacity, "the model is empty: begin with ckca_layer_input");
     return text;
 }
 
@@ -3569,7 +3581,8 @@ static ckca_status ckca__check_finished(const ckca_model *m, const char *call) {
     return ckca__fail(m->ctx, CKCA_EINVAL, "%s: the model is not finished (ckca_model_finish)", call);
 }
 
-/* A new node that reads a (and b), its shape and fields still to be set; NULL after a failure. */
+/* Starts a node with 0 to 2 inputs a and b; the caller sets its shape and fields and ends with ckca__commit_node.
+   Returns NULL on failure. */
 static ckca__node *ckca__add_node(ckca_model *m, ckca__kind kind, const char *name, int a, int b, int inputs) {
     ckca__node *node;
     int i, in[2];
@@ -3577,14 +3590,15 @@ static ckca__node *ckca__add_node(ckca_model *m, ckca__kind kind, const char *na
     in[1] = b;
     if (!m || m->failed) return NULL;
     if (m->finished) {
-        ckca__broken(m, CKCA_EINVAL, "%s: the model is finished, no node can be added", ckca__kind_name[kind]);
+        ckca__build_error(m, CKCA_EINVAL, "%s: the model is finished, no node can be added", ckca__kind_name[kind]);
         return NULL;
     }
     for (i = 0; i < inputs; i++) {
         if (in[i] < 0 || in[i] >= m->nodes) {
             char nodes[64];
-            ckca__broken(m, CKCA_EINVAL, "%s%s%.70s: there is no node %d (%s)", ckca__kind_name[kind],
-                         name && *name ? " " : "", name ? name : "", in[i], ckca__which_nodes(m, nodes, sizeof nodes));
+            ckca__build_error(m, CKCA_EINVAL, "%s%s%.70s: there is no node %d (%s)", ckca__kind_name[kind],
+                              name && *name ? " " : "", name ? name : "", in[i],
+                              ckca__node_range(m, nodes, sizeof nodes));
             return NULL;
         }
     }
@@ -3595,24 +3609,24 @@ static ckca__node *ckca__add_node(ckca_model *m, ckca__kind kind, const char *na
                   (name[i] >= '0' && name[i] <= '9') || name[i] == '.' || name[i] == '_'))
                 break;
         if (!length || length >= CKCA__NAME_MAX || name[i]) {
-            ckca__broken(m, CKCA_EINVAL, "%s: the name \"%.70s\" needs 1 to %d letters, digits, '.' or '_'",
-                         ckca__kind_name[kind], name, CKCA__NAME_MAX - 1);
+            ckca__build_error(m, CKCA_EINVAL, "%s: the name \"%.70s\" needs 1 to %d letters, digits, '.' or '_'",
+                              ckca__kind_name[kind], name, CKCA__NAME_MAX - 1);
             return NULL;
         }
         for (i = 0; i < m->nodes; i++) {
             if (!strcmp(m->node[i].name, name)) {
-                ckca__broken(m, CKCA_EINVAL, "%s: the name \"%s\" is node %d's already", ckca__kind_name[kind], name,
-                             i);
+                ckca__build_error(m, CKCA_EINVAL, "%s: node %d already has the name \"%s\"", ckca__kind_name[kind], i,
+                                  name);
                 return NULL;
             }
         }
     }
     if (m->nodes >= CKCA__NODES_MAX) {
-        ckca__broken(m, CKCA_EINVAL, "a model has at most %d nodes", CKCA__NODES_MAX);
+        ckca__build_error(m, CKCA_EINVAL, "a model has at most %d nodes", CKCA__NODES_MAX);
         return NULL;
     }
     if (!ckca__grow(m->ctx, (void **)&m->node, (size_t)m->nodes, &m->node_capacity, sizeof *m->node)) {
-        ckca__broken(m, CKCA_ENOMEM, "out of memory for node %d", m->nodes);
+        ckca__build_error(m, CKCA_ENOMEM, "out of memory for node %d", m->nodes);
         return NULL;
     }
     node = &m->node[m->nodes];
@@ -3625,25 +3639,28 @@ static ckca__node *ckca__add_node(ckca_model *m, ckca__kind kind, const char *na
     return node;
 }
 
-/* Accepts the node under construction: checks its output's size and counts its readers. */
-static int ckca__accept(ckca_model *m, ckca__node *node) {
+/* Adds the node under construction to the model: checks the size of its output and counts it as a reader of its inputs.
+   Returns its index, or -1. */
+static int ckca__commit_node(ckca_model *m, ckca__node *node) {
     int i;
     if (node->h < 1 || node->w < 1 || node->c < 1 ||
         ckca__mul(ckca__mul((size_t)node->h, (size_t)node->w), (size_t)node->c) > CKCA__VALUES_MAX)
-        return ckca__broken(m, CKCA_ESHAPE, "%s %s: an output of %d x %d x %d cannot be", ckca__kind_name[node->kind],
-                            node->name, node->h, node->w, node->c);
+        return ckca__build_error(m, CKCA_ESHAPE, "%s %s: its output would be %d x %d x %d, which is empty or too large",
+                                 ckca__kind_name[node->kind], node->name, node->h, node->w, node->c);
     for (i = 0; i < 2; i++)
         if (node->in[i] >= 0) m->node[node->in[i]].readers++;
     return m->nodes++;
 }
 
+/* Adds a parameter of shape a x b x c x d (in PyTorch's order; dims of them count, the others are 1) to the node under
+   construction. */
 static ckca__parameter *ckca__add_parameter(ckca_model *m, const char *suffix, ckca__role role, int dims, int a, int b,
                                             int c, int d) {
-    ckca__node *node = &m->node[m->nodes]; /* the one under construction */
+    ckca__node *node = &m->node[m->nodes]; /* under construction */
     ckca__parameter *p;
     if (!ckca__grow(m->ctx, (void **)&m->parameter, (size_t)m->parameters, &m->parameter_capacity,
                     sizeof *m->parameter)) {
-        ckca__broken(m, CKCA_ENOMEM, "out of memory for parameter %d", m->parameters);
+        ckca__build_error(m, CKCA_ENOMEM, "out of memory for parameter %d", m->parameters);
         return NULL;
     }
     p = &m->parameter[m->parameters];
@@ -3658,7 +3675,7 @@ static ckca__parameter *ckca__add_parameter(ckca_model *m, const char *suffix, c
     p->shape[3] = d;
     p->count = ckca__mul(ckca__mul((size_t)a, (size_t)b), ckca__mul((size_t)c, (size_t)d));
     if (p->count > CKCA__VALUES_MAX) {
-        ckca__broken(m, CKCA_ESHAPE, "%s: %d x %d x %d x %d is too large", p->name, a, b, c, d);
+        ckca__build_error(m, CKCA_ESHAPE, "%s: %d x %d x %d x %d is too large", p->name, a, b, c, d);
         return NULL;
     }
     if (node->tensor < 0) node->tensor = m->parameters;
@@ -3668,14 +3685,14 @@ static ckca__parameter *ckca__add_parameter(ckca_model *m, const char *suffix, c
 
 /* ---- layers ----
 
-   Everything about one kind of layer stands together: the builder, which checks shapes, then the functions that its row
-   of ckca__layers names. The other sections walk the table and know no kind, with one exception: ckca__fuse groups
-   convolution, batch norm, add and ReLU, and the batch norm's row runs such a group.
+   Everything about one kind of layer is in one place: its builder, which checks shapes, then the functions in its row
+   of ckca__layers. Other code uses the table and does not mention kinds. The exception is ckca__fuse, which groups
+   convolution, batch norm, add and ReLU; such a group runs through the batch norm's row.
 
-   forward and backward run node i of m, whose batch, mode and buffers are set. backward reads the output's gradient,
-   writes or adds to the gradient of what the node read (ckca__grad_into) and adds to its parameters'. */
+   forward and backward run node i of m; the batch, the mode and the buffers are set in m. backward reads the gradient of
+   the output, writes or adds to the gradient of each input (ckca__grad_into), and adds to the parameters' gradients. */
 
-/* A parameter of a node in one of the arenas: which of the node's parameters, in the order they were added. */
+/* The parameters of a node, in the order in which its builder adds them; for ckca__param. */
 enum {
     CKCA__PARAM_WEIGHT = 0,
     CKCA__PARAM_BIAS,
@@ -3685,32 +3702,37 @@ enum {
     CKCA__PARAM_VAR
 };
 
-/* What the memory plan, fusion, the choice of bfloat16 and the arenas ask about a kind. */
+/* Properties of a kind: what the memory plan, fusion, bfloat16 and the arenas need to know about it. */
 enum {
-    CKCA__LAYER_READS_INPUT = 1,  /* backward reads what forward read */
-    CKCA__LAYER_READS_OUTPUT = 2, /* backward reads what forward wrote (the ReLU's gate) */
-    CKCA__LAYER_NORMALIZES = 4,   /* it can do the work of a batch norm in front of it, where ckca__may_norm */
-    CKCA__LAYER_CONVOLUTION = 8,  /* its first parameter is a convolution's and is packed, see ckca__pack_weights */
-    CKCA__LAYER_BATCH_STATISTICS = 16, /* training leaves mean and inv_std of each channel in model->saved */
-    CKCA__LAYER_FROM_PICTURES = 32,    /* reads float32 pictures and can give bfloat16 */
-    CKCA__LAYER_TO_FLOAT32 = 64,       /* reads either and gives float32 */
-    CKCA__LAYER_LOGITS = 128           /* reads and gives float32; the logits are the output of such a node */
+    CKCA__LAYER_READS_INPUT = 1,       /* backward reads the forward pass's input */
+    CKCA__LAYER_READS_OUTPUT = 2,      /* backward reads the forward pass's output (ReLU: where it is positive) */
+    CKCA__LAYER_NORMALIZES = 4,        /* can apply the batch norm before it while reading, where ckca__may_norm */
+    CKCA__LAYER_CONVOLUTION = 8,       /* its first parameter is a convolution weight, see ckca__pack_weights */
+    CKCA__LAYER_BATCH_STATISTICS = 16, /* training saves mean and inv_std of each channel in model->saved */
+    CKCA__LAYER_FROM_PICTURES = 32,    /* its input may be the float32 pictures while its output is bfloat16 */
+    CKCA__LAYER_TO_FLOAT32 = 64,       /* its output is float32 whatever its input is */
+    CKCA__LAYER_LOGITS = 128           /* input and output are float32; the logits must be such a node */
 };
 
 enum { CKCA__LAYER_NUMBERS = 5 };
 
 typedef struct ckca__layer {
-    int inputs, named; /* nodes that it reads; 1: it has a name, which its parameters' names begin with */
-    size_t number[CKCA__LAYER_NUMBERS]; /* its numbers in the graph's text: where in ckca__node they are; 0: no more */
-    unsigned flags;                     /* CKCA__LAYER_... */
-    int (*build)(ckca_model *m, const char *name, const int *number); /* of the text; number: inputs, then the above */
+    int inputs; /* 0 to 2 */
+    int named;  /* 1: it has a name, and its parameters' names begin with it */
+    /* The int fields of ckca__node that the graph's text holds, as byte offsets; 0 ends the list. */
+    size_t number[CKCA__LAYER_NUMBERS];
+    unsigned flags; /* CKCA__LAYER_... */
+    /* Builds a node from the graph's text. number: the input nodes, then the fields above. */
+    int (*build)(ckca_model *m, const char *name, const int *number);
     void (*forward)(ckca_model *m, int i);
-    void (*backward)(ckca_model *m, int i);
-    size_t (*workspace)(const ckca_model *m, const ckca__node *x, int n,
-                        int mode);       /* bytes of scratch for n pictures */
-    size_t (*side)(const ckca__node *x); /* floats per picture that forward leaves to backward beside y; NULL: none */
+    void (*backward)(ckca_model *m, int i); /* NULL for the input */
+    /* Bytes of scratch memory for n pictures. */
+    size_t (*workspace)(const ckca_model *m, const ckca__node *x, int n, int mode);
+    /* Floats per picture that forward saves for backward beside the output (ckca__side); NULL: none. */
+    size_t (*side)(const ckca__node *x);
 } ckca__layer;
 
+/* Scratch memory of ops that need ckca__op_workspace for their output. */
 static size_t ckca__workspace_map(const ckca_model *m, const ckca__node *x, int n, int mode) {
     (void)mode;
     return ckca__op_workspace(m->ctx, ckca__rows(x, n), x->c);
@@ -3719,13 +3741,13 @@ static size_t ckca__workspace_map(const ckca_model *m, const ckca__node *x, int 
 CKCA_API int ckca_layer_input(ckca_model *m) {
     ckca__node *node;
     if (m && m->nodes && !m->failed && !m->finished)
-        return ckca__broken(m, CKCA_EINVAL, "input: it is the first node, and there is one");
+        return ckca__build_error(m, CKCA_EINVAL, "input: it must be the first node, and the model already has nodes");
     node = ckca__add_node(m, CKCA__KIND_INPUT, NULL, -1, -1, 0);
     if (!node) return -1;
     node->h = m->height;
     node->w = m->width;
     node->c = m->channels;
-    return ckca__accept(m, node);
+    return ckca__commit_node(m, node);
 }
 
 static int ckca__build_input(ckca_model *m, const char *name, const int *number) {
@@ -3733,7 +3755,7 @@ static int ckca__build_input(ckca_model *m, const char *name, const int *number)
     return ckca_layer_input(m);
 }
 
-/* Output length of a window over length values, 0 if it does not fit. */
+/* Output length of a kernel that slides over length values; 0 if it does not fit. */
 static int ckca__window(int length, int kernel, int stride, int pad) {
     int64_t span = (int64_t)length + 2 * (int64_t)pad - kernel;
     return span < 0 ? 0 : (int)(span / stride + 1);
@@ -3744,7 +3766,7 @@ CKCA_API int ckca_layer_conv(ckca_model *m, const char *name, int input, ckca_co
     ckca__bound bounds[5] = {{"out", 0, 1, INT_MAX, 0},
                              {"kernel", 0, 0, 255, 0},
                              {"stride", 0, 0, 255, 0},
-                             {"pad", 0, 0, 0, 0}, /* the kernel less one */
+                             {"pad", 0, 0, 0, 0}, /* at most kernel - 1 */
                              {"bias", 0, 0, 1, 0}};
     char text[160];
     const ckca__node *x;
@@ -3761,16 +3783,17 @@ CKCA_API int ckca_layer_conv(ckca_model *m, const char *name, int input, ckca_co
     bounds[3].most = node->kernel - 1;
     bounds[4].value = desc.bias;
     if (ckca__out_of_bounds(bounds, 5, text, sizeof text))
-        return ckca__broken(m, CKCA_EINVAL, "conv %s: %s", name, text);
+        return ckca__build_error(m, CKCA_EINVAL, "conv %s: %s", name, text);
     node->h = ckca__window(x->h, node->kernel, node->stride, node->pad);
     node->w = ckca__window(x->w, node->kernel, node->stride, node->pad);
     node->c = desc.out;
     if (!node->h || !node->w)
-        return ckca__broken(m, CKCA_ESHAPE, "conv %s: a kernel of %d with pad %d does not fit the input of %d x %d",
-                            name, node->kernel, node->pad, x->h, x->w);
+        return ckca__build_error(m, CKCA_ESHAPE,
+                                 "conv %s: a kernel of %d with pad %d does not fit the input of %d x %d", name,
+                                 node->kernel, node->pad, x->h, x->w);
     if (!ckca__add_parameter(m, "weight", CKCA__ROLE_WEIGHT, 4, desc.out, x->c, node->kernel, node->kernel)) return -1;
     if (node->bias && !ckca__add_parameter(m, "bias", CKCA__ROLE_BIAS, 1, desc.out, 1, 1, 1)) return -1;
-    return ckca__accept(m, node);
+    return ckca__commit_node(m, node);
 }
 
 static int ckca__build_conv(ckca_model *m, const char *name, const int *number) {
@@ -3804,7 +3827,7 @@ static void ckca__backward_conv(ckca_model *m, int i) {
     float *dx = ckca__grad_into(m, x->source, &add);
     ckca__conv s;
     ckca__shape(m, x, m->n, m->mode, &s);
-    ckca__op_conv_backward_weight(m->ctx, &s, ckca__input_now(m, i), dy,
+    ckca__op_conv_backward_weight(m->ctx, &s, ckca__backward_input(m, i), dy,
                                   ckca__param(m, x, m->gradients, CKCA__PARAM_WEIGHT),
                                   x->bias ? ckca__param(m, x, m->gradients, CKCA__PARAM_BIAS) : NULL, m->workspace);
     if (dx)
@@ -3830,19 +3853,19 @@ CKCA_API int ckca_layer_batchnorm(ckca_model *m, const char *name, int input) {
         !ckca__add_parameter(m, "running_mean", CKCA__ROLE_MEAN, 1, c, 1, 1, 1) ||
         !ckca__add_parameter(m, "running_var", CKCA__ROLE_VAR, 1, c, 1, 1, 1))
         return -1;
-    return ckca__accept(m, node);
+    return ckca__commit_node(m, node);
 }
 
 static int ckca__build_batchnorm(ckca_model *m, const char *name, const int *number) {
     return ckca_layer_batchnorm(m, name, number[0]);
 }
 
-/* Node i is the tail of the group: batch norm (+ add) (+ ReLU), in evaluation with the convolution it is folded into. */
+/* Node i is the tail of a batch norm (+ add) (+ ReLU); in evaluation the group may include a folded convolution. */
 static void ckca__forward_batchnorm(ckca_model *m, int i) {
     ckca__node *x = &m->node[i];
     const ckca__node *bn = &m->node[x->head], *source = &m->node[x->source];
     const ckca__norm *residual_norm;
-    const int other = ckca__stand_in(m, x->residual, m->mode, &residual_norm);
+    const int other = ckca__stored_node(m, x->residual, m->mode, &residual_norm);
     const float *residual = other >= 0 ? ckca__value(m, other) : NULL;
     const size_t rows = ckca__rows(x, m->n);
     float *y = ckca__value(m, i);
@@ -3882,10 +3905,10 @@ static void ckca__backward_batchnorm(ckca_model *m, int i) {
     int add, add_residual;
     float *dy = ckca__grad(m, i), *dresidual = ckca__grad_into(m, x->residual, &add_residual);
     float *to = ckca__grad_into(m, x->source, &add);
-    /* Where its input has a gradient already (or needs none), dx takes the place of dy and is added from there. */
+    /* If the input's gradient already has a value (or is not needed), dx overwrites dy and is then added. */
     float *dx = add || !to ? dy : to;
-    ckca__op_batchnorm_backward(m->ctx, x->bf16, rows, x->c, ckca__value_now(m, x->source),
-                                x->residual >= 0 ? ckca__value_now(m, i) : NULL, dy, &x->norm, dx, dresidual,
+    ckca__op_batchnorm_backward(m->ctx, x->bf16, rows, x->c, ckca__backward_value(m, x->source),
+                                x->residual >= 0 ? ckca__backward_value(m, i) : NULL, dy, &x->norm, dx, dresidual,
                                 add_residual, ckca__param(m, bn, m->gradients, CKCA__PARAM_GAMMA),
                                 ckca__param(m, bn, m->gradients, CKCA__PARAM_BETA), m->workspace);
     if (add) ckca__op_add_backward(m->ctx, x->bf16, rows * (size_t)x->c, NULL, dy, to, 1);
@@ -3897,7 +3920,7 @@ CKCA_API int ckca_layer_relu(ckca_model *m, int input) {
     node->h = m->node[input].h;
     node->w = m->node[input].w;
     node->c = m->node[input].c;
-    return ckca__accept(m, node);
+    return ckca__commit_node(m, node);
 }
 
 static int ckca__build_relu(ckca_model *m, const char *name, const int *number) {
@@ -3912,12 +3935,12 @@ CKCA_API int ckca_layer_add(ckca_model *m, int a, int b) {
     x = &m->node[a];
     y = &m->node[b];
     if (x->h != y->h || x->w != y->w || x->c != y->c)
-        return ckca__broken(m, CKCA_ESHAPE, "add: node %d is %d x %d x %d, node %d is %d x %d x %d", a, x->h, x->w,
-                            x->c, b, y->h, y->w, y->c);
+        return ckca__build_error(m, CKCA_ESHAPE, "add: node %d is %d x %d x %d, node %d is %d x %d x %d", a, x->h, x->w,
+                                 x->c, b, y->h, y->w, y->c);
     node->h = x->h;
     node->w = x->w;
     node->c = x->c;
-    return ckca__accept(m, node);
+    return ckca__commit_node(m, node);
 }
 
 static int ckca__build_add(ckca_model *m, const char *name, const int *number) {
@@ -3925,10 +3948,10 @@ static int ckca__build_add(ckca_model *m, const char *name, const int *number) {
     return ckca_layer_add(m, number[0], number[1]);
 }
 
-/* y = relu?(a + b): an add, a ReLU, or both where the ReLU is the add's tail. */
+/* y = relu?(a + b): an add, a ReLU, or an add whose tail is a ReLU. */
 static void ckca__forward_add(ckca_model *m, int i) {
     const ckca__node *x = &m->node[i];
-    const int other = ckca__stand_in(m, x->residual, m->mode, NULL);
+    const int other = ckca__stored_node(m, x->residual, m->mode, NULL);
     ckca__op_add(m->ctx, x->bf16, ckca__rows(x, m->n) * (size_t)x->c, ckca__input(m, i),
                  other >= 0 ? ckca__value(m, other) : NULL, x->relu, ckca__value(m, i));
 }
@@ -3942,7 +3965,7 @@ static void ckca__backward_add(ckca_model *m, int i) {
         float *dx = ckca__grad_into(m, from[side], &add);
         if (dx)
             ckca__op_add_backward(m->ctx, x->bf16, ckca__rows(x, m->n) * (size_t)x->c,
-                                  x->relu ? ckca__value_now(m, i) : NULL, ckca__grad(m, i), dx, add);
+                                  x->relu ? ckca__backward_value(m, i) : NULL, ckca__grad(m, i), dx, add);
     }
 }
 
@@ -3957,7 +3980,8 @@ CKCA_API int ckca_layer_maxpool(ckca_model *m, int input, int kernel, int stride
     bounds[1].value = stride;
     bounds[2].value = pad;
     bounds[2].most = kernel / 2;
-    if (ckca__out_of_bounds(bounds, 3, text, sizeof text)) return ckca__broken(m, CKCA_EINVAL, "maxpool: %s", text);
+    if (ckca__out_of_bounds(bounds, 3, text, sizeof text))
+        return ckca__build_error(m, CKCA_EINVAL, "maxpool: %s", text);
     node->kernel = kernel;
     node->stride = stride;
     node->pad = pad;
@@ -3965,9 +3989,10 @@ CKCA_API int ckca_layer_maxpool(ckca_model *m, int input, int kernel, int stride
     node->w = ckca__window(x->w, kernel, stride, pad);
     node->c = x->c;
     if (!node->h || !node->w)
-        return ckca__broken(m, CKCA_ESHAPE, "maxpool: a kernel of %d with pad %d does not fit the input of %d x %d",
-                            kernel, pad, x->h, x->w);
-    return ckca__accept(m, node);
+        return ckca__build_error(m, CKCA_ESHAPE,
+                                 "maxpool: a kernel of %d with pad %d does not fit the input of %d x %d", kernel, pad,
+                                 x->h, x->w);
+    return ckca__commit_node(m, node);
 }
 
 static int ckca__build_maxpool(ckca_model *m, const char *name, const int *number) {
@@ -3975,7 +4000,7 @@ static int ckca__build_maxpool(ckca_model *m, const char *name, const int *numbe
     return ckca_layer_maxpool(m, number[0], number[1], number[2], number[3]);
 }
 
-/* A byte for each output: which position of the kernel won. */
+/* One byte per output: the kernel position of the maximum. */
 static size_t ckca__side_maxpool(const ckca__node *x) {
     const size_t size = ckca__node_floats(x);
     return x->bf16 ? (size + 1) / 2 : (size + 3) / 4;
@@ -4001,7 +4026,7 @@ CKCA_API int ckca_layer_avgpool(ckca_model *m, int input) {
     if (!node) return -1;
     node->h = node->w = 1;
     node->c = m->node[input].c;
-    return ckca__accept(m, node);
+    return ckca__commit_node(m, node);
 }
 
 static int ckca__build_avgpool(ckca_model *m, const char *name, const int *number) {
@@ -4032,14 +4057,15 @@ CKCA_API int ckca_layer_subsample(ckca_model *m, int input, int stride, int out)
     x = &m->node[input];
     bounds[0].value = stride;
     bounds[1].value = out;
-    bounds[1].least = x->c; /* channels are only added */
-    if (ckca__out_of_bounds(bounds, 2, text, sizeof text)) return ckca__broken(m, CKCA_EINVAL, "subsample: %s", text);
+    bounds[1].least = x->c; /* it can add channels, not remove them */
+    if (ckca__out_of_bounds(bounds, 2, text, sizeof text))
+        return ckca__build_error(m, CKCA_EINVAL, "subsample: %s", text);
     node->kernel = 1;
     node->stride = stride;
     node->h = (x->h - 1) / stride + 1;
     node->w = (x->w - 1) / stride + 1;
     node->c = out;
-    return ckca__accept(m, node);
+    return ckca__commit_node(m, node);
 }
 
 static int ckca__build_subsample(ckca_model *m, const char *name, const int *number) {
@@ -4066,13 +4092,14 @@ CKCA_API int ckca_layer_linear(ckca_model *m, const char *name, int input, int o
     const ckca__node *x;
     if (!node) return -1;
     x = &m->node[input];
-    if (out < 1) return ckca__broken(m, CKCA_EINVAL, "linear %s: out is %d, it may be 1 to %d", name, out, INT_MAX);
+    if (out < 1)
+        return ckca__build_error(m, CKCA_EINVAL, "linear %s: out is %d, it may be 1 to %d", name, out, INT_MAX);
     node->h = node->w = 1;
     node->c = out;
     if (!ckca__add_parameter(m, "weight", CKCA__ROLE_WEIGHT, 2, out, x->h * x->w * x->c, 1, 1) ||
         !ckca__add_parameter(m, "bias", CKCA__ROLE_BIAS, 1, out, 1, 1, 1))
         return -1;
-    return ckca__accept(m, node);
+    return ckca__commit_node(m, node);
 }
 
 static int ckca__build_linear(ckca_model *m, const char *name, const int *number) {
@@ -4090,13 +4117,13 @@ static void ckca__backward_linear(ckca_model *m, int i) {
     const ckca__node *x = &m->node[i], *source = &m->node[x->source];
     int add;
     float *dx = ckca__grad_into(m, x->source, &add);
-    ckca__op_linear_backward(m->ctx, m->n, source->h * source->w * source->c, x->c, ckca__input_now(m, i),
+    ckca__op_linear_backward(m->ctx, m->n, source->h * source->w * source->c, x->c, ckca__backward_input(m, i),
                              ckca__param(m, x, m->values, CKCA__PARAM_WEIGHT), ckca__grad(m, i), dx, add,
                              ckca__param(m, x, m->gradients, CKCA__PARAM_WEIGHT),
                              ckca__param(m, x, m->gradients, CKCA__PARAM_BIAS), m->workspace);
 }
 
-/* Of a 1x1 convolution over one picture of n pixels. */
+/* The linear layer runs as a 1x1 convolution over one picture of n pixels. */
 static size_t ckca__workspace_linear(const ckca_model *m, const ckca__node *x, int n, int mode) {
     ckca__conv s;
     (void)mode;
@@ -4117,11 +4144,12 @@ CKCA_API int ckca_layer_groupnorm(ckca_model *m, const char *name, int input, in
     node->c = c = m->node[input].c;
     node->groups = groups;
     if (groups < 1 || c % groups)
-        return ckca__broken(m, CKCA_EINVAL, "gn %s: %d groups do not divide the input's %d channels", name, groups, c);
+        return ckca__build_error(m, CKCA_EINVAL, "gn %s: %d groups do not divide the input's %d channels", name, groups,
+                                 c);
     if (!ckca__add_parameter(m, "weight", CKCA__ROLE_GAMMA, 1, c, 1, 1, 1) ||
         !ckca__add_parameter(m, "bias", CKCA__ROLE_BETA, 1, c, 1, 1, 1))
         return -1;
-    return ckca__accept(m, node);
+    return ckca__commit_node(m, node);
 }
 
 static int ckca__build_groupnorm(ckca_model *m, const char *name, const int *number) {
@@ -4140,22 +4168,22 @@ static void ckca__backward_groupnorm(ckca_model *m, int i) {
     const ckca__node *x = &m->node[i];
     int add;
     float *dx = ckca__grad_into(m, x->source, &add);
-    ckca__op_groupnorm_backward(m->ctx, x->bf16, m->n, x->h * x->w, x->c, x->groups, ckca__input_now(m, i),
+    ckca__op_groupnorm_backward(m->ctx, x->bf16, m->n, x->h * x->w, x->c, x->groups, ckca__backward_input(m, i),
                                 ckca__param(m, x, m->values, CKCA__PARAM_GAMMA), (const float *)ckca__side(m, i),
                                 ckca__grad(m, i), dx, add, ckca__param(m, x, m->gradients, CKCA__PARAM_GAMMA),
                                 ckca__param(m, x, m->gradients, CKCA__PARAM_BETA), m->workspace);
 }
 
-/* Each picture's part of the two parameters' gradients. */
+/* Each picture's share of the gradients of gamma and beta: n x 2 x C floats. */
 static size_t ckca__workspace_groupnorm(const ckca_model *m, const ckca__node *x, int n, int mode) {
     (void)m, (void)mode;
     return ckca__mul(2 * (size_t)n, (size_t)x->c * sizeof(float));
 }
 
-/* mean and inv_std of each group. */
+/* Mean and inv_std of each group. */
 static size_t ckca__side_groupnorm(const ckca__node *x) { return 2 * (size_t)x->groups; }
 
-/* By kind. Numbers are in the order of the text. */
+/* One row per kind, in the order of ckca__kind; see ckca__layer for the columns. */
 #define CKCA__FIELD(name) offsetof(ckca__node, name)
 static const ckca__layer ckca__layers[CKCA__KIND_COUNT] = {
     /* input */
@@ -4245,12 +4273,12 @@ static const ckca__layer ckca__layers[CKCA__KIND_COUNT] = {
 };
 #undef CKCA__FIELD
 
-/* 1: a flag of node i's own kind. */
-static int ckca__has(const ckca_model *m, int i, unsigned flag) {
+/* 1 if the kind of node i has the property flag. */
+static int ckca__has_flag(const ckca_model *m, int i, unsigned flag) {
     return (ckca__layers[m->node[i].kind].flags & flag) != 0;
 }
 
-/* The row that runs node i: a batch norm's tail is run by the batch norm's. */
+/* The row that runs node i; a batch norm's tail runs through the batch norm's row. */
 static const ckca__layer *ckca__layer_of(const ckca_model *m, int i) {
     const ckca__node *x = &m->node[i];
     return &ckca__layers[x->head >= 0 ? m->node[x->head].kind : x->kind];
@@ -4259,15 +4287,16 @@ static const ckca__layer *ckca__layer_of(const ckca_model *m, int i) {
 CKCA_API int ckca_layer_stage(ckca_model *m, int input) {
     char nodes[64];
     if (!m || m->failed) return -1;
-    if (m->finished) return ckca__broken(m, CKCA_EINVAL, "stage: the model is finished, no node can be marked");
+    if (m->finished)
+        return ckca__build_error(m, CKCA_EINVAL, "stage: the model is finished, its nodes cannot be marked any more");
     if (input < 0 || input >= m->nodes)
-        return ckca__broken(m, CKCA_EINVAL, "stage: there is no node %d (%s)", input,
-                            ckca__which_nodes(m, nodes, sizeof nodes));
+        return ckca__build_error(m, CKCA_EINVAL, "stage: there is no node %d (%s)", input,
+                                 ckca__node_range(m, nodes, sizeof nodes));
     m->node[input].stage = 1;
     return input;
 }
 
-/* The states' files stay. */
+/* Empties the list; the files of the training states stay. */
 static void ckca__forget_unsaved(ckca_model *m) {
     while (m->unsaved) {
         ckca__unsaved *u = m->unsaved;
@@ -4318,7 +4347,7 @@ CKCA_API ckca_status ckca_model_create(ckca_context *ctx, ckca_model **out, cons
     bounds[6].value = desc->zero_residual;
     if ((status = ckca__check_bounds(ctx, "model", bounds, 7))) return status;
     if (!desc->mean != !desc->std)
-        return ckca__fail(ctx, CKCA_EINVAL, "model: %s is NULL: mean and std come together, or neither",
+        return ckca__fail(ctx, CKCA_EINVAL, "model: %s is NULL: give both mean and std, or neither",
                           desc->mean ? "std" : "mean");
     for (i = 0; desc->class_names && i < desc->classes; i++)
         if (!desc->class_names[i]) return ckca__fail(ctx, CKCA_EINVAL, "model: class_names[%d] is NULL", i);
@@ -4357,11 +4386,11 @@ CKCA_API ckca_status ckca_model_create(ckca_context *ctx, ckca_model **out, cons
     return CKCA_OK;
 }
 
-/* Groups what runs as one op; in node order, so that an add finds its batch norm grouped and a ReLU its add. The one
-   place, with ckca__fold, that knows kinds: which neighbours make one op is a fact about these four. */
+/* Groups the nodes that run as one op. In node order, so that a batch norm is grouped before the add that reads it, and
+   an add before its ReLU. Only this function and ckca__fold mention kinds. */
 static void ckca__fuse(ckca_model *m) {
     int i;
-    for (i = 0; i < m->nodes; i++) { /* what an earlier try of ckca_model_finish may have left */
+    for (i = 0; i < m->nodes; i++) { /* an earlier ckca_model_finish may have failed after this */
         m->node[i].fused = m->node[i].folded = m->node[i].relu = 0;
         m->node[i].head = m->node[i].residual = -1;
     }
@@ -4375,7 +4404,7 @@ static void ckca__fuse(ckca_model *m) {
         } else if (node->kind == CKCA__KIND_ADD) {
             int side;
             node->residual = node->in[1];
-            for (side = 0; side < 2; side++) { /* one batch norm of the two can be run here */
+            for (side = 0; side < 2; side++) { /* at most one of the two batch norms joins the group */
                 ckca__node *x = &m->node[node->in[side]];
                 if (x->kind != CKCA__KIND_BATCHNORM || x->readers != 1 || x->stage) continue;
                 x->fused = 1;
@@ -4397,8 +4426,8 @@ static void ckca__fuse(ckca_model *m) {
     }
 }
 
-/* Places the parameters in their arena: weights with decay, then other trainable ones, then running statistics. */
-static void ckca__place_parameters(ckca_model *m) {
+/* Sets every parameter's offset: first weights with decay, then the other trainable ones, then running statistics. */
+static void ckca__layout_parameters(ckca_model *m) {
     int i, part;
     size_t offset = 0;
     for (part = 0; part < 3; part++) {
@@ -4415,26 +4444,26 @@ static void ckca__place_parameters(ckca_model *m) {
     m->all = offset;
     m->saved_count = 0;
     for (i = 0; i < m->nodes; i++) {
-        if (!ckca__has(m, i, CKCA__LAYER_BATCH_STATISTICS)) continue;
+        if (!ckca__has_flag(m, i, CKCA__LAYER_BATCH_STATISTICS)) continue;
         m->node[i].saved = m->saved_count;
         m->saved_count += 2 * ckca__round_up((size_t)m->node[i].c, CKCA__ALIGN / sizeof(float));
     }
 }
 
-/* With CKCA_PRECISION_BF16: which outputs are bfloat16. Pictures are not, nor what comes out of poolings to 1 x 1 and of linear
-   layers; two ops change from one kind to the other, a convolution that reads the pictures and such a pooling. All
-   others give what they take, so float32 spreads from node to node in both directions. */
+/* With CKCA_PRECISION_BF16: chooses which outputs are bfloat16. Pictures, and the outputs of global pooling and linear
+   layers, are float32. Two ops convert between float32 and bfloat16: a convolution that reads the pictures and global
+   pooling. Every other op has outputs of its inputs' type, so float32 spreads along the graph in both directions. */
 static void ckca__choose_bf16(ckca_model *m) {
     int i, side, changed = m->ctx->precision == CKCA_PRECISION_BF16;
     for (i = 1; i < m->nodes; i++)
-        m->node[i].bf16 = changed && !ckca__has(m, i, CKCA__LAYER_TO_FLOAT32 | CKCA__LAYER_LOGITS);
+        m->node[i].bf16 = changed && !ckca__has_flag(m, i, CKCA__LAYER_TO_FLOAT32 | CKCA__LAYER_LOGITS);
     while (changed) {
         changed = 0;
         for (i = 1; i < m->nodes; i++)
             for (side = 0; side < 2; side++) {
                 ckca__node *x = &m->node[i], *in = x->in[side] < 0 ? x : &m->node[x->in[side]];
-                if (x->bf16 == in->bf16 || ckca__has(m, i, CKCA__LAYER_TO_FLOAT32) ||
-                    (ckca__has(m, i, CKCA__LAYER_FROM_PICTURES) && in == m->node))
+                if (x->bf16 == in->bf16 || ckca__has_flag(m, i, CKCA__LAYER_TO_FLOAT32) ||
+                    (ckca__has_flag(m, i, CKCA__LAYER_FROM_PICTURES) && in == m->node))
                     continue;
                 x->bf16 = in->bf16 = 0;
                 changed = 1;
@@ -4442,36 +4471,38 @@ static void ckca__choose_bf16(ckca_model *m) {
     }
 }
 
-static ckca_status ckca__seal(ckca_model *m, int logits) {
+/* Everything in ckca_model_finish but the weights: checks the logits, chooses types, fuses, lays the parameters out. */
+static ckca_status ckca__finish_graph(ckca_model *m, int logits) {
     ckca_context *ctx = m->ctx;
     char nodes[64];
     if (m->failed) return ckca__fail(ctx, m->failed, "%s", m->failure);
-    if (m->finished) return ckca__fail(ctx, CKCA_EINVAL, "ckca_model_finish: the model is finished already");
+    if (m->finished) return ckca__fail(ctx, CKCA_EINVAL, "ckca_model_finish: the model is already finished");
     if (logits < 0 || logits >= m->nodes)
         return ckca__fail(ctx, CKCA_EINVAL, "logits: there is no node %d (%s)", logits,
-                          ckca__which_nodes(m, nodes, sizeof nodes));
-    if (!ckca__has(m, logits, CKCA__LAYER_LOGITS))
-        return ckca__fail(ctx, CKCA_EINVAL, "logits: node %d is of the kind %s, not linear", logits,
+                          ckca__node_range(m, nodes, sizeof nodes));
+    if (!ckca__has_flag(m, logits, CKCA__LAYER_LOGITS))
+        return ckca__fail(ctx, CKCA_EINVAL, "logits: node %d is %s, not linear", logits,
                           ckca__kind_name[m->node[logits].kind]);
     if (m->node[logits].c != m->classes)
         return ckca__fail(ctx, CKCA_ESHAPE, "logits: %s has %d outputs, the model has %d classes", m->node[logits].name,
                           m->node[logits].c, m->classes);
     m->logits = logits;
     m->pooled = m->node[logits].in[0];
-    if (m->pooled == 0) return ckca__fail(ctx, CKCA_EINVAL, "logits: a layer between input and logits is needed");
+    if (m->pooled == 0)
+        return ckca__fail(ctx, CKCA_EINVAL, "logits: at least one layer is needed between input and logits");
     m->features = m->node[m->pooled].h * m->node[m->pooled].w * m->node[m->pooled].c;
     m->node[logits].readers++;
-    m->node[m->pooled].readers++; /* the features are an output as well: they are never fused into something later */
+    m->node[m->pooled].readers++; /* features are an output too, so no later node may absorb them */
     ckca__choose_bf16(m);
     ckca__fuse(m);
-    ckca__place_parameters(m);
+    ckca__layout_parameters(m);
     return CKCA_OK;
 }
 
 /* Initial weights as a pure function of (seed, parameter, element): convolutions Kaiming normal, fan out, for ReLU (He
-   et al. 2015, torchvision's ResNet), linear layers and biases uniform in +-1/sqrt(fan in) (PyTorch's defaults), batch
-   norm 1 and 0. Written to host, in the arenas' layout; drawn in PyTorch's order, so a layout is not part of the
-   result. */
+   et al. 2015, torchvision's ResNet), linear layers and biases uniform in +-1/sqrt(fan in) (PyTorch's defaults), norms
+   1 and 0. host gets m->all floats in the arenas' layout; the draws follow PyTorch's order of elements, so the values
+   do not depend on that layout. */
 static void ckca__draw_weights(const ckca_model *m, uint64_t seed, float *host) {
     int i;
     for (i = 0; i < m->parameters; i++) {
@@ -4483,7 +4514,7 @@ static void ckca__draw_weights(const ckca_model *m, uint64_t seed, float *host) 
         double bound = 1.0 / sqrt((double)fan_in);
         if (p->role == CKCA__ROLE_WEIGHT && p->dims == 4) {
             double std = sqrt(2.0 / ((double)p->shape[0] * p->shape[2] * p->shape[3]));
-            for (e = 0; e < p->count; e++) { /* Box and Muller: one normal from two uniforms */
+            for (e = 0; e < p->count; e++) { /* Box-Muller: one normal from two uniforms */
                 double u = 1.0 - ckca__uniform(seed, CKCA__STREAM_INIT, base + 2 * e);
                 double v = ckca__uniform(seed, CKCA__STREAM_INIT, base + 2 * e + 1);
                 w[e] = (float)(std * sqrt(-2.0 * log(u)) * cos(6.283185307179586 * v));
@@ -4506,6 +4537,7 @@ static ckca_status ckca__allocate_values(ckca_model *m) {
     return CKCA_OK;
 }
 
+/* Uploads initial weights to device (m->all floats). */
 static ckca_status ckca__initialize(ckca_model *m, uint64_t seed, float *device) {
     float *host = (float *)ckca__alloc(m->ctx, m->all * sizeof(float));
     if (!host)
@@ -4519,9 +4551,9 @@ static ckca_status ckca__initialize(ckca_model *m, uint64_t seed, float *device)
 CKCA_API ckca_status ckca_model_finish(ckca_model *m, int logits) {
     ckca_status status;
     if (!m) return CKCA_EINVAL;
-    if ((status = ckca__seal(m, logits))) return status;
+    if ((status = ckca__finish_graph(m, logits))) return status;
     if (!(status = ckca__allocate_values(m)) && !(status = ckca__initialize(m, m->seed, m->values))) return CKCA_OK;
-    ckca__device_release(m->ctx, m->values, m->all * sizeof(float)); /* as it was, to be finished later */
+    ckca__device_release(m->ctx, m->values, m->all * sizeof(float)); /* undo, so that the caller may try again */
     m->values = NULL;
     m->node[m->pooled].readers--;
     m->node[m->logits].readers--;
@@ -4531,7 +4563,7 @@ CKCA_API ckca_status ckca_model_finish(ckca_model *m, int logits) {
 
 /* ---- ResNets ---- */
 
-/* conv + batch norm named CONV and BN below prefix ("layer1.0." or ""); ReLU where asked for. */
+/* Convolution, batch norm and, if relu, ReLU after node x; conv and bn are their names after prefix ("layer1.0."). */
 static int ckca__conv_bn(ckca_model *m, const char *prefix, const char *conv, const char *bn, int x, int out,
                          int kernel, int stride, int relu) {
     char name[CKCA__NAME_MAX];
@@ -4548,8 +4580,8 @@ static int ckca__conv_bn(ckca_model *m, const char *prefix, const char *conv, co
     return relu ? ckca_layer_relu(m, x) : x;
 }
 
-/* One residual block (He et al. 2016, figure 5): basic (two 3x3) or bottleneck (1x1, 3x3, 1x1 with 4 times the
-   channels; its stride on the 3x3, as torchvision). */
+/* One residual block (He et al. 2016, figure 5): basic (two 3x3), or bottleneck (1x1, 3x3, 1x1 with 4 times the
+   channels; the 3x3 has the stride, as in torchvision). */
 static int ckca__residual_block(ckca_model *m, const char *prefix, int x, int width, int stride, int bottleneck,
                                 int projection, int zero) {
     int in, out = bottleneck ? width * 4 : width, y, shortcut = x;
@@ -4593,7 +4625,7 @@ CKCA_API ckca_status ckca_resnet(ckca_context *ctx, ckca_model **out, const char
         if (length && strlen(net[i].name) == length && !memcmp(arch, net[i].name, length)) break;
     if (i == nets || (small_stem && net[i].cifar))
         return ckca__fail(ctx, CKCA_EINVAL,
-                          "\"%.40s\" is none of resnet8, 20, 32, 44, 56, 110, 18, 34, 50, 18-cifar, "
+                          "unknown network \"%.40s\"; known are resnet8, 20, 32, 44, 56, 110, 18, 34, 50, 18-cifar, "
                           "34-cifar, 50-cifar",
                           arch);
     if ((status = ckca_model_create(ctx, &m, desc))) return status;
@@ -4623,7 +4655,7 @@ CKCA_API ckca_status ckca_resnet(ckca_context *ctx, ckca_model **out, const char
 
 /* ---- the graph as text: "input;conv conv1 0 16 3 1 1 0;bn bn1 1;relu 2;...;stage 2;logits 9" ---- */
 
-/* Writes at most room bytes (always terminated) and returns the length it takes, as snprintf does. */
+/* Writes at most capacity bytes including the final zero; returns the full length without it, as snprintf does. */
 static size_t ckca__graph_write(const ckca_model *m, char *out, size_t capacity) {
     size_t length = 0;
     int i, j;
@@ -4646,19 +4678,19 @@ static size_t ckca__graph_write(const ckca_model *m, char *out, size_t capacity)
     return length;
 }
 
-/* The kind that a word of the text names, or CKCA__KIND_COUNT. */
+/* The kind of this name, or CKCA__KIND_COUNT. */
 static int ckca__kind_of(const char *word) {
     int kind = 0;
     while (kind < CKCA__KIND_COUNT && strcmp(ckca__kind_name[kind], word)) kind++;
     return kind;
 }
 
-/* Builds and seals the nodes of a text that may be hostile; parameters are not allocated yet. */
+/* Builds the graph of a text, which may be hostile, and finishes it; does not allocate the parameters. */
 static ckca_status ckca__graph_read(ckca_model *m, const char *text) {
-    enum { NUMBERS = 2 + CKCA__LAYER_NUMBERS }; /* at most: inputs, then the layer's own */
+    enum { NUMBERS = 2 + CKCA__LAYER_NUMBERS }; /* at most: two inputs, then the fields */
     int statement = 0;
     while (*text) {
-        char word[2][CKCA__NAME_MAX] = {"", ""}; /* the kind and, for some, a name */
+        char word[2][CKCA__NAME_MAX] = {"", ""}; /* the kind and, where the kind has one, a name */
         int number[NUMBERS], numbers = 0, words = 0, named = 0, done = -1, kind = CKCA__KIND_COUNT;
         const char *end = text + strcspn(text, ";");
         while (text < end) {
@@ -4666,7 +4698,7 @@ static ckca_status ckca__graph_read(ckca_model *m, const char *text) {
             if (*text == ' ' || length >= CKCA__NAME_MAX) break;
             if (words == 2 || (words == 1 && !named)) {
                 char *stop;
-                long value = strtol(text, &stop, 10); /* the text ends in 0, ' ' or ';', so this stays inside it */
+                long value = strtol(text, &stop, 10); /* stops at ' ', ';' or the final zero */
                 if (numbers == NUMBERS || stop != text + length || value < -1 || value > INT_MAX) break;
                 number[numbers++] = (int)value;
             } else {
@@ -4687,7 +4719,7 @@ static ckca_status ckca__graph_read(ckca_model *m, const char *text) {
             if (numbers == wanted) done = layer->build(m, word[1], number);
         } else if (text == end && words == 1 && numbers == 1) {
             if (!strcmp(word[0], "stage")) done = ckca_layer_stage(m, number[0]);
-            if (!strcmp(word[0], "logits") && !*end) return ckca__seal(m, number[0]);
+            if (!strcmp(word[0], "logits") && !*end) return ckca__finish_graph(m, number[0]);
         }
         if (m->failed)
             return ckca__fail(m->ctx, m->failed == CKCA_ENOMEM ? CKCA_ENOMEM : CKCA_EFORMAT, "graph: %s", m->failure);
@@ -4697,12 +4729,10 @@ static ckca_status ckca__graph_read(ckca_model *m, const char *text) {
         statement++;
         text = *end ? end + 1 : end;
     }
-    return ckca__fail(m->ctx, CKCA_EFORMAT, "graph: it ends without its logits after %d statements", statement);
+    return ckca__fail(m->ctx, CKCA_EFORMAT, "graph: it ends after %d statements without logits", statement);
 }
 
-/* ---- copies, and what a caller can see of a model ---- */
-
-/* Also the teacher, and what a failed update goes back to. */
+/* ---- copies and information ---- */
 CKCA_API ckca_status ckca_model_copy(ckca_model **out, const ckca_model *m) {
     ckca_context *ctx;
     ckca_model *copy;
@@ -4733,7 +4763,7 @@ CKCA_API ckca_status ckca_model_copy(ckca_model **out, const ckca_model *m) {
     if (!copy->node || !copy->parameter || !copy->normalization || !copy->values ||
         (m->class_names && !copy->class_names)) {
         ckca_model_free(copy);
-        return ckca__fail(ctx, CKCA_ENOMEM, "copy: out of memory for the model's %.1f MB", (double)m->all * 4e-6);
+        return ckca__fail(ctx, CKCA_ENOMEM, "copy: out of memory for %.1f MB of parameters", (double)m->all * 4e-6);
     }
     memcpy(copy->node, m->node, (size_t)m->nodes * sizeof *m->node);
     memcpy(copy->parameter, m->parameter, (size_t)m->parameters * sizeof *m->parameter);
@@ -4779,107 +4809,107 @@ CKCA_API ckca_data_desc ckca_data_like(const ckca_model *m) {
 /* ===================================================================================================================
    TRAINING                                                                                                    >>train
 
-   From the top down: one update, its epochs, one SGD step, then what precedes the first step, batches, evaluation.
+   Top down: one update and its epochs, one SGD step, the preparation before the first step, batches, evaluation.
 
-   ckca_update is the whole method. ckca__begin sets a time step up (teacher, starting weights, what the teacher answers
-   on the new pictures), ckca__train walks the epochs, ckca__step_ops is one SGD step from bytes to updated weights.
+   ckca_update is the whole method. ckca__begin prepares it (settings, teacher, starting weights), ckca__train runs the
+   epochs, ckca__step_ops is one SGD step, from bytes to new weights.
    =================================================================================================================== */
 
-#define CKCA__EVAL_BATCH (CKCA__DEVICE_IS_HOST ? 64 : 256) /* a GPU wants more work at a time */
-/* The most that the teacher's answers on a chunk may take; beyond, it answers per batch. */
+#define CKCA__EVAL_BATCH (CKCA__DEVICE_IS_HOST ? 64 : 256) /* larger batches use a GPU better */
+/* The teacher's outputs on all pictures are cached if they take at most this much memory. */
 #define CKCA__CACHE_BYTES ((size_t)256 << 20)
 
-/* Device buffers of n pictures' worth of small things, carved from one block. */
-typedef struct ckca__small {
+/* Everything but the maps that a batch of up to n pictures needs on the device, in one block of memory. */
+typedef struct ckca__batch_buffers {
     void *block;
     size_t bytes;
-    /* What a step is made from. It starts the block, so that it goes to the device in one piece; host is put together
-       here first. */
+    /* The input of an SGD step is at the start of the block: one copy uploads it from host. */
     void *host;
-    size_t sent;
-    unsigned char *pixels; /* of a store that streams: the batch's pictures, in a block of their own, */
+    size_t input_bytes;
+    float *lr;                      /* 1 value */
+    int *epoch;                     /* 1 value */
+    int *index, *position, *labels; /* n each; index: in the store, position: in the data set */
+    /* Only if the store streams: */
+    unsigned char *pixels; /* the batch's pictures, in a block of their own */
     size_t pixel_bytes;
-    void *staging;                  /* and what they come by */
-    float *lr;                      /* 1 */
-    int *epoch;                     /* 1 */
-    int *index, *position, *labels; /* n each: index is in the store, position in the data set */
-    /* What it leaves. */
+    void *staging; /* uploads them, see ckca__device_staging_open */
+    /* What the step computes: */
     int *hit;                                 /* n, see ckca__op_cross_entropy */
-    float *loss;                              /* n: a term's value per picture */
-    float *teacher_logits, *teacher_features; /* the teacher's logits and features, n x classes and n x features */
-    float *class_weight;                      /* classes */
-    float *gscale;                            /* 1 */
-    double *sums; /* 4: of cross-entropy, AdaKD, FeatReg, pictures told right over an epoch */
-} ckca__small;
+    float *loss;                              /* n: the value of one term of the loss per picture */
+    float *teacher_logits, *teacher_features; /* n x classes, n x features */
+    float *class_weight;                      /* classes: AdaKD's weight of each class */
+    float *gscale;                            /* 1 value: the factor of the gradient, from clipping */
+    double *sums; /* 4: over the epoch so far: cross-entropy, AdaKD, FeatReg, correct predictions */
+} ckca__batch_buffers;
 
 typedef struct ckca__update {
     ckca_context *ctx;
     ckca_model *m;
-    ckca_model *old;     /* the model as it came: what a failure goes back to, and the teacher */
-    ckca_model *teacher; /* old, or a copy of desc->teacher (which is only read), or NULL where no term needs one */
+    ckca_model *old;     /* a copy of the model before the update: restored on failure, and the default teacher */
+    ckca_model *teacher; /* old, or a copy of desc->teacher, or NULL if no term of the loss needs one */
     const ckca_data *data;
-    ckca_update_desc d; /* every default filled in, terms that are not used at weight 0 */
-    int mode;           /* of the student's forward */
-    float *cache_logits,
-        *cache_features; /* the teacher's answers on every picture, where pictures are not augmented; else NULL */
+    ckca_update_desc d; /* with all defaults set; unused terms of the loss have weight 0 */
+    int mode;           /* of the student's forward pass */
+    /* The teacher's outputs on all pictures, count x classes and count x features; NULL: computed for each batch. */
+    float *cache_logits, *cache_features;
     size_t cache_logits_bytes, cache_features_bytes;
-    const float *teacher_logits, *teacher_features; /* its logits and features for the batch in b */
-    ckca__small b;
-    int *order;
+    const float *teacher_logits, *teacher_features; /* for the current batch: n x classes, n x features */
+    ckca__batch_buffers buffers;
+    int *order;         /* data->count positions: the epoch's permutation */
     int batches;        /* per epoch */
-    int epoch, batch;   /* position: the next SGD step */
-    int hits;           /* of this epoch so far, as last looked at */
+    int epoch, batch;   /* of the next SGD step, both from 0 */
+    int correct;        /* correct predictions of this epoch, as of the last ckca__fetch_sums */
     double sums[3];     /* likewise: cross-entropy, AdaKD, FeatReg */
-    void *recording[2]; /* of a whole batch's step and of a last, shorter one's */
+    void *recording[2]; /* of the SGD step for a full batch, and for a last, smaller one */
     double teacher_accuracy;
-    uint64_t fingerprint;   /* of everything that decides the result */
-    ckca__unsaved *unsaved; /* the state's paths, until the model takes them over */
-    int lock;               /* the file descriptor of the state's .lock, or -1 */
+    uint64_t fingerprint;   /* a hash of everything that the result depends on */
+    ckca__unsaved *unsaved; /* the training state's paths, until the model takes them over */
+    int lock;               /* file descriptor of the training state's .lock, or -1 */
 } ckca__update;
 
-/* The fields of a ckca_update_desc that are numbers, in its order: the one list that defaults, range checks, ckca_sgd's
-   too, and a training state's fingerprint and text come from. tests/test_train.c fails where one is missing. Defaults
-   that depend on other fields are in ckca_update_defaults. */
+/* The numeric fields of ckca_update_desc in their order: the only list behind defaults, range checks (also ckca_sgd's)
+   and the fingerprint and text of a training state. tests/test_train.c fails if a field is missing. Defaults that
+   depend on other fields are in ckca_update_defaults. */
 typedef struct ckca__setting {
     const char *name;
-    size_t offset;
-    int real;        /* 1: a float, 0: an int or an enum */
-    float otherwise; /* what 0 stands for */
-    double least, most;
-    int off;     /* 1: may be CKCA_OFF */
-    int decides; /* 1: the result depends on it */
+    size_t offset;       /* in ckca_update_desc */
+    int real;            /* 1: a float, 0: an int or an enum */
+    float default_value; /* what 0 means */
+    double least, most;  /* allowed range */
+    int off;             /* 1: may be CKCA_OFF */
+    int affects_result;  /* 1: part of the fingerprint */
 } ckca__setting;
 
 /* clang-format off */
 #define CKCA__AT(field) #field, offsetof(ckca_update_desc, field)
 static const ckca__setting ckca__settings[] = {
-    /*                                real  0 is   least       most  off  decides */
-    {CKCA__AT(method),                 0,    0,      0, CKCA_METHOD_COUNT - 1,      0, 1},
-    {CKCA__AT(adakd),                  0,    0,      0, CKCA_ADAKD_COUNT - 1,     0, 1},
-    {CKCA__AT(featreg),                0,    0,      0, CKCA_FEATREG_COUNT - 1, 0, 1},
-    {CKCA__AT(w_kd),                   1,    1,      0, 1e6,                  1, 1},
-    {CKCA__AT(w_feat),                 1,    1,      0, 1e6,                  1, 1},
-    {CKCA__AT(temperature),            1,    2,      0, 1e6,                  0, 1},
-    {CKCA__AT(shrink),                 1,    0.4f,   0, 1,                    1, 1},
-    {CKCA__AT(perturb),                1,    0.1f,   0, 1e6,                  1, 1},
-    {CKCA__AT(epochs),                 0,    40,     0, 1e6,                  0, 1},
-    {CKCA__AT(batch),                  0,    64,     0, CKCA__BATCH_MAX,      0, 1},
-    {CKCA__AT(lr),                     1,    0.1f,   0, 1e6,                  0, 1},
-    {CKCA__AT(schedule),               0,    0,      0, CKCA_SCHEDULE_COUNT - 1,            0, 1},
-    {CKCA__AT(warmup_epochs),          1,    1,      0, 1e6,                  1, 1},
-    {CKCA__AT(step_epochs),            1,    0,      0, 1e6,                  0, 1},
-    {CKCA__AT(step_factor),            1,    0.1f,   0, 1,                    0, 1},
-    {CKCA__AT(momentum),               1,    0.9f,   0, 1,                    1, 1},
-    {CKCA__AT(weight_decay),           1,    5e-4f,  0, 1e6,                  1, 1},
-    {CKCA__AT(clip_norm),              1,    0,      0, 1e30,                 1, 1},
-    {CKCA__AT(no_nesterov),             0,    0,      0, 1,                    0, 1},
-    {CKCA__AT(label_smoothing),        1,    0,      0, 1,                    1, 1},
-    {CKCA__AT(augment.pad),            0,    0,      0, 4096,                 0, 1},
-    {CKCA__AT(augment.flip),           0,    0,      0, 1,                    0, 1},
-    {CKCA__AT(augment.resized_crop),   0,    0,      0, 1,                    0, 1},
-    {CKCA__AT(augment.crop_min),       1,    0,      0, 1,                    0, 1},
-    {CKCA__AT(augment.jitter),         1,    0,      0, 1,                    0, 1},
-    {CKCA__AT(state_seconds),          1,    30,     0, 1e9,                  0, 0},
+    /*                               real  default  least  most                       off  affects_result */
+    {CKCA__AT(method),                0,    0,       0,     CKCA_METHOD_COUNT - 1,     0,   1},
+    {CKCA__AT(adakd),                 0,    0,       0,     CKCA_ADAKD_COUNT - 1,      0,   1},
+    {CKCA__AT(featreg),               0,    0,       0,     CKCA_FEATREG_COUNT - 1,    0,   1},
+    {CKCA__AT(w_kd),                  1,    1,       0,     1e6,                       1,   1},
+    {CKCA__AT(w_feat),                1,    1,       0,     1e6,                       1,   1},
+    {CKCA__AT(temperature),           1,    2,       0,     1e6,                       0,   1},
+    {CKCA__AT(shrink),                1,    0.4f,    0,     1,                         1,   1},
+    {CKCA__AT(perturb),               1,    0.1f,    0,     1e6,                       1,   1},
+    {CKCA__AT(epochs),                0,    40,      0,     1e6,                       0,   1},
+    {CKCA__AT(batch),                 0,    64,      0,     CKCA__BATCH_MAX,           0,   1},
+    {CKCA__AT(lr),                    1,    0.1f,    0,     1e6,                       0,   1},
+    {CKCA__AT(schedule),              0,    0,       0,     CKCA_SCHEDULE_COUNT - 1,   0,   1},
+    {CKCA__AT(warmup_epochs),         1,    1,       0,     1e6,                       1,   1},
+    {CKCA__AT(step_epochs),           1,    0,       0,     1e6,                       0,   1},
+    {CKCA__AT(step_factor),           1,    0.1f,    0,     1,                         0,   1},
+    {CKCA__AT(momentum),              1,    0.9f,    0,     1,                         1,   1},
+    {CKCA__AT(weight_decay),          1,    5e-4f,   0,     1e6,                       1,   1},
+    {CKCA__AT(clip_norm),             1,    0,       0,     1e30,                      1,   1},
+    {CKCA__AT(no_nesterov),           0,    0,       0,     1,                         0,   1},
+    {CKCA__AT(label_smoothing),       1,    0,       0,     1,                         1,   1},
+    {CKCA__AT(augment.pad),           0,    0,       0,     4096,                      0,   1},
+    {CKCA__AT(augment.flip),          0,    0,       0,     1,                         0,   1},
+    {CKCA__AT(augment.resized_crop),  0,    0,       0,     1,                         0,   1},
+    {CKCA__AT(augment.crop_min),      1,    0,       0,     1,                         0,   1},
+    {CKCA__AT(augment.jitter),        1,    0,       0,     1,                         0,   1},
+    {CKCA__AT(state_seconds),         1,    30,      0,     1e9,                       0,   0},
 };
 #undef CKCA__AT
 /* clang-format on */
@@ -4917,61 +4947,62 @@ static ckca_status ckca__settings_check(ckca_context *ctx, const char *call, con
     return status;
 }
 
-/* Zeros become what they stand for. */
-static void ckca__settings_fill(ckca_update_desc *d) {
+/* Replaces zeros with their defaults. */
+static void ckca__settings_apply_defaults(ckca_update_desc *d) {
     int i;
     for (i = 0; i < CKCA__SETTINGS; i++)
         if (ckca__setting_get(d, &ckca__settings[i]) == 0)
-            ckca__setting_set(d, &ckca__settings[i], ckca__settings[i].otherwise);
+            ckca__setting_set(d, &ckca__settings[i], ckca__settings[i].default_value);
 }
 
-/* And CKCA_OFF then becomes the 0 that the arithmetic takes. */
-static void ckca__settings_off(ckca_update_desc *d) {
+/* Then replaces CKCA_OFF with 0, which is what the arithmetic needs. */
+static void ckca__settings_resolve_off(ckca_update_desc *d) {
     int i;
     for (i = 0; i < CKCA__SETTINGS; i++)
         if (ckca__settings[i].off && ckca__setting_get(d, &ckca__settings[i]) < 0)
             ckca__setting_set(d, &ckca__settings[i], 0);
 }
 
-/* The forms of FeatReg. What a form computes is in ckca__op_featreg. */
+/* The forms of FeatReg; ckca__op_featreg computes them. */
 static const struct {
     const char *name;
-    int stages; /* 1: compares the maps of stages, which both networks must have, and so asks the teacher per batch */
-    int same_features; /* 1: student and teacher need as many features */
+    int stages; /* 1: compares stages' maps; both networks need the same stages; the teacher runs on each batch */
+    int same_features; /* 1: student and teacher need the same number of features */
 } ckca__featregs[CKCA_FEATREG_COUNT] = {{"STAGES", 1, 0}, {"COSINE", 0, 1}, {"L2", 0, 1}, {"RELATION", 0, 0}};
 
-/* 1: the loss compares stages' maps. */
+/* 1 if the loss compares the stages' maps. */
 static int ckca__uses_stages(const ckca__update *u) { return u->d.w_feat > 0 && ckca__featregs[u->d.featreg].stages; }
 
 /* Below: */
 static ckca_status ckca__train(ckca__update *u, double start);
-static ckca_status ckca__tell(ckca__update *u, int seen, double seconds, int64_t steps_here);
+static ckca_status ckca__report_progress(ckca__update *u, int seen, double seconds, int64_t steps);
 static void ckca__fill_report(const ckca__update *u, double seconds, ckca_report *report);
 static ckca_status ckca__train_step(ckca__update *u, const int *position, int n);
 static void ckca__step_ops(ckca__update *u, int n);
-static void ckca__ask_teacher(ckca__update *u, int n, const float *input);
+static void ckca__teacher_outputs(ckca__update *u, int n, const float *input);
 static void ckca__feature_term(ckca__update *u, int n);
-static float ckca__rate(const ckca_update_desc *d, int64_t s, int batches);
-static ckca_status ckca__look(ckca__update *u);
-static ckca_status ckca__all_finite(const ckca_model *m, const char *what, int momentum);
+static float ckca__learning_rate(const ckca_update_desc *d, int64_t s, int batches);
+static ckca_status ckca__fetch_sums(ckca__update *u);
+static ckca_status ckca__check_all_finite(const ckca_model *m, const char *what, int momentum);
 static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc);
 static ckca_status ckca__check_teacher(const ckca__update *u, const ckca_model *t);
 static int ckca__same_stages(const ckca_model *m, const ckca_model *t);
-static ckca_status ckca__consult(ckca__update *u);
+static ckca_status ckca__prepare_teacher(ckca__update *u);
 static ckca_status ckca__starting_weights(ckca__update *u);
 static ckca_status ckca__fingerprint(ckca__update *u);
 static void ckca__make_batch(const ckca_model *m, const ckca_data *data, int n, const ckca_augment *augment,
-                             uint64_t seed, const ckca__small *b, float *input);
-static void ckca__disown(ckca_model *m, int had_names, int was_normalized);
+                             uint64_t seed, const ckca__batch_buffers *b, float *input);
+static void ckca__unbind_data(ckca_model *m, int had_names, int was_normalized);
 static void ckca__send_batch(ckca_context *ctx, const ckca_data *data, const int *position, int n, int epoch, float lr,
-                             ckca__small *b);
-static ckca_status ckca__reside(ckca_context *ctx, ckca__store *store, int n, ckca__small *b);
-static void *ckca__sent(const ckca__small *b, const void *device);
-static ckca_status ckca__small_alloc(ckca_context *ctx, ckca__small *b, int n, int classes, int features);
-static void ckca__small_free(ckca_context *ctx, ckca__small *b);
-static ckca_status ckca__survey(ckca_model *m, const ckca_model *like, const ckca_data *data, ckca_score *score,
-                                float *per_class, float *cache_logits, float *cache_features);
-static ckca_status ckca__adopt(ckca_model *m, const ckca_data *data, const char *what);
+                             ckca__batch_buffers *b);
+static ckca_status ckca__prepare_store(ckca_context *ctx, ckca__store *store, int n, ckca__batch_buffers *b);
+static void *ckca__host_input(const ckca__batch_buffers *b, const void *device);
+static ckca_status ckca__batch_buffers_alloc(ckca_context *ctx, ckca__batch_buffers *b, int n, int classes,
+                                             int features);
+static void ckca__batch_buffers_free(ckca_context *ctx, ckca__batch_buffers *b);
+static ckca_status ckca__evaluate_all(ckca_model *m, const ckca_model *like, const ckca_data *data, ckca_score *score,
+                                      float *per_class, float *cache_logits, float *cache_features);
+static ckca_status ckca__bind_data(ckca_model *m, const ckca_data *data, const char *what);
 
 /* In EXECUTION: */
 static float *ckca__value(const ckca_model *m, int i);
@@ -4980,7 +5011,7 @@ static float *ckca__input_buffer(ckca_model *m, int n, int mode);
 static void ckca__run_forward(ckca_model *m, int n, int mode, const float *input);
 static void ckca__run_backward(ckca_model *m);
 static int ckca__accumulates(ckca_model *m, int i);
-static void ckca__clear_written(ckca_model *m);
+static void ckca__clear_has_grad(ckca_model *m);
 static void ckca__run_sgd(ckca_model *m, const ckca_sgd_desc *d, const float *lr, float *gscale);
 
 /* In MEMORY PLAN: */
@@ -4993,7 +5024,7 @@ static ckca_status ckca__state_open(ckca__update *u);
 static void ckca__state_close(ckca__update *u, int done);
 static ckca_status ckca__state_load(ckca__update *u, int *found);
 
-/* ---- one update: set up, epochs, clean up ---- */
+/* ---- one update: preparation, epochs, restoring on failure ---- */
 
 CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckca_update_desc *desc,
                                  ckca_report *report) {
@@ -5013,7 +5044,7 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     had_names = m->class_names != NULL;
     was_normalized = m->normalized;
     if ((status = ckca_model_copy(&u->old, m))) return status;
-    u->old->gradients = m->gradients; /* set aside for a failure: training makes its own */
+    u->old->gradients = m->gradients; /* kept to be restored on failure; training allocates its own */
     u->old->momentum = m->momentum;
     m->gradients = m->momentum = NULL;
     status = ckca__begin(u, desc);
@@ -5022,9 +5053,9 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     ckca__device_forget(u->ctx, &u->recording[1]);
     if (!status) {
         m->updates++;
-    } else if (status == CKCA_ESTOP) { /* the results that earlier states hold are not this model's any more */
+    } else if (status == CKCA_ESTOP) { /* earlier training states no longer hold this model's weights */
         ckca__forget_unsaved(m);
-    } else { /* as it was before the call */
+    } else { /* restore the model */
         float *gradients = m->gradients, *momentum = m->momentum;
         m->gradients = u->old->gradients;
         m->momentum = u->old->momentum;
@@ -5033,49 +5064,49 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
         ckca__device_copy(u->ctx, m->values, u->old->values, m->all * sizeof(float));
         m->batches_tracked = u->old->batches_tracked;
         m->folded_valid = 0;
-        m->n = 0; /* what a forward left is the update's, not the caller's */
-        ckca__disown(m, had_names, was_normalized);
+        m->n = 0; /* the caller's last forward pass has been overwritten */
+        ckca__unbind_data(m, had_names, was_normalized);
     }
     ckca__state_close(u, !status);
     if (report) ckca__fill_report(u, ckca__seconds() - start, report);
     ckca__device_release(u->ctx, u->cache_logits, u->cache_logits_bytes);
     ckca__device_release(u->ctx, u->cache_features, u->cache_features_bytes);
-    ckca__small_free(u->ctx, &u->b);
+    ckca__batch_buffers_free(u->ctx, &u->buffers);
     ckca__release(u->ctx, u->order);
     if (u->teacher != u->old) ckca_model_free(u->teacher);
     ckca_model_free(u->old);
     return status;
 }
 
-/* The epochs from u's position on. */
+/* Runs all SGD steps from (u->epoch, u->batch) on: shuffles every epoch, reports progress, saves training states. */
 static ckca_status ckca__train(ckca__update *u, double start) {
     const int count = u->data->count, size = u->d.batch;
     double saved = start, now;
-    int64_t here = 0; /* SGD steps done by this call */
+    int64_t steps = 0; /* SGD steps of this call */
     char what[64];
     ckca_status status = CKCA_OK;
     for (; u->epoch < u->d.epochs; u->epoch++, u->batch = 0) {
         ckca_shuffle(u->d.seed, u->epoch, count, u->order);
         if (u->batch == 0) {
-            u->hits = 0;
+            u->correct = 0;
             memset(u->sums, 0, sizeof u->sums);
-            ckca__device_zero(u->ctx, u->b.sums, 4 * sizeof *u->b.sums);
+            ckca__device_zero(u->ctx, u->buffers.sums, 4 * sizeof *u->buffers.sums);
         }
         while (u->batch < u->batches) {
             const int first = u->batch * size, n = count - first < size ? count - first : size;
             int save;
             if ((status = ckca__train_step(u, u->order + first, n))) return status;
-            /* The last one keeps the result until ckca_save has it. */
+            /* The state after the last step holds the result until ckca_save has written it. */
             save = u->d.state && (ckca__seconds() - saved >= (double)u->d.state_seconds ||
                                   (u->epoch + 1 == u->d.epochs && u->batch + 1 == u->batches));
-            /* A look costs nothing on the host; a GPU would have to stop for it. */
+            /* Free on the host; on a GPU it waits for all queued work. */
             if ((CKCA__DEVICE_IS_HOST || u->d.progress || save || u->batch + 1 == u->batches) &&
-                (status = ckca__look(u)))
+                (status = ckca__fetch_sums(u)))
                 return status;
             u->batch++;
-            here++;
+            steps++;
             now = ckca__seconds();
-            if (u->d.progress) status = ckca__tell(u, first + n, now - start, here);
+            if (u->d.progress) status = ckca__report_progress(u, first + n, now - start, steps);
             if (u->d.state && (status || save)) {
                 ckca_status saving = ckca__state_save(u);
                 if (saving) return saving;
@@ -5085,11 +5116,12 @@ static ckca_status ckca__train(ckca__update *u, double start) {
         }
     }
     snprintf(what, sizeof what, "update %d, peak learning rate %g", u->m->updates + 1, (double)u->d.lr);
-    return ckca__all_finite(u->m, what, 0);
+    return ckca__check_all_finite(u->m, what, 0);
 }
 
-/* Tells the caller how far it is; CKCA_ESTOP if that was the last step. */
-static ckca_status ckca__tell(ckca__update *u, int seen, double seconds, int64_t steps_here) {
+/* Calls the progress callback. seen: pictures of this epoch so far; seconds, steps: of this call. Returns CKCA_ESTOP if
+   the callback asks to stop. */
+static ckca_status ckca__report_progress(ckca__update *u, int seen, double seconds, int64_t steps) {
     const int64_t left = (int64_t)(u->d.epochs - u->epoch) * u->batches - u->batch;
     ckca_progress p;
     p.update = u->m->updates + 1;
@@ -5097,20 +5129,20 @@ static ckca_status ckca__tell(ckca__update *u, int seen, double seconds, int64_t
     p.epochs = u->d.epochs;
     p.batch = u->batch;
     p.batches = u->batches;
-    p.lr = ckca__rate(&u->d, (int64_t)u->epoch * u->batches + u->batch - 1, u->batches);
+    p.lr = ckca__learning_rate(&u->d, (int64_t)u->epoch * u->batches + u->batch - 1, u->batches);
     p.kd = u->sums[1] / seen;
     p.feat = u->sums[2] / seen;
     p.loss = u->sums[0] / seen + (double)u->d.w_kd * p.kd + (double)u->d.w_feat * p.feat;
-    p.accuracy = (double)u->hits / seen;
+    p.accuracy = (double)u->correct / seen;
     p.seconds = seconds;
-    p.seconds_left = seconds / (double)steps_here * (double)left;
+    p.seconds_left = seconds / (double)steps * (double)left;
     if (!u->d.progress(&p, u->d.user)) return CKCA_OK;
     return ckca__fail(u->ctx, CKCA_ESTOP, "update %d was stopped in epoch %d, after batch %d of %d", p.update,
                       p.epoch + 1, p.batch, p.batches);
 }
 
 static void ckca__fill_report(const ckca__update *u, double seconds, ckca_report *report) {
-    /* After the last epoch the position is (epochs, 0), and the sums are that epoch's. */
+    /* After the last epoch, epoch is epochs, batch is 0, and the sums are the last epoch's. */
     const int done = u->epoch >= u->d.epochs, batch = done ? u->batches : u->batch;
     const int seen = batch * u->d.batch < u->data->count ? batch * u->d.batch : u->data->count;
     memset(report, 0, sizeof *report);
@@ -5122,20 +5154,20 @@ static void ckca__fill_report(const ckca__update *u, double seconds, ckca_report
     report->kd = u->sums[1] / seen;
     report->feat = u->sums[2] / seen;
     report->loss = u->sums[0] / seen + (double)u->d.w_kd * report->kd + (double)u->d.w_feat * report->feat;
-    report->accuracy = (double)u->hits / seen;
+    report->accuracy = (double)u->correct / seen;
 }
 
-/* ---- one SGD step ---- */
+/* ---- one SGD step: input, forward, losses, backward, SGD; the learning rate; checks for NaN ---- */
 
-/* One SGD step on pictures position[0..n). */
+/* One SGD step on the pictures position[0..n) of the data set. */
 static ckca_status ckca__train_step(ckca__update *u, const int *position, int n) {
     const int64_t step = (int64_t)u->epoch * u->batches + u->batch;
     void **recording = &u->recording[n < u->d.batch];
-    ckca__send_batch(u->ctx, u->data, position, n, u->epoch, ckca__rate(&u->d, step, u->batches), &u->b);
+    ckca__send_batch(u->ctx, u->data, position, n, u->epoch, ckca__learning_rate(&u->d, step, u->batches), &u->buffers);
     if (ckca__device_record(u->ctx, recording)) {
         ckca__step_ops(u, n);
         ckca__device_recorded(u->ctx, recording);
-    } else { /* replayed; what ckca__run_forward notes on the host */
+    } else { /* replayed: only the host's side of ckca__run_forward and ckca__run_sgd is left to do */
         u->m->n = n;
         u->m->mode = u->mode;
         u->m->input = ckca__input_buffer(u->m, n, u->mode);
@@ -5145,8 +5177,8 @@ static ckca_status ckca__train_step(ckca__update *u, const int *position, int n)
     return ckca__device_status(u->ctx);
 }
 
-/* The device's part of a step, with n pictures: the picture's way from bytes to an update of the weights. Which
-   pictures, which epoch and which learning rate is in u->b, so that it is the same work every time. */
+/* The ops of one SGD step on n pictures, from bytes to new weights. Which pictures, epoch and learning rate is in the
+   device memory of u->buffers, so the same sequence of ops serves every step (see ckca__device_record). */
 static void ckca__step_ops(ckca__update *u, int n) {
     ckca_context *ctx = u->ctx;
     ckca_model *m = u->m;
@@ -5155,21 +5187,21 @@ static void ckca__step_ops(ckca__update *u, int n) {
     const float *logits;
     ckca_sgd_desc sgd;
 
-    ckca__make_batch(m, u->data, n, &d->augment, d->seed, &u->b, input);
+    ckca__make_batch(m, u->data, n, &d->augment, d->seed, &u->buffers, input);
     ckca__run_forward(m, n, u->mode, input);
     logits = ckca__value(m, m->logits);
 
-    ckca__clear_written(m);
-    ckca__op_cross_entropy(ctx, n, m->classes, logits, u->b.labels, d->label_smoothing, ckca__grad(m, m->logits),
-                           u->b.loss, u->b.hit);
-    m->node[m->logits].written = 1;
-    ckca__op_sum(ctx, n, u->b.loss, u->b.sums);
-    ckca__op_count(ctx, n, u->b.hit, u->b.sums + 3);
-    if (u->teacher) ckca__ask_teacher(u, n, input);
+    ckca__clear_has_grad(m);
+    ckca__op_cross_entropy(ctx, n, m->classes, logits, u->buffers.labels, d->label_smoothing, ckca__grad(m, m->logits),
+                           u->buffers.loss, u->buffers.hit);
+    m->node[m->logits].has_grad = 1;
+    ckca__op_sum(ctx, n, u->buffers.loss, u->buffers.sums);
+    ckca__op_count(ctx, n, u->buffers.hit, u->buffers.sums + 3);
+    if (u->teacher) ckca__teacher_outputs(u, n, input);
     if (d->w_kd > 0) {
-        ckca__op_adakd(ctx, d->adakd, n, m->classes, logits, u->teacher_logits, u->b.labels, u->b.class_weight,
-                       d->temperature, d->w_kd, ckca__grad(m, m->logits), u->b.loss);
-        ckca__op_sum(ctx, n, u->b.loss, u->b.sums + 1);
+        ckca__op_adakd(ctx, d->adakd, n, m->classes, logits, u->teacher_logits, u->buffers.labels,
+                       u->buffers.class_weight, d->temperature, d->w_kd, ckca__grad(m, m->logits), u->buffers.loss);
+        ckca__op_sum(ctx, n, u->buffers.loss, u->buffers.sums + 1);
     }
     if (d->w_feat > 0) ckca__feature_term(u, n);
 
@@ -5179,18 +5211,21 @@ static void ckca__step_ops(ckca__update *u, int n) {
     sgd.weight_decay = d->weight_decay;
     sgd.no_nesterov = d->no_nesterov;
     sgd.clip_norm = d->clip_norm;
-    ckca__run_sgd(m, &sgd, u->b.lr, u->b.gscale);
+    ckca__run_sgd(m, &sgd, u->buffers.lr, u->buffers.gscale);
 }
 
-/* What the terms of the loss need of the teacher for the batch in u->b, whose pictures are at input. */
-static void ckca__ask_teacher(ckca__update *u, int n, const float *input) {
+/* Sets u->teacher_logits and u->teacher_features for the current batch, whose pictures (n x height x width x channels)
+   are at input: from the cache, or by a forward pass. */
+static void ckca__teacher_outputs(ckca__update *u, int n, const float *input) {
     ckca_model *t = u->teacher;
     if (u->cache_logits) {
-        u->teacher_logits = u->b.teacher_logits;
-        u->teacher_features = u->b.teacher_features;
-        if (u->d.w_kd > 0) ckca__op_gather(u->ctx, n, t->classes, u->cache_logits, u->b.position, u->b.teacher_logits);
+        u->teacher_logits = u->buffers.teacher_logits;
+        u->teacher_features = u->buffers.teacher_features;
+        if (u->d.w_kd > 0)
+            ckca__op_gather(u->ctx, n, t->classes, u->cache_logits, u->buffers.position, u->buffers.teacher_logits);
         if (u->d.w_feat > 0)
-            ckca__op_gather(u->ctx, n, t->features, u->cache_features, u->b.position, u->b.teacher_features);
+            ckca__op_gather(u->ctx, n, t->features, u->cache_features, u->buffers.position,
+                            u->buffers.teacher_features);
     } else {
         ckca__run_forward(t, n, ckca__uses_stages(u) ? CKCA__MODE_STAGES : CKCA__MODE_EVALUATE, input);
         u->teacher_logits = ckca__value(t, t->logits);
@@ -5198,15 +5233,15 @@ static void ckca__ask_teacher(ckca__update *u, int n, const float *input) {
     }
 }
 
-/* FeatReg's gradient on the features, or on every stage's map, and its sum over the batch. */
+/* FeatReg: the gradient of the features, or of every stage's map, and the term's sum over the batch. */
 static void ckca__feature_term(ckca__update *u, int n) {
     ckca_model *m = u->m, *t = u->teacher;
     int i, j = 0, stages = 0;
     if (!ckca__featregs[u->d.featreg].stages) {
         ckca__op_featreg(u->ctx, u->d.featreg, 0, 0, n, m->features, t->features, ckca__value(m, m->pooled),
                          u->teacher_features, u->d.w_feat, ckca__grad(m, m->pooled), ckca__accumulates(m, m->pooled),
-                         u->b.loss, m->workspace);
-        ckca__op_sum(u->ctx, n, u->b.loss, u->b.sums + 2);
+                         u->buffers.loss, m->workspace);
+        ckca__op_sum(u->ctx, n, u->buffers.loss, u->buffers.sums + 2);
         return;
     }
     for (i = 0; i < m->nodes; i++) stages += m->node[i].stage;
@@ -5217,42 +5252,44 @@ static void ckca__feature_term(ckca__update *u, int n) {
         while (!t->node[j].stage) j++;
         ckca__op_featreg(u->ctx, CKCA_FEATREG_COSINE, x->bf16, t->node[j].bf16, n, d, d, ckca__value(m, i),
                          ckca__value(t, j), u->d.w_feat / (float)stages, ckca__grad(m, i), ckca__accumulates(m, i),
-                         u->b.loss, m->workspace);
-        ckca__op_sum(u->ctx, n, u->b.loss, u->b.sums + 2);
+                         u->buffers.loss, m->workspace);
+        ckca__op_sum(u->ctx, n, u->buffers.loss, u->buffers.sums + 2);
         j++;
     }
 }
 
-/* The learning rate of SGD step s: linear up to the peak, then the schedule. */
-static float ckca__rate(const ckca_update_desc *d, int64_t s, int batches) {
+/* The learning rate of SGD step s, from 0: linear warm-up to the peak, then the schedule. */
+static float ckca__learning_rate(const ckca_update_desc *d, int64_t s, int batches) {
     const double warm = floor((double)d->warmup_epochs * batches), total = (double)d->epochs * batches, at = (double)s;
     double rate = d->lr;
     if (at < warm) return (float)(rate * (at + 1) / warm);
     if (d->schedule == CKCA_SCHEDULE_COSINE)
         rate *= 0.5 * (1 + cos(3.141592653589793 * (at - warm) / (total > warm ? total - warm : 1)));
-    if (d->schedule == CKCA_SCHEDULE_STEP) rate *= pow(d->step_factor, floor(at / (d->step_epochs * batches)));
+    if (d->schedule == CKCA_SCHEDULE_STEP) rate *= pow(d->step_factor, floor(at / (d->step_epochs * (float)batches)));
     return (float)rate;
 }
 
-/* Fetches the sums of the epoch so far; the loss must be finite. On a GPU this waits for the steps under way. */
-static ckca_status ckca__look(ckca__update *u) {
+/* Downloads the sums of the epoch so far and fails if the loss is not finite. A GPU finishes all queued steps first. */
+static ckca_status ckca__fetch_sums(ckca__update *u) {
     const int64_t step = (int64_t)u->epoch * u->batches + u->batch;
     double sums[4];
     ckca_status status;
-    ckca__device_download(u->ctx, sums, u->b.sums, sizeof sums);
+    ckca__device_download(u->ctx, sums, u->buffers.sums, sizeof sums);
     if ((status = ckca__device_status(u->ctx))) return status;
     memcpy(u->sums, sums, sizeof u->sums);
-    u->hits = (int)sums[3];
+    u->correct = (int)sums[3];
     if (!isfinite(u->sums[0]) || !isfinite(u->sums[1]) || !isfinite(u->sums[2]))
-        return ckca__fail(
-            u->ctx, CKCA_ENAN, "the loss is no longer finite: update %d, epoch %d, batch %d of %d, learning rate %g",
-            u->m->updates + 1, u->epoch + 1, u->batch + 1, u->batches, (double)ckca__rate(&u->d, step, u->batches));
+        return ckca__fail(u->ctx, CKCA_ENAN,
+                          "the loss is no longer finite: update %d, epoch %d, batch %d of %d, learning rate %g",
+                          u->m->updates + 1, u->epoch + 1, u->batch + 1, u->batches,
+                          (double)ckca__learning_rate(&u->d, step, u->batches));
     return CKCA_OK;
 }
 
-/* Whether a parameter's values are all finite. what: whose they are, and prefix: what stands before its name there. */
-static ckca_status ckca__finite(ckca_context *ctx, const char *what, const char *prefix, const ckca__parameter *p,
-                                const float *values) {
+/* Fails if a value of p is not finite. values: p->count floats on the host. The message begins with what and has prefix
+   before the parameter's name. */
+static ckca_status ckca__check_finite(ckca_context *ctx, const char *what, const char *prefix, const ckca__parameter *p,
+                                      const float *values) {
     size_t i;
     for (i = 0; i < p->count && isfinite(values[i]); i++) continue;
     if (i == p->count) return CKCA_OK;
@@ -5260,8 +5297,8 @@ static ckca_status ckca__finite(ckca_context *ctx, const char *what, const char 
                       (double)i + 1, (double)p->count, isnan(values[i]) ? "NaN" : "infinite");
 }
 
-/* The same of a model's weights and running statistics, and of its momentum. */
-static ckca_status ckca__all_finite(const ckca_model *m, const char *what, int momentum) {
+/* The same for all weights and running statistics of a model and, if momentum is 1, its momentum. */
+static ckca_status ckca__check_all_finite(const ckca_model *m, const char *what, int momentum) {
     const size_t size = m->all > m->trainable ? m->all : m->trainable;
     float *host = (float *)ckca__alloc(m->ctx, size * sizeof(float));
     ckca_status status = CKCA_OK;
@@ -5274,15 +5311,16 @@ static ckca_status ckca__all_finite(const ckca_model *m, const char *what, int m
         status = ckca__device_status(m->ctx);
         for (i = 0; !status && i < m->parameters; i++)
             if (!slot || m->parameter[i].role < CKCA__ROLE_MEAN)
-                status = ckca__finite(m->ctx, what, slot ? "momentum." : "", &m->parameter[i],
-                                      host + m->parameter[i].offset);
+                status = ckca__check_finite(m->ctx, what, slot ? "momentum." : "", &m->parameter[i],
+                                            host + m->parameter[i].offset);
     }
     ckca__release(m->ctx, host);
     return status;
 }
 
-/* ---- before the first step ---- */
+/* ---- before the first SGD step: settings, teacher, memory, starting weights, the fingerprint ---- */
 
+/* Prepares everything that ckca__train needs; resumes from the training state if there is one. */
 static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
     ckca_model *m = u->m;
     const ckca_model *teacher = u->old;
@@ -5290,7 +5328,7 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
     int found = 0;
     if (desc) u->d = *desc;
     if ((status = ckca_update_defaults(m, u->data, &u->d))) return status;
-    ckca__settings_off(&u->d);
+    ckca__settings_resolve_off(&u->d);
     if (u->d.state && (status = ckca__state_open(u))) return status;
     if (u->d.teacher && u->d.teacher != m) teacher = u->d.teacher;
     if (!(u->d.w_kd > 0) && !(u->d.w_feat > 0)) teacher = NULL;
@@ -5298,7 +5336,7 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
         memcpy(m->normalization, teacher->normalization, (size_t)m->channels * 2 * sizeof(float));
         m->normalized = 1;
     }
-    if ((status = ckca__adopt(m, u->data, "update"))) return status;
+    if ((status = ckca__bind_data(m, u->data, "update"))) return status;
     if (teacher && (status = ckca__check_teacher(u, teacher))) return status;
     if (teacher == u->old)
         u->teacher = u->old;
@@ -5309,26 +5347,26 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
     u->order = (int *)ckca__alloc(u->ctx, (size_t)u->data->count * sizeof(int));
     if (!u->order)
         return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for the order of %d pictures", u->data->count);
-    if ((status =
-             ckca__small_alloc(u->ctx, &u->b, u->d.batch, m->classes,
-                               u->teacher && u->teacher->features > m->features ? u->teacher->features : m->features)))
+    if ((status = ckca__batch_buffers_alloc(u->ctx, &u->buffers, u->d.batch, m->classes,
+                                            u->teacher && u->teacher->features > m->features ? u->teacher->features
+                                                                                             : m->features)))
         return status;
     if ((status = ckca__reserve(m, u->d.batch, u->mode))) return status;
-    if (u->d.w_feat > 0) { /* RELATION's tables may need more room than the layers do */
+    if (u->d.w_feat > 0) { /* RELATION's tables may need more scratch memory than the layers */
         const int widest = u->teacher->features > m->features ? u->teacher->features : m->features;
         if (!ckca__arena(u->ctx, &m->workspace, &m->workspace_bytes,
                          ckca__op_workspace(u->ctx, (size_t)u->d.batch, widest + 2 * u->d.batch)))
             return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for FeatReg on a batch of %d", u->d.batch);
     }
-    if (u->teacher && (status = ckca__consult(u))) return status;
-    if ((status = ckca__reside(u->ctx, u->data->store, u->d.batch, &u->b))) return status;
+    if (u->teacher && (status = ckca__prepare_teacher(u))) return status;
+    if ((status = ckca__prepare_store(u->ctx, u->data->store, u->d.batch, &u->buffers))) return status;
     if (u->d.state) {
         if ((status = ckca__fingerprint(u)) || (status = ckca__state_load(u, &found))) return status;
         if (found) {
             double sums[4];
             memcpy(sums, u->sums, sizeof u->sums);
-            sums[3] = u->hits;
-            ckca__device_upload(u->ctx, u->b.sums, sums, sizeof sums);
+            sums[3] = u->correct;
+            ckca__device_upload(u->ctx, u->buffers.sums, sums, sizeof sums);
         }
     }
     if (found) return CKCA_OK;
@@ -5346,7 +5384,7 @@ CKCA_API ckca_status ckca_update_defaults(const ckca_model *m, const ckca_data *
         (status = ckca__settings_check(m->ctx, "update", desc)))
         return status;
     d = *desc;
-    first_update = m->updates == 0 && !d.teacher; /* nothing to keep yet */
+    first_update = m->updates == 0 && !d.teacher; /* no earlier knowledge to keep */
     if (d.method == CKCA_METHOD_LWF) d.adakd = CKCA_ADAKD_CONSTANT;
     if (d.w_kd == 0) d.w_kd = ckca__adakds[d.adakd].w_kd;
     if (d.w_feat == 0 && ckca__featregs[d.featreg].stages && !ckca__same_stages(m, d.teacher ? d.teacher : m))
@@ -5355,14 +5393,14 @@ CKCA_API ckca_status ckca_update_defaults(const ckca_model *m, const ckca_data *
     if (d.method == CKCA_METHOD_LWF) d.w_feat = CKCA_OFF;
     if (first_update) d.method = CKCA_METHOD_WARM;
     if (d.augment.resized_crop && d.augment.crop_min == 0) d.augment.crop_min = 0.25f;
-    ckca__settings_fill(&d);
+    ckca__settings_apply_defaults(&d);
     if (d.batch > data->count) d.batch = data->count;
     if (d.step_epochs == 0) d.step_epochs = (float)d.epochs / 3.0f;
     *desc = d;
     return CKCA_OK;
 }
 
-/* Whether the terms in use can compare the student with this teacher. */
+/* Checks that teacher t fits the student: input, classes, normalisation, and what FeatReg compares. */
 static ckca_status ckca__check_teacher(const ckca__update *u, const ckca_model *t) {
     const ckca_model *m = u->m;
     int i;
@@ -5371,8 +5409,9 @@ static ckca_status ckca__check_teacher(const ckca__update *u, const ckca_model *
     if (!t->finished) return ckca__fail(u->ctx, CKCA_EINVAL, "teacher: it is not finished (ckca_model_finish)");
     if (t->classes != m->classes || t->height != m->height || t->width != m->width || t->channels != m->channels)
         return ckca__fail(u->ctx, CKCA_ESHAPE,
-                          "teacher: it takes %d x %d x %d and has %d classes, the model %d x %d x %d and %d", t->height,
-                          t->width, t->channels, t->classes, m->height, m->width, m->channels, m->classes);
+                          "teacher: its input is %d x %d x %d and it has %d classes, the model's input is %d x %d x %d "
+                          "and it has %d classes",
+                          t->height, t->width, t->channels, t->classes, m->height, m->width, m->channels, m->classes);
     for (i = 0; t->normalized && i < 2 * m->channels; i++)
         if (fabsf(t->normalization[i] - m->normalization[i]) > 1e-5f)
             return ckca__fail(u->ctx, CKCA_EINVAL, "teacher: its %s of channel %d is %g, the model's is %g",
@@ -5384,12 +5423,12 @@ static ckca_status ckca__check_teacher(const ckca__update *u, const ckca_model *
                           t->features, m->features);
     if (ckca__featregs[u->d.featreg].stages && !ckca__same_stages(m, t))
         return ckca__fail(u->ctx, CKCA_ESHAPE,
-                          "teacher: FeatReg's %s needs stages (ckca_layer_stage) in both networks, of the same shapes",
+                          "teacher: FeatReg's %s needs stages of the same shapes (ckca_layer_stage) in both networks",
                           ckca__featregs[u->d.featreg].name);
     return CKCA_OK;
 }
 
-/* 1: both networks have stages marked, as many, with maps of the same shapes. */
+/* 1 if both networks have the same number of stages, at least one, with maps of the same shapes. */
 static int ckca__same_stages(const ckca_model *m, const ckca_model *t) {
     int i = 0, j = 0, same = 0;
     for (;; i++, j++, same++) {
@@ -5400,13 +5439,14 @@ static int ckca__same_stages(const ckca_model *m, const ckca_model *t) {
     }
 }
 
-/* The teacher's accuracy on the new chunk by class (AdaKD's CLASS), and its answers where they can be kept. */
-static ckca_status ckca__consult(ckca__update *u) {
+/* Evaluates the teacher on the new pictures: its accuracy per class (for AdaKD's CLASS) and, unless pictures are
+   augmented or stages are compared, the cache of its outputs. */
+static ckca_status ckca__prepare_teacher(ckca__update *u) {
     ckca_context *ctx = u->ctx;
     ckca_model *t = u->teacher;
     const ckca_augment *a = &u->d.augment;
     const size_t count = (size_t)u->data->count;
-    const int live = ckca__uses_stages(u) || a->pad || a->flip || a->resized_crop || a->jitter > 0;
+    const int per_batch = ckca__uses_stages(u) || a->pad || a->flip || a->resized_crop || a->jitter > 0;
     float *by_class = (float *)ckca__alloc(ctx, (size_t)t->classes * sizeof(float));
     ckca_score score;
     ckca_status status;
@@ -5414,28 +5454,28 @@ static ckca_status ckca__consult(ckca__update *u) {
     if (!by_class) return ckca__fail(ctx, CKCA_ENOMEM, "update: out of memory for %d classes", t->classes);
     u->cache_logits_bytes = ckca__mul(count, (size_t)t->classes * sizeof(float));
     u->cache_features_bytes = ckca__mul(count, (size_t)t->features * sizeof(float));
-    if (!live && ckca__sum(u->cache_logits_bytes, u->cache_features_bytes) <= CKCA__CACHE_BYTES) {
+    if (!per_batch && ckca__sum(u->cache_logits_bytes, u->cache_features_bytes) <= CKCA__CACHE_BYTES) {
         u->cache_logits = (float *)ckca__device_alloc(ctx, u->cache_logits_bytes);
         u->cache_features = (float *)ckca__device_alloc(ctx, u->cache_features_bytes);
         if (!u->cache_logits || !u->cache_features) {
             ckca__release(ctx, by_class);
-            return ckca__fail(ctx, CKCA_ENOMEM, "update: out of memory for the teacher's answers on %d pictures",
+            return ckca__fail(ctx, CKCA_ENOMEM, "update: out of memory for the teacher's outputs on %d pictures",
                               u->data->count);
         }
     }
-    status = ckca__survey(t, u->m, u->data, &score, by_class, u->cache_logits, u->cache_features);
+    status = ckca__evaluate_all(t, u->m, u->data, &score, by_class, u->cache_logits, u->cache_features);
     if (!status) {
         u->teacher_accuracy = score.top1;
         for (i = 0; i < t->classes; i++)
-            if (by_class[i] < 0) by_class[i] = 0; /* a class without pictures is never asked for */
-        ckca__device_upload(ctx, u->b.class_weight, by_class, (size_t)t->classes * sizeof(float));
+            if (by_class[i] < 0) by_class[i] = 0; /* a class without pictures; never read */
+        ckca__device_upload(ctx, u->buffers.class_weight, by_class, (size_t)t->classes * sizeof(float));
         status = ckca__reserve(t, u->d.batch, ckca__uses_stages(u) ? CKCA__MODE_STAGES : CKCA__MODE_EVALUATE);
     }
     ckca__release(ctx, by_class);
     return status;
 }
 
-/* The weights that the method starts from. */
+/* Sets the weights that the method starts from: fresh, shrunk and perturbed, or the checkpoint's. */
 static ckca_status ckca__starting_weights(ckca__update *u) {
     ckca_model *m = u->m;
     float *fresh;
@@ -5452,6 +5492,7 @@ static ckca_status ckca__starting_weights(ckca__update *u) {
     return status;
 }
 
+/* Extends hash by size bytes. */
 static uint64_t ckca__hash(uint64_t hash, const void *bytes, size_t size) {
     const unsigned char *p = (const unsigned char *)bytes;
     uint64_t word;
@@ -5474,7 +5515,7 @@ static ckca_status ckca__hash_weights(const ckca_model *m, uint64_t *hash) {
     return CKCA_OK;
 }
 
-/* Of all that decides the result: a training state goes on only where it would have come from the same call. */
+/* Hashes everything that the result depends on; only an update with the same fingerprint may resume a training state. */
 static ckca_status ckca__fingerprint(ckca__update *u) {
     const ckca__store *store = u->data->store;
     const ckca_update_desc *d = &u->d;
@@ -5486,10 +5527,10 @@ static ckca_status ckca__fingerprint(ckca__update *u) {
     for (i = 0; i < u->data->count; i++) {
         hash = ckca__hash(hash, store->pixels + (size_t)u->data->index[i] * picture, picture);
         hash = ckca__hash(hash, &store->labels[u->data->index[i]], sizeof(int));
-        hash = ckca__hash(hash, &u->data->index[i], sizeof(int)); /* augmentation draws by it */
+        hash = ckca__hash(hash, &u->data->index[i], sizeof(int)); /* augmentation depends on it */
     }
     for (i = 0; i < CKCA__SETTINGS; i++)
-        if (ckca__settings[i].decides) fields[k++] = ckca__setting_get(d, &ckca__settings[i]);
+        if (ckca__settings[i].affects_result) fields[k++] = ckca__setting_get(d, &ckca__settings[i]);
     fields[k++] = u->m->updates;
     hash = ckca__hash(hash, fields, (size_t)k * sizeof *fields);
     if ((status = ckca__hash_weights(u->old, &hash))) return status;
@@ -5498,13 +5539,12 @@ static ckca_status ckca__fingerprint(ckca__update *u) {
     return CKCA_OK;
 }
 
-/* ---- batches ---- */
-
+/* ---- batches: their order, their input on the device, pictures as floats, a caller's own ---- */
 CKCA_API void ckca_shuffle(uint64_t seed, int epoch, int n, int *order) {
     int i;
     if (!order) return;
     for (i = 0; i < n; i++) order[i] = i;
-    for (i = n - 1; i > 0; i--) { /* Fisher and Yates */
+    for (i = n - 1; i > 0; i--) { /* Fisher-Yates */
         const uint64_t r = ckca__random(seed, CKCA__STREAM_SHUFFLE, ((uint64_t)(unsigned)epoch << 32) + (uint64_t)i);
         const int j = (int)(r % ((uint64_t)i + 1)), swap = order[i];
         order[i] = order[j];
@@ -5512,17 +5552,17 @@ CKCA_API void ckca_shuffle(uint64_t seed, int epoch, int n, int *order) {
     }
 }
 
-/* The batch, as the network m takes it. */
+/* Writes the batch in b to input (n x height x width x channels), augmented and normalised as m requires. */
 static void ckca__make_batch(const ckca_model *m, const ckca_data *data, int n, const ckca_augment *augment,
-                             uint64_t seed, const ckca__small *b, float *input) {
+                             uint64_t seed, const ckca__batch_buffers *b, float *input) {
     const ckca__store *store = data->store;
     ckca__op_batch(m->ctx, n, store->height, store->width, store->channels,
                    store->streams ? b->pixels : store->resident, store->streams, b->index, augment, seed, b->epoch,
                    m->normalization, m->normalization + m->channels, input);
 }
 
-/* Takes back, after a failure, what ckca__adopt gave a model that had none. */
-static void ckca__disown(ckca_model *m, int had_names, int was_normalized) {
+/* Undoes ckca__bind_data after a failure. */
+static void ckca__unbind_data(ckca_model *m, int had_names, int was_normalized) {
     m->normalized = was_normalized;
     if (had_names) return;
     ckca__free_names(m->ctx, m->class_names, m->classes);
@@ -5542,13 +5582,14 @@ static void ckca__gather_picture(void *job, int i, int thread) {
     memcpy(a->to + (size_t)i * size, a->store->pixels + (size_t)a->index[i] * size, size);
 }
 
-/* Sends to the device what ckca__make_batch makes a batch of pictures position[0..n) of data from; reside first. */
+/* Uploads the input of one SGD step or evaluation: learning rate, epoch, positions, labels and, if the store streams,
+   pixels of the pictures position[0..n) of data. Needs ckca__prepare_store. */
 static void ckca__send_batch(ckca_context *ctx, const ckca_data *data, const int *position, int n, int epoch, float lr,
-                             ckca__small *b) {
-    int *index = (int *)ckca__sent(b, b->index), *labels = (int *)ckca__sent(b, b->labels), i;
-    *(float *)ckca__sent(b, b->lr) = lr;
-    *(int *)ckca__sent(b, b->epoch) = epoch;
-    memcpy(ckca__sent(b, b->position), position, (size_t)n * sizeof *position);
+                             ckca__batch_buffers *b) {
+    int *index = (int *)ckca__host_input(b, b->index), *labels = (int *)ckca__host_input(b, b->labels), i;
+    *(float *)ckca__host_input(b, b->lr) = lr;
+    *(int *)ckca__host_input(b, b->epoch) = epoch;
+    memcpy(ckca__host_input(b, b->position), position, (size_t)n * sizeof *position);
     for (i = 0; i < n; i++) {
         index[i] = data->index[position[i]];
         labels[i] = data->store->labels[index[i]];
@@ -5563,12 +5604,12 @@ static void ckca__send_batch(ckca_context *ctx, const ckca_data *data, const int
         ckca__parallel(ctx, n, ckca__gather_picture, &job);
         ckca__device_staging_send(ctx, b->staging, b->pixels, (size_t)n * size);
     }
-    ckca__device_upload(ctx, b->block, b->host, b->sent);
+    ckca__device_upload(ctx, b->block, b->host, b->input_bytes);
 }
 
-/* Readies batches of n of a store's pictures. The store goes to the device once and stays there as long as it lives, if
-   it takes no more than half of the room that is left (so reserve memory for models first); else its batches stream. */
-static ckca_status ckca__reside(ckca_context *ctx, ckca__store *store, int n, ckca__small *b) {
+/* Prepares batches of up to n pictures of a store. A store that takes at most half of the free device memory is uploaded
+   once and stays there (so call ckca__reserve for the models first); otherwise each batch is streamed. */
+static ckca_status ckca__prepare_store(ckca_context *ctx, ckca__store *store, int n, ckca__batch_buffers *b) {
     const size_t bytes = ckca__store_bytes(store);
     if (CKCA__DEVICE_IS_HOST) store->resident = store->pixels;
     if (!store->resident && !store->streams) {
@@ -5582,31 +5623,33 @@ static ckca_status ckca__reside(ckca_context *ctx, ckca__store *store, int n, ck
     b->pixels = (unsigned char *)ckca__device_alloc(ctx, b->pixel_bytes);
     b->staging = ckca__device_staging_open(ctx, b->pixel_bytes);
     if (b->pixels && b->staging) return CKCA_OK;
-    return ckca__fail(ctx, CKCA_ENOMEM, "out of memory for three times %d pictures, %.1f MB each time", n,
+    return ckca__fail(ctx, CKCA_ENOMEM, "out of memory for three buffers of %d pictures, %.1f MB each", n,
                       (double)b->pixel_bytes * 1e-6);
 }
 
-/* Where something of the sent part is on the host. */
-static void *ckca__sent(const ckca__small *b, const void *device) {
+/* The host's copy of an input field of b, which is at device. */
+static void *ckca__host_input(const ckca__batch_buffers *b, const void *device) {
     return (char *)b->host + ((const char *)device - (const char *)b->block);
 }
 
-static ckca_status ckca__small_alloc(ckca_context *ctx, ckca__small *b, int n, int classes, int features) {
+/* Allocates buffers for up to n pictures; *b needs no initialisation. */
+static ckca_status ckca__batch_buffers_alloc(ckca_context *ctx, ckca__batch_buffers *b, int n, int classes,
+                                             int features) {
     const size_t row = ckca__round_up((size_t)n * sizeof(float), CKCA__ALIGN);
-    const size_t z = ckca__round_up(ckca__mul(ckca__mul((size_t)n, (size_t)classes), sizeof(float)), CKCA__ALIGN);
-    const size_t f = ckca__round_up(ckca__mul(ckca__mul((size_t)n, (size_t)features), sizeof(float)), CKCA__ALIGN);
-    const size_t k = ckca__round_up((size_t)classes * sizeof(float), CKCA__ALIGN);
+    const size_t logits = ckca__round_up(ckca__mul(ckca__mul((size_t)n, (size_t)classes), sizeof(float)), CKCA__ALIGN);
+    const size_t rest = ckca__round_up(ckca__mul(ckca__mul((size_t)n, (size_t)features), sizeof(float)), CKCA__ALIGN);
+    const size_t weights = ckca__round_up((size_t)classes * sizeof(float), CKCA__ALIGN);
     char *at;
     memset(b, 0, sizeof *b);
-    b->sent = CKCA__ALIGN + 3 * row;
-    b->bytes = ckca__sum(ckca__sum(z, f), row * 5 + k + 3 * CKCA__ALIGN);
+    b->input_bytes = CKCA__ALIGN + 3 * row;
+    b->bytes = ckca__sum(ckca__sum(logits, rest), row * 5 + weights + 3 * CKCA__ALIGN);
     b->block = ckca__device_alloc(ctx, b->bytes);
-    b->host = ckca__alloc(ctx, b->sent);
+    b->host = ckca__alloc(ctx, b->input_bytes);
     if (!b->block || !b->host) {
-        ckca__small_free(ctx, b);
+        ckca__batch_buffers_free(ctx, b);
         return ckca__fail(ctx, CKCA_ENOMEM, "out of memory for the labels and logits of a batch of %d", n);
     }
-    ckca__device_zero(ctx, b->block, b->bytes); /* sums are added to */
+    ckca__device_zero(ctx, b->block, b->bytes); /* ops add to sums */
     at = (char *)b->block;
     b->lr = (float *)(void *)at;
     b->epoch = (int *)(void *)(at + sizeof(float));
@@ -5618,12 +5661,12 @@ static ckca_status ckca__small_alloc(ckca_context *ctx, ckca__small *b, int n, i
     b->hit = (int *)(void *)(at += CKCA__ALIGN);
     b->loss = (float *)(void *)(at += row);
     b->class_weight = (float *)(void *)(at += row);
-    b->teacher_logits = (float *)(void *)(at += k);
-    b->teacher_features = (float *)(void *)(at += z);
+    b->teacher_logits = (float *)(void *)(at += weights);
+    b->teacher_features = (float *)(void *)(at += logits);
     return CKCA_OK;
 }
 
-static void ckca__small_free(ckca_context *ctx, ckca__small *b) {
+static void ckca__batch_buffers_free(ckca_context *ctx, ckca__batch_buffers *b) {
     ckca__device_release(ctx, b->block, b->bytes);
     ckca__device_release(ctx, b->pixels, b->pixel_bytes);
     if (b->staging) ckca__device_staging_close(ctx, b->staging);
@@ -5639,7 +5682,7 @@ CKCA_API ckca_status ckca_get_batch(ckca_model *m, const ckca_data *data, const 
     ckca__bound bound = {"n", 0, 1, CKCA__BATCH_MAX, 0};
     float *device = NULL;
     int i, had_names, was_normalized;
-    ckca__small b;
+    ckca__batch_buffers b;
     ckca_status status;
     if (!m) return CKCA_EINVAL;
     if (!data || !index || !pictures)
@@ -5657,9 +5700,9 @@ CKCA_API ckca_status ckca_get_batch(ckca_model *m, const ckca_data *data, const 
                               index[i], data->count);
     had_names = m->class_names != NULL;
     was_normalized = m->normalized;
-    if ((status = ckca__adopt(m, data, "batch"))) return status;
-    status = ckca__small_alloc(m->ctx, &b, n, 1, 1);
-    if (!status) status = ckca__reside(m->ctx, data->store, n, &b);
+    if ((status = ckca__bind_data(m, data, "batch"))) return status;
+    status = ckca__batch_buffers_alloc(m->ctx, &b, n, 1, 1);
+    if (!status) status = ckca__prepare_store(m->ctx, data->store, n, &b);
     if (!status) {
         device = (float *)ckca__device_alloc(m->ctx, ckca__mul((size_t)n, values * sizeof(float)));
         if (!device) status = ckca__fail(m->ctx, CKCA_ENOMEM, "ckca_get_batch: out of memory for %d pictures", n);
@@ -5672,12 +5715,12 @@ CKCA_API ckca_status ckca_get_batch(ckca_model *m, const ckca_data *data, const 
         status = ckca__device_status(m->ctx);
     }
     ckca__device_release(m->ctx, device, (size_t)n * values * sizeof(float));
-    ckca__small_free(m->ctx, &b);
-    if (status) ckca__disown(m, had_names, was_normalized);
+    ckca__batch_buffers_free(m->ctx, &b);
+    if (status) ckca__unbind_data(m, had_names, was_normalized);
     return status;
 }
 
-/* ---- evaluation and prediction ---- */
+/* ---- evaluation and prediction; binding a model to data ---- */
 
 CKCA_API ckca_status ckca_evaluate(ckca_model *m, const ckca_data *data, ckca_score *score, float *per_class) {
     ckca_score ignored;
@@ -5688,17 +5731,17 @@ CKCA_API ckca_status ckca_evaluate(ckca_model *m, const ckca_data *data, ckca_sc
     if (!data) return ckca__null(m->ctx, "ckca_evaluate", "data");
     had_names = m->class_names != NULL;
     was_normalized = m->normalized;
-    if ((status = ckca__adopt(m, data, "evaluate"))) return status;
-    status = ckca__survey(m, m, data, score ? score : &ignored, per_class, NULL, NULL);
-    if (status) ckca__disown(m, had_names, was_normalized);
+    if ((status = ckca__bind_data(m, data, "evaluate"))) return status;
+    status = ckca__evaluate_all(m, m, data, score ? score : &ignored, per_class, NULL, NULL);
+    if (status) ckca__unbind_data(m, had_names, was_normalized);
     return status;
 }
 
 CKCA_API ckca_status ckca_predict(ckca_model *m, const unsigned char *pixels, int n, float *out) {
     const size_t picture = m ? (size_t)m->height * (size_t)m->width * (size_t)m->channels : 0;
     int first, i, batch;
-    ckca__small b;
-    unsigned char *device = NULL; /* a batch of pixels */
+    ckca__batch_buffers b;
+    unsigned char *device = NULL; /* the pixels of one batch */
     ckca__bound bound = {"n", 0, 1, INT_MAX, 0};
     ckca_status status;
     if (!m) return CKCA_EINVAL;
@@ -5707,14 +5750,15 @@ CKCA_API ckca_status ckca_predict(ckca_model *m, const unsigned char *pixels, in
     bound.value = n;
     if ((status = ckca__check_bounds(m->ctx, "ckca_predict", &bound, 1))) return status;
     if (!m->normalized)
-        return ckca__fail(m->ctx, CKCA_EINVAL, "predict: the model has no mean and std yet: train it or give them");
+        return ckca__fail(m->ctx, CKCA_EINVAL,
+                          "predict: the model has no mean and std: train it, or give them in its desc");
     batch = n < CKCA__EVAL_BATCH ? n : CKCA__EVAL_BATCH;
-    if ((status = ckca__small_alloc(m->ctx, &b, batch, m->classes, 1))) return status;
+    if ((status = ckca__batch_buffers_alloc(m->ctx, &b, batch, m->classes, 1))) return status;
     status = ckca__reserve(m, batch, CKCA__MODE_EVALUATE);
     if (!status && !(device = (unsigned char *)ckca__device_alloc(m->ctx, (size_t)batch * picture)))
         status = ckca__fail(m->ctx, CKCA_ENOMEM, "predict: out of memory for %d pictures", batch);
-    for (i = 0; i < batch; i++) ((int *)ckca__sent(&b, b.index))[i] = i;
-    ckca__device_upload(m->ctx, b.block, b.host, b.sent);
+    for (i = 0; i < batch; i++) ((int *)ckca__host_input(&b, b.index))[i] = i;
+    ckca__device_upload(m->ctx, b.block, b.host, b.input_bytes);
     for (first = 0; !status && first < n; first += batch) {
         const int count = n - first < batch ? n - first : batch;
         float *input = ckca__input_buffer(m, count, CKCA__MODE_EVALUATE);
@@ -5727,37 +5771,38 @@ CKCA_API ckca_status ckca_predict(ckca_model *m, const unsigned char *pixels, in
                               (size_t)count * (size_t)m->classes * sizeof(float));
     }
     ckca__device_release(m->ctx, device, (size_t)batch * picture);
-    ckca__small_free(m->ctx, &b);
+    ckca__batch_buffers_free(m->ctx, &b);
     return status ? status : ckca__device_status(m->ctx);
 }
 
-/* Runs all of data through m as it stands, normalised as like (m itself, or the student of a teacher) does. cache_logits and
-   cache_features (count x classes, count x features, on the device) get every picture's logits and features, unless NULL. */
-static ckca_status ckca__survey(ckca_model *m, const ckca_model *like, const ckca_data *data, ckca_score *score,
-                                float *per_class, float *cache_logits, float *cache_features) {
+/* Evaluates m on all of data, with the normalisation of like (m itself or, if m is a teacher, its student). per_class:
+   classes accuracies, -1 for a class without pictures, or NULL. cache_logits (count x classes) and cache_features
+   (count x features), on the device or NULL, get the outputs for every picture. */
+static ckca_status ckca__evaluate_all(ckca_model *m, const ckca_model *like, const ckca_data *data, ckca_score *score,
+                                      float *per_class, float *cache_logits, float *cache_features) {
     ckca_context *ctx = m->ctx;
     const int batch = data->count < CKCA__EVAL_BATCH ? data->count : CKCA__EVAL_BATCH;
-    const size_t hits = (size_t)data->count * sizeof(int);
+    const size_t hit_bytes = (size_t)data->count * sizeof(int);
     int first, i, n, top1 = 0, top5 = 0, *seen = NULL, *position = NULL, *hit = NULL, *device_hit = NULL;
     double loss = 0;
-    ckca__small b;
-    ckca_status status = ckca__small_alloc(ctx, &b, batch, m->classes, 1);
+    ckca__batch_buffers b;
+    ckca_status status = ckca__batch_buffers_alloc(ctx, &b, batch, m->classes, 1);
     if (status) return status;
     if (!(status = ckca__reserve(m, batch, CKCA__MODE_EVALUATE)) &&
-        !(status = ckca__reside(ctx, data->store, batch, &b))) {
+        !(status = ckca__prepare_store(ctx, data->store, batch, &b))) {
         position = (int *)ckca__alloc(ctx, (size_t)batch * sizeof(int));
         seen = (int *)ckca__alloc(ctx, (size_t)m->classes * 2 * sizeof(int));
-        hit = (int *)ckca__alloc(ctx, hits);
-        device_hit = (int *)ckca__device_alloc(ctx, hits);
+        hit = (int *)ckca__alloc(ctx, hit_bytes);
+        device_hit = (int *)ckca__device_alloc(ctx, hit_bytes);
         if (!position || !seen || !hit || !device_hit)
             status = ckca__fail(ctx, CKCA_ENOMEM, "evaluate: out of memory for %d classes, %d pictures", m->classes,
                                 data->count);
     }
     for (first = 0; !status && first < data->count; first += n) {
-        const size_t z = (size_t)m->classes, f = (size_t)m->features;
+        const size_t k = (size_t)m->classes, d = (size_t)m->features;
         float *input;
         n = data->count - first < batch ? data->count - first : batch;
-        if (n < 1) break; /* never; it tells the compiler so */
+        if (n < 1) break; /* never happens; avoids a compiler warning */
         input = ckca__input_buffer(m, n, CKCA__MODE_EVALUATE);
         for (i = 0; i < n; i++) position[i] = first + i;
         ckca__send_batch(ctx, data, position, n, 0, 0, &b);
@@ -5767,15 +5812,15 @@ static ckca_status ckca__survey(ckca_model *m, const ckca_model *like, const ckc
                                device_hit + first);
         ckca__op_sum(ctx, n, b.loss, b.sums);
         if (cache_logits)
-            ckca__device_copy(ctx, cache_logits + (size_t)first * z, ckca__value(m, m->logits),
-                              (size_t)n * z * sizeof(float));
+            ckca__device_copy(ctx, cache_logits + (size_t)first * k, ckca__value(m, m->logits),
+                              (size_t)n * k * sizeof(float));
         if (cache_features)
-            ckca__device_copy(ctx, cache_features + (size_t)first * f, ckca__value(m, m->pooled),
-                              (size_t)n * f * sizeof(float));
+            ckca__device_copy(ctx, cache_features + (size_t)first * d, ckca__value(m, m->pooled),
+                              (size_t)n * d * sizeof(float));
     }
     if (!status) {
         ckca__device_download(ctx, &loss, b.sums, sizeof loss);
-        ckca__device_download(ctx, hit, device_hit, hits);
+        ckca__device_download(ctx, hit, device_hit, hit_bytes);
         status = ckca__device_status(ctx);
     }
     if (!status) {
@@ -5796,13 +5841,14 @@ static ckca_status ckca__survey(ckca_model *m, const ckca_model *like, const ckc
     ckca__release(ctx, position);
     ckca__release(ctx, seen);
     ckca__release(ctx, hit);
-    ckca__device_release(ctx, device_hit, hits);
-    ckca__small_free(ctx, &b);
+    ckca__device_release(ctx, device_hit, hit_bytes);
+    ckca__batch_buffers_free(ctx, &b);
     return status;
 }
 
-/* Checks that data is for this model; takes class names and normalisation from it where the model has none. */
-static ckca_status ckca__adopt(ckca_model *m, const ckca_data *data, const char *what) {
+/* Checks that data fits the model: shape and classes. A model without class names or normalisation gets them from data.
+   what begins the messages. */
+static ckca_status ckca__bind_data(ckca_model *m, const ckca_data *data, const char *what) {
     ckca_context *ctx = m->ctx;
     const ckca__store *store = data->store;
     int i, channel;
@@ -5810,12 +5856,12 @@ static ckca_status ckca__adopt(ckca_model *m, const ckca_data *data, const char 
         return ckca__fail(ctx, CKCA_ESHAPE, "%s: the pictures are %d x %d x %d, the model takes %d x %d x %d", what,
                           store->height, store->width, store->channels, m->height, m->width, m->channels);
     if (store->classes != m->classes)
-        return ckca__fail(ctx, CKCA_ESHAPE, "%s: the pictures have %d classes, the model has %d", what, store->classes,
+        return ckca__fail(ctx, CKCA_ESHAPE, "%s: the data has %d classes, the model has %d", what, store->classes,
                           m->classes);
     for (i = 0; m->class_names && i < m->classes; i++)
         if (strcmp(m->class_names[i], store->class_names[i]))
-            return ckca__fail(ctx, CKCA_EINVAL, "%s: class %d is \"%.60s\" in the pictures, \"%.60s\" in the model",
-                              what, i, store->class_names[i], m->class_names[i]);
+            return ckca__fail(ctx, CKCA_EINVAL, "%s: class %d is \"%.60s\" in the data, \"%.60s\" in the model", what,
+                              i, store->class_names[i], m->class_names[i]);
     if (!m->class_names) {
         m->class_names = ckca__copy_names(ctx, (const char *const *)store->class_names, m->classes);
         if (!m->class_names)
@@ -5824,7 +5870,7 @@ static ckca_status ckca__adopt(ckca_model *m, const ckca_data *data, const char 
     for (channel = 0; !m->normalized && channel < m->channels; channel++) {
         const size_t area = (size_t)m->height * (size_t)m->width, stride = (size_t)m->channels;
         const double count = (double)area * data->count;
-        uint64_t sum = 0, squares = 0; /* exact up to 2^48 bytes */
+        uint64_t sum = 0, squares = 0; /* exact for up to 2^48 values */
         double mean, variance;
         for (i = 0; i < data->count; i++) {
             const unsigned char *p = store->pixels + (size_t)data->index[i] * area * stride + channel;
@@ -5847,8 +5893,8 @@ static ckca_status ckca__adopt(ckca_model *m, const ckca_data *data, const char 
 /* ===================================================================================================================
    EXECUTION                                                                                                     >>run
 
-   A model's forward pass, backward pass and SGD step, each one loop over its nodes or arenas; then the same in a
-   caller's hands, and the tensors that a caller reads and writes.
+   The forward pass, the backward pass and the SGD step, each one loop over the nodes or the arenas; then the public
+   calls for them, and for reading and writing tensors.
    =================================================================================================================== */
 
 /* Below: */
@@ -5857,26 +5903,27 @@ static void ckca__fold(ckca_model *m, int mode);
 static void ckca__pack_weights(ckca_model *m, int mode);
 static void ckca__recompute_outputs(ckca_model *m, int i, int *next);
 
-/* ---- what runs, and where its values lie ---- */
+/* ---- which nodes run, and where their values are ---- */
 
-/* 1: node i runs in this mode (others run as part of a later tail). */
+/* 1 if node i runs an op of its own in this mode; 0 if a later tail runs it. */
 static int ckca__runs(const ckca_model *m, int i, int mode) {
     return !m->node[i].fused && !(m->node[i].folded && !(mode & CKCA__MODE_TRAIN));
 }
 
-/* 1: what node i gives is read after the forward pass is over, or its gradient comes from outside. */
+/* 1 if the output of node i is read after the forward pass, or its gradient starts the backward pass. */
 static int ckca__is_output(const ckca_model *m, int i, int mode) {
     return i == m->logits || i == m->pooled || (m->node[i].stage && (mode & CKCA__MODE_STAGES));
 }
 
-/* 1: the input of batch norm i makes room for its gradient: nothing else reads it, the input's own backward neither. */
+/* 1 if the gradient of batch norm i's input can overwrite that input: no other node reads it, nor does the backward of
+   the node that computed it. */
 static int ckca__in_place(const ckca_model *m, int i) {
     const ckca__node *x = &m->node[i];
     return !x->fused && x->head >= 0 && x->source > 0 && m->node[x->source].readers == 1 && !m->node[x->source].relu &&
            !ckca__reads_output(m, x->source);
 }
 
-/* 1: batch norm i takes its statistics and no more: the only node that reads it normalises for itself what it reads. */
+/* 1 if batch norm i only computes statistics, because the only node that reads it normalises while reading. */
 static int ckca__is_fused_into_reader(const ckca_model *m, int i, int mode) {
     const ckca__node *x = &m->node[i], *reader = x + 1, *end = m->node + m->nodes;
     ckca__conv s;
@@ -5891,22 +5938,23 @@ static int ckca__is_fused_into_reader(const ckca_model *m, int i, int mode) {
     return ckca__may_norm(m->ctx, &s);
 }
 
-/* 1: the backward of node i reads its output. A batch norm's tail does for its ReLU's gate where there is a residual;
-   otherwise it sees from its input whether the ReLU let a value pass. */
+/* 1 if the backward of node i reads its output. A batch norm's tail with a residual needs it to know where its ReLU was
+   positive; without a residual it can tell from its input. */
 static int ckca__reads_output(const ckca_model *m, int i) {
     const ckca__node *x = &m->node[i];
     if (x->head >= 0) return x->relu && x->residual >= 0;
     return (ckca__layer_of(m, i)->flags & CKCA__LAYER_READS_OUTPUT) != 0;
 }
 
-/* The node whose values stand for those of node i, and in norm what they go through first, if anything. */
-static int ckca__stand_in(const ckca_model *m, int i, int mode, const ckca__norm **norm) {
+/* The node whose stored values a reader of node i reads, and in *norm what the reader applies to them, or NULL. norm may
+   be NULL. */
+static int ckca__stored_node(const ckca_model *m, int i, int mode, const ckca__norm **norm) {
     const int fused = i >= 0 && m->node[i].fused_into_reader[mode];
     if (norm) *norm = fused ? &m->node[i].norm : NULL;
     return fused ? m->node[i].source : i;
 }
 
-/* A convolution or pooling on n pictures in a mode. */
+/* The shape of a convolution, pooling or subsample node for n pictures. */
 static void ckca__shape(const ckca_model *m, const ckca__node *node, int n, int mode, ckca__conv *s) {
     const ckca__node *x = &m->node[node->in[0]];
     s->bf16_x = x->bf16;
@@ -5926,43 +5974,46 @@ static void ckca__shape(const ckca_model *m, const ckca__node *node, int n, int 
     s->norm = m->node[node->source].fused_into_reader[mode] ? &m->node[node->source].norm : NULL;
 }
 
+/* The output of node i: n x h x w x c, where n is m->n. */
 static float *ckca__value(const ckca_model *m, int i) {
     return i == 0 ? (float *)(uintptr_t)m->input : m->activations + m->node[i].value[m->mode] * (size_t)m->n;
 }
-/* In the backward pass, where outputs may have been made again. */
-static float *ckca__value_now(const ckca_model *m, int i) {
-    return i == 0 ? ckca__value(m, 0) : m->activations + m->node[i].now * (size_t)m->n;
+/* The same during the backward pass, where it may have been recomputed. */
+static float *ckca__backward_value(const ckca_model *m, int i) {
+    return i == 0 ? ckca__value(m, 0) : m->activations + m->node[i].backward_value * (size_t)m->n;
 }
 static float *ckca__grad(const ckca_model *m, int i) {
     return m->activations + m->node[i].grad[m->mode] * (size_t)m->n;
 }
-/* What a layer leaves to its backward beside its output, see ckca__layer. */
+/* What node i's forward saves for its backward beside the output, see ckca__layer. */
 static void *ckca__side(const ckca_model *m, int i) { return m->activations + m->node[i].side[m->mode] * (size_t)m->n; }
-/* What node i reads, in the forward pass and in the backward pass. */
+/* The input of node i in the forward pass, and in the backward pass. */
 static const float *ckca__input(const ckca_model *m, int i) {
-    return ckca__value(m, ckca__stand_in(m, m->node[i].source, m->mode, NULL));
+    return ckca__value(m, ckca__stored_node(m, m->node[i].source, m->mode, NULL));
 }
-static const float *ckca__input_now(const ckca_model *m, int i) {
-    return ckca__value_now(m, ckca__stand_in(m, m->node[i].source, m->mode, NULL));
+static const float *ckca__backward_input(const ckca_model *m, int i) {
+    return ckca__backward_value(m, ckca__stored_node(m, m->node[i].source, m->mode, NULL));
 }
-/* Where a backward puts the gradient of node i, *add: by adding to it. NULL: none is wanted (of the pictures, of -1). */
+/* Where a backward writes the gradient of node i, or adds to it if *add is 1. NULL if it is not needed: the pictures'
+   (i is 0), or no node (i is -1). */
 static float *ckca__grad_into(ckca_model *m, int i, int *add) {
     *add = i > 0 ? ckca__accumulates(m, i) : 0;
     return i > 0 ? ckca__grad(m, i) : NULL;
 }
+/* Parameter which (CKCA__PARAM_...) of a node in an arena. */
 static float *ckca__param(const ckca_model *m, const ckca__node *node, float *arena, int which) {
     return arena + m->parameter[node->tensor + which].offset;
 }
 static size_t ckca__rows(const ckca__node *x, int n) { return (size_t)n * (size_t)x->h * (size_t)x->w; }
 
-/* The place where the caller puts n pictures before ckca__run_forward(m, n, mode, that place). */
+/* Where the caller writes n pictures (n x height x width x channels) before ckca__run_forward. */
 static float *ckca__input_buffer(ckca_model *m, int n, int mode) {
     return m->activations + m->node[0].value[mode] * (size_t)n;
 }
 
 /* ---- forward ---- */
 
-/* Runs n pictures at input (N x H x W x C, on the device) through the network; reserve first. */
+/* Runs n pictures at input (n x height x width x channels, on the device) through the network. Needs ckca__reserve. */
 static void ckca__run_forward(ckca_model *m, int n, int mode, const float *input) {
     const int training = mode & CKCA__MODE_TRAIN;
     int i;
@@ -5981,6 +6032,7 @@ static void ckca__run_forward(ckca_model *m, int n, int mode, const float *input
     }
 }
 
+/* Folds every batch norm that follows a convolution into its weights, for evaluation. */
 static void ckca__fold(ckca_model *m, int mode) {
     int i;
     for (i = 0; i < m->nodes; i++) {
@@ -6011,22 +6063,22 @@ static ckca__statistics ckca__statistics_of(const ckca_model *m, const ckca__nod
     return s;
 }
 
-/* Makes the weights of all convolutions as they read them: before a training forward, after folding. */
+/* Packs the weights of all convolutions: before every training forward pass, and in evaluation after folding. */
 static void ckca__pack_weights(ckca_model *m, int mode) {
-    enum { AT_ONCE = 32 };
-    ckca__conv s[AT_ONCE];
-    const float *w[AT_ONCE];
+    enum { PER_CALL = 32 };
+    ckca__conv s[PER_CALL];
+    const float *w[PER_CALL];
     size_t offset = 0;
     int i, count = 0;
     for (i = 1; i < m->nodes && m->packed_weights; i++) {
         ckca__node *x = &m->node[i];
         const int folded = x->folded && !(mode & CKCA__MODE_TRAIN);
-        if (!ckca__has(m, i, CKCA__LAYER_CONVOLUTION)) continue;
+        if (!ckca__has_flag(m, i, CKCA__LAYER_CONVOLUTION)) continue;
         x->packed_weights = offset;
         ckca__shape(m, x, 1, mode, &s[count]);
         offset += ckca__packed_bytes(m->ctx, &s[count], mode & CKCA__MODE_TRAIN);
         w[count++] = ckca__param(m, x, folded ? m->folded : m->values, CKCA__PARAM_WEIGHT);
-        if (count < AT_ONCE) continue;
+        if (count < PER_CALL) continue;
         ckca__op_pack_weights(m->ctx, count, s, w, mode & CKCA__MODE_TRAIN);
         count = 0;
     }
@@ -6035,47 +6087,48 @@ static void ckca__pack_weights(ckca_model *m, int mode) {
 
 /* ---- backward ---- */
 
-/* The reverse walk. Before it, gradients of outputs (logits at least) are in ckca__grad with written set. */
+/* Runs all nodes backward. The caller has written the gradient of the logits, and possibly of other outputs, to
+   ckca__grad and set their has_grad. */
 static void ckca__run_backward(ckca_model *m) {
     int i, next = 0;
-    for (i = 0; i < m->nodes; i++) m->node[i].now = m->node[i].value[m->mode];
+    for (i = 0; i < m->nodes; i++) m->node[i].backward_value = m->node[i].value[m->mode];
     for (i = m->nodes - 1; i > 0; i--) {
-        if (m->node[i].fused || !m->node[i].written) continue;
+        if (m->node[i].fused || !m->node[i].has_grad) continue;
         ckca__recompute_outputs(m, i, &next);
         ckca__layer_of(m, i)->backward(m, i);
     }
 }
 
-/* 1 if node i's gradient has to be added to, and notes that from now on it has. */
+/* 1 if node i's gradient already has a value, so that the caller must add to it. Sets has_grad. */
 static int ckca__accumulates(ckca_model *m, int i) {
-    int was = m->node[i].written;
-    m->node[i].written = 1;
+    int was = m->node[i].has_grad;
+    m->node[i].has_grad = 1;
     return was;
 }
 
-/* Makes again what node i's backward reads, from item *next of the list on. */
+/* Recomputes the outputs that node i's backward reads. *next: the first item of the list that is not done yet. */
 static void ckca__recompute_outputs(ckca_model *m, int i, int *next) {
     for (; *next < m->recomputes[m->mode] && m->recompute[m->mode][*next].before >= i; ++*next) {
         const ckca__recompute *item = &m->recompute[m->mode][*next];
         ckca__node *x = &m->node[item->node];
         const ckca__norm *residual_norm;
-        const int other = ckca__stand_in(m, x->residual, m->mode, &residual_norm);
-        const float *residual = other >= 0 ? ckca__value_now(m, other) : NULL;
-        x->now = item->at;
-        ckca__op_batchnorm_recompute(m->ctx, x->bf16, ckca__rows(x, m->n), x->c, ckca__value_now(m, x->source),
-                                     &x->norm, residual, residual_norm, ckca__value_now(m, item->node));
+        const int other = ckca__stored_node(m, x->residual, m->mode, &residual_norm);
+        const float *residual = other >= 0 ? ckca__backward_value(m, other) : NULL;
+        x->backward_value = item->offset;
+        ckca__op_batchnorm_recompute(m->ctx, x->bf16, ckca__rows(x, m->n), x->c, ckca__backward_value(m, x->source),
+                                     &x->norm, residual, residual_norm, ckca__backward_value(m, item->node));
     }
 }
 
-static void ckca__clear_written(ckca_model *m) {
+static void ckca__clear_has_grad(ckca_model *m) {
     int i;
-    for (i = 0; i < m->nodes; i++) m->node[i].written = 0;
+    for (i = 0; i < m->nodes; i++) m->node[i].has_grad = 0;
 }
 
 /* ---- SGD ---- */
 
-/* One SGD step over the arenas: decay on the first part only. lr and gscale are a float each on the device; d's own lr
-   is not looked at. */
+/* One SGD step on all parameters; weight decay applies to the first m->decayed floats. lr and gscale point to one float
+   each on the device; d->lr is ignored. */
 static void ckca__run_sgd(ckca_model *m, const ckca_sgd_desc *d, const float *lr, float *gscale) {
     ckca_context *ctx = m->ctx;
     if (d->clip_norm > 0) ckca__op_clip(ctx, m->trainable, m->gradients, d->clip_norm, gscale, m->workspace);
@@ -6085,7 +6138,7 @@ static void ckca__run_sgd(ckca_model *m, const ckca_sgd_desc *d, const float *lr
     m->folded_valid = 0;
 }
 
-/* ---- a step in your own hands ---- */
+/* ---- forward, backward and SGD as public calls ---- */
 
 CKCA_API ckca_status ckca_forward(ckca_model *m, const float *pictures, int n, int training) {
     const int mode = training ? CKCA__MODE_TRAIN | CKCA__MODE_READABLE : CKCA__MODE_EVALUATE;
@@ -6106,15 +6159,15 @@ CKCA_API ckca_status ckca_forward(ckca_model *m, const float *pictures, int n, i
     return ckca__device_status(m->ctx);
 }
 
-static ckca_status ckca__no_node(const ckca_model *m, const char *call, int node) {
+static ckca_status ckca__node_error(const ckca_model *m, const char *call, int node) {
     char nodes[64];
     return ckca__fail(m->ctx, CKCA_EINVAL, "%s: there is no node %d (%s)", call, node,
-                      ckca__which_nodes(m, nodes, sizeof nodes));
+                      ckca__node_range(m, nodes, sizeof nodes));
 }
 
 CKCA_API ckca_status ckca_node_shape(const ckca_model *m, int node, int *height, int *width, int *channels) {
     if (!m) return CKCA_EINVAL;
-    if (node < 0 || node >= m->nodes) return ckca__no_node(m, "ckca_node_shape", node);
+    if (node < 0 || node >= m->nodes) return ckca__node_error(m, "ckca_node_shape", node);
     if (height) *height = m->node[node].h;
     if (width) *width = m->node[node].w;
     if (channels) *channels = m->node[node].c;
@@ -6127,22 +6180,22 @@ CKCA_API ckca_status ckca_node_read(ckca_model *m, int node, float *out) {
     if (!m) return CKCA_EINVAL;
     if ((status = ckca__check_finished(m, "ckca_node_read"))) return status;
     if (!out) return ckca__null(m->ctx, "ckca_node_read", "out");
-    if (node < 0 || node >= m->nodes) return ckca__no_node(m, "ckca_node_read", node);
+    if (node < 0 || node >= m->nodes) return ckca__node_error(m, "ckca_node_read", node);
     if (!m->n)
         return ckca__fail(m->ctx, CKCA_EINVAL,
-                          "ckca_node_read: no ckca_forward before it, or its outputs are gone (ckca_backward "
-                          "overwrites them)");
+                          "ckca_node_read: it needs a ckca_forward before it, and no ckca_backward in between, which "
+                          "overwrites the outputs");
     if (!(m->mode & CKCA__MODE_READABLE) && node != m->logits && node != m->pooled)
         return ckca__fail(m->ctx, CKCA_EINVAL,
-                          "ckca_node_read: node %d (%s) cannot be read: that takes a ckca_forward with training; after "
-                          "any other, the logits (%d) and the features (%d) can",
+                          "ckca_node_read: node %d (%s) cannot be read: only a ckca_forward with training keeps it; "
+                          "without, only the logits (%d) and the features (%d) can be read",
                           node, ckca__kind_name[m->node[node].kind], m->logits, m->pooled);
     if (!ckca__runs(m, node, m->mode))
         return ckca__fail(m->ctx, CKCA_EINVAL,
                           "ckca_node_read: node %d (%s) cannot be read: it is fused into the node that reads it", node,
                           ckca__kind_name[m->node[node].kind]);
     values = ckca__rows(&m->node[node], m->n) * (size_t)m->node[node].c;
-    if (m->node[node].bf16) { /* to the end of out, and widened from its beginning */
+    if (m->node[node].bf16) { /* downloaded to the second half of out, then widened from the start */
         const unsigned char *bytes = (unsigned char *)out + 2 * values;
         ckca__device_download(m->ctx, (unsigned char *)out + 2 * values, ckca__value(m, node), 2 * values);
         for (i = 0; i < values; i++) {
@@ -6165,17 +6218,17 @@ CKCA_API ckca_status ckca_backward(ckca_model *m, const float *dlogits, const fl
     if (!dlogits) return ckca__null(m->ctx, "ckca_backward", "dlogits");
     if (!m->n || m->mode != (CKCA__MODE_TRAIN | CKCA__MODE_READABLE))
         return ckca__fail(m->ctx, CKCA_EINVAL,
-                          "ckca_backward: it needs a ckca_forward with training right before it, one for each");
-    ckca__clear_written(m);
+                          "ckca_backward: every call needs its own ckca_forward with training right before it");
+    ckca__clear_has_grad(m);
     ckca__device_upload(m->ctx, ckca__grad(m, m->logits), dlogits, (size_t)m->n * (size_t)m->classes * sizeof(float));
-    m->node[m->logits].written = 1;
+    m->node[m->logits].has_grad = 1;
     if (dfeatures) {
         ckca__device_upload(m->ctx, ckca__grad(m, m->pooled), dfeatures,
                             (size_t)m->n * (size_t)m->features * sizeof(float));
-        m->node[m->pooled].written = 1;
+        m->node[m->pooled].has_grad = 1;
     }
     ckca__run_backward(m);
-    m->n = 0; /* gradients took the activations' place: a second backward would read them */
+    m->n = 0; /* gradients have overwritten the activations, so a second backward must fail */
     return ckca__device_status(m->ctx);
 }
 
@@ -6204,9 +6257,9 @@ CKCA_API ckca_status ckca_sgd(ckca_model *m, const ckca_sgd_desc *desc) {
     if ((status = ckca__settings_check(m->ctx, "ckca_sgd", &settings))) return status;
     if (!m->gradients || !m->momentum || !m->rate)
         return ckca__fail(m->ctx, CKCA_EINVAL,
-                          "ckca_sgd: there are no gradients yet: ckca_forward with training, then ckca_backward");
-    ckca__settings_fill(&settings);
-    ckca__settings_off(&settings);
+                          "ckca_sgd: there are no gradients yet: call ckca_forward with training, then ckca_backward");
+    ckca__settings_apply_defaults(&settings);
+    ckca__settings_resolve_off(&settings);
     d.momentum = settings.momentum;
     d.weight_decay = settings.weight_decay;
     d.clip_norm = settings.clip_norm;
@@ -6226,7 +6279,7 @@ CKCA_API int ckca_tensor_find(const ckca_model *m, const char *name) {
     return -1;
 }
 
-/* The first checks of a call that takes a tensor by its index, and argument to put it in or take it from. */
+/* Checks the arguments of a call that takes tensor i and a pointer, whose name is argument. */
 static ckca_status ckca__check_tensor(const ckca_model *m, const char *call, int i, const void *memory,
                                       const char *argument) {
     ckca_status status = ckca__check_finished(m, call);
@@ -6252,7 +6305,7 @@ CKCA_API ckca_status ckca_tensor_info_get(const ckca_model *m, int i, ckca_tenso
     return CKCA_OK;
 }
 
-/* Between the arenas' K x R x S x C and the files' K x C x R x S, host to host. */
+/* Converts between the arenas' K x R x S x C and the files' K x C x R x S; p->count floats, host to host. */
 static void ckca__reorder(const ckca__parameter *p, const float *from, float *to, int to_pytorch) {
     const size_t c = (size_t)p->shape[1], area = (size_t)p->shape[2] * (size_t)p->shape[3];
     size_t k, i, j;
@@ -6270,9 +6323,9 @@ static void ckca__reorder(const ckca__parameter *p, const float *from, float *to
             }
 }
 
-/* A tensor's place in the arena that slot names, and a host buffer of its size to be released. */
-static ckca_status ckca__tensor_place(ckca_model *m, const char *call, int i, ckca_slot slot, float **place,
-                                      float **host) {
+/* *device: the tensor in the arena of slot. *host: a buffer of p->count floats, which the caller releases. */
+static ckca_status ckca__tensor_buffer(ckca_model *m, const char *call, int i, ckca_slot slot, float **device,
+                                       float **host) {
     static const char *const slot_name[CKCA_SLOT_COUNT] = {"value", "gradient", "momentum"};
     float *const arenas[CKCA_SLOT_COUNT] = {m->values, m->gradients, m->momentum}, *arena;
     const ckca__parameter *p = &m->parameter[i];
@@ -6286,36 +6339,36 @@ static ckca_status ckca__tensor_place(ckca_model *m, const char *call, int i, ck
                           slot_name[slot]);
     if (!arena)
         return ckca__fail(m->ctx, CKCA_EINVAL,
-                          "%s: %s has no %s yet: ckca_forward with training, or ckca_update, makes room for it", call,
-                          p->name, slot_name[slot]);
+                          "%s: %s has no %s yet: ckca_forward with training or ckca_update allocates it", call, p->name,
+                          slot_name[slot]);
     *host = (float *)ckca__alloc(m->ctx, p->count * sizeof(float));
     if (!*host) return ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for a copy", p->name);
-    *place = arena + p->offset;
+    *device = arena + p->offset;
     return CKCA_OK;
 }
 
 CKCA_API ckca_status ckca_tensor_read(ckca_model *m, int i, ckca_slot slot, float *out) {
-    float *host, *place;
+    float *host, *device;
     ckca_status status;
     if (!m) return CKCA_EINVAL;
     if ((status = ckca__check_tensor(m, "ckca_tensor_read", i, out, "out")) ||
-        (status = ckca__tensor_place(m, "ckca_tensor_read", i, slot, &place, &host)))
+        (status = ckca__tensor_buffer(m, "ckca_tensor_read", i, slot, &device, &host)))
         return status;
-    ckca__device_download(m->ctx, host, place, m->parameter[i].count * sizeof(float));
+    ckca__device_download(m->ctx, host, device, m->parameter[i].count * sizeof(float));
     ckca__reorder(&m->parameter[i], host, out, 1);
     ckca__release(m->ctx, host);
     return ckca__device_status(m->ctx);
 }
 
 CKCA_API ckca_status ckca_tensor_write(ckca_model *m, int i, ckca_slot slot, const float *in) {
-    float *host, *place;
+    float *host, *device;
     ckca_status status;
     if (!m) return CKCA_EINVAL;
     if ((status = ckca__check_tensor(m, "ckca_tensor_write", i, in, "in")) ||
-        (status = ckca__tensor_place(m, "ckca_tensor_write", i, slot, &place, &host)))
+        (status = ckca__tensor_buffer(m, "ckca_tensor_write", i, slot, &device, &host)))
         return status;
     ckca__reorder(&m->parameter[i], in, host, 0);
-    ckca__device_upload(m->ctx, place, host, m->parameter[i].count * sizeof(float));
+    ckca__device_upload(m->ctx, device, host, m->parameter[i].count * sizeof(float));
     ckca__release(m->ctx, host);
     m->folded_valid = 0;
     return ckca__device_status(m->ctx);
@@ -6324,23 +6377,23 @@ CKCA_API ckca_status ckca_tensor_write(ckca_model *m, int i, ckca_slot slot, con
 /* ===================================================================================================================
    MEMORY PLAN                                                                                                  >>plan
 
-   How much memory a model takes, and where in it each value and gradient lies.
+   How much memory a model takes, and at which offset each value and gradient is.
 
-   A buffer lives from the moment that writes it to the last one that reads it; buffers whose lives do not overlap may
-   share memory. Moments of a step: node i runs forward at i, backward at 2 nodes - 1 - i. All sizes are per picture, so
-   one plan serves every batch size.
+   A buffer is live from the moment that writes it to the last moment that reads it. Buffers that are never live at the
+   same time may share memory. In an SGD step, node i runs forward at moment i and backward at moment 2 nodes - 1 - i. All
+   sizes are per picture, so one plan serves every batch size.
 
-   Most of what backward reads is each batch norm's input and, for the weight gradient behind it, its output. The output
-   is not kept from one pass to the other: backward recomputes it when it needs it, from the input and, where there is
-   one, the residual, which may have to be recomputed first, and so on up to the stage's first block. That is a pass over
-   memory, without arithmetic worth counting, and nearly halves the activations. What is recomputed on the way is kept
-   for its own turn if that does not raise the peak; otherwise it is recomputed once more then.
+   Backward reads mostly the input of each batch norm and, for the weight gradient of the convolution after it, its
+   output. That output is not kept: backward recomputes it from the input and, where there is one, the residual, which
+   may itself have to be recomputed, back to the first block of the stage. This costs one pass over memory with little
+   arithmetic and nearly halves the activations. An intermediate result of this is kept until its own reader needs it,
+   unless that would raise the peak; then it is recomputed a second time.
 
-   The output of a batch norm with a single reader inside a block is never written at all where that reader can normalise
-   for itself (see ckca__is_fused_into_reader): it reads the batch norm's input and normalises in registers.
+   If the only reader of a batch norm can normalise while reading (see ckca__is_fused_into_reader), the output is never
+   written: the reader reads the batch norm's input and normalises in registers.
 
-   Worked example: a net of four nodes on pictures of 8 x 8 x 16. Node 0 is the pictures, 1 a convolution to 16 channels,
-   2 global average pooling, 3 the logits. Forward takes moments 0 to 3, backward 4 to 7 (node 3 at 4, node 1 at 6).
+   Worked example: four nodes on pictures of 8 x 8 x 16. Node 0 is the pictures, 1 a convolution to 16 channels, 2 global
+   average pooling, 3 the logits. Forward takes moments 0 to 3, backward 4 to 7 (node 3 at 4, node 1 at 6).
 
        buffer        floats   written at   last read at                                offset
        value 0         1024   0            6, by the convolution's weight gradient     0
@@ -6351,25 +6404,28 @@ CKCA_API ckca_status ckca_tensor_write(ckca_model *m, int i, ckca_slot slot, con
        value 3           16   3            4, by the loss                              1024: value 1 is dead
        gradient 3        16   4            4                                           1040
 
-   2080 floats a picture instead of 3120. The largest buffers are placed first, each at the lowest offset that is free
-   while it lives (ckca__plan_place).
+   The plan takes 2080 floats per picture instead of 3120. ckca__plan_offsets assigns offsets to the largest buffers
+   first, each the lowest that is free while the buffer is live.
    =================================================================================================================== */
 
 typedef struct ckca__buffer {
-    size_t size, *offset;
-    int born, dies;
+    size_t size, *offset;    /* in floats per picture; *offset: where the plan writes the offset */
+    int first_use, last_use; /* moments */
 } ckca__buffer;
 
 typedef struct ckca__planner {
     ckca_model *m;
-    int mode, end;      /* moments: 0 to end - 1 */
-    size_t *live, peak; /* floats at each moment, per picture; the most of them */
-    int *reader;        /* by node: the last one that reads it in the forward pass; -1: none */
-    int *place;         /* by node: where its gradient lies: that of node place or, below 0, the value of ~place */
-    int *since;         /* by node: the first moment at which backward itself reads it; end: never */
-    int *until;         /* by node: the last one at which it is read, if only to make others again; -1: never */
-    int *latest;        /* by node: its last item in the list of what is made again; -1: none; -2: it is kept */
+    int mode, end;      /* moments are 0 to end - 1 */
+    size_t *live, peak; /* live floats per picture at each moment, and their maximum */
+    /* One value per node: */
+    int *last_reader; /* the last node that reads it in the forward pass; -1: none */
+    int *grad_at;     /* where its gradient is: with that of node grad_at or, if negative, over the value of ~grad_at */
+    int *first_read;  /* the first moment at which backward itself reads it; end: never */
+    int *last_read;   /* the last moment at which backward reads it, also to recompute others; -1: never */
+    int *last_item;   /* its last item in the list of recomputations, or one of the values below */
 } ckca__planner;
+
+enum { CKCA__ITEM_NONE = -1, CKCA__ITEM_KEPT = -2 }; /* not recomputed so far; kept from the forward pass */
 
 /* Below: */
 static int ckca__reserve_zeroed(const ckca_model *m, float **arena);
@@ -6378,20 +6434,21 @@ static size_t ckca__all_packed_bytes(const ckca_model *m, int mode);
 static size_t ckca__workspace_bytes(const ckca_model *m, int n, int mode);
 static ckca_status ckca__plan(ckca_model *m, int mode);
 static void ckca__plan_gradients(ckca__planner *p);
-static int ckca__plan_shared(const ckca__planner *p, int place);
+static int ckca__plan_grad_last_use(const ckca__planner *p, int grad_at);
 static void ckca__plan_backward(ckca__planner *p);
-static int ckca__plan_want(ckca__planner *p, int i, int j, int on_the_way, int *failed);
-static void ckca__plan_add(ckca__planner *p, ckca__buffer *b, size_t size, size_t *offset, int born, int dies);
-static size_t ckca__plan_place(ckca__buffer *list, int count);
+static int ckca__plan_recompute(ckca__planner *p, int i, int j, int intermediate, int *failed);
+static void ckca__plan_add_buffer(ckca__planner *p, ckca__buffer *b, size_t size, size_t *offset, int first_use,
+                                  int last_use);
+static size_t ckca__plan_offsets(ckca__buffer *list, int count);
 static int ckca__largest_first(const void *a, const void *b);
-static size_t ckca__plan_most(const ckca__planner *p, int born, int dies, size_t size);
-static void ckca__plan_live(ckca__planner *p, int born, int dies, size_t size);
-static void ckca__plan_read(ckca__planner *p, int i, int moment);
+static size_t ckca__plan_peak(const ckca__planner *p, int first_use, int last_use, size_t size);
+static void ckca__plan_add_live(ckca__planner *p, int first_use, int last_use, size_t size);
+static void ckca__plan_note_read(ckca__planner *p, int i, int moment);
 static size_t ckca__node_floats(const ckca__node *x);
 
 /* ---- arenas ---- */
 
-/* Memory for n pictures in a mode; after it a step allocates nothing. */
+/* Allocates memory for n pictures in a mode, so that no forward, backward or SGD step allocates any. */
 static ckca_status ckca__reserve(ckca_model *m, int n, int mode) {
     ckca_bytes bytes;
     ckca_status status;
@@ -6406,19 +6463,19 @@ static ckca_status ckca__reserve(ckca_model *m, int n, int mode) {
         m->recompute_outputs = 1;
         for (other = 0; other < CKCA__MODES; other++)
             if (other & CKCA__MODE_TRAIN) m->plan_values[other] = 0;
-        ckca__device_release(m->ctx, activations, m->activation_bytes); /* nothing goes on with the old plan */
+        ckca__device_release(m->ctx, activations, m->activation_bytes); /* no pass continues with the old plan */
         activations = m->activations = NULL;
         m->activation_bytes = 0;
         m->n = 0;
         if ((status = ckca__plan(m, mode)) || (status = ckca__measure(m, n, mode, &bytes))) return status;
     }
-    if (activations && m->activation_bytes < bytes.activations) m->n = 0; /* what was in it goes */
+    if (activations && m->activation_bytes < bytes.activations) m->n = 0; /* the outputs in it are lost */
     ok = ckca__arena(m->ctx, &activations, &m->activation_bytes, bytes.activations);
     m->activations = (float *)activations;
     packed = ckca__all_packed_bytes(m, mode);
     ok = ok && ckca__arena(m->ctx, &m->workspace, &m->workspace_bytes, bytes.workspace - packed);
     if (packed > m->packed_bytes) {
-        m->folded_valid = 0; /* what was made goes */
+        m->folded_valid = 0; /* the packed weights are lost */
         ok = ok && ckca__arena(m->ctx, &m->packed_weights, &m->packed_bytes, packed);
     }
     if (ok && !m->saved && m->saved_count)
@@ -6436,7 +6493,7 @@ static ckca_status ckca__reserve(ckca_model *m, int n, int mode) {
     return CKCA_OK;
 }
 
-/* An arena of at least bytes; a larger one replaces it (contents are not kept). */
+/* Makes *arena hold at least bytes; a new one does not keep the contents. Returns 0 if out of memory. */
 static int ckca__arena(ckca_context *ctx, void **arena, size_t *capacity, size_t bytes) {
     if (*arena && *capacity >= bytes) return 1;
     ckca__device_release(ctx, *arena, *capacity);
@@ -6446,7 +6503,7 @@ static int ckca__arena(ckca_context *ctx, void **arena, size_t *capacity, size_t
     return *arena != NULL;
 }
 
-/* Gradients or momentum, which start as zeros, where there are none yet. */
+/* Allocates gradients or momentum, as zeros, if there are none yet. Returns 0 if out of memory. */
 static int ckca__reserve_zeroed(const ckca_model *m, float **arena) {
     const size_t bytes = m->trainable * sizeof(float);
     if (*arena) return 1;
@@ -6456,7 +6513,7 @@ static int ckca__reserve_zeroed(const ckca_model *m, float **arena) {
 }
 
 CKCA_API ckca_status ckca_model_bytes(const ckca_model *model, int batch, int training, ckca_bytes *bytes) {
-    ckca_model *m = (ckca_model *)(uintptr_t)model; /* planning fills in offsets, nothing that a caller can see */
+    ckca_model *m = (ckca_model *)(uintptr_t)model; /* planning sets offsets, which no caller can see */
     ckca__bound bound = {"batch", 0, 1, CKCA__BATCH_MAX, 0};
     ckca_status status;
     int mode = training ? CKCA__MODE_TRAIN : CKCA__MODE_EVALUATE;
@@ -6470,6 +6527,7 @@ CKCA_API ckca_status ckca_model_bytes(const ckca_model *model, int batch, int tr
     return ckca__measure(m, batch, mode, bytes);
 }
 
+/* The memory that n pictures take in a mode that has a plan. */
 static ckca_status ckca__measure(const ckca_model *m, int n, int mode, ckca_bytes *bytes) {
     memset(bytes, 0, sizeof *bytes);
     bytes->parameters = m->all * sizeof(float);
@@ -6489,18 +6547,20 @@ static ckca_status ckca__measure(const ckca_model *m, int n, int mode, ckca_byte
     return CKCA_OK;
 }
 
+/* Bytes of the packed weights of all convolutions. */
 static size_t ckca__all_packed_bytes(const ckca_model *m, int mode) {
     size_t bytes = 0;
     int i;
     for (i = 1; i < m->nodes; i++) {
         ckca__conv s;
-        if (!ckca__has(m, i, CKCA__LAYER_CONVOLUTION)) continue;
+        if (!ckca__has_flag(m, i, CKCA__LAYER_CONVOLUTION)) continue;
         ckca__shape(m, &m->node[i], 1, mode, &s);
         bytes = ckca__sum(bytes, ckca__packed_bytes(m->ctx, &s, mode & CKCA__MODE_TRAIN));
     }
     return bytes;
 }
 
+/* Bytes of scratch memory that the most demanding op needs. */
 static size_t ckca__workspace_bytes(const ckca_model *m, int n, int mode) {
     size_t most = 0, bytes;
     int i;
@@ -6514,29 +6574,30 @@ static size_t ckca__workspace_bytes(const ckca_model *m, int n, int mode) {
 
 /* ---- the planner ---- */
 
+/* Plans a mode: lists all buffers with their first and last use, then the recomputations, then assigns offsets. */
 static ckca_status ckca__plan(ckca_model *m, int mode) {
     const int training = mode & CKCA__MODE_TRAIN, end = 2 * m->nodes;
     ckca__planner planner, *p = &planner;
-    size_t room = (size_t)m->nodes * (3 * sizeof(ckca__buffer) + 2 * sizeof(size_t) + 5 * sizeof(int));
+    size_t bytes = (size_t)m->nodes * (3 * sizeof(ckca__buffer) + 2 * sizeof(size_t) + 5 * sizeof(int));
     ckca__buffer *list, *all;
     int i, count = 0, failed = 0;
-    list = (ckca__buffer *)ckca__alloc(m->ctx, room);
+    list = (ckca__buffer *)ckca__alloc(m->ctx, bytes);
     if (!list) return ckca__fail(m->ctx, CKCA_ENOMEM, "out of memory for the plan of %d nodes", m->nodes);
     p->m = m;
     p->mode = mode;
     p->end = end;
     p->peak = 0;
     p->live = (size_t *)(list + 3 * m->nodes);
-    p->since = (int *)(p->live + end);
-    p->until = p->since + m->nodes;
-    p->latest = p->until + m->nodes;
-    p->reader = p->latest + m->nodes;
-    p->place = p->reader + m->nodes;
+    p->first_read = (int *)(p->live + end);
+    p->last_read = p->first_read + m->nodes;
+    p->last_item = p->last_read + m->nodes;
+    p->last_reader = p->last_item + m->nodes;
+    p->grad_at = p->last_reader + m->nodes;
     m->recomputes[mode] = 0;
     for (i = 0; i < m->nodes; i++) {
         ckca__node *x = &m->node[i];
         x->fused_into_reader[mode] = ckca__is_fused_into_reader(m, i, mode);
-        p->reader[i] = -1;
+        p->last_reader[i] = -1;
         x->takes = 0; /* a tail comes after its convolution */
         if (!x->fused && x->head >= 0 && ckca__has(m, x->source, CKCA__LAYER_CONVOLUTION) &&
             !m->node[x->source].takes) {
@@ -6545,11 +6606,11 @@ static ckca_status ckca__plan(ckca_model *m, int mode) {
             if (ckca__may_take_statistics(m->ctx, &s)) m->node[x->source].takes = i;
         }
         if (!ckca__runs(m, i, mode)) continue;
-        if (i) p->reader[ckca__stand_in(m, x->source, mode, NULL)] = i;
-        if (x->residual >= 0) p->reader[ckca__stand_in(m, x->residual, mode, NULL)] = i;
+        if (i) p->last_reader[ckca__stored_node(m, x->source, mode, NULL)] = i;
+        if (x->residual >= 0) p->last_reader[ckca__stored_node(m, x->residual, mode, NULL)] = i;
         /* In evaluation a batch norm's tail runs the folded convolution too. */
-        if (i) p->reader[training || !m->node[x->source].folded ? x->source : m->node[x->source].in[0]] = i;
-        if (x->residual >= 0) p->reader[x->residual] = i;
+        if (i) p->last_reader[training || !m->node[x->source].folded ? x->source : m->node[x->source].in[0]] = i;
+        if (x->residual >= 0) p->last_reader[x->residual] = i;
     }
     if (training) {
         ckca__plan_backward(p);
@@ -6559,26 +6620,27 @@ static ckca_status ckca__plan(ckca_model *m, int mode) {
         ckca__node *x = &m->node[i];
         const size_t size = ckca__node_floats(x);
         const int output = ckca__is_output(m, i, mode);
-        int dies = p->reader[i] > i ? p->reader[i] : i;
+        int last_use = p->last_reader[i] > i ? p->last_reader[i] : i;
         if (!ckca__runs(m, i, mode)) continue;
-        if (output || (mode & CKCA__MODE_READABLE)) dies = m->nodes;
-        if (training && p->latest[i] == -2 && dies < p->until[i]) dies = p->until[i];
-        if (training && i > 0 && p->place[i] == ~i) dies = ckca__plan_shared(p, ~i);
-        if (!x->fused_into_reader[mode]) ckca__plan_add(p, &list[count++], size, &x->value[mode], i, dies);
-        if (training && i > 0 && p->place[i] == i)
-            ckca__plan_add(p, &list[count++], size, &x->grad[mode],
-                           output || p->reader[i] < 0 ? m->nodes : end - 1 - p->reader[i], ckca__plan_shared(p, i));
+        if (output || (mode & CKCA__MODE_READABLE)) last_use = m->nodes;
+        if (training && p->last_item[i] == CKCA__ITEM_KEPT && last_use < p->last_read[i]) last_use = p->last_read[i];
+        if (training && i > 0 && p->grad_at[i] == ~i) last_use = ckca__plan_grad_last_use(p, ~i);
+        if (!x->fused_into_reader[mode]) ckca__plan_add_buffer(p, &list[count++], size, &x->value[mode], i, last_use);
+        if (training && i > 0 && p->grad_at[i] == i)
+            ckca__plan_add_buffer(p, &list[count++], size, &x->grad[mode],
+                                  output || p->last_reader[i] < 0 ? m->nodes : end - 1 - p->last_reader[i],
+                                  ckca__plan_grad_last_use(p, i));
         if (training && ckca__layer_of(m, i)->side)
-            ckca__plan_add(p, &list[count++],
-                           ckca__round_up(ckca__layer_of(m, i)->side(x), CKCA__ALIGN / sizeof(float)), &x->side[mode],
-                           i, end - 1 - i);
+            ckca__plan_add_buffer(p, &list[count++],
+                                  ckca__round_up(ckca__layer_of(m, i)->side(x), CKCA__ALIGN / sizeof(float)),
+                                  &x->side[mode], i, end - 1 - i);
     }
-    for (i = m->nodes - 1; training && i > 0; i--) { /* as backward will come to it */
+    for (i = m->nodes - 1; training && i > 0; i--) { /* in the order of the backward pass */
         const ckca__node *x = &m->node[i];
         if (x->fused) continue;
         if (ckca__layer_of(m, i)->flags & CKCA__LAYER_READS_INPUT)
-            ckca__plan_want(p, ckca__stand_in(m, x->source, mode, NULL), i, 0, &failed);
-        if (ckca__reads_output(m, i)) ckca__plan_want(p, i, i, 0, &failed);
+            ckca__plan_recompute(p, ckca__stored_node(m, x->source, mode, NULL), i, 0, &failed);
+        if (ckca__reads_output(m, i)) ckca__plan_recompute(p, i, i, 0, &failed);
     }
     all = failed ? NULL : (ckca__buffer *)ckca__alloc(m->ctx, (size_t)(count + m->recomputes[mode]) * sizeof *all);
     if (!all) {
@@ -6588,152 +6650,155 @@ static ckca_status ckca__plan(ckca_model *m, int mode) {
     memcpy(all, list, (size_t)count * sizeof *all);
     for (i = 0; i < m->recomputes[mode]; i++) {
         ckca__recompute *item = &m->recompute[mode][i];
-        if (item->in != i) continue;
+        if (item->buffer_of != i) continue;
         all[count].size = ckca__node_floats(&m->node[item->node]);
-        all[count].offset = &item->at;
-        all[count].born = end - 1 - item->before;
-        all[count++].dies = item->ends;
+        all[count].offset = &item->offset;
+        all[count].first_use = end - 1 - item->before;
+        all[count++].last_use = item->buffer_end;
     }
-    m->plan_values[mode] = ckca__plan_place(all, count);
+    m->plan_values[mode] = ckca__plan_offsets(all, count);
     for (i = 0; i < m->recomputes[mode]; i++)
-        m->recompute[mode][i].at = m->recompute[mode][m->recompute[mode][i].in].at;
+        m->recompute[mode][i].offset = m->recompute[mode][m->recompute[mode][i].buffer_of].offset;
     for (i = 1; training && i < m->nodes; i++) {
         ckca__node *x = &m->node[i];
-        x->grad[mode] = p->place[i] < 0 ? m->node[~p->place[i]].value[mode] : m->node[p->place[i]].grad[mode];
+        x->grad[mode] = p->grad_at[i] < 0 ? m->node[~p->grad_at[i]].value[mode] : m->node[p->grad_at[i]].grad[mode];
     }
     ckca__release(m->ctx, all);
     ckca__release(m->ctx, list);
     return CKCA_OK;
 }
 
-/* Which gradients need no place of their own: a batch norm's backward writes dx over x where nothing else reads x, and
-   then what it passes on to its residual, if that is the first gradient to come there, over dy. */
+/* Finds the gradients that need no buffer of their own: a batch norm's backward overwrites x with dx if no other node
+   reads x; it may then overwrite dy with the residual's gradient, if that is the first value of it. */
 static void ckca__plan_gradients(ckca__planner *p) {
     const ckca_model *m = p->m;
     int i;
-    for (i = 0; i < m->nodes; i++) p->place[i] = i;
+    for (i = 0; i < m->nodes; i++) p->grad_at[i] = i;
     for (i = m->nodes - 1; i > 0; i--) {
         const ckca__node *x = &m->node[i];
         if (!ckca__in_place(m, i)) continue;
-        p->place[x->source] = ~x->source;
-        if (x->residual > 0 && p->reader[x->residual] == i && !ckca__is_output(m, x->residual, p->mode))
-            p->place[x->residual] = p->place[i];
+        p->grad_at[x->source] = ~x->source;
+        if (x->residual > 0 && p->last_reader[x->residual] == i && !ckca__is_output(m, x->residual, p->mode))
+            p->grad_at[x->residual] = p->grad_at[i];
     }
 }
 
-/* Until when a place of gradients is used: until the backward of the first node that shares it. */
-static int ckca__plan_shared(const ckca__planner *p, int place) {
+/* The last use of the gradients at grad_at: the backward of the first node among those that share it. */
+static int ckca__plan_grad_last_use(const ckca__planner *p, int grad_at) {
     int i = 1;
-    while (p->place[i] != place) i++;
+    while (p->grad_at[i] != grad_at) i++;
     return p->end - 1 - i;
 }
 
-/* Which nodes' outputs are made again, and until when the others are read. */
+/* Finds which nodes' outputs backward reads and when, and which of them are kept rather than recomputed. */
 static void ckca__plan_backward(ckca__planner *p) {
     const ckca_model *m = p->m;
     int i, side, last = 0;
     for (i = 0; i < m->nodes; i++) {
-        p->since[i] = p->end;
-        p->until[i] = p->latest[i] = -1;
-        if (ckca__has(m, i, CKCA__LAYER_CONVOLUTION)) last = i;
+        p->first_read[i] = p->end;
+        p->last_read[i] = -1;
+        p->last_item[i] = CKCA__ITEM_NONE;
+        if (ckca__has_flag(m, i, CKCA__LAYER_CONVOLUTION)) last = i;
     }
     for (i = m->nodes - 1; i > 0; i--) {
         const ckca__node *x = &m->node[i];
         const int moment = p->end - 1 - i;
         if (x->fused) continue;
         if (ckca__layer_of(m, i)->flags & CKCA__LAYER_READS_INPUT)
-            ckca__plan_read(p, ckca__stand_in(m, x->source, p->mode, NULL), moment);
-        if (ckca__reads_output(m, i)) ckca__plan_read(p, i, moment);
+            ckca__plan_note_read(p, ckca__stored_node(m, x->source, p->mode, NULL), moment);
+        if (ckca__reads_output(m, i)) ckca__plan_note_read(p, i, moment);
     }
-    for (i = m->nodes - 1; i >= 0; i--) { /* what is read behind the last convolution is kept: nothing large follows */
+    for (i = m->nodes - 1; i >= 0; i--) { /* outputs read after the last convolution are kept: they are small */
         const ckca__node *x = &m->node[i];
-        if (x->fused || x->head < 0 || p->reader[i] >= last || p->until[i] < 0 || (p->mode & CKCA__MODE_READABLE) ||
-            !m->recompute_outputs) {
-            p->latest[i] = -2;
+        if (x->fused || x->head < 0 || p->last_reader[i] >= last || p->last_read[i] < 0 ||
+            (p->mode & CKCA__MODE_READABLE) || !m->recompute_outputs) {
+            p->last_item[i] = CKCA__ITEM_KEPT;
             continue;
         }
-        if (p->since[i] < p->end) ckca__plan_live(p, p->since[i], p->until[i], ckca__node_floats(x));
+        if (p->first_read[i] < p->end) ckca__plan_add_live(p, p->first_read[i], p->last_read[i], ckca__node_floats(x));
         for (side = 0; side < 2; side++) {
-            int from = ckca__stand_in(m, side ? x->residual : x->source, p->mode, NULL);
-            if (from >= 0 && p->until[from] < p->until[i]) p->until[from] = p->until[i];
+            int from = ckca__stored_node(m, side ? x->residual : x->source, p->mode, NULL);
+            if (from >= 0 && p->last_read[from] < p->last_read[i]) p->last_read[from] = p->last_read[i];
         }
     }
 }
 
-/* Node i's output is wanted in the backward of node j: for that itself, or (on_the_way) to make another one. Returns
-   its item in the list, or -1 if it is kept or, where *failed, there is no memory. */
-static int ckca__plan_want(ckca__planner *p, int i, int j, int on_the_way, int *failed) {
+/* Adds what is needed for node i's output to be readable in the backward of node j: for that backward itself, or as an
+   intermediate, to recompute another output. Returns its item in the list; -1 if it is kept, or on failure (*failed). */
+static int ckca__plan_recompute(ckca__planner *p, int i, int j, int intermediate, int *failed) {
     ckca_model *m = p->m;
     const ckca__node *x = &m->node[i];
     const int moment = p->end - 1 - j;
     const size_t size = ckca__node_floats(x);
-    int k = p->latest[i], residual = ckca__stand_in(m, x->residual, p->mode, NULL);
+    int k = p->last_item[i], residual = ckca__stored_node(m, x->residual, p->mode, NULL);
     ckca__recompute *item;
-    if (k == -2 || *failed) return -1;
-    if (k >= 0 && m->recompute[p->mode][k].dies >= moment) {
-        m->recompute[p->mode][k].on_the_way &= on_the_way;
+    if (k == CKCA__ITEM_KEPT || *failed) return -1;
+    if (k >= 0 && m->recompute[p->mode][k].last_use >= moment) {
+        m->recompute[p->mode][k].intermediate &= intermediate;
         return k;
     }
-    if (!on_the_way) p->live[moment] -= size; /* counted by ckca__plan_backward, but not made yet */
-    ckca__plan_want(p, x->source, j, 1, failed);
-    if (residual >= 0) residual = ckca__plan_want(p, residual, j, 1, failed);
+    if (!intermediate) p->live[moment] -= size; /* ckca__plan_backward counted it, but it does not exist yet */
+    ckca__plan_recompute(p, x->source, j, 1, failed);
+    if (residual >= 0) residual = ckca__plan_recompute(p, residual, j, 1, failed);
     if (*failed || !ckca__grow(m->ctx, (void **)&m->recompute[p->mode], (size_t)m->recomputes[p->mode],
                                &m->recompute_capacity[p->mode], sizeof *item)) {
         *failed = 1;
         return -1;
     }
-    k = p->latest[i] = m->recomputes[p->mode]++;
+    k = p->last_item[i] = m->recomputes[p->mode]++;
     item = &m->recompute[p->mode][k];
     item->node = i;
     item->before = j;
-    item->on_the_way = on_the_way;
-    item->in = k;
-    if (residual >= 0 && item[residual - k].on_the_way && item[residual - k].dies == moment) {
-        item->in = item[residual - k].in; /* the residual has had its use */
-        item[residual - k].dies = -1;
+    item->intermediate = intermediate;
+    item->buffer_of = k;
+    if (residual >= 0 && item[residual - k].intermediate && item[residual - k].last_use == moment) {
+        item->buffer_of = item[residual - k].buffer_of; /* overwrites the residual, which nothing else reads */
+        item[residual - k].last_use = -1;
     }
-    item->dies = p->until[i];
-    if (on_the_way) { /* until its own turn, or only for now */
-        int born = item->in == k ? moment : moment + 1, dies = p->since[i] < p->end ? p->since[i] - 1 : p->until[i];
-        if (ckca__plan_most(p, born, dies, size) > p->peak) item->dies = dies = moment;
-        ckca__plan_live(p, born, dies, size);
-    } else if (item->in == k)
-        ckca__plan_live(p, moment, moment, size);
-    item[item->in - k].ends = item->dies;
+    item->last_use = p->last_read[i];
+    if (intermediate) { /* kept until its own reader needs it, or only for this moment */
+        int first_use = item->buffer_of == k ? moment : moment + 1,
+            last_use = p->first_read[i] < p->end ? p->first_read[i] - 1 : p->last_read[i];
+        if (ckca__plan_peak(p, first_use, last_use, size) > p->peak) item->last_use = last_use = moment;
+        ckca__plan_add_live(p, first_use, last_use, size);
+    } else if (item->buffer_of == k)
+        ckca__plan_add_live(p, moment, moment, size);
+    item[item->buffer_of - k].buffer_end = item->last_use;
     return k;
 }
 
-/* A buffer of the plan. */
-static void ckca__plan_add(ckca__planner *p, ckca__buffer *b, size_t size, size_t *offset, int born, int dies) {
+/* Fills in a buffer of the plan and counts it as live. */
+static void ckca__plan_add_buffer(ckca__planner *p, ckca__buffer *b, size_t size, size_t *offset, int first_use,
+                                  int last_use) {
     b->size = size;
     b->offset = offset;
-    b->born = born;
-    b->dies = dies;
-    ckca__plan_live(p, born, dies, size);
+    b->first_use = first_use;
+    b->last_use = last_use;
+    ckca__plan_add_live(p, first_use, last_use, size);
 }
 
-/* Gives each buffer the lowest place where no other is that is alive at the same time, the largest first. Returns the
-   floats that this takes altogether. */
-static size_t ckca__plan_place(ckca__buffer *list, int count) {
+/* Assigns offsets, to the largest buffer first: the lowest at which no buffer overlaps that is live at the same time.
+   Returns the total number of floats per picture. */
+static size_t ckca__plan_offsets(ckca__buffer *list, int count) {
     size_t total = 0;
     int i, j;
     qsort(list, (size_t)count, sizeof *list, ckca__largest_first);
     for (i = 0; i < count; i++) {
-        size_t place = 0;
+        size_t offset = 0;
         int moved = 1;
         while (moved) {
             moved = 0;
             for (j = 0; j < i; j++) {
                 const ckca__buffer *o = &list[j];
-                if (o->dies < list[i].born || list[i].dies < o->born) continue;
-                if (place < *o->offset + o->size && *o->offset < place + list[i].size) {
-                    place = *o->offset + o->size;
+                if (o->last_use < list[i].first_use || list[i].last_use < o->first_use) continue;
+                if (offset < *o->offset + o->size && *o->offset < offset + list[i].size) {
+                    offset = *o->offset + o->size;
                     moved = 1;
                 }
             }
         }
-        *list[i].offset = place;
-        if (total < place + list[i].size) total = place + list[i].size;
+        *list[i].offset = offset;
+        if (total < offset + list[i].size) total = offset + list[i].size;
     }
     return total;
 }
@@ -6741,28 +6806,32 @@ static size_t ckca__plan_place(ckca__buffer *list, int count) {
 static int ckca__largest_first(const void *a, const void *b) {
     const ckca__buffer *x = (const ckca__buffer *)a, *y = (const ckca__buffer *)b;
     if (x->size != y->size) return x->size < y->size ? 1 : -1;
-    return x->born != y->born ? (x->born < y->born ? -1 : 1) : (x->dies < y->dies ? -1 : x->dies > y->dies);
+    return x->first_use != y->first_use ? (x->first_use < y->first_use ? -1 : 1)
+                                        : (x->last_use < y->last_use ? -1 : x->last_use > y->last_use);
 }
 
-/* The most floats that live in some moments once size more do. */
-static size_t ckca__plan_most(const ckca__planner *p, int born, int dies, size_t size) {
+/* The peak over the moments first_use to last_use if a buffer of size floats were added. */
+static size_t ckca__plan_peak(const ckca__planner *p, int first_use, int last_use, size_t size) {
     size_t most = 0;
-    for (; born <= dies; born++)
-        if (most < p->live[born] + size) most = p->live[born] + size;
+    for (; first_use <= last_use; first_use++)
+        if (most < p->live[first_use] + size) most = p->live[first_use] + size;
     return most;
 }
 
-static void ckca__plan_live(ckca__planner *p, int born, int dies, size_t size) {
-    size_t most = ckca__plan_most(p, born, dies, size);
+/* Counts a buffer of size floats as live in the moments first_use to last_use. */
+static void ckca__plan_add_live(ckca__planner *p, int first_use, int last_use, size_t size) {
+    size_t most = ckca__plan_peak(p, first_use, last_use, size);
     if (p->peak < most) p->peak = most;
-    for (; born <= dies; born++) p->live[born] += size;
+    for (; first_use <= last_use; first_use++) p->live[first_use] += size;
 }
 
-static void ckca__plan_read(ckca__planner *p, int i, int moment) {
-    if (p->since[i] > moment) p->since[i] = moment;
-    if (p->until[i] < moment) p->until[i] = moment;
+/* Backward reads node i's output at moment. */
+static void ckca__plan_note_read(ckca__planner *p, int i, int moment) {
+    if (p->first_read[i] > moment) p->first_read[i] = moment;
+    if (p->last_read[i] < moment) p->last_read[i] = moment;
 }
 
+/* Floats per picture of a node's output, or of its gradient. */
 static size_t ckca__node_floats(const ckca__node *x) {
     const size_t values = (size_t)x->h * (size_t)x->w * (size_t)x->c;
     return ckca__round_up(x->bf16 ? (values + 1) / 2 : values, CKCA__ALIGN / sizeof(float));
@@ -6771,18 +6840,18 @@ static size_t ckca__node_floats(const ckca__node *x) {
 /* ===================================================================================================================
    CHECKPOINTS                                                                                            >>checkpoint
 
-   A checkpoint is a safetensors file with PyTorch's names and orders and, in its metadata, what ckca_load needs (the list
-   is in the manual, FILE FORMATS). A training state is a checkpoint with momentum.* and ckca.state beside them.
+   A checkpoint is a safetensors file with PyTorch's names and shapes; its metadata holds what ckca_load needs (see FILE
+   FORMATS in the manual). A training state is a checkpoint that also has momentum.* and ckca.state.
    =================================================================================================================== */
 
-#define CKCA__FORMAT 1 /* rises when a library that knows the number before could not read the files right */
+#define CKCA__FORMAT 1 /* incremented when older versions of the library would misread new files */
 
-/* ---- what the sections on files share: tensors and text of a safetensors file ---- */
+/* ---- types shared with SAFETENSORS ---- */
 
-/* Text that grows. After a failed allocation it stays as it is, and failed says so. */
+/* Text that grows. After a failed allocation failed is 1 and the text no longer changes. */
 typedef struct ckca__text {
     ckca_context *ctx;
-    char *at; /* length bytes and a zero */
+    char *bytes; /* length bytes and a zero */
     size_t length, capacity;
     int failed;
 } ckca__text;
@@ -6792,7 +6861,7 @@ typedef struct ckca__st_tensor {
     char dtype[8]; /* "F32", "I64", ... */
     int dims;
     int64_t shape[8];
-    size_t begin, end; /* bytes[begin..end) of the file */
+    size_t begin, end; /* its values are bytes[begin..end) of the file */
 } ckca__st_tensor;
 
 typedef struct ckca__st_pair {
@@ -6803,17 +6872,19 @@ typedef struct ckca__st_file {
     ckca_context *ctx;
     const char *path; /* for messages */
     const unsigned char *bytes;
-    unsigned char *owned;    /* what ckca__st_close releases: bytes, if ckca__st_open read them */
-    char *text;              /* the header, where names and metadata point */
-    ckca__st_tensor *tensor; /* by name */
-    ckca__st_pair *meta;     /* by key */
+    unsigned char *owned;    /* bytes if ckca__st_open read them, else NULL; ckca__st_close releases it */
+    char *text;              /* the header; names and metadata point into it */
+    ckca__st_tensor *tensor; /* sorted by name */
+    ckca__st_pair *meta;     /* sorted by key */
     size_t tensors, metas;
 } ckca__st_file;
+
+/* A tensor to be written. */
 typedef struct ckca__st_item {
     const char *name, *dtype;
     int dims;
     int64_t shape[8];
-    const void *data; /* NULL: ask */
+    const void *data; /* NULL: comes from fetch, see ckca__st_write_all */
 } ckca__st_item;
 
 /* In SAFETENSORS: */
@@ -6830,9 +6901,9 @@ static ckca_status ckca__st_read_floats(const ckca__st_file *file, const ckca__s
 #ifndef CKCA_NO_STDIO
 static ckca_status ckca__st_open(ckca_context *ctx, const char *path, ckca__st_file *file);
 #endif
-static ckca_status ckca__st_write_memory(ckca_context *ctx, void *out, size_t room, size_t *size,
+static ckca_status ckca__st_write_memory(ckca_context *ctx, void *out, size_t capacity, size_t *size,
                                          const ckca__st_item *items, int count, const ckca__st_pair *meta, int metas,
-                                         const void *(*ask)(void *user, int i), void *user);
+                                         const void *(*fetch)(void *user, int i), void *user);
 #ifndef CKCA_NO_STDIO
 #ifdef CKCA__POSIX
 static int ckca__lock_path(const char *path);
@@ -6840,11 +6911,13 @@ static int ckca__lock_path(const char *path);
 #endif
 #ifndef CKCA_NO_STDIO
 static ckca_status ckca__st_write(ckca_context *ctx, const char *path, const ckca__st_item *items, int count,
-                                  const ckca__st_pair *meta, int metas, const void *(*ask)(void *user, int i),
+                                  const ckca__st_pair *meta, int metas, const void *(*fetch)(void *user, int i),
                                   void *user);
 #endif
 
-/* A non-negative number as %.9g writes it, whatever the locale; *text moves behind it. 1: it was one. */
+/* ---- loading ---- */
+
+/* Parses a non-negative number as %.9g writes it, in any locale, and moves *text past it. Returns 0 if there is none. */
 static int ckca__parse_decimal(const char **text, double *value) {
     const char *p = *text;
     double mantissa = 0;
@@ -6873,8 +6946,8 @@ static int ckca__parse_decimal(const char **text, double *value) {
     return 1;
 }
 
-/* count whole numbers from 0 to INT_MAX, separated by single spaces, and nothing else. */
-static int ckca__parse_wholes(const char *text, int *value, int count) {
+/* Parses count whole numbers from 0 to INT_MAX, separated by single spaces. Returns 0 if text is anything else. */
+static int ckca__parse_integers(const char *text, int *value, int count) {
     int i;
     for (i = 0; text && i < count; i++) {
         int64_t v = 0;
@@ -6887,7 +6960,7 @@ static int ckca__parse_wholes(const char *text, int *value, int count) {
     return text && !*text;
 }
 
-/* count floats, separated by single spaces. */
+/* Parses count numbers from 0 to below 1e6, separated by single spaces. Returns 0 if text is anything else. */
 static int ckca__parse_floats(const char *text, float *value, int count) {
     int i;
     for (i = 0; text && i < count; i++) {
@@ -6898,11 +6971,11 @@ static int ckca__parse_floats(const char *text, float *value, int count) {
     return text && !*text;
 }
 
-/* A file that a newer library wrote may mean something else by the same words. Before there were numbers it was 1. */
+/* Refuses files of a newer format, whose metadata may have other meanings. A file without ckca.format has format 1. */
 static ckca_status ckca__check_format(const ckca__st_file *file) {
     const char *format = ckca__st_meta(file, "ckca.format");
     int number;
-    if (!format || (ckca__parse_wholes(format, &number, 1) && number <= CKCA__FORMAT)) return CKCA_OK;
+    if (!format || (ckca__parse_integers(format, &number, 1) && number <= CKCA__FORMAT)) return CKCA_OK;
     if (*format && strspn(format, "0123456789") == strlen(format))
         return ckca__fail(file->ctx, CKCA_EFORMAT,
                           "%s: a newer ckca.h wrote it: its ckca.format is %.20s, ckca.h " CKCA_VERSION
@@ -6912,7 +6985,7 @@ static ckca_status ckca__check_format(const ckca__st_file *file) {
                       ckca__tail(file->path), format);
 }
 
-/* Takes what a file's metadata says of classes, normalisation and step. */
+/* Takes class names, normalisation and the number of updates (ckca.step) from a file's metadata. */
 static ckca_status ckca__read_metadata(ckca_model *m, const ckca__st_file *file) {
     const char *names = ckca__st_meta(file, "ckca.class_names"), *mean = ckca__st_meta(file, "ckca.mean");
     const char *std = ckca__st_meta(file, "ckca.std"), *step = ckca__st_meta(file, "ckca.step");
@@ -6920,9 +6993,9 @@ static ckca_status ckca__read_metadata(ckca_model *m, const ckca__st_file *file)
     const size_t channels = (size_t)m->channels;
     char **list = NULL;
     float *normalization = NULL;
-    int count = 0, t = 1; /* weights without a step come from a training elsewhere */
+    int count = 0, updates = 1; /* weights without ckca.step were trained by another program */
     ckca_status status = CKCA_OK;
-    if (step && !ckca__parse_wholes(step, &t, 1))
+    if (step && !ckca__parse_integers(step, &updates, 1))
         return ckca__fail(m->ctx, CKCA_EFORMAT, "%s: ckca.step \"%.20s\" is not a whole number", path, step);
     if (names && (status = ckca__names_from_json(m->ctx, file->path, names, &list, &count))) return status;
     if (names && count != m->classes)
@@ -6954,20 +7027,20 @@ static ckca_status ckca__read_metadata(ckca_model *m, const ckca__st_file *file)
         m->normalization = normalization;
         m->normalized = 1;
     }
-    m->updates = t;
+    m->updates = updates;
     return CKCA_OK;
 }
 
-/* "64x3x3x3"; "a single value" without dimensions. */
-static void ckca__shape_text(const int64_t *shape, int dims, char *out, size_t room) {
+/* A shape as text: "64x3x3x3"; "a single value" if dims is 0. */
+static void ckca__shape_text(const int64_t *shape, int dims, char *out, size_t capacity) {
     size_t at = 0;
     int i;
-    snprintf(out, room, "a single value");
-    for (i = 0; i < dims && at < room; i++)
-        at += (size_t)snprintf(out + at, room - at, "%s%.0f", i ? "x" : "", (double)shape[i]);
+    snprintf(out, capacity, "a single value");
+    for (i = 0; i < dims && at < capacity; i++)
+        at += (size_t)snprintf(out + at, capacity - at, "%s%.0f", i ? "x" : "", (double)shape[i]);
 }
 
-/* The tensor for parameter p, whose name in the file is prefix and its own. */
+/* Finds the tensor of parameter p, whose name in the file is p's after prefix, and checks its shape. */
 static ckca_status ckca__find_parameter(const ckca__st_file *file, const ckca__parameter *p, const char *prefix,
                                         const ckca__st_tensor **tensor) {
     char name[CKCA__NAME_MAX + 32], has[200], wants[200];
@@ -6988,7 +7061,8 @@ static ckca_status ckca__find_parameter(const ckca__st_file *file, const ckca__p
                       has, wants);
 }
 
-/* All parameters of a file (momentum: momentum.*) into host, in the arenas' layout. */
+/* Reads all parameters (of their momentum only the trainable ones') into host, in the arenas' layout: m->all floats, or
+   m->trainable if momentum is 1. */
 static ckca_status ckca__read_parameters(const ckca_model *m, const ckca__st_file *file, const char *prefix,
                                          int momentum, float *host) {
     float *file_order = NULL;
@@ -7007,7 +7081,7 @@ static ckca_status ckca__read_parameters(const ckca_model *m, const ckca__st_fil
         if (momentum && p->role >= CKCA__ROLE_MEAN) continue;
         if ((status = ckca__find_parameter(file, p, prefix, &tensor)) ||
             (status = ckca__st_read_floats(file, tensor, file_order)) ||
-            (status = ckca__finite(m->ctx, ckca__tail(file->path), prefix, p, file_order)))
+            (status = ckca__check_finite(m->ctx, ckca__tail(file->path), prefix, p, file_order)))
             break;
         ckca__reorder(p, file_order, host + p->offset, 0);
     }
@@ -7015,20 +7089,21 @@ static ckca_status ckca__read_parameters(const ckca_model *m, const ckca__st_fil
     return status;
 }
 
-/* What wrappers put in front of a network's names: torch.nn.DataParallel, torch.compile, and the usual attributes. */
+/* Prefixes that PyTorch wrappers (DataParallel, torch.compile) and common attributes add to the names of a network. */
 static const char *const ckca__prefixes[] = {"module.", "_orig_mod.", "model.", "backbone."};
 
-/* Behind such a prefix, or NULL. */
-static const char *ckca__behind_prefix(const char *name) {
+/* The rest of name after such a prefix, or NULL. */
+static const char *ckca__strip_prefix(const char *name) {
     size_t i;
     for (i = 0; i < sizeof ckca__prefixes / sizeof *ckca__prefixes; i++)
         if (!strncmp(name, ckca__prefixes[i], strlen(ckca__prefixes[i]))) return name + strlen(ckca__prefixes[i]);
     return NULL;
 }
 
-/* The end of a tensor's name that the model knows, prefixes left out; NULL: none. *parameter: which it is, or -1. */
-static const char *ckca__bare_name(const ckca_model *m, const char *name, int *parameter) {
-    for (; name; name = ckca__behind_prefix(name)) {
+/* Strips prefixes from name until it is the name of a tensor of the model, which it returns; NULL if it never is.
+   *parameter: the parameter's index, or -1 for num_batches_tracked. */
+static const char *ckca__unprefixed_name(const ckca_model *m, const char *name, int *parameter) {
+    for (; name; name = ckca__strip_prefix(name)) {
         const char *suffix = strrchr(name, '.');
         const int counts = suffix && !strcmp(suffix, ".num_batches_tracked");
         int i;
@@ -7045,21 +7120,22 @@ static const char *ckca__bare_name(const ckca_model *m, const char *name, int *p
     return NULL;
 }
 
-/* How much of their beginnings and ends two names share. */
-static size_t ckca__likeness(const char *a, const char *b) {
+/* The length of the common beginning and end of two names. */
+static size_t ckca__similarity(const char *a, const char *b) {
     size_t m = strlen(a), n = strlen(b), front = 0, back = 0;
     while (front < m && front < n && a[front] == b[front]) front++;
     while (back + front < m && back + front < n && a[m - 1 - back] == b[n - 1 - back]) back++;
     return front + back;
 }
 
-/* There is no tensor of this name: says what there is instead, and why prefixes did not help. */
-static ckca_status ckca__name_missing(const ckca__st_file *file, const char *name, const char *prefixes) {
+/* Fails because the file has no tensor of this name; the message lists the most similar names. prefixes: why stripping
+   prefixes did not help, or "". */
+static ckca_status ckca__missing_tensor(const ckca__st_file *file, const char *name, const char *prefixes) {
     const char *nearest[3] = {NULL, NULL, NULL};
     char has[250] = "";
     size_t i, k, like[3] = {0, 0, 0}, at = 0;
     for (i = 0; i < file->tensors; i++) {
-        size_t likeness = ckca__likeness(name, file->tensor[i].name) + 1;
+        size_t likeness = ckca__similarity(name, file->tensor[i].name) + 1;
         for (k = 3; k > 0 && likeness > like[k - 1]; k--) {
             if (k < 3) {
                 like[k] = like[k - 1];
@@ -7071,12 +7147,12 @@ static ckca_status ckca__name_missing(const ckca__st_file *file, const char *nam
     }
     for (k = 0; k < 3 && nearest[k] && at < sizeof has; k++)
         at += (size_t)snprintf(has + at, sizeof has - at, "%s%.70s", k ? ", " : " The nearest: ", nearest[k]);
-    return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: it has no tensor %s, but %.0f others.%s%s", ckca__tail(file->path),
-                      name, (double)file->tensors, has, prefixes);
+    return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: it has %.0f tensors, but no %s.%s%s", ckca__tail(file->path),
+                      (double)file->tensors, name, has, prefixes);
 }
 
-/* Leaves out the prefixes in a file's names where that makes every name fit: one for each parameter, none over. */
-static ckca_status ckca__fit_names(const ckca_model *m, ckca__st_file *file) {
+/* Strips prefixes from the file's names if every tensor then has exactly one counterpart in the model. */
+static ckca_status ckca__match_names(const ckca_model *m, ckca__st_file *file) {
     const char **bare, *missing = NULL;
     char why[200] = "";
     unsigned char *seen;
@@ -7090,12 +7166,12 @@ static ckca_status ckca__fit_names(const ckca_model *m, ckca__st_file *file) {
     if (!bare || !seen) {
         ckca__release(m->ctx, bare);
         ckca__release(m->ctx, seen);
-        return ckca__fail(m->ctx, CKCA_ENOMEM, "%s: no memory for its names", ckca__tail(file->path));
+        return ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for its names", ckca__tail(file->path));
     }
-    for (i = 0; i < file->tensors; i++) prefixed |= ckca__behind_prefix(file->tensor[i].name) != NULL;
+    for (i = 0; i < file->tensors; i++) prefixed |= ckca__strip_prefix(file->tensor[i].name) != NULL;
     for (i = 0; i < file->tensors && !*why && prefixed; i++) {
         const char *name = file->tensor[i].name;
-        bare[i] = !strncmp(name, "momentum.", 9) ? name : ckca__bare_name(m, name, &j);
+        bare[i] = !strncmp(name, "momentum.", 9) ? name : ckca__unprefixed_name(m, name, &j);
         if (!bare[i])
             snprintf(why, sizeof why, ". Without prefixes %.80s would not fit either", name);
         else if (bare[i] != name && j >= 0 && seen[j])
@@ -7112,16 +7188,16 @@ static ckca_status ckca__fit_names(const ckca_model *m, ckca__st_file *file) {
     }
     ckca__release(m->ctx, bare);
     ckca__release(m->ctx, seen);
-    return prefixed && !*why ? CKCA_OK : ckca__name_missing(file, missing, why);
+    return prefixed && !*why ? CKCA_OK : ckca__missing_tensor(file, missing, why);
 }
 
-/* Whether a file's tensors are the model's. One that it has no place for would mean that it is another network's. */
+/* Checks that the file has exactly the model's tensors: an extra one means that the file is of another network. */
 static ckca_status ckca__check_tensors(const ckca_model *m, ckca__st_file *file) {
     const ckca__st_tensor *tensor;
     ckca_status status;
     size_t i;
     int j;
-    if ((status = ckca__fit_names(m, file))) return status;
+    if ((status = ckca__match_names(m, file))) return status;
     for (i = 0; i < (size_t)m->parameters; i++)
         if ((status = ckca__find_parameter(file, &m->parameter[i], "", &tensor))) return status;
     for (i = 0; i < file->tensors; i++) {
@@ -7130,19 +7206,19 @@ static ckca_status ckca__check_tensors(const ckca_model *m, ckca__st_file *file)
         for (j = 0; j < m->parameters; j++)
             if (!strcmp(m->parameter[j].name, name)) break;
         if (j == m->parameters)
-            return ckca__fail(m->ctx, CKCA_EFORMAT, "%s: its tensor %.80s is not of this network",
+            return ckca__fail(m->ctx, CKCA_EFORMAT, "%s: its tensor %.80s is not in this network",
                               ckca__tail(file->path), name);
     }
     return CKCA_OK;
 }
 
-/* PyTorch's count of training forwards, from the first batch norm that has one. */
-static void ckca__read_tracked(ckca_model *m, const ckca__st_file *file) {
+/* Reads PyTorch's count of training forward passes from the first batch norm. */
+static void ckca__read_batches_tracked(ckca_model *m, const ckca__st_file *file) {
     int i;
     for (i = 0; i < m->nodes; i++) {
         const ckca__st_tensor *tracked;
         char name[CKCA__NAME_MAX + 32];
-        if (!ckca__has(m, i, CKCA__LAYER_BATCH_STATISTICS)) continue;
+        if (!ckca__has_flag(m, i, CKCA__LAYER_BATCH_STATISTICS)) continue;
         snprintf(name, sizeof name, "%s.num_batches_tracked", m->node[i].name);
         tracked = ckca__st_find(file, name);
         if (tracked && !strcmp(tracked->dtype, "I64") && tracked->end - tracked->begin == 8)
@@ -7151,8 +7227,8 @@ static void ckca__read_tracked(ckca_model *m, const ckca__st_file *file) {
     }
 }
 
-/* Weights and what the metadata says, from an open file into a finished model; all or nothing. */
-static ckca_status ckca__take_weights(ckca_model *m, ckca__st_file *file) {
+/* Loads weights and metadata into a finished model; on failure the model does not change. */
+static ckca_status ckca__load_into(ckca_model *m, ckca__st_file *file) {
     float *host;
     ckca_status status;
     if ((status = ckca__check_format(file)) || (status = ckca__check_tensors(m, file))) return status;
@@ -7165,14 +7241,14 @@ static ckca_status ckca__take_weights(ckca_model *m, ckca__st_file *file) {
     if (!status) {
         ckca__device_upload(m->ctx, m->values, host, m->all * sizeof(float));
         m->folded_valid = 0;
-        ckca__read_tracked(m, file);
+        ckca__read_batches_tracked(m, file);
         status = ckca__device_status(m->ctx);
     }
     ckca__release(m->ctx, host);
     return status;
 }
 
-/* A model from the bytes of a checkpoint. */
+/* Builds a model from a checkpoint. */
 static ckca_status ckca__load_file(ckca_context *ctx, ckca_model **out, ckca__st_file *file) {
     const char *graph = ckca__st_meta(file, "ckca.graph"), *arch = ckca__st_meta(file, "ckca.arch");
     const char *path = ckca__tail(file->path);
@@ -7183,11 +7259,11 @@ static ckca_status ckca__load_file(ckca_context *ctx, ckca_model **out, ckca__st
     if ((status = ckca__check_format(file))) return status;
     if (!graph)
         return ckca__fail(ctx, CKCA_EFORMAT,
-                          "%s: no network in its metadata (ckca.graph): build the model, then "
+                          "%s: its metadata has no network (ckca.graph): build the model, then call "
                           "ckca_load_weights",
                           path);
-    if (!ckca__parse_wholes(ckca__st_meta(file, "ckca.input"), input, 3) ||
-        !ckca__parse_wholes(ckca__st_meta(file, "ckca.classes"), &classes, 1) || classes < 1)
+    if (!ckca__parse_integers(ckca__st_meta(file, "ckca.input"), input, 3) ||
+        !ckca__parse_integers(ckca__st_meta(file, "ckca.classes"), &classes, 1) || classes < 1)
         return ckca__fail(ctx, CKCA_EFORMAT, "%s: ckca.input or ckca.classes cannot be read", path);
     memset(&desc, 0, sizeof desc);
     desc.height = input[0];
@@ -7199,7 +7275,7 @@ static ckca_status ckca__load_file(ckca_context *ctx, ckca_model **out, ckca__st
     if (arch) m->arch[i] = 0;
     if (!(status = ckca__graph_read(m, graph)) && !(status = ckca__check_tensors(m, file)) &&
         !(status = ckca__allocate_values(m)))
-        status = ckca__take_weights(m, file);
+        status = ckca__load_into(m, file);
     if (status) {
         ckca_model_free(m);
         return status;
@@ -7208,13 +7284,16 @@ static ckca_status ckca__load_file(ckca_context *ctx, ckca_model **out, ckca__st
     return CKCA_OK;
 }
 
-/* What ckca__st_put asks for: parameter i's values, then its momentum, in PyTorch's order. */
+/* ---- saving ---- */
+
+/* For ckca__export_item. */
 typedef struct ckca__export {
     ckca_model *m;
-    const int *parameter; /* of item i: a parameter, or parameters + one for its momentum */
-    float *host, *ordered;
+    const int *parameter;  /* of each item: p for parameter p's value, m->parameters + p for its momentum */
+    float *host, *ordered; /* one tensor each */
 } ckca__export;
 
+/* The values of item i, in PyTorch's order. */
 static const void *ckca__export_item(void *user, int i) {
     const ckca__export *e = (const ckca__export *)user;
     const int momentum = e->parameter[i] >= e->m->parameters;
@@ -7225,7 +7304,7 @@ static const void *ckca__export_item(void *user, int i) {
     return e->ordered;
 }
 
-/* "%.9g" of count values, whatever the locale. */
+/* Appends count values, formatted with %.9g in any locale, separated by spaces. */
 static void ckca__text_floats(ckca__text *text, const float *value, int count) {
     char number[32], *comma;
     int i;
@@ -7236,25 +7315,25 @@ static void ckca__text_floats(ckca__text *text, const float *value, int count) {
     }
 }
 
-/* Writes a checkpoint; with state (ckca.state's text) a training state. path NULL: into memory, as
-   ckca__st_write_memory takes it. */
-static ckca_status ckca__export_model(ckca_model *m, const char *path, const char *state, void *out, size_t out_room,
+/* Writes a checkpoint or, if state (the text of ckca.state) is not NULL, a training state. path NULL: writes to memory,
+   see ckca__st_write_memory. */
+static ckca_status ckca__export_model(ckca_model *m, const char *path, const char *state, void *out, size_t capacity,
                                       size_t *size) {
     ckca_context *ctx = m->ctx;
-    const int room = m->parameters * 2 + m->nodes;
+    const int most_items = m->parameters * 2 + m->nodes;
     const size_t graph_length = ckca__graph_write(m, NULL, 0) + 1;
     ckca__st_pair meta[16];
-    ckca__st_item *item = (ckca__st_item *)ckca__alloc(ctx, (size_t)room * sizeof *item);
-    char(*tracked)[CKCA__NAME_MAX + 32] =
-        (char(*)[CKCA__NAME_MAX + 32]) ckca__alloc(ctx, (size_t)room * sizeof *tracked);
-    int *parameter = (int *)ckca__alloc(ctx, (size_t)room * sizeof *parameter);
+    ckca__st_item *item = (ckca__st_item *)ckca__alloc(ctx, (size_t)most_items * sizeof *item);
+    char(*name)[CKCA__NAME_MAX + 32] =
+        (char(*)[CKCA__NAME_MAX + 32]) ckca__alloc(ctx, (size_t)most_items * sizeof *name);
+    int *parameter = (int *)ckca__alloc(ctx, (size_t)most_items * sizeof *parameter);
     char *graph = (char *)ckca__alloc(ctx, graph_length), *names = NULL;
     char input[64], classes[16], step[16], format[16];
     ckca__text mean, std;
     ckca__export export_;
     size_t most = 0;
     int i, k, items = 0, metas = 0;
-    ckca_status status = ckca__all_finite(m, state ? "update" : path ? ckca__tail(path) : "save", state != NULL);
+    ckca_status status = ckca__check_all_finite(m, state ? "update" : path ? ckca__tail(path) : "save", state != NULL);
     memset(&mean, 0, sizeof mean);
     mean.ctx = ctx;
     std = mean;
@@ -7269,9 +7348,9 @@ static ckca_status ckca__export_model(ckca_model *m, const char *path, const cha
         ckca__text_floats(&mean, m->normalization, m->channels);
         ckca__text_floats(&std, m->normalization + m->channels, m->channels);
     }
-    if (!status && (!item || !tracked || !parameter || !graph || !export_.host || !export_.ordered ||
+    if (!status && (!item || !name || !parameter || !graph || !export_.host || !export_.ordered ||
                     (m->class_names && !names) || mean.failed || std.failed))
-        status = ckca__fail(ctx, CKCA_ENOMEM, "%s: out of memory for writing it", path ? ckca__tail(path) : "save");
+        status = ckca__fail(ctx, CKCA_ENOMEM, "%s: out of memory for saving it", path ? ckca__tail(path) : "save");
     if (!status) {
         ckca__graph_write(m, graph, graph_length);
         snprintf(input, sizeof input, "%d %d %d", m->height, m->width, m->channels);
@@ -7279,7 +7358,7 @@ static ckca_status ckca__export_model(ckca_model *m, const char *path, const cha
         snprintf(step, sizeof step, "%d", m->updates);
         snprintf(format, sizeof format, "%d", CKCA__FORMAT);
 #define CKCA__META(k, v) (meta[metas].key = k, meta[metas++].value = v)
-        CKCA__META("format", "pt"); /* PyTorch's readers ask for it */
+        CKCA__META("format", "pt"); /* PyTorch's readers require it */
         CKCA__META("ckca.format", format);
         CKCA__META("ckca.version", CKCA_VERSION);
         CKCA__META("ckca.arch", m->arch);
@@ -7287,8 +7366,8 @@ static ckca_status ckca__export_model(ckca_model *m, const char *path, const cha
         CKCA__META("ckca.classes", classes);
         CKCA__META("ckca.step", step);
         if (names) CKCA__META("ckca.class_names", names);
-        if (m->normalized) CKCA__META("ckca.mean", mean.at);
-        if (m->normalized) CKCA__META("ckca.std", std.at);
+        if (m->normalized) CKCA__META("ckca.mean", mean.bytes);
+        if (m->normalized) CKCA__META("ckca.std", std.bytes);
         if (state) CKCA__META("ckca.state", state);
         CKCA__META("ckca.graph", graph);
 #undef CKCA__META
@@ -7296,47 +7375,46 @@ static ckca_status ckca__export_model(ckca_model *m, const char *path, const cha
             const ckca__parameter *p = &m->parameter[i % m->parameters];
             const int momentum = i >= m->parameters;
             if (momentum && p->role >= CKCA__ROLE_MEAN) continue;
-            snprintf(tracked[items], sizeof *tracked, "%s%s", momentum ? "momentum." : "", p->name);
-            item[items].name = tracked[items];
+            snprintf(name[items], sizeof *name, "%s%s", momentum ? "momentum." : "", p->name);
+            item[items].name = name[items];
             item[items].dtype = "F32";
             item[items].dims = p->dims;
             for (k = 0; k < p->dims; k++) item[items].shape[k] = p->shape[k];
             parameter[items++] = i;
-            if (p->role ==
-                CKCA__ROLE_VAR) { /* PyTorch counts batches in every batch norm, and load_state_dict asks for it */
-                snprintf(tracked[items], sizeof *tracked, "%s.num_batches_tracked", m->node[p->node].name);
-                item[items].name = tracked[items];
+            if (p->role == CKCA__ROLE_VAR) { /* load_state_dict requires the count in every batch norm */
+                snprintf(name[items], sizeof *name, "%s.num_batches_tracked", m->node[p->node].name);
+                item[items].name = name[items];
                 item[items].dtype = "I64";
                 item[items++].data = &m->batches_tracked;
             }
         }
         if (!path)
             status =
-                ckca__st_write_memory(ctx, out, out_room, size, item, items, meta, metas, ckca__export_item, &export_);
+                ckca__st_write_memory(ctx, out, capacity, size, item, items, meta, metas, ckca__export_item, &export_);
 #ifndef CKCA_NO_STDIO
         else
             status = ckca__st_write(ctx, path, item, items, meta, metas, ckca__export_item, &export_);
 #endif
     }
-    ckca__release(ctx, mean.at);
-    ckca__release(ctx, std.at);
+    ckca__release(ctx, mean.bytes);
+    ckca__release(ctx, std.bytes);
     ckca__release(ctx, names);
     ckca__release(ctx, export_.host);
     ckca__release(ctx, export_.ordered);
     ckca__release(ctx, graph);
     ckca__release(ctx, parameter);
-    ckca__release(ctx, tracked);
+    ckca__release(ctx, name);
     ckca__release(ctx, item);
     return status;
 }
 
-CKCA_API ckca_status ckca_save_memory(ckca_model *m, void *out, size_t room, size_t *size) {
+CKCA_API ckca_status ckca_save_memory(ckca_model *m, void *out, size_t capacity, size_t *size) {
     ckca_status status;
     if (!m) return CKCA_EINVAL;
     if (!size) return ckca__null(m->ctx, "ckca_save_memory", "size");
     if ((status = ckca__check_finished(m, "ckca_save_memory"))) return status;
     *size = 0;
-    return ckca__export_model(m, NULL, NULL, out, room, size);
+    return ckca__export_model(m, NULL, NULL, out, capacity, size);
 }
 
 CKCA_API ckca_status ckca_load_memory(ckca_context *ctx, ckca_model **out, const void *bytes, size_t size) {
@@ -7357,13 +7435,13 @@ CKCA_API ckca_status ckca_load_weights_memory(ckca_model *m, const void *bytes, 
     if (!bytes) return ckca__null(m->ctx, "ckca_load_weights_memory", "bytes");
     if ((status = ckca__check_finished(m, "ckca_load_weights_memory"))) return status;
     status = ckca__st_parse(m->ctx, "memory", (const unsigned char *)bytes, size, &file);
-    if (!status) status = ckca__take_weights(m, &file);
+    if (!status) status = ckca__load_into(m, &file);
     ckca__st_close(&file);
     return status;
 }
 
 #ifndef CKCA_NO_STDIO
-/* 1: both paths lead to the same file. */
+/* 1 if both paths name the same file. */
 static int ckca__same_file(const char *a, const char *b) {
 #ifdef CKCA__POSIX
     struct stat x, y;
@@ -7378,7 +7456,7 @@ CKCA_API ckca_status ckca_save(ckca_model *m, const char *path) {
     if (!path) return ckca__null(m->ctx, "ckca_save", "path");
     if ((status = ckca__check_finished(m, "ckca_save"))) return status;
     if ((status = ckca__export_model(m, path, NULL, NULL, 0, NULL))) return status;
-    for (u = m->unsaved; u; u = u->next) /* now nobody needs these any more */
+    for (u = m->unsaved; u; u = u->next) /* these training states are no longer needed */
         if (!ckca__same_file(path, u->state)) remove(u->state);
     ckca__forget_unsaved(m);
     return CKCA_OK;
@@ -7400,12 +7478,15 @@ CKCA_API ckca_status ckca_load_weights(ckca_model *m, const char *path) {
     if (!path) return ckca__null(m->ctx, "ckca_load_weights", "path");
     if ((status = ckca__check_finished(m, "ckca_load_weights"))) return status;
     status = ckca__st_open(m->ctx, path, &file);
-    if (!status) status = ckca__take_weights(m, &file);
+    if (!status) status = ckca__load_into(m, &file);
     ckca__st_close(&file);
     return status;
 }
-/* The first setting whose value in the text behind a state's numbers is another than u's, as a sentence; "": none. */
-static void ckca__state_difference(const ckca__update *u, const char *settings, char *out, size_t room) {
+
+/* ---- training states ---- */
+
+/* Describes the first setting whose value in the text of a training state differs from u's; "" if none does. */
+static void ckca__state_difference(const ckca__update *u, const char *settings, char *out, size_t capacity) {
     int i;
     *out = 0;
     for (i = 0; i < CKCA__SETTINGS; i++) {
@@ -7413,18 +7494,20 @@ static void ckca__state_difference(const ckca__update *u, const char *settings, 
         char key[64];
         const char *at;
         double was;
-        if (!s->decides) continue;
+        if (!s->affects_result) continue;
         snprintf(key, sizeof key, " %s=", s->name);
         at = strstr(settings, key);
-        if (!at) continue; /* a state from before the text had it */
+        if (!at) continue; /* an older library wrote the state and did not know the setting */
         at += strlen(key);
         if (!ckca__parse_decimal(&at, &was) || (float)was == (float)ckca__setting_get(&u->d, s)) continue;
-        snprintf(out, room, "its %s was %.7g, now it is %.7g", s->name, was, ckca__setting_get(&u->d, s));
+        snprintf(out, capacity, "its %s was %.7g, now it is %.7g", s->name, was, ckca__setting_get(&u->d, s));
         return;
     }
 }
-/* ckca.state: fingerprint, epoch, batch, hits, and the three sums' bits, each as 16 hexadecimal digits; then the
-   settings as name=value, for the sentence about a fingerprint that differs. Each has a space behind it. */
+
+/* Writes the training state. ckca.state is the fingerprint, epoch, batch, correct predictions, and the bits of the three
+   sums, each as 16 hexadecimal digits; then the settings as name=value, for ckca__state_difference. A space follows each
+   of them. */
 static ckca_status ckca__state_save(ckca__update *u) {
     uint64_t field[7];
     char numbers[7 * 17 + 1];
@@ -7436,7 +7519,7 @@ static ckca_status ckca__state_save(ckca__update *u) {
     field[0] = u->fingerprint;
     field[1] = (uint64_t)u->epoch;
     field[2] = (uint64_t)u->batch;
-    field[3] = (uint64_t)u->hits;
+    field[3] = (uint64_t)u->correct;
     memcpy(field + 4, u->sums, sizeof u->sums);
     for (i = 0; i < 7; i++)
         snprintf(numbers + 17 * i, 18, "%08lx%08lx ", (unsigned long)(field[i] >> 32),
@@ -7444,18 +7527,20 @@ static ckca_status ckca__state_save(ckca__update *u) {
     ckca__text_puts(&text, numbers);
     for (i = 0; i < CKCA__SETTINGS; i++) {
         const float value = (float)ckca__setting_get(&u->d, &ckca__settings[i]);
-        if (!ckca__settings[i].decides) continue;
+        if (!ckca__settings[i].affects_result) continue;
         ckca__text_puts(&text, ckca__settings[i].name);
         ckca__text_puts(&text, "=");
         ckca__text_floats(&text, &value, 1);
         ckca__text_puts(&text, " ");
     }
-    status = text.failed ? ckca__fail(u->ctx, CKCA_ENOMEM, "%s: out of memory for writing it", ckca__tail(u->d.state))
-                         : ckca__export_model(u->m, u->d.state, text.at, NULL, 0, NULL);
-    ckca__release(u->ctx, text.at);
+    status = text.failed ? ckca__fail(u->ctx, CKCA_ENOMEM, "%s: out of memory for saving it", ckca__tail(u->d.state))
+                         : ckca__export_model(u->m, u->d.state, text.bytes, NULL, 0, NULL);
+    ckca__release(u->ctx, text.bytes);
     return status;
 }
-/* Before a state is read or written: no other update may do so, and the folder must take files. */
+
+/* Locks the training state before it is read or written, so that no other update uses it. Fails early if its folder is
+   not writable. */
 static ckca_status ckca__state_open(ckca__update *u) {
     const size_t length = strlen(u->d.state);
     ckca__unsaved *unsaved = (ckca__unsaved *)ckca__alloc(u->ctx, ckca__sum(sizeof *unsaved, 2 * length + 8));
@@ -7468,7 +7553,7 @@ static ckca_status ckca__state_open(ckca__update *u) {
 #ifdef CKCA__POSIX
     u->lock = ckca__lock_path(unsaved->lock);
     if (u->lock == -2)
-        return ckca__fail(u->ctx, CKCA_EIO, "%s: another update is at work on it (its .lock is held)",
+        return ckca__fail(u->ctx, CKCA_EIO, "%s: another update is using it (its .lock is held)",
                           ckca__tail(u->d.state));
     if (u->lock == -1)
         return ckca__fail(u->ctx, CKCA_EIO, "%s: its .lock cannot be created: %s", ckca__tail(u->d.state),
@@ -7476,7 +7561,8 @@ static ckca_status ckca__state_open(ckca__update *u) {
 #endif
     return CKCA_OK;
 }
-/* At the end of an update. A done one leaves its state to the model, for ckca_save to remove. */
+
+/* Unlocks the training state. If the update is done, its path goes to m->unsaved, for ckca_save to remove the file. */
 static void ckca__state_close(ckca__update *u, int done) {
     ckca__unsaved *other = u->m->unsaved;
     if (!u->unsaved) return;
@@ -7494,6 +7580,9 @@ static void ckca__state_close(ckca__update *u, int done) {
         ckca__release(u->ctx, u->unsaved);
     u->unsaved = NULL;
 }
+
+/* Resumes from the training state if there is one of this update (*found). One of m's own finished updates is ignored
+   and later overwritten; one of any other update is an error. */
 static ckca_status ckca__state_load(ckca__update *u, int *found) {
     ckca_model *m = u->m;
     const ckca__unsaved *mine = m->unsaved;
@@ -7515,7 +7604,7 @@ static ckca_status ckca__state_load(ckca__update *u, int *found) {
     if (!status) status = ckca__check_format(&file);
     text = status ? NULL : ckca__st_meta(&file, "ckca.state");
     if (!status && (!text || strlen(text) < 7 * 17))
-        status = ckca__fail(u->ctx, CKCA_EFORMAT, "%s: it is no training state", path);
+        status = ckca__fail(u->ctx, CKCA_EFORMAT, "%s: it is not a training state", path);
     for (i = 0; !status && i < 7 * 17; i++) {
         static const char digits[] = "0123456789abcdef";
         const char *digit = strchr(digits, text[i]);
@@ -7524,7 +7613,7 @@ static ckca_status ckca__state_load(ckca__update *u, int *found) {
         else if (i % 17 < 16 || text[i] != ' ')
             status = ckca__fail(u->ctx, CKCA_EFORMAT, "%s: ckca.state cannot be read", path);
     }
-    if (!status && field[0] != u->fingerprint && mine) { /* of this model's last update, whose result it holds */
+    if (!status && field[0] != u->fingerprint && mine) { /* of an update that this model has finished */
         ckca__st_close(&file);
         return CKCA_OK;
     }
@@ -7532,14 +7621,14 @@ static ckca_status ckca__state_load(ckca__update *u, int *found) {
         char difference[160];
         ckca__state_difference(u, text + 7 * 17 - 1, difference, sizeof difference);
         status = ckca__fail(u->ctx, CKCA_EINVAL,
-                            "%s: the training state of another update (%s), whose result may not be saved: finish that "
-                            "one, or remove it to start anew",
+                            "%s: it is the training state of another update (%s), whose result may not have been "
+                            "saved: finish that update, or remove the file to start over",
                             path, *difference ? difference : "other pictures, weights, seed, teacher or settings");
     }
     if (!status &&
         (field[1] >= (uint64_t)u->d.epochs || field[2] > (uint64_t)u->batches || field[3] > (uint64_t)u->data->count))
-        status = ckca__fail(u->ctx, CKCA_EFORMAT, "%s: it is at epoch %.0f, batch %.0f; there are %d and %d", path,
-                            (double)field[1], (double)field[2], u->d.epochs, u->batches);
+        status = ckca__fail(u->ctx, CKCA_EFORMAT, "%s: it is at epoch %.0f of %d, batch %.0f of %d", path,
+                            (double)field[1], u->d.epochs, (double)field[2], u->batches);
     if (!status) {
         host = (float *)ckca__alloc(u->ctx, (m->all + m->trainable) * sizeof(float));
         if (!host)
@@ -7551,10 +7640,10 @@ static ckca_status ckca__state_load(ckca__update *u, int *found) {
         ckca__device_upload(u->ctx, m->values, host, m->all * sizeof(float));
         ckca__device_upload(u->ctx, m->momentum, host + m->all, m->trainable * sizeof(float));
         m->folded_valid = 0;
-        ckca__read_tracked(m, &file);
+        ckca__read_batches_tracked(m, &file);
         u->epoch = (int)field[1];
         u->batch = (int)field[2];
-        u->hits = (int)field[3];
+        u->correct = (int)field[3];
         memcpy(u->sums, field + 4, sizeof u->sums);
         *found = 1;
     }
@@ -7562,7 +7651,7 @@ static ckca_status ckca__state_load(ckca__update *u, int *found) {
     ckca__st_close(&file);
     return status;
 }
-#else /* CKCA_NO_STDIO: an update cannot be resumed */
+#else /* CKCA_NO_STDIO: no training states */
 static ckca_status ckca__state_open(ckca__update *u) {
     return ckca__fail(u->ctx, CKCA_EINVAL,
                       "update: built without files (CKCA_NO_STDIO), so there is no training state");
@@ -7583,17 +7672,17 @@ static ckca_status ckca__state_load(ckca__update *u, int *found) {
 
    A safetensors file is 8 bytes of header length (least significant first), a header in JSON, and the tensors' bytes:
    {"__metadata__":{"key":"text"},"conv1.weight":{"dtype":"F32","shape":[16,3,3,3],"data_offsets":[0,1728]}}
-   Values are little-endian, as the machines are that this library runs on.
+   Values are little-endian, as are all machines that this library runs on.
    =================================================================================================================== */
 
-/* --- JSON, as much of it as such headers have --- */
+/* ---- a JSON parser for such headers ---- */
 
-/* Text under the eyes of a parser. Strings are unescaped in place: they only get shorter. */
+/* The state of the parser. Strings are unescaped in place, which never makes them longer. */
 typedef struct ckca__json {
     ckca_context *ctx;
     const char *path; /* for messages */
     char *text;       /* size bytes and a zero */
-    size_t at, size;
+    size_t at, size;  /* at: the next byte */
 } ckca__json;
 
 static ckca_status ckca__json_fail(const ckca__json *json, const char *expected) {
@@ -7601,11 +7690,12 @@ static ckca_status ckca__json_fail(const ckca__json *json, const char *expected)
                       expected, (double)json->at, (double)json->size);
 }
 
+/* Skips white space. */
 static void ckca__json_space(ckca__json *json) {
     while (json->at < json->size && strchr(" \t\r\n", json->text[json->at]) && json->text[json->at]) json->at++;
 }
 
-/* Takes the character if it is the next one behind white space. */
+/* Skips white space and consumes c if it comes next. Returns 0 otherwise. */
 static int ckca__json_take(ckca__json *json, char c) {
     ckca__json_space(json);
     if (json->at >= json->size || json->text[json->at] != c) return 0;
@@ -7613,7 +7703,7 @@ static int ckca__json_take(ckca__json *json, char c) {
     return 1;
 }
 
-/* Four hexadecimal digits of an escape, or -1. */
+/* Parses the four hexadecimal digits of an escape; -1 if they are not there. */
 static int ckca__json_hex(ckca__json *json) {
     int value = 0, i;
     if (json->size - json->at < 4) return -1;
@@ -7628,10 +7718,11 @@ static int ckca__json_hex(ckca__json *json) {
     return value;
 }
 
-/* A string, without its quotes, unescaped, ended by a zero. string NULL: it is passed over, and may hold \u0000. */
+/* Parses a string; *string is its text without quotes, unescaped, with a final zero. string NULL: skips it, and it may
+   contain \u0000. */
 static ckca_status ckca__json_string(ckca__json *json, char **string) {
     char *out;
-    if (!ckca__json_take(json, '"')) return ckca__json_fail(json, "no string");
+    if (!ckca__json_take(json, '"')) return ckca__json_fail(json, "expected a string");
     out = json->text + json->at;
     if (string) *string = out;
     for (;;) {
@@ -7639,7 +7730,7 @@ static ckca_status ckca__json_string(ckca__json *json, char **string) {
         unsigned char c;
         const char *escape;
         int code, low;
-        if (json->at >= json->size) return ckca__json_fail(json, "a string without an end");
+        if (json->at >= json->size) return ckca__json_fail(json, "an unterminated string");
         c = (unsigned char)json->text[json->at];
         if (c < 0x20) return ckca__json_fail(json, "a control character in a string");
         json->at++;
@@ -7655,7 +7746,7 @@ static ckca_status ckca__json_string(ckca__json *json, char **string) {
             continue;
         }
         code = c == 'u' ? ckca__json_hex(json) : -1;
-        if (code >= 0xd800 && code < 0xdc00) { /* half of a character beyond 65535; the other half follows */
+        if (code >= 0xd800 && code < 0xdc00) { /* a high surrogate; the low one must follow */
             low = -1;
             if (json->size - json->at >= 2 && json->text[json->at] == '\\' && json->text[json->at + 1] == 'u') {
                 json->at += 2;
@@ -7665,7 +7756,7 @@ static ckca_status ckca__json_string(ckca__json *json, char **string) {
         } else if (code >= 0xdc00 && code < 0xe000)
             code = -1;
         if (code < 0 || (code == 0 && string)) /* a C string cannot hold \u0000 */
-            return ckca__json_fail(json, "an escape that cannot be used");
+            return ckca__json_fail(json, "an invalid escape");
         if (code < 0x80)
             *out++ = (char)code;
         else if (code < 0x800)
@@ -7682,8 +7773,8 @@ static ckca_status ckca__json_string(ckca__json *json, char **string) {
     return CKCA_OK;
 }
 
-/* A whole number from 0 to 2^63 - 1. */
-static ckca_status ckca__json_whole(ckca__json *json, int64_t *value) {
+/* Parses a whole number from 0 to 2^63 - 1. */
+static ckca_status ckca__json_integer(ckca__json *json, int64_t *value) {
     size_t first;
     ckca__json_space(json);
     first = json->at;
@@ -7695,32 +7786,32 @@ static ckca_status ckca__json_whole(ckca__json *json, int64_t *value) {
         json->at++;
     }
     if (json->at == first || (json->at > first + 1 && json->text[first] == '0'))
-        return ckca__json_fail(json, "no whole number");
+        return ckca__json_fail(json, "expected a whole number");
     return CKCA_OK;
 }
 
-/* Up to most whole numbers in brackets. */
-static ckca_status ckca__json_wholes(ckca__json *json, int64_t *values, int most, int *count) {
+/* Parses a list of up to most whole numbers. */
+static ckca_status ckca__json_integers(ckca__json *json, int64_t *values, int most, int *count) {
     ckca_status status = CKCA_OK;
     *count = 0;
-    if (!ckca__json_take(json, '[')) return ckca__json_fail(json, "no list");
+    if (!ckca__json_take(json, '[')) return ckca__json_fail(json, "expected a list");
     if (ckca__json_take(json, ']')) return CKCA_OK;
     do {
-        if (*count == most) return ckca__json_fail(json, "too long a list");
-        status = ckca__json_whole(json, &values[(*count)++]);
+        if (*count == most) return ckca__json_fail(json, "a list that is too long");
+        status = ckca__json_integer(json, &values[(*count)++]);
     } while (!status && ckca__json_take(json, ','));
-    if (!status && !ckca__json_take(json, ']')) return ckca__json_fail(json, "no , or ]");
+    if (!status && !ckca__json_take(json, ']')) return ckca__json_fail(json, "expected , or ]");
     return status;
 }
 
-/* Passes over digits; how many there were. */
+/* Skips digits; returns how many. */
 static size_t ckca__json_digits(ckca__json *json) {
     const size_t first = json->at;
     while (json->at < json->size && json->text[json->at] >= '0' && json->text[json->at] <= '9') json->at++;
     return json->at - first;
 }
 
-/* Passes over one value of any kind. Lists and objects in each other: up to 125, as serde_json has it. */
+/* Skips one value of any kind. Lists and objects nest up to 125 deep, as in serde_json. */
 static ckca_status ckca__json_skip(ckca__json *json, int depth) {
     static const char *const words[] = {"null", "true", "false"};
     ckca_status status = CKCA_OK;
@@ -7732,15 +7823,16 @@ static ckca_status ckca__json_skip(ckca__json *json, int depth) {
     if (c == '"') return ckca__json_string(json, NULL);
     if (c == '[' || c == '{') {
         const char end = c == '[' ? ']' : '}';
-        if (depth == 125) return ckca__json_fail(json, "values nested too deep");
+        if (depth == 125) return ckca__json_fail(json, "values nested too deeply");
         json->at++;
         if (ckca__json_take(json, end)) return CKCA_OK;
         do {
             if (c == '{') status = ckca__json_string(json, NULL);
-            if (!status && c == '{' && !ckca__json_take(json, ':')) status = ckca__json_fail(json, "no :");
+            if (!status && c == '{' && !ckca__json_take(json, ':')) status = ckca__json_fail(json, "expected :");
             if (!status) status = ckca__json_skip(json, depth + 1);
         } while (!status && ckca__json_take(json, ','));
-        if (!status && !ckca__json_take(json, end)) status = ckca__json_fail(json, "no , and no end of a value");
+        if (!status && !ckca__json_take(json, end))
+            status = ckca__json_fail(json, "expected , or the end of the value");
         return status;
     }
     for (i = 0; i < 3; i++) {
@@ -7749,7 +7841,7 @@ static ckca_status ckca__json_skip(ckca__json *json, int depth) {
         json->at += n;
         return CKCA_OK;
     }
-    if (c == '-') json->at++; /* a number; the zero behind the text ends it */
+    if (c == '-') json->at++; /* a number; the final zero of the text ends it */
     first = json->at;
     n = ckca__json_digits(json);
     ok = n == 1 || (n > 1 && json->text[first] != '0');
@@ -7762,10 +7854,10 @@ static ckca_status ckca__json_skip(ckca__json *json, int depth) {
         if (json->text[json->at] == '-' || json->text[json->at] == '+') json->at++;
         ok = ckca__json_digits(json) > 0;
     }
-    return ok ? CKCA_OK : ckca__json_fail(json, "no value");
+    return ok ? CKCA_OK : ckca__json_fail(json, "expected a value");
 }
 
-/* The place of the first byte that is not UTF-8 (Unicode 15, table 3-7), or size. */
+/* The index of the first byte that is not valid UTF-8 (Unicode 15, table 3-7), or size. */
 static size_t ckca__utf8_flaw(const unsigned char *text, size_t size) {
     size_t i = 0, n, k;
     for (; i < size; i += n) {
@@ -7782,23 +7874,26 @@ static size_t ckca__utf8_flaw(const unsigned char *text, size_t size) {
     return size;
 }
 
+/* ---- growing text, JSON strings and lists ---- */
+
+/* Appends n bytes. */
 static void ckca__text_add(ckca__text *text, const char *bytes, size_t n) {
     size_t need = ckca__sum(ckca__sum(text->length, n), 1);
     if (need > text->capacity && !text->failed) {
         size_t capacity = need > 256 ? ckca__mul(need, 2) : 512;
         char *grown = (char *)ckca__alloc(text->ctx, capacity);
-        if (grown && text->length) memcpy(grown, text->at, text->length);
+        if (grown && text->length) memcpy(grown, text->bytes, text->length);
         if (grown) {
-            ckca__release(text->ctx, text->at);
-            text->at = grown;
+            ckca__release(text->ctx, text->bytes);
+            text->bytes = grown;
             text->capacity = capacity;
         } else
             text->failed = 1;
     }
     if (text->failed) return;
-    memcpy(text->at + text->length, bytes, n);
+    memcpy(text->bytes + text->length, bytes, n);
     text->length += n;
-    text->at[text->length] = 0;
+    text->bytes[text->length] = 0;
 }
 
 static void ckca__text_puts(ckca__text *text, const char *string) { ckca__text_add(text, string, strlen(string)); }
@@ -7811,7 +7906,7 @@ static void ckca__text_number(ckca__text *text, uint64_t value) {
     ckca__text_add(text, digits + i, sizeof digits - (size_t)i);
 }
 
-/* A JSON string, quoted and escaped. What is not UTF-8 (a folder's name may be anything) becomes U+FFFD. */
+/* Appends a JSON string, quoted and escaped. Bytes that are not UTF-8 (a folder's name may have any) become U+FFFD. */
 static void ckca__text_json(ckca__text *text, const char *string) {
     const unsigned char *s = (const unsigned char *)string;
     size_t i, n = strlen(string), good = ckca__utf8_flaw(s, n);
@@ -7834,7 +7929,7 @@ static void ckca__text_json(ckca__text *text, const char *string) {
     ckca__text_add(text, "\"", 1);
 }
 
-/* n strings as a JSON list, ["cat","dog"], the caller's to release. NULL if there is no memory. */
+/* n strings as a JSON list, ["cat","dog"], which the caller releases. NULL if out of memory. */
 static char *ckca__names_to_json(ckca_context *ctx, const char *const *names, int n) {
     ckca__text text;
     int i;
@@ -7846,12 +7941,12 @@ static char *ckca__names_to_json(ckca_context *ctx, const char *const *names, in
         ckca__text_json(&text, names[i]);
     }
     ckca__text_add(&text, "]", 1);
-    if (!text.failed) return text.at;
-    ckca__release(ctx, text.at);
+    if (!text.failed) return text.bytes;
+    ckca__release(ctx, text.bytes);
     return NULL;
 }
 
-/* The other way round: *names are the caller's, to be freed with ckca__free_names. path is for messages. */
+/* Parses such a list; the caller frees *names with ckca__free_names. path is for messages. */
 static ckca_status ckca__names_from_json(ckca_context *ctx, const char *path, const char *text, char ***names, int *n) {
     ckca__json json;
     char **found = NULL, *string;
@@ -7865,26 +7960,26 @@ static ckca_status ckca__names_from_json(ckca_context *ctx, const char *path, co
     json.at = 0;
     json.size = strlen(text);
     json.text = (char *)ckca__alloc(ctx, json.size + 1);
-    if (!json.text) return ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for its class names", ckca__tail(path));
+    if (!json.text) return ckca__fail(ctx, CKCA_ENOMEM, "%s: out of memory for its class names", ckca__tail(path));
     memcpy(json.text, text, json.size);
     if (ckca__utf8_flaw((unsigned char *)json.text, json.size) < json.size)
         status = ckca__json_fail(&json, "not UTF-8");
     else if (!ckca__json_take(&json, '['))
-        status = ckca__json_fail(&json, "no list of class names");
+        status = ckca__json_fail(&json, "expected a list of class names");
     else if (!ckca__json_take(&json, ']')) {
         do {
             status = ckca__json_string(&json, &string);
             if (!status && (count >= INT_MAX || !ckca__grow(ctx, (void **)&view, count, &capacity, sizeof *view)))
-                status = ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for its class names", ckca__tail(path));
+                status = ckca__fail(ctx, CKCA_ENOMEM, "%s: out of memory for its class names", ckca__tail(path));
             if (!status) view[count++] = string;
         } while (!status && ckca__json_take(&json, ','));
-        if (!status && !ckca__json_take(&json, ']')) status = ckca__json_fail(&json, "no , or ]");
+        if (!status && !ckca__json_take(&json, ']')) status = ckca__json_fail(&json, "expected , or ]");
     }
     ckca__json_space(&json);
-    if (!status && json.at != json.size) status = ckca__json_fail(&json, "something behind the list");
+    if (!status && json.at != json.size) status = ckca__json_fail(&json, "text after the list");
     if (!status) {
         found = ckca__copy_names(ctx, view, (int)count);
-        if (!found) status = ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for its class names", ckca__tail(path));
+        if (!found) status = ckca__fail(ctx, CKCA_ENOMEM, "%s: out of memory for its class names", ckca__tail(path));
     }
     ckca__release(ctx, view);
     ckca__release(ctx, json.text);
@@ -7893,7 +7988,7 @@ static ckca_status ckca__names_from_json(ckca_context *ctx, const char *path, co
     return status;
 }
 
-/* --- Reading ------------------------------------------------------------------------------------------------------ */
+/* ---- reading ---- */
 
 static void ckca__st_close(ckca__st_file *file) {
     ckca__release(file->ctx, file->tensor);
@@ -7907,7 +8002,7 @@ static void ckca__st_close(ckca__st_file *file) {
     file->tensors = file->metas = 0;
 }
 
-/* Bytes of one value, 0 for a type we do not know. */
+/* Bytes of one value, 0 for an unknown type. */
 static size_t ckca__st_value_bytes(const char *dtype) {
     static const struct {
         char name[8];
@@ -7935,37 +8030,37 @@ static int ckca__st_by_key(const void *a, const void *b) {
     return strcmp(((const ckca__st_pair *)a)->key, ((const ckca__st_pair *)b)->key);
 }
 
-/* {"key":"value",...} behind "__metadata__": */
+/* Parses {"key":"value",...}, the value of "__metadata__". */
 static ckca_status ckca__st_parse_meta(ckca__json *json, ckca__st_file *file, size_t *capacity) {
     ckca_status status = CKCA_OK;
-    if (!ckca__json_take(json, '{')) return ckca__json_fail(json, "__metadata__ is no object");
+    if (!ckca__json_take(json, '{')) return ckca__json_fail(json, "__metadata__ is not an object");
     if (ckca__json_take(json, '}')) return CKCA_OK;
     do {
         char *key, *value;
         status = ckca__json_string(json, &key);
-        if (!status && !ckca__json_take(json, ':')) status = ckca__json_fail(json, "no :");
+        if (!status && !ckca__json_take(json, ':')) status = ckca__json_fail(json, "expected :");
         if (!status) status = ckca__json_string(json, &value);
         if (!status && !ckca__grow(json->ctx, (void **)&file->meta, file->metas, capacity, sizeof *file->meta))
-            status = ckca__fail(json->ctx, CKCA_ENOMEM, "%s: no memory for its metadata", ckca__tail(json->path));
+            status = ckca__fail(json->ctx, CKCA_ENOMEM, "%s: out of memory for its metadata", ckca__tail(json->path));
         if (status) return status;
         file->meta[file->metas].key = key;
         file->meta[file->metas++].value = value;
     } while (ckca__json_take(json, ','));
-    return ckca__json_take(json, '}') ? CKCA_OK : ckca__json_fail(json, "no , or }");
+    return ckca__json_take(json, '}') ? CKCA_OK : ckca__json_fail(json, "expected , or }");
 }
 
-/* {"dtype":...,"shape":[...],"data_offsets":[begin,end]}, in any order, behind a tensor's name. As the reference
-   implementation does, fields of other names are passed over. */
+/* Parses a tensor: {"dtype":...,"shape":[...],"data_offsets":[begin,end]}, in any order. Like the reference
+   implementation, skips other fields. */
 static ckca_status ckca__st_parse_tensor(ckca__json *json, ckca__st_tensor *tensor) {
     int64_t offset[2];
     int offsets = 0, have_dtype = 0, have_shape = 0, i;
     size_t value_bytes, bytes;
     ckca_status status = CKCA_OK;
-    if (!ckca__json_take(json, '{')) return ckca__json_fail(json, "a tensor that is no object");
+    if (!ckca__json_take(json, '{')) return ckca__json_fail(json, "a tensor that is not an object");
     do {
         char *key, *dtype;
         status = ckca__json_string(json, &key);
-        if (!status && !ckca__json_take(json, ':')) status = ckca__json_fail(json, "no :");
+        if (!status && !ckca__json_take(json, ':')) status = ckca__json_fail(json, "expected :");
         if (status) return status;
         if (!strcmp(key, "dtype") && !have_dtype) {
             have_dtype = 1;
@@ -7976,16 +8071,16 @@ static ckca_status ckca__st_parse_tensor(ckca__json *json, ckca__st_tensor *tens
             if (!status) memcpy(tensor->dtype, dtype, strlen(dtype) + 1);
         } else if (!strcmp(key, "shape") && !have_shape) {
             have_shape = 1;
-            status = ckca__json_wholes(json, tensor->shape, 8, &tensor->dims);
+            status = ckca__json_integers(json, tensor->shape, 8, &tensor->dims);
         } else if (!strcmp(key, "data_offsets") && !offsets) {
-            status = ckca__json_wholes(json, offset, 2, &offsets);
+            status = ckca__json_integers(json, offset, 2, &offsets);
         } else if (!strcmp(key, "dtype") || !strcmp(key, "shape") || !strcmp(key, "data_offsets")) {
-            status = ckca__json_fail(json, "a field of a tensor that is there twice");
+            status = ckca__json_fail(json, "a duplicate field of a tensor");
         } else
             status = ckca__json_skip(json, 0);
         if (status) return status;
     } while (ckca__json_take(json, ','));
-    if (!ckca__json_take(json, '}')) return ckca__json_fail(json, "no , or }");
+    if (!ckca__json_take(json, '}')) return ckca__json_fail(json, "expected , or }");
     if (!have_dtype || !have_shape || offsets != 2)
         return ckca__fail(json->ctx, CKCA_EFORMAT, "%s: %.100s lacks its dtype, shape or two data_offsets",
                           ckca__tail(json->path), tensor->name);
@@ -8002,40 +8097,41 @@ static ckca_status ckca__st_parse_tensor(ckca__json *json, ckca__st_tensor *tens
     return CKCA_OK;
 }
 
-/* The header as text, from its first brace to its last. */
+/* Parses the whole header. */
 static ckca_status ckca__st_parse_header(ckca__json *json, ckca__st_file *file) {
     size_t tensor_capacity = 0, meta_capacity = 0;
     int have_meta = 0;
     ckca_status status;
-    if (!json->size || json->text[0] != '{') return ckca__json_fail(json, "no {");
+    if (!json->size || json->text[0] != '{') return ckca__json_fail(json, "expected {");
     json->at = 1;
     if (!ckca__json_take(json, '}')) {
         do {
             char *name;
             status = ckca__json_string(json, &name);
-            if (!status && !ckca__json_take(json, ':')) status = ckca__json_fail(json, "no :");
+            if (!status && !ckca__json_take(json, ':')) status = ckca__json_fail(json, "expected :");
             if (status) return status;
             if (!strcmp(name, "__metadata__")) {
                 if (have_meta++) return ckca__json_fail(json, "a second __metadata__");
                 ckca__json_space(json);
-                status = json->text[json->at] == 'n' ? ckca__json_skip(json, 0) /* null: none */
+                status = json->text[json->at] == 'n' ? ckca__json_skip(json, 0) /* null: no metadata */
                                                      : ckca__st_parse_meta(json, file, &meta_capacity);
             } else if (!ckca__grow(json->ctx, (void **)&file->tensor, file->tensors, &tensor_capacity,
                                    sizeof *file->tensor)) {
-                status = ckca__fail(json->ctx, CKCA_ENOMEM, "%s: no memory for its header", ckca__tail(json->path));
+                status = ckca__fail(json->ctx, CKCA_ENOMEM, "%s: out of memory for its header", ckca__tail(json->path));
             } else {
                 file->tensor[file->tensors].name = name;
                 status = ckca__st_parse_tensor(json, &file->tensor[file->tensors++]);
             }
             if (status) return status;
         } while (ckca__json_take(json, ','));
-        if (!ckca__json_take(json, '}')) return ckca__json_fail(json, "no , or }");
+        if (!ckca__json_take(json, '}')) return ckca__json_fail(json, "expected , or }");
     }
     ckca__json_space(json);
-    return json->at == json->size ? CKCA_OK : ckca__json_fail(json, "something behind the last }");
+    return json->at == json->size ? CKCA_OK : ckca__json_fail(json, "text after the last }");
 }
 
-/* Tensors lie one behind the other without a hole from the header to the file's end; names and keys are there once. */
+/* Checks that the tensors fill the file after the header, without gaps or overlaps, and that names and keys are unique.
+   data: where the header ends; size: of the file. */
 static ckca_status ckca__st_check(ckca__st_file *file, size_t data, size_t size) {
     size_t i, at = 0;
     if (file->tensors) qsort(file->tensor, file->tensors, sizeof *file->tensor, ckca__st_by_place);
@@ -8051,23 +8147,22 @@ static ckca_status ckca__st_check(ckca__st_file *file, size_t data, size_t size)
         tensor->end += data;
     }
     if (at != size - data)
-        return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: its tensors have %.0f bytes, the file has %.0f for them",
+        return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: its tensors take %.0f bytes, but %.0f follow the header",
                           ckca__tail(file->path), (double)at, (double)(size - data));
     if (file->tensors) qsort(file->tensor, file->tensors, sizeof *file->tensor, ckca__st_by_name);
     for (i = 1; i < file->tensors; i++)
         if (!strcmp(file->tensor[i - 1].name, file->tensor[i].name))
-            return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: %.100s is in it twice", ckca__tail(file->path),
+            return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: %.100s appears twice", ckca__tail(file->path),
                               file->tensor[i].name);
     if (file->metas) qsort(file->meta, file->metas, sizeof *file->meta, ckca__st_by_key);
     for (i = 1; i < file->metas; i++)
         if (!strcmp(file->meta[i - 1].key, file->meta[i].key))
-            return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: the metadata \"%.100s\" is in it twice",
+            return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: the metadata \"%.100s\" appears twice",
                               ckca__tail(file->path), file->meta[i].key);
     return CKCA_OK;
 }
 
-/* A file in memory, which must stay while *file is used. path is for messages and must stay too. Whatever comes back,
-   ckca__st_close may be called. */
+/* Parses a file in memory. bytes and path (for messages) must outlive *file. Call ckca__st_close, also after a failure. */
 static ckca_status ckca__st_parse(ckca_context *ctx, const char *path, const unsigned char *bytes, size_t size,
                                   ckca__st_file *file) {
     uint64_t header = 0;
@@ -8093,7 +8188,7 @@ static ckca_status ckca__st_parse(ckca_context *ctx, const char *path, const uns
     json.size = (size_t)header;
     json.text = file->text = (char *)ckca__alloc(ctx, json.size + 1);
     if (!json.text)
-        return ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for its header of %.0f bytes", ckca__tail(path),
+        return ckca__fail(ctx, CKCA_ENOMEM, "%s: out of memory for its header of %.0f bytes", ckca__tail(path),
                           (double)header);
     memcpy(json.text, bytes + 8, json.size);
     flaw = ckca__utf8_flaw(bytes + 8, json.size);
@@ -8113,7 +8208,7 @@ static const ckca__st_tensor *ckca__st_find(const ckca__st_file *file, const cha
     return (const ckca__st_tensor *)bsearch(&wanted, file->tensor, file->tensors, sizeof wanted, ckca__st_by_name);
 }
 
-/* The text behind a key of the metadata, or NULL. */
+/* The metadata's value of a key, or NULL. */
 static const char *ckca__st_meta(const ckca__st_file *file, const char *key) {
     ckca__st_pair wanted, *found;
     wanted.key = key;
@@ -8122,7 +8217,7 @@ static const char *ckca__st_meta(const ckca__st_file *file, const char *key) {
     return found ? found->value : NULL;
 }
 
-/* A half-precision number (IEEE 754 binary16). */
+/* A half-precision number (IEEE 754 binary16) as a float. */
 static float ckca__float16(unsigned bits) {
     unsigned exponent = bits >> 10 & 31, fraction = bits & 1023;
     float value;
@@ -8135,7 +8230,7 @@ static float ckca__float16(unsigned bits) {
     return bits >> 15 ? -value : value;
 }
 
-/* A tensor of F32, F16, BF16 or F64 as floats: out has as many as its shape says. */
+/* Converts a tensor of F32, F16, BF16 or F64 to floats; out has as many as the product of its shape. */
 static ckca_status ckca__st_read_floats(const ckca__st_file *file, const ckca__st_tensor *tensor, float *out) {
     const unsigned char *in = file->bytes + tensor->begin;
     size_t size = tensor->end - tensor->begin, i;
@@ -8149,20 +8244,20 @@ static ckca_status ckca__st_read_floats(const ckca__st_file *file, const ckca__s
         }
     } else if (!strcmp(tensor->dtype, "F16")) {
         for (i = 0; i < size / 2; i++) out[i] = ckca__float16(in[2 * i] | (unsigned)in[2 * i + 1] << 8);
-    } else if (!strcmp(tensor->dtype, "BF16")) { /* the upper half of a float */
+    } else if (!strcmp(tensor->dtype, "BF16")) { /* the upper 16 bits of a float */
         for (i = 0; i < size / 2; i++) {
             uint32_t bits = (uint32_t)in[2 * i] << 16 | (uint32_t)in[2 * i + 1] << 24;
             memcpy(&out[i], &bits, 4);
         }
     } else {
-        return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: %.100s is of type %s, not of floats", ckca__tail(file->path),
-                          tensor->name, tensor->dtype);
+        return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: %.100s has the type %s, not a float type",
+                          ckca__tail(file->path), tensor->name, tensor->dtype);
     }
     return CKCA_OK;
 }
 
 #ifndef CKCA_NO_STDIO
-/* Reads a file whole, 16 GiB at most, and parses it. ckca__st_close it whatever comes back; path must stay so long. */
+/* Reads a whole file, 16 GiB at most, and parses it. path must outlive *file. Call ckca__st_close, also after a failure. */
 static ckca_status ckca__st_open(ckca_context *ctx, const char *path, ckca__st_file *file) {
     unsigned char *bytes;
     size_t size;
@@ -8177,8 +8272,7 @@ static ckca_status ckca__st_open(ckca_context *ctx, const char *path, ckca__st_f
 }
 #endif /* CKCA_NO_STDIO */
 
-/* --- Writing ------------------------------------------------------------------------------------------------------ */
-
+/* ---- writing ---- */
 static size_t ckca__st_item_bytes(const ckca__st_item *item) {
     size_t bytes = ckca__st_value_bytes(item->dtype);
     int i;
@@ -8186,7 +8280,7 @@ static size_t ckca__st_item_bytes(const ckca__st_item *item) {
     return bytes;
 }
 
-/* The header, padded with spaces to a multiple of 8. Tensors of wider values come first, so that each is aligned. */
+/* Appends the header, padded with spaces to a multiple of 8. Tensors of wider types come first, so all are aligned. */
 static void ckca__st_header(ckca__text *text, const ckca__st_item *items, int count, const ckca__st_pair *meta,
                             int metas) {
     size_t at = 0, width;
@@ -8222,14 +8316,14 @@ static void ckca__st_header(ckca__text *text, const ckca__st_item *items, int co
     while (text->length % 8 && !text->failed) ckca__text_puts(text, " ");
 }
 
-/* Where a file's bytes go: into a file, or into memory that has room for them. */
+/* Where ckca__st_write_all writes: to a file, or to memory that is large enough. */
 typedef struct ckca__sink {
-    FILE *file; /* or NULL */
+    FILE *file; /* NULL: memory */
     unsigned char *memory;
-    size_t at;
+    size_t at; /* bytes written to memory */
 } ckca__sink;
 
-static int ckca__sink_put(ckca__sink *sink, const void *bytes, size_t size) {
+static int ckca__sink_write(ckca__sink *sink, const void *bytes, size_t size) {
 #ifndef CKCA_NO_STDIO
     if (sink->file) return fwrite(bytes, 1, size, sink->file) == size;
 #endif
@@ -8238,29 +8332,30 @@ static int ckca__sink_put(ckca__sink *sink, const void *bytes, size_t size) {
     return 1;
 }
 
-/* All of a file: length, header, tensors. Where an item has no data, ask(user, i) gives a pointer to it that is valid
-   until the next call, so that whoever must rearrange tensors first needs room for one only. 1: all of it was taken. */
-static int ckca__st_put(ckca__sink *sink, const ckca__text *header, const ckca__st_item *items, int count,
-                        const void *(*ask)(void *user, int i), void *user) {
+/* Writes length, header and tensors. If an item has no data, fetch(user, i) returns a pointer to its values, valid until
+   the next call, so that a caller who must convert tensors needs memory for only one. Returns 0 if a write fails. */
+static int ckca__st_write_all(ckca__sink *sink, const ckca__text *header, const ckca__st_item *items, int count,
+                              const void *(*fetch)(void *user, int i), void *user) {
     unsigned char length[8];
     size_t width;
     int i, ok;
     for (i = 0; i < 8; i++) length[i] = (unsigned char)((uint64_t)header->length >> 8 * i);
-    ok = ckca__sink_put(sink, length, 8) && ckca__sink_put(sink, header->at, header->length);
+    ok = ckca__sink_write(sink, length, 8) && ckca__sink_write(sink, header->bytes, header->length);
     for (width = 8; width; width /= 2) {
         for (i = 0; i < count && ok; i++) {
             const size_t bytes = ckca__st_item_bytes(&items[i]);
             if (ckca__st_value_bytes(items[i].dtype) != width || !bytes) continue;
-            ok = ckca__sink_put(sink, items[i].data ? items[i].data : ask(user, i), bytes);
+            ok = ckca__sink_write(sink, items[i].data ? items[i].data : fetch(user, i), bytes);
         }
     }
     return ok;
 }
 
-/* Writes what would be a file to out, which has room bytes; *size becomes how many there are. out NULL: only that. */
-static ckca_status ckca__st_write_memory(ckca_context *ctx, void *out, size_t room, size_t *size,
+/* Writes the bytes of a file to out, which has capacity bytes, and sets *size to their number. out NULL: only sets
+   *size. */
+static ckca_status ckca__st_write_memory(ckca_context *ctx, void *out, size_t capacity, size_t *size,
                                          const ckca__st_item *items, int count, const ckca__st_pair *meta, int metas,
-                                         const void *(*ask)(void *user, int i), void *user) {
+                                         const void *(*fetch)(void *user, int i), void *user) {
     ckca__text header;
     ckca__sink sink;
     ckca_status status = CKCA_OK;
@@ -8272,29 +8367,29 @@ static ckca_status ckca__st_write_memory(ckca_context *ctx, void *out, size_t ro
     for (i = 0; i < count; i++) *size = ckca__sum(*size, ckca__st_item_bytes(&items[i]));
     if (header.failed) {
         *size = 0;
-        status = ckca__fail(ctx, CKCA_ENOMEM, "save: no memory for its header");
-    } else if (out && room < *size) {
-        status = ckca__fail(ctx, CKCA_EINVAL, "save: there is room for %.0f bytes, the model takes %.0f", (double)room,
+        status = ckca__fail(ctx, CKCA_ENOMEM, "save: out of memory for its header");
+    } else if (out && capacity < *size) {
+        status = ckca__fail(ctx, CKCA_EINVAL, "save: out has %.0f bytes, the model needs %.0f", (double)capacity,
                             (double)*size);
     } else if (out) {
         memset(&sink, 0, sizeof sink);
         sink.memory = (unsigned char *)out;
-        ckca__st_put(&sink, &header, items, count, ask, user);
-        status = ckca__device_status(ctx); /* were all items fetched? */
+        ckca__st_write_all(&sink, &header, items, count, fetch, user);
+        status = ckca__device_status(ctx); /* a failed download */
     }
-    ckca__release(ctx, header.at);
+    ckca__release(ctx, header.bytes);
     return status;
 }
 
 #ifndef CKCA_NO_STDIO
 #ifdef CKCA__POSIX
 #include <sys/file.h>
-#ifndef __cplusplus /* strict C99 hides these two of POSIX */
+#ifndef __cplusplus /* strict C99 hides these two POSIX functions */
 extern int fileno(FILE *);
 extern int fsync(int);
 #endif
-/* Opens the file at path, made if need be, and locks it until this process closes it or ends, whatever way. -1: it cannot
-   be opened (errno); -2: it is locked. A file system without locks lets everyone in. */
+/* Opens the file at path, creates it if needed, and locks it until this process closes it or ends. Returns -1 if it cannot
+   be opened (errno), -2 if it is locked. On a file system without locks it always succeeds. */
 static int ckca__lock_path(const char *path) {
     struct stat mine, there;
     int tries;
@@ -8306,7 +8401,7 @@ static int ckca__lock_path(const char *path) {
             close(file);
             return -2;
         }
-        /* Whoever held it before may have renamed or removed it since it was opened here. */
+        /* The previous holder may have renamed or removed the file after it was opened here: then try again. */
         if (!fstat(file, &mine) && !stat(path, &there) && mine.st_dev == there.st_dev && mine.st_ino == there.st_ino)
             return file;
         close(file);
@@ -8315,14 +8410,15 @@ static int ckca__lock_path(const char *path) {
     return -1;
 }
 #endif
-/* Writes a file: into PATH.tmp, which replaces path when it is on the disk whole. A killed run's PATH.tmp is written
-   over, one that is being written is locked. Metadata and, as far as their types' widths allow, tensors keep their
-   order. ask and user as in ckca__st_put. */
+
+/* Writes a file: to PATH.tmp, which is synced to disk and then renamed to path. Overwrites the PATH.tmp of a killed run;
+   PATH.tmp is locked while it is written. Metadata keep their order, and so do tensors of types of equal width. fetch and
+   user as in ckca__st_write_all. */
 static ckca_status ckca__st_write(ckca_context *ctx, const char *path, const ckca__st_item *items, int count,
-                                  const ckca__st_pair *meta, int metas, const void *(*ask)(void *user, int i),
+                                  const ckca__st_pair *meta, int metas, const void *(*fetch)(void *user, int i),
                                   void *user) {
     ckca__text header, temporary;
-    const char *failed = NULL; /* what could not be done */
+    const char *failed = NULL; /* "created", "written", ...: for the message */
     ckca__sink sink;
     ckca_status status = CKCA_OK;
     int error = 0, lock = -1;
@@ -8334,24 +8430,24 @@ static ckca_status ckca__st_write(ckca_context *ctx, const char *path, const ckc
     ckca__text_puts(&temporary, path);
     ckca__text_puts(&temporary, ".tmp");
     if (header.failed || temporary.failed) {
-        status = ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for its header", ckca__tail(path));
+        status = ckca__fail(ctx, CKCA_ENOMEM, "%s: out of memory for its header", ckca__tail(path));
     } else {
 #ifdef CKCA__POSIX
-        lock = ckca__lock_path(temporary.at);
+        lock = ckca__lock_path(temporary.bytes);
         if (lock == -2)
             status =
                 ckca__fail(ctx, CKCA_EIO, "%s: another process is writing it (its .tmp is locked)", ckca__tail(path));
         else if (lock >= 0)
 #endif
-            sink.file = fopen(temporary.at, "wb");
+            sink.file = fopen(temporary.bytes, "wb");
         if (!sink.file && !status) {
             failed = "created";
             error = errno;
         }
     }
     if (sink.file) {
-        int ok = ckca__st_put(&sink, &header, items, count, ask, user);
-        if (ok) ok = !(status = ckca__device_status(ctx)) && fflush(sink.file) == 0; /* were all items fetched? */
+        int ok = ckca__st_write_all(&sink, &header, items, count, fetch, user);
+        if (ok) ok = !(status = ckca__device_status(ctx)) && fflush(sink.file) == 0;
 #ifdef CKCA__POSIX
         ok = ok && fsync(fileno(sink.file)) == 0;
 #endif
@@ -8362,31 +8458,31 @@ static ckca_status ckca__st_write(ckca_context *ctx, const char *path, const ckc
         }
         if (!ok) failed = "written";
 #ifdef _WIN32
-        if (ok) remove(path); /* rename does not replace there */
+        if (ok) remove(path); /* on Windows rename does not replace a file */
 #endif
-        if (ok && rename(temporary.at, path) != 0) {
+        if (ok && rename(temporary.bytes, path) != 0) {
             failed = "put in place";
             error = errno;
         }
-        if (failed) remove(temporary.at);
+        if (failed) remove(temporary.bytes);
     }
     if (failed && !status)
         status = ckca__fail(ctx, CKCA_EIO, "%s: cannot be %s: %s", ckca__tail(path), failed, strerror(error));
 #ifdef CKCA__POSIX
     if (lock >= 0) close(lock);
-    if (!status) { /* the folder's entry too; some file systems have no such call, and the file is there already */
-        char *slash = strrchr(temporary.at, '/');
+    if (!status) { /* sync the folder too; failure is ignored, since some file systems do not support it */
+        char *slash = strrchr(temporary.bytes, '/');
         int folder;
-        if (slash) slash[slash == temporary.at] = 0;
-        folder = open(slash ? temporary.at : ".", O_RDONLY);
+        if (slash) slash[slash == temporary.bytes] = 0;
+        folder = open(slash ? temporary.bytes : ".", O_RDONLY);
         if (folder >= 0) {
             fsync(folder);
             close(folder);
         }
     }
 #endif
-    ckca__release(ctx, header.at);
-    ckca__release(ctx, temporary.at);
+    ckca__release(ctx, header.bytes);
+    ckca__release(ctx, temporary.bytes);
     return status;
 }
 #endif /* CKCA_NO_STDIO */

@@ -281,7 +281,7 @@ static void broken(int which, const char *words) {
 }
 
 static void test_building(void) {
-    static const char *const words[] = {"relu: there is no node 0 (there is none yet: begin with ckca_layer_input)", "input: it is the first node",
+    static const char *const words[] = {"relu: there is no node 0 (the model is empty: begin with ckca_layer_input)", "input: it must be the first node",
         "conv: the name \"\" needs", "conv c: there is no node 5 (nodes are 0 to 0)", "conv c: out is 0, it may be 1 to",
         "conv c: kernel is -1, it may be 0 to 255", "conv c: stride is 256", "conv c: pad is 3, it may be 0 to 2",
         "conv c: bias is 2", "conv c: a kernel of 9", "bn: the name \"\"", "bn: there is no node -2",
@@ -321,26 +321,26 @@ static void test_building(void) {
     REFUSED(ckca_resnet(ctx, NULL, "resnet8", &good), CKCA_EINVAL, "model is NULL");
     NOT_MADE(ckca_resnet(ctx, &m, "resnet8", NULL), m, sentinel_model, CKCA_EINVAL, "desc is NULL");
     NOT_MADE(ckca_resnet(ctx, &m, NULL, &good), m, sentinel_model, CKCA_EINVAL, "arch is NULL");
-    NOT_MADE(ckca_resnet(ctx, &m, "vgg16", &good), m, sentinel_model, CKCA_EINVAL, "\"vgg16\" is none of resnet8");
+    NOT_MADE(ckca_resnet(ctx, &m, "vgg16", &good), m, sentinel_model, CKCA_EINVAL, "unknown network \"vgg16\"; known are resnet8");
     for (i = 0; i < (int)(sizeof words / sizeof *words); i++) broken(i, words[i]);
     CHECK(ckca_layer_input(NULL) == -1 && ckca_layer_relu(NULL, 0) == -1 && ckca_layer_stage(NULL, 0) == -1, "nodes of no model");
 
     m = NULL; /* out of order, and then in order */
     CHECK(ckca_model_create(ctx, &m, &good) == CKCA_OK, "%s", ckca_error(ctx));
-    REFUSED(ckca_model_finish(m, 0), CKCA_EINVAL, "logits: there is no node 0 (there is none yet");
+    REFUSED(ckca_model_finish(m, 0), CKCA_EINVAL, "logits: there is no node 0 (the model is empty");
     x = ckca_layer_avgpool(m, ckca_layer_input(m));
     REFUSED(ckca_model_finish(m, 9), CKCA_EINVAL, "logits: there is no node 9 (nodes are 0 to 1)");
-    REFUSED(ckca_model_finish(m, x), CKCA_EINVAL, "logits: node 1 is of the kind avgpool, not linear");
+    REFUSED(ckca_model_finish(m, x), CKCA_EINVAL, "logits: node 1 is avgpool, not linear");
     fc = ckca_layer_linear(m, "five", x, 5);
     REFUSED(ckca_model_finish(m, fc), CKCA_ESHAPE, "five has 5 outputs, the model has 2 classes");
     fc = ckca_layer_linear(m, "fc", x, CLASSES);
     CHECK(ckca_model_finish(m, fc) == CKCA_OK, "after three failures: %s", ckca_error(ctx));
-    REFUSED(ckca_model_finish(m, fc), CKCA_EINVAL, "finished already");
+    REFUSED(ckca_model_finish(m, fc), CKCA_EINVAL, "already finished");
     NO_NODE(ckca_layer_input(m), "input: the model is finished");
     NO_NODE(ckca_layer_relu(m, x), "relu: the model is finished");
     NO_NODE(ckca_layer_linear(m, "more", x, 2), "linear: the model is finished");
     NO_NODE(ckca_layer_stage(m, x), "stage: the model is finished");
-    REFUSED(ckca_model_finish(m, fc), CKCA_EINVAL, "finished already"); /* nothing of the above broke it */
+    REFUSED(ckca_model_finish(m, fc), CKCA_EINVAL, "already finished"); /* nothing of the above broke it */
     CHECK(ckca_model_finish(NULL, 0) == CKCA_EINVAL, "no model");
     ckca_model_free(m);
     ckca_model_free(NULL);
@@ -400,21 +400,21 @@ static void test_model(ckca_model *m, ckca_model *raw, const ckca_data *set) {
               ckca_tensor_find(m, NULL) == -1 && ckca_tensor_count(raw) == 0,
           "of no model");
     /* before any forward */
-    REFUSED(ckca_node_read(m, 0, out), CKCA_EINVAL, "no ckca_forward before it");
-    REFUSED(ckca_backward(m, x, NULL), CKCA_EINVAL, "needs a ckca_forward with training right before it");
+    REFUSED(ckca_node_read(m, 0, out), CKCA_EINVAL, "it needs a ckca_forward before it");
+    REFUSED(ckca_backward(m, x, NULL), CKCA_EINVAL, "needs its own ckca_forward with training right before it");
     REFUSED(ckca_sgd(m, &sgd), CKCA_EINVAL, "there are no gradients yet");
     REFUSED(ckca_tensor_read(m, 0, CKCA_SLOT_GRADIENT, out), CKCA_EINVAL, "conv1.weight has no gradient yet");
     REFUSED(ckca_tensor_write(m, 0, CKCA_SLOT_MOMENTUM, out), CKCA_EINVAL, "conv1.weight has no momentum yet");
-    REFUSED(ckca_predict(m, pixels, 1, out), CKCA_EINVAL, "no mean and std yet");
+    REFUSED(ckca_predict(m, pixels, 1, out), CKCA_EINVAL, "has no mean and std");
     CHECK(ckca_forward(m, x, 2, 0) == CKCA_OK, "%s", ckca_error(ctx));
-    REFUSED(ckca_backward(m, x, NULL), CKCA_EINVAL, "needs a ckca_forward with training right before it");
-    REFUSED(ckca_node_read(m, 1, out), CKCA_EINVAL, "takes a ckca_forward with training");
+    REFUSED(ckca_backward(m, x, NULL), CKCA_EINVAL, "needs its own ckca_forward with training right before it");
+    REFUSED(ckca_node_read(m, 1, out), CKCA_EINVAL, "only a ckca_forward with training keeps it");
     CHECK(ckca_forward(m, x, 2, 1) == CKCA_OK, "%s", ckca_error(ctx));
     REFUSED(ckca_node_read(m, 2, out), CKCA_EINVAL, "node 2 (bn) cannot be read: it is fused");
     REFUSED(ckca_backward(m, NULL, NULL), CKCA_EINVAL, "dlogits is NULL");
     x[0] = 1;
     CHECK(ckca_backward(m, x, NULL) == CKCA_OK, "%s", ckca_error(ctx));
-    REFUSED(ckca_backward(m, x, NULL), CKCA_EINVAL, "one for each");
+    REFUSED(ckca_backward(m, x, NULL), CKCA_EINVAL, "needs its own ckca_forward");
     CHECK(ckca_sgd(m, &sgd) == CKCA_OK, "%s", ckca_error(ctx));
 
     before = see(m); /* with gradients and momentum */

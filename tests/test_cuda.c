@@ -520,14 +520,14 @@ static ckca_status plain_update(ckca_model *m, const ckca_data *data, const ckca
             const int first = u->batch * u->d.batch, left = data->count - first;
             const int n = left < u->d.batch ? left : u->d.batch;
             const int64_t step = (int64_t)u->epoch * u->batches + u->batch;
-            ckca__send_batch(u->ctx, data, u->order + first, n, u->epoch, ckca__rate(&u->d, step, u->batches), &u->b);
+            ckca__send_batch(u->ctx, data, u->order + first, n, u->epoch, ckca__learning_rate(&u->d, step, u->batches), &u->buffers);
             ckca__step_ops(u, n);
         }
     }
     m->updates++;
     ckca__device_release(u->ctx, u->cache_logits, u->cache_logits_bytes);
     ckca__device_release(u->ctx, u->cache_features, u->cache_features_bytes);
-    ckca__small_free(u->ctx, &u->b);
+    ckca__batch_buffers_free(u->ctx, &u->buffers);
     ckca__release(u->ctx, u->order);
     ckca_model_free(u->old);
     return status ? status : ckca__device_status(m->ctx);

@@ -182,7 +182,7 @@ rm -f c.safetensors* kept
 $train --save c.safetensors --epochs 4000 --state-seconds 0.001 >out1 2>err1 &
 first=$!
 for ((i = 0; i < 1000; i++)); do [ -e c.safetensors.state ] && break || sleep 0.01; done
-refuses 1 "c.safetensors.state: another update is at work on it" $train --save c.safetensors --epochs 4000 --resume
+refuses 1 "c.safetensors.state: another update is using it" $train --save c.safetensors --epochs 4000 --resume
 check "the first goes on" kill -9 $first
 wait $first 2>/dev/null
 rm -f c.safetensors*

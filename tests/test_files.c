@@ -462,22 +462,22 @@ static void test_hostile_headers(void) {
         size_t bytes;
         const char *words;
     } bad[] = {
-        {"", 0, "no {"},
-        {" {}", 0, "no {"},
-        {"{", 0, "no string at byte 1 of 1"},
-        {"{}x", 0, "something behind"},
-        {"{}", 4, "tensors have 0 bytes, the file has 4"},
+        {"", 0, "expected {"},
+        {" {}", 0, "expected {"},
+        {"{", 0, "expected a string at byte 1 of 1"},
+        {"{}x", 0, "text after"},
+        {"{}", 4, "tensors take 0 bytes, but 4 follow"},
         {"{\"a\":" T("F32", "1", "0,4") "}", 0,
          "a is at bytes 0 to 4 of 0, the tensor before it ends at 0 (truncated?)"},
-        {"{\"a\":" T("F32", "1", "0,4") "}", 8, "tensors have 4 bytes, the file has 8"},
+        {"{\"a\":" T("F32", "1", "0,4") "}", 8, "tensors take 4 bytes, but 8 follow"},
         {"{\"a\":" T("F32", "2", "0,4") "}", 4, "a is at bytes 0 to 4, its shape and type (4 bytes a value) need 8"},
         {"{\"a\":" T("F32", "1", "4,0") "}", 4, "a is at bytes 4 to 0, its shape"},
         {"{\"a\":" T("F32", "1", "4,8") "}", 8, "a is at bytes 4 to 8 of 8, the tensor before it ends at 0"},
         {"{\"a\":" T("F32", "1", "0,4") ",\"b\":" T("F32", "1", "2,6") "}", 6, "b is at bytes 2 to 6"},
         {"{\"a\":" T("F32", "1", "0,4") ",\"b\":" T("F32", "1", "0,4") "}", 4, "ends at 4"},
         {"{\"a\":" T("F32", "1", "0,4") ",\"b\":" T("F32", "1", "8,12") "}", 12, "b is at bytes 8 to 12"},
-        {"{\"a\":" T("F32", "1", "0,4") ",\"a\":" T("F32", "1", "4,8") "}", 8, "a is in it twice"},
-        {"{\"a\":" T("F32", "1", "0,4") ",\"\\u0061\":" T("F32", "1", "4,8") "}", 8, "a is in it twice"},
+        {"{\"a\":" T("F32", "1", "0,4") ",\"a\":" T("F32", "1", "4,8") "}", 8, "a appears twice"},
+        {"{\"a\":" T("F32", "1", "0,4") ",\"\\u0061\":" T("F32", "1", "4,8") "}", 8, "a appears twice"},
         {"{\"a\":" T("F31", "1", "0,4") "}", 4, "a has the unknown type \"F31\""},
         {"{\"a\":" T("F32", "9223372036854775807,9223372036854775807", "0,4") "}", 4, "need 18446744073709551616"},
         {"{\"a\":" T("F32", "4611686018427387903", "4,0") "}", 4, "a is at bytes 4 to 0, its shape"},
@@ -485,59 +485,59 @@ static void test_hostile_headers(void) {
         {"{\"a\":" T("F32", "4294967296,4294967296,0", "0,4") "}", 4, "a is at bytes 0 to 4"},
         {"{\"a\":" T("F32", "9223372036854775808", "0,4") "}", 4, "a number beyond 2^63 - 1"},
         {"{\"a\":" T("F32", "99999999999999999999", "0,4") "}", 4, "a number beyond 2^63 - 1"},
-        {"{\"a\":" T("F32", "-1", "0,4") "}", 4, "no whole number"},
-        {"{\"a\":" T("F32", "01", "0,4") "}", 4, "no whole number"},
-        {"{\"a\":" T("F32", "1.0", "0,4") "}", 4, "no , or ]"},
-        {"{\"a\":" T("F32", "1e0", "0,4") "}", 4, "no , or ]"},
-        {"{\"a\":" T("F32", "1,", "0,4") "}", 4, "no whole number"},
-        {"{\"a\":" T("F32", "1,1,1,1,1,1,1,1,1", "0,4") "}", 4, "too long a list"},
-        {"{\"a\":" T("F32", "1", "0,4,8") "}", 4, "too long a list"},
+        {"{\"a\":" T("F32", "-1", "0,4") "}", 4, "expected a whole number"},
+        {"{\"a\":" T("F32", "01", "0,4") "}", 4, "expected a whole number"},
+        {"{\"a\":" T("F32", "1.0", "0,4") "}", 4, "expected , or ]"},
+        {"{\"a\":" T("F32", "1e0", "0,4") "}", 4, "expected , or ]"},
+        {"{\"a\":" T("F32", "1,", "0,4") "}", 4, "expected a whole number"},
+        {"{\"a\":" T("F32", "1,1,1,1,1,1,1,1,1", "0,4") "}", 4, "a list that is too long"},
+        {"{\"a\":" T("F32", "1", "0,4,8") "}", 4, "a list that is too long"},
         {"{\"a\":" T("F32", "1", "4") "}", 4, "lacks its dtype, shape or two data_offsets"},
         {"{\"a\":" T("F32", "1", "0,9223372036854775807") "}", 4, "a is at bytes 0 to"},
         {"{\"a\":{\"dtype\":\"F32\",\"shape\":[1]}}", 4, "lacks its dtype"},
         {"{\"a\":{\"dtype\":\"F32\",\"data_offsets\":[0,4]}}", 4, "lacks its dtype"},
         {"{\"a\":{\"shape\":[1],\"data_offsets\":[0,4]}}", 4, "lacks its dtype"},
-        {"{\"a\":{\"dtype\":\"F32\",\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]}}", 4, "there twice"},
-        {"{\"a\":" X("\"shape\":[1]") "}", 4, "there twice"},
-        {"{\"a\":" X("\"x\":") "}", 4, "no value"},
-        {"{\"a\":" X("\"x\":nul") "}", 4, "no value"},
-        {"{\"a\":" X("\"x\":nulll") "}", 4, "no , or }"},
-        {"{\"a\":" X("\"x\":NaN") "}", 4, "no value"},
-        {"{\"a\":" X("\"x\":+1") "}", 4, "no value"},
-        {"{\"a\":" X("\"x\":01") "}", 4, "no value"},
-        {"{\"a\":" X("\"x\":-") "}", 4, "no value"},
-        {"{\"a\":" X("\"x\":.5") "}", 4, "no value"},
-        {"{\"a\":" X("\"x\":1.") "}", 4, "no value"},
-        {"{\"a\":" X("\"x\":1e") "}", 4, "no value"},
-        {"{\"a\":" X("\"x\":[1,]") "}", 4, "no value"},
-        {"{\"a\":" X("\"x\":[1}") "}", 4, "no , and no end of a value"},
-        {"{\"a\":" X("\"x\":{\"a\"}") "}", 4, "no :"},
-        {"{\"a\":" X("\"x\":{1:1}") "}", 4, "no string"},
-        {"{\"a\":" X("\"x\":\"\\ud800\"") "}", 4, "an escape that cannot be used"},
+        {"{\"a\":{\"dtype\":\"F32\",\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]}}", 4, "a duplicate field"},
+        {"{\"a\":" X("\"shape\":[1]") "}", 4, "a duplicate field"},
+        {"{\"a\":" X("\"x\":") "}", 4, "expected a value"},
+        {"{\"a\":" X("\"x\":nul") "}", 4, "expected a value"},
+        {"{\"a\":" X("\"x\":nulll") "}", 4, "expected , or }"},
+        {"{\"a\":" X("\"x\":NaN") "}", 4, "expected a value"},
+        {"{\"a\":" X("\"x\":+1") "}", 4, "expected a value"},
+        {"{\"a\":" X("\"x\":01") "}", 4, "expected a value"},
+        {"{\"a\":" X("\"x\":-") "}", 4, "expected a value"},
+        {"{\"a\":" X("\"x\":.5") "}", 4, "expected a value"},
+        {"{\"a\":" X("\"x\":1.") "}", 4, "expected a value"},
+        {"{\"a\":" X("\"x\":1e") "}", 4, "expected a value"},
+        {"{\"a\":" X("\"x\":[1,]") "}", 4, "expected a value"},
+        {"{\"a\":" X("\"x\":[1}") "}", 4, "expected , or the end of the value"},
+        {"{\"a\":" X("\"x\":{\"a\"}") "}", 4, "expected :"},
+        {"{\"a\":" X("\"x\":{1:1}") "}", 4, "expected a string"},
+        {"{\"a\":" X("\"x\":\"\\ud800\"") "}", 4, "an invalid escape"},
         {"{\"a\":" X("\"x\":\"\t\"") "}", 4, "a control character"},
-        {"{\"a\":{\"dtype\":\"F32\",\"x\":[[{\"y\":", 0, "no value"},
-        {"{\"__metadata__\":nul}", 0, "no value"},
+        {"{\"a\":{\"dtype\":\"F32\",\"x\":[[{\"y\":", 0, "expected a value"},
+        {"{\"__metadata__\":nul}", 0, "expected a value"},
         {"{\"__metadata__\":null,\"__metadata__\":null}", 0, "a second __metadata__"},
-        {"{\"__metadata__\":{\"k\":null}}", 0, "no string"},
-        {"{\"a\":{}}", 0, "no string"},
-        {"{\"a\":[]}", 0, "a tensor that is no object"},
-        {"{\"a\"}", 0, "no :"},
-        {"{\"a\":" T("F32", "1", "0,4") ",}", 4, "no string"},
-        {"{\"a\":" T("F32", "1", "0,4"), 4, "no , or }"},
-        {"{\"__metadata__\":{\"k\":1}}", 0, "no string"},
-        {"{\"__metadata__\":{\"k\":{\"k\":\"v\"}}}", 0, "no string"},
-        {"{\"__metadata__\":[]}", 0, "__metadata__ is no object"},
-        {"{\"__metadata__\":{\"k\":\"v\",\"k\":\"w\"}}", 0, "the metadata \"k\" is in it twice"},
+        {"{\"__metadata__\":{\"k\":null}}", 0, "expected a string"},
+        {"{\"a\":{}}", 0, "expected a string"},
+        {"{\"a\":[]}", 0, "a tensor that is not an object"},
+        {"{\"a\"}", 0, "expected :"},
+        {"{\"a\":" T("F32", "1", "0,4") ",}", 4, "expected a string"},
+        {"{\"a\":" T("F32", "1", "0,4"), 4, "expected , or }"},
+        {"{\"__metadata__\":{\"k\":1}}", 0, "expected a string"},
+        {"{\"__metadata__\":{\"k\":{\"k\":\"v\"}}}", 0, "expected a string"},
+        {"{\"__metadata__\":[]}", 0, "__metadata__ is not an object"},
+        {"{\"__metadata__\":{\"k\":\"v\",\"k\":\"w\"}}", 0, "the metadata \"k\" appears twice"},
         {"{\"__metadata__\":{},\"__metadata__\":{}}", 0, "a second __metadata__"},
-        {"{\"__metadata__\":{\"k\":\"v", 0, "a string without an end"},
-        {"{\"__metadata__\":{\"k\":\"\\", 0, "an escape that cannot be used"},
-        {"{\"__metadata__\":{\"k\":\"\\x\"}}", 0, "an escape that cannot be used"},
-        {"{\"__metadata__\":{\"k\":\"\\u00", 0, "an escape that cannot be used"},
-        {"{\"__metadata__\":{\"k\":\"\\u00g0\"}}", 0, "an escape that cannot be used"},
-        {"{\"__metadata__\":{\"k\":\"\\u0000\"}}", 0, "an escape that cannot be used"},
-        {"{\"__metadata__\":{\"k\":\"\\ud800\"}}", 0, "an escape that cannot be used"},
-        {"{\"__metadata__\":{\"k\":\"\\ud800\\u0041\"}}", 0, "an escape that cannot be used"},
-        {"{\"__metadata__\":{\"k\":\"\\udc00\"}}", 0, "an escape that cannot be used"},
+        {"{\"__metadata__\":{\"k\":\"v", 0, "an unterminated string"},
+        {"{\"__metadata__\":{\"k\":\"\\", 0, "an invalid escape"},
+        {"{\"__metadata__\":{\"k\":\"\\x\"}}", 0, "an invalid escape"},
+        {"{\"__metadata__\":{\"k\":\"\\u00", 0, "an invalid escape"},
+        {"{\"__metadata__\":{\"k\":\"\\u00g0\"}}", 0, "an invalid escape"},
+        {"{\"__metadata__\":{\"k\":\"\\u0000\"}}", 0, "an invalid escape"},
+        {"{\"__metadata__\":{\"k\":\"\\ud800\"}}", 0, "an invalid escape"},
+        {"{\"__metadata__\":{\"k\":\"\\ud800\\u0041\"}}", 0, "an invalid escape"},
+        {"{\"__metadata__\":{\"k\":\"\\udc00\"}}", 0, "an invalid escape"},
         {"{\"__metadata__\":{\"k\":\"\n\"}}", 0, "a control character"},
         {"{\"__metadata__\":{\"k\":\"\xff\"}}", 0, "not UTF-8"},
         {"{\"__metadata__\":{\"k\":\"\xc0\x80\"}}", 0, "not UTF-8"},
@@ -570,9 +570,9 @@ static void test_hostile_headers(void) {
         CHECK(parse_header(ctx, good[i].header, good[i].bytes) == CKCA_OK, "%s: %s", good[i].header, ckca_error(ctx));
     memset(deep, '[', sizeof deep - 1);
     memcpy(deep, "{\"a\":", 5);
-    expect(ctx, "deep", parse_header(ctx, deep, 0), CKCA_EFORMAT, "a tensor that is no object");
+    expect(ctx, "deep", parse_header(ctx, deep, 0), CKCA_EFORMAT, "a tensor that is not an object");
     for (i = 0; i + 5 < sizeof deep; i += 5) memcpy(deep + i, "{\"a\":", 5);
-    expect(ctx, "deep", parse_header(ctx, deep, 0), CKCA_EFORMAT, "values nested too deep");
+    expect(ctx, "deep", parse_header(ctx, deep, 0), CKCA_EFORMAT, "values nested too deeply");
     for (size = 124; size <= 125; size++) { /* an object in one field and so many lists */
         memset(deep, '[', 1000);
         memcpy(deep, "{\"a\":{\"x\":{\"y\":", 15);
@@ -1063,7 +1063,7 @@ static void test_safetensors(void) {
     CHECK(tensor->begin % 8 == 0, "doubles begin at byte %d", (int)tensor->begin);
     tensor = ckca__st_find(&file, "count");
     CHECK(!memcmp(file.bytes + tensor->begin, &whole, 8), "count differs");
-    expect(ctx, "count", ckca__st_read_floats(&file, tensor, out), CKCA_EFORMAT, "count is of type I64, not of floats");
+    expect(ctx, "count", ckca__st_read_floats(&file, tensor, out), CKCA_EFORMAT, "count has the type I64, not a float type");
     ckca__st_close(&file);
 
     CHECK(ckca__read_file(ctx, path, 1 << 20, &whole_file, &size) == CKCA_OK, "%s", ckca_error(ctx));
@@ -1350,7 +1350,7 @@ static void test_memory(void) {
     ckca_model_free(back);
     copy = (unsigned char *)malloc(size);
     memset(copy, 7, size);
-    expect(ctx, "room", ckca_save_memory(model, copy, size - 1, &again), CKCA_EINVAL, "save: there is room for");
+    expect(ctx, "room", ckca_save_memory(model, copy, size - 1, &again), CKCA_EINVAL, "save: out has ");
     for (i = 0; i < size; i++) wrong += copy[i] != 7;
     CHECK(again == size && !wrong, "%d bytes needed, %d written all the same", (int)again, wrong);
     expect(ctx, "size", ckca_save_memory(model, copy, size, NULL), CKCA_EINVAL, "size is NULL");
@@ -1394,13 +1394,13 @@ static void test_memory(void) {
     CHECK(ckca_load_weights_memory(other, untouched, size) == CKCA_OK, "%s", ckca_error(ctx));
     changed = renamed(bytes, size, "net.", "net.", "net.", &again);
     expect(ctx, "unknown prefix", ckca_load_weights_memory(other, changed, again), CKCA_EFORMAT,
-           "memory: it has no tensor conv1.weight, but 8 others. The nearest: net.conv1.weight, net.bn1.weight, "
+           "memory: it has 8 tensors, but no conv1.weight. The nearest: net.conv1.weight, net.bn1.weight, "
            "net.fc.weight");
     CHECK(!strstr(ckca_error(ctx), "refix"), "%s", ckca_error(ctx));
     free(changed);
     changed = renamed(bytes, size, "module.", "module.", "module.head.", &again);
     expect(ctx, "too much", ckca_load_weights_memory(other, changed, again), CKCA_EFORMAT,
-           "it has no tensor conv1.weight, but 8 others. The nearest: module.conv1.weight");
+           "it has 8 tensors, but no conv1.weight. The nearest: module.conv1.weight");
     expect(ctx, "too much", CKCA_EFORMAT, CKCA_EFORMAT, "Without prefixes module.head.fc.bias would not fit either");
     free(changed);
     changed = edited(bytes, size, "fc.weight", "fc.weight", "module.fc.bias", &again);

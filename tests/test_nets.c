@@ -498,13 +498,13 @@ static float *gradients_in(ckca_model *m, int mode, int n, const float *x, const
         for (i = 0; i < values; i++) *stages += out[i];
         free(out);
     }
-    ckca__clear_written(m);
+    ckca__clear_has_grad(m);
     ckca__device_upload(ctx, ckca__grad(m, m->logits), dz, (size_t)(n * m->classes) * sizeof *dz);
-    m->node[m->logits].written = 1;
+    m->node[m->logits].has_grad = 1;
     for (j = 0; j < m->nodes; j++)
         if (m->node[j].stage && (mode & CKCA__MODE_STAGES)) {
             ckca__device_zero(ctx, ckca__grad(m, j), ckca__rows(&m->node[j], n) * (size_t)m->node[j].c * sizeof(float));
-            m->node[j].written = 1;
+            m->node[j].has_grad = 1;
         }
     ckca__run_backward(m);
     m->n = 0;
@@ -547,7 +547,7 @@ static void test_plan(ckca_context *ctx, const char *net, int n, int size, int m
     CHECK(stages[2] == stages[0], "%s: its stages' outputs, added up: %g, not %g", net, stages[2], stages[0]);
     CHECK(m->plan_values[CKCA__MODE_TRAIN] < m->plan_values[CKCA__MODE_TRAIN | CKCA__MODE_READABLE] && m->recomputes[CKCA__MODE_TRAIN] > 0,
           "%s: nothing is recomputed", net);
-    for (j = 0; j < m->recomputes[CKCA__MODE_TRAIN]; j++) made += m->recompute[CKCA__MODE_TRAIN][j].in != j;
+    for (j = 0; j < m->recomputes[CKCA__MODE_TRAIN]; j++) made += m->recompute[CKCA__MODE_TRAIN][j].buffer_of != j;
     CHECK(made || strcmp(net, "resnet50"), "%s: no recomputed output overwrites its residual", net);
     for (j = made = 0; j < m->nodes; j++) made += m->node[j].fused_into_reader[CKCA__MODE_TRAIN];
     CHECK(made == (CKCA__DEVICE_IS_HOST ? merged : merged_sums), "%s: %d batch norms are fused into readers", net,

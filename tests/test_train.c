@@ -223,7 +223,7 @@ static void test_graph_errors(ckca_context *ctx) {
     BROKEN(ckca_layer_conv(m, "c", 7, conv(4, 3, 1, 1, 0)), CKCA_EINVAL, "no node 7");
     BROKEN(ckca_layer_conv(m, "a b", x, conv(4, 3, 1, 1, 0)), CKCA_EINVAL, "\"a b\"");
     BROKEN(ckca_layer_conv(m, NULL, x, conv(4, 3, 1, 1, 0)), CKCA_EINVAL, "name");
-    BROKEN(ckca_layer_conv(m, "c", ckca_layer_conv(m, "c", x, conv(4, 3, 1, 1, 0)), conv(4, 3, 1, 1, 0)), CKCA_EINVAL, "node 1's already");
+    BROKEN(ckca_layer_conv(m, "c", ckca_layer_conv(m, "c", x, conv(4, 3, 1, 1, 0)), conv(4, 3, 1, 1, 0)), CKCA_EINVAL, "node 1 already has the name");
     BROKEN(ckca_layer_add(m, x, ckca_layer_conv(m, "c", x, conv(4, 3, 1, 1, 0))), CKCA_ESHAPE, "32 x 32 x 4");
     BROKEN(ckca_layer_maxpool(m, x, 0, 1, 0), CKCA_EINVAL, "kernel is 0");
     BROKEN(ckca_layer_subsample(m, x, 2, 1), CKCA_EINVAL, "out is 1, it may be 3 to");
@@ -467,17 +467,17 @@ static void test_schedule(void) {
     d.lr = 1;
     d.epochs = 10;
     d.warmup_epochs = 1;
-    CHECK(ckca__rate(&d, 0, 4) == 0.25f && ckca__rate(&d, 3, 4) == 1, "warm-up starts at %g, ends at %g",
-          (double)ckca__rate(&d, 0, 4), (double)ckca__rate(&d, 3, 4));
-    CHECK(ckca__rate(&d, 4, 4) == 1 && fabsf(ckca__rate(&d, 22, 4) - 0.5f) < 1e-6f && ckca__rate(&d, 39, 4) < 0.002f,
-          "cosine: %g half way, %g at the end", (double)ckca__rate(&d, 22, 4), (double)ckca__rate(&d, 39, 4));
+    CHECK(ckca__learning_rate(&d, 0, 4) == 0.25f && ckca__learning_rate(&d, 3, 4) == 1, "warm-up starts at %g, ends at %g",
+          (double)ckca__learning_rate(&d, 0, 4), (double)ckca__learning_rate(&d, 3, 4));
+    CHECK(ckca__learning_rate(&d, 4, 4) == 1 && fabsf(ckca__learning_rate(&d, 22, 4) - 0.5f) < 1e-6f && ckca__learning_rate(&d, 39, 4) < 0.002f,
+          "cosine: %g half way, %g at the end", (double)ckca__learning_rate(&d, 22, 4), (double)ckca__learning_rate(&d, 39, 4));
     d.schedule = CKCA_SCHEDULE_CONSTANT;
-    CHECK(ckca__rate(&d, 39, 4) == 1, "constant: %g", (double)ckca__rate(&d, 39, 4));
+    CHECK(ckca__learning_rate(&d, 39, 4) == 1, "constant: %g", (double)ckca__learning_rate(&d, 39, 4));
     d.schedule = CKCA_SCHEDULE_STEP;
     d.step_epochs = 3;
     d.step_factor = 0.1f;
-    CHECK(fabsf(ckca__rate(&d, 12, 4) - 0.1f) < 1e-7f && fabsf(ckca__rate(&d, 36, 4) - 0.001f) < 1e-9f && ckca__rate(&d, 11, 4) == 1,
-          "step: %g, then %g", (double)ckca__rate(&d, 12, 4), (double)ckca__rate(&d, 36, 4));
+    CHECK(fabsf(ckca__learning_rate(&d, 12, 4) - 0.1f) < 1e-7f && fabsf(ckca__learning_rate(&d, 36, 4) - 0.001f) < 1e-9f && ckca__learning_rate(&d, 11, 4) == 1,
+          "step: %g, then %g", (double)ckca__learning_rate(&d, 12, 4), (double)ckca__learning_rate(&d, 36, 4));
 }
 
 static void test_shuffle(void) {
@@ -1057,7 +1057,7 @@ static void test_unsaved(ckca_context *ctx, ckca_model *start, const ckca_data *
         int lock = ckca__lock_path(DIR "/a.state.lock");
         m = copy_of(start);
         CHECK(lock >= 0, "no lock: %s", strerror(errno));
-        CHECK(ckca_update(m, data, &d, NULL) == CKCA_EIO && strstr(ckca_error(ctx), "a.state: another update is at work"),
+        CHECK(ckca_update(m, data, &d, NULL) == CKCA_EIO && strstr(ckca_error(ctx), "a.state: another update is using it"),
               "%s", ckca_error(ctx));
         CHECK(there(DIR "/a.state.lock") && !there(state) && same_weights(m, start), "the other's files are as they were");
         close(lock);
@@ -1167,7 +1167,7 @@ static void test_files(ckca_context *ctx, ckca_model *m, const ckca_data *data) 
     ckca_model_free(strange);
     other = small_net(ctx, "resnet20", 1);
     ckca_save(other, one);
-    CHECK(ckca_load_weights(m, one) == CKCA_EFORMAT && strstr(ckca_error(ctx), "not of this network"), "%s", ckca_error(ctx));
+    CHECK(ckca_load_weights(m, one) == CKCA_EFORMAT && strstr(ckca_error(ctx), "not in this network"), "%s", ckca_error(ctx));
     ckca_model_free(other);
     other = NULL;
     CHECK(ckca_load(ctx, &other, DIR "/nothing") == CKCA_EIO && !other, "%s", ckca_error(ctx));
