@@ -3445,10 +3445,10 @@ typedef struct ckca__node {
     size_t backward_value;    /* during a backward pass: offset of its output, saved or recomputed */
     size_t packed_weights;    /* convolution: offset in model->packed_weights, in bytes */
     size_t saved;             /* batch norm: offset in model->saved of mean, then inv_std, C floats each */
-    int fused_into_reader
-        [CKCA__MODES]; /* batch norm's tail: 1: its reader normalises, see ckca__is_fused_into_reader */
-    ckca__norm norm;   /* batch norm's tail: the statistics of this forward pass */
-    int has_grad;      /* during a backward pass: 1: its gradient has a value to add to */
+    /* Of a batch norm's tail: 1: its reader normalises, see ckca__is_fused_into_reader. */
+    int fused_into_reader[CKCA__MODES];
+    ckca__norm norm; /* batch norm's tail: the statistics of this forward pass */
+    int has_grad;    /* during a backward pass: 1: its gradient has a value to add to */
     char name[CKCA__NAME_MAX];
 } ckca__node;
 
@@ -3503,7 +3503,7 @@ struct ckca_model {
     ckca__parameter *parameter;
     int parameters;
     size_t node_capacity, parameter_capacity;
-    size_t decayed, trainable, all;  /* arena sizes in floats: weights with decay, + other trainable, + buffers */
+    size_t decayed, trainable, all;  /* floats: weights with decay; these and all trainable ones; these and buffers */
     size_t saved_count;              /* size of saved, in floats */
     size_t plan_values[CKCA__MODES]; /* floats of activations per picture; 0: not planned yet */
     ckca__recompute *recompute[CKCA__MODES]; /* in the order in which they are recomputed */
@@ -3520,12 +3520,11 @@ struct ckca_model {
     void *workspace;      /* scratch memory of one op */
     void *packed_weights; /* weights in the layout that convolutions read, see ckca__pack_weights */
     size_t workspace_bytes, packed_bytes;
-    /* Of the last forward pass: */
-    const float *input; /* n x height x width x channels, on the device */
-    int n;              /* pictures; 0: its outputs are no longer there */
-    int mode;
-    ckca__unsaved *unsaved;
-    int recompute_outputs; /* 1: backward recomputes batch norms' outputs; 0, on a GPU with memory: they are kept */
+    const float *input;     /* of the last forward pass: n x height x width x channels, on the device */
+    int n;                  /* its pictures; 0: its outputs are no longer there */
+    int mode;               /* CKCA__MODE_... */
+    ckca__unsaved *unsaved; /* finished updates whose result is not saved yet */
+    int recompute_outputs;  /* 1: backward recomputes batch norms' outputs; 0, on a GPU with memory: they are kept */
 };
 
 /* A mode is a set of flags that says what a forward pass must keep: TRAIN: what backward reads; STAGES: the stages'
@@ -6599,7 +6598,7 @@ static ckca_status ckca__plan(ckca_model *m, int mode) {
         x->fused_into_reader[mode] = ckca__is_fused_into_reader(m, i, mode);
         p->last_reader[i] = -1;
         x->takes = 0; /* a tail comes after its convolution */
-        if (!x->fused && x->head >= 0 && ckca__has(m, x->source, CKCA__LAYER_CONVOLUTION) &&
+        if (!x->fused && x->head >= 0 && ckca__has_flag(m, x->source, CKCA__LAYER_CONVOLUTION) &&
             !m->node[x->source].takes) {
             ckca__conv s;
             ckca__shape(m, &m->node[x->source], 1, mode, &s);
