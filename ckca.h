@@ -1130,10 +1130,10 @@ typedef struct ckca__bound {
 } ckca__bound;
 
 /* 1: one of count values is out of its bounds (or no number); text says which, and what it may be. */
-static int ckca__out_of_bounds(const ckca__bound *b, int count, char *text, size_t room) {
+static int ckca__out_of_bounds(const ckca__bound *b, int count, char *text, size_t capacity) {
     for (; count > 0; count--, b++) {
         if ((b->value >= b->least && b->value <= b->most) || (b->off && b->value == (double)CKCA_OFF)) continue;
-        snprintf(text, room, "%s is %.*g, it may be %.10g to %.10g%s", b->name,
+        snprintf(text, capacity, "%s is %.*g, it may be %.10g to %.10g%s", b->name,
                  fabs(b->value) < 1e10 && b->value == floor(b->value) ? 10 : 7, /* an int, or what a float holds */
                  b->value == b->value ? b->value : fabs(b->value), b->least, b->most, b->off ? ", or CKCA_OFF" : "");
         return 1;
@@ -1449,7 +1449,7 @@ enum { CKCA__MAX_SIDE = 16384 }; /* of a picture, in pixels */
 /* Of a picture file: 8192 x 8192, so that a small file cannot ask for much. */
 #define CKCA__MAX_PIXELS ((int64_t)1 << 26)
 #endif
-enum { CKCA__MAX_UNASKED = 1 << 22 }; /* pixels of a picture that gives a whole set its size */
+enum { CKCA__MAX_DEFAULT_PIXELS = 1 << 22 }; /* pixels of a picture that gives a whole set its size */
 
 static void ckca__store_release(ckca__store *store) {
     if (!store || --store->refs) return;
@@ -1615,66 +1615,72 @@ static void ckca__pixel(const unsigned char *in, int c, unsigned char *out, int 
         out[0] = (unsigned char)((in[0] * 19595 + in[1] * 38470 + in[2] * 7471 + 32768) >> 16);
 }
 
-/* A picture of h x w x c (c: 1 to 4), whose rows are `down` bytes apart and whose pixels `right`, as height x width x
+/* A picture of h x w x c (c: 1 to 4), whose rows are row_stride bytes apart and whose pixels pixel_stride, as height x width x
    channels (1 or 3): scaled to cover, centre-cropped. The same as Pillow's ImageOps.fit(picture, (width, height),
    Image.BILINEAR). Zero if there is no memory. */
-static int ckca__fit_strided(ckca_context *ctx, const unsigned char *in, ptrdiff_t down, ptrdiff_t right, int h, int w,
-                             int c, unsigned char *out, int height, int width, int channels) {
+static int ckca__fit_strided(ckca_context *ctx, const unsigned char *in, ptrdiff_t row_stride, ptrdiff_t pixel_stride,
+                             int h, int w, int c, unsigned char *out, int height, int width, int channels) {
     int m = c < 3 || channels == 1 ? 1 : 3, x, y, k, i, x_taps, y_taps;
     int64_t in_aspect = (int64_t)w * height, out_aspect = (int64_t)width * h;
     /* the part of the picture that has the new picture's aspect */
     double box_width = in_aspect > out_aspect ? (double)width / height * h : w;
     double box_height = in_aspect < out_aspect ? w / ((double)width / height) : h;
     int *x_first, *x_used, *x_weight, *y_first, *y_used, *y_weight;
-    unsigned char *row, *wide; /* one row of m channels; all rows at the new width */
+    unsigned char *row, *wide; /* w x m: one row; h x width x m: all rows at the new width */
+    size_t old_w = (size_t)w, old_h = (size_t)h, new_w = (size_t)width, new_h = (size_t)height, n = (size_t)m;
+    size_t x_span, y_span; /* x_taps, y_taps */
     void *scratch = NULL;
     if (h == height && w == width) {
-        if (c == channels && right == c && down == (ptrdiff_t)w * c) {
+        if (c == channels && pixel_stride == c && row_stride == (ptrdiff_t)w * c) {
             memcpy(out, in, (size_t)h * (size_t)w * (size_t)c);
             return 1;
         }
         for (y = 0; y < h; y++)
-            for (x = 0; x < w; x++, out += channels) ckca__pixel(in + y * down + x * right, c, out, channels);
+            for (x = 0; x < w; x++, out += channels)
+                ckca__pixel(in + y * row_stride + x * pixel_stride, c, out, channels);
         return 1;
     }
     x_taps = (int)ceil(box_width / width > 1.0 ? box_width / width : 1.0) * 2 + 1;
     y_taps = (int)ceil(box_height / height > 1.0 ? box_height / height : 1.0) * 2 + 1;
+    x_span = (size_t)x_taps;
+    y_span = (size_t)y_taps;
     ckca__lock(ctx);
-    scratch = ckca__alloc(ctx, sizeof(int) * ((size_t)width * (x_taps + 2) + (size_t)height * (y_taps + 2)) +
-                                   (size_t)w * m + (size_t)h * width * m);
+    scratch =
+        ckca__alloc(ctx, sizeof(int) * (new_w * (x_span + 2) + new_h * (y_span + 2)) + old_w * n + old_h * new_w * n);
     ckca__unlock(ctx);
     if (!scratch) return 0;
     x_first = (int *)scratch;
     x_used = x_first + width;
     x_weight = x_used + width;
-    y_first = x_weight + (size_t)width * x_taps;
+    y_first = x_weight + new_w * x_span;
     y_used = y_first + height;
     y_weight = y_used + height;
-    row = (unsigned char *)(y_weight + (size_t)height * y_taps);
-    wide = row + (size_t)w * m;
+    row = (unsigned char *)(y_weight + new_h * y_span);
+    wide = row + old_w * n;
     ckca__taps(w, (w - box_width) * 0.5, box_width, width, x_taps, x_first, x_used, x_weight);
     ckca__taps(h, (h - box_height) * 0.5, box_height, height, y_taps, y_first, y_used, y_weight);
     for (y = y_first[0]; y < y_first[height - 1] + y_used[height - 1]; y++) {
-        for (x = 0; x < w; x++) ckca__pixel(in + y * down + x * right, c, row + (size_t)x * m, m);
+        for (x = 0; x < w; x++) ckca__pixel(in + y * row_stride + x * pixel_stride, c, row + (size_t)x * n, m);
         for (x = 0; x < width; x++) {
             for (k = 0; k < m; k++) {
                 int sum = 1 << 21; /* a half: at the end fractions are cut off. The weights sum to 1, so 255 is kept */
-                for (i = 0; i < x_used[x]; i++) sum += x_weight[x * x_taps + i] * row[(size_t)(x_first[x] + i) * m + k];
+                for (i = 0; i < x_used[x]; i++) sum += x_weight[x * x_taps + i] * row[(x_first[x] + i) * m + k];
                 sum >>= 22;
-                wide[((size_t)y * width + x) * m + k] = (unsigned char)(sum > 255 ? 255 : sum);
+                wide[((size_t)y * new_w + (size_t)x) * n + (size_t)k] = (unsigned char)(sum > 255 ? 255 : sum);
             }
         }
     }
     for (y = 0; y < height; y++) {
-        for (x = 0; x < width; x++) {
+        for (x = 0; x < width; x++, out += channels) {
             for (k = 0; k < m; k++) {
                 int sum = 1 << 21;
                 for (i = 0; i < y_used[y]; i++)
-                    sum += y_weight[y * y_taps + i] * wide[((size_t)(y_first[y] + i) * width + x) * m + k];
+                    sum +=
+                        y_weight[y * y_taps + i] * wide[((size_t)(y_first[y] + i) * new_w + (size_t)x) * n + (size_t)k];
                 sum >>= 22;
-                out[((size_t)y * width + x) * channels + k] = (unsigned char)(sum > 255 ? 255 : sum);
+                out[k] = (unsigned char)(sum > 255 ? 255 : sum);
             }
-            if (m < channels) ckca__pixel(out + ((size_t)y * width + x) * 3, 1, out + ((size_t)y * width + x) * 3, 3);
+            if (m < channels) ckca__pixel(out, 1, out, 3);
         }
     }
     ckca__lock(ctx);
@@ -1684,18 +1690,19 @@ static int ckca__fit_strided(ckca_context *ctx, const unsigned char *in, ptrdiff
 }
 
 /* The same for a picture of h x w x c as stored, turned as EXIF's orientation 1 to 8 says (1: not at all). */
-static int ckca__fit(ckca_context *ctx, const unsigned char *in, int h, int w, int c, int turn, unsigned char *out,
-                     int height, int width, int channels) {
+static int ckca__fit(ckca_context *ctx, const unsigned char *in, int h, int w, int c, int orientation,
+                     unsigned char *out, int height, int width, int channels) {
     ptrdiff_t row = (ptrdiff_t)w * c, pixel = c;
-    if (turn == 3 || turn == 4 || turn == 6 || turn == 7) { /* the stored rows from below */
+    if (orientation == 3 || orientation == 4 || orientation == 6 || orientation == 7) { /* the stored rows from below */
         in += row * (h - 1);
         row = -row;
     }
-    if (turn == 2 || turn == 3 || turn == 7 || turn == 8) { /* each of them from the right */
+    if (orientation == 2 || orientation == 3 || orientation == 7 ||
+        orientation == 8) { /* each of them from the right */
         in += pixel * (w - 1);
         pixel = -pixel;
     }
-    if (turn > 4) return ckca__fit_strided(ctx, in, pixel, row, w, h, c, out, height, width, channels);
+    if (orientation > 4) return ckca__fit_strided(ctx, in, pixel, row, w, h, c, out, height, width, channels);
     return ckca__fit_strided(ctx, in, row, pixel, h, w, c, out, height, width, channels);
 }
 
@@ -1743,6 +1750,7 @@ CKCA_API ckca_status ckca_open_array(ckca_context *ctx, ckca_data **data, const 
                              {"height", 0, 1, CKCA__MAX_SIDE, 0},
                              {"width", 0, 1, CKCA__MAX_SIDE, 0},
                              {"classes", 0, 1, CKCA__CLASSES_MAX, 0}};
+    size_t bytes;
     int i;
     if (!ckca__usable(ctx)) return CKCA_EINVAL;
     if (!data || !array) return ckca__null(ctx, "ckca_open_array", !data ? "data" : "array");
@@ -1767,8 +1775,9 @@ CKCA_API ckca_status ckca_open_array(ckca_context *ctx, ckca_data **data, const 
                                 array->classes, array->class_names, &desc);
     if (status) return status;
     memcpy(store->labels, array->labels, (size_t)array->count * sizeof *array->labels);
-    status = ckca__fit_all(ctx, array->pixels, (size_t)array->height * array->width * array->channels, array->count,
-                           array->height, array->width, array->channels, store, 0);
+    bytes = (size_t)array->height * (size_t)array->width * (size_t)array->channels;
+    status =
+        ckca__fit_all(ctx, array->pixels, bytes, array->count, array->height, array->width, array->channels, store, 0);
     if (!status) status = ckca__view(data, store, NULL, store->count);
     ckca__store_release(store);
     return status;
@@ -1896,13 +1905,13 @@ static ckca_status ckca__parse_idx_pair(ckca_context *ctx, ckca_data **data, con
     return status;
 }
 /* What every opening call checks first. */
-static ckca_status ckca__open(ckca_context *ctx, ckca_data **data, const char *dir, int part,
+static ckca_status ckca__open(ckca_context *ctx, ckca_data **data, const char *dir, ckca_part part,
                               const ckca_data_desc *desc_or_null, ckca_data_desc *desc) {
     ckca__bound bound = {"part", 0, CKCA_PART_TRAIN, CKCA_PART_TEST, 0};
     ckca_status status;
     if (!ckca__usable(ctx)) return CKCA_EINVAL;
     if (!data || !dir) return ckca__null(ctx, "opening data", !data ? "data" : "dir");
-    bound.value = part;
+    bound.value = (int)part;
     if ((status = ckca__check_bounds(ctx, "opening data", &bound, 1))) return status;
     return ckca__data_desc(ctx, desc_or_null, desc);
 }
@@ -2217,12 +2226,12 @@ static uint32_t ckca__crc(const unsigned char *bytes, size_t size) { /* of a PNG
 /* What the walk over a picture file finds: enough to know that stb_image will read it right. */
 typedef struct ckca__picture {
     int64_t height, width; /* as stored */
-    int turn;              /* EXIF's orientation, 1 to 8; 1: as stored */
+    int orientation;       /* EXIF's orientation, 1 to 8; 1: as stored */
     size_t end;            /* of a JPEG that lacks its end marker: the bytes of it that count. Else 0 */
 } ckca__picture;
 /* The orientation (tag 0x112, a number of 1 to 8) in a block of EXIF, which is a TIFF file; 1 where there is none. What
    is wrong with such a block is no reason to refuse the picture. */
-static int ckca__exif_turn(const unsigned char *tiff, size_t size) {
+static int ckca__exif_orientation(const unsigned char *tiff, size_t size) {
     size_t at, entries, i;
     int big = size >= 8 && tiff[0] == 'M';
     if (size < 8 || memcmp(tiff, big ? "MM\0*" : "II*\0", 4) != 0) return 1;
@@ -2277,7 +2286,7 @@ static const char *ckca__walk_png(const unsigned char *bytes, size_t size, ckca_
             if (type == 3 && !palette) return "corrupt: no palette";
             data = 1;
         } else if (!memcmp(name, "eXIf", 4)) {
-            picture->turn = ckca__exif_turn(chunk, length);
+            picture->orientation = ckca__exif_orientation(chunk, length);
         } else if (!memcmp(name, "IEND", 4)) {
             return data ? NULL : "corrupt: no data in it";
         } else if (!(name[0] & 0x20)) {
@@ -2290,35 +2299,35 @@ static const char *ckca__walk_png(const unsigned char *bytes, size_t size, ckca_
 
    stb_image fills up what is missing with grey, or stops and keeps what it has. So a walk from marker to marker makes
    sure that all it needs is there. Where more than markers is asked (is the data whole though the end marker is
-   missing? does each part end at its restart marker?) the codes of the data are counted too, without decoding them. */
+   missing? does each component end at its restart marker?) the codes of the data are counted too, without decoding them. */
 typedef struct ckca__jpeg_codes { /* a Huffman table */
     const unsigned char *counts;  /* of codes of 1 to 16 bits, then the symbols (in the file). NULL: not defined */
     uint16_t fast[512];           /* by the next nine bits: length << 8 | symbol; 0: the code is longer */
 } ckca__jpeg_codes;
-typedef struct ckca__jpeg_part { /* a component */
+typedef struct ckca__jpeg_component { /* a component */
     int id, h, v, quantization;
     int across, down, stride; /* blocks that it has; blocks a row with those that fill up its last MCU */
     int dc, ac;               /* tables of the scan under way */
     int scanned;              /* 1: its first coefficient came */
     uint64_t exact;           /* coefficients that came to their last bit */
     uint64_t *nonzero;        /* progressive, counted: per block */
-} ckca__jpeg_part;
+} ckca__jpeg_component;
 typedef struct ckca__jpeg {
     const unsigned char *bytes;
     size_t size, at, scan_end; /* the last scan's data ends there */
-    int count;                 /* 1: the codes of its data are counted */
+    int count_codes;           /* 1: the codes of its data are counted */
     int unfinished;            /* the file ended without a marker */
-    int progressive, parts, across, down, interval, adobe;
-    int restarts;                                     /* 1: some scan had an interval */
-    unsigned quantization;                            /* bit t: table t is defined */
-    int first, last, high, low, scan_parts, order[4]; /* of the scan under way */
+    int progressive, components, across, down, interval, adobe;
+    int restarts;                                          /* 1: some scan had an interval */
+    unsigned quantization;                                 /* bit t: table t is defined */
+    int first, last, high, low, scan_components, order[4]; /* of the scan under way */
     int64_t mcu, mcus;
-    unsigned run;                    /* blocks yet to come without a new coefficient */
+    unsigned eob_run;                /* blocks yet to come without a new coefficient */
     const unsigned char *next, *end; /* bytes not in the buffer yet */
     uint32_t buffer;                 /* bits, the next one on top */
     int bits, added;                 /* how many there are; how many of them the file did not have */
     uint64_t used;                   /* bits taken since the last restart */
-    ckca__jpeg_part part[4];
+    ckca__jpeg_component component[4];
     ckca__jpeg_codes codes[2][4]; /* of first coefficients, of others */
 } ckca__jpeg;
 static void ckca__jpeg_take(ckca__jpeg *j, int n) { /* n up to 16 bits */
@@ -2377,21 +2386,21 @@ static void ckca__jpeg_fast(ckca__jpeg_codes *codes) {
                     (uint16_t)((unsigned)length << 8 | codes->counts[16 + index]);
 }
 /* Counts through one block of the scan under way (F.1.2, G.1.2). Zero where its codes make no sense. */
-static int ckca__jpeg_block(ckca__jpeg *j, const ckca__jpeg_part *part, uint64_t *nonzero) {
-    const ckca__jpeg_codes *ac = &j->codes[1][part->ac];
+static int ckca__jpeg_block(ckca__jpeg *j, const ckca__jpeg_component *component, uint64_t *nonzero) {
+    const ckca__jpeg_codes *ac = &j->codes[1][component->ac];
     int k = j->first, symbol, zeros, bits;
     if (k == 0) { /* the first coefficient */
         if (j->high) {
             ckca__jpeg_take(j, 1);
         } else {
-            bits = ckca__jpeg_symbol(j, &j->codes[0][part->dc]);
+            bits = ckca__jpeg_symbol(j, &j->codes[0][component->dc]);
             if (bits < 0 || bits > 15) return 0;
             ckca__jpeg_take(j, bits);
         }
         k = 1;
     }
-    if (j->run) {
-        j->run--;
+    if (j->eob_run) {
+        j->eob_run--;
         zeros = 64; /* to the end */
     } else {
         zeros = -1;
@@ -2405,8 +2414,8 @@ static int ckca__jpeg_block(ckca__jpeg *j, const ckca__jpeg_part *part, uint64_t
             bits = symbol & 15;
             fresh = bits != 0;
             if (!bits && zeros < 15) { /* the block ends here, in progressive files some blocks behind it too */
-                j->run = (1u << zeros) - 1 + ckca__jpeg_number(j, zeros);
-                if (!j->progressive) j->run = 0;
+                j->eob_run = (1u << zeros) - 1 + ckca__jpeg_number(j, zeros);
+                if (!j->progressive) j->eob_run = 0;
                 zeros = 64;
             } else if (bits) {
                 if (j->high && bits != 1) return 0;
@@ -2441,19 +2450,20 @@ static const char *ckca__jpeg_data(ckca__jpeg *j, const unsigned char *begin, co
     j->buffer = 0;
     j->bits = j->added = 0;
     j->used = 0;
-    j->run = 0;
+    j->eob_run = 0;
     for (; whole && j->mcu < last; j->mcu++) {
-        int across = j->scan_parts == 1 ? j->part[j->order[0]].across : j->across;
+        int across = j->scan_components == 1 ? j->component[j->order[0]].across : j->across;
         int row = (int)(j->mcu / across), column = (int)(j->mcu % across);
-        for (i = 0; whole && i < j->scan_parts; i++) {
-            ckca__jpeg_part *part = &j->part[j->order[i]];
-            int h = j->scan_parts == 1 ? 1 : part->h, v = j->scan_parts == 1 ? 1 : part->v;
+        for (i = 0; whole && i < j->scan_components; i++) {
+            ckca__jpeg_component *component = &j->component[j->order[i]];
+            int h = j->scan_components == 1 ? 1 : component->h, v = j->scan_components == 1 ? 1 : component->v;
             for (y = 0; whole && y < v; y++)
                 for (x = 0; whole && x < h; x++)
                     whole = ckca__jpeg_block(
-                        j, part,
-                        part->nonzero ? part->nonzero + (size_t)(row * v + y) * (size_t)part->stride + column * h + x
-                                      : NULL);
+                        j, component,
+                        component->nonzero
+                            ? component->nonzero + (size_t)(row * v + y) * (size_t)component->stride + column * h + x
+                            : NULL);
         }
         if (j->bits < j->added) /* it went on with bits that the file does not have */
             return j->unfinished ? ckca__truncated : "corrupt: its data ends before its pixels do";
@@ -2486,97 +2496,98 @@ static const char *ckca__jpeg_frame(ckca_context *ctx, ckca__jpeg *j, const unsi
     picture->height = segment[1] << 8 | segment[2];
     picture->width = segment[3] << 8 | segment[4];
     if (!picture->height || !picture->width) return "a JPEG without its height or width, which is not supported";
-    j->parts = segment[5];
-    if (j->parts != 1 && j->parts != 3 && j->parts != 4)
+    j->components = segment[5];
+    if (j->components != 1 && j->components != 3 && j->components != 4)
         return "a JPEG that has not 1, 3 or 4 components: not supported";
-    for (i = 0; i < j->parts; i++) {
-        ckca__jpeg_part *part = &j->part[i];
-        part->id = segment[6 + 3 * i];
-        part->h = segment[7 + 3 * i] >> 4;
-        part->v = segment[7 + 3 * i] & 15;
-        part->quantization = segment[8 + 3 * i];
-        if (part->h < 1 || part->h > 4 || part->v < 1 || part->v > 4 || part->quantization > 3)
+    for (i = 0; i < j->components; i++) {
+        ckca__jpeg_component *component = &j->component[i];
+        component->id = segment[6 + 3 * i];
+        component->h = segment[7 + 3 * i] >> 4;
+        component->v = segment[7 + 3 * i] & 15;
+        component->quantization = segment[8 + 3 * i];
+        if (component->h < 1 || component->h > 4 || component->v < 1 || component->v > 4 || component->quantization > 3)
             return "corrupt: a component's sampling or table is out of range";
-        if (part->h > h_max) h_max = part->h;
-        if (part->v > v_max) v_max = part->v;
+        if (component->h > h_max) h_max = component->h;
+        if (component->v > v_max) v_max = component->v;
     }
     if (picture->height > CKCA__MAX_SIDE || picture->width > CKCA__MAX_SIDE) return NULL; /* refused by its caller */
     j->across = ((int)picture->width + 8 * h_max - 1) / (8 * h_max);
     j->down = ((int)picture->height + 8 * v_max - 1) / (8 * v_max);
-    for (i = 0; i < j->parts; i++) {
-        ckca__jpeg_part *part = &j->part[i];
-        if (h_max % part->h || v_max % part->v) return "a JPEG with fractional subsampling, which is not supported";
-        part->across = (((int)picture->width * part->h + h_max - 1) / h_max + 7) / 8;
-        part->down = (((int)picture->height * part->v + v_max - 1) / v_max + 7) / 8;
-        part->stride = j->across * part->h;
-        if (j->count && j->progressive && picture->height * picture->width <= CKCA__MAX_PIXELS) {
+    for (i = 0; i < j->components; i++) {
+        ckca__jpeg_component *component = &j->component[i];
+        if (h_max % component->h || v_max % component->v)
+            return "a JPEG with fractional subsampling, which is not supported";
+        component->across = (((int)picture->width * component->h + h_max - 1) / h_max + 7) / 8;
+        component->down = (((int)picture->height * component->v + v_max - 1) / v_max + 7) / 8;
+        component->stride = j->across * component->h;
+        if (j->count_codes && j->progressive && picture->height * picture->width <= CKCA__MAX_PIXELS) {
             ckca__lock(ctx);
-            part->nonzero = (uint64_t *)ckca__alloc(ctx, (size_t)part->stride * (size_t)(j->down * part->v) *
-                                                             sizeof *part->nonzero);
+            component->nonzero = (uint64_t *)ckca__alloc(
+                ctx, (size_t)component->stride * (size_t)(j->down * component->v) * sizeof *component->nonzero);
             ckca__unlock(ctx);
-            if (!part->nonzero) return ckca__no_memory;
+            if (!component->nonzero) return ckca__no_memory;
         }
     }
     return NULL;
 }
 /* A scan's header (B.2.3), and its data up to the next marker that is no restart. */
 static const char *ckca__jpeg_scan(ckca__jpeg *j, const unsigned char *segment, size_t length) {
-    static const char few[] = "corrupt: its data ends before its pixels do";
+    static const char too_short[] = "corrupt: its data ends before its pixels do";
     int64_t least = 0, blocks; /* bits that its codes take at the least */
-    size_t begin = j->at, part_begin = begin;
+    size_t begin = j->at, interval_begin = begin;
     int i, k, restart = 0;
     uint64_t band;
-    j->scan_parts = length ? segment[0] : 0;
-    if (j->scan_parts < 1 || j->scan_parts > j->parts || length != 4 + 2 * (size_t)j->scan_parts)
+    j->scan_components = length ? segment[0] : 0;
+    if (j->scan_components < 1 || j->scan_components > j->components || length != 4 + 2 * (size_t)j->scan_components)
         return "corrupt: a scan header of a wrong length";
     segment++;
-    j->first = segment[2 * j->scan_parts];
-    j->last = segment[2 * j->scan_parts + 1];
-    j->high = segment[2 * j->scan_parts + 2] >> 4;
-    j->low = segment[2 * j->scan_parts + 2] & 15;
+    j->first = segment[2 * j->scan_components];
+    j->last = segment[2 * j->scan_components + 1];
+    j->high = segment[2 * j->scan_components + 2] >> 4;
+    j->low = segment[2 * j->scan_components + 2] & 15;
     if (!j->progressive) {
         if (j->first || j->high || j->low) return "corrupt: a scan's range of coefficients is wrong";
         j->last = 63;
     } else if (j->first > j->last || j->last > 63 || j->high > 13 || j->low > 13 ||
-               (j->first ? j->scan_parts > 1 : j->last > 0)) {
+               (j->first ? j->scan_components > 1 : j->last > 0)) {
         return "corrupt: a scan's range of coefficients is wrong";
     }
     band = (j->last == 63 ? ~(uint64_t)0 : ((uint64_t)1 << (j->last + 1)) - 1) & ~(((uint64_t)1 << j->first) - 1);
-    for (i = 0; i < j->scan_parts; i++) {
-        ckca__jpeg_part *part;
-        for (k = 0; k < j->parts && j->part[k].id != segment[2 * i]; k++) {
+    for (i = 0; i < j->scan_components; i++) {
+        ckca__jpeg_component *component;
+        for (k = 0; k < j->components && j->component[k].id != segment[2 * i]; k++) {
         }
-        if (k == j->parts) return "corrupt: a scan of a component that it does not have";
+        if (k == j->components) return "corrupt: a scan of a component that it does not have";
         j->order[i] = k;
-        part = &j->part[k];
-        part->dc = segment[2 * i + 1] >> 4;
-        part->ac = segment[2 * i + 1] & 15;
-        if (part->dc > 3 || part->ac > 3) return "corrupt: a scan asks for a Huffman table beyond 3";
-        if (!(j->quantization >> part->quantization & 1)) return "corrupt: it lacks a quantization table";
-        if ((j->first == 0 && !j->high && !j->codes[0][part->dc].counts) ||
-            (j->last > 0 && !j->codes[1][part->ac].counts))
+        component = &j->component[k];
+        component->dc = segment[2 * i + 1] >> 4;
+        component->ac = segment[2 * i + 1] & 15;
+        if (component->dc > 3 || component->ac > 3) return "corrupt: a scan asks for a Huffman table beyond 3";
+        if (!(j->quantization >> component->quantization & 1)) return "corrupt: it lacks a quantization table";
+        if ((j->first == 0 && !j->high && !j->codes[0][component->dc].counts) ||
+            (j->last > 0 && !j->codes[1][component->ac].counts))
             return "it lacks a Huffman table (as frames of motion-JPEG do)";
         if (j->first == 0)
-            part->scanned = 1;
-        else if (!part->scanned)
+            component->scanned = 1;
+        else if (!component->scanned)
             return "corrupt: a scan before its component's first one";
-        if (!j->low) part->exact |= band;
+        if (!j->low) component->exact |= band;
         for (k = 0; k < i; k++)
             if (j->order[k] == j->order[i]) return "corrupt: a component twice in a scan";
-        if (j->count) {
-            if (j->first == 0 && !j->high) ckca__jpeg_fast(&j->codes[0][part->dc]);
-            if (j->last > 0) ckca__jpeg_fast(&j->codes[1][part->ac]);
+        if (j->count_codes) {
+            if (j->first == 0 && !j->high) ckca__jpeg_fast(&j->codes[0][component->dc]);
+            if (j->last > 0) ckca__jpeg_fast(&j->codes[1][component->ac]);
         }
-        blocks =
-            j->scan_parts == 1 ? (int64_t)part->across * part->down : (int64_t)j->across * j->down * part->h * part->v;
+        blocks = j->scan_components == 1 ? (int64_t)component->across * component->down
+                                         : (int64_t)j->across * j->down * component->h * component->v;
         if (j->first == 0)
             least += j->progressive ? blocks : 2 * blocks;
         else
             least = 1;
     }
     j->mcu = 0;
-    j->mcus = j->scan_parts == 1 ? (int64_t)j->part[j->order[0]].across * j->part[j->order[0]].down
-                                 : (int64_t)j->across * j->down;
+    j->mcus = j->scan_components == 1 ? (int64_t)j->component[j->order[0]].across * j->component[j->order[0]].down
+                                      : (int64_t)j->across * j->down;
     if (j->interval) j->restarts = 1;
     for (;;) { /* from one ff to the next */
         const unsigned char *found = (const unsigned char *)memchr(j->bytes + j->at, 0xff, j->size - j->at);
@@ -2588,19 +2599,19 @@ static const char *ckca__jpeg_scan(ckca__jpeg *j, const unsigned char *segment, 
         if (!j->unfinished && j->bytes[marker] == 0) continue;                     /* a byte ff of the data */
         if (j->unfinished || j->bytes[marker] < 0xd0 || j->bytes[marker] > 0xd7) { /* the scan's end */
             j->at = end;
-            if ((int64_t)(end - begin) * 8 < least) return j->unfinished ? ckca__truncated : few;
+            if ((int64_t)(end - begin) * 8 < least) return j->unfinished ? ckca__truncated : too_short;
             if (j->interval && j->mcus > (restart + (int64_t)1) * j->interval)
                 return j->unfinished ? ckca__truncated : "corrupt: it lacks restart markers";
-            if (j->count) flaw = ckca__jpeg_data(j, j->bytes + part_begin, j->bytes + end, 0);
+            if (j->count_codes) flaw = ckca__jpeg_data(j, j->bytes + interval_begin, j->bytes + end, 0);
             j->scan_end = j->at;
             return flaw;
         }
         if (!j->interval) return "corrupt: a restart marker where none is announced";
         if (j->bytes[marker] != 0xd0 + restart % 8) return "corrupt: its restart markers are out of order";
         if (++restart > j->mcus / j->interval) return "corrupt: too many restart markers";
-        if (j->count) flaw = ckca__jpeg_data(j, j->bytes + part_begin, j->bytes + end, 1);
+        if (j->count_codes) flaw = ckca__jpeg_data(j, j->bytes + interval_begin, j->bytes + end, 1);
         if (flaw) return flaw;
-        part_begin = j->at;
+        interval_begin = j->at;
     }
 }
 /* Quantization tables (B.2.4.1). */
@@ -2618,12 +2629,12 @@ static const char *ckca__jpeg_quantization(ckca__jpeg *j, const unsigned char *s
    apart: stb_image before 2.29 writes beyond its tables otherwise. */
 static const char *ckca__jpeg_huffman(ckca__jpeg *j, const unsigned char *segment, size_t length) {
     while (length) {
-        size_t codes = 0, room = 1, i;
+        size_t codes = 0, unused = 1, i;
         for (i = 1; i < 17 && i < length; i++) {
             codes += segment[i];
-            room *= 2;
-            if (segment[i] > room) return "corrupt: bad Huffman tables";
-            room -= segment[i];
+            unused *= 2;
+            if (segment[i] > unused) return "corrupt: bad Huffman tables";
+            unused -= segment[i];
         }
         if (codes > 256 || length < 17 + codes || segment[0] >> 4 > 1 || (segment[0] & 15) > 3)
             return "corrupt: bad Huffman tables";
@@ -2651,7 +2662,7 @@ static const char *ckca__jpeg_walk(ckca_context *ctx, ckca__jpeg *j, ckca__pictu
                                           "an arithmetic-coded hierarchical JPEG, which is not supported",
                                           "an arithmetic-coded hierarchical JPEG, which is not supported",
                                           "an arithmetic-coded hierarchical lossless JPEG, which is not supported"};
-    int frame = 0, scanned = 0, turned = 0, i;
+    int frame = 0, scanned = 0, oriented = 0, i;
     const char *flaw = NULL;
     for (j->at = 2; !flaw;) {
         const unsigned char *segment;
@@ -2665,8 +2676,8 @@ static const char *ckca__jpeg_walk(ckca_context *ctx, ckca__jpeg *j, ckca__pictu
         if (!frame && marker == 0) continue;
         if (marker == 0xd9) {
             if (!scanned) return "corrupt: there is no picture in it";
-            for (i = 0; i < j->parts; i++)
-                if (!j->part[i].scanned) return "corrupt: one of its components has no data";
+            for (i = 0; i < j->components; i++)
+                if (!j->component[i].scanned) return "corrupt: one of its components has no data";
             return NULL;
         }
         if (marker < 0xc0 || (marker >= 0xd0 && marker <= 0xd8))
@@ -2696,15 +2707,15 @@ static const char *ckca__jpeg_walk(ckca_context *ctx, ckca__jpeg *j, ckca__pictu
                 return NULL;
         } else if (marker == 0xda) {
             if (!frame) return "corrupt: data before its frame";
-            if (j->parts == 4 && j->adobe != 0 && j->adobe != 2)
+            if (j->components == 4 && j->adobe != 0 && j->adobe != 2)
                 return "a JPEG of four components whose colours no Adobe segment tells";
             scanned = 1;
             flaw = ckca__jpeg_scan(j, segment, length);
             if (j->unfinished) break;
         } else if (marker == 0xe1) {
-            if (!turned && length > 6 && !memcmp(segment, "Exif\0", 6)) {
-                picture->turn = ckca__exif_turn(segment + 6, length - 6);
-                turned = picture->turn != 1;
+            if (!oriented && length > 6 && !memcmp(segment, "Exif\0", 6)) {
+                picture->orientation = ckca__exif_orientation(segment + 6, length - 6);
+                oriented = picture->orientation != 1;
             }
         } else if (marker == 0xee) {
             if (length >= 12 && !memcmp(segment, "Adobe", 6)) j->adobe = segment[11];
@@ -2719,8 +2730,8 @@ static const char *ckca__jpeg_walk(ckca_context *ctx, ckca__jpeg *j, ckca__pictu
     }
     /* the file ends without an end marker, after a whole scan or in the midst of something */
     if (flaw || !scanned) return flaw ? flaw : ckca__truncated;
-    for (i = 0; i < j->parts; i++)
-        if (j->part[i].exact != ~(uint64_t)0) return ckca__truncated;
+    for (i = 0; i < j->components; i++)
+        if (j->component[i].exact != ~(uint64_t)0) return ckca__truncated;
     picture->end = j->scan_end;
     return NULL;
 }
@@ -2730,9 +2741,9 @@ static const char *ckca__walk_picture(ckca_context *ctx, const unsigned char *by
     static const unsigned char png[] = {0x89, 'P', 'N', 'G', '\r', '\n', 0x1a, '\n'};
     ckca__jpeg jpeg;
     const char *flaw;
-    int count, again, i;
+    int count, recount, i;
     memset(picture, 0, sizeof *picture);
-    picture->turn = 1;
+    picture->orientation = 1;
     if (size == 0) return "an empty file";
     if (size >= 8 && !memcmp(bytes, png, 8)) return ckca__walk_png(bytes, size, picture);
     if (size < 3 || bytes[0] != 0xff || bytes[1] != 0xd8 || bytes[2] != 0xff) return "neither JPEG nor PNG";
@@ -2741,13 +2752,13 @@ static const char *ckca__walk_picture(ckca_context *ctx, const unsigned char *by
         jpeg.bytes = bytes;
         jpeg.size = size;
         jpeg.adobe = -1;
-        jpeg.count = count;
+        jpeg.count_codes = count;
         flaw = ckca__jpeg_walk(ctx, &jpeg, picture);
-        again = !flaw && !count && (picture->end || jpeg.restarts);
+        recount = !flaw && !count && (picture->end || jpeg.restarts);
         ckca__lock(ctx);
-        for (i = 0; i < 4; i++) ckca__release(ctx, jpeg.part[i].nonzero);
+        for (i = 0; i < 4; i++) ckca__release(ctx, jpeg.component[i].nonzero);
         ckca__unlock(ctx);
-        if (!again) return flaw;
+        if (!recount) return flaw;
     }
 }
 /* A picture file in memory that may be decoded; path is for the message. */
@@ -2816,7 +2827,7 @@ static ckca_status ckca__decode(ckca_context *ctx, const char *path, const unsig
         return ckca__fail(ctx, CKCA_EFORMAT, "%s: cannot be decoded: corrupt: the data of its pixels makes no sense",
                           ckca__tail(path));
     }
-    fits = ckca__fit(ctx, pixels, h, w, c, as_stored ? 1 : picture.turn, out, height, width, channels);
+    fits = ckca__fit(ctx, pixels, h, w, c, as_stored ? 1 : picture.orientation, out, height, width, channels);
     stbi_image_free(pixels);
     if (!fits)
         return ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory to resize its %d x %d pixels", ckca__tail(path), h, w);
@@ -2876,7 +2887,7 @@ static void ckca__files_free(ckca_context *ctx, ckca__files *files) {
     ckca__release(ctx, files->path);
 }
 /* Whether a file's name ends like those of the pictures that are read; of another kind than the system's own crumbs. */
-typedef enum ckca__name_kind { CKCA__PICTURE, CKCA__OTHER, CKCA__CRUMB } ckca__name_kind;
+typedef enum ckca__name_kind { CKCA__NAME_PICTURE, CKCA__NAME_OTHER, CKCA__NAME_SYSTEM } ckca__name_kind;
 static ckca__name_kind ckca__file_kind(const char *name) {
     static const char *const endings[] = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", "Thumbs.db", "desktop.ini"};
     size_t length = strlen(name), i, j;
@@ -2885,9 +2896,9 @@ static ckca__name_kind ckca__file_kind(const char *name) {
         if (i < 5 ? length <= n : length != n) continue;
         for (j = 0; j < n && (name[length - n + j] | 0x20) == (endings[i][j] | 0x20); j++) {
         }
-        if (j == n) return i < 5 ? CKCA__PICTURE : CKCA__CRUMB;
+        if (j == n) return i < 5 ? CKCA__NAME_PICTURE : CKCA__NAME_SYSTEM;
     }
-    return CKCA__OTHER;
+    return CKCA__NAME_OTHER;
 }
 static int ckca__compare_paths(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
 /* Adds dir's folders, or its pictures, to a list, in the order of their bytes; *left_out counts files of other kinds
@@ -2907,12 +2918,12 @@ static ckca_status ckca__list(ckca_context *ctx, const char *dir, int folders, c
         if (!entry) break;
         if (entry->d_name[0] == '.') continue;
         kind = ckca__file_kind(entry->d_name);
-        if (kind == CKCA__CRUMB) continue;
+        if (kind == CKCA__NAME_SYSTEM) continue;
         path = ckca__path(ctx, dir, entry->d_name);
-        if (path && (folders || kind != CKCA__PICTURE)) {
+        if (path && (folders || kind != CKCA__NAME_PICTURE)) {
             int is_folder = stat(path, &about) == 0 && S_ISDIR(about.st_mode);
             if (!folders || !is_folder) {
-                *left_out += !is_folder && (folders ? kind == CKCA__PICTURE : kind == CKCA__OTHER);
+                *left_out += !is_folder && (folders ? kind == CKCA__NAME_PICTURE : kind == CKCA__NAME_OTHER);
                 ckca__release(ctx, path);
                 continue;
             }
@@ -2933,15 +2944,15 @@ static ckca_status ckca__list(ckca_context *ctx, const char *dir, int folders, c
     return status;
 }
 enum { CKCA__MAX_DEPTH = 32 }; /* of folders below a class folder */
-typedef struct ckca__place {   /* a folder that was read */
+typedef struct ckca__visited { /* a folder that was read */
     uint64_t device, inode;
     int depth; /* -1: a second way to one that was read before */
-} ckca__place;
+} ckca__visited;
 /* Adds the pictures of a class folder and of all folders below it to a list: folder by folder, their paths in the order
    of their bytes, as torchvision's ImageFolder does. A folder that links lead to twice is read once. */
 static ckca_status ckca__list_class(ckca_context *ctx, const char *class_dir, ckca__files *files, int *left_out) {
     ckca__files folders;
-    ckca__place *places = NULL;
+    ckca__visited *visited = NULL;
     struct stat about;
     size_t i = 0, j, kept, capacity = 0;
     int none = 0;
@@ -2956,7 +2967,7 @@ static ckca_status ckca__list_class(ckca_context *ctx, const char *class_dir, ck
         status = ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for its path", ckca__tail(class_dir));
     }
     for (; !status && i < folders.count; i++) { /* folders known grow while they are gone through */
-        ckca__place here;
+        ckca__visited here;
         if (stat(folders.path[i], &about) != 0) {
             status =
                 ckca__fail(ctx, CKCA_EIO, "%s: cannot be opened: %s", ckca__tail(folders.path[i]), strerror(errno));
@@ -2965,7 +2976,7 @@ static ckca_status ckca__list_class(ckca_context *ctx, const char *class_dir, ck
         here.device = (uint64_t)about.st_dev;
         here.inode = (uint64_t)about.st_ino;
         here.depth = 0;
-        for (j = 0; j < i && (places[j].device != here.device || places[j].inode != here.inode); j++) {
+        for (j = 0; j < i && (visited[j].device != here.device || visited[j].inode != here.inode); j++) {
         }
         if (j == i) {
             size_t length = strlen(class_dir);
@@ -2979,12 +2990,12 @@ static ckca_status ckca__list_class(ckca_context *ctx, const char *class_dir, ck
         } else {
             here.depth = -1;
         }
-        if (!status && !ckca__grow(ctx, (void **)&places, i, &capacity, sizeof *places))
+        if (!status && !ckca__grow(ctx, (void **)&visited, i, &capacity, sizeof *visited))
             status = ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for %.0f folders", ckca__tail(class_dir), (double)i);
-        if (!status) places[i] = here;
+        if (!status) visited[i] = here;
     }
     for (i = kept = 0; !status && i < folders.count; i++) {
-        if (places[i].depth >= 0)
+        if (visited[i].depth >= 0)
             folders.path[kept++] = folders.path[i];
         else
             ckca__release(ctx, folders.path[i]);
@@ -2994,7 +3005,7 @@ static ckca_status ckca__list_class(ckca_context *ctx, const char *class_dir, ck
         qsort(folders.path, kept, sizeof *folders.path, ckca__compare_paths);
     }
     for (i = 0; !status && i < folders.count; i++) status = ckca__list(ctx, folders.path[i], 0, files, left_out);
-    ckca__release(ctx, places);
+    ckca__release(ctx, visited);
     ckca__files_free(ctx, &folders);
     return status;
 }
@@ -3151,10 +3162,10 @@ CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const
             ckca__release(ctx, bytes);
         }
         if (!status) {
-            int swap = first.turn > 4 && !desc.as_stored;
+            int swap = first.orientation > 4 && !desc.as_stored;
             height = (int)(swap ? first.width : first.height);
             width = (int)(swap ? first.height : first.width);
-            if ((int64_t)height * width > CKCA__MAX_UNASKED && !desc.height && !desc.width)
+            if ((int64_t)height * width > CKCA__MAX_DEFAULT_PIXELS && !desc.height && !desc.width)
                 status = ckca__fail(ctx, CKCA_EINVAL,
                                     "%s, the first picture, has %d x %d pixels, and no other size is given: set height "
                                     "and width of ckca_data_desc (in the programs: --size)",
@@ -3221,9 +3232,9 @@ CKCA_API ckca_status ckca_read_picture(ckca_context *ctx, const char *path, cons
 static void ckca__shuffle_split(uint64_t seed, int *index, int n) {
     int i;
     for (i = n - 1; i > 0; i--) {
-        int j = (int)(ckca__random(seed, CKCA__STREAM_SPLIT, (uint64_t)i) % ((uint64_t)i + 1)), other = index[j];
+        int j = (int)(ckca__random(seed, CKCA__STREAM_SPLIT, (uint64_t)i) % ((uint64_t)i + 1)), swap = index[j];
         index[j] = index[i];
-        index[i] = other;
+        index[i] = swap;
     }
 }
 
@@ -3336,7 +3347,7 @@ CKCA_API ckca_status ckca_join(ckca_data **joined, ckca_data *const *parts, int 
     size_t total = 0, bytes;
     int i, j, k, at = 0, shared = 1;
     ckca_status status;
-    ckca_data *together = NULL;
+    ckca_data *view = NULL;
     for (i = 0; parts && i < n && !parts[i];) i++;
     if (!parts || i >= n) return CKCA_EINVAL; /* none that knows a context */
     first = parts[i]->store;
@@ -3370,12 +3381,12 @@ CKCA_API ckca_status ckca_join(ckca_data **joined, ckca_data *const *parts, int 
                                     (const char *const *)first->class_names, &desc);
         if (status) return status;
     }
-    status = ckca__view(&together, store, NULL, (int)total);
+    status = ckca__view(&view, store, NULL, (int)total);
     bytes = ckca__picture_bytes(store);
     for (i = 0; !status && i < n; i++) {
         for (j = 0; j < parts[i]->count; j++, at++) {
             if (shared)
-                together->index[at] = parts[i]->index[j];
+                view->index[at] = parts[i]->index[j];
             else {
                 store->labels[at] = ckca_label(parts[i], j);
                 memcpy(store->pixels + (size_t)at * bytes, ckca_pixels(parts[i], j), bytes);
@@ -3383,7 +3394,7 @@ CKCA_API ckca_status ckca_join(ckca_data **joined, ckca_data *const *parts, int 
         }
     }
     ckca__store_release(store);
-    if (!status) *joined = together;
+    if (!status) *joined = view;
     return status;
 }
 

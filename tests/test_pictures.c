@@ -459,12 +459,12 @@ static void test_orientation(ckca_context *ctx) {
             unsigned char *part = (unsigned char *)malloc(k ? k : 1);
             int turn;
             memcpy(part, block, k);
-            turn = ckca__exif_turn(part, k);
+            turn = ckca__exif_orientation(part, k);
             CHECK(turn == 1 || k > 30, "%d bytes of EXIF: %d", (int)k, turn);
             free(part);
         }
         memset(block + 4, 255, 4);
-        CHECK(ckca__exif_turn(block, n) == 1, "an offset beyond its end");
+        CHECK(ckca__exif_orientation(block, n) == 1, "an offset beyond its end");
     }
 }
 
