@@ -3,7 +3,7 @@
 
    Each new batch of labelled pictures improves the checkpoint you have, at a fixed cost in time and storage, without
    the old pictures. ResNets (or networks of your own), their training, loaders for pictures, and checkpoints that
-   PyTorch reads, in one C99 header without dependencies but stb_image, which decodes JPEG and PNG.
+   PyTorch reads, in one C99 header. Its only dependency is stb_image, which decodes JPEG and PNG.
 
    USE
        In exactly one C or C++ file:                            Everywhere else:
@@ -17,12 +17,10 @@
        #include "ckca.h"
 
        // Draws grey pictures of faint stripes in noise. To open files: ckca_open_folder(ctx, data, "pictures", NULL)
-       static ckca_status draw(ckca_context *ctx, ckca_data **data, int count, unsigned seed) {
+       static ckca_status draw(ckca_context *ctx, ckca_data **data, int count) {
            static unsigned char pixels[500 * 16 * 16];
-           static int labels[500];
-           static const char *const names[] = {"across", "down"};
-           ckca_array array = {pixels, labels, count, 16, 16, 1, 2, names};
-           srand(seed);
+           static int labels[500]; // 0: the stripes run across, 1: they run down
+           ckca_array array = {pixels, labels, count, 16, 16, 1, 2, NULL};
            for (int i = 0; i < count * 16 * 16; i++) {
                int down = labels[i / 256] = i / 256 % 2, line = down ? i % 16 : i / 16 % 16;
                pixels[i] = (unsigned char)(rand() % 236 + line / 2 % 2 * 20);
@@ -35,169 +33,170 @@
            ckca_model *model = NULL;
            ckca_data *first = NULL, *more = NULL, *test = NULL;
            ckca_model_desc net = {.height = 16, .width = 16, .channels = 1, .classes = 2};
-           ckca_score old, now;
-           float p[2];
-           if (ckca_init(&ctx, NULL) || ckca_resnet(ctx, &model, "resnet8", &net) || draw(ctx, &first, 40, 1) ||
-               draw(ctx, &more, 200, 2) || draw(ctx, &test, 500, 3) ||
+           ckca_score before, after;
+           float p[2]; // class probabilities
+           if (ckca_init(&ctx, NULL) || ckca_resnet(ctx, &model, "resnet8", &net) || draw(ctx, &first, 30) ||
+               draw(ctx, &more, 200) || draw(ctx, &test, 500) ||
                ckca_update(model, first, NULL, NULL) || // the first update trains the network
-               ckca_save(model, "first.safetensors") || ckca_evaluate(model, test, &old, NULL) ||
-               ckca_update(model, more, NULL, NULL) || // the next ones improve it, each from its own pictures alone
-               ckca_save(model, "updated.safetensors") || ckca_evaluate(model, test, &now, NULL) ||
-               ckca_predict(model, ckca_pixels(test, 0), 1, p)) { // class probabilities
-               fprintf(stderr, "hello: %s\n", ckca_error(ctx));
-               return 1;
-           }
-           printf("right: %.1f%% of the test pictures, %.1f%% after the update\n", 100 * old.top1, 100 * now.top1);
+               ckca_save(model, "first.safetensors") || ckca_evaluate(model, test, &before, NULL) ||
+               ckca_update(model, more, NULL, NULL) || // each later one improves it, from its own pictures alone
+               ckca_save(model, "updated.safetensors") || ckca_evaluate(model, test, &after, NULL) ||
+               ckca_predict(model, ckca_pixels(test, 0), 1, p))
+               return fprintf(stderr, "hello: %s\n", ckca_error(ctx)), 1;
+           printf("right: %.1f%% of the test pictures, %.1f%% after the update\n", 100 * before.top1, 100 * after.top1);
            printf("picture 0: %.1f%% across, %.1f%% down\n", 100 * p[0], 100 * p[1]);
            ckca_data_free(first), ckca_data_free(more), ckca_data_free(test), ckca_model_free(model), ckca_context_free(ctx);
            return 0;
        }
 
-   With a checkpoint and pictures of your own (new_pictures/CLASS/x.jpg; pass fit, so that sizes and classes agree):
+   With a checkpoint and pictures of your own (new_pictures/CLASS/x.jpg; fit makes sizes and classes match the model):
        ckca_load(ctx, &model, "model.safetensors");
        fit = ckca_data_like(model);
        ckca_open_folder(ctx, &pictures, "new_pictures", &fit);
        ckca_update(model, pictures, NULL, NULL);
        ckca_save(model, "updated.safetensors");
-   The new checkpoint is written beside the old one: an update can make a network worse (few or wrongly labelled
-   pictures). Evaluate both on pictures that neither was trained on before you replace the old one.
+   Save the new checkpoint beside the old one: an update can make a network worse (few or wrongly labelled pictures).
+   Before you replace the old one, evaluate both on pictures that neither was trained on.
 
    BUILD
        cc -O3 program.c -lm -pthread      (needs stb_image.h: Debian's libstb-dev)
        On a GPU: define CKCA_CUDA for program.c, compile ckca_cuda.cu with nvcc, link both (see ckca_cuda.cu).
-   Built and tested with GCC and clang on x86-64 Linux, as C99 and C++11, where the vector kernels are chosen at run
-   time; AArch64's are tested under emulation (qemu-user). Other compilers get plain loops, many times slower.
+   Built and tested with GCC and clang on x86-64 Linux, as C99 and C++11; vector kernels are chosen at run time. The
+   AArch64 kernels are tested under emulation (qemu-user). Other compilers get plain loops, many times slower.
 
    OPTIONS, defined before the implementation
-       CKCA_STATIC          every function static, so that several files can have an implementation of their own
-       CKCA_API             what to put before public declarations instead (dllexport, say)
-       CKCA_NO_STB_IMAGE    no JPEG and PNG: ckca_open_folder, ckca_read_picture and _memory say so and fail. (To use
-                            an stb_image.h of your own, put it beside this header or include it before)
-       CKCA_NO_STDIO        no files at all: pictures come from arrays or ckca_read_picture_memory, checkpoints through
+       CKCA_STATIC          makes every function static, so that several files can each have an implementation
+       CKCA_API             prefix of public declarations, instead of extern (dllexport, say)
+       CKCA_NO_STB_IMAGE    no JPEG and PNG: ckca_open_folder, ckca_read_picture and _memory fail with a message. (To
+                            use your own stb_image.h, put it beside this header or include it first)
+       CKCA_NO_STDIO        no file access: pictures come from arrays or ckca_read_picture_memory, checkpoints use
                             ckca_load_memory and ckca_save_memory; an update cannot be resumed
        CKCA_NO_SIMD         plain loops only
-       CKCA_CUDA            the ops of ckca_cuda.cu in place of the host's
-       CKCA_NO_THREADS      one thread only; also wherever there are no POSIX threads
+       CKCA_CUDA            the ops of ckca_cuda.cu instead of the host's
+       CKCA_NO_THREADS      one thread only; the default where there are no POSIX threads
        CKCA_FILE            "its/name.h", if you rename this header (it includes itself once per instruction set)
 
-   CONTENTS: search for a tag; each stands here once and once at its section
+   CONTENTS: search for a tag; each occurs here and at its section
        the API       >>context      threads, memory, errors
                      >>pictures     data sets: folders, CIFAR, MNIST, arrays; splits and joins
                      >>networks     ResNets by name
                      >>update       update, evaluate, predict
                      >>files        checkpoints
-                     >>advanced     memory in advance, tensors, networks and training steps of your own
-       the library   >>shared       what ckca_cuda.cu uses too: the context, sizes, random numbers
-                     >>backend      the interface to what computes: device memory and ops
+                     >>advanced     memory estimates, tensors, your own networks and training loops
+       the library   >>shared       shared with ckca_cuda.cu: the context, sizes, random numbers
+                     >>backend      the interface to host or GPU: device memory and ops
                      >>core         context, errors, memory, small files
                      >>data         pictures: stores and views, resizing, readers, splitting
                      >>model        layers, ResNets, the graph as text
                      >>train        one update from the top down: epochs, SGD steps, losses, batches, evaluation
                      >>run          forward, backward, SGD; tensors
-                     >>plan         where every value and gradient lies in memory
+                     >>plan         memory planning: the address of every value and gradient
                      >>checkpoint   checkpoints and training states
                      >>safetensors  the file format, and the JSON it needs
-       the engine    >>reference    what every op computes, in plain loops: a ResNet to read
-       for the CPU   >>threads      sharing work out
+       the engine    >>reference    what every op computes, in plain loops: a readable ResNet
+       for the CPU   >>threads      the thread pool
                      >>vector       vector kernels, compiled once per instruction set
-                     >>ops          the ops: how work is cut, which kernel does it
+                     >>ops          the ops: how work is divided, which kernel runs
        the end       >>licence      licence, history
-   A picture's way: ckca_open_folder decodes it into a store (DATA). ckca_update takes it, batch by batch, through
+   The path of a picture: ckca_open_folder decodes it into a store (DATA). ckca_update takes it, batch by batch, through
    ckca__train and ckca__step_ops (TRAINING) to ckca__run_forward, ckca__run_backward and ckca__run_sgd (EXECUTION),
-   which call the ops of BACKEND. What an op computes stands in REFERENCE KERNELS; how it does so fast, in VECTOR KERNELS
-   and HOST OPS.
+   which call the ops of BACKEND. REFERENCE KERNELS shows what an op computes; VECTOR KERNELS and HOST OPS show how it
+   does so fast.
 
    THE METHOD
        CKCA (Knowledge Consolidation and Acquisition): "Step Out and Seek Around: On Warm-Start Training with
        Incremental Data", Shen, Yin, Molchanov, Mao, Alvarez 2024, arXiv 2406.04484. Data arrives in chunks; classes
-       and architecture stay. The first update trains from scratch. Every later one starts from the last checkpoint
-       with a fresh learning-rate schedule, so that the weights leave the point they had converged to, while two terms
-       keep what the checkpoint (the teacher, frozen, with running batch-norm statistics) knew and let the new data
-       correct it:
+       and architecture stay the same. The first update trains from scratch. Each later one starts from the last
+       checkpoint with a fresh learning-rate schedule, so that the weights leave the point they had converged to. Two
+       loss terms preserve what the checkpoint knew and let the new data correct it; the checkpoint is the teacher,
+       frozen, with running batch-norm statistics:
 
            loss = cross-entropy + w_kd AdaKD + w_feat FeatReg
            AdaKD   = T^2 mean_i a_i KL(softmax(zo_i / T) || softmax(z_i / T))      z, zo: student's, teacher's logits
            FeatReg = mean_i d(f_i, fo_i)                                          f, fo: their pooled features
 
-       The paper's own equations were not at hand when this was written. Its abstract says what the two terms are for;
-       the forms of a_i and d here (ckca_adakd, ckca_featreg) are this project's reading and can be switched. Which
-       defaults, and why: see tests/MEASUREMENTS.md.
+       The paper's own equations were not available when this was written. Its abstract states the purpose of the two
+       terms; the forms of a_i and d here (ckca_adakd, ckca_featreg) are this project's reading, and you can choose
+       among them. tests/MEASUREMENTS.md gives the reasons for the defaults.
 
    DEFINITIONS
        picture    height x width x channels bytes, row by row, channels innermost (NHWC), as stb_image gives them
        N, K, D    pictures in a batch, classes (or output channels), features
-       update     one call of ckca_update: the paper's time step. What is called step in ckca_model_info, ckca_report,
-                  ckca_progress and a checkpoint's ckca.step counts updates
-       SGD step   one batch forward, backward and into the weights; epoch: one pass over a chunk
        chunk      the pictures of one update
-       logits     the network's K outputs before the softmax; features: the input of the layer that makes them
-       student    the network in training; teacher: the checkpoint it started from
-       Tensors are float32 (but see CKCA_PRECISION_BF16). Files and ckca_tensor_* have PyTorch's orders (convolutions K x C x R
-       x S); inside it is K x R x S x C. A linear layer on a map larger than 1 x 1 takes it in NHWC order.
+       update     one call of ckca_update: the paper's time step (ckca_model_info.updates, ckca_report.updates,
+                  ckca_progress.update, ckca.step in a checkpoint)
+       SGD step   forward and backward over one batch, and one change of the weights (ckca_report.steps)
+       epoch      one pass over a chunk
+       logits     the network's K outputs before the softmax
+       features   the D inputs of the layer that computes the logits
+       student    the network in training
+       teacher    the checkpoint it started from
+       Tensors are float32 (but see CKCA_PRECISION_BF16). Files and ckca_tensor_* use PyTorch's order (convolutions K x
+       C x R x S); in memory it is K x R x S x C. A linear layer on a map larger than 1 x 1 takes it in NHWC order.
 
    OWNERSHIP AND THREADS
        You free what you create (ckca_*_free; NULL is allowed), data and models before their context. A call that
-       creates writes your pointer when it succeeds and leaves it alone when it fails, so begin with NULL. Strings,
-       descriptors and arrays you hand in are copied or not needed after the call; what a call says is owned by the
-       library stays valid while its owner lives. A context, and all that hangs on it, belongs to one thread at a
-       time; contexts do not share anything. Inside, a context has ckca_desc.threads - 1 threads of its own, created
-       by the first call that has work for them, asleep between calls, ended by ckca_context_free; results are the same bits
-       for any number of them. The child of a fork() may go on with a context that was not working then: the threads
-       are created anew. Not on a GPU, which CUDA does not share with a child: there it can only free what it has of
-       its parent, which gives back host memory alone; all else fails.
+       creates an object sets your pointer on success and leaves it unchanged on failure, so initialise it to NULL.
+       Strings, descriptors and arrays that you pass in are copied or not needed after the call; what is "owned by" an
+       object stays valid as long as the object.
+       A context and all its objects belong to one thread at a time; contexts share nothing. A context runs
+       ckca_desc.threads - 1 threads of its own: the first call with work for them creates them, they sleep between
+       calls, and ckca_context_free ends them. Results are bitwise the same for any number of threads. After fork() the
+       child may use a context that was idle at the fork; it creates new threads. On a GPU it may not, since CUDA does not
+       share a device context with a child: there the child can only free its copies, which releases host memory alone.
 
    ERRORS
        Every call that can fail returns a ckca_status, and ckca_error(ctx) then holds one sentence with the real names
        and numbers in it. Nothing is printed, nothing exits. After a failure the objects, and the pointers that were to
-       receive new ones, are as they were before the call. A call on an object that is NULL has no context to leave a
-       sentence in: CKCA_EINVAL is all it says. (What a GPU refuses is found when it is next waited for: CKCA_ECUDA,
-       with the CUDA call's name.)
-       Files may be hostile: lengths are checked before they are used, and what is truncated or corrupt is refused.
-       Files are written beside their place (PATH.tmp) and renamed over it: at any moment the old or the new one is
-       there. A PATH.tmp that a killed run left is written over by the next.
-       Weights or statistics that are infinite or NaN are CKCA_ENAN: at the end of ckca_update, when saved, when loaded.
+       receive new ones, are as before the call. A call on a NULL object has no context to hold a sentence: it returns
+       only CKCA_EINVAL. (GPU errors appear at the next synchronisation: CKCA_ECUDA, with the CUDA call's name.)
+       Files may be hostile: lengths are checked before use, and truncated or corrupt files are refused.
+       Files are written to PATH.tmp and renamed: PATH is always the complete old or new file. The next write overwrites
+       a PATH.tmp that a killed process left behind.
+       Infinite or NaN weights and statistics are CKCA_ENAN: at the end of ckca_update, on save and on load.
 
    ZERO MEANS DEFAULT
-       memset a descriptor to 0 (or = {0}) and set what you care about. Where the default is not nothing and you want
-       nothing, set the field to CKCA_OFF. Other negative values, NaN and infinity are refused. What zeros stand for in
-       an update, ckca_update_defaults says. Where nothing has to be set, the descriptor itself may be NULL: ckca_init,
-       ckca_open_*, ckca_split, ckca_update.
+       memset a descriptor to 0 (or = {0}) and set what you care about. To switch off what is on by default, set the
+       field to CKCA_OFF. Other negative values, NaN and infinity are refused. ckca_update_defaults returns the values
+       that zeros stand for in an update. A descriptor without required fields may be NULL: ckca_init, ckca_open_*,
+       ckca_split, ckca_update.
 
-   RUNS THAT ARE KILLED
-       With ckca_update_desc.state = "net.state", ckca_update writes all that it needs to go on into that file now and
-       then, when it is stopped (CKCA_ESTOP), and once more at its end. The file stays when ckca_update returns: it
-       holds the result until the model's next ckca_save is done, which removes it. So, whenever a run is killed, the
-       same calls with the same arguments go on from there and come to the same bits, at once where only the save was
-       missing. Who keeps a result in another way than by ckca_save removes the file.
-       The state of another update (other pictures, weights or settings) is refused, CKCA_EINVAL, never written over.
-       While an update is at work, net.state.lock is locked, and a second one with that state is refused, CKCA_EIO; the
-       lock ends with its process, however that ends (flock; on systems and file systems without it, no such check).
+   KILLED RUNS
+       With ckca_update_desc.state = "net.state", ckca_update writes a training state to that file every state_seconds,
+       when it is stopped (CKCA_ESTOP) and at its end. If a run is killed, the same calls with the same arguments resume
+       from the file and give bitwise the same result. The file remains when ckca_update returns, since it holds the
+       unsaved result; the model's next ckca_save removes it. If you keep the result in another way, remove the file
+       yourself.
+       The state of another update (other pictures, weights or settings) is refused with CKCA_EINVAL, never overwritten.
+       During an update net.state.lock is locked (flock), and a second update with that state fails with CKCA_EIO. The
+       lock ends with its process. Systems and file systems without flock have no such check.
 
    FILE FORMATS
        Checkpoints are safetensors with torchvision's parameter names; safetensors.torch.load_file and load_state_dict
-       take them. In the metadata, as text:
-           format                 pt, which PyTorch's readers ask for
-           ckca.format            1; rises when an older ckca.h could not read the file right, and would refuse it
-           ckca.version           CKCA_VERSION of who wrote it
+       read them. The metadata, as text:
+           format                 pt, which PyTorch's readers require
+           ckca.format            1; rises when an older ckca.h would misread the file, which it then refuses
+           ckca.version           CKCA_VERSION of the writer
            ckca.graph             the network, so that ckca_load needs nothing else
            ckca.arch              the builder's name, or custom
            ckca.input             height width channels
-           ckca.classes           how many, and
-           ckca.class_names       their names as a JSON list, where they are known
-           ckca.mean, ckca.std    per channel, likewise
-           ckca.step              updates done
-       Training states are such files with tensors momentum.* and ckca.state (which update it is, and how far).
-       Pictures are JPEG (baseline, extended and progressive with Huffman codes and 8 bits a sample; grey, YCbCr, RGB,
-       and CMYK with Adobe's segment) and PNG (all kinds; alpha is dropped, 16 bits are cut to 8). Both are turned
-       upright as EXIF's orientation says, unless ckca_data_desc.as_stored is set; sizes, crops and limits are those
-       of the turned picture. Before stb_image sees a file it is walked through: tables that lack, missing scans,
-       wrong checksums, restart markers that lack, come too many, out of order or behind other bytes, and data too
-       short are refused. A JPEG without its end marker is read if the codes of every pixel are there.
+           ckca.classes           the number of classes
+           ckca.class_names       their names as a JSON list, if known
+           ckca.mean, ckca.std    per channel, if known
+           ckca.step              the number of updates done
+       Training states are such files with tensors momentum.* and ckca.state (the update and its progress).
+       Pictures are JPEG (baseline, extended and progressive, Huffman-coded, 8 bits per sample; grey, YCbCr, RGB, and
+       CMYK with an Adobe segment) and PNG (all kinds; alpha is dropped, 16 bits are reduced to 8). Both are rotated and
+       mirrored as their EXIF orientation says, unless ckca_data_desc.as_stored is set; sizes, crops and limits apply
+       after that. Each file is validated before stb_image decodes it: missing tables or scans, wrong checksums,
+       missing, extra, misplaced or disordered restart markers, and data that is too short are refused. A JPEG without
+       its end marker is read if its data is complete.
 
    VERSIONS
-       CKCA_VERSION is MAJOR.MINOR.PATCH. A new PATCH changes no declaration. A new MINOR may add some and change
-       defaults and results' bits; before 1.0.0 it may also change declarations, from then on that takes a new MAJOR.
-       Every version reads the checkpoints of all before it. Training states are for the version that wrote them.
+       CKCA_VERSION is MAJOR.MINOR.PATCH. A new PATCH changes no declaration. A new MINOR may add declarations and
+       change defaults and the bits of results; before 1.0.0 it may also change declarations, after that only a new
+       MAJOR may. Every version reads the checkpoints of all earlier ones. Only the version that wrote a training
+       state reads it.
 */
 #ifndef CKCA__PASS
 #ifndef CKCA_H
@@ -223,175 +222,175 @@ extern "C" {
 #define CKCA_VERSION_MINOR 1
 #define CKCA_VERSION_PATCH 0
 
-/* The value of a descriptor's field whose zero means "default" when you want it switched off. */
+/* Switches off a term or setting whose field, left at 0, would take its default. */
 #define CKCA_OFF (-1.0f)
 
 /* ===================================================================================================================
    API: CONTEXT                                                                                              >>context
 
-   Threads, memory, errors: the object that everything else belongs to.
+   The context: threads, memory, errors. Every other object belongs to one.
    =================================================================================================================== */
 
 typedef enum ckca_status {
     CKCA_OK = 0,
-    CKCA_EINVAL,  /* an argument or a descriptor's field is unusable */
-    CKCA_ESHAPE,  /* shapes do not fit each other */
+    CKCA_EINVAL,  /* an argument or a field of a descriptor is invalid */
+    CKCA_ESHAPE,  /* shapes do not match */
     CKCA_ENOMEM,  /* an allocation failed */
-    CKCA_EIO,     /* the system refused to open, read, write or rename a file */
-    CKCA_EFORMAT, /* a file is truncated, corrupt or of another kind */
+    CKCA_EIO,     /* opening, reading, writing or renaming a file failed */
+    CKCA_EFORMAT, /* a file is truncated, corrupt or in another format */
     CKCA_ENAN,    /* the loss, weights or running statistics are infinite or NaN */
     CKCA_ESTOP,   /* the progress callback asked to stop */
-    CKCA_ECUDA    /* the GPU or its libraries refused a call */
+    CKCA_ECUDA    /* a call of CUDA or its libraries failed */
 } ckca_status;
 
-/* Instruction sets of the host kernels; the best the processor has is taken unless another is asked for. */
+/* Instruction sets of the host kernels. */
 typedef enum ckca_isa {
-    CKCA_ISA_BEST = 0,
-    CKCA_ISA_PLAIN,
-    CKCA_ISA_BASE,
+    CKCA_ISA_BEST = 0, /* the best that the processor and the build support */
+    CKCA_ISA_PLAIN,    /* plain loops */
+    CKCA_ISA_BASE,     /* what every processor of the architecture has: SSE2 or NEON */
     CKCA_ISA_AVX2,
     CKCA_ISA_AVX512,
-    CKCA_ISA_COUNT /* here and below: how many there are, not a value */
+    CKCA_ISA_COUNT /* not a value: the number of values, here and below */
 } ckca_isa;
 
-/* What convolutions and linear layers multiply in on the GPU; weights, sums, statistics, features, logits, losses and
-   SGD are float32 in all three. The host has FLOAT32 alone: there another is an error, like an instruction set it
-   lacks. */
+/* Precision of the factors in the GPU's convolutions and linear layers; weights, sums, statistics, features, logits,
+   losses and SGD are float32 in all three. The host supports only FLOAT32: ckca_init fails with another. */
 typedef enum ckca_precision {
     CKCA_PRECISION_FLOAT32 = 0,
     CKCA_PRECISION_TF32, /* tensor cores, factors rounded to 10 bits of mantissa (needs compute capability 8.0) */
-    CKCA_PRECISION_BF16, /* tensor cores, factors rounded to 7 bits of mantissa (likewise). Maps between the pictures and the
-                  average pooling, and their gradients, are kept in bfloat16 too: half the memory and its traffic. A
-                  network without an average pooling keeps float32, and multiplies in TF32 */
+    CKCA_PRECISION_BF16, /* tensor cores, factors rounded to 7 bits of mantissa (needs 8.0). The maps before the average
+                            pooling, and their gradients, are stored in bfloat16 too: half the memory and traffic. A
+                            network without average pooling keeps them in float32 and multiplies in TF32 */
     CKCA_PRECISION_COUNT
 } ckca_precision;
 
-typedef struct ckca_context ckca_context; /* threads, memory, errors; one per thread of your own */
-typedef struct ckca_model ckca_model;     /* a network, its weights, and what training it needs */
+typedef struct ckca_context ckca_context; /* threads, memory, errors; one per thread of yours */
+typedef struct ckca_model ckca_model;     /* a network, its weights and training buffers */
 typedef struct ckca_data ckca_data;       /* labelled pictures: a view of a shared store of bytes */
 
 typedef struct ckca_desc {
-    int threads;  /* 0: as many as there are processors on line. Without POSIX threads, and with CKCA_NO_THREADS: 1 */
-    ckca_isa isa; /* kernels to use; one the processor lacks is an error */
-    int no_winograd; /* 1: no Winograd: every convolution sums its products one by one (3 x 3 of 64 channels and more: 1.9
-                     to 2.9 times slower with stride 1, 1 to 1.4 with 2; and closer: about 3e-7 of the output's rms
-                     instead of 1e-6) */
-    ckca_precision precision; /* of the GPU's convolutions */
-    /* Memory: both or neither, called by one thread at a time (decoding calls them from its own threads). alloc returns
-       NULL when it has none. 0: malloc (with huge pages asked for) and free. stb_image uses calloc whatever is set. */
+    int threads;     /* 0 to 4096; 0: one per online processor; 1 if built without threads */
+    ckca_isa isa;    /* of the host kernels; ckca_init fails if the processor or the build lacks it */
+    int no_winograd; /* 1: direct convolution only: slower, rms error 3e-7 of the output's rms instead of 1e-6 */
+    ckca_precision precision; /* of the GPU's convolutions and linear layers */
+    /* Set both or neither (NULL: malloc, with huge pages requested, and free). Called by one thread at a time, but not
+       always by yours: decoding calls them from the context's threads. alloc returns NULL on failure. stb_image always
+       uses calloc. */
     void *(*alloc)(size_t bytes, void *user);
     void (*release)(void *memory, size_t bytes, void *user);
-    void *user; /* handed to alloc and release */
+    void *user; /* passed to alloc and release */
 } ckca_desc;
 
-/* Creates a context. desc may be NULL. After a failure (CKCA_ECUDA: no usable GPU) *ctx can be asked for ckca_error and
-   be freed, no more: every other call refuses it. Where there was no memory for even that, *ctx is NULL. */
+/* Creates a context. desc may be NULL. After CKCA_EINVAL or CKCA_ECUDA (no usable GPU) *ctx serves only ckca_error and
+   ckca_context_free; after CKCA_ENOMEM it is NULL. */
 CKCA_API ckca_status ckca_init(ckca_context **ctx, const ckca_desc *desc);
 /* Frees a context; free its models and data first. NULL is allowed, here and in every ckca_*_free. */
 CKCA_API void ckca_context_free(ckca_context *ctx);
-/* The last failure in one sentence, "" if there was none. Owned by the context, valid until its next failing call. ctx
-   may be NULL: the sentence then says that there is no context. */
+/* The last failure in one sentence, or "". Owned by the context, valid until its next failing call. If ctx is NULL, the
+   sentence says that there is no context. */
 CKCA_API const char *ckca_error(const ckca_context *ctx);
 /* "ok", "bad argument", ... for any status. */
 CKCA_API const char *ckca_status_name(ckca_status status);
-/* What runs the kernels, for example "host avx512 x2" or "cuda NVIDIA H100 tf32". Owned by the context. */
+/* The device that runs the kernels, for example "host avx512 x2" or "cuda NVIDIA H100 tf32". Owned by the context. */
 CKCA_API const char *ckca_device(const ckca_context *ctx);
 
 /* ===================================================================================================================
    API: DATA                                                                                                >>pictures
 
-   Labelled pictures from folders, from CIFAR's and MNIST's files, from memory; splits and joins of them.
+   Labelled pictures from folders, CIFAR and MNIST files, and memory; splits and joins.
    =================================================================================================================== */
 
-/* What pictures are turned into when a set is opened. */
+/* The format that pictures are converted to when a set is opened. */
 typedef struct ckca_data_desc {
-    int height, width;              /* 0: as they are (a folder: as its first picture). Others are resized: scaled to
-                                       cover height x width (triangle filter, antialiased, as Pillow's BILINEAR),
-                                       centre-cropped */
-    int channels;                   /* 1 or 3; 0: as they are (a folder: 3). Grey is copied to 3, colour averaged
-                                       to 1 with the weights of ITU-R BT.601 */
-    int classes;                    /* length of class_names; 0: the classes found in the data. Without class_names:
-                                       just so many there have to be */
-    const char *const *class_names; /* the labels' names in order; a picture of a class not in it is an error. Copied.
-                                       CIFAR's labels are found by name, IDX's (which has no names) by number */
-    int as_stored;       /* 1: picture files as they are stored; 0: turned as the orientation in their EXIF says */
-    int skip_unreadable; /* folders: 1: pictures that cannot be read are left out and counted, see
-                            ckca_data_info; 0: the first one is an error */
+    int height, width;              /* 1 to 16384; 0: as in the data (a folder: as its first picture). Other sizes are
+                                       resized to cover height x width (triangle filter, antialiased, as Pillow's
+                                       BILINEAR) and centre-cropped */
+    int channels;                   /* 1 or 3; 0: as in the data (a folder: 3). Grey is copied to 3 channels, colour is
+                                       averaged to 1 with the weights of ITU-R BT.601 */
+    int classes;                    /* length of class_names; 0: as many as the data has. Without class_names the data
+                                       must have exactly this many */
+    const char *const *class_names; /* the labels' names in order, copied; a picture of any other class is an error.
+                                       CIFAR's classes are matched by name, those of IDX, which has no names, by number.
+                                       NULL: as in the data */
+    int as_stored;                  /* 1: ignore the EXIF orientation of picture files; 0: apply it */
+    int skip_unreadable;            /* folders: 1: unreadable pictures are skipped and counted (ckca_data_info); 0: the
+                                       first one is an error */
 } ckca_data_desc;
 
 typedef enum ckca_part { CKCA_PART_TRAIN = 0, CKCA_PART_TEST = 1 } ckca_part;
 
 typedef struct ckca_data_info {
     int count, height, width, channels, classes;
-    const char *const *class_names; /* classes names, owned by the data */
-    /* Of the folder that the pictures came from, as it was opened; else 0 and NULL: */
-    int left_out;                 /* files of kinds that are not read, and pictures outside the class folders */
-    int unreadable;               /* pictures that skip_unreadable passed over */
-    const char *first_unreadable; /* the first one's path and what is wrong with it, owned by the data; NULL: none */
+    const char *const *class_names; /* classes, owned by the data */
+    /* Of the folder that the pictures came from, when it was opened; 0 and NULL for other sources: */
+    int left_out;                 /* files of other types, and pictures outside the class folders */
+    int unreadable;               /* pictures that skip_unreadable skipped */
+    const char *first_unreadable; /* path and fault of the first one, owned by the data; NULL: none */
 } ckca_data_info;
 
 #ifndef CKCA_NO_STDIO
-/* DIR/CLASS/picture.{jpg,jpeg,jpe,jfif,png}, the ending in any case, also in folders below CLASS (up to 32 deep; of
-   links that lead to one folder, one counts). Classes in the order of their bytes unless desc names them; in a class,
-   folder by folder, as torchvision's ImageFolder. A class folder without pictures is a class without pictures where
-   desc names the classes, else an error, as is a name that is not UTF-8. Names that begin with a dot, Thumbs.db and
-   desktop.ini are passed over; other files are counted in ckca_data_info's left_out. Decoded by stb_image, in
-   parallel: pictures of at most 16384 pixels a side and 64 Mi in all, files of at most 256 MiB (see FILE FORMATS).
-   The first picture gives a set its size only if it has no more than 4 Mi pixels. With CKCA_NO_STB_IMAGE it only
-   fails. */
+/* Reads DIR/CLASS/picture.{jpg,jpeg,jpe,jfif,png} (in any case), also in folders up to 32 levels below CLASS. A folder
+   that several links lead to is read once. Classes are sorted by the bytes of their names unless desc names
+   them; the pictures of a class are sorted folder by folder, as in torchvision's ImageFolder. A class folder without
+   pictures is an error unless desc names the classes; a class name that is not UTF-8 is an error. Names that begin with
+   a dot, Thumbs.db and desktop.ini are ignored; other files are counted in ckca_data_info.left_out. Decoding runs in
+   parallel. Limits: 16384 pixels per side and 64 Mi pixels per picture, 256 MiB per file (see FILE FORMATS), and 4 Mi
+   pixels for a first picture that gives the set its size. With CKCA_NO_STB_IMAGE the call only fails. */
 CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const char *dir, const ckca_data_desc *desc);
-/* CIFAR-10's and CIFAR-100's binary versions as unpacked: data_batch_{1..5}.bin and test_batch.bin, or train.bin and
-   test.bin (fine labels), in dir or in cifar-10-batches-bin or cifar-100-binary in it; names from batches.meta.txt or
-   fine_label_names.txt where present. */
+/* The unpacked binary versions of CIFAR-10 and CIFAR-100: data_batch_{1..5}.bin and test_batch.bin, or train.bin and
+   test.bin (fine labels), in dir or its subfolder cifar-10-batches-bin or cifar-100-binary. Class names come from
+   batches.meta.txt or fine_label_names.txt if present. */
 CKCA_API ckca_status ckca_open_cifar10(ckca_context *ctx, ckca_data **data, const char *dir, ckca_part part,
                                        const ckca_data_desc *desc);
 CKCA_API ckca_status ckca_open_cifar100(ckca_context *ctx, ckca_data **data, const char *dir, ckca_part part,
                                         const ckca_data_desc *desc);
-/* MNIST's format: {train,t10k}-images-idx3-ubyte and -labels-idx1-ubyte in dir, or in raw, MNIST/raw or
-   FashionMNIST/raw in it. */
+/* MNIST's format: {train,t10k}-images-idx3-ubyte and -labels-idx1-ubyte in dir, or in its subfolder raw, MNIST/raw or
+   FashionMNIST/raw. */
 CKCA_API ckca_status ckca_open_idx(ckca_context *ctx, ckca_data **data, const char *dir, ckca_part part,
                                    const ckca_data_desc *desc);
 #endif
-/* Pictures of your own: pixels is count x height x width x channels bytes (channels: 1 or 3), labels is count ints from
-   0 to classes - 1, class_names is classes strings, or NULL for "0", "1", ... All are copied. desc as above, or NULL;
-   its classes and class_names are not used. */
+/* Pictures of your own. All fields are copied. desc may be NULL; its classes and class_names are ignored. */
 typedef struct ckca_array {
-    const unsigned char *pixels;
-    const int *labels;
-    int count, height, width, channels, classes;
-    const char *const *class_names;
+    const unsigned char *pixels;    /* count x height x width x channels */
+    const int *labels;              /* count, each 0 to classes - 1 */
+    int count;                      /* at least 1 */
+    int height, width;              /* 1 to 16384 */
+    int channels;                   /* 1 or 3 */
+    int classes;                    /* 1 to 1000000 */
+    const char *const *class_names; /* classes; NULL: "0", "1", ... */
 } ckca_array;
 CKCA_API ckca_status ckca_open_array(ckca_context *ctx, ckca_data **data, const ckca_array *array,
                                      const ckca_data_desc *desc);
 
 #ifndef CKCA_NO_STDIO
-/* One picture file decoded into out (height x width x channels bytes of desc, all three needed). */
+/* Decodes a picture file into out, height x width x channels bytes; desc must set all three. */
 CKCA_API ckca_status ckca_read_picture(ckca_context *ctx, const char *path, const ckca_data_desc *desc,
                                        unsigned char *out);
 #endif
-/* The same of a picture file's bytes (JPEG or PNG), which are read only. */
+/* Decodes the bytes of a JPEG or PNG file in the same way. */
 CKCA_API ckca_status ckca_read_picture_memory(ckca_context *ctx, const void *bytes, size_t size,
                                               const ckca_data_desc *desc, unsigned char *out);
 
-/* Cuts data into n random disjoint parts of equal size (they differ by at most one where desc->size is 0). parts is an
-   array of yours with room for n; each part is a view, to be freed with ckca_data_free like any other. desc may be
-   NULL. */
+/* Splits data into n random disjoint parts of equal size (within one picture if desc->size is 0) and writes them to
+   parts[0..n). Each part is a view, which you free with ckca_data_free. desc may be NULL. */
 typedef struct ckca_split_desc {
-    int size;       /* pictures in each part; 0: all there are, divided by n */
-    int stratified; /* 1: every part has the whole set's class proportions, to within a picture per class */
+    int size;       /* pictures in each part; 0: all pictures, divided by n */
+    int stratified; /* 1: every part has the class proportions of data, to within one picture per class */
     uint64_t seed;
 } ckca_split_desc;
 CKCA_API ckca_status ckca_split(const ckca_data *data, int n, const ckca_split_desc *desc, ckca_data **parts);
-/* The pictures of n sets as one; they must agree in shape and classes. Views of one store share it, others are
+/* Joins n sets, which must agree in height, width, channels and classes. Views of one store share it; others are
    copied. */
 CKCA_API ckca_status ckca_join(ckca_data **joined, ckca_data *const *parts, int n);
-/* A view of the pictures at index[0..n), each from 0 to count - 1; one may be there several times. */
+/* A view of the pictures at index[0..n), each 0 to count - 1; repeats are allowed. */
 CKCA_API ckca_status ckca_subset(ckca_data **subset, const ckca_data *data, const int *index, int n);
 
-/* All zeros where data is NULL. */
+/* All zeros if data is NULL. */
 CKCA_API void ckca_data_info_get(const ckca_data *data, ckca_data_info *info);
-CKCA_API int ckca_label(const ckca_data *data, int i);                   /* -1 if there is no picture i */
-CKCA_API const unsigned char *ckca_pixels(const ckca_data *data, int i); /* height x width x channels, or NULL */
+/* Label of picture i, 0 to classes - 1; -1: no picture i. */
+CKCA_API int ckca_label(const ckca_data *data, int i);
+/* Picture i, height x width x channels bytes owned by data; NULL: no picture i. */
+CKCA_API const unsigned char *ckca_pixels(const ckca_data *data, int i);
 CKCA_API void ckca_data_free(ckca_data *data);
 
 /* ===================================================================================================================
@@ -401,36 +400,37 @@ CKCA_API void ckca_data_free(ckca_data *data);
    =================================================================================================================== */
 
 typedef struct ckca_model_desc {
-    int height, width, channels;    /* of the input; 0: 32, 32, 3 */
-    int classes;                    /* needed */
-    const char *const *class_names; /* classes names, copied; NULL: those of the first data it is trained on */
-    const float *mean, *std;        /* per channel, of pictures scaled to 0..1, copied; NULL: measured on that data */
+    int height, width, channels;    /* of the input; 0: 32, 32, 3. Sides up to 65536 */
+    int classes;                    /* required, 1 to 1000000 */
+    const char *const *class_names; /* classes, copied; NULL: taken from the first data it is trained on */
+    const float *mean, *std;        /* channels each, of pictures scaled to 0..1, copied; NULL: measured on that data */
     uint64_t seed;                  /* of the initial weights */
-    int width_base;                 /* ResNets: channels of the first stage; 0: 16 for CIFAR nets, 64 for ImageNet's */
-    int projection;                 /* CIFAR ResNets: 1: 1x1 convolution shortcuts (option B of He et al.), 0: subsample
-                                       and zero-pad (option A) */
-    int zero_residual;              /* ResNets: 1: the last batch norm of every residual branch starts at 0 */
+    int width_base;                 /* ResNets: channels of the first stage, up to 4096; 0: 16 for CIFAR ResNets, 64 for
+                                       ImageNet ResNets */
+    int projection;                 /* CIFAR ResNets: 1: shortcuts are 1 x 1 convolutions (option B of He et al.);
+                                       0: they subsample and zero-pad (option A) */
+    int zero_residual;              /* ResNets: 1: the last batch norm of every residual branch starts at weight 0 */
 } ckca_model_desc;
 
 /* A ResNet by name: "resnet8", 20, 32, 44, 56, 110 (He et al. 2016, section 4.2), "resnet18", 34, 50 (section 4.1,
-   torchvision's), "resnet18-cifar", 34, 50 (the same with a 3x3 stem of stride 1 and no max pooling). */
+   torchvision's), "resnet18-cifar", 34, 50 (the same with a 3 x 3 stem of stride 1 and no max pooling). */
 CKCA_API ckca_status ckca_resnet(ckca_context *ctx, ckca_model **model, const char *arch, const ckca_model_desc *desc);
 
 typedef struct ckca_model_info {
     const char *arch; /* the builder's name, or "custom" */
     int height, width, channels, classes, features;
-    const char *const *class_names; /* NULL before the first training where none were given */
-    const float *mean, *std;        /* channels values; NULL likewise */
-    int updates;                    /* updates done, see ckca_update: 0 for a fresh network */
-    int64_t parameters;             /* trainable values */
-    int nodes, logits;              /* nodes of the graph; the logits' node */
+    const char *const *class_names; /* classes; NULL: not known before the first update */
+    const float *mean, *std;        /* channels; NULL: not known before the first update */
+    int updates;                    /* updates done; 0: an untrained network */
+    int64_t parameters;             /* number of trainable values */
+    int nodes, logits;              /* number of nodes; index of the logits node */
 } ckca_model_info;
-/* All zeros where model is NULL; features and logits are 0 until it is finished. */
+/* All zeros if model is NULL; features and logits are 0 until it is finished. */
 CKCA_API void ckca_model_info_get(const ckca_model *model, ckca_model_info *info);
-/* A data descriptor that fits the model: its size, channels and classes (names owned by the model). */
+/* A data descriptor with the height, width, channels and classes of the model (class_names owned by the model). */
 CKCA_API ckca_data_desc ckca_data_like(const ckca_model *model);
-/* A second finished model of the same context: the same graph, weights, names and time step; gradients and momentum
-   start anew. */
+/* Copies a finished model within its context: graph, weights, names and number of updates, but not gradients and
+   momentum. */
 CKCA_API ckca_status ckca_model_copy(ckca_model **copy, const ckca_model *model);
 CKCA_API void ckca_model_free(ckca_model *model);
 
@@ -440,36 +440,36 @@ CKCA_API void ckca_model_free(ckca_model *model);
    Update, evaluate, predict.
    =================================================================================================================== */
 
-/* Augmentation: a pure function of (seed, epoch, picture). Everything off when zero. */
+/* Augmentation, a pure function of (seed, epoch, picture). Zero fields are off. */
 typedef struct ckca_augment {
-    int pad;          /* zero-pad by this many pixels, crop at random */
-    int flip;         /* 1: mirror left and right half of the time */
-    int resized_crop; /* 1: area 0.25..1 (see crop_min), aspect 3/4..4/3, resized bilinearly (torchvision's
-                           RandomResizedCrop); instead of pad */
-    float crop_min;   /* least area of resized_crop; 0: 0.25 */
-    float jitter;     /* brightness, contrast, saturation each scaled by 1 -+ jitter */
+    int pad;          /* pixels, up to 4096: zero-pad each side by this many, then crop at random */
+    int flip;         /* 1: mirror left to right with probability 1/2 */
+    int resized_crop; /* 1: instead of pad, crop a random part of aspect 3/4 to 4/3 and resize it bilinearly (as
+                         torchvision's RandomResizedCrop) */
+    float crop_min;   /* least fraction of the picture's area that is cropped, up to 1; 0: 0.25 */
+    float jitter;     /* 0 to 1: scale brightness, contrast, saturation each by a random 1 - jitter to 1 + jitter */
 } ckca_augment;
 
 typedef enum ckca_schedule {
-    CKCA_SCHEDULE_COSINE = 0,
+    CKCA_SCHEDULE_COSINE = 0, /* from lr to 0 */
     CKCA_SCHEDULE_CONSTANT,
-    CKCA_SCHEDULE_STEP,
+    CKCA_SCHEDULE_STEP, /* lr, times step_factor every step_epochs */
     CKCA_SCHEDULE_COUNT
 } ckca_schedule;
 
 typedef enum ckca_method {
     CKCA_METHOD_CKCA = 0,       /* warm start + AdaKD + FeatReg */
-    CKCA_METHOD_SCRATCH,        /* weights drawn anew: SCRATCH_CHUNK or, on joined chunks, SCRATCH_ALL */
+    CKCA_METHOD_SCRATCH,        /* fresh weights: SCRATCH_CHUNK or, on joined chunks, SCRATCH_ALL */
     CKCA_METHOD_WARM,           /* vanilla warm start */
     CKCA_METHOD_SHRINK_PERTURB, /* Ash and Adams 2020: w = shrink w + perturb w_fresh */
-    CKCA_METHOD_LWF,            /* Li and Hoiem 2016: constant distillation, weight w_kd, default 1 */
+    CKCA_METHOD_LWF,            /* Li and Hoiem 2016: warm start + distillation with a_i = 1 */
     CKCA_METHOD_COUNT
 } ckca_method;
 
-/* a_i, the weight of picture i in AdaKD; p_o is the teacher's softmax, y its label. This project's forms. */
+/* a_i, the weight of picture i in AdaKD; p_o is the teacher's softmax, y_i the label. This project's forms. */
 typedef enum ckca_adakd {
     CKCA_ADAKD_CONSTANT = 0, /* 1 */
-    CKCA_ADAKD_CLASS,        /* the teacher's top-1 accuracy on the chunk's pictures of class y_i */
+    CKCA_ADAKD_CLASS,        /* the teacher's top-1 accuracy on the chunk's pictures of class y_i, 0 to 1 */
     CKCA_ADAKD_TRUTH,        /* p_o[y_i] over its batch mean */
     CKCA_ADAKD_DOUBT,        /* 1 - p_o[y_i] over its batch mean */
     CKCA_ADAKD_COUNT
@@ -485,76 +485,78 @@ typedef enum ckca_featreg {
 } ckca_featreg;
 
 typedef struct ckca_progress {
-    int update;         /* the update under way: 1 is the first */
-    int epoch, epochs;  /* 0-based */
-    int batch, batches; /* SGD steps done in this epoch; of how many */
-    float lr;
-    double loss, kd, feat, accuracy; /* means over this epoch so far; kd and feat without their weights */
-    double seconds, seconds_left;    /* since the call; an estimate */
+    int update;                      /* the current update: 1 is the first */
+    int epoch, epochs;               /* the current epoch, 0 to epochs - 1 */
+    int batch, batches;              /* SGD steps done in this epoch, of how many */
+    float lr;                        /* of this SGD step */
+    double loss, kd, feat, accuracy; /* means over this epoch so far; kd and feat before w_kd and w_feat */
+    double seconds, seconds_left;    /* since the call; estimated to its end */
 } ckca_progress;
 
 typedef struct ckca_update_desc {
     ckca_method method;
-    /* the method's terms: loss = cross-entropy + w_kd AdaKD + w_feat FeatReg. CKCA_OFF for none */
+    /* the method's terms: loss = cross-entropy + w_kd AdaKD + w_feat FeatReg. CKCA_OFF switches a term off */
     ckca_adakd adakd;
     ckca_featreg featreg;
-    float w_kd;                /* 0: 1 (with CLASS 2: its weights are below 1) */
-    float w_feat;              /* 0: 1 (with STAGES: none where the networks have no stages alike to compare) */
-    float temperature;         /* 0: 2 */
-    float shrink, perturb;     /* 0: 0.4 and 0.1 */
-    const ckca_model *teacher; /* NULL: the model itself as it came; else any of the same context and input with as many
-                                  classes. Only read: a copy of it does the work */
+    float w_kd;            /* 0 to 1e6; 0: 1 (CLASS: 2, since its a_i are below 1) */
+    float w_feat;          /* 0 to 1e6; 0: 1 (STAGES: off if the networks have no matching stages) */
+    float temperature;     /* T, up to 1e6; 0: 2 */
+    float shrink, perturb; /* of SHRINK_PERTURB: 0 to 1, 0 to 1e6; 0: 0.4 and 0.1 */
+    /* NULL: the model before the update. Else any model of the same context, input and number of classes; it is copied,
+       not changed */
+    const ckca_model *teacher;
     /* the training */
-    int epochs, batch; /* 0: 40 and 64 */
-    float lr;          /* 0: 0.1, the peak */
-    ckca_schedule schedule;
-    float warmup_epochs; /* 0: 1; linear from lr / steps. CKCA_OFF: none */
-    float
-        step_epochs; /* CKCA_SCHEDULE_STEP: lr is multiplied by step_factor every so many epochs; 0: a third of epochs */
-    float step_factor;                       /* 0: 0.1 */
-    float momentum, weight_decay, clip_norm; /* as ckca_sgd_desc */
-    int no_nesterov;
-    float label_smoothing; /* 0 to 1; 0: none */
+    int epochs, batch;                       /* up to 1e6; 0: 40 and 64. batch is at most the number of pictures */
+    float lr;                                /* the peak; 0: 0.1 */
+    ckca_schedule schedule;                  /* after the warm-up */
+    float warmup_epochs;                     /* lr rises linearly from near 0; 0: 1. CKCA_OFF: none */
+    float step_epochs;                       /* CKCA_SCHEDULE_STEP: epochs between drops of lr; 0: a third of epochs */
+    float step_factor;                       /* CKCA_SCHEDULE_STEP: 0 to 1; 0: 0.1 */
+    float momentum, weight_decay, clip_norm; /* as in ckca_sgd_desc */
+    int no_nesterov;                         /* 1: momentum without Nesterov */
+    float label_smoothing;                   /* 0 to 1; 0: none */
     ckca_augment augment;
-    uint64_t seed; /* of order and augmentation (and of SCRATCH's and SHRINK_PERTURB's fresh weights) */
+    uint64_t seed; /* of order and augmentation (and of the fresh weights of SCRATCH and SHRINK_PERTURB) */
     /* files and reports */
-    const char *state;   /* path of a training state, written every state_seconds and at the end, removed by the
-                               model's next ckca_save. If it is there at the start, training resumes from it, to bitwise
-                               the same weights. See RUNS THAT ARE KILLED */
+    const char *state;   /* path of a training state; NULL: none. Written every state_seconds and at the end, removed by
+                            the model's next ckca_save. If the file exists at the start, the update resumes from it, to
+                            bitwise the same weights. See KILLED RUNS */
     float state_seconds; /* 0: 30 */
-    int (*progress)(const ckca_progress *progress, void *user); /* after every SGD step; non-zero stops (CKCA_ESTOP).
-                                                                   A GPU stops for every report; without, once an epoch */
-    void *user;
+    /* Called after every SGD step; non-zero stops the update (CKCA_ESTOP). Each call synchronises the GPU; without a
+       callback it is synchronised once per epoch */
+    int (*progress)(const ckca_progress *progress, void *user);
+    void *user; /* passed to progress */
 } ckca_update_desc;
 
 typedef struct ckca_report {
-    int updates;                     /* the model's updates now, this one among them if it succeeded */
-    int steps;                       /* of this update */
-    double loss, kd, feat, accuracy; /* means over the last epoch */
-    double teacher_accuracy;         /* the old checkpoint's on the new pictures; -1 where there was none */
-    double seconds;
+    int updates;                     /* updates of the model, including this one if it succeeded */
+    int steps;                       /* SGD steps of this update */
+    double loss, kd, feat, accuracy; /* means over the last epoch; kd and feat before w_kd and w_feat */
+    double teacher_accuracy;         /* of the teacher on data, 0 to 1; -1: no teacher */
+    double seconds;                  /* of this call */
 } ckca_report;
 
-/* One update: freezes the teacher, starts as desc->method says, trains on data, raises the model's step by one. The
-   first update of a fresh model is plain training whatever the method. After a failure the model is as it was before
-   the call, its gradients and momentum too (CKCA_ESTOP: as far as it came). desc and report may be NULL. */
+/* One update: freezes the teacher, starts as desc->method says, trains on data and adds 1 to the model's updates. The
+   first update of an untrained model uses cross-entropy alone, whatever the method (unless desc->teacher is set). After
+   a failure the model is as before the call, including gradients and momentum (CKCA_ESTOP: it keeps the training so
+   far). desc and report may be NULL. */
 CKCA_API ckca_status ckca_update(ckca_model *model, const ckca_data *data, const ckca_update_desc *desc,
                                  ckca_report *report);
 
-/* Replaces the fields of desc that are 0 by what ckca_update would take for them with this model and data, so that a
-   program can say what will run; the update of the result is the same. A term that will not be there gets CKCA_OFF.
-   desc is as it was where ckca_update would refuse one of its values. */
+/* Replaces zeros in desc by the values that ckca_update would use for this model and data, so that a program can show
+   them; an update with the result is the same. An unused term becomes CKCA_OFF. On failure desc is unchanged. */
 CKCA_API ckca_status ckca_update_defaults(const ckca_model *model, const ckca_data *data, ckca_update_desc *desc);
 
 typedef struct ckca_score {
-    int count;
-    double top1, top5, loss; /* fractions; mean cross-entropy */
+    int count;         /* pictures */
+    double top1, top5; /* fractions, 0 to 1 */
+    double loss;       /* mean cross-entropy */
 } ckca_score;
-/* Evaluates with running statistics. score may be NULL. per_class: classes top-1 fractions (-1 where no picture), or
-   NULL. A model without class names, mean or std takes them from data, as in ckca_update. */
+/* Evaluates the model on data with running statistics. score may be NULL. per_class: classes top-1 fractions (-1: no
+   picture of the class), or NULL. A model without class names, mean or std takes them from data, as in ckca_update. */
 CKCA_API ckca_status ckca_evaluate(ckca_model *model, const ckca_data *data, ckca_score *score, float *per_class);
-/* Class probabilities of n pictures of bytes (n x height x width x channels); out is n x classes. The model's mean and
-   std must be known: given, loaded, or measured by an update. */
+/* Class probabilities of n pictures. pixels: n x height x width x channels bytes; out: n x classes. The model's mean
+   and std must be known: given, loaded, or measured by an update. */
 CKCA_API ckca_status ckca_predict(ckca_model *model, const unsigned char *pixels, int n, float *out);
 
 /* ===================================================================================================================
@@ -564,59 +566,65 @@ CKCA_API ckca_status ckca_predict(ckca_model *model, const unsigned char *pixels
    =================================================================================================================== */
 
 #ifndef CKCA_NO_STDIO
-/* Writes a safetensors file by way of a temporary one beside it: at any moment path is the old file or the new. Then
-   removes the training states of the updates whose result it is. */
+/* Writes a checkpoint (safetensors) to path.tmp and renames it: path is always the complete old or new file. Then
+   removes the training states of the updates that led to this model. */
 CKCA_API ckca_status ckca_save(ckca_model *model, const char *path);
-/* A model from a file that ckca_save wrote (network, classes, normalisation and step come from its metadata). */
+/* Creates a model from a checkpoint of ckca_save, whose metadata holds network, classes, normalisation and number of
+   updates. */
 CKCA_API ckca_status ckca_load(ckca_context *ctx, ckca_model **model, const char *path);
-/* Weights into a finished model from any safetensors file with its names and shapes (torchvision's, say). The prefixes
-   module. _orig_mod. model. backbone. and chains of them are left out of its names where that makes every one fit.
-   Classes, normalisation and step are taken if they are there. On failure the model is as it was. */
+/* Loads the weights of a finished model from any safetensors file with its names and shapes (torchvision's, say). The
+   prefixes module. _orig_mod. model. backbone., and chains of them, are removed from the file's names if all names then
+   match. Classes, normalisation and number of updates are loaded if present. On failure the model is unchanged. */
 CKCA_API ckca_status ckca_load_weights(ckca_model *model, const char *path);
 #endif
-/* The same files in memory of yours. Saving: *size becomes the bytes that the file has; out, of room bytes, gets them.
-   out NULL: only the size, which stays the same until the model is trained or loaded. Too little room: CKCA_EINVAL. */
-CKCA_API ckca_status ckca_save_memory(ckca_model *model, void *out, size_t room, size_t *size);
-/* bytes[0..size) are not needed after the call, and may start at any address. */
+/* The same files in memory. ckca_save_memory sets *size to the file's size in bytes and, unless out is NULL, writes the
+   file to out, of capacity bytes; CKCA_EINVAL if they are too few. The size changes only when the model is trained or
+   loaded. */
+CKCA_API ckca_status ckca_save_memory(ckca_model *model, void *out, size_t capacity, size_t *size);
+/* bytes[0..size) need no alignment and are not needed after the call. */
 CKCA_API ckca_status ckca_load_memory(ckca_context *ctx, ckca_model **model, const void *bytes, size_t size);
 CKCA_API ckca_status ckca_load_weights_memory(ckca_model *model, const void *bytes, size_t size);
 
 /* ===================================================================================================================
    API: ADVANCED                                                                                            >>advanced
 
-   Memory in advance, tensors, networks of your own, training steps of your own.
+   Memory estimates, tensors, your own networks and training loops.
    =================================================================================================================== */
 
-/* Bytes a model takes at a batch size, known before they are allocated; training: in ckca_update. (ckca_forward in
-   training takes more activations, since it keeps all of them readable. A GPU whose memory turns out to be short for the
-   activations of training takes fewer, and recomputes the others: asked again after that, this says so.) */
+/* Memory, in bytes, that a model needs at a batch size, before it is allocated. training: 1 for the training steps of
+   ckca_update (which also keeps a copy of the weights, and a teacher of its own at its evaluation size), 0 for
+   evaluation. ckca_forward in training needs more activations, since it keeps all of them readable. A GPU that turns out
+   to lack memory for the activations of training recomputes some of them: asked again after that, this says so. */
 typedef struct ckca_bytes {
     size_t parameters, gradients, momentum, activations, workspace, total;
 } ckca_bytes;
 CKCA_API ckca_status ckca_model_bytes(const ckca_model *model, int batch, int training, ckca_bytes *bytes);
 
-/* Parameters and buffers by index or name, in PyTorch's order (convolution K x C x R x S, linear K x D). Before the
-   model is finished there are none. Gradients and momentum are there from the first training forward on. */
+/* Parameters and buffers by index (0 to ckca_tensor_count - 1) or name, in PyTorch's order (convolution K x C x R x S,
+   linear K x D). A model that is not finished has none. The first training forward creates gradients and momentum. */
 typedef struct ckca_tensor_info {
-    const char *name; /* owned by the model */
-    int dims, shape[4];
-    int64_t count;
-    int trainable; /* 0: running_mean, running_var */
+    const char *name;   /* owned by the model */
+    int dims, shape[4]; /* 1 to 4; dims values */
+    int64_t count;      /* product of shape */
+    int trainable;      /* 1: a parameter; 0: running_mean, running_var */
 } ckca_tensor_info;
 typedef enum ckca_slot { CKCA_SLOT_VALUE = 0, CKCA_SLOT_GRADIENT, CKCA_SLOT_MOMENTUM, CKCA_SLOT_COUNT } ckca_slot;
 CKCA_API int ckca_tensor_count(const ckca_model *model);
 CKCA_API ckca_status ckca_tensor_info_get(const ckca_model *model, int i, ckca_tensor_info *tensor);
-CKCA_API int ckca_tensor_find(const ckca_model *model, const char *name); /* index, or -1 */
-CKCA_API ckca_status ckca_tensor_read(ckca_model *model, int i, ckca_slot slot, float *out);
-CKCA_API ckca_status ckca_tensor_write(ckca_model *model, int i, ckca_slot slot, const float *in);
+CKCA_API int ckca_tensor_find(const ckca_model *model, const char *name);                          /* index, or -1 */
+CKCA_API ckca_status ckca_tensor_read(ckca_model *model, int i, ckca_slot slot, float *out);       /* out: count */
+CKCA_API ckca_status ckca_tensor_write(ckca_model *model, int i, ckca_slot slot, const float *in); /* in: count */
 
-/* A network of your own: create, add nodes, finish. Each call returns its node, to be handed to the next; a failing
-   one returns -1 and leaves its sentence in ckca_error, later calls pass the -1 on, and ckca_model_finish reports the
-   first failure once more (the model can then only be freed). A finished model takes no more nodes. Names are the
-   prefixes of the parameters' names ("conv1" gives "conv1.weight"); copied. */
+/* A network of your own: create it, add nodes, finish it. Each ckca_layer_* returns its node, an input for later ones.
+   On failure it returns -1 and sets ckca_error; later calls given -1 return -1, and ckca_model_finish reports the first
+   failure again (the model can then only be freed). A finished model takes no more nodes. Names are copied; they prefix
+   the names of the parameters ("conv1" gives "conv1.weight"). */
 typedef struct ckca_conv_desc {
-    int out, kernel, stride, pad; /* out channels; kernel 0: 3; stride 0: 1; pad as given */
-    int bias;                     /* 1: with a bias */
+    int out;    /* output channels, at least 1 */
+    int kernel; /* up to 255; 0: 3 */
+    int stride; /* up to 255; 0: 1 */
+    int pad;    /* 0 to kernel - 1 */
+    int bias;   /* 1: with a bias */
 } ckca_conv_desc;
 CKCA_API ckca_status ckca_model_create(ckca_context *ctx, ckca_model **model, const ckca_model_desc *desc);
 CKCA_API int ckca_layer_input(ckca_model *model);
@@ -624,52 +632,54 @@ CKCA_API int ckca_layer_conv(ckca_model *model, const char *name, int input, ckc
 CKCA_API int ckca_layer_batchnorm(ckca_model *model, const char *name, int input);
 CKCA_API int ckca_layer_relu(ckca_model *model, int input);
 CKCA_API int ckca_layer_add(ckca_model *model, int a, int b);
+/* kernel: 1 to 15, stride: 1 to 255, pad: 0 to kernel / 2 */
 CKCA_API int ckca_layer_maxpool(ckca_model *model, int input, int kernel, int stride, int pad);
-CKCA_API int ckca_layer_avgpool(ckca_model *model, int input); /* global: N x H x W x C to N x 1 x 1 x C */
-CKCA_API int ckca_layer_subsample(ckca_model *model, int input, int stride,
-                                  int out); /* every stride-th pixel, zeros added
-                                                                                   in front and behind to out channels */
-CKCA_API int ckca_layer_linear(ckca_model *model, const char *name, int input,
-                               int out); /* input flattened: H x W x C */
-/* torch.nn.GroupNorm: each picture's channels are normalised in groups of c / groups neighbours by the group's own mean
-   and variance, in training as in evaluation; then come a weight and a bias per channel, which start as 1 and 0 and do
-   not decay. groups must divide the channels. */
+/* Global: N x H x W x C to N x 1 x 1 x C. */
+CKCA_API int ckca_layer_avgpool(ckca_model *model, int input);
+/* Takes every stride-th pixel and adds zero channels in front and behind, up to out channels. */
+CKCA_API int ckca_layer_subsample(ckca_model *model, int input, int stride, int out);
+/* Flattens its input in the order H x W x C. */
+CKCA_API int ckca_layer_linear(ckca_model *model, const char *name, int input, int out);
+/* torch.nn.GroupNorm: normalises the channels of each picture in groups of C / groups neighbours by the group's mean
+   and variance, in training and evaluation alike, then applies a weight and a bias per channel, which start at 1 and 0
+   and have no weight decay. groups must divide C. */
 CKCA_API int ckca_layer_groupnorm(ckca_model *model, const char *name, int input, int groups);
-CKCA_API int ckca_layer_stage(ckca_model *model, int input); /* marks a map for FeatReg's STAGES; returns input */
-/* logits is the output (N x 1 x 1 x classes, of a linear node); its input are the pooled features. Draws the initial
-   weights. All calls below need a finished model. */
+CKCA_API int ckca_layer_stage(ckca_model *model, int input); /* marks a map for CKCA_FEATREG_STAGES; returns input */
+/* Draws the initial weights. logits is the output, a linear node (N x 1 x 1 x classes); its input is the pooled
+   features. All calls below need a finished model. */
 CKCA_API ckca_status ckca_model_finish(ckca_model *model, int logits);
 
-/* A training step in your own hands: forward, a loss of your own, backward, sgd. Host memory throughout. */
-CKCA_API ckca_status ckca_forward(ckca_model *model, const float *pictures, int n, int training); /* N x H x W x C */
-/* Of a node's output, per picture; the model need not be finished. Any of the three pointers may be NULL. */
+/* A training loop of your own: forward, your loss, backward, SGD. All arrays are in host memory. */
+CKCA_API ckca_status ckca_forward(ckca_model *model, const float *pictures, int n, int training); /* n x H x W x C */
+/* Shape of a node's output for one picture; the model need not be finished. Any of the three pointers may be NULL. */
 CKCA_API ckca_status ckca_node_shape(const ckca_model *model, int node, int *height, int *width, int *channels);
-/* The output of a node in the last forward. In training every node can be read except those fused into a later one
-   (a batch norm or add that only a ReLU reads); in evaluation the logits and the features only. */
+/* Output of a node in the last forward, into out: n x H x W x C. After a training forward every node can be read except
+   those fused into a later one (a batch norm or add that only a ReLU reads); after evaluation, logits and features. */
 CKCA_API ckca_status ckca_node_read(ckca_model *model, int node, float *out);
-/* Gradients of the last call, a training forward, added to the parameters' gradients. dlogits is N x classes, dfeatures
-   N x features or NULL. A forward serves one backward, which overwrites its outputs. */
+/* Adds the gradients of the last training forward to those of the parameters. dlogits: n x classes; dfeatures: n x
+   features, or NULL. Each forward allows one backward, which overwrites the outputs of the forward. */
 CKCA_API ckca_status ckca_backward(ckca_model *model, const float *dlogits, const float *dfeatures);
 CKCA_API ckca_status ckca_zero_gradients(ckca_model *model);
 
 typedef struct ckca_sgd_desc {
-    float lr;           /* needed here; ckca_update's comes from its schedule */
-    float momentum;     /* 0: 0.9 */
-    float weight_decay; /* 0: 5e-4; not on batch norm and biases */
-    int no_nesterov;    /* 1: no Nesterov */
-    float clip_norm;    /* 0: off. Else the global gradient norm is scaled down to this */
+    float lr;           /* required, up to 1e6 */
+    float momentum;     /* m, 0 to 1; 0: 0.9 */
+    float weight_decay; /* wd, 0 to 1e6; 0: 5e-4. Not applied to normalisation layers and biases */
+    int no_nesterov;    /* 1: momentum without Nesterov */
+    float clip_norm;    /* scales the gradient g down to this global norm; 0: off */
 } ckca_sgd_desc;
-/* v = m v + g + wd w; w -= lr (g + wd w + m v) with Nesterov, w -= lr v without (PyTorch's SGD). The gradients stay:
-   ckca_zero_gradients before the next backward. */
+/* One SGD step, as in PyTorch: v = m v + g + wd w; w -= lr (g + wd w + m v) with Nesterov, w -= lr v without. Keeps the
+   gradients: call ckca_zero_gradients before the next backward. */
 CKCA_API ckca_status ckca_sgd(ckca_model *model, const ckca_sgd_desc *desc);
 
-/* A batch as the network takes it: pictures index[0..n) of data, augmented (augment may be NULL) and normalised, into
-   pictures (N x H x W x C), their labels into labels (may be NULL). Takes names, mean and std as ckca_evaluate does. */
+/* Prepares a batch for ckca_forward: augments (augment may be NULL) and normalises the pictures index[0..n) of data
+   into pictures (n x H x W x C), and copies their labels to labels (n, or NULL). A model without class names, mean or
+   std takes them from data. */
 CKCA_API ckca_status ckca_get_batch(ckca_model *model, const ckca_data *data, const int *index, int n,
                                     const ckca_augment *augment, uint64_t seed, int epoch, float *pictures,
                                     int *labels);
-/* A random permutation of 0..n-1 into order (n ints): a pure function of seed and epoch. ckca_update visits pictures in
-   this order. */
+/* Writes a random permutation of 0 to n - 1 to order (n), a pure function of seed and epoch. ckca_update visits the
+   pictures in this order. */
 CKCA_API void ckca_shuffle(uint64_t seed, int epoch, int n, int *order);
 
 #ifdef __cplusplus
