@@ -1096,7 +1096,7 @@ CKCA__BOTH float ckca__augment_grey(int c, const float *v) {
 /* ===================================================================================================================
    CORE                                                                                                         >>core
 
-   Context, errors, memory, clock, names and small files.
+   Context, errors, memory, clock, names, small files.
    =================================================================================================================== */
 
 /* In THREADS: */
@@ -1119,7 +1119,7 @@ static ckca_status ckca__fail(ckca_context *ctx, ckca_status status, const char 
     va_start(args, format);
     vsnprintf(ctx->error, sizeof ctx->error, format, args);
     va_end(args);
-    if (status == CKCA_ENOMEM && ctx->refused) { /* only ever set by the GPU */
+    if (status == CKCA_ENOMEM && ctx->refused) { /* set only by ckca_cuda.cu */
         size_t length = strlen(ctx->error);
         snprintf(ctx->error + length, sizeof ctx->error - length, " (the GPU refused %.1f MB, %.1f MB are free)",
                  (double)ctx->refused * 1e-6, (double)ctx->free_bytes * 1e-6);
@@ -1129,22 +1129,22 @@ static ckca_status ckca__fail(ckca_context *ctx, ckca_status status, const char 
 }
 
 CKCA_API const char *ckca_error(const ckca_context *ctx) {
-    return ctx ? ctx->error : "there is no context: ckca_init was not called, or had no memory for one";
+    return ctx ? ctx->error : "no context: ckca_init was not called, or ran out of memory";
 }
 
-/* A number of a descriptor and the values that it may have. */
+/* A numeric field of a descriptor and its range. */
 typedef struct ckca__bound {
     const char *name;
     double value, least, most;
-    int off; /* 1: CKCA_OFF is one of them */
+    int off; /* 1: CKCA_OFF is allowed too */
 } ckca__bound;
 
-/* 1: one of count values is out of its bounds (or no number); text says which, and what it may be. */
+/* 1 if one of count values is out of its range or NaN; text then names the field, its value and its range. */
 static int ckca__out_of_bounds(const ckca__bound *b, int count, char *text, size_t capacity) {
     for (; count > 0; count--, b++) {
         if ((b->value >= b->least && b->value <= b->most) || (b->off && b->value == (double)CKCA_OFF)) continue;
         snprintf(text, capacity, "%s is %.*g, it may be %.10g to %.10g%s", b->name,
-                 fabs(b->value) < 1e10 && b->value == floor(b->value) ? 10 : 7, /* an int, or what a float holds */
+                 fabs(b->value) < 1e10 && b->value == floor(b->value) ? 10 : 7, /* digits of an int, or of a float */
                  b->value == b->value ? b->value : fabs(b->value), b->least, b->most, b->off ? ", or CKCA_OFF" : "");
         return 1;
     }
@@ -1161,13 +1161,13 @@ static ckca_status ckca__null(ckca_context *ctx, const char *call, const char *a
     return ckca__fail(ctx, CKCA_EINVAL, "%s: %s is NULL", call, argument);
 }
 
-/* 1: not NULL, and ckca_init made it. */
+/* 1 if ctx is not NULL and ckca_init succeeded. */
 static int ckca__usable(const ckca_context *ctx) { return ctx && !ctx->failed; }
 
 CKCA_API const char *ckca_status_name(ckca_status status) {
     static const char *const name[] = {
-        "ok",       "bad argument", "shapes do not fit", "out of memory", "input or output failed",
-        "bad file", "not finite",   "stopped",           "CUDA failed"};
+        "ok",         "bad argument", "shapes do not match", "out of memory", "input or output failed", "bad file",
+        "not finite", "stopped",      "CUDA failed"};
     return (unsigned)status < sizeof name / sizeof *name ? name[status] : "unknown status";
 }
 
@@ -1192,19 +1192,19 @@ CKCA_API ckca_status ckca_init(ckca_context **out, const ckca_desc *desc) {
     bounds[2].value = desc->no_winograd;
     bounds[3].value = (int)desc->precision;
     if (!desc->alloc != !desc->release)
-        snprintf(reason, sizeof reason, "%s is NULL: alloc and release come together, or neither",
+        snprintf(reason, sizeof reason, "%s is NULL: set both alloc and release, or neither",
                  desc->alloc ? "release" : "alloc");
     else if (!ckca__out_of_bounds(bounds, 4, reason, sizeof reason)) {
         if (desc->isa != CKCA_ISA_BEST && !ckca__isa_supported(desc->isa))
-            snprintf(reason, sizeof reason, "isa is %s, the best of this processor and this build is %s",
+            snprintf(reason, sizeof reason, "isa is %s, but the best that this processor and build support is %s",
                      ckca__isa_name(desc->isa), ckca__isa_name(ckca__best_isa()));
         else if (CKCA__DEVICE_IS_HOST && desc->precision)
-            snprintf(reason, sizeof reason, "precision is %s, which a GPU has alone: this is built without CKCA_CUDA",
+            snprintf(reason, sizeof reason, "precision is %s, which needs a GPU: this is built without CKCA_CUDA",
                      desc->precision == CKCA_PRECISION_TF32 ? "CKCA_PRECISION_TF32" : "CKCA_PRECISION_BF16");
     }
-    if (*reason) desc = &none; /* what is unusable is not used */
+    if (*reason) desc = &none; /* the context only holds the error: use none of the invalid fields */
     threads = *reason ? 1 : ckca__pool_threads(desc->threads);
-    bytes = sizeof *ctx + ckca__pool_bytes(threads); /* the pool lies behind the context */
+    bytes = sizeof *ctx + ckca__pool_bytes(threads); /* the pool follows the context */
     ctx = (ckca_context *)(desc->alloc ? desc->alloc(bytes, desc->user) : malloc(bytes));
     if (!ctx) return CKCA_ENOMEM;
     memset(ctx, 0, bytes);
@@ -1240,8 +1240,8 @@ CKCA_API const char *ckca_device(const ckca_context *ctx) { return ctx ? ctx->de
 #include <sys/mman.h>
 #endif
 
-/* Large blocks are aligned to 2 MiB and advised to be huge pages: a first touch of 4 KiB at a time costs more than the
-   arithmetic done on it. The block carries its start in front. */
+/* Zeroed memory. Large blocks are aligned to 2 MiB and marked for huge pages: page faults of 4 KiB cost more than the
+   arithmetic on a page. Size and offset of the block are stored in front of the memory. */
 static void *ckca__alloc(ckca_context *ctx, size_t bytes) {
     size_t align = bytes >= ((size_t)4 << 20) && !ctx->alloc ? (size_t)2 << 20 : CKCA__ALIGN;
     size_t size = ckca__sum(bytes, align + sizeof(size_t) * 2);
@@ -1271,7 +1271,7 @@ static void ckca__release(ckca_context *ctx, void *memory) {
         free(block);
 }
 
-/* Makes room for one more item in a growing array. Zero if there is no memory. */
+/* Makes sure that a growing array of count items has capacity for one more. 0: no memory. */
 static int ckca__grow(ckca_context *ctx, void **items, size_t count, size_t *capacity, size_t item_bytes) {
     size_t more = *capacity ? ckca__mul(*capacity, 2) : 16;
     void *grown;
@@ -1294,7 +1294,7 @@ static int ckca__grow(ckca_context *ctx, void **items, size_t count, size_t *cap
 
 static double ckca__seconds(void) {
 #if defined(__unix__) || defined(__APPLE__)
-#ifdef CLOCK_MONOTONIC /* strict C99 hides it */
+#ifdef CLOCK_MONOTONIC /* undefined in strict C99 */
     struct timespec now;
     if (clock_gettime(CLOCK_MONOTONIC, &now) == 0) return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 #endif
@@ -1304,7 +1304,7 @@ static double ckca__seconds(void) {
         return (double)wall.tv_sec + 1e-6 * (double)wall.tv_usec;
     }
 #else
-    return (double)clock() / CLOCKS_PER_SEC; /* one thread: processor time is close to the wall's */
+    return (double)clock() / CLOCKS_PER_SEC; /* no threads here: processor time is close to wall time */
 #endif
 }
 
@@ -1319,7 +1319,7 @@ static void ckca__free_names(ckca_context *ctx, char **names, int n) {
     ckca__release(ctx, names);
 }
 
-/* A copy of n strings, or of "0", "1", ... where names is NULL. NULL if there is no memory. */
+/* Copies n strings, or "0", "1", ... if names is NULL. Returns NULL without memory. */
 static char **ckca__copy_names(ckca_context *ctx, const char *const *names, int n) {
     char **copy = (char **)ckca__alloc(ctx, ckca__mul((size_t)n, sizeof *copy)), number[16];
     int i;
@@ -1340,7 +1340,7 @@ static char **ckca__copy_names(ckca_context *ctx, const char *const *names, int 
     return copy;
 }
 
-/* The end of a path, where what matters stands: an error's sentence has room for so much only. */
+/* The end of a path, its most useful part: the text of an error is limited. */
 static const char *ckca__tail(const char *path) {
     size_t length = strlen(path);
     return length > 240 ? path + (length - 240) : path;
@@ -1361,11 +1361,11 @@ static char *ckca__path(ckca_context *ctx, const char *dir, const char *name) {
 #include <sys/stat.h>
 #include <unistd.h>
 #endif
-/* Opens a file of at most max bytes for reading and finds how many it has. */
+/* Opens a regular file of at most max bytes for reading; *size is its size in bytes. */
 static ckca_status ckca__open_file(ckca_context *ctx, const char *path, size_t max, FILE **file, size_t *size) {
     long length = -1;
 #ifdef CKCA__POSIX
-    struct stat about; /* opening a pipe would wait, and a directory would open */
+    struct stat about; /* opening a pipe would block, and opening a directory would succeed */
     if (stat(path, &about) == 0 && !S_ISREG(about.st_mode))
         return ckca__fail(ctx, CKCA_EIO, "%s: not a regular file", ckca__tail(path));
 #endif
@@ -1373,19 +1373,19 @@ static ckca_status ckca__open_file(ckca_context *ctx, const char *path, size_t m
     if (!*file) return ckca__fail(ctx, CKCA_EIO, "%s: cannot be opened: %s", ckca__tail(path), strerror(errno));
     if (fseek(*file, 0, SEEK_END) == 0) length = ftell(*file);
     if (length < 0 || fseek(*file, 0, SEEK_SET) != 0) {
-        ckca__fail(ctx, CKCA_EIO, "%s: its size cannot be found: %s", ckca__tail(path), strerror(errno));
+        ckca__fail(ctx, CKCA_EIO, "%s: cannot determine its size: %s", ckca__tail(path), strerror(errno));
         fclose(*file);
         return CKCA_EIO;
     }
     if ((unsigned long)length > max) {
         fclose(*file);
-        return ckca__fail(ctx, CKCA_EFORMAT, "%s: %ld bytes, more than the %.0f that such a file may have",
-                          ckca__tail(path), length, (double)max);
+        return ckca__fail(ctx, CKCA_EFORMAT, "%s: has %ld bytes, the limit is %.0f", ckca__tail(path), length,
+                          (double)max);
     }
     *size = (size_t)length;
     return CKCA_OK;
 }
-/* A whole file of at most max bytes; *bytes is the caller's to release and has a zero behind its end. */
+/* Reads a file of at most max bytes. The caller releases *bytes, which has a zero byte after its *size bytes. */
 static ckca_status ckca__read_file(ckca_context *ctx, const char *path, size_t max, unsigned char **bytes,
                                    size_t *size) {
     FILE *file;
@@ -1393,7 +1393,7 @@ static ckca_status ckca__read_file(ckca_context *ctx, const char *path, size_t m
     ckca_status status = ckca__open_file(ctx, path, max, &file, size);
     *bytes = NULL;
     if (status) return status;
-    ckca__lock(ctx); /* a task may call this: see ckca__decode_all */
+    ckca__lock(ctx); /* the tasks of ckca__decode_all call this */
     *bytes = (unsigned char *)ckca__alloc(ctx, ckca__sum(*size, 1));
     ckca__unlock(ctx);
     if (!*bytes) {
@@ -1420,21 +1420,20 @@ static int ckca__file_exists(const char *path) {
 /* ===================================================================================================================
    DATA                                                                                                         >>data
 
-   Pictures and labels: stores and views of them, resizing, readers, splitting.
+   Pictures and labels: stores and views, resizing, readers, splitting.
 
-   A store holds the decoded pictures of a set as bytes, with their labels. A ckca_data is a view of a store, a list of
-   indices into it, so splits and subsets share the pixels; the store counts its views, and the last one frees it.
+   A store holds the decoded pictures of a set as bytes, and their labels. A ckca_data is a view of a store: a list of
+   indices into it. Splits and subsets thus share the pixels. The store counts its views; freeing the last one frees it.
    =================================================================================================================== */
 
-/* Pictures and labels, shared by all views of them and counted: the last view frees it. */
 typedef struct ckca__store {
     ckca_context *ctx;
-    int refs;
+    int refs; /* references: views, and the call that is creating the store */
     int count, height, width, channels, classes;
     unsigned char *pixels;    /* count x height x width x channels */
-    unsigned char *resident;  /* the same on the device, from the first batch on; on the host pixels itself */
-    int streams;              /* 1: the device has not the room for that: batches are sent one by one */
-    int *labels;              /* count, each below classes */
+    unsigned char *resident;  /* the same on the device, from the first batch on; on the host: pixels itself */
+    int streams;              /* 1: too large for the device: each batch is uploaded separately */
+    int *labels;              /* count, each 0 to classes - 1 */
     char **class_names;       /* classes */
     int left_out, unreadable; /* see ckca_data_info */
     char *first_unreadable;
@@ -1448,7 +1447,7 @@ static size_t ckca__store_bytes(const ckca__store *s) { return (size_t)s->count 
 struct ckca_data {
     ckca__store *store;
     int count;
-    int *index; /* picture i is index[i] of the store */
+    int *index; /* count: picture i is picture index[i] of the store */
 };
 
 /* In THREADS: */
@@ -1456,10 +1455,10 @@ static void ckca__parallel(ckca_context *ctx, int tasks, void (*work)(void *job,
 
 enum { CKCA__MAX_SIDE = 16384 }; /* of a picture, in pixels */
 #ifndef CKCA__MAX_PIXELS
-/* Of a picture file: 8192 x 8192, so that a small file cannot ask for much. */
+/* Of a picture file: 8192 x 8192, so that a small file cannot claim much memory. */
 #define CKCA__MAX_PIXELS ((int64_t)1 << 26)
 #endif
-enum { CKCA__MAX_DEFAULT_PIXELS = 1 << 22 }; /* pixels of a picture that gives a whole set its size */
+enum { CKCA__MAX_DEFAULT_PIXELS = 1 << 22 }; /* of a first picture that gives the set its size */
 
 static void ckca__store_release(ckca__store *store) {
     if (!store || --store->refs) return;
@@ -1471,8 +1470,8 @@ static void ckca__store_release(ckca__store *store) {
     ckca__release(store->ctx, store);
 }
 
-/* An empty store of the size that desc asks for, where it does not say: of height x width x channels, and of classes
-   names (NULL: "0", "1", ...). The caller holds the one reference. */
+/* Creates a store of count pictures, zeroed. desc's height, width and channels replace those given unless they are 0.
+   names: classes (NULL: "0", "1", ...), copied. The caller holds the only reference. */
 static ckca_status ckca__store_create(ckca_context *ctx, ckca__store **out, size_t count, int height, int width,
                                       int channels, int classes, const char *const *names, const ckca_data_desc *desc) {
     ckca__store *store;
@@ -1482,9 +1481,10 @@ static ckca_status ckca__store_create(ckca_context *ctx, ckca__store **out, size
     channels = desc->channels ? desc->channels : channels;
     bytes = ckca__mul(ckca__mul((size_t)height * (size_t)width, (size_t)channels), count);
     if (count == 0 || count > INT_MAX)
-        return ckca__fail(ctx, CKCA_EINVAL, "a set has 1 to %d pictures, this one %.0f", INT_MAX, (double)count);
+        return ckca__fail(ctx, CKCA_EINVAL, "a data set must have 1 to %d pictures, this one has %.0f", INT_MAX,
+                          (double)count);
     store = (ckca__store *)ckca__alloc(ctx, sizeof *store);
-    if (!store) return ckca__fail(ctx, CKCA_ENOMEM, "no memory for a set of pictures");
+    if (!store) return ckca__fail(ctx, CKCA_ENOMEM, "no memory for a data set");
     store->ctx = ctx;
     store->refs = 1;
     store->count = (int)count;
@@ -1504,7 +1504,7 @@ static ckca_status ckca__store_create(ckca_context *ctx, ckca__store **out, size
     return CKCA_OK;
 }
 
-/* A view of n pictures of the store, all of them in order where index is NULL. */
+/* Creates a view of the pictures index[0..n) of the store, or of 0 to n - 1 if index is NULL. */
 static ckca_status ckca__view(ckca_data **out, ckca__store *store, const int *index, int n) {
     ckca_context *ctx = store->ctx;
     ckca_data *data = (ckca_data *)ckca__alloc(ctx, sizeof *data);
@@ -1555,7 +1555,7 @@ CKCA_API const unsigned char *ckca_pixels(const ckca_data *data, int i) {
     return data->store->pixels + (size_t)data->index[i] * ckca__picture_bytes(data->store);
 }
 
-/* Checks a descriptor of data and copies it, or defaults, to *out. */
+/* Checks a descriptor and copies it to *out; NULL: all zeros. */
 static ckca_status ckca__data_desc(ckca_context *ctx, const ckca_data_desc *desc, ckca_data_desc *out) {
     ckca__bound bounds[3] = {{"height", 0, 0, CKCA__MAX_SIDE, 0},
                              {"width", 0, 0, CKCA__MAX_SIDE, 0},
@@ -1570,10 +1570,10 @@ static ckca_status ckca__data_desc(ckca_context *ctx, const ckca_data_desc *desc
     bounds[2].value = desc->classes;
     if ((status = ckca__check_bounds(ctx, "desc", bounds, 3))) return status;
     if (desc->channels != 0 && desc->channels != 1 && desc->channels != 3)
-        return ckca__fail(ctx, CKCA_EINVAL, "desc: channels is %d, it may be 1, 3, or 0 for what the data has",
+        return ckca__fail(ctx, CKCA_EINVAL, "desc: channels is %d, it may be 1, 3, or 0 (as in the data)",
                           desc->channels);
     if (desc->class_names && desc->classes == 0)
-        return ckca__fail(ctx, CKCA_EINVAL, "desc: classes is 0, but there are class_names, whose number it is");
+        return ckca__fail(ctx, CKCA_EINVAL, "desc: classes is 0, but class_names is set: classes is their number");
     for (i = 0; desc->class_names && i < desc->classes; i++) {
         if (!desc->class_names[i]) return ckca__fail(ctx, CKCA_EINVAL, "desc: class_names[%d] is NULL", i);
         for (j = 0; j < i; j++)
@@ -1586,10 +1586,11 @@ static ckca_status ckca__data_desc(ckca_context *ctx, const ckca_data_desc *desc
 
 /* --- Resizing ----------------------------------------------------------------------------------------------------- */
 
-/* Weights of a triangle filter that shrinks or stretches the length values from `from` on, of `in` in a row, to out
-   values: out[x] is the sum of weight[x * taps + i] * in[first[x] + i] over i < used[x], in units of 2^-22. The filter
-   is as wide as the reduction, so that every input counts (antialiasing). Steps and rounding are Pillow's
-   (src/libImaging/Resample.c, precompute_coeffs). */
+/* Weights of a triangle filter that resizes `length` values, starting at `from`, of a row of `in` values to `out`
+   values: out[x] is the sum of weight[x * taps + i] * in[first[x] + i] over i < used[x], in units of 2^-22. first and
+   used: out; weight: out x taps. The filter is as wide as the reduction, so that every input contributes
+   (antialiasing). Order of operations and rounding are those of Pillow (src/libImaging/Resample.c,
+   precompute_coeffs). */
 static void ckca__taps(int in, double from, double length, int out, int taps, int *first, int *used, int *weight) {
     double scale = length / out, support = scale > 1.0 ? scale : 1.0;
     int x, i;
@@ -1600,7 +1601,7 @@ static void ckca__taps(int in, double from, double length, int out, int taps, in
         if (end > in) end = in;
         first[x] = begin;
         used[x] = end - begin;
-        for (pass = 0; pass < 2; pass++) { /* first their total, then each over it */
+        for (pass = 0; pass < 2; pass++) { /* first the total, then the normalised weights */
             for (i = 0; i < used[x]; i++) {
                 double w = 1.0 - fabs((i + begin - center + 0.5) / support);
                 if (w < 0.0) w = 0.0;
@@ -1613,8 +1614,8 @@ static void ckca__taps(int in, double from, double length, int out, int taps, in
     }
 }
 
-/* A pixel of c channels (grey, grey and alpha, RGB, RGB and alpha) as grey (m = 1) or RGB (m = 3). Alpha is dropped;
-   the weights of grey are those of ITU-R BT.601 in units of 2^-16, as Pillow has them. */
+/* Converts a pixel of c channels (grey, grey and alpha, RGB, RGB and alpha) to grey (m = 1) or RGB (m = 3). Alpha is
+   dropped; grey has the weights of ITU-R BT.601 in units of 2^-16, as in Pillow. */
 static void ckca__pixel(const unsigned char *in, int c, unsigned char *out, int m) {
     int i;
     if (c < 3)
@@ -1625,14 +1626,14 @@ static void ckca__pixel(const unsigned char *in, int c, unsigned char *out, int 
         out[0] = (unsigned char)((in[0] * 19595 + in[1] * 38470 + in[2] * 7471 + 32768) >> 16);
 }
 
-/* A picture of h x w x c (c: 1 to 4), whose rows are row_stride bytes apart and whose pixels pixel_stride, as height x width x
-   channels (1 or 3): scaled to cover, centre-cropped. The same as Pillow's ImageOps.fit(picture, (width, height),
-   Image.BILINEAR). Zero if there is no memory. */
+/* Resizes a picture of h x w x c (c: 1 to 4) to cover height x width x channels (1 or 3) and crops the centre: the same
+   as Pillow's ImageOps.fit(picture, (width, height), Image.BILINEAR). row_stride and pixel_stride are in bytes and may
+   be negative. 0: no memory. */
 static int ckca__fit_strided(ckca_context *ctx, const unsigned char *in, ptrdiff_t row_stride, ptrdiff_t pixel_stride,
                              int h, int w, int c, unsigned char *out, int height, int width, int channels) {
     int m = c < 3 || channels == 1 ? 1 : 3, x, y, k, i, x_taps, y_taps;
     int64_t in_aspect = (int64_t)w * height, out_aspect = (int64_t)width * h;
-    /* the part of the picture that has the new picture's aspect */
+    /* the centre crop of the new aspect ratio */
     double box_width = in_aspect > out_aspect ? (double)width / height * h : w;
     double box_height = in_aspect < out_aspect ? w / ((double)width / height) : h;
     int *x_first, *x_used, *x_weight, *y_first, *y_used, *y_weight;
@@ -1673,7 +1674,7 @@ static int ckca__fit_strided(ckca_context *ctx, const unsigned char *in, ptrdiff
         for (x = 0; x < w; x++) ckca__pixel(in + y * row_stride + x * pixel_stride, c, row + (size_t)x * n, m);
         for (x = 0; x < width; x++) {
             for (k = 0; k < m; k++) {
-                int sum = 1 << 21; /* a half: at the end fractions are cut off. The weights sum to 1, so 255 is kept */
+                int sum = 1 << 21; /* 0.5, for rounding. The weights sum to 1, so 255 stays 255 */
                 for (i = 0; i < x_used[x]; i++) sum += x_weight[x * x_taps + i] * row[(x_first[x] + i) * m + k];
                 sum >>= 22;
                 wide[((size_t)y * new_w + (size_t)x) * n + (size_t)k] = (unsigned char)(sum > 255 ? 255 : sum);
@@ -1699,16 +1700,16 @@ static int ckca__fit_strided(ckca_context *ctx, const unsigned char *in, ptrdiff
     return 1;
 }
 
-/* The same for a picture of h x w x c as stored, turned as EXIF's orientation 1 to 8 says (1: not at all). */
+/* The same for a picture of h x w x c in memory, with EXIF orientation 1 to 8 applied (1: unchanged; 5 to 8
+   transpose). */
 static int ckca__fit(ckca_context *ctx, const unsigned char *in, int h, int w, int c, int orientation,
                      unsigned char *out, int height, int width, int channels) {
     ptrdiff_t row = (ptrdiff_t)w * c, pixel = c;
-    if (orientation == 3 || orientation == 4 || orientation == 6 || orientation == 7) { /* the stored rows from below */
+    if (orientation == 3 || orientation == 4 || orientation == 6 || orientation == 7) { /* bottom to top */
         in += row * (h - 1);
         row = -row;
     }
-    if (orientation == 2 || orientation == 3 || orientation == 7 ||
-        orientation == 8) { /* each of them from the right */
+    if (orientation == 2 || orientation == 3 || orientation == 7 || orientation == 8) { /* right to left */
         in += pixel * (w - 1);
         pixel = -pixel;
     }
@@ -1738,7 +1739,7 @@ static void ckca__fit_one(void *job, int i, int thread) {
     ckca__unlock(a->ctx);
 }
 
-/* Pictures of h x w x c, stride bytes apart, into the store's places from first on. */
+/* Resizes count pictures of h x w x c, stride bytes apart, into the store, from picture first on. */
 static ckca_status ckca__fit_all(ckca_context *ctx, const unsigned char *pixels, size_t stride, int count, int h, int w,
                                  int c, ckca__store *store, int first) {
     ckca__fit_job job = {ctx, pixels, stride, h, w, c, store, first, 0};
@@ -1795,7 +1796,7 @@ CKCA_API ckca_status ckca_open_array(ckca_context *ctx, ckca_data **data, const 
 
 #ifndef CKCA_NO_STDIO
 /* --- CIFAR's and MNIST's formats ---------------------------------------------------------------------------------- */
-/* The place of a name in a list, or -1. */
+/* Index of a name in a list, or -1. */
 static int ckca__find_name(const char *const *names, int n, const char *name) {
     int i;
     for (i = 0; i < n; i++)
@@ -1804,12 +1805,12 @@ static int ckca__find_name(const char *const *names, int n, const char *name) {
 }
 static ckca_status ckca__check_cifar(ckca_context *ctx, const char *path, size_t size, size_t record) {
     if (size && size % record == 0) return CKCA_OK;
-    return ckca__fail(ctx, CKCA_EFORMAT, "%s: %.0f bytes, not a multiple of the %.0f of a record (truncated?)",
+    return ckca__fail(ctx, CKCA_EFORMAT, "%s: %.0f bytes, not a multiple of the record size %.0f (truncated?)",
                       ckca__tail(path), (double)size, (double)record);
 }
-/* A CIFAR file: records of label_bytes (the last of them is the label) and 3 planes of 32 x 32 bytes, red, green, blue.
-   Into the store's places from first on; label[i] is the store's label for the file's i, -1 where it is not wanted.
-   bytes are overwritten. */
+/* Parses a CIFAR file into the store, from picture first on. A record has label_bytes bytes, the last of them the
+   label, and 3 planes of 32 x 32 bytes: red, green, blue. label maps the file's classes to the store's (-1: not a class
+   of the store, an error). Overwrites bytes. */
 static ckca_status ckca__parse_cifar(ckca_context *ctx, const char *path, unsigned char *bytes, size_t size,
                                      int label_bytes, int classes, const int *label, ckca__store *store, int first) {
     unsigned char planes[3072];
@@ -1823,7 +1824,7 @@ static ckca_status ckca__parse_cifar(ckca_context *ctx, const char *path, unsign
             return ckca__fail(ctx, CKCA_EFORMAT, "%s: picture %.0f has label %d, there are %d classes",
                               ckca__tail(path), (double)i, at[label_bytes - 1], classes);
         if (label[at[label_bytes - 1]] < 0)
-            return ckca__fail(ctx, CKCA_EINVAL, "%s: picture %.0f is of class %d, not one of the %d asked for",
+            return ckca__fail(ctx, CKCA_EINVAL, "%s: picture %.0f is of class %d, not one of the %d requested",
                               ckca__tail(path), (double)i, at[label_bytes - 1], store->classes);
         store->labels[(size_t)first + i] = label[at[label_bytes - 1]];
         memcpy(planes, at + label_bytes, sizeof planes);
@@ -1832,7 +1833,7 @@ static ckca_status ckca__parse_cifar(ckca_context *ctx, const char *path, unsign
     }
     return ckca__fit_all(ctx, bytes + label_bytes, record, (int)(size / record), 32, 32, 3, store, first);
 }
-/* n names, one to a line; empty lines do not count. bytes end in a zero and are overwritten; names point into them. */
+/* Parses n names, one per line, without empty lines. bytes end in a zero and are overwritten; names point into them. */
 static ckca_status ckca__parse_lines(ckca_context *ctx, const char *path, char *bytes, const char **names, int n) {
     int found = 0;
     char *at = bytes;
@@ -1844,62 +1845,61 @@ static ckca_status ckca__parse_lines(ckca_context *ctx, const char *path, char *
         if (length) found++;
         at = next;
     }
-    if (found != n)
-        return ckca__fail(ctx, CKCA_EFORMAT, "%s: %d names, there are %d classes", ckca__tail(path), found, n);
+    if (found != n) return ckca__fail(ctx, CKCA_EFORMAT, "%s: %d names for %d classes", ckca__tail(path), found, n);
     return CKCA_OK;
 }
 #endif /* CKCA_NO_STDIO */
 
-/* Four bytes, the greatest first. */
+/* 4 bytes, big-endian. */
 static uint32_t ckca__big_endian(const unsigned char *b) {
     return (uint32_t)b[0] << 24 | (uint32_t)b[1] << 16 | (uint32_t)b[2] << 8 | b[3];
 }
 
 #ifndef CKCA_NO_STDIO
-/* The header of an IDX file (LeCun's description of MNIST): 0, 0, type 8 (bytes), the number of dimensions, each of
-   them in 4 bytes, greatest first; then that many bytes of data. */
+/* Parses the header of an IDX file (LeCun's description of MNIST): 0, 0, type 8 (bytes), the number of dimensions, and
+   each dimension in 4 big-endian bytes, which go to shape[0..dims). The data follows. */
 static ckca_status ckca__parse_idx(ckca_context *ctx, const char *path, const unsigned char *bytes, size_t size,
                                    int dims, size_t *shape) {
     size_t total = 1, header = 4 + 4 * (size_t)dims;
     int i;
     if (size < header)
-        return ckca__fail(ctx, CKCA_EFORMAT, "%s: %.0f bytes, an IDX header has %.0f", ckca__tail(path), (double)size,
-                          (double)header);
+        return ckca__fail(ctx, CKCA_EFORMAT, "%s: %.0f bytes, but an IDX header has %.0f", ckca__tail(path),
+                          (double)size, (double)header);
     if (bytes[0] || bytes[1] || bytes[2] != 8 || bytes[3] != dims)
         return ckca__fail(ctx, CKCA_EFORMAT, "%s: begins with %02x%02x%02x%02x, expected 000008%02x%s",
                           ckca__tail(path), bytes[0], bytes[1], bytes[2], bytes[3], dims,
-                          bytes[0] == 0x1f && bytes[1] == 0x8b ? " (gzip: unpack it with gunzip)" : "");
+                          bytes[0] == 0x1f && bytes[1] == 0x8b ? " (gzip-compressed: unpack it with gunzip)" : "");
     for (i = 0; i < dims; i++) {
         shape[i] = ckca__big_endian(bytes + 4 + 4 * i);
         total = ckca__mul(total, shape[i]);
     }
     if (total != size - header)
-        return ckca__fail(ctx, CKCA_EFORMAT, "%s: %.0f bytes after the header, its dimensions ask for %.0f%s",
+        return ckca__fail(ctx, CKCA_EFORMAT, "%s: %.0f bytes after the header, but its dimensions need %.0f%s",
                           ckca__tail(path), (double)(size - header), (double)total,
                           total > size - header ? " (truncated?)" : "");
     if (shape[0] == 0 || shape[0] > INT_MAX)
         return ckca__fail(ctx, CKCA_EFORMAT, "%s: %.0f pictures", ckca__tail(path), (double)shape[0]);
     if (dims == 3 && (!shape[1] || !shape[2] || shape[1] > CKCA__MAX_SIDE || shape[2] > CKCA__MAX_SIDE))
-        return ckca__fail(ctx, CKCA_EFORMAT, "%s: pictures of %.0f x %.0f, each may be 1 to %d", ckca__tail(path),
+        return ckca__fail(ctx, CKCA_EFORMAT, "%s: pictures of %.0f x %.0f, sides may be 1 to %d", ckca__tail(path),
                           (double)shape[1], (double)shape[2], (int)CKCA__MAX_SIDE);
     return CKCA_OK;
 }
-/* The two files of an IDX set as data. */
+/* Creates data from the bytes of the two files of an IDX set. */
 static ckca_status ckca__parse_idx_pair(ckca_context *ctx, ckca_data **data, const char *pictures_path,
                                         const unsigned char *pictures, size_t pictures_size, const char *labels_path,
                                         const unsigned char *labels, size_t labels_size, const ckca_data_desc *desc) {
     size_t shape[3], label_shape[1] = {0}, i;
-    int classes = 10; /* a set of digits that happens to lack the 9 is still one of ten classes */
+    int classes = 10; /* at least: a set of digits without any 9 still has ten classes */
     ckca__store *store;
     ckca_status status = ckca__parse_idx(ctx, pictures_path, pictures, pictures_size, 3, shape);
     if (!status) status = ckca__parse_idx(ctx, labels_path, labels, labels_size, 1, label_shape);
     if (status) return status;
     if (shape[0] != label_shape[0])
-        return ckca__fail(ctx, CKCA_EFORMAT, "%s has %.0f pictures, its file of labels %.0f labels",
+        return ckca__fail(ctx, CKCA_EFORMAT, "%s has %.0f pictures, but its label file has %.0f labels",
                           ckca__tail(pictures_path), (double)shape[0], (double)label_shape[0]);
     for (i = 0; i < shape[0]; i++) {
         if (desc->classes && labels[8 + i] >= desc->classes)
-            return ckca__fail(ctx, CKCA_EINVAL, "%s: picture %.0f is of class %d, not one of the %d asked for",
+            return ckca__fail(ctx, CKCA_EINVAL, "%s: picture %.0f is of class %d, not one of the %d requested",
                               ckca__tail(labels_path), (double)i, labels[8 + i], desc->classes);
         if (labels[8 + i] >= classes) classes = labels[8 + i] + 1;
     }
@@ -1914,7 +1914,7 @@ static ckca_status ckca__parse_idx_pair(ckca_context *ctx, ckca_data **data, con
     ckca__store_release(store);
     return status;
 }
-/* What every opening call checks first. */
+/* The checks of all ckca_open_* calls on files. desc becomes a checked copy of desc_or_null. */
 static ckca_status ckca__open(ckca_context *ctx, ckca_data **data, const char *dir, ckca_part part,
                               const ckca_data_desc *desc_or_null, ckca_data_desc *desc) {
     ckca__bound bound = {"part", 0, CKCA_PART_TRAIN, CKCA_PART_TEST, 0};
@@ -1925,12 +1925,12 @@ static ckca_status ckca__open(ckca_context *ctx, ckca_data **data, const char *d
     if ((status = ckca__check_bounds(ctx, "opening data", &bound, 1))) return status;
     return ckca__data_desc(ctx, desc_or_null, desc);
 }
-/* A name that a folder has where something else was downloaded or not unpacked, and what to say then. */
+/* A file that shows a wrong download or a missing step, and the message for it. */
 typedef struct ckca__mistake {
     const char *name, *meaning;
 } ckca__mistake;
-/* The folder that has one of the files (NULL ends each list): dir itself or one of those usually inside it. Where none
-   has, dir again, so that it is opened and fails, or what the usual mistakes are. *found is the caller's to release. */
+/* Finds the folder with one of the files: dir or one of its subfolders inside. If there is none, reports the first of
+   the mistakes, or else returns dir, so that opening it fails. NULL ends each list. The caller releases *found. */
 static ckca_status ckca__find_set(ckca_context *ctx, const char *dir, const char *const *files,
                                   const char *const *inside, const ckca__mistake *mistakes, char **found) {
     char *path, above[64];
@@ -1960,17 +1960,17 @@ static ckca_status ckca__find_set(ckca_context *ctx, const char *dir, const char
             status = ckca__fail(ctx, CKCA_ENOMEM, "no memory for a path");
         else if (there && i == -2)
             status =
-                ckca__fail(ctx, CKCA_EIO, "%s: no %s in it, but in the folder above it", ckca__tail(dir), files[0]);
+                ckca__fail(ctx, CKCA_EIO, "%s: %s is in the folder above, not in this one", ckca__tail(dir), files[0]);
         else if (there && i == -1)
-            status = ckca__fail(ctx, CKCA_EIO, "%s: packed, unpack it with gunzip", ckca__tail(path));
+            status = ckca__fail(ctx, CKCA_EIO, "%s: compressed: unpack it with gunzip", ckca__tail(path));
         else if (there)
-            status =
-                ckca__fail(ctx, CKCA_EIO, "%s: %s in it is %s", ckca__tail(dir), mistakes[i].name, mistakes[i].meaning);
+            status = ckca__fail(ctx, CKCA_EIO, "%s: contains %s, which is %s", ckca__tail(dir), mistakes[i].name,
+                                mistakes[i].meaning);
         ckca__release(ctx, path);
     }
     if (!status && ckca__open_file(ctx, dir, SIZE_MAX, &file, &size) == CKCA_OK) {
         fclose(file);
-        status = ckca__fail(ctx, CKCA_EIO, "%s: a file; the folder that it lies in is needed", ckca__tail(dir));
+        status = ckca__fail(ctx, CKCA_EIO, "%s: is a file: pass the folder that contains it", ckca__tail(dir));
     }
     if (status) return status;
     *found = ckca__path(ctx, dir, ".");
@@ -1978,7 +1978,7 @@ static ckca_status ckca__find_set(ckca_context *ctx, const char *dir, const char
     (*found)[strlen(dir)] = 0;
     return CKCA_OK;
 }
-/* The files in dir one after another. names_file: class names, where it is there; else default_names, may be NULL. */
+/* Reads the files in dir in order. Class names: names_file in dir if it exists, else default_names (NULL: none). */
 static ckca_status ckca__open_cifar(ckca_context *ctx, ckca_data **data, const char *dir, const char *const *files,
                                     int file_count, int label_bytes, int classes, const char *names_file,
                                     const char *const *default_names, const ckca_data_desc *desc) {
@@ -1999,7 +1999,7 @@ static ckca_status ckca__open_cifar(ckca_context *ctx, ckca_data **data, const c
         status = ckca__open_file(ctx, path[i], (size_t)1 << 30, &file, &size);
         if (status) break;
         if (fread(begin, 1, 2, file) == 2 && begin[0] == 0x1f && begin[1] == 0x8b && size % record)
-            status = ckca__fail(ctx, CKCA_EFORMAT, "%s: packed by gzip, unpack it with gunzip", ckca__tail(path[i]));
+            status = ckca__fail(ctx, CKCA_EFORMAT, "%s: gzip-compressed: unpack it with gunzip", ckca__tail(path[i]));
         fclose(file);
         if (!status) status = ckca__check_cifar(ctx, path[i], size, record);
         total += size;
@@ -2011,8 +2011,9 @@ static ckca_status ckca__open_cifar(ckca_context *ctx, ckca_data **data, const c
         if (!status) status = ckca__parse_lines(ctx, path[file_count], (char *)lines, names, classes);
     }
     if (!status && desc->classes && !(named && desc->class_names) && desc->classes != classes)
-        status = ckca__fail(ctx, CKCA_EINVAL, "%s: %d classes, %d asked for", ckca__tail(dir), classes, desc->classes);
-    /* where the data's names are known, the caller's order of them may be another */
+        status = ckca__fail(ctx, CKCA_EINVAL, "%s: has %d classes, but %d were requested", ckca__tail(dir), classes,
+                            desc->classes);
+    /* if the data's names are known, desc may list them in another order */
     for (i = 0; i < classes; i++)
         label[i] =
             named && desc->class_names && !status ? ckca__find_name(desc->class_names, desc->classes, names[i]) : i;
@@ -2048,12 +2049,12 @@ CKCA_API ckca_status ckca_open_cifar10(ckca_context *ctx, ckca_data **data, cons
     static const char *const inside[] = {"cifar-10-batches-bin", NULL};
     static const char python[] =
         "the Python version of CIFAR-10: the binary version is needed (cifar-10-binary.tar.gz)";
-    static const ckca__mistake mistakes[] = {{"cifar-10-binary.tar.gz", "packed, unpack it with tar -xzf"},
+    static const ckca__mistake mistakes[] = {{"cifar-10-binary.tar.gz", "an archive: unpack it with tar -xzf"},
                                              {"data_batch_1", python},
                                              {"test_batch", python},
                                              {"cifar-10-batches-py", python},
                                              {"cifar-10-python.tar.gz", python},
-                                             {"train.bin", "of CIFAR-100"},
+                                             {"train.bin", "a file of CIFAR-100"},
                                              {NULL, NULL}};
     const char *file[2] = {NULL, NULL};
     char *found = NULL;
@@ -2074,13 +2075,13 @@ CKCA_API ckca_status ckca_open_cifar100(ckca_context *ctx, ckca_data **data, con
     static const char *const inside[] = {"cifar-100-binary", NULL};
     static const char python[] =
         "the Python version of CIFAR-100: the binary version is needed (cifar-100-binary.tar.gz)";
-    static const ckca__mistake mistakes[] = {{"cifar-100-binary.tar.gz", "packed, unpack it with tar -xzf"},
+    static const ckca__mistake mistakes[] = {{"cifar-100-binary.tar.gz", "an archive: unpack it with tar -xzf"},
                                              {"meta", python},
                                              {"train", python},
                                              {"test", python},
                                              {"cifar-100-python", python},
                                              {"cifar-100-python.tar.gz", python},
-                                             {"data_batch_1.bin", "of CIFAR-10"},
+                                             {"data_batch_1.bin", "a file of CIFAR-10"},
                                              {NULL, NULL}};
     char *found = NULL;
     ckca_data_desc desc;
@@ -2111,7 +2112,7 @@ CKCA_API ckca_status ckca_open_idx(ckca_context *ctx, ckca_data **data, const ch
     ckca_status status = ckca__open(ctx, data, dir, part, desc_or_null, &desc);
     if (!status) status = ckca__find_set(ctx, dir, files[part], inside, mistakes, &found);
     for (i = 0; i < 2 && !status; i++) {
-        for (form = 0; form < 4; form++) { /* with a hyphen or, as some unpackers leave it, a dot; packed */
+        for (form = 0; form < 4; form++) { /* with a hyphen or a dot (some tools write that); then both compressed */
             snprintf(name[i], sizeof name[i], "%s-%s%s", part == CKCA_PART_TRAIN ? "train" : "t10k", what[i],
                      form < 2 ? "" : ".gz");
             if (form & 1) *strstr(name[i], "-idx") = '.';
@@ -2122,9 +2123,9 @@ CKCA_API ckca_status ckca_open_idx(ckca_context *ctx, ckca_data **data, const ch
         if (!path[i])
             status = ckca__fail(ctx, CKCA_ENOMEM, "no memory for a path");
         else if (form == 2 || form == 3)
-            status = ckca__fail(ctx, CKCA_EIO, "%s: packed, unpack it with gunzip", ckca__tail(path[i]));
+            status = ckca__fail(ctx, CKCA_EIO, "%s: compressed: unpack it with gunzip", ckca__tail(path[i]));
         else if (form == 4)
-            status = ckca__fail(ctx, CKCA_EIO, "%s: no %s-%s in it", ckca__tail(dir),
+            status = ckca__fail(ctx, CKCA_EIO, "%s: contains no %s-%s", ckca__tail(dir),
                                 part == CKCA_PART_TRAIN ? "train" : "t10k", what[i]);
         else
             status = ckca__read_file(ctx, path[i], (size_t)1 << 31, &bytes[i], &size[i]);
@@ -2143,10 +2144,10 @@ CKCA_API ckca_status ckca_open_idx(ckca_context *ctx, ckca_data **data, const ch
 /* --- Picture files ------------------------------------------------------------------------------------------------ */
 
 #ifndef CKCA_NO_STB_IMAGE
-/* stb_image (Debian: libstb-dev), static, JPEG and PNG only: one beside this header, or in the include path, or
-   Debian's. A program that has its own includes it before this header; then that one is used. Memory comes zeroed
-   from calloc, or from a STBI_MALLOC of yours that zeroes too: a corrupt JPEG can make stb_image before 2.29 read
-   tables that the file never defined. */
+/* stb_image (Debian: libstb-dev), static, JPEG and PNG only, from beside this header or from the include path. If the
+   program has included its own before this header, that one is used. Its memory comes zeroed from calloc; an
+   STBI_MALLOC of yours must zero it too: with a corrupt JPEG, stb_image before 2.29 can read tables that the file never
+   defined. */
 #ifndef STBI_INCLUDE_STB_IMAGE_H
 #define STB_IMAGE_IMPLEMENTATION
 #define STB_IMAGE_STATIC
@@ -2165,7 +2166,7 @@ CKCA_API ckca_status ckca_open_idx(ckca_context *ctx, ckca_data **data, const ch
 #define STBI_REALLOC(memory, bytes) realloc(memory, bytes)
 #define STBI_FREE(memory) free(memory)
 #endif
-/* Whether stb_image was refused memory since this was last cleared: it does not always say so itself. */
+/* 1: an allocation of stb_image failed since this was cleared; stb_image does not always report it. */
 #if defined(__cplusplus) && __cplusplus >= 201103L
 static thread_local int ckca__stb_refused;
 #elif defined(__GNUC__)
@@ -2190,7 +2191,7 @@ static void *ckca__stb_realloc(void *memory, size_t bytes) {
 #define STBI_MALLOC(bytes) ckca__stb_malloc(bytes)
 #define STBI_REALLOC(memory, bytes) ckca__stb_realloc(memory, bytes)
 #define CKCA__STB_COUNTED
-/* It declares one name and defines the other. */
+/* stb_image declares one name and defines the other. */
 #define stbi_set_unpremultiply_on_load_thread stbi__unpremultiply_on_load_thread
 #if defined(__GNUC__)
 #pragma GCC diagnostic push
@@ -2221,8 +2222,8 @@ static void *ckca__stb_realloc(void *memory, size_t bytes) {
 #undef STB_IMAGE_IMPLEMENTATION
 #undef stbi_set_unpremultiply_on_load_thread
 #endif
-#ifndef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION                     /* no fuzzer guesses a checksum */
-static uint32_t ckca__crc(const unsigned char *bytes, size_t size) { /* of a PNG's chunk (PNG specification, annex D) */
+#ifndef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION                     /* a fuzzer cannot guess checksums */
+static uint32_t ckca__crc(const unsigned char *bytes, size_t size) { /* of a PNG chunk (PNG specification, annex D) */
     uint32_t crc = 0xffffffffu;
     size_t i;
     int bit;
@@ -2233,19 +2234,19 @@ static uint32_t ckca__crc(const unsigned char *bytes, size_t size) { /* of a PNG
     return ~crc;
 }
 #endif
-/* What the walk over a picture file finds: enough to know that stb_image will read it right. */
+/* What validation finds in a picture file. */
 typedef struct ckca__picture {
     int64_t height, width; /* as stored */
     int orientation;       /* EXIF's orientation, 1 to 8; 1: as stored */
-    size_t end;            /* of a JPEG that lacks its end marker: the bytes of it that count. Else 0 */
+    size_t end;            /* of a JPEG without its end marker: bytes up to the end of its data. Else 0 */
 } ckca__picture;
-/* The orientation (tag 0x112, a number of 1 to 8) in a block of EXIF, which is a TIFF file; 1 where there is none. What
-   is wrong with such a block is no reason to refuse the picture. */
+/* Orientation (tag 0x112), 1 to 8, in an EXIF block, which is a TIFF file; 1 if it has none. A damaged block is no
+   error: the picture can still be read. */
 static int ckca__exif_orientation(const unsigned char *tiff, size_t size) {
     size_t at, entries, i;
     int big = size >= 8 && tiff[0] == 'M';
     if (size < 8 || memcmp(tiff, big ? "MM\0*" : "II*\0", 4) != 0) return 1;
-#define CKCA__EXIF(at, i) ((size_t)tiff[(at) + (big ? (i) : 1 - (i))]) /* byte i of a number of two bytes */
+#define CKCA__EXIF(at, i) ((size_t)tiff[(at) + (big ? (i) : 1 - (i))]) /* byte i, big end first, of a 2-byte number */
 #define CKCA__EXIF_SHORT(at) (CKCA__EXIF(at, 0) << 8 | CKCA__EXIF(at, 1))
     at = CKCA__EXIF_SHORT(4) << (big ? 16 : 0) | CKCA__EXIF_SHORT(6) << (big ? 0 : 16);
     if (at > size - 2) return 1;
@@ -2261,9 +2262,9 @@ static int ckca__exif_orientation(const unsigned char *tiff, size_t size) {
 #undef CKCA__EXIF
     return 1;
 }
-static const char ckca__truncated[] = "truncated: it stops before its end marker";
-static const char ckca__no_memory[] = "no memory to look through it"; /* the one flaw that is not the file's */
-/* What is wrong with a PNG, chunk by chunk, or NULL. The data inside is stb_image's to judge. */
+static const char ckca__truncated[] = "truncated: it ends before its end marker";
+static const char ckca__no_memory[] = "no memory to check it"; /* the only flaw that is not of the file */
+/* Validates a PNG chunk by chunk; returns its flaw, or NULL. stb_image checks the compressed data. */
 static const char *ckca__walk_png(const unsigned char *bytes, size_t size, ckca__picture *picture) {
     static const unsigned char depths[7] = {1 | 2 | 4 | 8 | 16, 0, 8 | 16, 1 | 2 | 4 | 8, 8 | 16, 0, 8 | 16};
     int type = -1, palette = 0, data = 0;
@@ -2273,79 +2274,80 @@ static const char *ckca__walk_png(const unsigned char *bytes, size_t size, ckca_
         length = ckca__big_endian(bytes + at);
         if (length > size - at - 12) return ckca__truncated;
 #ifndef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION
-        if (ckca__crc(name, length + 4) != ckca__big_endian(chunk + length)) return "corrupt: a checksum is wrong";
+        if (ckca__crc(name, length + 4) != ckca__big_endian(chunk + length)) return "corrupt: wrong checksum";
 #endif
-        if (!memcmp(name, "CgBI", 4)) return "Apple's own form of PNG (CgBI), which is not supported";
+        if (!memcmp(name, "CgBI", 4)) return "Apple's variant of PNG (CgBI) is not supported";
         if ((at == 8) != !memcmp(name, "IHDR", 4) || (at == 8 && length != 13))
-            return "corrupt: it does not begin with one header of 13 bytes";
+            return "corrupt: it must begin with one header chunk (IHDR) of 13 bytes";
         if (at == 8) {
             picture->width = ckca__big_endian(chunk);
             picture->height = ckca__big_endian(chunk + 4);
             type = chunk[9];
             if (type > 6 || !(depths[type] & chunk[8]) || (chunk[8] & (chunk[8] - 1)))
-                return "corrupt: its type of colour and its bits do not go together";
+                return "corrupt: its colour type does not allow its bit depth";
             if (chunk[10] || chunk[11] || chunk[12] > 1)
-                return "corrupt: its compression, filter or interlacing is unknown";
+                return "corrupt: unknown compression, filter or interlace method";
         } else if (!memcmp(name, "PLTE", 4)) {
-            if (length % 3 || length < 3 || length > 768 || palette || data) return "corrupt: a bad palette";
+            if (length % 3 || length < 3 || length > 768 || palette || data) return "corrupt: bad palette (PLTE)";
             palette = (int)length / 3;
         } else if (!memcmp(name, "tRNS", 4)) {
             if (data || type > 3 || (type == 3 ? length > (size_t)palette : length != (type ? 6 : 2)))
-                return "corrupt: a bad list of transparent colours";
+                return "corrupt: bad transparency (tRNS)";
         } else if (!memcmp(name, "IDAT", 4)) {
-            if (type == 3 && !palette) return "corrupt: no palette";
+            if (type == 3 && !palette) return "corrupt: no palette before its pixel data";
             data = 1;
         } else if (!memcmp(name, "eXIf", 4)) {
             picture->orientation = ckca__exif_orientation(chunk, length);
         } else if (!memcmp(name, "IEND", 4)) {
-            return data ? NULL : "corrupt: no data in it";
+            return data ? NULL : "corrupt: no pixel data";
         } else if (!(name[0] & 0x20)) {
-            return "it has a critical chunk that is unknown";
+            return "unknown critical chunk";
         }
     }
     return ckca__truncated;
 }
 /* --- JPEG (ITU-R T.81) ---
 
-   stb_image fills up what is missing with grey, or stops and keeps what it has. So a walk from marker to marker makes
-   sure that all it needs is there. Where more than markers is asked (is the data whole though the end marker is
-   missing? does each component end at its restart marker?) the codes of the data are counted too, without decoding them. */
+   stb_image replaces missing data by grey, or stops and returns what it has. So the file is validated first, marker by
+   marker. If markers are not enough (is the data complete although the end marker is missing? does each restart
+   interval end at its marker?), the Huffman codes of the data are read too, without computing coefficients. */
 typedef struct ckca__jpeg_codes { /* a Huffman table */
-    const unsigned char *counts;  /* of codes of 1 to 16 bits, then the symbols (in the file). NULL: not defined */
-    uint16_t fast[512];           /* by the next nine bits: length << 8 | symbol; 0: the code is longer */
+    const unsigned char *counts;  /* in the file: counts of codes of 1 to 16 bits, then symbols. NULL: undefined */
+    uint16_t fast[512];           /* by the next 9 bits: length << 8 | symbol; 0: a longer code */
 } ckca__jpeg_codes;
-typedef struct ckca__jpeg_component { /* a component */
+typedef struct ckca__jpeg_component {
     int id, h, v, quantization;
-    int across, down, stride; /* blocks that it has; blocks a row with those that fill up its last MCU */
-    int dc, ac;               /* tables of the scan under way */
-    int scanned;              /* 1: its first coefficient came */
-    uint64_t exact;           /* coefficients that came to their last bit */
-    uint64_t *nonzero;        /* progressive, counted: per block */
+    int across, down, stride; /* its size in blocks; blocks per row including the padding of the last MCU */
+    int dc, ac;               /* Huffman tables in the current scan */
+    int scanned;              /* 1: a DC scan was read */
+    uint64_t exact;           /* bit k: coefficient k is known to its last bit */
+    uint64_t *nonzero;        /* progressive, if codes are read: bit k of each block: coefficient k is not 0 */
 } ckca__jpeg_component;
 typedef struct ckca__jpeg {
     const unsigned char *bytes;
-    size_t size, at, scan_end; /* the last scan's data ends there */
-    int count_codes;           /* 1: the codes of its data are counted */
-    int unfinished;            /* the file ended without a marker */
+    size_t size, at, scan_end; /* scan_end: end of the last scan's data */
+    int read_codes;            /* 1: the Huffman codes of the data are read */
+    int unfinished;            /* 1: the file ended without a marker */
     int progressive, components, across, down, interval, adobe;
-    int restarts;                                          /* 1: some scan had an interval */
-    unsigned quantization;                                 /* bit t: table t is defined */
-    int first, last, high, low, scan_components, order[4]; /* of the scan under way */
+    int restarts;          /* 1: a scan had a restart interval */
+    unsigned quantization; /* bit t: table t is defined */
+    /* the current scan: spectral selection, successive approximation, components */
+    int first, last, high, low, scan_components, order[4];
     int64_t mcu, mcus;
-    unsigned eob_run;                /* blocks yet to come without a new coefficient */
-    const unsigned char *next, *end; /* bytes not in the buffer yet */
-    uint32_t buffer;                 /* bits, the next one on top */
-    int bits, added;                 /* how many there are; how many of them the file did not have */
+    unsigned eob_run;                /* blocks left in the end-of-band run */
+    const unsigned char *next, *end; /* bytes that are not in the buffer yet */
+    uint32_t buffer;                 /* the next bits, from the top */
+    int bits, added;                 /* bits in the buffer; those of them beyond the end of the data */
     uint64_t used;                   /* bits taken since the last restart */
     ckca__jpeg_component component[4];
-    ckca__jpeg_codes codes[2][4]; /* of first coefficients, of others */
+    ckca__jpeg_codes codes[2][4]; /* DC, AC */
 } ckca__jpeg;
-static void ckca__jpeg_take(ckca__jpeg *j, int n) { /* n up to 16 bits */
+static void ckca__jpeg_take(ckca__jpeg *j, int n) { /* drops n bits, 0 to 16, and refills */
     for (; j->bits <= 24; j->bits += 8) {
         uint32_t byte = 0;
         if (j->next < j->end) {
             byte = *j->next++;
-            if (byte == 0xff) { /* a zero follows, or padding and a zero */
+            if (byte == 0xff) { /* skips padding and the stuffed zero */
                 while (j->next < j->end && *j->next == 0xff) j->next++;
                 if (j->next < j->end) j->next++;
             }
@@ -2358,14 +2360,14 @@ static void ckca__jpeg_take(ckca__jpeg *j, int n) { /* n up to 16 bits */
     j->bits -= n;
     j->used += (uint64_t)n;
 }
-static unsigned ckca__jpeg_number(ckca__jpeg *j, int n) { /* of n bits, 0 to 16 */
+static unsigned ckca__jpeg_number(ckca__jpeg *j, int n) { /* n bits, 0 to 16 */
     unsigned value;
     ckca__jpeg_take(j, 0);
     value = n ? j->buffer >> (32 - n) : 0;
     ckca__jpeg_take(j, n);
     return value;
 }
-static int ckca__jpeg_symbol(ckca__jpeg *j, const ckca__jpeg_codes *codes) { /* -1: there is no such code */
+static int ckca__jpeg_symbol(ckca__jpeg *j, const ckca__jpeg_codes *codes) { /* -1: invalid code */
     unsigned fast, code = 0, index = 0;
     int length;
     ckca__jpeg_take(j, 0);
@@ -2374,7 +2376,7 @@ static int ckca__jpeg_symbol(ckca__jpeg *j, const ckca__jpeg_codes *codes) { /* 
         ckca__jpeg_take(j, (int)(fast >> 8));
         return (int)(fast & 255);
     }
-    for (length = 1; length <= 16; length++) { /* code: this length's first one */
+    for (length = 1; length <= 16; length++) { /* code: the first code of this length */
         unsigned n = codes->counts[length - 1], bits = j->buffer >> (32 - length);
         if (bits - code < n) {
             ckca__jpeg_take(j, length);
@@ -2395,11 +2397,11 @@ static void ckca__jpeg_fast(ckca__jpeg_codes *codes) {
                 codes->fast[(code << (9 - length) | i) & 511] =
                     (uint16_t)((unsigned)length << 8 | codes->counts[16 + index]);
 }
-/* Counts through one block of the scan under way (F.1.2, G.1.2). Zero where its codes make no sense. */
+/* Reads the codes of one block of the current scan (F.1.2, G.1.2). 0: an invalid code. */
 static int ckca__jpeg_block(ckca__jpeg *j, const ckca__jpeg_component *component, uint64_t *nonzero) {
     const ckca__jpeg_codes *ac = &j->codes[1][component->ac];
     int k = j->first, symbol, zeros, bits;
-    if (k == 0) { /* the first coefficient */
+    if (k == 0) { /* DC */
         if (j->high) {
             ckca__jpeg_take(j, 1);
         } else {
@@ -2423,7 +2425,7 @@ static int ckca__jpeg_block(ckca__jpeg *j, const ckca__jpeg_component *component
             zeros = symbol >> 4;
             bits = symbol & 15;
             fresh = bits != 0;
-            if (!bits && zeros < 15) { /* the block ends here, in progressive files some blocks behind it too */
+            if (!bits && zeros < 15) { /* end of block; in progressive files, of a run of blocks */
                 j->eob_run = (1u << zeros) - 1 + ckca__jpeg_number(j, zeros);
                 if (!j->progressive) j->eob_run = 0;
                 zeros = 64;
@@ -2432,12 +2434,12 @@ static int ckca__jpeg_block(ckca__jpeg *j, const ckca__jpeg_component *component
                 ckca__jpeg_take(j, bits);
             }
         }
-        if (!j->high) { /* no coefficient is there yet */
+        if (!j->high) { /* first scan of these coefficients */
             k += zeros;
             if (fresh && nonzero && k < 64) *nonzero |= (uint64_t)1 << k;
             k++;
         } else {
-            for (; k <= j->last; k++) { /* those that are get a bit each */
+            for (; k <= j->last; k++) { /* refinement: a bit for each coefficient that is not 0 */
                 if (*nonzero >> k & 1) {
                     ckca__jpeg_take(j, 1);
                 } else if (zeros-- == 0) {
@@ -2451,7 +2453,8 @@ static int ckca__jpeg_block(ckca__jpeg *j, const ckca__jpeg_component *component
     }
     return 1;
 }
-/* Counts through the data from begin to end, up to the next restart or the scan's end. */
+/* Reads the codes from begin to end: up to a restart marker (restart = 1) or the scan's end. Returns a flaw, or
+   NULL. */
 static const char *ckca__jpeg_data(ckca__jpeg *j, const unsigned char *begin, const unsigned char *end, int restart) {
     int64_t last = j->interval && j->interval < j->mcus - j->mcu ? j->mcu + j->interval : j->mcus;
     int i, x, y, whole = 1;
@@ -2475,16 +2478,14 @@ static const char *ckca__jpeg_data(ckca__jpeg *j, const unsigned char *begin, co
                             ? component->nonzero + (size_t)(row * v + y) * (size_t)component->stride + column * h + x
                             : NULL);
         }
-        if (j->bits < j->added) /* it went on with bits that the file does not have */
-            return j->unfinished ? ckca__truncated : "corrupt: its data ends before its pixels do";
+        if (j->bits < j->added) /* read beyond the end of the data */
+            return j->unfinished ? ckca__truncated : "corrupt: its data ends before its last pixel";
     }
     if (!whole)
-        return j->unfinished && j->next == j->end && j->bits - j->added < 16
-                   ? ckca__truncated
-                   : "corrupt: its data has a code that is not in its tables";
-    if (restart && (end > j->next || j->bits - j->added >= 8))
-        return "corrupt: there are bytes between its data and a restart marker";
-    if (j->unfinished) { /* what follows the last code does not belong to it */
+        return j->unfinished && j->next == j->end && j->bits - j->added < 16 ? ckca__truncated
+                                                                             : "corrupt: invalid code in its data";
+    if (restart && (end > j->next || j->bits - j->added >= 8)) return "corrupt: extra bytes before a restart marker";
+    if (j->unfinished) { /* bytes after the last code are not data */
         uint64_t left = (j->used + 7) / 8;
         for (; left; left--)
             if (*begin++ == 0xff) {
@@ -2495,20 +2496,20 @@ static const char *ckca__jpeg_data(ckca__jpeg *j, const unsigned char *begin, co
     }
     return NULL;
 }
-/* A frame's header (B.2.2); length without the two bytes of its length. */
+/* Frame header (B.2.2). segment and length exclude the length field, here and below. Returns a flaw, or NULL. */
 static const char *ckca__jpeg_frame(ckca_context *ctx, ckca__jpeg *j, const unsigned char *segment, size_t length,
                                     ckca__picture *picture) {
     int h_max = 1, v_max = 1, i;
-    if (length < 6 || length != 6 + 3 * (size_t)segment[5]) return "corrupt: a frame header of a wrong length";
+    if (length < 6 || length != 6 + 3 * (size_t)segment[5]) return "corrupt: wrong length of a frame header";
     if (segment[0] != 8)
-        return segment[0] == 12 ? "a JPEG of 12 bits a sample, which is not supported (8 are)"
-                                : "a JPEG whose samples do not have 8 bits, which is not supported";
+        return segment[0] == 12 ? "JPEG with 12 bits per sample is not supported (8 bits are)"
+                                : "JPEG is supported only with 8 bits per sample";
     picture->height = segment[1] << 8 | segment[2];
     picture->width = segment[3] << 8 | segment[4];
-    if (!picture->height || !picture->width) return "a JPEG without its height or width, which is not supported";
+    if (!picture->height || !picture->width) return "JPEG without height or width in its frame header is not supported";
     j->components = segment[5];
     if (j->components != 1 && j->components != 3 && j->components != 4)
-        return "a JPEG that has not 1, 3 or 4 components: not supported";
+        return "JPEG is supported only with 1, 3 or 4 components";
     for (i = 0; i < j->components; i++) {
         ckca__jpeg_component *component = &j->component[i];
         component->id = segment[6 + 3 * i];
@@ -2516,21 +2517,20 @@ static const char *ckca__jpeg_frame(ckca_context *ctx, ckca__jpeg *j, const unsi
         component->v = segment[7 + 3 * i] & 15;
         component->quantization = segment[8 + 3 * i];
         if (component->h < 1 || component->h > 4 || component->v < 1 || component->v > 4 || component->quantization > 3)
-            return "corrupt: a component's sampling or table is out of range";
+            return "corrupt: sampling factor or table number of a component out of range";
         if (component->h > h_max) h_max = component->h;
         if (component->v > v_max) v_max = component->v;
     }
-    if (picture->height > CKCA__MAX_SIDE || picture->width > CKCA__MAX_SIDE) return NULL; /* refused by its caller */
+    if (picture->height > CKCA__MAX_SIDE || picture->width > CKCA__MAX_SIDE) return NULL; /* the caller refuses it */
     j->across = ((int)picture->width + 8 * h_max - 1) / (8 * h_max);
     j->down = ((int)picture->height + 8 * v_max - 1) / (8 * v_max);
     for (i = 0; i < j->components; i++) {
         ckca__jpeg_component *component = &j->component[i];
-        if (h_max % component->h || v_max % component->v)
-            return "a JPEG with fractional subsampling, which is not supported";
+        if (h_max % component->h || v_max % component->v) return "JPEG with fractional subsampling is not supported";
         component->across = (((int)picture->width * component->h + h_max - 1) / h_max + 7) / 8;
         component->down = (((int)picture->height * component->v + v_max - 1) / v_max + 7) / 8;
         component->stride = j->across * component->h;
-        if (j->count_codes && j->progressive && picture->height * picture->width <= CKCA__MAX_PIXELS) {
+        if (j->read_codes && j->progressive && picture->height * picture->width <= CKCA__MAX_PIXELS) {
             ckca__lock(ctx);
             component->nonzero = (uint64_t *)ckca__alloc(
                 ctx, (size_t)component->stride * (size_t)(j->down * component->v) * sizeof *component->nonzero);
@@ -2540,51 +2540,51 @@ static const char *ckca__jpeg_frame(ckca_context *ctx, ckca__jpeg *j, const unsi
     }
     return NULL;
 }
-/* A scan's header (B.2.3), and its data up to the next marker that is no restart. */
+/* Scan header (B.2.3) and the data up to the next marker other than a restart. */
 static const char *ckca__jpeg_scan(ckca__jpeg *j, const unsigned char *segment, size_t length) {
-    static const char too_short[] = "corrupt: its data ends before its pixels do";
-    int64_t least = 0, blocks; /* bits that its codes take at the least */
+    static const char too_short[] = "corrupt: its data ends before its last pixel";
+    int64_t least = 0, blocks; /* lower bound of the bits of its codes */
     size_t begin = j->at, interval_begin = begin;
     int i, k, restart = 0;
     uint64_t band;
     j->scan_components = length ? segment[0] : 0;
     if (j->scan_components < 1 || j->scan_components > j->components || length != 4 + 2 * (size_t)j->scan_components)
-        return "corrupt: a scan header of a wrong length";
+        return "corrupt: wrong length of a scan header";
     segment++;
     j->first = segment[2 * j->scan_components];
     j->last = segment[2 * j->scan_components + 1];
     j->high = segment[2 * j->scan_components + 2] >> 4;
     j->low = segment[2 * j->scan_components + 2] & 15;
     if (!j->progressive) {
-        if (j->first || j->high || j->low) return "corrupt: a scan's range of coefficients is wrong";
+        if (j->first || j->high || j->low) return "corrupt: wrong range of coefficients in a scan";
         j->last = 63;
     } else if (j->first > j->last || j->last > 63 || j->high > 13 || j->low > 13 ||
                (j->first ? j->scan_components > 1 : j->last > 0)) {
-        return "corrupt: a scan's range of coefficients is wrong";
+        return "corrupt: wrong range of coefficients in a scan";
     }
     band = (j->last == 63 ? ~(uint64_t)0 : ((uint64_t)1 << (j->last + 1)) - 1) & ~(((uint64_t)1 << j->first) - 1);
     for (i = 0; i < j->scan_components; i++) {
         ckca__jpeg_component *component;
         for (k = 0; k < j->components && j->component[k].id != segment[2 * i]; k++) {
         }
-        if (k == j->components) return "corrupt: a scan of a component that it does not have";
+        if (k == j->components) return "corrupt: a scan of an undefined component";
         j->order[i] = k;
         component = &j->component[k];
         component->dc = segment[2 * i + 1] >> 4;
         component->ac = segment[2 * i + 1] & 15;
-        if (component->dc > 3 || component->ac > 3) return "corrupt: a scan asks for a Huffman table beyond 3";
-        if (!(j->quantization >> component->quantization & 1)) return "corrupt: it lacks a quantization table";
+        if (component->dc > 3 || component->ac > 3) return "corrupt: a scan uses a Huffman table above 3";
+        if (!(j->quantization >> component->quantization & 1)) return "corrupt: missing quantization table";
         if ((j->first == 0 && !j->high && !j->codes[0][component->dc].counts) ||
             (j->last > 0 && !j->codes[1][component->ac].counts))
-            return "it lacks a Huffman table (as frames of motion-JPEG do)";
+            return "missing Huffman table (as in frames of Motion JPEG)";
         if (j->first == 0)
             component->scanned = 1;
         else if (!component->scanned)
-            return "corrupt: a scan before its component's first one";
+            return "corrupt: a component's AC scan before its first DC scan";
         if (!j->low) component->exact |= band;
         for (k = 0; k < i; k++)
-            if (j->order[k] == j->order[i]) return "corrupt: a component twice in a scan";
-        if (j->count_codes) {
+            if (j->order[k] == j->order[i]) return "corrupt: the same component twice in a scan";
+        if (j->read_codes) {
             if (j->first == 0 && !j->high) ckca__jpeg_fast(&j->codes[0][component->dc]);
             if (j->last > 0) ckca__jpeg_fast(&j->codes[1][component->ac]);
         }
@@ -2599,27 +2599,27 @@ static const char *ckca__jpeg_scan(ckca__jpeg *j, const unsigned char *segment, 
     j->mcus = j->scan_components == 1 ? (int64_t)j->component[j->order[0]].across * j->component[j->order[0]].down
                                       : (int64_t)j->across * j->down;
     if (j->interval) j->restarts = 1;
-    for (;;) { /* from one ff to the next */
+    for (;;) { /* from one byte ff to the next */
         const unsigned char *found = (const unsigned char *)memchr(j->bytes + j->at, 0xff, j->size - j->at);
         size_t marker = found ? (size_t)(found - j->bytes) : j->size, end = marker;
         const char *flaw = NULL;
         while (marker < j->size && j->bytes[marker] == 0xff) marker++; /* padding */
         j->at = marker + 1;
         j->unfinished = marker == j->size;
-        if (!j->unfinished && j->bytes[marker] == 0) continue;                     /* a byte ff of the data */
+        if (!j->unfinished && j->bytes[marker] == 0) continue;                     /* a stuffed byte ff of the data */
         if (j->unfinished || j->bytes[marker] < 0xd0 || j->bytes[marker] > 0xd7) { /* the scan's end */
             j->at = end;
             if ((int64_t)(end - begin) * 8 < least) return j->unfinished ? ckca__truncated : too_short;
             if (j->interval && j->mcus > (restart + (int64_t)1) * j->interval)
-                return j->unfinished ? ckca__truncated : "corrupt: it lacks restart markers";
-            if (j->count_codes) flaw = ckca__jpeg_data(j, j->bytes + interval_begin, j->bytes + end, 0);
+                return j->unfinished ? ckca__truncated : "corrupt: missing restart markers";
+            if (j->read_codes) flaw = ckca__jpeg_data(j, j->bytes + interval_begin, j->bytes + end, 0);
             j->scan_end = j->at;
             return flaw;
         }
-        if (!j->interval) return "corrupt: a restart marker where none is announced";
-        if (j->bytes[marker] != 0xd0 + restart % 8) return "corrupt: its restart markers are out of order";
+        if (!j->interval) return "corrupt: restart marker without a restart interval";
+        if (j->bytes[marker] != 0xd0 + restart % 8) return "corrupt: restart markers out of order";
         if (++restart > j->mcus / j->interval) return "corrupt: too many restart markers";
-        if (j->count_codes) flaw = ckca__jpeg_data(j, j->bytes + interval_begin, j->bytes + end, 1);
+        if (j->read_codes) flaw = ckca__jpeg_data(j, j->bytes + interval_begin, j->bytes + end, 1);
         if (flaw) return flaw;
         interval_begin = j->at;
     }
@@ -2635,8 +2635,8 @@ static const char *ckca__jpeg_quantization(ckca__jpeg *j, const unsigned char *s
     }
     return NULL;
 }
-/* Huffman tables (B.2.4.2): no more codes than there are bytes for, than a table may have (256), and than can be told
-   apart: stb_image before 2.29 writes beyond its tables otherwise. */
+/* Huffman tables (B.2.4.2). Tables with more than 256 codes, or more codes of a length than its bits allow, would make
+   stb_image before 2.29 write out of bounds. */
 static const char *ckca__jpeg_huffman(ckca__jpeg *j, const unsigned char *segment, size_t length) {
     while (length) {
         size_t codes = 0, unused = 1, i;
@@ -2655,47 +2655,47 @@ static const char *ckca__jpeg_huffman(ckca__jpeg *j, const unsigned char *segmen
     return NULL;
 }
 static const char *ckca__jpeg_walk(ckca_context *ctx, ckca__jpeg *j, ckca__picture *picture) {
-    static const char *const kinds[16] = {/* by the second byte of their frame's marker, c0 to cf; NULL: read */
-                                          NULL,
-                                          NULL,
-                                          NULL,
-                                          "a lossless JPEG, which is not supported",
-                                          NULL,
-                                          "a hierarchical JPEG, which is not supported",
-                                          "a hierarchical JPEG, which is not supported",
-                                          "a hierarchical lossless JPEG, which is not supported",
-                                          "a JPEG with a reserved extension, which is not supported",
-                                          "an arithmetic-coded JPEG, which is not supported",
-                                          "an arithmetic-coded progressive JPEG, which is not supported",
-                                          "an arithmetic-coded lossless JPEG, which is not supported",
-                                          NULL,
-                                          "an arithmetic-coded hierarchical JPEG, which is not supported",
-                                          "an arithmetic-coded hierarchical JPEG, which is not supported",
-                                          "an arithmetic-coded hierarchical lossless JPEG, which is not supported"};
+    static const char *const kinds[16] = {
+        /* by the second byte of the frame's marker, c0 to cf; NULL: supported, or no frame */
+        NULL,
+        NULL,
+        NULL,
+        "lossless JPEG is not supported",
+        NULL,
+        "hierarchical JPEG is not supported",
+        "hierarchical JPEG is not supported",
+        "hierarchical lossless JPEG is not supported",
+        "JPEG with a reserved extension is not supported",
+        "arithmetic-coded JPEG is not supported",
+        "arithmetic-coded progressive JPEG is not supported",
+        "arithmetic-coded lossless JPEG is not supported",
+        NULL,
+        "arithmetic-coded hierarchical JPEG is not supported",
+        "arithmetic-coded hierarchical JPEG is not supported",
+        "arithmetic-coded hierarchical lossless JPEG is not supported"};
     int frame = 0, scanned = 0, oriented = 0, i;
     const char *flaw = NULL;
     for (j->at = 2; !flaw;) {
         const unsigned char *segment;
         size_t length;
         int marker;
-        while (!frame && j->at < j->size && j->bytes[j->at] != 0xff) j->at++; /* stb_image skips them too */
-        if (j->at < j->size && j->bytes[j->at] != 0xff) return "corrupt: bytes between its segments";
+        while (!frame && j->at < j->size && j->bytes[j->at] != 0xff) j->at++; /* as in stb_image */
+        if (j->at < j->size && j->bytes[j->at] != 0xff) return "corrupt: extra bytes between segments";
         while (j->at < j->size && j->bytes[j->at] == 0xff) j->at++;
         if (j->at >= j->size) break;
         marker = j->bytes[j->at++];
         if (!frame && marker == 0) continue;
         if (marker == 0xd9) {
-            if (!scanned) return "corrupt: there is no picture in it";
+            if (!scanned) return "corrupt: no pixel data";
             for (i = 0; i < j->components; i++)
-                if (!j->component[i].scanned) return "corrupt: one of its components has no data";
+                if (!j->component[i].scanned) return "corrupt: a component without data";
             return NULL;
         }
-        if (marker < 0xc0 || (marker >= 0xd0 && marker <= 0xd8))
-            return "corrupt: a marker in it is out of place or unknown";
+        if (marker < 0xc0 || (marker >= 0xd0 && marker <= 0xd8)) return "corrupt: unknown or misplaced marker";
         if (j->size - j->at < 2) break;
         segment = j->bytes + j->at + 2;
         length = (size_t)j->bytes[j->at] << 8 | j->bytes[j->at + 1];
-        if (length < 2) return "corrupt: a segment without a length";
+        if (length < 2) return "corrupt: a segment shorter than its length field";
         if (length > j->size - j->at) break;
         j->at += length;
         length -= 2;
@@ -2705,10 +2705,10 @@ static const char *ckca__jpeg_walk(ckca_context *ctx, ckca__jpeg *j, ckca__pictu
         } else if (marker == 0xc4) {
             flaw = ckca__jpeg_huffman(j, segment, length);
         } else if (marker == 0xdd) {
-            if (length != 2) return "corrupt: a restart interval of a wrong length";
+            if (length != 2) return "corrupt: wrong length of a restart interval segment";
             j->interval = segment[0] << 8 | segment[1];
         } else if (marker >= 0xc0 && marker <= 0xc2) {
-            if (frame) return "corrupt: a second frame in it";
+            if (frame) return "corrupt: a second frame";
             frame = marker;
             j->progressive = marker == 0xc2;
             flaw = ckca__jpeg_frame(ctx, j, segment, length, picture);
@@ -2716,9 +2716,9 @@ static const char *ckca__jpeg_walk(ckca_context *ctx, ckca__jpeg *j, ckca__pictu
                           picture->height * picture->width > CKCA__MAX_PIXELS))
                 return NULL;
         } else if (marker == 0xda) {
-            if (!frame) return "corrupt: data before its frame";
+            if (!frame) return "corrupt: a scan before its frame header";
             if (j->components == 4 && j->adobe != 0 && j->adobe != 2)
-                return "a JPEG of four components whose colours no Adobe segment tells";
+                return "JPEG with 4 components needs an Adobe segment with transform 0 or 2";
             scanned = 1;
             flaw = ckca__jpeg_scan(j, segment, length);
             if (j->unfinished) break;
@@ -2729,76 +2729,77 @@ static const char *ckca__jpeg_walk(ckca_context *ctx, ckca__jpeg *j, ckca__pictu
             }
         } else if (marker == 0xee) {
             if (length >= 12 && !memcmp(segment, "Adobe", 6)) j->adobe = segment[11];
-        } else if (marker == 0xdc) { /* the number of lines: only if it says the same as the frame */
+        } else if (marker == 0xdc) { /* DNL, the number of lines: must equal that of the frame */
             if (!scanned || length != 2 || (segment[0] << 8 | segment[1]) != picture->height)
-                return "corrupt: a second number of lines";
+                return "corrupt: its number of lines contradicts its frame header";
         } else if (!(marker >= 0xe0 && marker <= 0xef) && marker != 0xfe) {
-            return marker == 0xf7                     ? "a JPEG-LS, which is not supported"
+            return marker == 0xf7                     ? "JPEG-LS is not supported"
                    : marker == 0xde || marker == 0xdf ? kinds[5]
-                                                      : "corrupt: a marker in it is out of place or unknown";
+                                                      : "corrupt: unknown or misplaced marker";
         }
     }
-    /* the file ends without an end marker, after a whole scan or in the midst of something */
+    /* no end marker: accept the file only if its data is complete */
     if (flaw || !scanned) return flaw ? flaw : ckca__truncated;
     for (i = 0; i < j->components; i++)
         if (j->component[i].exact != ~(uint64_t)0) return ckca__truncated;
     picture->end = j->scan_end;
     return NULL;
 }
-/* What is wrong with a picture file, or NULL. */
+/* Validates a picture file; returns its flaw, or NULL. */
 static const char *ckca__walk_picture(ckca_context *ctx, const unsigned char *bytes, size_t size,
                                       ckca__picture *picture) {
     static const unsigned char png[] = {0x89, 'P', 'N', 'G', '\r', '\n', 0x1a, '\n'};
     ckca__jpeg jpeg;
     const char *flaw;
-    int count, recount, i;
+    int read_codes, undecided, i;
     memset(picture, 0, sizeof *picture);
     picture->orientation = 1;
     if (size == 0) return "an empty file";
     if (size >= 8 && !memcmp(bytes, png, 8)) return ckca__walk_png(bytes, size, picture);
     if (size < 3 || bytes[0] != 0xff || bytes[1] != 0xd8 || bytes[2] != 0xff) return "neither JPEG nor PNG";
-    for (count = 0;; count = 1) { /* the codes are counted where markers alone don't tell enough */
+    for (read_codes = 0;; read_codes = 1) { /* reads the codes too if markers are not enough */
         memset(&jpeg, 0, sizeof jpeg);
         jpeg.bytes = bytes;
         jpeg.size = size;
         jpeg.adobe = -1;
-        jpeg.count_codes = count;
+        jpeg.read_codes = read_codes;
         flaw = ckca__jpeg_walk(ctx, &jpeg, picture);
-        recount = !flaw && !count && (picture->end || jpeg.restarts);
+        undecided = !flaw && !read_codes && (picture->end || jpeg.restarts);
         ckca__lock(ctx);
         for (i = 0; i < 4; i++) ckca__release(ctx, jpeg.component[i].nonzero);
         ckca__unlock(ctx);
-        if (!recount) return flaw;
+        if (!undecided) return flaw;
     }
 }
-/* A picture file in memory that may be decoded; path is for the message. */
+/* Checks that a picture file in memory can be decoded; path is for messages. */
 static ckca_status ckca__check_picture(ckca_context *ctx, const char *path, const unsigned char *bytes, size_t size,
                                        ckca__picture *picture) {
     const char *flaw = ckca__walk_picture(ctx, bytes, size, picture);
-    if (!flaw && size > INT_MAX - 2) flaw = "more bytes than stb_image can take";
+    if (!flaw && size > INT_MAX - 2) flaw = "too many bytes for stb_image";
     if (flaw)
         return ckca__fail(ctx, flaw == ckca__no_memory ? CKCA_ENOMEM : CKCA_EFORMAT, "%s: cannot be decoded: %s",
                           ckca__tail(path), flaw);
     if (picture->height < 1 || picture->width < 1 || picture->height > CKCA__MAX_SIDE ||
         picture->width > CKCA__MAX_SIDE || picture->height * picture->width > CKCA__MAX_PIXELS)
-        return ckca__fail(ctx, CKCA_EFORMAT, "%s: %.0f x %.0f pixels; it may have 1 to %d a side and %.0f in all",
+        return ckca__fail(ctx, CKCA_EFORMAT, "%s: %.0f x %.0f pixels, it may have 1 to %d per side and %.0f in total",
                           ckca__tail(path), (double)picture->height, (double)picture->width, (int)CKCA__MAX_SIDE,
                           (double)CKCA__MAX_PIXELS);
     return CKCA_OK;
 }
-/* stb_image's pixels, or NULL; then *memory tells whether that is for want of memory. Its own reason may be none at all
-   (no memory to inflate a PNG, a block of an unknown kind in it) or that of another picture. */
+/* Decodes with stb_image into h x w x c bytes; on failure returns NULL, and *memory is 1 if memory ran out. The reason
+   of stb_image is not enough: it may be missing (no memory to inflate a PNG, an unknown block type) or of another
+   picture. */
 static unsigned char *ckca__stb_load(const unsigned char *bytes, size_t size, int *h, int *w, int *c, int *memory) {
     unsigned char *pixels;
 #ifdef CKCA__STB_COUNTED
-    void *state = malloc(1 << 15); /* as much as its own state: 2.26 takes for granted that it gets that */
+    void *state = malloc(1 << 15); /* as large as its own state: 2.26 does not check that allocation */
     *memory = !state;
     if (!state) return NULL;
     free(state);
     ckca__stb_refused = 0;
     pixels = stbi_load_from_memory(bytes, (int)size, w, h, c, 0);
     *memory = ckca__stb_refused;
-#else /* the program's own stb_image: what it says after a failure of another reason is about this picture */
+#else /* the program's own stb_image: provoke another failure first, so that the reason is of this picture */
     const char *reason;
     *memory = 0;
     pixels = stbi_load_from_memory(bytes, (int)size, w, h, c, 0);
@@ -2809,7 +2810,7 @@ static unsigned char *ckca__stb_load(const unsigned char *bytes, size_t size, in
 #endif
     return pixels;
 }
-/* A picture file in memory as height x width x channels bytes; as_stored: without turning it. */
+/* Decodes a picture file in memory to height x width x channels bytes; as_stored: without its EXIF orientation. */
 static ckca_status ckca__decode(ckca_context *ctx, const char *path, const unsigned char *bytes, size_t size,
                                 unsigned char *out, int height, int width, int channels, int as_stored) {
     ckca__picture picture;
@@ -2817,11 +2818,11 @@ static ckca_status ckca__decode(ckca_context *ctx, const char *path, const unsig
     unsigned char *pixels, *whole = NULL;
     ckca_status status = ckca__check_picture(ctx, path, bytes, size, &picture);
     if (status) return status;
-    if (picture.end) { /* stb_image wants the end marker */
+    if (picture.end) { /* stb_image needs the end marker */
         ckca__lock(ctx);
         whole = (unsigned char *)ckca__alloc(ctx, picture.end + 2);
         ckca__unlock(ctx);
-        if (!whole) return ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for a copy of it", ckca__tail(path));
+        if (!whole) return ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory to copy it", ckca__tail(path));
         memcpy(whole, bytes, picture.end);
         memcpy(whole + picture.end, "\xff\xd9", 2);
     }
@@ -2834,8 +2835,7 @@ static ckca_status ckca__decode(ckca_context *ctx, const char *path, const unsig
                           (double)picture.height, (double)picture.width);
     if (!pixels || h != picture.height || w != picture.width) {
         stbi_image_free(pixels);
-        return ckca__fail(ctx, CKCA_EFORMAT, "%s: cannot be decoded: corrupt: the data of its pixels makes no sense",
-                          ckca__tail(path));
+        return ckca__fail(ctx, CKCA_EFORMAT, "%s: cannot be decoded: corrupt: invalid pixel data", ckca__tail(path));
     }
     fits = ckca__fit(ctx, pixels, h, w, c, as_stored ? 1 : picture.orientation, out, height, width, channels);
     stbi_image_free(pixels);
@@ -2843,12 +2843,12 @@ static ckca_status ckca__decode(ckca_context *ctx, const char *path, const unsig
         return ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory to resize its %d x %d pixels", ckca__tail(path), h, w);
     return CKCA_OK;
 }
-/* What decoding one picture needs of a descriptor. */
+/* Checks the descriptor of a single picture. */
 static ckca_status ckca__picture_desc(ckca_context *ctx, const ckca_data_desc *desc) {
     ckca_data_desc checked;
     ckca_status status = ckca__data_desc(ctx, desc, &checked);
     if (!status && (!desc->height || !desc->width || !desc->channels))
-        status = ckca__fail(ctx, CKCA_EINVAL, "height x width x channels is %d x %d x %d, all three are needed",
+        status = ckca__fail(ctx, CKCA_EINVAL, "desc: height x width x channels is %d x %d x %d, all three must be set",
                             desc->height, desc->width, desc->channels);
     return status;
 }
@@ -2896,7 +2896,7 @@ static void ckca__files_free(ckca_context *ctx, ckca__files *files) {
     while (files->count) ckca__release(ctx, files->path[--files->count]);
     ckca__release(ctx, files->path);
 }
-/* Whether a file's name ends like those of the pictures that are read; of another kind than the system's own crumbs. */
+/* Kind of a file by its name. SYSTEM: a file that the operating system adds. */
 typedef enum ckca__name_kind { CKCA__NAME_PICTURE, CKCA__NAME_OTHER, CKCA__NAME_SYSTEM } ckca__name_kind;
 static ckca__name_kind ckca__file_kind(const char *name) {
     static const char *const endings[] = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", "Thumbs.db", "desktop.ini"};
@@ -2911,8 +2911,8 @@ static ckca__name_kind ckca__file_kind(const char *name) {
     return CKCA__NAME_OTHER;
 }
 static int ckca__compare_paths(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
-/* Adds dir's folders, or its pictures, to a list, in the order of their bytes; *left_out counts files of other kinds
-   (or, of a list of folders, pictures). Hidden ones are passed over. */
+/* Adds the folders or the pictures in dir to a list, sorted by the bytes of their paths, without hidden ones. *left_out
+   counts files of other kinds (when listing folders: pictures). */
 static ckca_status ckca__list(ckca_context *ctx, const char *dir, int folders, ckca__files *files, int *left_out) {
     size_t first = files->count;
     struct dirent *entry;
@@ -2953,13 +2953,13 @@ static ckca_status ckca__list(ckca_context *ctx, const char *dir, int folders, c
         qsort(files->path + first, files->count - first, sizeof *files->path, ckca__compare_paths);
     return status;
 }
-enum { CKCA__MAX_DEPTH = 32 }; /* of folders below a class folder */
-typedef struct ckca__visited { /* a folder that was read */
+enum { CKCA__MAX_DEPTH = 32 }; /* levels of folders below a class folder */
+typedef struct ckca__visited { /* a folder, to recognise it on a second path */
     uint64_t device, inode;
-    int depth; /* -1: a second way to one that was read before */
+    int depth; /* below the class folder; -1: visited before */
 } ckca__visited;
-/* Adds the pictures of a class folder and of all folders below it to a list: folder by folder, their paths in the order
-   of their bytes, as torchvision's ImageFolder does. A folder that links lead to twice is read once. */
+/* Adds the pictures of a class folder and all folders below it to a list: folder by folder, sorted by the bytes of
+   their paths, as in torchvision's ImageFolder. A folder that several links lead to is read once. */
 static ckca_status ckca__list_class(ckca_context *ctx, const char *class_dir, ckca__files *files, int *left_out) {
     ckca__files folders;
     ckca__visited *visited = NULL;
@@ -2976,7 +2976,7 @@ static ckca_status ckca__list_class(ckca_context *ctx, const char *class_dir, ck
         ckca__release(ctx, top);
         status = ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for its path", ckca__tail(class_dir));
     }
-    for (; !status && i < folders.count; i++) { /* folders known grow while they are gone through */
+    for (; !status && i < folders.count; i++) { /* the loop itself appends to folders */
         ckca__visited here;
         if (stat(folders.path[i], &about) != 0) {
             status =
@@ -3024,14 +3024,14 @@ typedef struct ckca__decode_job {
     const ckca__files *files;
     ckca__store *store;
     int as_stored;
-    unsigned char *unreadable; /* 1: file i was skipped. NULL: none may be */
-    int failed;                /* the first file that failed; store->count: none */
+    unsigned char *unreadable; /* 1: file i was skipped. NULL: none may be skipped */
+    int failed;                /* first file in the list that failed; store->count: none */
     ckca_status failure;
 } ckca__decode_job;
 static void ckca__decode_one(void *job, int i, int thread) {
     ckca__decode_job *a = (ckca__decode_job *)job;
     const ckca__store *store = a->store;
-    ckca_context own; /* the task has its own error */
+    ckca_context own; /* a copy with an error text of its own */
     ckca_status status;
     int skip;
     (void)thread;
@@ -3055,8 +3055,8 @@ static void ckca__decode_one(void *job, int i, int thread) {
     }
     ckca__unlock(a->ctx);
 }
-/* Decodes files into the store, in parallel. Of several failures the first in the list is reported. With skip, files
-   that cannot be read are left out of the store, which counts them and keeps the first one's message. */
+/* Decodes files into the store, in parallel. Of several failures the first in the list is reported. skip: unreadable
+   files are removed from the store, which counts them and keeps the first one's message. */
 static ckca_status ckca__decode_all(ckca_context *ctx, const ckca__files *files, ckca__store *store, int as_stored,
                                     int skip) {
     ckca__decode_job job;
@@ -3069,7 +3069,7 @@ static ckca_status ckca__decode_all(ckca_context *ctx, const ckca__files *files,
     job.as_stored = as_stored;
     job.failed = store->count;
     job.unreadable = skip ? (unsigned char *)ckca__alloc(ctx, (size_t)store->count) : NULL;
-    if (skip && !job.unreadable) return ckca__fail(ctx, CKCA_ENOMEM, "no memory for %d marks", store->count);
+    if (skip && !job.unreadable) return ckca__fail(ctx, CKCA_ENOMEM, "no memory for %d flags", store->count);
     ckca__parallel(ctx, store->count, ckca__decode_one, &job);
     if (!job.failure && job.failed < store->count) {
         for (i = 0; i < store->count; i++) {
@@ -3083,15 +3083,15 @@ static ckca_status ckca__decode_all(ckca_context *ctx, const ckca__files *files,
         if (!store->first_unreadable)
             job.failure = ckca__fail(ctx, CKCA_ENOMEM, "no memory for a message");
         else if (kept == 0)
-            job.failure = CKCA_EFORMAT; /* with the first one's message */
+            job.failure = CKCA_EFORMAT; /* ctx->error is the first one's message */
         else
             memcpy(store->first_unreadable, ctx->error, strlen(ctx->error) + 1), ctx->error[0] = 0;
     }
     ckca__release(ctx, job.unreadable);
     return job.failure;
 }
-/* A folder whose name is not one of the classes asked for: the sentence lists these, and the name's bytes where it has
-   other than ASCII, since one letter can be written in two ways. */
+/* Error: a folder is not one of the requested classes. The message lists these, and the bytes of a name that is not
+   ASCII, since Unicode has several encodings of the same letter. */
 static ckca_status ckca__not_a_class(ckca_context *ctx, const char *path, const char *name,
                                      const ckca_data_desc *desc) {
     char list[160], escaped[80];
@@ -3108,12 +3108,12 @@ static ckca_status ckca__not_a_class(ckca_context *ctx, const char *path, const 
         if (c >= 128) ascii = 0;
         at += (size_t)snprintf(escaped + at, sizeof escaped - at, c < 128 ? "%c" : "\\x%02x", c);
     }
-    return ckca__fail(ctx, CKCA_EINVAL, "%.200s: not one of the %d classes asked for: %s%s%s%s",
+    return ckca__fail(ctx, CKCA_EINVAL, "%.200s: not one of the %d requested classes: %s%s%s%s",
                       strlen(path) > 200 ? path + (strlen(path) - 200) : path, desc->classes, list,
-                      ascii ? "" : " (names are compared byte by byte; the folder's is ", ascii ? "" : escaped,
+                      ascii ? "" : " (names are compared byte by byte; the folder's name is ", ascii ? "" : escaped,
                       ascii ? "" : ")");
 }
-/* Class names go into checkpoints, which are UTF-8. */
+/* A class name must be UTF-8, as checkpoints are. */
 static ckca_status ckca__check_class_name(ckca_context *ctx, const char *dir, const char *name) {
     char escaped[160];
     size_t flaw = ckca__utf8_flaw((const unsigned char *)name, strlen(name)), i, at = 0;
@@ -3130,8 +3130,8 @@ CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const
     ckca__files folders, files;
     ckca_data_desc desc;
     ckca__store *store = NULL;
-    const char **names = NULL; /* the folders' own */
-    size_t *end = NULL, i, j;  /* files of folder i end here */
+    const char **names = NULL; /* the names of the class folders */
+    size_t *end = NULL, i, j;  /* files[end[i - 1]..end[i]) are of folder i */
     unsigned char *bytes;
     size_t size;
     int height = 0, width = 0, left_out = 0;
@@ -3141,11 +3141,10 @@ CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const
     memset(&folders, 0, sizeof folders);
     memset(&files, 0, sizeof files);
     status = ckca__list(ctx, dir, 1, &folders, &left_out);
-    if (!status && folders.count == 0)
-        status = ckca__fail(ctx, CKCA_EINVAL, "%s: no class folders in it", ckca__tail(dir));
+    if (!status && folders.count == 0) status = ckca__fail(ctx, CKCA_EINVAL, "%s: no class folders", ckca__tail(dir));
     if (!status && desc.classes && !desc.class_names && (size_t)desc.classes != folders.count)
-        status = ckca__fail(ctx, CKCA_EINVAL, "%s: %.0f class folders, %d classes asked for", ckca__tail(dir),
-                            (double)folders.count, desc.classes);
+        status = ckca__fail(ctx, CKCA_EINVAL, "%s: has %.0f class folders, but %d classes were requested",
+                            ckca__tail(dir), (double)folders.count, desc.classes);
     if (!status) {
         names = (const char **)ckca__alloc(ctx, folders.count * sizeof *names);
         end = (size_t *)ckca__alloc(ctx, folders.count * sizeof *end);
@@ -3159,13 +3158,14 @@ CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const
         if (!status) status = ckca__list_class(ctx, folders.path[i], &files, &left_out);
         end[i] = files.count;
         if (!status && !desc.class_names && end[i] == (i ? end[i - 1] : 0))
-            status = ckca__fail(ctx, CKCA_EINVAL, "%s: no .jpg, .jpeg, .jpe, .jfif or .png in it",
+            status = ckca__fail(ctx, CKCA_EINVAL, "%s: no .jpg, .jpeg, .jpe, .jfif or .png file",
                                 ckca__tail(folders.path[i]));
     }
     if (!status && files.count == 0)
-        status = ckca__fail(ctx, CKCA_EINVAL, "%s: no .jpg, .jpeg, .jpe, .jfif or .png in its class folders",
+        status = ckca__fail(ctx, CKCA_EINVAL, "%s: no .jpg, .jpeg, .jpe, .jfif or .png file in its class folders",
                             ckca__tail(dir));
-    for (i = 0; !status && i < files.count && (!desc.height || !desc.width); i++) { /* the first picture's size */
+    for (i = 0; !status && i < files.count && (!desc.height || !desc.width);
+         i++) { /* take the size of the first picture */
         status = ckca__read_file(ctx, files.path[i], CKCA__MAX_PICTURE_FILE, &bytes, &size);
         if (!status) {
             status = ckca__check_picture(ctx, files.path[i], bytes, size, &first);
@@ -3176,10 +3176,11 @@ CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const
             height = (int)(swap ? first.width : first.height);
             width = (int)(swap ? first.height : first.width);
             if ((int64_t)height * width > CKCA__MAX_DEFAULT_PIXELS && !desc.height && !desc.width)
-                status = ckca__fail(ctx, CKCA_EINVAL,
-                                    "%s, the first picture, has %d x %d pixels, and no other size is given: set height "
-                                    "and width of ckca_data_desc (in the programs: --size)",
-                                    ckca__tail(files.path[i]), height, width);
+                status = ckca__fail(
+                    ctx, CKCA_EINVAL,
+                    "%s: as the first picture it gives the set its size, but %d x %d is too large: set height "
+                    "and width of ckca_data_desc (in the programs: --size)",
+                    ckca__tail(files.path[i]), height, width);
             break;
         }
         if (desc.skip_unreadable && status != CKCA_ENOMEM && i + 1 < files.count) status = CKCA_OK;
@@ -3206,11 +3207,11 @@ CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const
                                       const ckca_data_desc *desc_or_null) {
     ckca_data_desc desc;
     ckca_status status = ckca__open(ctx, data, dir, CKCA_PART_TRAIN, desc_or_null, &desc);
-    return status ? status : ckca__fail(ctx, CKCA_EIO, "%s: listing folders needs POSIX", ckca__tail(dir));
+    return status ? status : ckca__fail(ctx, CKCA_EIO, "%s: ckca_open_folder needs POSIX", ckca__tail(dir));
 }
 #endif /* CKCA__POSIX */
 #endif /* CKCA_NO_STDIO */
-#else  /* CKCA_NO_STB_IMAGE: programs still link, and say what is missing */
+#else  /* CKCA_NO_STB_IMAGE: the calls still link, but fail with a message */
 CKCA_API ckca_status ckca_read_picture_memory(ckca_context *ctx, const void *bytes, size_t size,
                                               const ckca_data_desc *desc, unsigned char *out) {
     (void)bytes, (void)size, (void)desc, (void)out;
@@ -3238,7 +3239,7 @@ CKCA_API ckca_status ckca_read_picture(ckca_context *ctx, const char *path, cons
 
 /* --- Splitting ---------------------------------------------------------------------------------------------------- */
 
-/* The Fisher-Yates shuffle: every order is as likely as any other. */
+/* The Fisher-Yates shuffle: all orders are equally likely. */
 static void ckca__shuffle_split(uint64_t seed, int *index, int n) {
     int i;
     for (i = n - 1; i > 0; i--) {
@@ -3248,8 +3249,8 @@ static void ckca__shuffle_split(uint64_t seed, int *index, int n) {
     }
 }
 
-/* How many pictures of each class a stratified choice of `total` of n has: total * have[k] / n rounded down, and one
-   more for the classes with the largest remainders. */
+/* How many pictures of each class a stratified choice of total out of n has: total * have[k] / n rounded down, plus one
+   for the classes with the largest remainders. have, quota: classes. */
 static void ckca__quota(const int *have, int classes, int n, int total, int *quota) {
     int k, given = 0;
     for (k = 0; k < classes; k++) given += quota[k] = (int)((int64_t)total * have[k] / n);
@@ -3263,7 +3264,7 @@ static void ckca__quota(const int *have, int classes, int n, int total, int *quo
                 best = k;
             }
         }
-        quota[best]++; /* its remainder is negative from here on */
+        quota[best]++; /* its remainder is now negative */
     }
 }
 
@@ -3271,8 +3272,8 @@ CKCA_API ckca_status ckca_split(const ckca_data *data, int n, const ckca_split_d
     ckca_split_desc none;
     ckca_context *ctx;
     ckca__bound bounds[3] = {{"n", 0, 1, INT_MAX, 0}, {"size", 0, 0, INT_MAX, 0}, {"stratified", 0, 0, 1, 0}};
-    ckca_data **made;                  /* the parts, which take their places when all are there */
-    int *order, *dealt, *have, *quota; /* the pictures shuffled; part after part; per class */
+    ckca_data **made;                  /* n: the parts; copied to parts when all exist */
+    int *order, *dealt, *have, *quota; /* count: shuffled; part after part; classes: per class */
     int i, j, k, count, total, classes;
     ckca_status status = CKCA_OK;
     memset(&none, 0, sizeof none);
@@ -3302,17 +3303,17 @@ CKCA_API ckca_status ckca_split(const ckca_data *data, int n, const ckca_split_d
     quota = have + classes;
     for (i = 0; i < count; i++) order[i] = data->index[i];
     ckca__shuffle_split(desc->seed, order, count);
-    if (desc->stratified) { /* the chosen ones of each class together */
+    if (desc->stratified) { /* choose by class, sorted by class */
         for (i = 0; i < count; i++) have[data->store->labels[order[i]]]++;
         ckca__quota(have, classes, count, total, quota);
-        for (k = 0, j = 0; k < classes; j += quota[k++]) have[k] = j; /* where class k begins */
+        for (k = 0, j = 0; k < classes; j += quota[k++]) have[k] = j; /* first position of class k */
         for (i = 0; i < count; i++) {
             k = data->store->labels[order[i]];
             if (quota[k]-- > 0) dealt[have[k]++] = order[i];
         }
         memcpy(order, dealt, (size_t)total * sizeof *order);
     }
-    /* dealt out like cards: sizes, and each class's share, differ by at most one between parts */
+    /* dealt like cards: between parts, sizes and class counts differ by at most one */
     for (i = 0, j = 0; i < n; i++)
         for (k = i; k < total; k += n) dealt[j++] = order[k];
     for (i = 0, j = 0; i < n && !status; i++) {
@@ -3359,7 +3360,7 @@ CKCA_API ckca_status ckca_join(ckca_data **joined, ckca_data *const *parts, int 
     ckca_status status;
     ckca_data *view = NULL;
     for (i = 0; parts && i < n && !parts[i];) i++;
-    if (!parts || i >= n) return CKCA_EINVAL; /* none that knows a context */
+    if (!parts || i >= n) return CKCA_EINVAL; /* no part has a context for an error */
     first = parts[i]->store;
     ctx = first->ctx;
     if (!joined) return ckca__null(ctx, "ckca_join", "joined");
@@ -3381,7 +3382,7 @@ CKCA_API ckca_status ckca_join(ckca_data **joined, ckca_data *const *parts, int 
                                   store->class_names[k], i, first->class_names[k]);
     }
     if (total > INT_MAX)
-        return ckca__fail(ctx, CKCA_EINVAL, "%.0f pictures, a set has at most %d", (double)total, INT_MAX);
+        return ckca__fail(ctx, CKCA_EINVAL, "%.0f pictures, a data set has at most %d", (double)total, INT_MAX);
     memset(&desc, 0, sizeof desc);
     store = first;
     if (shared)

@@ -99,7 +99,7 @@ static void test_init(void) {
     desc.isa = (ckca_isa)9;
     no_context("isa 9", &desc, "isa is 9");
     desc.isa = CKCA_ISA_AVX512;
-    if (ckca__best_isa() < CKCA_ISA_AVX512) no_context("isa avx512", &desc, "isa is avx512, the best of this");
+    if (ckca__best_isa() < CKCA_ISA_AVX512) no_context("isa avx512", &desc, "isa is avx512, but the best that this");
     desc.isa = CKCA_ISA_BEST;
     desc.no_winograd = CKCA_OFF;
     no_context("no_winograd -1", &desc, "no_winograd is -1, it may be 0 to 1");
@@ -107,7 +107,7 @@ static void test_init(void) {
     desc.precision = (ckca_precision)7;
     no_context("precision 7", &desc, "precision is 7, it may be 0 to 2");
     desc.precision = CKCA_PRECISION_TF32;
-    if (CKCA__DEVICE_IS_HOST) no_context("precision TF32", &desc, "precision is CKCA_PRECISION_TF32, which a GPU has alone");
+    if (CKCA__DEVICE_IS_HOST) no_context("precision TF32", &desc, "precision is CKCA_PRECISION_TF32, which needs a GPU");
     desc.precision = CKCA_PRECISION_FLOAT32;
     desc.alloc = no_memory;
     no_context("alloc alone", &desc, "release is NULL");
@@ -184,7 +184,7 @@ static void test_data(ckca_data *set) {
     NOT_MADE(ckca_open_folder(ctx, &data, DIR "/no", NULL), data, sentinel_data, CKCA_EIO, "No such file");
     REFUSED(ckca_read_picture(ctx, DIR, NULL, out), CKCA_EINVAL, "desc is NULL");
     REFUSED(ckca_read_picture(ctx, DIR, &desc, NULL), CKCA_EINVAL, "out is NULL");
-    REFUSED(ckca_read_picture(ctx, DIR, &desc, out), CKCA_EINVAL, "0 x 0 x 0, all three are needed");
+    REFUSED(ckca_read_picture(ctx, DIR, &desc, out), CKCA_EINVAL, "0 x 0 x 0, all three must be set");
 #endif
 #endif
     (void)out;

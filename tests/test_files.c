@@ -400,7 +400,7 @@ static void test_parsers(void) {
     copy[sizeof labels] = 1;
     expect(ctx, "idx",
            ckca__parse_idx_pair(ctx, &data, "i", pictures, sizeof pictures, "l", copy, sizeof labels + 1, &none),
-           CKCA_EFORMAT, "l: 3 bytes after the header, its dimensions ask for 2");
+           CKCA_EFORMAT, "l: 3 bytes after the header, but its dimensions need 2");
     for (i = 0; i < 16; i++) { /* any change of a header is noticed */
         memcpy(copy, pictures, sizeof pictures);
         copy[i] ^= 0x81;
@@ -411,12 +411,12 @@ static void test_parsers(void) {
     memset(copy, 0xff, sizeof copy); /* 2^32 - 1 pictures of 2^32 - 1 squared: more than 64 bits */
     memcpy(copy, pictures, 4);
     expect(ctx, "idx", ckca__parse_idx_pair(ctx, &data, "i", copy, 46, "l", labels, sizeof labels, &none), CKCA_EFORMAT,
-           "30 bytes after the header, its dimensions ask for 18446744073709551616");
+           "30 bytes after the header, but its dimensions need 18446744073709551616");
     memcpy(copy, pictures, sizeof pictures);
     copy[7] = 1;
     copy[11] = 6; /* one picture of 6 x 5, so its size is right, but not its number */
     expect(ctx, "idx", ckca__parse_idx_pair(ctx, &data, "i", copy, sizeof pictures, "l", labels, sizeof labels, &none),
-           CKCA_EFORMAT, "i has 1 pictures, its file of labels 2 labels");
+           CKCA_EFORMAT, "i has 1 pictures, but its label file has 2 labels");
     labels[9] = 200;
     CHECK(ckca__parse_idx_pair(ctx, &data, "i", pictures, sizeof pictures, "l", labels, sizeof labels, &none) ==
                   CKCA_OK &&
@@ -432,7 +432,7 @@ static void test_parsers(void) {
               !strcmp(names[1], "c") && !strcmp(names[2], "d"),
           "lines: %s", ckca_error(ctx));
     memcpy(end, "\nc", 3);
-    expect(ctx, "lines", ckca__parse_lines(ctx, "n", end, names, 3), CKCA_EFORMAT, "n: 1 names, there are 3 classes");
+    expect(ctx, "lines", ckca__parse_lines(ctx, "n", end, names, 3), CKCA_EFORMAT, "n: 1 names for 3 classes");
     ckca_context_free(ctx);
 }
 
@@ -876,7 +876,7 @@ static void test_cifar(void) {
     data = NULL;
     desc.classes = 9; /* airplane, the class of picture 0, is not among them */
     expect(ctx, "cifar10", ckca_open_cifar10(ctx, &data, DIR_ "cifar10", CKCA_PART_TEST, &desc), CKCA_EINVAL,
-           "picture 0 is of class 0, not one of the 9 asked for");
+           "picture 0 is of class 0, not one of the 9 requested");
     CHECK(data == NULL, "a failure wrote to data");
     CHECK(ckca_open_cifar100(ctx, &data, DIR_ "cifar100", CKCA_PART_TRAIN, NULL) == CKCA_OK, "%s", ckca_error(ctx));
     ckca_data_info_get(data, &info);
@@ -890,11 +890,11 @@ static void test_cifar(void) {
     ckca_data_free(data);
     put(DIR_ "cifar100/fine_label_names.txt", "apple\n", 6);
     expect(ctx, "names", ckca_open_cifar100(ctx, &data, DIR_ "cifar100", CKCA_PART_TRAIN, NULL), CKCA_EFORMAT,
-           "fine_label_names.txt: 1 names, there are 100 classes");
+           "fine_label_names.txt: 1 names for 100 classes");
     remove(DIR_ "cifar100/fine_label_names.txt");
     put(DIR_ "cifar100/test.bin", "short", 5);
     expect(ctx, "short", ckca_open_cifar100(ctx, &data, DIR_ "cifar100", CKCA_PART_TEST, NULL), CKCA_EFORMAT,
-           "5 bytes, not a multiple of the 3074");
+           "5 bytes, not a multiple of the record size 3074");
     put(DIR_ "cifar100/test.bin", "", 0);
     expect(ctx, "empty", ckca_open_cifar100(ctx, &data, DIR_ "cifar100", CKCA_PART_TEST, NULL), CKCA_EFORMAT,
            "0 bytes, not a multiple");
@@ -934,7 +934,7 @@ static void test_idx(void) {
     expect(ctx, "packed", ckca_open_idx(ctx, &data, DIR_ "packed", CKCA_PART_TRAIN, NULL), CKCA_EIO,
            "unpack it with gunzip");
     expect(ctx, "missing", ckca_open_idx(ctx, &data, DIR_ "packed", CKCA_PART_TEST, NULL), CKCA_EIO,
-           "packed: no t10k-images-idx3-ubyte in it");
+           "packed: contains no t10k-images-idx3-ubyte");
     ckca_context_free(ctx);
 }
 
@@ -975,11 +975,11 @@ static void test_folder(void) {
     data = NULL;
     desc.classes = 2;
     expect(ctx, "class", ckca_open_folder(ctx, &data, DIR_ "set", &desc), CKCA_EINVAL,
-           "set/Cat: not one of the 2 classes asked for");
+           "set/Cat: not one of the 2 requested classes");
     desc.class_names = NULL;
     desc.classes = 4;
     expect(ctx, "class", ckca_open_folder(ctx, &data, DIR_ "set", &desc), CKCA_EINVAL,
-           "2 class folders, 4 classes asked for");
+           "has 2 class folders, but 4 classes were requested");
     desc.classes = -1;
     expect(ctx, "classes", ckca_open_folder(ctx, &data, DIR_ "set", &desc), CKCA_EINVAL, "classes is -1");
     for (i = 0; i < 10; i++) /* of three bad ones the first, whichever thread is first */

@@ -266,12 +266,12 @@ static void test_broken_jpegs(ckca_context *ctx) {
     static const struct {
         int marker;
         const char *words;
-    } kinds[] = {{0xc3, "a lossless JPEG"},
-                 {0xc5, "a hierarchical JPEG"},
-                 {0xc9, "an arithmetic-coded JPEG"},
-                 {0xca, "an arithmetic-coded progressive JPEG"},
-                 {0xcb, "an arithmetic-coded lossless JPEG"},
-                 {0xf7, "a JPEG-LS"}};
+    } kinds[] = {{0xc3, "lossless JPEG"},
+                 {0xc5, "hierarchical JPEG"},
+                 {0xc9, "arithmetic-coded JPEG"},
+                 {0xca, "arithmetic-coded progressive JPEG"},
+                 {0xcb, "arithmetic-coded lossless JPEG"},
+                 {0xf7, "JPEG-LS is not supported"}};
     const unsigned char *bytes = rgb_jpg;
     const size_t size = sizeof rgb_jpg;
     file f;
@@ -283,34 +283,34 @@ static void test_broken_jpegs(ckca_context *ctx) {
     }
     f = copy_of(bytes, size);
     f.bytes[find(&f, 0, 0xc0) + 4] = 12;
-    refused(ctx, "12 bits", &f, "12 bits a sample");
+    refused(ctx, "12 bits", &f, "12 bits per sample");
     f = copy_of(bytes, size);
     at = find(&f, 0, 0xda);
     cut(&f, at, f.size - at - 2);
-    refused(ctx, "no scan", &f, "no picture in it");
+    refused(ctx, "no scan", &f, "no pixel data");
     f = copy_of(bytes, size);
     at = find(&f, 0, 0xda) + 14; /* behind the scan's header */
     cut(&f, at, f.size - at - 2);
-    refused(ctx, "no data", &f, "its data ends before its pixels do");
+    refused(ctx, "no data", &f, "its data ends before its last pixel");
     f = without(bytes, size, 0xdb);
-    refused(ctx, "no DQT", &f, "lacks a quantization table");
+    refused(ctx, "no DQT", &f, "missing quantization table");
     f = without(bytes, size, 0xc4);
-    refused(ctx, "no DHT", &f, "lacks a Huffman table");
+    refused(ctx, "no DHT", &f, "missing Huffman table");
     f = without(cmyk_jpg, sizeof cmyk_jpg, 0xee);
-    refused(ctx, "no Adobe", &f, "four components");
+    refused(ctx, "no Adobe", &f, "4 components");
     f = copy_of(bytes, size);
     f.bytes[find(&f, 0, 0xda) + 5] = 9; /* the first component's number in the scan */
-    refused(ctx, "component", &f, "a component that it does not have");
+    refused(ctx, "component", &f, "a scan of an undefined component");
     f = copy_of(bytes, size);
     f.bytes[find(&f, 0, 0xdb) + 3] = 5;
     f.bytes[find(&f, 0, 0xdb) + 2] = 0;
     refused(ctx, "DQT's length", &f, "bad quantization tables");
     f = copy_of(bytes, size);
     insert(&f, find(&f, 0, 0xda) + 16, "\xff\xd0", 2);
-    refused(ctx, "restart", &f, "a restart marker where none is announced");
+    refused(ctx, "restart", &f, "restart marker without a restart interval");
     f = copy_of(bytes, size);
     insert(&f, find(&f, 0, 0xda), "abc", 3);
-    refused(ctx, "bytes", &f, "bytes between its segments");
+    refused(ctx, "bytes", &f, "extra bytes between segments");
     for (i = 0; i < JPEGS; i += 2) { /* both with restarts */
         const char *name = jpegs[i].name;
         size_t first, data;
@@ -318,7 +318,7 @@ static void test_broken_jpegs(ckca_context *ctx) {
         data = find(&f, 0, 0xda);
         first = find(&f, data, 0xd0);
         insert(&f, first, "\0\0\0\0\0\0\0\0", 8);
-        refused(ctx, name, &f, "bytes between its data and a restart marker");
+        refused(ctx, name, &f, "extra bytes before a restart marker");
         cut(&f, first, 8);
         CHECK(decode(ctx, &f, 16, 24, 0) == CKCA_OK, "%s: %s", name, ckca_error(ctx));
         insert(&f, first, "\xff\xff", 2); /* padding in front of a marker is allowed */
@@ -333,7 +333,7 @@ static void test_broken_jpegs(ckca_context *ctx) {
         cut(&f, first - 1, 1);
         refused(ctx, name, &f, "its data ");
         f = without(jpegs[i].bytes, jpegs[i].size, 0xdd);
-        refused(ctx, name, &f, "where none is announced");
+        refused(ctx, name, &f, "restart marker without a restart interval");
     }
 }
 
@@ -342,21 +342,21 @@ static void test_broken_pngs(ckca_context *ctx) {
     file f = png(24, 16, 8, 2);
     add_chunk(&f, "IDAT", type3, sizeof type3);
     add_chunk(&f, "IEND", "", 0);
-    refused(ctx, "type 3", &f, "the data of its pixels makes no sense");
+    refused(ctx, "type 3", &f, "invalid pixel data");
     f = png(24, 16, 8, 2);
     add_chunk(&f, "IEND", "", 0);
-    refused(ctx, "no data", &f, "no data in it");
+    refused(ctx, "no data", &f, "no pixel data");
     f = png(24, 16, 8, 3);
     add_chunk(&f, "IDAT", type3, sizeof type3);
     refused(ctx, "palette", &f, "no palette");
     f = png(24, 16, 4, 2);
-    refused(ctx, "bits", &f, "do not go together");
+    refused(ctx, "bits", &f, "colour type does not allow its bit depth");
     f = png(24, 16, 8, 2);
     add_chunk(&f, "CgBI", "", 0);
     refused(ctx, "CgBI", &f, "CgBI");
     f = png(24, 16, 8, 2);
     add_chunk(&f, "ABCD", "", 0);
-    refused(ctx, "critical", &f, "a critical chunk");
+    refused(ctx, "critical", &f, "unknown critical chunk");
     f = png(0, 16, 8, 2);
     add_chunk(&f, "IDAT", type3, sizeof type3);
     add_chunk(&f, "IEND", "", 0);
@@ -527,7 +527,7 @@ static void test_folders(ckca_context *ctx) {
     put(DIR_ "forms/cafe\xcc\x81/1.jpg", rgb_jpg, sizeof rgb_jpg);
     desc.class_names = accents;
     expect(ctx, "forms", ckca_open_folder(ctx, &data, DIR_ "forms", &desc), CKCA_EINVAL,
-           "not one of the 2 classes asked for: caf\xc3\xa9, dog (names are compared byte by byte; the folder's is "
+           "not one of the 2 requested classes: caf\xc3\xa9, dog (names are compared byte by byte; the folder's name is "
            "cafe\\xcc\\x81)");
 
     memset(&desc, 0, sizeof desc);
@@ -561,7 +561,7 @@ static void test_folders(ckca_context *ctx) {
     add_chunk(&f, "IEND", "", 0);
     put(large, f.bytes, f.size);
     expect(ctx, "large", ckca_open_folder(ctx, &data, DIR_ "large", NULL), CKCA_EINVAL,
-           "a/1.png, the first picture, has 3000 x 4000 pixels, and no other size is given: set height and width of "
+           "a/1.png: as the first picture it gives the set its size, but 3000 x 4000 is too large: set height and width of "
            "ckca_data_desc (in the programs: --size)");
     f = jpeg_with_exif(6, 0, 3); /* the first picture's size is the turned one's */
     put(large, f.bytes, f.size);
@@ -594,15 +594,15 @@ static void test_sets(ckca_context *ctx) {
         int set; /* 10, 100; 0: IDX */
     } cases[] = {{"python/batches.meta", NULL, NULL, 0},
                  {"python/test_batch", "python", "the Python version of CIFAR-10: the binary version is needed", 10},
-                 {"above/cifar-10-batches-py/x", "above", "cifar-10-batches-py in it is the Python version", 10},
-                 {"tar/cifar-10-binary.tar.gz", "tar", "packed, unpack it with tar -xzf", 10},
-                 {"gz/test_batch.bin.gz", "gz", "gz/test_batch.bin.gz: packed, unpack it with gunzip", 10},
+                 {"above/cifar-10-batches-py/x", "above", "contains cifar-10-batches-py, which is the Python version", 10},
+                 {"tar/cifar-10-binary.tar.gz", "tar", "an archive: unpack it with tar -xzf", 10},
+                 {"gz/test_batch.bin.gz", "gz", "gz/test_batch.bin.gz: compressed: unpack it with gunzip", 10},
                  {"python100/meta", "python100", "the Python version of CIFAR-100", 100},
-                 {"tar100/cifar-100-binary.tar.gz", "tar100", "packed", 100},
-                 {"other/train.bin", "other", "train.bin in it is of CIFAR-100", 10},
-                 {"fine/cifar-10-batches-bin/sub/x", "fine/cifar-10-batches-bin/sub", "in the folder above it", 10},
-                 {"digits/MNIST/raw/sub/x", "digits/MNIST/raw/sub", "in the folder above it", 0},
-                 {"file/test_batch.bin", "file/test_batch.bin", "a file; the folder that it lies in is needed", 10}};
+                 {"tar100/cifar-100-binary.tar.gz", "tar100", "an archive", 100},
+                 {"other/train.bin", "other", "contains train.bin, which is a file of CIFAR-100", 10},
+                 {"fine/cifar-10-batches-bin/sub/x", "fine/cifar-10-batches-bin/sub", "is in the folder above", 10},
+                 {"digits/MNIST/raw/sub/x", "digits/MNIST/raw/sub", "is in the folder above", 0},
+                 {"file/test_batch.bin", "file/test_batch.bin", "is a file: pass the folder that contains it", 10}};
     char path[200];
     size_t i;
     ckca_data *data = NULL;
