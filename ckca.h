@@ -1,5 +1,5 @@
 /* ckca.h - v0.1.0 - keeps an image classifier learning while data keeps arriving. MIT or public domain, your choice:
-   both licences stand at the end of this file.
+   both licences are at the end of this file.
 
    Each new batch of labelled pictures improves the checkpoint you have, at a fixed cost in time and storage, without
    the old pictures. ResNets (or networks of your own), their training, loaders for pictures, and checkpoints that
@@ -101,7 +101,7 @@
    The path of a picture: ckca_open_folder decodes it into a store (DATA). ckca_update takes it, batch by batch, through
    ckca__train and ckca__step_ops (TRAINING) to ckca__run_forward, ckca__run_backward and ckca__run_sgd (EXECUTION),
    which call the ops of BACKEND. REFERENCE KERNELS shows what an op computes; VECTOR KERNELS and HOST OPS show how it
-   does so fast.
+   is made fast.
 
    THE METHOD
        CKCA (Knowledge Consolidation and Acquisition): "Step Out and Seek Around: On Warm-Start Training with
@@ -130,15 +130,15 @@
        logits     the network's K outputs before the softmax
        features   the D inputs of the layer that computes the logits
        student    the network in training
-       teacher    the checkpoint it started from
+       teacher    the checkpoint it started from, or ckca_update_desc.teacher
        Tensors are float32 (but see CKCA_PRECISION_BF16). Files and ckca_tensor_* use PyTorch's order (convolutions K x
        C x R x S); in memory it is K x R x S x C. A linear layer on a map larger than 1 x 1 takes it in NHWC order.
 
    OWNERSHIP AND THREADS
        You free what you create (ckca_*_free; NULL is allowed), data and models before their context. A call that
-       creates an object sets your pointer on success and leaves it unchanged on failure, so initialise it to NULL.
-       Strings, descriptors and arrays that you pass in are copied or not needed after the call; what is "owned by" an
-       object stays valid as long as the object.
+       creates an object sets your pointer on success and leaves it unchanged on failure (but see ckca_init), so
+       initialise it to NULL. Strings, descriptors and arrays that you pass in are copied or not needed after the call;
+       what is "owned by" an object stays valid as long as the object.
        A context and all its objects belong to one thread at a time; contexts share nothing. A context runs
        ckca_desc.threads - 1 threads of its own: the first call with work for them creates them, they sleep between
        calls, and ckca_context_free ends them. Results are bitwise the same for any number of threads. After fork() the
@@ -1121,8 +1121,9 @@ static ckca_status ckca__fail(ckca_context *ctx, ckca_status status, const char 
     va_end(args);
     if (status == CKCA_ENOMEM && ctx->refused) { /* set only by ckca_cuda.cu */
         size_t length = strlen(ctx->error);
-        snprintf(ctx->error + length, sizeof ctx->error - length, " (the GPU refused %.1f MB, %.1f MB are free)",
-                 (double)ctx->refused * 1e-6, (double)ctx->free_bytes * 1e-6);
+        snprintf(ctx->error + length, sizeof ctx->error - length,
+                 " (the GPU could not allocate %.1f MB, %.1f MB are free)", (double)ctx->refused * 1e-6,
+                 (double)ctx->free_bytes * 1e-6);
     }
     ctx->refused = 0;
     return status;
