@@ -1144,7 +1144,7 @@ typedef struct ckca__bound {
 static int ckca__out_of_bounds(const ckca__bound *b, int count, char *text, size_t capacity) {
     for (; count > 0; count--, b++) {
         if ((b->value >= b->least && b->value <= b->most) || (b->off && b->value == (double)CKCA_OFF)) continue;
-        snprintf(text, capacity, "%s is %.*g, it may be %.10g to %.10g%s", b->name,
+        snprintf(text, capacity, "%s is %.*g, must be %.10g to %.10g%s", b->name,
                  fabs(b->value) < 1e10 && b->value == floor(b->value) ? 10 : 7, /* digits of an int, or of a float */
                  b->value == b->value ? b->value : fabs(b->value), b->least, b->most, b->off ? ", or CKCA_OFF" : "");
         return 1;
@@ -1571,7 +1571,7 @@ static ckca_status ckca__data_desc(ckca_context *ctx, const ckca_data_desc *desc
     bounds[2].value = desc->classes;
     if ((status = ckca__check_bounds(ctx, "desc", bounds, 3))) return status;
     if (desc->channels != 0 && desc->channels != 1 && desc->channels != 3)
-        return ckca__fail(ctx, CKCA_EINVAL, "desc: channels is %d, it may be 1, 3, or 0 (as in the data)",
+        return ckca__fail(ctx, CKCA_EINVAL, "desc: channels is %d, must be 1, 3, or 0 (as in the data)",
                           desc->channels);
     if (desc->class_names && desc->classes == 0)
         return ckca__fail(ctx, CKCA_EINVAL, "desc: classes is 0, but class_names is set: classes is their number");
@@ -1776,7 +1776,7 @@ CKCA_API ckca_status ckca_open_array(ckca_context *ctx, ckca_data **data, const 
     bounds[3].value = array->classes;
     if ((status = ckca__check_bounds(ctx, "array", bounds, 4))) return status;
     if (array->channels != 1 && array->channels != 3)
-        return ckca__fail(ctx, CKCA_EINVAL, "array: channels is %d, it may be 1 or 3", array->channels);
+        return ckca__fail(ctx, CKCA_EINVAL, "array: channels is %d, must be 1 or 3", array->channels);
     for (i = 0; array->class_names && i < array->classes; i++)
         if (!array->class_names[i]) return ckca__fail(ctx, CKCA_EINVAL, "array: class_names[%d] is NULL", i);
     for (i = 0; i < array->count; i++)
@@ -2782,7 +2782,7 @@ static ckca_status ckca__check_picture(ckca_context *ctx, const char *path, cons
                           ckca__tail(path), flaw);
     if (picture->height < 1 || picture->width < 1 || picture->height > CKCA__MAX_SIDE ||
         picture->width > CKCA__MAX_SIDE || picture->height * picture->width > CKCA__MAX_PIXELS)
-        return ckca__fail(ctx, CKCA_EFORMAT, "%s: %.0f x %.0f pixels, it may have 1 to %d per side and %.0f in total",
+        return ckca__fail(ctx, CKCA_EFORMAT, "%s: %.0f x %.0f pixels, must have 1 to %d per side and at most %.0f",
                           ckca__tail(path), (double)picture->height, (double)picture->width, (int)CKCA__MAX_SIDE,
                           (double)CKCA__MAX_PIXELS);
     return CKCA_OK;
@@ -4115,7 +4115,7 @@ CKCA_API int ckca_layer_linear(ckca_model *m, const char *name, int input, int o
     if (!node) return -1;
     x = &m->node[input];
     if (out < 1)
-        return ckca__build_error(m, CKCA_EINVAL, "linear %s: out is %d, it may be 1 to %d", name, out, INT_MAX);
+        return ckca__build_error(m, CKCA_EINVAL, "linear %s: out is %d, must be 1 to %d", name, out, INT_MAX);
     node->h = node->w = 1;
     node->c = out;
     if (!ckca__add_parameter(m, "weight", CKCA__ROLE_WEIGHT, 2, out, x->h * x->w * x->c, 1, 1) ||

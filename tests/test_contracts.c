@@ -92,7 +92,7 @@ static void test_init(void) {
     memset(&desc, 0, sizeof desc);
     CHECK(ckca_init(NULL, NULL) == CKCA_EINVAL, "no place for the context");
     desc.threads = -1;
-    no_context("threads -1", &desc, "threads is -1, it may be 0 to 4096");
+    no_context("threads -1", &desc, "threads is -1, must be 0 to 4096");
     desc.threads = 5000;
     no_context("threads 5000", &desc, "threads is 5000");
     desc.threads = 0;
@@ -102,10 +102,10 @@ static void test_init(void) {
     if (ckca__best_isa() < CKCA_ISA_AVX512) no_context("isa avx512", &desc, "isa is avx512, but the best that this");
     desc.isa = CKCA_ISA_BEST;
     desc.no_winograd = CKCA_OFF;
-    no_context("no_winograd -1", &desc, "no_winograd is -1, it may be 0 to 1");
+    no_context("no_winograd -1", &desc, "no_winograd is -1, must be 0 to 1");
     desc.no_winograd = 0;
     desc.precision = (ckca_precision)7;
-    no_context("precision 7", &desc, "precision is 7, it may be 0 to 2");
+    no_context("precision 7", &desc, "precision is 7, must be 0 to 2");
     desc.precision = CKCA_PRECISION_TF32;
     if (CKCA__DEVICE_IS_HOST) no_context("precision TF32", &desc, "precision is CKCA_PRECISION_TF32, which needs a GPU");
     desc.precision = CKCA_PRECISION_FLOAT32;
@@ -147,12 +147,12 @@ static void test_data(ckca_data *set) {
     CHECK(ckca_open_array(NULL, &data, &a, NULL) == CKCA_EINVAL && data == sentinel_data, "no context");
     BAD_ARRAY(a.pixels = NULL, "array's pixels is NULL");
     BAD_ARRAY(a.labels = NULL, "array's labels is NULL");
-    BAD_ARRAY(a.count = 0, "array: count is 0, it may be 1 to 2147483647");
-    BAD_ARRAY(a.height = 20000, "array: height is 20000, it may be 1 to 16384");
+    BAD_ARRAY(a.count = 0, "array: count is 0, must be 1 to 2147483647");
+    BAD_ARRAY(a.height = 20000, "array: height is 20000, must be 1 to 16384");
     BAD_ARRAY(a.width = -1, "array: width is -1");
-    BAD_ARRAY(a.channels = 2, "array: channels is 2, it may be 1 or 3");
+    BAD_ARRAY(a.channels = 2, "array: channels is 2, must be 1 or 3");
     BAD_ARRAY(a.classes = 0, "array: classes is 0");
-    BAD_ARRAY(a.classes = INT_MAX, "array: classes is 2147483647, it may be 1 to 1000000");
+    BAD_ARRAY(a.classes = INT_MAX, "array: classes is 2147483647, must be 1 to 1000000");
     BAD_ARRAY(a.class_names = hole, "class_names[1] is NULL");
     BAD_ARRAY(a.classes = 1, "labels[1] is 1, there are 1 classes");
     a = good;
@@ -162,10 +162,10 @@ static void test_data(ckca_data *set) {
         change;                                                                                                \
         NOT_MADE(ckca_open_array(ctx, &data, &a, &desc), data, sentinel_data, CKCA_EINVAL, words);             \
     } while (0)
-    BAD_DESC(desc.height = -1, "desc: height is -1, it may be 0 to 16384");
+    BAD_DESC(desc.height = -1, "desc: height is -1, must be 0 to 16384");
     BAD_DESC(desc.width = 16385, "desc: width is 16385");
     BAD_DESC(desc.channels = -1, "channels is -1");
-    BAD_DESC(desc.classes = -5, "desc: classes is -5, it may be 0 to 1000000");
+    BAD_DESC(desc.classes = -5, "desc: classes is -5, must be 0 to 1000000");
     BAD_DESC(desc.class_names = twice, "classes is 0");
     BAD_DESC((desc.class_names = twice, desc.classes = 2), "both \"a\"");
     BAD_DESC((desc.class_names = hole, desc.classes = 2), "class_names[1] is NULL");
@@ -190,7 +190,7 @@ static void test_data(ckca_data *set) {
     (void)out;
     for (i = 0; i < 3; i++) parts[i] = data;
     REFUSED(ckca_split(set, 2, NULL, NULL), CKCA_EINVAL, "parts is NULL");
-    REFUSED(ckca_split(set, 0, NULL, parts), CKCA_EINVAL, "ckca_split: n is 0, it may be 1 to");
+    REFUSED(ckca_split(set, 0, NULL, parts), CKCA_EINVAL, "ckca_split: n is 0, must be 1 to");
     REFUSED(ckca_split(set, -3, NULL, parts), CKCA_EINVAL, "n is -3");
     split.size = -1;
     REFUSED(ckca_split(set, 3, &split, parts), CKCA_EINVAL, "size is -1");
@@ -282,12 +282,12 @@ static void broken(int which, const char *words) {
 
 static void test_building(void) {
     static const char *const words[] = {"relu: there is no node 0 (the model is empty: begin with ckca_layer_input)", "input: it must be the first node",
-        "conv: the name \"\" needs", "conv c: there is no node 5 (nodes are 0 to 0)", "conv c: out is 0, it may be 1 to",
-        "conv c: kernel is -1, it may be 0 to 255", "conv c: stride is 256", "conv c: pad is 3, it may be 0 to 2",
+        "conv: the name \"\" needs", "conv c: there is no node 5 (nodes are 0 to 0)", "conv c: out is 0, must be 1 to",
+        "conv c: kernel is -1, must be 0 to 255", "conv c: stride is 256", "conv c: pad is 3, must be 0 to 2",
         "conv c: bias is 2", "conv c: a kernel of 9", "bn: the name \"\"", "bn: there is no node -2",
-        "add: there is no node 3", "maxpool: kernel is 16, it may be 1 to 15", "maxpool: stride is 0",
-        "maxpool: pad is 2, it may be 0 to 1", "avgpool: there is no node 7", "subsample: stride is 0",
-        "subsample: out is 2, it may be 3 to", "linear fc: out is 0", "stage: there is no node 4 (nodes are 0 to 0)"};
+        "add: there is no node 3", "maxpool: kernel is 16, must be 1 to 15", "maxpool: stride is 0",
+        "maxpool: pad is 2, must be 0 to 1", "avgpool: there is no node 7", "subsample: stride is 0",
+        "subsample: out is 2, must be 3 to", "linear fc: out is 0", "stage: there is no node 4 (nodes are 0 to 0)"};
     ckca_model *m = (ckca_model *)(uintptr_t)sentinel_model;
     const ckca_model_desc good = shape();
     ckca_model_desc desc;
@@ -303,11 +303,11 @@ static void test_building(void) {
         NOT_MADE(ckca_model_create(ctx, &m, &desc), m, sentinel_model, CKCA_EINVAL, words_);                 \
         NOT_MADE(ckca_resnet(ctx, &m, "resnet8", &desc), m, sentinel_model, CKCA_EINVAL, words_);            \
     } while (0)
-    BAD_MODEL(desc.height = -1, "height is -1, it may be 0 to 65536");
+    BAD_MODEL(desc.height = -1, "height is -1, must be 0 to 65536");
     BAD_MODEL(desc.width = 70000, "width is 70000");
     BAD_MODEL(desc.channels = -1, "channels is -1");
-    BAD_MODEL(desc.classes = 0, "classes is 0, it may be 1 to 1000000");
-    BAD_MODEL(desc.width_base = 5000, "width_base is 5000, it may be 0 to 4096");
+    BAD_MODEL(desc.classes = 0, "classes is 0, must be 1 to 1000000");
+    BAD_MODEL(desc.width_base = 5000, "width_base is 5000, must be 0 to 4096");
     BAD_MODEL(desc.projection = -1, "projection is -1");
     BAD_MODEL(desc.zero_residual = 2, "zero_residual is 2");
     BAD_MODEL(desc.class_names = hole, "class_names[1] is NULL");
@@ -420,19 +420,19 @@ static void test_model(ckca_model *m, ckca_model *raw, const ckca_data *set) {
     before = see(m); /* with gradients and momentum */
     mean = ckca_tensor_find(m, "bn1.running_mean");
     REFUSED(ckca_forward(m, NULL, 1, 0), CKCA_EINVAL, "pictures is NULL");
-    REFUSED(ckca_forward(m, x, 0, 0), CKCA_EINVAL, "ckca_forward: n is 0, it may be 1 to 1000000");
+    REFUSED(ckca_forward(m, x, 0, 0), CKCA_EINVAL, "ckca_forward: n is 0, must be 1 to 1000000");
     REFUSED(ckca_forward(m, x, -1, 1), CKCA_EINVAL, "n is -1");
     REFUSED(ckca_node_shape(m, 99, &h, NULL, NULL), CKCA_EINVAL, "ckca_node_shape: there is no node 99 (nodes are 0 to");
     REFUSED(ckca_node_read(m, -1, out), CKCA_EINVAL, "there is no node -1");
     REFUSED(ckca_node_read(m, 0, NULL), CKCA_EINVAL, "ckca_node_read: out is NULL");
-    REFUSED(ckca_model_bytes(m, 0, 1, &bytes), CKCA_EINVAL, "batch is 0, it may be 1 to 1000000");
+    REFUSED(ckca_model_bytes(m, 0, 1, &bytes), CKCA_EINVAL, "batch is 0, must be 1 to 1000000");
     REFUSED(ckca_model_bytes(m, 1, 1, NULL), CKCA_EINVAL, "bytes is NULL");
     REFUSED(ckca_tensor_info_get(m, 999, &tensor), CKCA_EINVAL, "there is no tensor 999 (they are 0 to");
     REFUSED(ckca_tensor_info_get(m, 3, NULL), CKCA_EINVAL, "ckca_tensor_info_get: tensor is NULL");
     REFUSED(ckca_tensor_read(m, 3, CKCA_SLOT_VALUE, NULL), CKCA_EINVAL, "ckca_tensor_read: out is NULL");
     REFUSED(ckca_tensor_write(m, 3, CKCA_SLOT_VALUE, NULL), CKCA_EINVAL, "ckca_tensor_write: in is NULL");
     REFUSED(ckca_tensor_write(m, -1, CKCA_SLOT_VALUE, x), CKCA_EINVAL, "there is no tensor -1");
-    REFUSED(ckca_tensor_read(m, 0, (ckca_slot)3, out), CKCA_EINVAL, "slot is 3, it may be 0 to 2");
+    REFUSED(ckca_tensor_read(m, 0, (ckca_slot)3, out), CKCA_EINVAL, "slot is 3, must be 0 to 2");
     REFUSED(ckca_tensor_read(m, mean, CKCA_SLOT_MOMENTUM, out), CKCA_EINVAL, "bn1.running_mean is a running statistic");
     REFUSED(ckca_sgd(m, NULL), CKCA_EINVAL, "desc is NULL");
 #define BAD_SGD(field, value, words)                        \
@@ -442,10 +442,10 @@ static void test_model(ckca_model *m, ckca_model *raw, const ckca_data *set) {
         REFUSED(ckca_sgd(m, &sgd), CKCA_EINVAL, words);     \
         sgd = good;                                         \
     } while (0)
-    BAD_SGD(lr, -1, "ckca_sgd: lr is -1, it may be 0 to 1000000");
+    BAD_SGD(lr, -1, "ckca_sgd: lr is -1, must be 0 to 1000000");
     BAD_SGD(lr, (float)NAN, "lr is nan");
     BAD_SGD(lr, (float)INFINITY, "lr is inf");
-    BAD_SGD(momentum, 1.5f, "momentum is 1.5, it may be 0 to 1, or CKCA_OFF");
+    BAD_SGD(momentum, 1.5f, "momentum is 1.5, must be 0 to 1, or CKCA_OFF");
     BAD_SGD(momentum, -0.5f, "momentum is -0.5");
     BAD_SGD(weight_decay, -2, "weight_decay is -2");
     BAD_SGD(clip_norm, -(float)INFINITY, "clip_norm is -inf");
@@ -461,10 +461,10 @@ static void test_model(ckca_model *m, ckca_model *raw, const ckca_data *set) {
     REFUSED(ckca_get_batch(m, set, index, 0, NULL, 0, 0, x, NULL), CKCA_EINVAL, "ckca_get_batch: n is 0");
     REFUSED(ckca_get_batch(m, set, index, 2, NULL, 0, 0, x, NULL), CKCA_EINVAL, "index[1] is 6, there are 6 pictures");
     augment.jitter = (float)NAN;
-    REFUSED(ckca_get_batch(m, set, index, 1, &augment, 0, 0, x, NULL), CKCA_EINVAL, "augment.jitter is nan, it may be 0 to 1");
+    REFUSED(ckca_get_batch(m, set, index, 1, &augment, 0, 0, x, NULL), CKCA_EINVAL, "augment.jitter is nan, must be 0 to 1");
     augment.jitter = 0;
     augment.pad = -1;
-    REFUSED(ckca_get_batch(m, set, index, 1, &augment, 0, 0, x, NULL), CKCA_EINVAL, "augment.pad is -1, it may be 0 to 4096");
+    REFUSED(ckca_get_batch(m, set, index, 1, &augment, 0, 0, x, NULL), CKCA_EINVAL, "augment.pad is -1, must be 0 to 4096");
     REFUSED(ckca_update(m, NULL, NULL, NULL), CKCA_EINVAL, "ckca_update: data is NULL");
     REFUSED(ckca_update_defaults(m, set, NULL), CKCA_EINVAL, "desc is NULL");
 #ifndef CKCA_NO_STDIO

@@ -900,7 +900,7 @@ static void test_cifar(void) {
            "0 bytes, not a multiple");
     expect(ctx, "missing", ckca_open_cifar10(ctx, &data, DIR_ "none", CKCA_PART_TEST, NULL), CKCA_EIO,
            "none/test_batch.bin: cannot be opened: No such file");
-    expect(ctx, "part", ckca_open_cifar10(ctx, &data, DIR_ "cifar10", (ckca_part)7, NULL), CKCA_EINVAL, "part is 7, it may be 0 to 1");
+    expect(ctx, "part", ckca_open_cifar10(ctx, &data, DIR_ "cifar10", (ckca_part)7, NULL), CKCA_EINVAL, "part is 7, must be 0 to 1");
     expect(ctx, "dir", ckca_open_cifar10(ctx, &data, NULL, CKCA_PART_TEST, NULL), CKCA_EINVAL, "dir is NULL");
     ckca_context_free(ctx);
 }

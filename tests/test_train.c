@@ -218,7 +218,7 @@ static void test_graph_errors(ckca_context *ctx) {
         ckca_model_free(m);                                                                                               \
     } while (0)
     BROKEN(ckca_layer_conv(m, "c", x, conv(0, 3, 1, 1, 0)), CKCA_EINVAL, "conv c: out is 0");
-    BROKEN(ckca_layer_conv(m, "c", x, conv(4, 3, 1, 3, 0)), CKCA_EINVAL, "pad is 3, it may be 0 to 2");
+    BROKEN(ckca_layer_conv(m, "c", x, conv(4, 3, 1, 3, 0)), CKCA_EINVAL, "pad is 3, must be 0 to 2");
     BROKEN(ckca_layer_conv(m, "c", x, conv(4, 40, 1, 0, 0)), CKCA_ESHAPE, "kernel of 40");
     BROKEN(ckca_layer_conv(m, "c", 7, conv(4, 3, 1, 1, 0)), CKCA_EINVAL, "no node 7");
     BROKEN(ckca_layer_conv(m, "a b", x, conv(4, 3, 1, 1, 0)), CKCA_EINVAL, "\"a b\"");
@@ -226,7 +226,7 @@ static void test_graph_errors(ckca_context *ctx) {
     BROKEN(ckca_layer_conv(m, "c", ckca_layer_conv(m, "c", x, conv(4, 3, 1, 1, 0)), conv(4, 3, 1, 1, 0)), CKCA_EINVAL, "node 1 already has the name");
     BROKEN(ckca_layer_add(m, x, ckca_layer_conv(m, "c", x, conv(4, 3, 1, 1, 0))), CKCA_ESHAPE, "32 x 32 x 4");
     BROKEN(ckca_layer_maxpool(m, x, 0, 1, 0), CKCA_EINVAL, "kernel is 0");
-    BROKEN(ckca_layer_subsample(m, x, 2, 1), CKCA_EINVAL, "out is 1, it may be 3 to");
+    BROKEN(ckca_layer_subsample(m, x, 2, 1), CKCA_EINVAL, "out is 1, must be 3 to");
     BROKEN(ckca_layer_conv(m, "c", x, conv(2000000000, 3, 1, 1, 0)), CKCA_ESHAPE, "too large");
     BROKEN(ckca_layer_input(m), CKCA_EINVAL, "input");
     ckca_model_create(ctx, &m, &desc);
@@ -569,7 +569,7 @@ static void test_update_errors(ckca_context *ctx, ckca_model *start, const ckca_
     ckca_report report;
     int stop = 7;
     d.lr = 1e20f;
-    CHECK(ckca_update(m, data, &d, NULL) == CKCA_EINVAL && strstr(ckca_error(ctx), "lr is 1e+20, it may be 0 to 1000000"), "%s", ckca_error(ctx));
+    CHECK(ckca_update(m, data, &d, NULL) == CKCA_EINVAL && strstr(ckca_error(ctx), "lr is 1e+20, must be 0 to 1000000"), "%s", ckca_error(ctx));
     d.lr = 9e5f;
     d.momentum = 0.99f;
     d.epochs = 30;
