@@ -3165,8 +3165,8 @@ CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const
     if (!status && files.count == 0)
         status = ckca__fail(ctx, CKCA_EINVAL, "%s: no .jpg, .jpeg, .jpe, .jfif or .png file in its class folders",
                             ckca__tail(dir));
-    for (i = 0; !status && i < files.count && (!desc.height || !desc.width);
-         i++) { /* take the size of the first picture */
+    /* the size of the first picture */
+    for (i = 0; !status && i < files.count && (!desc.height || !desc.width); i++) {
         status = ckca__read_file(ctx, files.path[i], CKCA__MAX_PICTURE_FILE, &bytes, &size);
         if (!status) {
             status = ckca__check_picture(ctx, files.path[i], bytes, size, &first);
