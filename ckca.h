@@ -4114,8 +4114,7 @@ CKCA_API int ckca_layer_linear(ckca_model *m, const char *name, int input, int o
     const ckca__node *x;
     if (!node) return -1;
     x = &m->node[input];
-    if (out < 1)
-        return ckca__build_error(m, CKCA_EINVAL, "linear %s: out is %d, must be 1 to %d", name, out, INT_MAX);
+    if (out < 1) return ckca__build_error(m, CKCA_EINVAL, "linear %s: out is %d, must be 1 to %d", name, out, INT_MAX);
     node->h = node->w = 1;
     node->c = out;
     if (!ckca__add_parameter(m, "weight", CKCA__ROLE_WEIGHT, 2, out, x->h * x->w * x->c, 1, 1) ||
