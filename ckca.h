@@ -1,4 +1,4 @@
-/* ckca.h - v0.1.0 - keeps an image classifier learning while data keeps arriving. MIT or public domain, your choice:
+/* ckca.h - v0.2.0 - keeps an image classifier learning while data keeps arriving. MIT or public domain, your choice:
    both licences are at the end of this file.
 
    Each new batch of labelled pictures improves the checkpoint you have, at a fixed cost in time and storage, without
@@ -89,7 +89,7 @@
                      >>data         pictures: stores and views, resizing, readers, splitting
                      >>model        layers, ResNets, the graph as text
                      >>train        one update from the top down: epochs, SGD steps, losses, batches, evaluation
-                     >>run          forward, backward, SGD; tensors
+                     >>execution    forward, backward, SGD; tensors
                      >>plan         memory planning: the address of every value and gradient
                      >>checkpoint   checkpoints and training states
                      >>safetensors  the file format, and the JSON it needs
@@ -156,7 +156,7 @@
        Infinite or NaN weights and statistics are CKCA_ENAN: at the end of ckca_update, on save and on load.
 
    ZERO MEANS DEFAULT
-       memset a descriptor to 0 (or = {0}) and set what you care about. To switch off what is on by default, set the
+       memset a descriptor to 0 (or = {0}; in C++ = {}) and set what you care about. To switch off what is on by default, set the
        field to CKCA_OFF. Other negative values, NaN and infinity are refused. ckca_update_defaults returns the values
        that zeros stand for in an update. A descriptor without required fields may be NULL: ckca_init, ckca_open_*,
        ckca_split, ckca_update.
@@ -166,7 +166,8 @@
        when it is stopped (CKCA_ESTOP) and at its end. If a run is killed, the same calls with the same arguments resume
        from the file and give bitwise the same result. The file remains when ckca_update returns, since it holds the
        unsaved result; the model's next ckca_save removes it. If you keep the result in another way, remove the file
-       yourself.
+       yourself. One file serves one update at a time: save its result before the next update with that file. To resume
+       after CKCA_ESTOP, load the model that the update began with again: the stopped one has other weights.
        The state of another update (other pictures, weights or settings) is refused with CKCA_EINVAL, never overwritten.
        During an update net.state.lock is locked (flock), and a second update with that state fails with CKCA_EIO. The
        lock ends with its process. Systems and file systems without flock have no such check.
@@ -177,7 +178,8 @@
            format                 pt, which PyTorch's readers require
            ckca.format            1; rises when an older ckca.h would misread the file, which it then refuses
            ckca.version           CKCA_VERSION of the writer
-           ckca.graph             the network, so that ckca_load needs nothing else
+           ckca.graph             the network, so that ckca_load needs nothing else (zero_residual, which only fresh
+                                  weights know, is not in it)
            ckca.arch              the builder's name, or custom
            ckca.input             height width channels
            ckca.classes           the number of classes
@@ -217,9 +219,9 @@ extern "C" {
 #endif
 #endif
 
-#define CKCA_VERSION "0.1.0"
+#define CKCA_VERSION "0.2.0"
 #define CKCA_VERSION_MAJOR 0
-#define CKCA_VERSION_MINOR 1
+#define CKCA_VERSION_MINOR 2
 #define CKCA_VERSION_PATCH 0
 
 /* Switches off a term or setting whose field, left at 0, would take its default. */
@@ -566,8 +568,9 @@ CKCA_API ckca_status ckca_predict(ckca_model *model, const unsigned char *pixels
    =================================================================================================================== */
 
 #ifndef CKCA_NO_STDIO
-/* Writes a checkpoint (safetensors) to path.tmp and renames it: path is always the complete old or new file. Then
-   removes the training states of the updates that led to this model. */
+/* Writes a checkpoint (safetensors) to path.tmp and renames it: path is always the complete old or new file. Follows a
+   link to the file that it names, keeps that file's permissions, and refuses what is not a regular file (CKCA_EIO).
+   Then removes the training states of the updates that led to this model. */
 CKCA_API ckca_status ckca_save(ckca_model *model, const char *path);
 /* Creates a model from a checkpoint of ckca_save, whose metadata holds network, classes, normalisation and number of
    updates. */
@@ -4313,6 +4316,7 @@ CKCA_API int ckca_layer_stage(ckca_model *m, int input) {
     if (input < 0 || input >= m->nodes)
         return ckca__build_error(m, CKCA_EINVAL, "stage: there is no node %d (%s)", input,
                                  ckca__node_range(m, nodes, sizeof nodes));
+    if (input == 0) return ckca__build_error(m, CKCA_EINVAL, "stage: node 0 is the pictures, which have no gradient");
     m->node[input].stage = 1;
     return input;
 }
@@ -4390,7 +4394,7 @@ CKCA_API ckca_status ckca_model_create(ckca_context *ctx, ckca_model **out, cons
     }
     if (desc->mean) {
         for (i = 0; i < m->channels; i++) {
-            if (!(desc->std[i] > 0) || !(desc->std[i] < 1e6f) || !(fabsf(desc->mean[i]) < 1e6f)) {
+            if (!(desc->std[i] > 0) || !(desc->std[i] <= 1e6f) || !(fabsf(desc->mean[i]) <= 1e6f)) {
                 float mean = desc->mean[i], std = desc->std[i];
                 ckca_model_free(m);
                 return ckca__fail(ctx, CKCA_EINVAL,
@@ -5057,6 +5061,9 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     if ((status = ckca__check_finished(m, "ckca_update"))) return status;
     if (!data) return ckca__null(m->ctx, "ckca_update", "data");
     memset(u, 0, sizeof *u);
+    if (m->updates == INT_MAX)
+        return ckca__fail(m->ctx, CKCA_EINVAL, "ckca_update: the model has had %d updates, no more can be counted",
+                          INT_MAX);
     u->ctx = m->ctx;
     u->m = m;
     u->data = data;
@@ -5313,7 +5320,13 @@ static ckca_status ckca__check_finite(ckca_context *ctx, const char *what, const
                                       const float *values) {
     size_t i;
     for (i = 0; i < p->count && isfinite(values[i]); i++) continue;
-    if (i == p->count) return CKCA_OK;
+    if (i == p->count) {
+        for (i = 0; p->role == CKCA__ROLE_VAR && i < p->count; i++)
+            if (values[i] < 0)
+                return ckca__fail(ctx, CKCA_EFORMAT, "%s: %s%s has the negative variance %g", what, prefix, p->name,
+                                  (double)values[i]);
+        return CKCA_OK;
+    }
     return ckca__fail(ctx, CKCA_ENAN, "%s: %s%s is not finite: value %.0f of %.0f is %s", what, prefix, p->name,
                       (double)i + 1, (double)p->count, isnan(values[i]) ? "NaN" : "infinite");
 }
@@ -5554,6 +5567,7 @@ static ckca_status ckca__fingerprint(ckca__update *u) {
         if (ckca__settings[i].affects_result) fields[k++] = ckca__setting_get(d, &ckca__settings[i]);
     fields[k++] = u->m->updates;
     hash = ckca__hash(hash, fields, (size_t)k * sizeof *fields);
+    hash = ckca__hash(hash, u->m->normalization, (size_t)u->m->channels * 2 * sizeof(float));
     if ((status = ckca__hash_weights(u->old, &hash))) return status;
     if (u->teacher && u->teacher != u->old && (status = ckca__hash_weights(u->teacher, &hash))) return status;
     u->fingerprint = hash;
@@ -5912,7 +5926,7 @@ static ckca_status ckca__bind_data(ckca_model *m, const ckca_data *data, const c
 }
 
 /* ===================================================================================================================
-   EXECUTION                                                                                                     >>run
+   EXECUTION                                                                                               >>execution
 
    The forward pass, the backward pass and the SGD step, each one loop over the nodes or the arenas; then the public
    calls for them, and for reading and writing tensors.
@@ -6961,7 +6975,7 @@ static int ckca__parse_decimal(const char **text, double *value) {
         while (*p >= '0' && *p <= '9' && exponent < 100) exponent = exponent * 10 + (*p++ - '0');
     }
     exponent = sign * exponent + shift;
-    if (exponent < -40 || exponent > 40) return 0;
+    if (exponent < -80 || exponent > 40) return 0;
     *value = exponent < 0 ? mantissa / pow(10, -exponent) : mantissa * pow(10, exponent);
     *text = p;
     return 1;
@@ -6986,8 +7000,12 @@ static int ckca__parse_floats(const char *text, float *value, int count) {
     int i;
     for (i = 0; text && i < count; i++) {
         double v;
-        if ((i && *text++ != ' ') || !ckca__parse_decimal(&text, &v) || !(v < 1e6)) return 0;
-        value[i] = (float)v;
+        int negative;
+        if (i && *text++ != ' ') return 0;
+        negative = *text == '-';
+        text += negative;
+        if (!ckca__parse_decimal(&text, &v) || !(v <= 1e6)) return 0;
+        value[i] = (float)(negative ? -v : v);
     }
     return text && !*text;
 }
@@ -7032,7 +7050,8 @@ static ckca_status ckca__read_metadata(ckca_model *m, const ckca__st_file *file)
             status = ckca__fail(m->ctx, CKCA_EFORMAT, "%s: ckca.mean and ckca.std are not %d numbers each", path,
                                 m->channels);
         for (i = channels; !status && i < 2 * channels; i++)
-            if (!(normalization[i] > 0)) status = ckca__fail(m->ctx, CKCA_EFORMAT, "%s: ckca.std has a zero", path);
+            if (!(normalization[i] > 0))
+                status = ckca__fail(m->ctx, CKCA_EFORMAT, "%s: ckca.std has a value that is not above 0", path);
     }
     if (status) {
         ckca__free_names(m->ctx, list, count);
@@ -7644,7 +7663,8 @@ static ckca_status ckca__state_load(ckca__update *u, int *found) {
         status = ckca__fail(u->ctx, CKCA_EINVAL,
                             "%s: it is the training state of another update (%s), whose result may not have been "
                             "saved: finish that update, or remove the file to start over",
-                            path, *difference ? difference : "other pictures, weights, seed, teacher or settings");
+                            path,
+                            *difference ? difference : "other pictures, weights, mean, std, seed, teacher or settings");
     }
     if (!status &&
         (field[1] >= (uint64_t)u->d.epochs || field[2] > (uint64_t)u->batches || field[3] > (uint64_t)u->data->count))
@@ -8405,9 +8425,15 @@ static ckca_status ckca__st_write_memory(ckca_context *ctx, void *out, size_t ca
 #ifndef CKCA_NO_STDIO
 #ifdef CKCA__POSIX
 #include <sys/file.h>
-#ifndef __cplusplus /* strict C99 hides these two POSIX functions */
+#ifndef __cplusplus /* strict C99 hides these POSIX functions */
 extern int fileno(FILE *);
 extern int fsync(int);
+extern char *realpath(const char *, char *);
+#endif
+#ifdef O_NOFOLLOW
+#define CKCA__NOFOLLOW O_NOFOLLOW /* a PATH.tmp that is a link could lead anywhere */
+#else
+#define CKCA__NOFOLLOW 0
 #endif
 /* Opens the file at path, creates it if needed, and locks it until this process closes it or ends. Returns -1 if it cannot
    be opened (errno), -2 if it is locked. On a file system without locks it always succeeds. */
@@ -8415,7 +8441,7 @@ static int ckca__lock_path(const char *path) {
     struct stat mine, there;
     int tries;
     for (tries = 0; tries < 100; tries++) {
-        int file = open(path, O_RDWR | O_CREAT, 0666);
+        int file = open(path, O_RDWR | O_CREAT | CKCA__NOFOLLOW, 0666);
         if (file < 0) return -1;
         fcntl(file, F_SETFD, FD_CLOEXEC);
         if (flock(file, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK) {
@@ -8440,15 +8466,32 @@ static ckca_status ckca__st_write(ckca_context *ctx, const char *path, const ckc
                                   void *user) {
     ckca__text header, temporary;
     const char *failed = NULL; /* "created", "written", ...: for the message */
+    const char *target = path;
     ckca__sink sink;
     ckca_status status = CKCA_OK;
     int error = 0, lock = -1;
+#ifdef CKCA__POSIX
+    char *resolved;
+    struct stat about;
+    int replaces = 0;
+#endif
     memset(&sink, 0, sizeof sink);
     memset(&header, 0, sizeof header);
     header.ctx = ctx;
     temporary = header;
     ckca__st_header(&header, items, count, meta, metas);
-    ckca__text_puts(&temporary, path);
+#ifdef CKCA__POSIX
+    if ((resolved = realpath(path, NULL)) != NULL) { /* the file that a link leads to, not the link, is replaced */
+        target = resolved;
+        replaces = !stat(target, &about);
+        if (replaces && !S_ISREG(about.st_mode)) {
+            free(resolved);
+            ckca__release(ctx, header.bytes);
+            return ckca__fail(ctx, CKCA_EIO, "%s: not a regular file", ckca__tail(path));
+        }
+    }
+#endif
+    ckca__text_puts(&temporary, target);
     ckca__text_puts(&temporary, ".tmp");
     if (header.failed || temporary.failed) {
         status = ckca__fail(ctx, CKCA_ENOMEM, "%s: out of memory for its header", ckca__tail(path));
@@ -8481,7 +8524,10 @@ static ckca_status ckca__st_write(ckca_context *ctx, const char *path, const ckc
 #ifdef _WIN32
         if (ok) remove(path); /* on Windows rename does not replace a file */
 #endif
-        if (ok && rename(temporary.bytes, path) != 0) {
+#ifdef CKCA__POSIX
+        if (ok && replaces) chmod(temporary.bytes, about.st_mode & 07777); /* the old file's permissions */
+#endif
+        if (ok && rename(temporary.bytes, target) != 0) {
             failed = "put in place";
             error = errno;
         }
@@ -8501,6 +8547,7 @@ static ckca_status ckca__st_write(ckca_context *ctx, const char *path, const ckc
             close(folder);
         }
     }
+    free(resolved);
 #endif
     ckca__release(ctx, header.bytes);
     ckca__release(ctx, temporary.bytes);
@@ -12401,7 +12448,7 @@ static void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, const 
    While the version is 0.x, names of the public API may change; this list says which. Checkpoints of older versions
    stay readable.
 
-   next     Names: enumerators carry the prefix of their type (CKCA_SCHEDULE_STEP, CKCA_SLOT_VALUE, CKCA_PART_TRAIN,
+   0.2.0    Names: enumerators carry the prefix of their type (CKCA_SCHEDULE_STEP, CKCA_SLOT_VALUE, CKCA_PART_TRAIN,
             CKCA_PRECISION_BF16); layers have one prefix (ckca_layer_conv, ...); ckca_free is ckca_context_free, beside
             ckca_init; ckca_tensors is ckca_tensor_count; the struct ckca_tensor is ckca_tensor_info and its getter
             ckca_tensor_info_get; direct is no_winograd, plain no_nesterov; step of an info or report is updates,
@@ -12412,7 +12459,7 @@ static void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, const 
             "module." are recognised; infinite and NaN weights are refused
             Contracts: a failing call leaves its caller's pointers alone; every descriptor's numbers are checked;
             ckca_update_defaults; a teacher is only read; a training state stays until the result is saved
-            Group normalisation
+            Group normalisation (ckca_layer_groupnorm)
    0.1.0    2026-11-23, the first version: ResNets for CIFAR (8 to 110) and ImageNet (18, 34, 50), networks of your own;
             CKCA with its forms of AdaKD and FeatReg, warm start, shrink and perturb, LwF, scratch; pictures from folders,
             CIFAR, MNIST's format, arrays; safetensors checkpoints with torchvision's names, training states; AVX-512,

@@ -282,6 +282,9 @@ static inline void tool_check_output(const char *path) {
     struct stat about;
     FILE *file;
     if (!stat(path, &about) && S_ISDIR(about.st_mode)) tool_fail(1, "%s: it is a folder, not a file to write", path);
+    if (!stat(path, &about) && !S_ISREG(about.st_mode)) tool_fail(1, "%s: not a regular file", path);
+    snprintf(probe, sizeof probe, "%s.tmp", path);
+    if (!stat(probe, &about) && !S_ISREG(about.st_mode)) tool_fail(1, "%s: in the way of the new file", probe);
     snprintf(probe, sizeof probe, "%s.%ld", path, (long)getpid());
     file = fopen(probe, "wb");
     if (!file) tool_fail(1, "%s: cannot be created: %s", path, strerror(errno));

@@ -266,6 +266,7 @@ static void broken(int which, const char *words) {
     case 18: node = ckca_layer_subsample(m, x, 1, 2); break;
     case 19: node = ckca_layer_linear(m, "fc", x, 0); break;
     case 20: node = ckca_layer_stage(m, 4); break;
+    case 21: node = ckca_layer_stage(m, 0); break;
     default: break;
     }
     printf("  %s\n", ckca_error(ctx));
@@ -287,7 +288,8 @@ static void test_building(void) {
         "conv c: bias is 2", "conv c: a kernel of 9", "bn: the name \"\"", "bn: there is no node -2",
         "add: there is no node 3", "maxpool: kernel is 16, must be 1 to 15", "maxpool: stride is 0",
         "maxpool: pad is 2, must be 0 to 1", "avgpool: there is no node 7", "subsample: stride is 0",
-        "subsample: out is 2, must be 3 to", "linear fc: out is 0", "stage: there is no node 4 (nodes are 0 to 0)"};
+        "subsample: out is 2, must be 3 to", "linear fc: out is 0", "stage: there is no node 4 (nodes are 0 to 0)",
+        "stage: node 0 is the pictures"};
     ckca_model *m = (ckca_model *)(uintptr_t)sentinel_model;
     const ckca_model_desc good = shape();
     ckca_model_desc desc;
