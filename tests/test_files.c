@@ -1086,7 +1086,7 @@ static void test_safetensors(void) {
         }
     }
 
-    /* A disk that is full: the temporary file's name leads to a device that always is. The old file stays. */
+    /* The old file stays. */
     snprintf(temporary, sizeof temporary, "%s.tmp", path);
     { /* a disk that fills up in the middle of a large file */
         static float large[300000];
