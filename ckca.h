@@ -2243,6 +2243,7 @@ typedef struct ckca__picture {
     int64_t height, width; /* as stored */
     int orientation;       /* EXIF's orientation, 1 to 8; 1: as stored */
     size_t end;            /* of a JPEG without its end marker: bytes up to the end of its data. Else 0 */
+    size_t rewritten;      /* of a PNG that ckca__rewrite_png must rewrite: the most bytes of the result. Else 0 */
 } ckca__picture;
 /* Orientation (tag 0x112), 1 to 8, in an EXIF block, which is a TIFF file; 1 if it has none. A damaged block is no
    error: the picture can still be read. */
@@ -2294,6 +2295,7 @@ static const char *ckca__walk_png(const unsigned char *bytes, size_t size, ckca_
         } else if (!memcmp(name, "PLTE", 4)) {
             if (length % 3 || length < 3 || length > 768 || palette || data) return "corrupt: bad palette (PLTE)";
             palette = (int)length / 3;
+            if (type == 3 && length < (size_t)3 << bytes[24]) picture->rewritten = size + ((size_t)3 << bytes[24]);
         } else if (!memcmp(name, "tRNS", 4)) {
             if (data || type > 3 || (type == 3 ? length > (size_t)palette : length != (type ? 6 : 2)))
                 return "corrupt: bad transparency (tRNS)";
@@ -2309,6 +2311,27 @@ static const char *ckca__walk_png(const unsigned char *bytes, size_t size, ckca_
         }
     }
     return ckca__truncated;
+}
+/* Rewrites a validated PNG for stb_image, which takes the colours of pixels beyond a short palette from uninitialised
+   memory: black is appended to the palette, as in Pillow. Checksums are not rewritten, since stb_image ignores them.
+   Returns the bytes written. */
+static size_t ckca__rewrite_png(const unsigned char *bytes, size_t size, unsigned char *out) {
+    size_t at, length, colours = bytes[25] == 3 ? (size_t)3 << bytes[24] : 0, n = 8;
+    memcpy(out, bytes, 8);
+    for (at = 8; size - at >= 12; at += 12 + length) {
+        const unsigned char *name = bytes + at + 4;
+        length = ckca__big_endian(bytes + at);
+        memcpy(out + n, bytes + at, 12 + length);
+        if (!memcmp(name, "PLTE", 4) && length < colours) {
+            out[n + 2] = (unsigned char)(colours >> 8);
+            out[n + 3] = (unsigned char)colours;
+            memset(out + n + 8 + length, 0, colours - length + 4);
+            n += colours - length;
+        }
+        n += 12 + length;
+        if (!memcmp(name, "IEND", 4)) break;
+    }
+    return n;
 }
 /* --- JPEG (ITU-R T.81) ---
 
@@ -2779,7 +2802,7 @@ static const char *ckca__walk_picture(ckca_context *ctx, const unsigned char *by
 static ckca_status ckca__check_picture(ckca_context *ctx, const char *path, const unsigned char *bytes, size_t size,
                                        ckca__picture *picture) {
     const char *flaw = ckca__walk_picture(ctx, bytes, size, picture);
-    if (!flaw && size > INT_MAX - 2) flaw = "too many bytes for stb_image";
+    if (!flaw && size > INT_MAX - 1024) flaw = "too many bytes for stb_image";
     if (flaw)
         return ckca__fail(ctx, flaw == ckca__no_memory ? CKCA_ENOMEM : CKCA_EFORMAT, "%s: cannot be decoded: %s",
                           ckca__tail(path), flaw);
@@ -2822,15 +2845,20 @@ static ckca_status ckca__decode(ckca_context *ctx, const char *path, const unsig
     unsigned char *pixels, *whole = NULL;
     ckca_status status = ckca__check_picture(ctx, path, bytes, size, &picture);
     if (status) return status;
-    if (picture.end) { /* stb_image needs the end marker */
+    if (picture.end || picture.rewritten) {
         ckca__lock(ctx);
-        whole = (unsigned char *)ckca__alloc(ctx, picture.end + 2);
+        whole = (unsigned char *)ckca__alloc(ctx, picture.end ? picture.end + 2 : picture.rewritten);
         ckca__unlock(ctx);
         if (!whole) return ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory to copy it", ckca__tail(path));
-        memcpy(whole, bytes, picture.end);
-        memcpy(whole + picture.end, "\xff\xd9", 2);
+        if (picture.end) { /* stb_image needs the end marker */
+            memcpy(whole, bytes, picture.end);
+            memcpy(whole + picture.end, "\xff\xd9", 2);
+            size = picture.end + 2;
+        } else {
+            size = ckca__rewrite_png(bytes, size, whole);
+        }
     }
-    pixels = ckca__stb_load(whole ? whole : bytes, whole ? picture.end + 2 : size, &h, &w, &c, &memory);
+    pixels = ckca__stb_load(whole ? whole : bytes, size, &h, &w, &c, &memory);
     ckca__lock(ctx);
     ckca__release(ctx, whole);
     ckca__unlock(ctx);

@@ -363,6 +363,49 @@ static void test_broken_pngs(ckca_context *ctx) {
     refused(ctx, "width 0", &f, "16 x 0 pixels");
 }
 
+/* A PNG of 8 x 1 pixels, which its single, stored block of data lists; bits: of a pixel, 1 to 8. */
+static void add_pixels(file *f, const unsigned char *row, size_t size) {
+    unsigned char data[64] = {0x78, 1, 1};
+    uint32_t a = 1, b = 1; /* Adler-32, with the filter's byte 0 */
+    size_t i;
+    data[3] = (unsigned char)(size + 1);
+    data[5] = (unsigned char)~data[3];
+    data[6] = 0xff;
+    memcpy(data + 8, row, size);
+    for (i = 0; i < size; i++) {
+        a = (a + row[i]) % 65521;
+        b = (b + a) % 65521;
+    }
+    for (i = 0; i < 4; i++) data[8 + size + i] = (unsigned char)((b << 16 | a) >> (24 - 8 * i));
+    add_chunk(f, "IDAT", data, 12 + size);
+}
+
+/* A pixel beyond the palette is black, as in Pillow, and not whatever lay in memory. */
+static void test_palettes(ckca_context *ctx) {
+    static const unsigned char colours[] = {10, 20, 30, 40, 50, 60, 70, 80, 90};
+    static const unsigned char rows[4][8] = {{0x42}, {0x1e, 0x1e}, {0x01, 0x2f, 0x01, 0x2f}, {0, 1, 2, 255, 0, 1, 2, 3}};
+    static const int pixels[4][8] = {{0, 1, 0, 0, 0, 0, 1, 0}, /* 3: beyond */
+                                     {0, 1, 3, 2, 0, 1, 3, 2},
+                                     {0, 1, 2, 3, 0, 1, 2, 3},
+                                     {0, 1, 2, 3, 0, 1, 2, 3}};
+    int depth, transparent, x, k;
+    for (depth = 0; depth < 4; depth++)
+        for (transparent = 0; transparent < 2; transparent++) {
+            int wrong = 0, known = depth == 0 ? 1 : 3; /* colours in the palette */
+            file f = png(8, 1, 1 << depth, 3);
+            add_chunk(&f, "PLTE", colours, (size_t)known * 3);
+            if (transparent) add_chunk(&f, "tRNS", "\x7f", 1);
+            add_pixels(&f, rows[depth], (size_t)1 << depth);
+            add_chunk(&f, "IEND", "behind", 0);
+            memset(decoded, 99, sizeof decoded);
+            CHECK(decode(ctx, &f, 1, 8, 0) == CKCA_OK, "%s", ckca_error(ctx));
+            for (x = 0; x < 8; x++)
+                for (k = 0; k < 3; k++)
+                    wrong += decoded[x * 3 + k] != (pixels[depth][x] < known ? colours[pixels[depth][x] * 3 + k] : 0);
+            CHECK(wrong == 0, "%d bits: %d wrong bytes", 1 << depth, wrong);
+        }
+}
+
 /* ---- orientation ---- */
 
 /* EXIF with an orientation in either byte order, behind another entry. */
@@ -771,6 +814,7 @@ int main(int argc, char **argv) {
         test_truncated(ctx);
         test_broken_jpegs(ctx);
         test_broken_pngs(ctx);
+        test_palettes(ctx);
         test_orientation(ctx);
         test_folders(ctx);
         test_sets(ctx);
