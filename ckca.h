@@ -2272,7 +2272,7 @@ static const char ckca__no_memory[] = "no memory to check it"; /* the only flaw 
 /* Validates a PNG chunk by chunk; returns its flaw, or NULL. stb_image checks the compressed data. */
 static const char *ckca__walk_png(const unsigned char *bytes, size_t size, ckca__picture *picture) {
     static const unsigned char depths[7] = {1 | 2 | 4 | 8 | 16, 0, 8 | 16, 1 | 2 | 4 | 8, 8 | 16, 0, 8 | 16};
-    int type = -1, palette = 0, data = 0;
+    int type = -1, palette = 0, data = 0; /* data: 1: an IDAT chunk was seen; 2: one with bytes */
     size_t at, length;
     for (at = 8; size - at >= 12; at += 12 + length) { /* length, type, data, checksum of type and data */
         const unsigned char *name = bytes + at + 4, *chunk = bytes + at + 8;
@@ -2301,11 +2301,15 @@ static const char *ckca__walk_png(const unsigned char *bytes, size_t size, ckca_
                 return "corrupt: bad transparency (tRNS)";
         } else if (!memcmp(name, "IDAT", 4)) {
             if (type == 3 && !palette) return "corrupt: no palette before its pixel data";
-            data = 1;
+            if (!data) data = 1;
+            if (length)
+                data = 2;
+            else if (!picture->rewritten)
+                picture->rewritten = size;
         } else if (!memcmp(name, "eXIf", 4)) {
             picture->orientation = ckca__exif_orientation(chunk, length);
         } else if (!memcmp(name, "IEND", 4)) {
-            return data ? NULL : "corrupt: no pixel data";
+            return data == 2 ? NULL : "corrupt: no pixel data";
         } else if (!(name[0] & 0x20)) {
             return "unknown critical chunk";
         }
@@ -2313,7 +2317,8 @@ static const char *ckca__walk_png(const unsigned char *bytes, size_t size, ckca_
     return ckca__truncated;
 }
 /* Rewrites a validated PNG for stb_image, which takes the colours of pixels beyond a short palette from uninitialised
-   memory: black is appended to the palette, as in Pillow. Checksums are not rewritten, since stb_image ignores them.
+   memory, and copies an empty chunk of data to a null pointer: black is appended to the palette, as in Pillow, and empty
+   chunks of data are left out. Checksums are not rewritten, since stb_image ignores them.
    Returns the bytes written. */
 static size_t ckca__rewrite_png(const unsigned char *bytes, size_t size, unsigned char *out) {
     size_t at, length, colours = bytes[25] == 3 ? (size_t)3 << bytes[24] : 0, n = 8;
@@ -2321,6 +2326,7 @@ static size_t ckca__rewrite_png(const unsigned char *bytes, size_t size, unsigne
     for (at = 8; size - at >= 12; at += 12 + length) {
         const unsigned char *name = bytes + at + 4;
         length = ckca__big_endian(bytes + at);
+        if (!memcmp(name, "IDAT", 4) && !length) continue;
         memcpy(out + n, bytes + at, 12 + length);
         if (!memcmp(name, "PLTE", 4) && length < colours) {
             out[n + 2] = (unsigned char)(colours >> 8);
