@@ -2307,7 +2307,8 @@ static const char *ckca__walk_png(const unsigned char *bytes, size_t size, ckca_
             else if (!picture->rewritten)
                 picture->rewritten = size;
         } else if (!memcmp(name, "eXIf", 4)) {
-            picture->orientation = ckca__exif_orientation(chunk, length);
+            size_t prefix = length > 6 && !memcmp(chunk, "Exif\0", 6) ? 6 : 0; /* some writers leave JPEG's there */
+            picture->orientation = ckca__exif_orientation(chunk + prefix, length - prefix);
         } else if (!memcmp(name, "IEND", 4)) {
             return data == 2 ? NULL : "corrupt: no pixel data";
         } else if (!(name[0] & 0x20)) {

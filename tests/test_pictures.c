@@ -437,9 +437,9 @@ static file jpeg_with_exif(int orientation, int big, int type) {
     return f;
 }
 
-static file png_with_exif(int orientation, int big) {
-    unsigned char block[64];
-    size_t n = exif(block, orientation, big, 3), end = sizeof rgb_png - 12;
+static file png_with_exif(int orientation, int big, size_t prefix) {
+    unsigned char block[64] = "Exif\0";
+    size_t n = prefix + exif(block + prefix, orientation, big, 3), end = sizeof rgb_png - 12;
     file f = copy_of(rgb_png, end); /* behind the data */
     add_chunk(&f, "eXIf", block, n);
     add_chunk(&f, "IEND", "", 0);
@@ -486,8 +486,11 @@ static void test_orientation(ckca_context *ctx) {
             f = jpeg_with_exif(o, big, 4); /* written as a number of four bytes */
             CHECK(decode(ctx, &f, h, w, 0) == CKCA_OK && is_turned(stored, 16, 24, o), "long orientation %d: %s", o,
                   ckca_error(ctx));
-            f = png_with_exif(o, big);
+            f = png_with_exif(o, big, 0);
             CHECK(decode(ctx, &f, 8, 8, 0) == CKCA_OK && is_turned(small, 8, 8, o), "PNG, orientation %d: %s", o,
+                  ckca_error(ctx));
+            f = png_with_exif(o, big, 6); /* as JPEG has it */
+            CHECK(decode(ctx, &f, 8, 8, 0) == CKCA_OK && is_turned(small, 8, 8, o), "prefixed, orientation %d: %s", o,
                   ckca_error(ctx));
         }
     for (o = 0; o < 256; o += o == 0 ? 9 : 246) { /* 0, 9, 255 mean nothing */
@@ -780,7 +783,7 @@ static void test_mutations(ckca_context *ctx, long count) {
                 size_t which = is_png ? 6 + draw(3) : draw(6);
                 file f = copy_of(seeds[which].bytes, seeds[which].size);
                 char path[100];
-                if (is_png && draw(3) == 0) f = png_with_exif((int)draw(10), (int)draw(2));
+                if (is_png && draw(3) == 0) f = png_with_exif((int)draw(10), (int)draw(2), 0);
                 if (!is_png && draw(4) == 0) f = jpeg_with_exif((int)draw(10), (int)draw(2), 3 + (int)draw(2));
                 mutate(&f, is_png);
                 snprintf(path, sizeof path, DIR_ "mutated/%d/%02d.%s", k & 1, k, is_png ? "png" : "jpg");
