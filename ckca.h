@@ -3173,7 +3173,7 @@ CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const
     size_t *end = NULL, i, j;  /* files[end[i - 1]..end[i]) are of folder i */
     unsigned char *bytes;
     size_t size;
-    int height = 0, width = 0, left_out = 0;
+    int height = 1, width = 1, left_out = 0;
     ckca__picture first;
     ckca_status status = ckca__open(ctx, data, dir, CKCA_PART_TRAIN, desc_or_null, &desc);
     if (status) return status;
@@ -3203,11 +3203,14 @@ CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const
     if (!status && files.count == 0)
         status = ckca__fail(ctx, CKCA_EINVAL, "%s: no .jpg, .jpeg, .jpe, .jfif or .png file in its class folders",
                             ckca__tail(dir));
-    /* the size of the first picture */
+    /* the size of the first picture that can be read; if none can, ckca__decode_all reports the first */
     for (i = 0; !status && i < files.count && (!desc.height || !desc.width); i++) {
         status = ckca__read_file(ctx, files.path[i], CKCA__MAX_PICTURE_FILE, &bytes, &size);
         if (!status) {
+            unsigned char pixel[3];
             status = ckca__check_picture(ctx, files.path[i], bytes, size, &first);
+            if (!status && desc.skip_unreadable) /* its data may be corrupt all the same */
+                status = ckca__decode(ctx, files.path[i], bytes, size, pixel, 1, 1, 3, 1);
             ckca__release(ctx, bytes);
         }
         if (!status) {
@@ -3222,7 +3225,7 @@ CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const
                     ckca__tail(files.path[i]), height, width);
             break;
         }
-        if (desc.skip_unreadable && status != CKCA_ENOMEM && i + 1 < files.count) status = CKCA_OK;
+        if (desc.skip_unreadable && status != CKCA_ENOMEM) status = CKCA_OK;
     }
     if (!status && desc.class_names)
         status = ckca__store_create(ctx, &store, files.count, height, width, 3, desc.classes, desc.class_names, &desc);
@@ -3232,6 +3235,12 @@ CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const
         for (j = i ? end[i - 1] : 0; j < end[i]; j++)
             store->labels[j] = desc.class_names ? ckca__find_name(desc.class_names, desc.classes, names[i]) : (int)i;
     if (!status) status = ckca__decode_all(ctx, &files, store, desc.as_stored, desc.skip_unreadable);
+    for (i = j = 0; !status && !desc.class_names && i < folders.count; i++) { /* labels ascend, as the folders do */
+        if (j == (size_t)store->count || store->labels[j] != (int)i)
+            status = ckca__fail(ctx, CKCA_EINVAL, "%s: none of its %.0f pictures can be read",
+                                ckca__tail(folders.path[i]), (double)(end[i] - (i ? end[i - 1] : 0)));
+        while (!status && j < (size_t)store->count && store->labels[j] == (int)i) j++;
+    }
     if (!status) store->left_out = left_out;
     if (!status) status = ckca__view(data, store, NULL, store->count);
     ckca__store_release(store);

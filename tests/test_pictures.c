@@ -527,6 +527,7 @@ static void test_orientation(ckca_context *ctx) {
 
 static void test_folders(ckca_context *ctx) {
     static const char *const names[] = {"cat", "dog"};
+    static const char *const letters[] = {"a", "b"};
     static const char *const accents[] = {"caf\xc3\xa9", "dog"};
     static const char large[] = DIR_ "large/a/1.png";
     ckca_data *data, *part;
@@ -603,9 +604,37 @@ static void test_folders(ckca_context *ctx) {
         CHECK(ckca_label(data, i) == (i >= 5) && (ckca_pixels(data, i)[2] == 128) == (i % 2 == 0), "bad: picture %d",
               i);
     ckca_data_free(data);
+    f = png(24, 16, 8, 2); /* a good header, but its data is not: no size for the set */
+    add_chunk(&f, "IDAT", "x", 1);
+    add_chunk(&f, "IEND", "", 0);
+    put(DIR_ "bad/a/00.png", f.bytes, f.size);
+    CHECK(ckca_open_folder(ctx, &data, DIR_ "bad", &desc) == CKCA_OK, "%s", ckca_error(ctx));
+    ckca_data_info_get(data, &info);
+    CHECK(info.count == 9 && info.unreadable == 4 && info.height == 8 && info.width == 8 && info.first_unreadable &&
+              strstr(info.first_unreadable, "a/0.jpg: cannot be decoded: truncated"),
+          "bad first: %d pictures of %d x %d, %s", info.count, info.height, info.width, info.first_unreadable);
+    ckca_data_free(data);
+    for (i = 5; i < 9; i++) {
+        char path[100];
+        snprintf(path, sizeof path, DIR_ "bad/b/%d.png", i);
+        put(path, "x", 1);
+    }
+    data = NULL;
+    expect(ctx, "bad class", ckca_open_folder(ctx, &data, DIR_ "bad", &desc), CKCA_EINVAL,
+           "bad/b: none of its 5 pictures can be read");
+    CHECK(!data, "a set without pictures of a class");
+    desc.classes = 2;
+    desc.class_names = letters;
+    CHECK(ckca_open_folder(ctx, &data, DIR_ "bad", &desc) == CKCA_OK, "%s", ckca_error(ctx));
+    ckca_data_info_get(data, &info);
+    CHECK(info.count == 5 && info.unreadable == 8, "bad class: %d pictures", info.count);
+    ckca_data_free(data);
+    desc.classes = 0;
+    desc.class_names = NULL;
     put(DIR_ "worse/a/1.jpg", rgb_jpg, 150);
     put(DIR_ "worse/a/2.jpg", rgb_jpg, 140);
-    expect(ctx, "worse", ckca_open_folder(ctx, &data, DIR_ "worse", &desc), CKCA_EFORMAT, "truncated");
+    expect(ctx, "worse", ckca_open_folder(ctx, &data, DIR_ "worse", &desc), CKCA_EFORMAT,
+           "a/1.jpg: cannot be decoded: truncated");
     desc.height = desc.width = 8;
     expect(ctx, "worse", ckca_open_folder(ctx, &data, DIR_ "worse", &desc), CKCA_EFORMAT, "a/1.jpg: cannot be decoded");
 
@@ -765,6 +794,7 @@ static void test_mutations(ckca_context *ctx, long count) {
                  {rgb_png, sizeof rgb_png},
                  {grey_alpha_png, sizeof grey_alpha_png},
                  {palette_png, sizeof palette_png}};
+    static const char *const digits[] = {"0", "1"};
     long done, taken = 0, whole = 0, other = 0;
     int is_png, k;
     most_pixels = 1 << 14; /* the time shall go into parsing */
@@ -794,6 +824,8 @@ static void test_mutations(ckca_context *ctx, long count) {
             }
             taken += read;
             desc.skip_unreadable = 1;
+            desc.classes = 2; /* named: a class may lose all its pictures */
+            desc.class_names = digits;
             if (draw(2)) desc.height = desc.width = 0;
             data = NULL; /* a failing call leaves it alone */
             status = ckca_open_folder(ctx, &data, DIR_ "mutated", &desc);
