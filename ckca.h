@@ -2969,9 +2969,9 @@ static ckca_status ckca__list(ckca_context *ctx, const char *dir, int folders, c
         kind = ckca__file_kind(entry->d_name);
         if (kind == CKCA__NAME_SYSTEM) continue;
         path = ckca__path(ctx, dir, entry->d_name);
-        if (path && (folders || kind != CKCA__NAME_PICTURE)) {
+        if (path) { /* a folder may be named like a picture */
             int is_folder = stat(path, &about) == 0 && S_ISDIR(about.st_mode);
-            if (!folders || !is_folder) {
+            if (folders ? !is_folder : is_folder || kind != CKCA__NAME_PICTURE) {
                 *left_out += !is_folder && (folders ? kind == CKCA__NAME_PICTURE : kind == CKCA__NAME_OTHER);
                 ckca__release(ctx, path);
                 continue;

@@ -543,6 +543,7 @@ static void test_folders(ckca_context *ctx) {
     put(DIR_ "nested/cat/9.jfif", rgb_jpg, sizeof rgb_jpg);
     put(DIR_ "nested/cat/4.webp", "x", 1);
     put(DIR_ "nested/cat/siamese/notes.txt", "x", 1);
+    put(DIR_ "nested/cat/Album.jpg/3.jpg", grey_jpg, sizeof grey_jpg);
     put(DIR_ "nested/cat/Thumbs.db", "x", 1);
     put(DIR_ "nested/cat/.DS_Store", "x", 1);
     put(DIR_ "nested/dog/1.png", rgb_png, sizeof rgb_png);
@@ -551,11 +552,12 @@ static void test_folders(ckca_context *ctx) {
     CHECK(symlink("..", DIR_ "nested/cat/siamese/up") == 0 && symlink("siamese", DIR_ "nested/cat/again") == 0, "link");
     CHECK(ckca_open_folder(ctx, &data, DIR_ "nested", NULL) == CKCA_OK, "%s", ckca_error(ctx));
     ckca_data_info_get(data, &info);
-    CHECK(info.count == 4 && info.left_out == 3 && info.classes == 2 && !info.unreadable && !info.first_unreadable,
+    CHECK(info.count == 5 && info.left_out == 3 && info.classes == 2 && !info.unreadable && !info.first_unreadable,
           "nested: %d pictures, %d left out", info.count, info.left_out);
-    CHECK(data && ckca_label(data, 2) == 0 && ckca_label(data, 3) == 1 &&
-              ckca_pixels(data, 0)[0] == ckca_pixels(data, 0)[1] && /* 2.jpg, the grey one, before 9.jfif and below */
-              ckca_pixels(data, 1)[2] > 100 && ckca_pixels(data, 2)[2] > 100,
+    CHECK(data && ckca_label(data, 3) == 0 && ckca_label(data, 4) == 1 &&
+              ckca_pixels(data, 0)[0] == ckca_pixels(data, 0)[1] && /* 2.jpg, grey, before 9.jfif and those below */
+              ckca_pixels(data, 1)[2] > 100 && ckca_pixels(data, 2)[0] == ckca_pixels(data, 2)[1] &&
+              ckca_pixels(data, 3)[2] > 100,
           "nested: another order");
     CHECK(ckca_subset(&part, data, index, 1) == CKCA_OK, "%s", ckca_error(ctx));
     ckca_data_info_get(part, &info);
