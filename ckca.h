@@ -325,7 +325,7 @@ typedef struct ckca_data_info {
     int count, height, width, channels, classes;
     const char *const *class_names; /* classes, owned by the data */
     /* Of the folder that the pictures came from, when it was opened; 0 and NULL for other sources: */
-    int left_out;                 /* files of other types, and pictures outside the class folders */
+    int left_out;                 /* files of other types, and all files and broken links beside the class folders */
     int unreadable;               /* pictures that skip_unreadable skipped */
     const char *first_unreadable; /* path and fault of the first one, owned by the data; NULL: none */
 } ckca_data_info;
@@ -2951,7 +2951,7 @@ static ckca__name_kind ckca__file_kind(const char *name) {
 }
 static int ckca__compare_paths(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
 /* Adds the folders or the pictures in dir to a list, sorted by the bytes of their paths, without hidden ones. *left_out
-   counts files of other kinds (when listing folders: pictures). */
+   counts the files that are neither. */
 static ckca_status ckca__list(ckca_context *ctx, const char *dir, int folders, ckca__files *files, int *left_out) {
     size_t first = files->count;
     struct dirent *entry;
@@ -2972,7 +2972,7 @@ static ckca_status ckca__list(ckca_context *ctx, const char *dir, int folders, c
         if (path) { /* a folder may be named like a picture */
             int is_folder = stat(path, &about) == 0 && S_ISDIR(about.st_mode);
             if (folders ? !is_folder : is_folder || kind != CKCA__NAME_PICTURE) {
-                *left_out += !is_folder && (folders ? kind == CKCA__NAME_PICTURE : kind == CKCA__NAME_OTHER);
+                *left_out += !is_folder;
                 ckca__release(ctx, path);
                 continue;
             }
