@@ -325,7 +325,8 @@ typedef struct ckca_data_info {
     int count, height, width, channels, classes;
     const char *const *class_names; /* classes, owned by the data */
     /* Of the folder that the pictures came from, when it was opened; 0 and NULL for other sources: */
-    int left_out;                 /* files of other types, and all files and broken links beside the class folders */
+    int left_out;                 /* files of other types, all files and broken links beside the class folders, and
+                                     links to dir or to a folder above it, which are not followed */
     int unreadable;               /* pictures that skip_unreadable skipped */
     const char *first_unreadable; /* path and fault of the first one, owned by the data; NULL: none */
 } ckca_data_info;
@@ -2950,9 +2951,31 @@ static ckca__name_kind ckca__file_kind(const char *name) {
     return CKCA__NAME_OTHER;
 }
 static int ckca__compare_paths(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
+#ifndef __cplusplus /* strict C99 hides this POSIX function */
+extern int lstat(const char *, struct stat *);
+#endif
+/* 1 if the folder at path is a link to the data folder top or to one above it: the pictures of all classes are there. */
+static int ckca__leads_above(const char *path, const struct stat *folder, const char *top) {
+    char up[4096]; /* top/../.. */
+    size_t n = strlen(top);
+    struct stat about, last;
+    if (lstat(path, &about) != 0 || !S_ISLNK(about.st_mode) || n >= sizeof up) return 0;
+    memcpy(up, top, n + 1);
+    memset(&last, 0, sizeof last);
+    while (stat(up, &about) == 0) {
+        if (about.st_dev == folder->st_dev && about.st_ino == folder->st_ino) return 1;
+        if (about.st_dev == last.st_dev && about.st_ino == last.st_ino) break; /* the root is its own parent */
+        last = about;
+        if (sizeof up - n < 4) break;
+        memcpy(up + n, "/..", 4);
+        n += 3;
+    }
+    return 0;
+}
 /* Adds the folders or the pictures in dir to a list, sorted by the bytes of their paths, without hidden ones. *left_out
-   counts the files that are neither. */
-static ckca_status ckca__list(ckca_context *ctx, const char *dir, int folders, ckca__files *files, int *left_out) {
+   counts the files that are neither, and links to top, the data folder, or to a folder above it. */
+static ckca_status ckca__list(ckca_context *ctx, const char *dir, const char *top, int folders, ckca__files *files,
+                              int *left_out) {
     size_t first = files->count;
     struct dirent *entry;
     struct stat about;
@@ -2971,8 +2994,9 @@ static ckca_status ckca__list(ckca_context *ctx, const char *dir, int folders, c
         path = ckca__path(ctx, dir, entry->d_name);
         if (path) { /* a folder may be named like a picture */
             int is_folder = stat(path, &about) == 0 && S_ISDIR(about.st_mode);
-            if (folders ? !is_folder : is_folder || kind != CKCA__NAME_PICTURE) {
-                *left_out += !is_folder;
+            int above = is_folder && ckca__leads_above(path, &about, top);
+            if (folders ? !is_folder || above : is_folder || kind != CKCA__NAME_PICTURE) {
+                *left_out += !is_folder || above;
                 ckca__release(ctx, path);
                 continue;
             }
@@ -2998,8 +3022,10 @@ typedef struct ckca__visited { /* a folder, to recognise it on a second path */
     int depth; /* below the class folder; -1: visited before */
 } ckca__visited;
 /* Adds the pictures of a class folder and all folders below it to a list: folder by folder, sorted by the bytes of
-   their paths, as in torchvision's ImageFolder. A folder that several links lead to is read once. */
-static ckca_status ckca__list_class(ckca_context *ctx, const char *class_dir, ckca__files *files, int *left_out) {
+   their paths, as in torchvision's ImageFolder. A folder that several links lead to is read once; top: as in
+   ckca__list. */
+static ckca_status ckca__list_class(ckca_context *ctx, const char *class_dir, const char *top_dir, ckca__files *files,
+                                    int *left_out) {
     ckca__files folders;
     ckca__visited *visited = NULL;
     struct stat about;
@@ -3035,12 +3061,13 @@ static ckca_status ckca__list_class(ckca_context *ctx, const char *class_dir, ck
                 status = ckca__fail(ctx, CKCA_EINVAL, "%s: more than %d folders deep", ckca__tail(folders.path[i]),
                                     (int)CKCA__MAX_DEPTH);
             else
-                status = ckca__list(ctx, folders.path[i], 1, &folders, &none);
+                status = ckca__list(ctx, folders.path[i], top_dir, 1, &folders, &none);
         } else {
             here.depth = -1;
         }
         if (!status && !ckca__grow(ctx, (void **)&visited, i, &capacity, sizeof *visited))
-            status = ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for %.0f folders", ckca__tail(class_dir), (double)i);
+            status =
+                ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for %.0f folders", ckca__tail(class_dir), (double)i + 1);
         if (!status) visited[i] = here;
     }
     for (i = kept = 0; !status && i < folders.count; i++) {
@@ -3053,7 +3080,8 @@ static ckca_status ckca__list_class(ckca_context *ctx, const char *class_dir, ck
         folders.count = kept;
         qsort(folders.path, kept, sizeof *folders.path, ckca__compare_paths);
     }
-    for (i = 0; !status && i < folders.count; i++) status = ckca__list(ctx, folders.path[i], 0, files, left_out);
+    for (i = 0; !status && i < folders.count; i++)
+        status = ckca__list(ctx, folders.path[i], top_dir, 0, files, left_out);
     ckca__release(ctx, visited);
     ckca__files_free(ctx, &folders);
     return status;
@@ -3179,7 +3207,7 @@ CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const
     if (status) return status;
     memset(&folders, 0, sizeof folders);
     memset(&files, 0, sizeof files);
-    status = ckca__list(ctx, dir, 1, &folders, &left_out);
+    status = ckca__list(ctx, dir, dir, 1, &folders, &left_out);
     if (!status && folders.count == 0) status = ckca__fail(ctx, CKCA_EINVAL, "%s: no class folders", ckca__tail(dir));
     if (!status && desc.classes && !desc.class_names && (size_t)desc.classes != folders.count)
         status = ckca__fail(ctx, CKCA_EINVAL, "%s: has %.0f class folders, but %d classes were requested",
@@ -3194,7 +3222,7 @@ CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const
         status = ckca__check_class_name(ctx, dir, names[i]);
         if (!status && desc.class_names && ckca__find_name(desc.class_names, desc.classes, names[i]) < 0)
             status = ckca__not_a_class(ctx, folders.path[i], names[i], &desc);
-        if (!status) status = ckca__list_class(ctx, folders.path[i], &files, &left_out);
+        if (!status) status = ckca__list_class(ctx, folders.path[i], dir, &files, &left_out);
         end[i] = files.count;
         if (!status && !desc.class_names && end[i] == (i ? end[i - 1] : 0))
             status = ckca__fail(ctx, CKCA_EINVAL, "%s: no .jpg, .jpeg, .jpe, .jfif or .png file",

@@ -566,6 +566,21 @@ static void test_folders(ckca_context *ctx) {
     ckca_data_free(part);
     ckca_data_free(data);
 
+    put(DIR_ "loop/cat/1.jpg", rgb_jpg, sizeof rgb_jpg); /* links upwards would make every dog a cat */
+    put(DIR_ "loop/dog/1.jpg", rgb_jpg, sizeof rgb_jpg);
+    CHECK(symlink("..", DIR_ "loop/cat/up") == 0 && symlink("../../..", DIR_ "loop/cat/far") == 0 &&
+              symlink("/", DIR_ "loop/cat/root") == 0 && symlink(".", DIR_ "loop/cat/self") == 0 &&
+              symlink(".", DIR_ "loop/here") == 0,
+          "link");
+    for (i = 0; i < 2; i++) {
+        CHECK(ckca_open_folder(ctx, &data, i ? DIR_ "loop/cat/../" : DIR_ "loop", NULL) == CKCA_OK, "%s",
+              ckca_error(ctx));
+        ckca_data_info_get(data, &info);
+        CHECK(info.count == 2 && info.classes == 2 && info.left_out == 4, "loop: %d pictures of %d classes, %d left out",
+              info.count, info.classes, info.left_out);
+        ckca_data_free(data);
+    }
+
     put(DIR_ "hollow/cat/1.jpg", rgb_jpg, sizeof rgb_jpg);
     put(DIR_ "hollow/dog/deep/4.webp", "x", 1);
     desc.classes = 2;
