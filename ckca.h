@@ -1562,9 +1562,11 @@ CKCA_API const unsigned char *ckca_pixels(const ckca_data *data, int i) {
 
 /* Checks a descriptor and copies it to *out; NULL: all zeros. */
 static ckca_status ckca__data_desc(ckca_context *ctx, const ckca_data_desc *desc, ckca_data_desc *out) {
-    ckca__bound bounds[3] = {{"height", 0, 0, CKCA__MAX_SIDE, 0},
+    ckca__bound bounds[5] = {{"height", 0, 0, CKCA__MAX_SIDE, 0},
                              {"width", 0, 0, CKCA__MAX_SIDE, 0},
-                             {"classes", 0, 0, CKCA__CLASSES_MAX, 0}};
+                             {"classes", 0, 0, CKCA__CLASSES_MAX, 0},
+                             {"as_stored", 0, 0, 1, 0},
+                             {"skip_unreadable", 0, 0, 1, 0}};
     ckca_status status;
     int i, j;
     memset(out, 0, sizeof *out);
@@ -1573,7 +1575,9 @@ static ckca_status ckca__data_desc(ckca_context *ctx, const ckca_data_desc *desc
     bounds[0].value = desc->height;
     bounds[1].value = desc->width;
     bounds[2].value = desc->classes;
-    if ((status = ckca__check_bounds(ctx, "desc", bounds, 3))) return status;
+    bounds[3].value = desc->as_stored;
+    bounds[4].value = desc->skip_unreadable;
+    if ((status = ckca__check_bounds(ctx, "desc", bounds, 5))) return status;
     if (desc->channels != 0 && desc->channels != 1 && desc->channels != 3)
         return ckca__fail(ctx, CKCA_EINVAL, "desc: channels is %d, must be 1, 3, or 0 (as in the data)",
                           desc->channels);

@@ -603,6 +603,14 @@ static void test_folders(ckca_context *ctx) {
            "cafe\\xcc\\x81)");
 
     memset(&desc, 0, sizeof desc);
+    desc.as_stored = 2;
+    expect(ctx, "as_stored", ckca_open_folder(ctx, &data, DIR_ "nested", &desc), CKCA_EINVAL,
+           "desc: as_stored is 2, must be 0 to 1");
+    desc.as_stored = 0;
+    desc.skip_unreadable = -1;
+    expect(ctx, "skip_unreadable", ckca_open_folder(ctx, &data, DIR_ "nested", &desc), CKCA_EINVAL,
+           "desc: skip_unreadable is -1, must be 0 to 1");
+    memset(&desc, 0, sizeof desc);
     for (i = 0; i < 9; i++) {
         char path[100];
         snprintf(path, sizeof path, DIR_ "bad/%s/%d.png", i < 5 ? "a" : "b", i);
