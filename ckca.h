@@ -360,7 +360,7 @@ typedef struct ckca_array {
     int height, width;              /* 1 to 16384 */
     int channels;                   /* 1 or 3 */
     int classes;                    /* 1 to 1000000 */
-    const char *const *class_names; /* classes; NULL: "0", "1", ... */
+    const char *const *class_names; /* classes, UTF-8, all different; NULL: "0", "1", ... */
 } ckca_array;
 CKCA_API ckca_status ckca_open_array(ckca_context *ctx, ckca_data **data, const ckca_array *array,
                                      const ckca_data_desc *desc);
@@ -1457,6 +1457,10 @@ struct ckca_data {
 
 /* In THREADS: */
 static void ckca__parallel(ckca_context *ctx, int tasks, void (*work)(void *job, int task, int thread), void *job);
+/* In SAFETENSORS: */
+static size_t ckca__utf8_flaw(const unsigned char *text, size_t size);
+/* Below, for models too: */
+static ckca_status ckca__check_names(ckca_context *ctx, const char *call, const char *const *names, int n);
 
 enum { CKCA__MAX_SIDE = 16384 }; /* of a picture, in pixels */
 #ifndef CKCA__MAX_PIXELS
@@ -1560,6 +1564,47 @@ CKCA_API const unsigned char *ckca_pixels(const ckca_data *data, int i) {
     return data->store->pixels + (size_t)data->index[i] * ckca__picture_bytes(data->store);
 }
 
+/* A name for messages: bytes that are not printable ASCII as \x and two digits. Cut to capacity. */
+static void ckca__escape(const char *name, char *out, size_t capacity) {
+    size_t i, at = 0;
+    for (i = 0; name[i] && at + 5 < capacity; i++) {
+        unsigned char c = (unsigned char)name[i];
+        at += (size_t)snprintf(out + at, capacity - at, c < 127 && c >= 32 ? "%c" : "\\x%02x", c);
+    }
+    out[at] = 0;
+}
+/* Compares pointers into a list of names: by name, then by place. */
+static int ckca__compare_names(const void *a, const void *b) {
+    const char *const *first = *(const char *const *const *)a, *const *second = *(const char *const *const *)b;
+    int order = strcmp(*first, *second);
+    return order ? order : (first > second) - (first < second);
+}
+/* Checks the n class names of a descriptor (NULL: none): UTF-8, as checkpoints are, and no two the same. */
+static ckca_status ckca__check_names(ckca_context *ctx, const char *call, const char *const *names, int n) {
+    const char *const **sorted;
+    char escaped[160];
+    ckca_status status = CKCA_OK;
+    int i;
+    if (!names) return CKCA_OK;
+    for (i = 0; i < n; i++) {
+        if (!names[i]) return ckca__fail(ctx, CKCA_EINVAL, "%s: class_names[%d] is NULL", call, i);
+        if (!names[i][ckca__utf8_flaw((const unsigned char *)names[i], strlen(names[i]))]) continue;
+        ckca__escape(names[i], escaped, sizeof escaped);
+        return ckca__fail(ctx, CKCA_EINVAL, "%s: class_names[%d] is \"%s\", which is not UTF-8", call, i, escaped);
+    }
+    sorted = (const char *const **)ckca__alloc(ctx, ckca__mul((size_t)n, sizeof *sorted));
+    if (!sorted) return ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory to compare %d class names", call, n);
+    for (i = 0; i < n; i++) sorted[i] = names + i;
+    qsort(sorted, (size_t)n, sizeof *sorted, ckca__compare_names);
+    for (i = 1; i < n && strcmp(*sorted[i - 1], *sorted[i]) != 0; i++) {
+    }
+    if (i < n)
+        status = ckca__fail(ctx, CKCA_EINVAL, "%s: class_names[%d] and [%d] are both \"%.100s\"", call,
+                            (int)(sorted[i - 1] - names), (int)(sorted[i] - names), *sorted[i]);
+    ckca__release(ctx, sorted);
+    return status;
+}
+
 /* Checks a descriptor and copies it to *out; NULL: all zeros. */
 static ckca_status ckca__data_desc(ckca_context *ctx, const ckca_data_desc *desc, ckca_data_desc *out) {
     ckca__bound bounds[5] = {{"height", 0, 0, CKCA__MAX_SIDE, 0},
@@ -1568,7 +1613,6 @@ static ckca_status ckca__data_desc(ckca_context *ctx, const ckca_data_desc *desc
                              {"as_stored", 0, 0, 1, 0},
                              {"skip_unreadable", 0, 0, 1, 0}};
     ckca_status status;
-    int i, j;
     memset(out, 0, sizeof *out);
     if (!desc) return CKCA_OK;
     *out = *desc;
@@ -1583,14 +1627,7 @@ static ckca_status ckca__data_desc(ckca_context *ctx, const ckca_data_desc *desc
                           desc->channels);
     if (desc->class_names && desc->classes == 0)
         return ckca__fail(ctx, CKCA_EINVAL, "desc: classes is 0, but class_names is set: classes is their number");
-    for (i = 0; desc->class_names && i < desc->classes; i++) {
-        if (!desc->class_names[i]) return ckca__fail(ctx, CKCA_EINVAL, "desc: class_names[%d] is NULL", i);
-        for (j = 0; j < i; j++)
-            if (!strcmp(desc->class_names[i], desc->class_names[j]))
-                return ckca__fail(ctx, CKCA_EINVAL, "desc: class_names[%d] and [%d] are both \"%.100s\"", j, i,
-                                  desc->class_names[i]);
-    }
-    return CKCA_OK;
+    return ckca__check_names(ctx, "desc", desc->class_names, desc->classes);
 }
 
 /* --- Resizing ----------------------------------------------------------------------------------------------------- */
@@ -1785,8 +1822,7 @@ CKCA_API ckca_status ckca_open_array(ckca_context *ctx, ckca_data **data, const 
     if ((status = ckca__check_bounds(ctx, "array", bounds, 4))) return status;
     if (array->channels != 1 && array->channels != 3)
         return ckca__fail(ctx, CKCA_EINVAL, "array: channels is %d, must be 1 or 3", array->channels);
-    for (i = 0; array->class_names && i < array->classes; i++)
-        if (!array->class_names[i]) return ckca__fail(ctx, CKCA_EINVAL, "array: class_names[%d] is NULL", i);
+    if ((status = ckca__check_names(ctx, "array", array->class_names, array->classes))) return status;
     for (i = 0; i < array->count; i++)
         if (array->labels[i] < 0 || array->labels[i] >= array->classes)
             return ckca__fail(ctx, CKCA_EINVAL, "array: labels[%d] is %d, there are %d classes", i, array->labels[i],
@@ -2931,7 +2967,6 @@ CKCA_API ckca_status ckca_read_picture(ckca_context *ctx, const char *path, cons
     return ckca__read_picture(ctx, path, out, desc->height, desc->width, desc->channels, desc->as_stored);
 }
 #ifdef CKCA__POSIX
-static size_t ckca__utf8_flaw(const unsigned char *text, size_t size);
 typedef struct ckca__files {
     char **path;
     size_t count, capacity;
@@ -3187,12 +3222,9 @@ static ckca_status ckca__not_a_class(ckca_context *ctx, const char *path, const 
 /* A class name must be UTF-8, as checkpoints are. */
 static ckca_status ckca__check_class_name(ckca_context *ctx, const char *dir, const char *name) {
     char escaped[160];
-    size_t flaw = ckca__utf8_flaw((const unsigned char *)name, strlen(name)), i, at = 0;
+    size_t flaw = ckca__utf8_flaw((const unsigned char *)name, strlen(name));
     if (!name[flaw]) return CKCA_OK;
-    for (i = 0; name[i] && at + 5 < sizeof escaped; i++) {
-        unsigned char c = (unsigned char)name[i];
-        at += (size_t)snprintf(escaped + at, sizeof escaped - at, c < 128 && c >= 32 ? "%c" : "\\x%02x", c);
-    }
+    ckca__escape(name, escaped, sizeof escaped);
     return ckca__fail(ctx, CKCA_EINVAL, "%s: the name of its class folder \"%s\" is not UTF-8: rename it",
                       ckca__tail(dir), escaped);
 }

@@ -679,6 +679,41 @@ static void test_folders(ckca_context *ctx) {
     ckca_data_free(data);
 }
 
+/* Class names that the caller gives: refused if missing, not UTF-8 or twice there. */
+static void test_names(ckca_context *ctx) {
+    static const struct {
+        const char *names[4], *words;
+    } cases[] = {{{"b", "a", "c", NULL}, "class_names[3] is NULL"},
+                 {{"b", "caf\xe9", "c", "d"}, "class_names[1] is \"caf\\xe9\", which is not UTF-8"},
+                 {{"b", "c", "a", "c"}, "class_names[1] and [3] are both \"c\""},
+                 {{"caf\xc3\xa9", "c", "", "d"}, NULL}};
+    static const unsigned char pixels[3] = {1, 2, 3};
+    static const int labels[1] = {3};
+    size_t i;
+    for (i = 0; i < sizeof cases / sizeof *cases; i++) {
+        ckca_array array = {NULL, NULL, 1, 1, 1, 3, 4, NULL};
+        ckca_data_desc desc;
+        ckca_data *data = NULL;
+        char words[100];
+        memset(&desc, 0, sizeof desc);
+        array.pixels = pixels;
+        array.labels = labels;
+        array.class_names = cases[i].names;
+        if (!cases[i].words) {
+            CHECK(ckca_open_array(ctx, &data, &array, NULL) == CKCA_OK, "%s", ckca_error(ctx));
+            ckca_data_free(data);
+            continue;
+        }
+        snprintf(words, sizeof words, "array: %s", cases[i].words);
+        expect(ctx, "array", ckca_open_array(ctx, &data, &array, NULL), CKCA_EINVAL, words);
+        desc.classes = 4;
+        desc.class_names = cases[i].names;
+        array.class_names = NULL;
+        snprintf(words, sizeof words, "desc: %s", cases[i].words);
+        expect(ctx, "desc", ckca_open_array(ctx, &data, &array, &desc), CKCA_EINVAL, words);
+    }
+}
+
 static ckca_status job_folders(ckca_context *ctx) {
     ckca_data *data = NULL;
     ckca_data_desc desc;
@@ -885,6 +920,7 @@ int main(int argc, char **argv) {
         test_palettes(ctx);
         test_orientation(ctx);
         test_folders(ctx);
+        test_names(ctx);
         test_sets(ctx);
         put(DIR_ "jobs/a/b/1.jpg", progressive_restarts_jpg, sizeof progressive_restarts_jpg - 2);
         put(DIR_ "jobs/a/2.jpg", "x", 1);
