@@ -382,8 +382,8 @@ typedef struct ckca_split_desc {
     uint64_t seed;
 } ckca_split_desc;
 CKCA_API ckca_status ckca_split(const ckca_data *data, int n, const ckca_split_desc *desc, ckca_data **parts);
-/* Joins n sets, which must agree in height, width, channels and classes. Views of one store share it; others are
-   copied. */
+/* Joins n sets of one context, which must agree in height, width, channels and classes. Views of one store share it;
+   others are copied. n below 1: CKCA_EINVAL without a sentence, since there is no context to hold it. */
 CKCA_API ckca_status ckca_join(ckca_data **joined, ckca_data *const *parts, int n);
 /* A view of the pictures at index[0..n), each 0 to count - 1; repeats are allowed. */
 CKCA_API ckca_status ckca_subset(ckca_data **subset, const ckca_data *data, const int *index, int n);
@@ -3479,6 +3479,8 @@ CKCA_API ckca_status ckca_join(ckca_data **joined, ckca_data *const *parts, int 
     for (i = 0; i < n; i++) {
         if (!parts[i]) return ckca__fail(ctx, CKCA_EINVAL, "ckca_join: parts[%d] is NULL", i);
         store = parts[i]->store;
+        if (store->ctx != ctx)
+            return ckca__fail(ctx, CKCA_EINVAL, "ckca_join: parts[%d] belongs to another context than parts[0]", i);
         total += (size_t)parts[i]->count;
         shared = shared && store == first;
         if (store->height != first->height || store->width != first->width || store->channels != first->channels)

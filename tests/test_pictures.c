@@ -714,6 +714,24 @@ static void test_names(ckca_context *ctx) {
     }
 }
 
+static void test_join(ckca_context *ctx) {
+    static const unsigned char pixels[3] = {1, 2, 3};
+    static const int labels[1] = {0};
+    ckca_context *other = new_context(1);
+    ckca_array array = {NULL, NULL, 1, 1, 1, 3, 1, NULL};
+    ckca_data *parts[2] = {NULL, NULL}, *joined = NULL;
+    array.pixels = pixels;
+    array.labels = labels;
+    CHECK(!ckca_open_array(ctx, &parts[0], &array, NULL) && !ckca_open_array(other, &parts[1], &array, NULL), "open");
+    expect(ctx, "join", ckca_join(&joined, parts, 2), CKCA_EINVAL,
+           "ckca_join: parts[1] belongs to another context than parts[0]");
+    CHECK(ckca_join(&joined, parts, 0) == CKCA_EINVAL && ckca_join(&joined, parts, -1) == CKCA_EINVAL && !joined,
+          "no parts");
+    ckca_data_free(parts[0]);
+    ckca_data_free(parts[1]);
+    ckca_context_free(other);
+}
+
 static ckca_status job_folders(ckca_context *ctx) {
     ckca_data *data = NULL;
     ckca_data_desc desc;
@@ -921,6 +939,7 @@ int main(int argc, char **argv) {
         test_orientation(ctx);
         test_folders(ctx);
         test_names(ctx);
+        test_join(ctx);
         test_sets(ctx);
         put(DIR_ "jobs/a/b/1.jpg", progressive_restarts_jpg, sizeof progressive_restarts_jpg - 2);
         put(DIR_ "jobs/a/2.jpg", "x", 1);
