@@ -1913,7 +1913,9 @@ static ckca_status ckca__parse_idx(ckca_context *ctx, const char *path, const un
     if (bytes[0] || bytes[1] || bytes[2] != 8 || bytes[3] != dims)
         return ckca__fail(ctx, CKCA_EFORMAT, "%s: begins with %02x%02x%02x%02x, expected 000008%02x%s",
                           ckca__tail(path), bytes[0], bytes[1], bytes[2], bytes[3], dims,
-                          bytes[0] == 0x1f && bytes[1] == 0x8b ? " (gzip-compressed: unpack it with gunzip)" : "");
+                          bytes[0] == 0x1f && bytes[1] == 0x8b
+                              ? " (gzip-compressed: rename it to end in .gz and unpack it with gunzip)"
+                              : "");
     for (i = 0; i < dims; i++) {
         shape[i] = ckca__big_endian(bytes + 4 + 4 * i);
         total = ckca__mul(total, shape[i]);
@@ -2044,7 +2046,9 @@ static ckca_status ckca__open_cifar(ckca_context *ctx, ckca_data **data, const c
         status = ckca__open_file(ctx, path[i], (size_t)1 << 30, &file, &size);
         if (status) break;
         if (fread(begin, 1, 2, file) == 2 && begin[0] == 0x1f && begin[1] == 0x8b && size % record)
-            status = ckca__fail(ctx, CKCA_EFORMAT, "%s: gzip-compressed: unpack it with gunzip", ckca__tail(path[i]));
+            status =
+                ckca__fail(ctx, CKCA_EFORMAT, "%s: gzip-compressed: rename it to end in .gz and unpack it with gunzip",
+                           ckca__tail(path[i]));
         fclose(file);
         if (!status) status = ckca__check_cifar(ctx, path[i], size, record);
         total += size;
