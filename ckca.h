@@ -190,9 +190,12 @@
        Pictures are JPEG (baseline, extended and progressive, Huffman-coded, 8 bits per sample; grey, YCbCr, RGB, and
        CMYK with an Adobe segment) and PNG (all kinds; alpha is dropped, 16 bits are reduced to 8). Both are rotated and
        mirrored as their EXIF orientation says, unless ckca_data_desc.as_stored is set; sizes, crops and limits apply
-       after that. Each file is validated before stb_image decodes it: missing tables or scans, wrong checksums,
-       missing, extra, misplaced or disordered restart markers, and data that is too short are refused. A JPEG without
-       its end marker is read if its data is complete.
+       after that. Each file is validated before stb_image decodes it. In a JPEG, missing tables or scans and missing,
+       extra, misplaced or disordered restart markers are refused; without its end marker it is read if its data is
+       complete. Its data is checked code by code only if it has restart markers or no end marker: other data that ends
+       early, in front of an end marker, is read as other readers do, with grey for the rest (but data with fewer bits
+       than its blocks need at least is refused). In a PNG, the checksum of every chunk (CRC-32) is checked, that of the
+       pixels (Adler-32) is not.
 
    VERSIONS
        CKCA_VERSION is MAJOR.MINOR.PATCH. A new PATCH changes no declaration. A new MINOR may add declarations and
