@@ -338,10 +338,11 @@ typedef struct ckca_data_info {
 /* Reads DIR/CLASS/picture.{jpg,jpeg,jpe,jfif,png} (in any case), also in folders up to 32 levels below CLASS. A folder
    that several links lead to is read once. Classes are sorted by the bytes of their names unless desc names
    them; the pictures of a class are sorted folder by folder, as in torchvision's ImageFolder. A class folder without
-   pictures is an error unless desc names the classes; a class name that is not UTF-8 is an error. Names that begin with
-   a dot, Thumbs.db and desktop.ini are ignored; other files are counted in ckca_data_info.left_out. Decoding runs in
-   parallel. Limits: 16384 pixels per side and 64 Mi pixels per picture, 256 MiB per file (see FILE FORMATS), and 4 Mi
-   pixels for a first picture that gives the set its size. With CKCA_NO_STB_IMAGE the call only fails. */
+   pictures (with skip_unreadable: without readable ones) is an error unless desc names the classes; a class name that
+   is not UTF-8 is an error. Names that begin with a dot, Thumbs.db and desktop.ini are ignored; other files, and links
+   to dir or to a folder above it, are counted in ckca_data_info.left_out. Decoding runs in parallel. Limits: 16384
+   pixels per side and 64 Mi pixels per picture, 256 MiB per file (see FILE FORMATS), and 4 Mi pixels for a first
+   picture that gives the set its size. With CKCA_NO_STB_IMAGE the call only fails. */
 CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const char *dir, const ckca_data_desc *desc);
 /* The unpacked binary versions of CIFAR-10 and CIFAR-100: data_batch_{1..5}.bin and test_batch.bin, or train.bin and
    test.bin (fine labels), in dir or its subfolder cifar-10-batches-bin or cifar-100-binary. Class names come from
