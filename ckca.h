@@ -4492,8 +4492,8 @@ CKCA_API ckca_status ckca_model_create(ckca_context *ctx, ckca_model **out, cons
     if (!desc->mean != !desc->std)
         return ckca__fail(ctx, CKCA_EINVAL, "model: %s is NULL: give both mean and std, or neither",
                           desc->mean ? "std" : "mean");
-    for (i = 0; desc->class_names && i < desc->classes; i++)
-        if (!desc->class_names[i]) return ckca__fail(ctx, CKCA_EINVAL, "model: class_names[%d] is NULL", i);
+    if (desc->class_names && (status = ckca__check_names(ctx, "model", desc->class_names, desc->classes)))
+        return status;
     m = (ckca_model *)ckca__alloc(ctx, sizeof *m);
     if (!m) return ckca__fail(ctx, CKCA_ENOMEM, "out of memory for a model");
     m->ctx = ctx;

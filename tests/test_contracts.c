@@ -294,7 +294,7 @@ static void test_building(void) {
     const ckca_model_desc good = shape();
     ckca_model_desc desc;
     static const float some[3] = {0.5f, 0.5f, 0.5f}, zero[3] = {0.5f, 0, 0.5f};
-    static const char *const hole[] = {"a", NULL};
+    static const char *const hole[] = {"a", NULL}, *const twice[] = {"a", "a"}, *const bytes[] = {"a", "\xe8"};
     float nan[3] = {0.5f, 0.5f, 0};
     int i, x, fc;
     nan[2] = (float)NAN;
@@ -313,6 +313,8 @@ static void test_building(void) {
     BAD_MODEL(desc.projection = -1, "projection is -1");
     BAD_MODEL(desc.zero_residual = 2, "zero_residual is 2");
     BAD_MODEL(desc.class_names = hole, "class_names[1] is NULL");
+    BAD_MODEL(desc.class_names = twice, "class_names[0] and [1] are both \"a\"");
+    BAD_MODEL(desc.class_names = bytes, "not UTF-8");
     BAD_MODEL(desc.mean = some, "std is NULL");
     BAD_MODEL(desc.std = some, "mean is NULL");
     BAD_MODEL((desc.mean = some, desc.std = zero), "std[1] is 0");
