@@ -1,57 +1,59 @@
-/* ckca_cuda.cu - the GPU path of ckca.h: its ops as CUDA kernels and cuBLAS calls. MIT or public domain, your choice.
+/* ckca_cuda.cu - the CUDA backend of ckca.h: its ops as CUDA kernels and cuBLAS calls. MIT or public domain, your choice.
 
-   ckca.h declares the ops (section OPS, the seam) and has them for the host; this file has them for a GPU, with the
-   same names and arguments. A program chooses when it is compiled, and changes nothing else:
+   No GPU has run this file yet. It has been tested on the CPU only, through tests/cuda_shim.h; every statement about
+   speed below is a model, not a measurement.
+
+   ckca.h declares the ops (section BACKEND) and implements them for the host; this file implements the same functions
+   for a GPU. The choice is made at compile time, and the program's source does not change:
 
        nvcc -O3 -std=c++17 -arch=native -c ckca_cuda.cu
-       cc -O3 -DCKCA_CUDA -c program.c                        (program.c defines CKCA_IMPLEMENTATION as ever)
+       cc -O3 -DCKCA_CUDA -c program.c                        (program.c defines CKCA_IMPLEMENTATION as usual)
        nvcc program.o ckca_cuda.o -lcublas -o program
 
-   A context lives on the CUDA device that is current when it is created (CUDA_VISIBLE_DEVICES chooses), which must be
-   current when it is used. CUDA 12 or newer; GPUs from Turing (sm_75) on, TF32 and BF16 from Ampere (sm_80).
+   A context uses the CUDA device that is current at its creation (select it with CUDA_VISIBLE_DEVICES); that device
+   must be current whenever the context is used. Needs CUDA 12 or newer and a GPU from Turing (sm_75) on; TF32 and BF16
+   need Ampere (sm_80).
 
-   CONTENTS, each a section under this name
-       CONTEXT        stream, cuBLAS handle, errors that wait to be reported, launching
-       MEMORY         device memory, copies, staging of what comes in a stream, recorded work (CUDA graphs)
-       INSTRUCTIONS   what C++ has no name for: tensor cores, copies under way, roundings; and values of either kind
-       GEMM           the one kernel behind the three passes of every convolution but plain 1 x 1
-       CONVOLUTION    the ops that choose it, or cuBLAS
-       CHANNELS       sums over all pixels: batch norm, bias gradients
-       ELEMENTS       element-wise ops, pooling, group norm, gathering
-       LOSSES
-       WEIGHTS        SGD, clipping
+   CONTENTS, one section each
+       CONTEXT        streams, cuBLAS handles, deferred errors, kernel launches
+       MEMORY         device memory, copies, staging of streamed input, recorded work (CUDA graphs)
+       INSTRUCTIONS   wrappers for PTX: tensor cores, asynchronous copies, rounding; values as float or bfloat16
+       GEMM           the kernel behind all three passes of every convolution except plain 1 x 1
+       CHANNELS       reductions over all pixels: batch norm, bias gradients
+       CONVOLUTION    the convolution and linear ops, which choose the GEMM kernel or cuBLAS
+       ELEMENTS       element-wise ops, pooling, group norm, gather
+       LOSSES         cross-entropy, softmax, distillation and feature losses
+       WEIGHTS        SGD, gradient clipping, shrink and perturb
        PICTURES       bytes to augmented, normalised floats
 
-   HOW KERNELS ARE LAID OUT
-       Everything runs in one stream, in order, but for two things: uploads of pictures that the GPU has no room to keep
-       (see staging), and weight gradients, which go on beside the gradient of the same convolution's input. Kernels may
-       start while the one before ends (programmatic dependent launch) and wait before they touch memory. Blocks are of
-       256 threads, of 128 where a GEMM uses tensor cores. Element-wise kernels are grids of at most 16 blocks a
-       multiprocessor whose threads walk the array in strides, 16 bytes at a time where they can; where channels matter
-       the stride is a multiple of the channels, so that each thread meets the same ones and loads their constants once.
-       Batch norm's kernels load several rows before they use the first.
-       Sums over a grid: each block sums its part in an order that depends on the sizes alone; the block that comes last
-       (a ticket, counted by an integer atomic) adds the parts in theirs. Which block that is makes no difference: the
-       same machine gives the same bits.
+   EXECUTION
+       All work runs in order in one stream, with two exceptions: uploads of pictures that do not fit in GPU memory (see
+       staging), and weight gradients, which overlap the gradient of the same convolution's input. Kernels use
+       programmatic dependent launch: one may start while its predecessor finishes, and waits before it touches memory.
+       Blocks have 256 threads, or 128 where a GEMM uses tensor cores. Element-wise kernels use grid-stride loops over at
+       most 16 blocks per multiprocessor, with 16-byte accesses where possible; where channels matter, the stride is a
+       multiple of the channel count, so each thread keeps the same channels and loads their constants once. Batch-norm
+       kernels load several rows before they use the first.
+       Grid-wide sums are deterministic: each block sums its part in an order that depends only on the sizes, and the
+       last block to finish (found by a ticket, an integer atomic) adds the parts in a fixed order. Which block finishes
+       last does not matter: the same machine always gives the same bits.
 
-   FLOORS, what no kernel can beat: bytes through memory at its bandwidth, or multiply-adds at the peak of the unit used
+   LOWER BOUNDS on a kernel's time: its bytes at memory bandwidth, or its multiply-adds at the peak of the unit it uses
        GEMM           2 N P Q K R S C flops on tensor cores (FLOAT32: on the FFMA units), or the bytes of x, w and y
-                      once. 3 x 3 on 16 channels costs 288 flops and 8 bytes an output: memory is the floor there.
-       batch norm     forward: read x once, write y (8 bytes a value, 4 more with a residual), since the convolution takes
-                      the statistics; backward: read x and dy twice, write dx (20 bytes), y twice more behind a residual,
-                      dresidual 4 to 8 more. BF16: half of that.
+                      once. 3 x 3 on 16 channels costs 288 flops and 8 bytes per output: it is bound by memory.
+       batch norm     forward: read x once, write y (8 bytes a value, 4 more with a residual), since the convolution
+                      computes the statistics; backward: read x and dy twice, write dx (20 bytes), read y twice as well
+                      with a residual, dresidual 4 to 8 more. BF16: half of that.
        element-wise   the bytes of its arguments once; SGD 20 bytes a parameter.
-       pictures       a byte in, a float out; the first convolution widens their channels to a chunk.
-       losses         small; latency.
+       pictures       one byte in, one float out per value; the first convolution pads their channels to a whole chunk.
+       losses         small: bound by launch latency.
 
    PRECISION (ckca_desc.precision): FLOAT32 multiplies floats on the FFMA units. TF32 rounds both factors of
-   convolutions and linear layers (as registers take them from shared memory; cuBLAS in its own way) and multiplies on
-   tensor cores, summing in float32. BF16 keeps the maps between the pictures and the average pooling, and their
-   gradients, as bfloat16 in memory and multiplies them by weights rounded to it, summing in float32; what is behind the
-   pooling stays float32 and is multiplied as TF32. Weights, their gradients, statistics, losses and SGD are float32
-   throughout.
-
-   No GPU was at hand when this was written: it has been run on the CPU only, by tests/cuda_shim.h. */
+   convolutions and linear layers (after the load from shared memory; cuBLAS uses its own rounding) and multiplies on
+   tensor cores, accumulating in float32. BF16 stores the feature maps between the pictures and the average pooling, and
+   their gradients, as bfloat16 and multiplies them by weights rounded to bfloat16, accumulating in float32; everything
+   after the pooling is stored as float32 and multiplied as TF32. Weights, their gradients, statistics, losses and SGD
+   are always float32. */
 #ifndef CKCA_CUDA
 #define CKCA_CUDA
 #endif
@@ -63,7 +65,7 @@
 #include <cuda_runtime.h>
 #endif
 #ifdef _WIN32
-#define CKCA__PROCESS() 0L /* there is no fork() */
+#define CKCA__PROCESS() 0L /* Windows has no fork() */
 #else
 #include <unistd.h>
 #define CKCA__PROCESS() ((long)getpid())
@@ -74,50 +76,51 @@
    ------------------------------------------------------------------------------------------------------------------ */
 
 enum {
-    CKCA__THREADS = 256, /* in every block */
-    CKCA__SLOTS = 4,     /* pinned buffers that uploads go through, in turn */
+    CKCA__THREADS = 256, /* per block, except in tensor-core GEMMs */
+    CKCA__SLOTS = 4,     /* pinned buffers for small uploads, used round-robin */
     CKCA__SLOT_BYTES = 1 << 18,
-    CKCA__SHARED_BYTES = 48 << 10, /* of a block, unless a kernel asks for more */
+    CKCA__SHARED_BYTES = 48 << 10, /* per block, unless a kernel opts in to more */
     CKCA__TICKETS = 1 << 14,
-    CKCA__BLAS_BYTES = 32 << 20 /* cuBLAS's workspace: what it is advised to have on Hopper, and fixed for graphs */
+    CKCA__BLAS_BYTES = 32 << 20 /* cuBLAS's workspace: its recommended size on Hopper; CUDA graphs need a fixed one */
 };
 
 typedef struct ckca__cuda {
-    cudaStream_t stream, copies; /* all work; what a stage sends, meanwhile */
+    cudaStream_t stream, copies; /* all work; staged uploads, which overlap it */
     cublasHandle_t blas;
     void *blas_workspace;
     struct {
-        cudaStream_t stream; /* gradients of weights, beside those of inputs */
+        cudaStream_t stream; /* weight gradients, overlapping input gradients */
         cublasHandle_t blas;
         void *blas_workspace;
         cudaEvent_t forked, done;
-        int now, pending, wanted; /* 1: work goes there; nobody has waited for it; nor must, just now */
+        int now, pending, wanted; /* flags: work is issued here; the main stream has not waited for it
+                                           yet; the main stream need not wait */
     } beside;
-    int blocks;                    /* of an element-wise kernel, at most */
+    int blocks;                    /* maximum grid of an element-wise kernel */
     double *scratch;               /* on the device: one double */
     unsigned *tickets;             /* on the device: 0 between kernels, see ckca__is_last */
-    int early;                     /* 1: kernels may be started while the one before ends */
+    int early;                     /* 1: use programmatic dependent launch */
     char *slot[CKCA__SLOTS];       /* pinned host memory */
-    cudaEvent_t sent[CKCA__SLOTS]; /* the slot's last upload is through */
+    cudaEvent_t sent[CKCA__SLOTS]; /* the slot's last upload has finished */
     int next;                      /* slot */
-    unsigned releases;             /* memory given back so far: what was recorded before may point to it */
-    long process; /* the one that made all this: CUDA does not pass to the child of a fork() */
+    unsigned releases;             /* frees so far: a graph captured before the last one may point to freed memory */
+    long process; /* the creator: a CUDA context does not survive fork() */
     int failed;
     char error[400];
 } ckca__cuda;
 
 static ckca__cuda *ckca__cuda_of(const ckca_context *ctx) { return (ckca__cuda *)ctx->cuda; }
 
-/* Notes the first failure: call is the source text of what failed, up to its arguments. */
+/* Records the first failure. call: the source text of the failed call; only its name is kept. */
 static int ckca__cuda_note(ckca__cuda *cuda, const char *call, const char *message) {
     int length;
-    call += *call == '('; /* around a kernel with template arguments */
+    call += *call == '('; /* a kernel with template arguments is parenthesised */
     length = (int)strcspn(call, "(<");
     if (!cuda->failed) snprintf(cuda->error, sizeof cuda->error, "%.*s: %s", length, call, message);
     cuda->failed = 1;
     return 0;
 }
-/* A failure is taken from what the call returns, and removed from where CUDA keeps the last one for others to find. */
+/* Records the returned failure and clears CUDA's sticky copy, so that other users of the device do not see it. */
 static int ckca__cuda_check(ckca__cuda *cuda, const char *call, cudaError_t status) {
     if (status == cudaSuccess) return 1;
     cudaGetLastError();
@@ -133,7 +136,7 @@ static int ckca__cuda_usable(ckca__cuda *cuda, const char *call) {
 #define CKCA__CUDA(cuda, call) (ckca__cuda_usable(cuda, #call) && ckca__cuda_check(cuda, #call, call))
 #define CKCA__BLAS(cuda, call) (ckca__cuda_usable(cuda, #call) && ckca__blas_check(cuda, #call, call))
 
-/* Where work goes: the main stream, which then waits first for what went on beside it, unless that is wanted. */
+/* The stream to issue work to. The main stream first waits for pending side-stream work, unless overlap is allowed. */
 static cudaStream_t ckca__cuda_stream(ckca__cuda *cuda) {
     if (cuda->beside.now) return cuda->beside.stream;
     if (cuda->beside.pending && !cuda->beside.wanted) {
@@ -143,8 +146,8 @@ static cudaStream_t ckca__cuda_stream(ckca__cuda *cuda) {
     return cuda->stream;
 }
 
-/* Work between these goes on beside what comes after it, up to the end of the next convolution's gradient of the input.
-   They share no scratch, and no tickets. */
+/* Work issued between these two calls overlaps the main stream's work until the end of the next convolution's input
+   gradient. The streams share neither scratch memory nor tickets. */
 static void ckca__beside_begin(ckca__cuda *cuda) {
     cuda->beside.now = CKCA__CUDA(cuda, cudaEventRecord(cuda->beside.forked, ckca__cuda_stream(cuda))) &&
                        CKCA__CUDA(cuda, cudaStreamWaitEvent(cuda->beside.stream, cuda->beside.forked, 0));
@@ -158,7 +161,7 @@ static unsigned *ckca__tickets(const ckca__cuda *cuda) {
     return cuda->tickets + (cuda->beside.now ? CKCA__TICKETS : 0);
 }
 
-/* Blocks, their threads and their shared memory beyond what the kernel declares. */
+/* Grid, threads per block, and bytes of dynamic shared memory. */
 typedef struct ckca__launch_shape {
     dim3 grid;
     unsigned threads;
@@ -168,8 +171,8 @@ typedef struct ckca__launch_shape {
     ckca__launch_shape(unsigned blocks) : ckca__launch_shape(dim3(blocks)) {}
 } ckca__launch_shape;
 
-/* Every kernel starts here: CKCA__LAUNCH(ctx, kernel, blocks, arguments...). Where the GPU can, it is started while the
-   one before it ends (programmatic dependent launch): every kernel calls ckca__wait_for_grids. */
+/* Launches every kernel: CKCA__LAUNCH(ctx, kernel, blocks, arguments...). With programmatic dependent launch a kernel
+   may start while its predecessor finishes, so every kernel must call ckca__wait_for_grids. */
 template <class... P, class... A>
 static void ckca__launch(ckca_context *ctx, const char *name, void (*kernel)(P...), ckca__launch_shape shape,
                          A... arguments) {
@@ -227,11 +230,11 @@ static int ckca__blas_create(ckca__cuda *cuda, cudaStream_t stream, cublasHandle
     return CKCA__CUDA(cuda, cudaMalloc(workspace, CKCA__BLAS_BYTES)) && CKCA__BLAS(cuda, cublasCreate(blas)) &&
            CKCA__BLAS(cuda, cublasSetStream(*blas, stream)) &&
            CKCA__BLAS(cuda, cublasSetWorkspace(*blas, *workspace, CKCA__BLAS_BYTES)) &&
-           /* Parts of a sum are added in float32 even where the result is BF16. */
+           /* Split-K sums stay in float32 even for BF16 results. */
            CKCA__BLAS(cuda, cublasSetMathMode(*blas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
 }
 
-/* What a failure leaves is freed with the context. */
+/* On failure, ckca__device_free releases what was created. */
 CKCA__OP ckca_status ckca__device_init(ckca_context *ctx) {
     ckca__cuda *cuda = (ckca__cuda *)calloc(1, sizeof *cuda);
     static const char *const precision[CKCA_PRECISION_COUNT] = {"float32", "tf32", "bf16"};
@@ -245,7 +248,7 @@ CKCA__OP ckca_status ckca__device_init(ckca_context *ctx) {
     cuda->process = CKCA__PROCESS();
     ok = CKCA__CUDA(cuda, cudaGetDevice(&device)) && CKCA__CUDA(cuda, cudaGetDeviceProperties(&gpu, device));
     if (!ok) return ckca__device_status(ctx);
-    if (ctx->precision != CKCA_PRECISION_FLOAT32 && gpu.major < 8) { /* as an instruction set it lacks */
+    if (ctx->precision != CKCA_PRECISION_FLOAT32 && gpu.major < 8) {
         snprintf(ctx->error, sizeof ctx->error,
                  "ckca_init: precision is %s, which needs compute capability 8.0; %.100s has %d.%d",
                  precision[ctx->precision], gpu.name, gpu.major, gpu.minor);
@@ -265,7 +268,7 @@ CKCA__OP ckca_status ckca__device_init(ckca_context *ctx) {
     for (i = 0; ok && i < CKCA__SLOTS; i++)
         ok = CKCA__CUDA(cuda, cudaMallocHost((void **)&cuda->slot[i], CKCA__SLOT_BYTES)) &&
              CKCA__CUDA(cuda, cudaEventCreateWithFlags(&cuda->sent[i], cudaEventDisableTiming));
-    cuda->early = gpu.major >= 9 && runtime >= 12030 && driver >= 12030; /* in graphs, too */
+    cuda->early = gpu.major >= 9 && runtime >= 12030 && driver >= 12030; /* since 12.3 in graphs, too */
     cuda->blocks = 16 * gpu.multiProcessorCount;
     snprintf(ctx->device, sizeof ctx->device, "cuda %.40s %s", gpu.name, precision[ctx->precision]);
     return ckca__device_status(ctx);
@@ -283,7 +286,7 @@ CKCA__OP ckca_status ckca__device_status(ckca_context *ctx) {
    MEMORY
    ------------------------------------------------------------------------------------------------------------------ */
 
-/* Having no memory is no reason for later calls to fail; any other failure is noted. */
+/* 1: the allocation succeeded. Running out of memory is not a sticky error; any other failure is recorded. */
 static int ckca__cuda_granted(ckca__cuda *cuda, const char *call, cudaError_t status) {
     if (status == cudaSuccess) return 1;
     cudaGetLastError();
@@ -291,7 +294,7 @@ static int ckca__cuda_granted(ckca__cuda *cuda, const char *call, cudaError_t st
     return 0;
 }
 
-/* For tests: the byte that new memory is filled with, 0xff (NaN) to see who relies on zeros; -1: none, for initcheck. */
+/* For tests: the fill byte of new memory. 0xff (NaN) exposes code that relies on zeros; -1 (none) is for initcheck. */
 #ifndef CKCA_FRESH
 #define CKCA_FRESH 0
 #endif
@@ -318,9 +321,8 @@ CKCA__OP void ckca__device_release(ckca_context *ctx, void *memory, size_t bytes
     CKCA__CUDA(cuda, cudaFree(memory));
 }
 
-/* Small things are copied to pinned memory first, so that the call returns while the GPU is still busy with the steps
-   before. Large ones (weights, a store of pictures) are rare; their source, which the driver may read until the copy is
-   through, is the caller's again after the call. */
+/* Small uploads are copied to pinned memory first, so the call returns while the GPU still runs earlier steps. Large
+   ones (weights, a store of pictures) are rare and synchronous, so the caller may reuse host on return. */
 CKCA__OP void ckca__device_upload(ckca_context *ctx, void *device, const void *host, size_t bytes) {
     ckca__cuda *cuda = ckca__cuda_of(ctx);
     const void *from = host;
@@ -362,12 +364,12 @@ CKCA__OP size_t ckca__device_free_bytes(const ckca_context *ctx) {
 
 /* ---- staging ---- */
 
-/* Two buffers on either side, by turns: while one is filled on the host, the other's upload and the work on the batch
-   before that go on. Work finds its input where it always was, at the price of a copy on the device. */
+/* Double buffering on host and device: the host fills one buffer while the other uploads and the GPU works on the batch
+   before. A copy on the device keeps the input's address fixed, as CUDA graphs require. */
 typedef struct ckca__staging {
     size_t bytes;
-    char *host[2], *device[2];     /* pinned memory; where it is uploaded to */
-    cudaEvent_t sent[2], taken[2]; /* host's upload is through; device has been copied from */
+    char *host[2], *device[2];     /* pinned memory; its copy on the device */
+    cudaEvent_t sent[2], taken[2]; /* the upload from host has finished; so has the copy from device */
     int next;
 } ckca__staging;
 
@@ -401,7 +403,7 @@ CKCA__OP void *ckca__device_staging_open(ckca_context *ctx, size_t bytes) {
              ckca__cuda_granted(cuda, "cudaMallocHost", cudaMallocHost((void **)&s->host[i], bytes)) &&
              CKCA__CUDA(cuda, cudaEventCreateWithFlags(&s->sent[i], cudaEventDisableTiming)) &&
              CKCA__CUDA(cuda, cudaEventCreateWithFlags(&s->taken[i], cudaEventDisableTiming));
-    /* The buffers are zeroed in one stream and written to in the other. */
+    /* The main stream zeroes the buffers; the copy stream writes them. */
     if (ok && CKCA__CUDA(cuda, cudaStreamSynchronize(ckca__cuda_stream(cuda)))) return s;
     ckca__device_staging_close(ctx, s);
     return NULL;
@@ -427,10 +429,10 @@ CKCA__OP void ckca__device_staging_send(ckca_context *ctx, void *stage, void *de
 
 /* ---- recorded work ---- */
 
-/* The first time, work runs as it comes (so that what loads lazily is loaded); the second time it is captured as a CUDA
-   graph, which is launched then and from then on. A graph whose memory may be gone is captured anew. */
+/* The first run executes eagerly (which triggers lazy loading); the second is captured as a CUDA graph, which is
+   launched then and in every later run. After any device memory is freed, the graph is captured again. */
 typedef struct ckca__recording {
-    cudaGraphExec_t graph; /* NULL: none yet */
+    cudaGraphExec_t graph; /* NULL: not captured */
     unsigned releases;     /* cuda->releases when it was captured */
     int seen, capturing;
 } ckca__recording;
@@ -501,7 +503,7 @@ __device__ __forceinline__ unsigned ckca__to_bf16x2(float low, float high) {
 }
 __device__ __forceinline__ unsigned ckca__to_tf32(float v) {
     unsigned word = __float_as_uint(v);
-#if __CUDA_ARCH__ >= 900 /* one instruction; rna takes four */
+#if __CUDA_ARCH__ >= 900 /* a single instruction; rna compiles to four */
     asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(word) : "f"(v));
 #elif __CUDA_ARCH__ >= 800
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(word) : "f"(v));
@@ -509,8 +511,8 @@ __device__ __forceinline__ unsigned ckca__to_tf32(float v) {
     return word;
 }
 
-/* 16 bytes from memory to shared memory, or zeros where they are not there. Under way until ckca__copies_wait, which
-   waits until at most so many of the groups that ckca__copies_commit closed are left. */
+/* Copies 16 bytes from global to shared memory asynchronously, or writes zeros unless there. ckca__copies_wait<LEFT>
+   waits until at most LEFT of the groups closed by ckca__copies_commit are in flight. */
 __device__ __forceinline__ void ckca__copy_chunk(uint4 *shared, const void *memory, int there) {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
@@ -531,20 +533,20 @@ template <int LEFT> __device__ __forceinline__ void ckca__copies_wait() {
 #endif
 }
 
-/* A kernel may be started before those ahead of it in its stream have ended (see ckca__launch): each waits here before
-   it reads or writes memory. */
+/* A kernel may start before its predecessors in the stream have ended (see ckca__launch): it waits here before it reads
+   or writes memory. */
 __device__ __forceinline__ void ckca__wait_for_grids() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-/* name: the shared memory that the launch asks for. */
+/* Declares name as the dynamic shared memory of the launch. */
 #define CKCA__DYNAMIC_SHARED(name) extern __shared__ __align__(128) uint4 name[]
 
-/* Four matrices of 8 rows of 16 bytes: lane i points to row i % 8 of matrix i / 8, and gets of each, in its order, the
-   word lane % 4 of row lane / 4. TURNED: rows are of 8 halves, and a lane gets rows 2 (lane % 4) and the next of column
-   lane / 4. */
+/* Loads four matrices of 8 rows of 16 bytes. Lane i passes the address of row i % 8 of matrix i / 8; v[m] receives word
+   lane % 4 of row lane / 4 of matrix m. TRANSPOSED: rows hold 8 bf16 values, and v[m] receives column lane / 4 of rows
+   2 (lane % 4) and 2 (lane % 4) + 1. */
 template <int TURNED> __device__ __forceinline__ void ckca__load_matrices(unsigned v[4], const uint4 *row) {
     const unsigned at = (unsigned)__cvta_generic_to_shared(row);
     if constexpr (TURNED)
@@ -559,11 +561,11 @@ template <int TURNED> __device__ __forceinline__ void ckca__load_matrices(unsign
                      : "memory");
 }
 
-/* c += a b: 16 x 8 sums of 32 bytes of k. A *word* is one TF32, or two BF16 that are neighbours in k, the first in the
-   low half; in words the fragments of both instructions are laid out alike (PTX ISA, "Matrix Fragments for mma.m16n8k8"
-   and "m16n8k16"). With g = lane / 4 and t = lane % 4, of a's 16 x 8 words: a0 = (g, t), a1 = (g + 8, t), a2 = (g, t +
-   4), a3 = (g + 8, t + 4); of b's 8 x 8: b0 = (t, g), b1 = (t + 4, g); of the sums: c0 = (g, 2t), c1 = (g, 2t + 1), c2
-   and c3 eight rows below. */
+/* c += a b: a 16 x 8 tile of sums over 32 bytes of k. A *word* is one TF32 value, or two BF16 values adjacent in k, the
+   first in the low 16 bits; counted in words, both instructions have the same fragment layout (PTX ISA, "Matrix
+   Fragments for mma.m16n8k8" and "m16n8k16"). With g = lane / 4 and t = lane % 4, of a's 16 x 8 words: a0 = (g, t),
+   a1 = (g + 8, t), a2 = (g, t + 4), a3 = (g + 8, t + 4); of b's 8 x 8: b0 = (t, g), b1 = (t + 4, g); of the sums:
+   c0 = (g, 2t), c1 = (g, 2t + 1), c2 and c3 eight rows below. */
 __device__ __forceinline__ void ckca__mma_tf32(float c[4], const unsigned a[4], const unsigned b[2]) {
 #if __CUDA_ARCH__ >= 800
     asm volatile(
@@ -582,7 +584,7 @@ __device__ __forceinline__ void ckca__mma_bf16(float c[4], const unsigned a[4], 
 }
 #endif
 
-/* n / by for n below 2^31 by a multiplication (Granlund and Montgomery 1994). */
+/* Computes n / by for 0 <= n < 2^31 with a multiplication and a shift (Granlund and Montgomery 1994). */
 typedef struct ckca__divisor {
     unsigned by, magic, shift;
 } ckca__divisor;
@@ -605,18 +607,18 @@ __device__ __forceinline__ float ckca__to_float(float v) { return v; }
 __device__ __forceinline__ float ckca__to_float(ckca__bf16 v) { return __uint_as_float((unsigned)v.bits << 16); }
 __device__ __forceinline__ void ckca__put(float *to, float v) { *to = v; }
 __device__ __forceinline__ void ckca__put(ckca__bf16 *to, float v) { to->bits = (unsigned short)ckca__to_bf16x2(v, 0); }
-/* How many values are 16 bytes. */
+/* VALUES: values of T in 16 bytes. */
 template <class T> struct ckca__chunk {
     enum { VALUES = 16 / sizeof(T) };
 };
 
-/* A number as a value, for functions that take it as a template argument does. */
+/* A compile-time integer that can be passed to a generic lambda. */
 template <int N> struct ckca__constant {
     enum { VALUE = N };
 };
 
-/* WIDTH neighbours: as many as a chunk of either kind has (aligned like it), two (aligned together), or one. Kernels
-   that go over values are written once for all. */
+/* WIDTH adjacent values in registers: a 16-byte chunk of floats (4) or bf16 values (8), two, or one; memory must be
+   aligned to WIDTH values. Kernels are written once for all widths and both types. */
 template <int WIDTH> struct ckca__lane {
     float v[WIDTH];
     __device__ __forceinline__ ckca__lane() {}
@@ -666,7 +668,7 @@ template <int WIDTH> struct ckca__lane {
     }
 };
 
-/* The same as it lies in memory, so that several loads can be under way before the first value is used. */
+/* The same, not yet converted, so that several loads are in flight before the first value is used. */
 template <class T, int WIDTH> struct ckca__raw {
     uint4 chunk;
     __device__ __forceinline__ ckca__raw() {}
@@ -691,20 +693,20 @@ template <class T> struct ckca__raw<T, 1> {
     __device__ __forceinline__ ckca__lane<1> values() const { return ckca__lane<1>(&value); }
 };
 
-/* Batch norm of a value, scale = gamma inv_std. Forward and backward share it, so that the gate of a ReLU that is
-   recomputed from x is the one that the forward pass met. */
+/* Batch norm of one value, scale = gamma inv_std. Forward and backward share it, so that a ReLU mask recomputed from x
+   equals the forward pass's bit for bit. */
 __device__ __forceinline__ float ckca__normalise(float x, float mean, float scale, float beta) {
     return fmaf(x - mean, scale, beta);
 }
 
-/* v as it is read back from an array of T. */
+/* v rounded to T, as a later load would return it. */
 template <class T> __device__ __forceinline__ float ckca__stored(float v) {
     T to;
     ckca__put(&to, v);
     return ckca__to_float(to);
 }
 
-/* Floats that other blocks of the same kernel have written: from the second-level cache, which all share. */
+/* Loads floats written by other blocks of the same kernel, from L2: L1 is not coherent between multiprocessors. */
 template <int WIDTH> __device__ __forceinline__ ckca__lane<WIDTH> ckca__fresh(const float *from) {
     ckca__lane<WIDTH> v;
     if constexpr (WIDTH == 4) {
@@ -716,8 +718,8 @@ template <int WIDTH> __device__ __forceinline__ ckca__lane<WIDTH> ckca__fresh(co
     return v;
 }
 
-/* Called once by so many blocks, each after its part of a result is written: 1 in the one that comes last and can read
-   all parts. Which one it is must make no difference. The ticket, an integer, is 0 again then. */
+/* Called once by each of so many blocks after it has written its part of a result. Returns 1 in the last block, which
+   can then read all parts; the result must not depend on which block that is. Resets the ticket to 0. */
 __device__ __forceinline__ int ckca__is_last(unsigned *ticket, unsigned blocks) {
     __shared__ unsigned taken;
     __threadfence();
@@ -730,9 +732,10 @@ __device__ __forceinline__ int ckca__is_last(unsigned *ticket, unsigned blocks) 
 
 /* ---- statistics of a tensor's channels ---- */
 
-/* Joins count parts of per rows each, the last ones of what is left of rows (Chan, Golub, LeVeque 1979): part i's mean
-   of the caller's channel is at part + i apart, its squares (the sum of (x - mean)^2) at that + squares. Threads wide
-   apart share a channel. The first wide threads have the result. scratch: 3 doubles a thread. */
+/* Merges the statistics of count parts of per rows each, fewer in the last ones, rows in all (Chan, Golub, LeVeque
+   1979). part[i * apart] is part i's mean of this thread's channel, part[i * apart + squares] its sum of (x - mean)^2.
+   Threads with equal threadIdx.x % wide share a channel; the first wide threads return the result. scratch: 3 doubles
+   per thread. */
 template <int THREADS>
 __device__ __forceinline__ void ckca__join(const float *part, size_t apart, size_t squares, int wide, int count,
                                            double per, double rows, double *scratch, double *mean, double *square) {
@@ -770,7 +773,7 @@ __device__ __forceinline__ void ckca__store_statistics(const ckca__statistics &s
     s.running_var[c] += (float)(0.1 * (unbiased - s.running_var[c]));
 }
 
-/* Runs f with a value of the type that an op's maps are of. */
+/* Calls f with a value of the feature maps' type. */
 template <class F> static void ckca__typed(int bf16, F f) {
     if (bf16)
         f(ckca__bf16());
