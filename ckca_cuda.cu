@@ -1,4 +1,4 @@
-/* ckca_cuda.cu - the CUDA backend of ckca.h: its ops as CUDA kernels and cuBLAS calls. MIT or public domain, your choice.
+/* ckca_cuda.cu - the CUDA backend of ckca.h: its ops as kernels and cuBLAS calls. MIT or public domain, your choice.
 
    No GPU has run this file yet. It has been tested on the CPU only, through tests/cuda_shim.h; every statement about
    speed below is a model, not a measurement.
@@ -29,11 +29,11 @@
    EXECUTION
        All work runs in order in one stream, with two exceptions: uploads of pictures that do not fit in GPU memory (see
        staging), and weight gradients, which overlap the gradient of the same convolution's input. Kernels use
-       programmatic dependent launch: one may start while its predecessor finishes, and waits before it touches memory.
-       Blocks have 256 threads, or 128 where a GEMM uses tensor cores. Element-wise kernels use grid-stride loops over at
-       most 16 blocks per multiprocessor, with 16-byte accesses where possible; where channels matter, the stride is a
-       multiple of the channel count, so each thread keeps the same channels and loads their constants once. Batch-norm
-       kernels load several rows before they use the first.
+       programmatic dependent launch: one may start while its predecessor ends, and waits before it touches memory.
+       Blocks have 256 threads, or 128 where a GEMM uses tensor cores. Element-wise kernels use grid-stride loops over
+       at most 16 blocks per multiprocessor, with 16-byte accesses where possible; where channels matter, the stride is
+       a multiple of the channel count, so each thread keeps the same channels and loads their constants once.
+       Batch-norm kernels load several rows before they use the first.
        Grid-wide sums are deterministic: each block sums its part in an order that depends only on the sizes, and the
        last block to finish (found by a ticket, an integer atomic) adds the parts in a fixed order. Which block finishes
        last does not matter: the same machine always gives the same bits.
@@ -789,24 +789,24 @@ template <class F> static void ckca__typed(int bf16, F f) {
        DATA       input pixels         C         taps K          dy over the taps             w, as C x R x S x K
        WEIGHT     R S C                K         output pixels   x under tap and pixel        dy
 
-   A is never stored: its elements are fetched from x or dy as they are needed (implicit GEMM). An input pixel of a
-   convolution of stride s meets only the taps of its phase (every s-th); blockIdx.z walks the s x s phases, each a GEMM
-   of its own, so nothing is multiplied by zeros. In WEIGHT blockIdx.z walks splits of the pixels.
+   A is never stored: its elements are loaded from x or dy on demand (implicit GEMM). At stride s an input pixel depends
+   only on the taps of its phase (every s-th tap); in DATA, blockIdx.z selects one of the s x s phases, each a GEMM of
+   its own, so no work is spent on zeros. In WEIGHT, blockIdx.z selects a split of the pixels.
 
    A block computes 128 rows x COLUMNS (16, 32, 64 or 128) columns in stages of k. It has three parts:
-       loader      ckca__along (FORWARD, DATA) or ckca__across (WEIGHT) brings a stage to shared memory (cp.async), two
-                   stages ahead of the one that is multiplied
-       main loop   ckca__multiply adds a stage's products to the sums, which are in registers; a warp has 64 x 64 of
-                   them where there are 128 columns
-       epilogue    ckca__spread moves the sums to shared memory, line by line as the output lies in memory, and
-                   ckca__finish_rows or ckca__finish_weights takes them from there, 16 bytes at a time. What happens to
-                   a value on its way out is ckca__finish.
+       loader      ckca__along (FORWARD, DATA) or ckca__across (WEIGHT) copies stages to shared memory (cp.async), two
+                   stages ahead of the multiplication
+       main loop   ckca__multiply_tensor or ckca__multiply_floats adds a stage's products to the sums in registers; at
+                   128 columns each warp holds 64 x 64 sums
+       epilogue    ckca__sums_to_tile writes the sums to shared memory in the output's layout; ckca__finish_rows or
+                   ckca__finish_weights reads them back 16 bytes at a time. ckca__finish adds residual and bias and
+                   applies ReLU.
 
-   What the loader moves is a *chunk*, 16 bytes that are neighbours in memory: along k in FORWARD and DATA, where a stage
-   is lines (rows or columns) of CHUNKS chunks; along rows or columns in WEIGHT, where it is k lines of 128 or COLUMNS
-   values. Chunks of a line are exchanged (swizzled) such that whatever is read at once meets all banks. Channels that
-   are no multiple of a chunk are widened with zeros first (ckca__widen) or, K of the gradients, fetched one by one
-   (WHOLE = 0).
+   The loader copies 16-byte *chunks*, contiguous in memory. In FORWARD and DATA a chunk runs along k, and a stage holds
+   one line of CHUNKS chunks per row of A and column of B; in WEIGHT a chunk runs along rows or columns, and a stage
+   holds DEPTH lines of 128 values of A and of COLUMNS values of B. The chunks of a line are swizzled to avoid bank
+   conflicts. Channels of x that do not fill whole chunks are first padded with zeros (ckca__widen); where K does not
+   fill whole chunks, DATA and WEIGHT load value by value (WHOLE = 0).
    ------------------------------------------------------------------------------------------------------------------ */
 
 enum { CKCA__FORWARD, CKCA__DATA, CKCA__ROLE_WEIGHT };
@@ -814,23 +814,23 @@ enum { CKCA__ROWS = 128, CKCA__MODE_STAGES = 3 };
 
 typedef struct ckca__gemm {
     ckca__conv s;
-    const void *a, *b;    /* as in the table */
-    const float *bias;    /* FORWARD; or NULL */
-    const void *residual; /* likewise */
-    void *out;            /* WEIGHT: the splits' sums, K x R S C each */
+    const void *a, *b;    /* the tensors behind A and B in the table above */
+    const float *bias;    /* FORWARD: K, or NULL */
+    const void *residual; /* FORWARD: as the output, or NULL */
+    void *out;            /* the output; WEIGHT: the splits' partial sums, K x R S C each */
     float *dw;            /* WEIGHT: K x R S x channels, channels <= C */
     int channels;
-    int relu, accumulate;     /* adds to out */
-    int split, splits, group; /* WEIGHT: pixels of a split; how many splits; of how many the first sums are */
-    int wide;                 /* how many blocks all columns take */
-    ckca__divisor q, p;       /* of the output, DATA: of the input: pixels in a line, lines in a picture */
-    ckca__statistics statistics; /* FORWARD: of the output; mean NULL: none */
-    float *part;                 /* theirs: by block of rows mean and squares, K each; in groups of so many first */
+    int relu, accumulate;     /* FORWARD; DATA: add to out */
+    int split, splits, group; /* WEIGHT: pixels per split; splits. Parts per group of a two-level sum */
+    int wide;                 /* blocks along the columns */
+    ckca__divisor q, p;       /* width and height of the output (DATA: of the input) */
+    ckca__statistics statistics; /* FORWARD: of the output, if part is not NULL */
+    float *part;                 /* per block of rows: mean and sum of squared deviations, K each */
     unsigned *tickets;
 } ckca__gemm;
 
-/* One axis of a phase: output i of count lies at at + spread i and meets tap first + step t of w, t < taps, in source
-   pixel i stride + from + t (DATA: i + from + t). */
+/* One axis of a phase. It has count outputs; output i has coordinate at + spread i and sums over t < taps the products
+   of source pixel i stride + from + t with tap first + step t of w. */
 typedef struct ckca__phase {
     int taps, first, step, from, at, spread, count, stride;
 } ckca__phase;
@@ -858,7 +858,7 @@ __device__ ckca__phase ckca__phase_of(int pass, int phase, int taps, int stride,
     return v;
 }
 
-/* FORWARD and DATA: which pixel of its phase a row is; n is past the last picture where there is none. */
+/* FORWARD and DATA: the pixel of its phase that a row stands for; n >= g.s.n where the row is past the last pixel. */
 struct ckca__output {
     int n, y, x;
     __device__ ckca__output(const ckca__gemm &g, int pass, const ckca__phase &py, const ckca__phase &px, int row) {
@@ -877,11 +877,11 @@ struct ckca__output {
     }
 };
 
-/* What convolutions multiply in, and what their maps are stored as. */
+/* The type of a convolution's feature maps and of its factors in shared memory. */
 template <int PRECISION> struct ckca__factor { typedef float type; };
 template <> struct ckca__factor<CKCA_PRECISION_BF16> { typedef ckca__bf16 type; };
 
-/* The shape of a block and of its stages. */
+/* Compile-time shape of a block and its stages. */
 template <int PRECISION_, int PASS_, int COLUMNS_, int WHOLE_> struct ckca__block {
     typedef typename ckca__factor<PRECISION_>::type T;
     static constexpr int
@@ -891,26 +891,26 @@ template <int PRECISION_, int PASS_, int COLUMNS_, int WHOLE_> struct ckca__bloc
         WHOLE = WHOLE_,
         TENSOR = PRECISION != CKCA_PRECISION_FLOAT32,
         THREADS = TENSOR ? 128 : 256,
-        BLOCKS = TENSOR && COLUMNS < 64 ? 3 : 2, /* of a multiprocessor, at least */
+        BLOCKS = TENSOR && COLUMNS < 64 ? 3 : 2, /* minimum per multiprocessor */
         VALUES = ckca__chunk<T>::VALUES,
-        CHUNKS = TENSOR && COLUMNS >= 64 ? 8 : 4, /* of k in a stage */
+        CHUNKS = TENSOR && COLUMNS >= 64 ? 8 : 4, /* along k in a stage (FORWARD, DATA) */
         DEPTH = CHUNKS * VALUES,
-        CHUNKS_A = CKCA__ROWS / VALUES, /* WEIGHT: of a line of A, of B */
+        CHUNKS_A = CKCA__ROWS / VALUES, /* WEIGHT: chunks in a line of A and of B */
         CHUNKS_B = COLUMNS / VALUES,
-        BESIDE = COLUMNS >= 64 ? 2 : 1, /* tensor cores: 4 warps, each of TALL x WIDE tiles of 16 x 8 sums */
+        BESIDE = COLUMNS >= 64 ? 2 : 1, /* tensor cores: of 4 warps, side by side; each has TALL x WIDE 16 x 8 tiles */
         TALL = CKCA__ROWS * BESIDE / 64,
         WIDE = COLUMNS / BESIDE / 8,
-        EACH = COLUMNS / 16, /* FFMA: 16 x 16 threads, each of 8 x EACH sums */
+        EACH = COLUMNS / 16, /* FFMA: each of 16 x 16 threads has 8 x EACH sums */
         SUMS = TENSOR ? TALL * WIDE * 4 : 8 * EACH,
-        WORDS = TENSOR && VALUES == 4 && PASS == CKCA__ROLE_WEIGHT, /* fragments are read by words across lines */
+        WORDS = TENSOR && VALUES == 4 && PASS == CKCA__ROLE_WEIGHT, /* fragments gather words from several lines */
         STAGE_A = CKCA__ROWS * CHUNKS,
         STAGE = STAGE_A + COLUMNS * CHUNKS, /* chunks */
-        LINES = PASS == CKCA__ROLE_WEIGHT ? COLUMNS : CKCA__ROWS, /* of the tile that the epilogue reads */
+        LINES = PASS == CKCA__ROLE_WEIGHT ? COLUMNS : CKCA__ROWS, /* the epilogue's tile: LINES x LENGTH floats */
         LENGTH = PASS == CKCA__ROLE_WEIGHT ? CKCA__ROWS : COLUMNS,
         PITCH = LENGTH + 8,
         BYTES = CKCA__MODE_STAGES * STAGE * 16 > LINES * PITCH * 4 ? CKCA__MODE_STAGES * STAGE * 16 : LINES * PITCH * 4;
-    /* What is added (exclusive or) to a chunk's number in a line of A or B: where 8 lines' chunks are read at once, one
-       after the other; WORDS: where 4 lines' are, one or two neighbours each. */
+    /* The swizzle: a line's value is XORed into its chunk indices. lines_of serves reads of one chunk column over 8
+       lines; words_of serves WORDS, where a read covers 4 lines of k. */
     static __device__ __forceinline__ int lines_of(int chunks, int line) {
         return chunks >= 8 ? line % 8 : line * chunks / 8 % chunks;
     }
@@ -929,22 +929,22 @@ template <int PRECISION_, int PASS_, int COLUMNS_, int WHOLE_> struct ckca__bloc
 
 /* ---- loader ---- */
 
-/* FORWARD and DATA: a place along k = (tap y, tap x, channel), and where it lies from what the first tap meets, in A's
-   tensor and in the weights. */
+/* FORWARD and DATA: a position along k = (tap y, tap x, channel), with its offset in A's tensor from the pixel under
+   the first tap, and its offset in the weights of a column. */
 struct ckca__place {
     int y, x, c;
     int source, weight;
 };
 
-/* How places follow each other. */
+/* Advances a position along k. */
 struct ckca__walk {
     int channels, taps_x;
-    int next_row, weight_tap, weight_row; /* to be added where the next line of taps, another tap begins */
+    int next_row, weight_tap, weight_row; /* extra offsets at the start of a row of taps (source), tap, row (weights) */
 
     __device__ ckca__walk(const ckca__gemm &g, const ckca__phase &py, const ckca__phase &px, int channels_, int width)
         : channels(channels_), taps_x(px.taps > 0 ? px.taps : 1) {
         next_row = (width - taps_x) * channels;
-        weight_tap = (px.step - 1) * channels; /* taps are neighbours in the source, but may go back in the weights */
+        weight_tap = (px.step - 1) * channels; /* taps ascend in the source, but may descend in the weights */
         weight_row = (py.step * g.s.s - px.step * taps_x) * channels;
     }
     __device__ __forceinline__ void advance(ckca__place &at, int by) const {
@@ -961,19 +961,18 @@ struct ckca__walk {
     }
 };
 
-/* FORWARD and DATA: this thread's part in bringing stages to shared memory: one chunk of k in each of some lines of A
-   and of B. */
+/* FORWARD and DATA: one thread's share of the loader: the same chunk along k in every APART-th line of A and of B. */
 template <class B> struct ckca__along {
     typedef typename B::T T;
     enum {
-        APART = B::THREADS / B::CHUNKS, /* lines that are fetched at once */
+        APART = B::THREADS / B::CHUNKS, /* lines that the block loads at once */
         ROWS = CKCA__ROWS / APART,
         LINES = (B::COLUMNS + APART - 1) / APART
     };
     const ckca__gemm &g;
     const ckca__walk walk;
     const int taps_y, h, w, columns, line, column, to;
-    int pixel[ROWS], y[ROWS], x[ROWS]; /* of each row: which one the first tap meets, and its y and x */
+    int pixel[ROWS], y[ROWS], x[ROWS]; /* per row: the pixel under the first tap, its y and x */
     ckca__place k;
 
     __device__ ckca__along(const ckca__gemm &g_, const ckca__phase &py, const ckca__phase &px, int row0, int column0)
@@ -984,7 +983,7 @@ template <class B> struct ckca__along {
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
             const ckca__output at(g, B::PASS, py, px, row0 + line + i * APART);
-            y[i] = at.n < g.s.n ? at.y * py.stride + py.from : -(1 << 29); /* outside of everything */
+            y[i] = at.n < g.s.n ? at.y * py.stride + py.from : -(1 << 29); /* always outside */
             x[i] = at.x * px.stride + px.from;
             pixel[i] = at.n < g.s.n ? (at.n * h + y[i]) * w + x[i] : 0;
         }
@@ -995,7 +994,7 @@ template <class B> struct ckca__along {
     __device__ __forceinline__ int is_inside(int i, const ckca__place &at) const {
         return at.y < taps_y && (unsigned)(y[i] + at.y) < (unsigned)h && (unsigned)(x[i] + at.x) < (unsigned)w;
     }
-    /* APART is a multiple of 8, so that lines APART apart are swizzled alike. */
+    /* APART is a multiple of 8, so all lines of a thread have the same swizzle. */
     __device__ __forceinline__ void fetch(uint4 *stage) {
         const ptrdiff_t taps = (ptrdiff_t)g.s.r * g.s.s * walk.channels;
         const T *source = (const T *)g.a + k.source, *from = (const T *)g.b + column * taps;
@@ -1036,13 +1035,13 @@ template <class B> struct ckca__along {
     }
 };
 
-/* WEIGHT: likewise, in some lines (pixels) one chunk of rows and one of columns. */
+/* WEIGHT: one thread's share of the loader: one chunk of rows and one of columns in some lines (pixels). */
 template <class B> struct ckca__across {
     typedef typename B::T T;
     enum {
         APART_A = B::THREADS / B::CHUNKS_A,
         APART_B = B::THREADS / B::CHUNKS_B,
-        ROWS = B::WHOLE ? 1 : B::VALUES /* that are fetched one by one: a whole chunk is under one tap */
+        ROWS = B::WHOLE ? 1 : B::VALUES /* loaded one by one; a whole chunk lies under a single tap */
     };
     const ckca__gemm &g;
     int pixel, end, column;
@@ -1053,7 +1052,7 @@ template <class B> struct ckca__across {
         for (int j = 0; j < ROWS; j++) {
             const int row = row0 + (int)threadIdx.x % B::CHUNKS_A * B::VALUES + j, tap = row / g.s.c;
             c[j] = row % g.s.c;
-            tap_y[j] = tap < g.s.r * g.s.s ? tap / g.s.s - g.s.pad : -(1 << 29); /* no such row: outside of all */
+            tap_y[j] = tap < g.s.r * g.s.s ? tap / g.s.s - g.s.pad : -(1 << 29); /* past the last row: always outside */
             tap_x[j] = tap % g.s.s - g.s.pad;
         }
     }
@@ -1105,14 +1104,14 @@ template <class B> struct ckca__across {
 
 /* ---- main loop ---- */
 
-/* Adds a stage's products to the sums of this thread. A word of a fragment is 4 bytes of k, see ckca__mma_tf32. */
+/* Adds a stage's products to this thread's sums. A fragment's word is 4 bytes along k, see ckca__mma_tf32. */
 template <class B> __device__ __forceinline__ void ckca__multiply_tensor(const uint4 *a, const uint4 *b, float *sums) {
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
     const int row = warp / B::BESIDE * B::TALL * 16, column = warp % B::BESIDE * B::WIDE * 8;
 #pragma unroll
     for (int step = 0; step < B::CHUNKS / 2; step++) { /* 32 bytes of k */
         unsigned x[B::TALL][4], y[B::WIDE][2];
-        if constexpr (B::WORDS) { /* a lane's rows are neighbours, and so are its columns: see ckca__spread */
+        if constexpr (B::WORDS) { /* a lane's rows are adjacent, and so are its columns: see ckca__sums_to_tile */
 #pragma unroll
             for (int bf16 = 0; bf16 < 2; bf16++) {
                 const int line = step * 8 + bf16 * 4 + lane % 4;
@@ -1152,7 +1151,7 @@ template <class B> __device__ __forceinline__ void ckca__multiply_tensor(const u
                 }
             }
 #pragma unroll
-            for (int j = 0; j < B::WIDE; j += 2) { /* both words of a tile, then its neighbour's */
+            for (int j = 0; j < B::WIDE; j += 2) { /* both words of tile j, then of tile j + 1 */
                 if constexpr (B::PASS == CKCA__ROLE_WEIGHT) {
                     const int chunk = (column + j * 8) / B::VALUES + lane / 16;
                     ckca__load_matrices<1>(
@@ -1183,13 +1182,13 @@ template <class B> __device__ __forceinline__ void ckca__multiply_tensor(const u
     }
 }
 
-/* A thread's rows are every 16th in FORWARD and DATA, so that what a warp reads at once lies in two neighbouring lines;
-   in WEIGHT they are neighbours. Likewise its columns. */
+/* In FORWARD and DATA a thread has every 16th row and column, so that a warp reads two adjacent lines of A at once; in
+   WEIGHT its rows and its columns are adjacent. */
 template <class B> __device__ __forceinline__ void ckca__multiply_floats(const uint4 *a, const uint4 *b, float *sums) {
     const int tall = (int)threadIdx.x / 16, wide = (int)threadIdx.x % 16;
     if constexpr (B::PASS != CKCA__ROLE_WEIGHT) {
         const uint4 *from_a = a + tall * B::CHUNKS, *from_b = b + wide * B::CHUNKS;
-        const int swizzle_a = B::swizzle_a(tall), swizzle_b = B::swizzle_b(wide); /* of every 16th line after, too */
+        const int swizzle_a = B::swizzle_a(tall), swizzle_b = B::swizzle_b(wide); /* the same in every 16th line */
 #pragma unroll 2
         for (int chunk = 0; chunk < B::CHUNKS; chunk++) {
             float y[4][B::EACH];
@@ -1218,8 +1217,8 @@ template <class B> __device__ __forceinline__ void ckca__multiply_floats(const u
 
 /* ---- epilogue ---- */
 
-/* Moves the sums to where they belong in the tile, lines of PITCH floats. Loops over sums have to be unrolled: an index
-   that is not known puts them into memory. */
+/* Writes the sums to the shared tile, LINES lines of PITCH floats. Loops over sums must be fully unrolled: a run-time
+   index would move them from registers to local memory. */
 template <class B> __device__ __forceinline__ void ckca__spread(const float *sums, float *tile) {
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
     const int row = warp / B::BESIDE * B::TALL * 16, column = warp % B::BESIDE * B::WIDE * 8;
@@ -1233,7 +1232,7 @@ template <class B> __device__ __forceinline__ void ckca__spread(const float *sum
                 tile[(tall + i / B::EACH * 16) * B::PITCH + wide + i % B::EACH * 16] = sums[i];
             }
         }
-    } else if constexpr (B::WORDS) { /* row r of a lane's is row r % 2 * 8 + lane / 4 of tile r / 2; columns likewise */
+    } else if constexpr (B::WORDS) { /* a lane's row r is row r % 2 * 8 + lane / 4 of tile r / 2; columns likewise */
 #pragma unroll
         for (int j = 0; j < 2 * B::WIDE; j++) {
             float *to = tile + (column + (lane % 4 * 2 + j / B::WIDE) * B::WIDE + j % B::WIDE) * B::PITCH + row +
@@ -1244,7 +1243,7 @@ template <class B> __device__ __forceinline__ void ckca__spread(const float *sum
         }
     } else {
 #pragma unroll
-        for (int i = 0; i < 2 * B::TALL * B::WIDE; i++) { /* a tile's upper rows, its lower ones */
+        for (int i = 0; i < 2 * B::TALL * B::WIDE; i++) { /* a tile's upper 8 rows, then its lower 8 */
             const int y = row + i / 2 / B::WIDE * 16 + i % 2 * 8 + lane / 4;
             const int x = column + i / 2 % B::WIDE * 8 + lane % 4 * 2;
             if constexpr (B::PASS == CKCA__ROLE_WEIGHT) {
@@ -1257,17 +1256,17 @@ template <class B> __device__ __forceinline__ void ckca__spread(const float *sum
     }
 }
 
-/* FORWARD and DATA: where a row lies in the output, in pixels; -1: nowhere. */
+/* FORWARD and DATA: the output pixel of a row, counted in memory order; -1: the row is past the last pixel. */
 template <int PASS>
 __device__ __forceinline__ ptrdiff_t ckca__gemm_line(const ckca__gemm &g, const ckca__phase &py, const ckca__phase &px,
                                                      int row) {
-    if (PASS == CKCA__FORWARD || g.s.stride == 1) /* row by row, as in memory */
+    if (PASS == CKCA__FORWARD || g.s.stride == 1) /* rows are in memory order */
         return row < g.s.n * (int)(g.p.by * g.q.by) ? row : -1;
     const ckca__output at(g, PASS, py, px, row);
     return at.n < g.s.n ? ((ptrdiff_t)at.n * g.s.h + py.at + at.y * py.spread) * g.s.w + px.at + at.x * px.spread : -1;
 }
 
-/* What FORWARD and DATA do to WIDTH neighbouring values on their way to place at of the output. */
+/* FORWARD and DATA: adds residual or previous gradient and bias, applies ReLU to WIDTH values for output index at. */
 template <class T, int PASS, int WIDTH>
 __device__ __forceinline__ void ckca__finish(const ckca__gemm &g, ckca__lane<WIDTH> &v, size_t at, int column) {
     if (PASS == CKCA__DATA ? g.accumulate : g.residual != NULL) {
@@ -1280,7 +1279,8 @@ __device__ __forceinline__ void ckca__finish(const ckca__gemm &g, ckca__lane<WID
         for (int j = 0; j < WIDTH; j++) v.v[j] = v.v[j] <= 0 ? 0 : v.v[j]; /* NaN stays NaN */
 }
 
-/* Joins the statistics of the blocks' rows: the last block of a group of them the group's, the last of all the groups'. */
+/* Merges the blocks' statistics in two levels: each group's last block merges the group, the last block of all merges
+   the groups. */
 template <int THREADS, int COLUMNS>
 __device__ __forceinline__ void ckca__finish_statistics(const ckca__gemm &g, int rows, int column0, double *scratch) {
     const int block = (int)blockIdx.x / g.wide, blocks = (rows + CKCA__ROWS - 1) / CKCA__ROWS;
@@ -1303,8 +1303,8 @@ __device__ __forceinline__ void ckca__finish_statistics(const ckca__gemm &g, int
     if (me < COLUMNS && there) ckca__store_statistics(g.statistics, column, mean, square, rows);
 }
 
-/* The tile's rows to the output; FORWARD: and the statistics of its columns, where they are asked for. A thread's
-   columns are the same in all its rows. */
+/* Writes the tile's rows to the output and, in FORWARD with g.part, computes the statistics of its columns. A thread
+   has the same columns in all its rows. */
 template <class B, int WIDTH>
 __device__ __forceinline__ void ckca__finish_rows(const ckca__gemm &g, const ckca__phase &py, const ckca__phase &px,
                                                   int row0, int column0, float *tile) {
@@ -1312,7 +1312,7 @@ __device__ __forceinline__ void ckca__finish_rows(const ckca__gemm &g, const ckc
     enum { PIECES = B::COLUMNS / WIDTH, SLICES = B::THREADS / PIECES };
     const int columns = B::PASS == CKCA__DATA ? g.s.c : g.s.k, me = (int)threadIdx.x;
     const int piece = me % PIECES * WIDTH, column = column0 + piece, statistics = B::PASS == CKCA__FORWARD && g.part;
-    ckca__lane<WIDTH> shift, sum, square; /* of what is stored; relative to the first row, so that no digits cancel */
+    ckca__lane<WIDTH> shift, sum, square; /* of stored values, relative to the first row to avoid cancellation */
     const auto first = [&](int i) { return tile[i] + (g.bias && column0 + i < columns ? g.bias[column0 + i] : 0); };
     for (int j = 0; j < WIDTH; j++) shift.v[j] = first(piece + j), sum.v[j] = square.v[j] = 0;
     for (int i = me / PIECES; i < CKCA__ROWS && column < columns; i += SLICES) {
@@ -1328,10 +1328,10 @@ __device__ __forceinline__ void ckca__finish_rows(const ckca__gemm &g, const ckc
             square.v[j] += d * d;
         }
     }
-    if (!statistics) return; /* never in DATA */
+    if (!statistics) return; /* DATA always returns here */
     const float about = me < B::COLUMNS ? first(me) : 0;
     const int rows = g.s.n * (int)(g.p.by * g.q.by), count = rows - row0 < CKCA__ROWS ? rows - row0 : CKCA__ROWS;
-    __syncthreads(); /* the tile has been read */
+    __syncthreads(); /* all threads have read the tile */
     for (int j = 0; j < WIDTH; j++) {
         tile[me / PIECES * B::COLUMNS + piece + j] = sum.v[j];
         tile[(SLICES + me / PIECES) * B::COLUMNS + piece + j] = square.v[j];
@@ -1347,7 +1347,7 @@ __device__ __forceinline__ void ckca__finish_rows(const ckca__gemm &g, const ckc
     ckca__finish_statistics<B::THREADS, B::COLUMNS>(g, rows, column0, (double *)tile);
 }
 
-/* dw gets WIDTH neighbouring rows of a column. */
+/* Adds WIDTH adjacent rows of a column to dw. */
 template <int WIDTH>
 __device__ __forceinline__ void ckca__add_weights(const ckca__gemm &g, int row, int column, const ckca__lane<WIDTH> &v) {
     float *to = g.dw + (size_t)column * g.s.r * g.s.s * g.channels;
@@ -1363,8 +1363,8 @@ __device__ __forceinline__ void ckca__add_weights(const ckca__gemm &g, int row, 
     }
 }
 
-/* WEIGHT: the tile to dw or, where there are splits, to this split's sums. The last block of a group of splits adds the
-   group's, the last block of all adds the groups': each in a fixed order, whichever block it is. */
+/* WEIGHT: adds the tile to dw or, with more than one split, writes it to this split's partial sums. The last block of a
+   group of splits adds the group, the last block of all adds the groups, always in a fixed order. */
 template <class B, int WIDTH>
 __device__ __forceinline__ void ckca__finish_weights(const ckca__gemm &g, int row0, int column0, const float *tile) {
     enum { PIECES = CKCA__ROWS / WIDTH, ITEMS = B::COLUMNS * PIECES };
@@ -1373,7 +1373,7 @@ __device__ __forceinline__ void ckca__finish_weights(const ckca__gemm &g, int ro
     const int members = g.splits - first < g.group ? g.splits - first : g.group;
     const size_t count = (size_t)rows * g.s.k;
     unsigned *tickets = g.tickets + (size_t)blockIdx.x * (groups + 1);
-    for (int level = 0; level < 3; level++) { /* the tile; a group; the groups */
+    for (int level = 0; level < 3; level++) { /* 0: the tile; 1: a group; 2: all groups */
         const int last = level == 2 || (level == 1 && groups == 1) || g.splits == 1;
         const int from = level == 2 ? 0 : first, step = level == 2 ? g.group : 1;
         const int terms = level == 2 ? groups : members;
@@ -1417,7 +1417,7 @@ template <class B> __global__ void __launch_bounds__(B::THREADS, B::BLOCKS) ckca
                                                : begin + g.split;
     const int count = end > begin ? (end - begin + B::DEPTH - 1) / B::DEPTH : 0;
     float sums[B::SUMS];
-    ckca__along<B> along(g, py, px, row0, column0);       /* one of these is used; */
+    ckca__along<B> along(g, py, px, row0, column0);       /* only one is used: */
     ckca__across<B> across(g, row0, column0, begin, end); /* the compiler drops the other */
     const auto fetch = [&](uint4 *to) {
         if constexpr (B::PASS == CKCA__ROLE_WEIGHT) {
@@ -1437,7 +1437,7 @@ template <class B> __global__ void __launch_bounds__(B::THREADS, B::BLOCKS) ckca
 #pragma unroll 1
     for (int i = 0; i < count; i++) {
         ckca__copies_wait<CKCA__MODE_STAGES - 2>();
-        __syncthreads(); /* everybody's part of this stage is there; and the stage before has been used by all */
+        __syncthreads(); /* this stage is complete, and all threads have finished with the previous one */
         if (i + CKCA__MODE_STAGES - 1 < count) fetch(write);
         ckca__copies_commit();
         if constexpr (B::TENSOR) {
@@ -1449,7 +1449,7 @@ template <class B> __global__ void __launch_bounds__(B::THREADS, B::BLOCKS) ckca
         write = write == stages + (CKCA__MODE_STAGES - 1) * B::STAGE ? stages : write + B::STAGE;
     }
     ckca__copies_wait<0>();
-    __syncthreads(); /* the tile takes the stages' place */
+    __syncthreads(); /* the tile reuses the stages' memory */
     float *tile = (float *)stages;
     ckca__spread<B>(sums, tile);
     __syncthreads();
@@ -1466,7 +1466,7 @@ template <class B> __global__ void __launch_bounds__(B::THREADS, B::BLOCKS) ckca
     }
 }
 
-/* x with its channels widened by zeros to whole chunks: a chunk by each thread. */
+/* Pads the channels of x with zeros from c to wide, a multiple of a chunk. Each thread writes whole chunks. */
 template <class FROM, class T> __global__ void ckca__widen_kernel(size_t pixels, int c, int wide, const FROM *x, T *to) {
     enum { VALUES = ckca__chunk<T>::VALUES };
     ckca__wait_for_grids();
@@ -1481,16 +1481,16 @@ template <class FROM, class T> __global__ void ckca__widen_kernel(size_t pixels,
     }
 }
 
-/* Weights as passes read them: rounded to BF16, channels widened; turned from k x taps x c to c x taps x k. Of many
-   convolutions at once: a block takes 32 x 32 of a tap. */
+/* Packs the weights (k x taps x c) of up to CKCA__ARRANGED convolutions in one launch: cast is padded to wide channels,
+   transposed is c x taps x k, both rounded to bf16 if bf16 is set. Each block handles a 32 x 32 tile of one tap. */
 enum { CKCA__TILE = 32, CKCA__ARRANGED = 32 };
 typedef struct ckca__arrange {
     int count, tiles;
     struct {
         const float *w;
-        void *cast, *turned; /* or NULL */
-        int bf16, k, taps, c, wide; /* wide: channels in cast */
-        int first; /* tile */
+        void *cast, *turned; /* each may be NULL */
+        int bf16, k, taps, c, wide; /* wide: channels of cast */
+        int first; /* its first tile, which is its first block */
     } of[CKCA__ARRANGED];
 } ckca__arrange;
 
@@ -1522,23 +1522,24 @@ __global__ void __launch_bounds__(CKCA__THREADS) ckca__arrange_kernel(ckca__arra
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
-   CHANNELS: sums over all pixels of a tensor, channel by channel
+   CHANNELS: per-channel sums over all pixels of a tensor
 
-   Rows (pixels) are cut into at most 256 parts. A block takes one part of up to 8 chunks of neighbouring channels: its
-   threads walk rows, several at a time, and then add up in order. The last block of these channels adds the parts.
+   The rows (pixels) are divided into at most 256 parts. A block processes one part of up to 8 chunks of adjacent
+   channels: its threads accumulate several rows at a time, then combine their sums in a fixed order. The last block of
+   these channels adds the parts.
    ------------------------------------------------------------------------------------------------------------------ */
 
 enum { CKCA__PARTS = 256, CKCA__CHANNEL_BLOCKS = 1024 };
 
-/* How many parts rows are cut into, and how many rows there are in each but the last. Never fewer for more rows. Blocks
-   of other channels run beside; few parts are added quickly. */
+/* Number of parts, non-decreasing in rows: workspace is sized by the largest batch. With more groups of channels, fewer
+   parts fill the GPU, and fewer are quicker to add. */
 static int ckca__parts(size_t rows, int groups) {
     const int most = CKCA__CHANNEL_BLOCKS / groups < CKCA__PARTS ? CKCA__CHANNEL_BLOCKS / groups : CKCA__PARTS;
     const size_t parts = rows / 64 + 1;
     return parts < (size_t)most ? (int)parts : most > 0 ? most : 1;
 }
 
-/* Threads along channels: a power of two, so that few channels leave no thread idle; 8 read whole lines of memory. */
+/* Threads along channels: a power of two, so it divides the block; 8 threads x 16 bytes read whole 128-byte lines. */
 static int ckca__lanes(int chunks) {
     int lanes = 1;
     while (lanes < 8 && lanes < chunks) lanes *= 2;
@@ -1546,23 +1547,24 @@ static int ckca__lanes(int chunks) {
 }
 
 typedef struct ckca__moments {
-    size_t rows, per; /* in all, in a part */
-    int first, c, lanes; /* channels from first on */
-    const void *x, *y, *dy;                     /* see below; values of the kernel's type */
-    const float *mean, *gamma, *beta, *inv_std; /* KIND 2; gamma and beta with a ReLU but no y: it is told from x */
+    size_t rows, per; /* in total; per part */
+    int first, c, lanes; /* this launch starts at channel first */
+    const void *x, *y, *dy;                     /* see below; of the kernel's type */
+    const float *mean, *gamma, *beta, *inv_std; /* KIND 2; gamma and beta if the ReLU mask is recomputed from x */
     float *part;                                /* parts x 2 x c */
-    unsigned *tickets;                          /* one for all blocks of the same channels */
+    unsigned *tickets;                          /* one per group of channels */
     ckca__statistics statistics;                /* KIND 3: the results */
-    float *dgamma, *dbeta, *table;              /* KIND 2 and (dbeta alone) 1 */
+    float *dgamma, *dbeta, *table;              /* KIND 2; KIND 1: dbeta only */
 } ckca__moments;
 
-/* Per part, KIND 3: mean and squares, from the sums of d and d^2 with d = x - the part's first row, so that a mean far
-   from 0 costs no digits. KIND 2: the sums of g and of g (x - mean), g being dy where y > 0. KIND 1: the sum of dy. The
-   last block of some channels adds their parts: statistics (see ckca__store_statistics); or dgamma, dbeta and what the
-   last pass needs of them (table, 2 x c). */
+/* Computes per part: for KIND 3 (statistics), the mean and the sum of squared deviations, from the sums of d and d^2
+   with d = x - the part's first row, to avoid cancellation; for KIND 2 (batch norm backward), the sums of g and
+   g (x - mean), where g = dy masked by the ReLU; for KIND 1 (bias), the sum of dy. The last block of a group of channels
+   adds the parts and writes the statistics, or dgamma, dbeta and table (2 x c: the means over rows that
+   ckca__batchnorm_backward needs). */
 template <class T, int KIND, int WIDTH>
 __global__ void __launch_bounds__(CKCA__THREADS) ckca__channel_sums(ckca__moments m) {
-    enum { ROWS = KIND == 2 ? 2 : 4 }; /* that are loaded at once */
+    enum { ROWS = KIND == 2 ? 2 : 4 }; /* loaded before the first is used */
     __shared__ __align__(16) float first[CKCA__THREADS * WIDTH], second[CKCA__THREADS * WIDTH];
     __shared__ float some[2][CKCA__THREADS];
     __shared__ double scratch[3 * CKCA__THREADS];
@@ -1573,12 +1575,12 @@ __global__ void __launch_bounds__(CKCA__THREADS) ckca__channel_sums(ckca__moment
     const int there = c < m.c && left;
     ckca__lane<WIDTH> shift, scale, beta, a, b;
     ckca__wait_for_grids();
-    for (int j = 0; j < WIDTH; j++) shift.v[j] = scale.v[j] = a.v[j] = b.v[j] = 0, beta.v[j] = 1; /* the gate is open */
+    for (int j = 0; j < WIDTH; j++) shift.v[j] = scale.v[j] = a.v[j] = b.v[j] = 0, beta.v[j] = 1; /* mask 1 */
     if (there && KIND == 3) shift = ckca__lane<WIDTH>((const T *)m.x + begin * m.c + c);
     if (there && KIND == 2) shift = ckca__lane<WIDTH>(m.mean + c);
     if (there && KIND == 2 && m.beta)
         for (int j = 0; j < WIDTH; j++) scale.v[j] = m.gamma[c + j] * m.inv_std[c + j], beta.v[j] = m.beta[c + j];
-    const auto add = [&](size_t i, auto rows) { /* the loads of some rows come first, all together */
+    const auto add = [&](size_t i, auto rows) { /* issues the loads of all N rows first */
         enum { N = decltype(rows)::VALUE };
         ckca__raw<T, WIDTH> x[N], y[N], g[N];
 #pragma unroll
@@ -1606,7 +1608,7 @@ __global__ void __launch_bounds__(CKCA__THREADS) ckca__channel_sums(ckca__moment
     size_t row = there ? begin + me / m.lanes : end;
     for (; row + (ROWS - 1) * at_once < end; row += ROWS * at_once) add(row * m.c + c, ckca__constant<ROWS>());
     for (; row < end; row += at_once) add(row * m.c + c, ckca__constant<1>());
-    /* Each thread adds WIDTH rows of a channel, then one thread the sums of these. */
+    /* Each thread adds WIDTH partial sums of one channel, then one thread per channel adds those. */
     a.store(first + me * WIDTH);
     b.store(second + me * WIDTH);
     __syncthreads();
@@ -1665,17 +1667,17 @@ __global__ void __launch_bounds__(CKCA__THREADS) ckca__channel_sums(ckca__moment
     m.table[m.c + channel] = (float)(product / (double)m.rows);
 }
 
-/* The sum of v over a warp, in a fixed order, in every lane. */
+/* Returns the sum of v over the warp to every lane, added in a fixed order. */
 template <class T> __device__ __forceinline__ T ckca__warp_sum(T v) {
     for (int step = 16; step; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
     return v;
 }
 
-/* The sum of v over the block, in a fixed order, in every thread. */
+/* Returns the sum of v over the block to every thread, added in a fixed order. */
 __device__ double ckca__block_sum(double v) {
     __shared__ double sums[CKCA__THREADS / 32];
     v = ckca__warp_sum(v);
-    __syncthreads(); /* whoever still reads the last call's sums */
+    __syncthreads(); /* sums may still be in use by the previous call */
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = v;
     __syncthreads();
     v = 0;
@@ -1686,14 +1688,14 @@ __device__ double ckca__block_sum(double v) {
 typedef struct ckca__normed {
     size_t count; /* values */
     int c;
-    ckca__norm norm, residual_norm; /* norm.inv_std NULL: from var */
+    ckca__norm norm, residual_norm; /* norm.inv_std NULL: computed from var */
     const float *var, *table;
-    const void *x, *y, *dy, *residual; /* values of the kernel's type; so are the next two */
+    const void *x, *y, *dy, *residual; /* of the kernel's type, as out and dresidual are */
     void *out, *dresidual;
     int accumulate;
 } ckca__normed;
 
-/* WIDTH channels of a norm from at on. */
+/* Batch norm of WIDTH channels, starting at channel at. */
 template <int WIDTH> struct ckca__affine {
     ckca__lane<WIDTH> mean, scale, beta;
     __device__ ckca__affine(const ckca__norm &norm, const float *var, size_t at)
@@ -1707,13 +1709,14 @@ template <int WIDTH> struct ckca__affine {
     }
 };
 
-/* body(i, N) for this thread's places, N of them at once, apart from each other: their loads are independent. */
+/* Calls body(i, n) for this thread's indices i, i + apart, ... below count, n = N at a time, then 1 at a time, so that
+   body can issue n independent loads. */
 template <int N, class F> __device__ __forceinline__ void ckca__places(size_t i, size_t count, size_t apart, F body) {
     for (; i + (N - 1) * apart < count; i += N * apart) body(i, ckca__constant<N>());
     for (; i < count; i += apart) body(i, ckca__constant<1>());
 }
 
-/* out = relu?(norm(x) + residual), the residual through a norm of its own where NORMED. */
+/* out = relu?(norm(x) + residual). NORMED: the residual has a batch norm of its own. */
 template <class T, int WIDTH, int NORMED> __global__ void ckca__batchnorm_apply(ckca__normed n) {
     const size_t c = (size_t)n.c / WIDTH, threads = (size_t)gridDim.x * blockDim.x, stride = threads / c * c;
     const size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x, at = id % c * WIDTH, apart = stride * WIDTH;
@@ -1791,7 +1794,7 @@ template <class T, int WIDTH> __global__ void ckca__batchnorm_backward(ckca__nor
     });
 }
 
-/* Blocks for an element-wise kernel over count items, each of at least so many threads altogether. */
+/* Grid of an element-wise kernel over count items, of at least `least` threads in total. */
 static unsigned ckca__grid(const ckca_context *ctx, size_t count, size_t least) {
     size_t blocks = (count + CKCA__THREADS - 1) / CKCA__THREADS, most = (size_t)ckca__cuda_of(ctx)->blocks;
     least = (least + CKCA__THREADS - 1) / CKCA__THREADS;
@@ -1799,7 +1802,7 @@ static unsigned ckca__grid(const ckca_context *ctx, size_t count, size_t least) 
     return (unsigned)(blocks < least ? least : blocks ? blocks : 1);
 }
 
-/* Runs f with a value of the maps' type and (as a constant) how many values of channels are taken at once. */
+/* Calls f with a value of the feature maps' type and, as a ckca__constant, the channels to access at once. */
 template <class F> static void ckca__typed_wide(int bf16, int c, F f) {
     if (bf16 && c % 8 == 0)
         f(ckca__bf16(), ckca__constant<8>());
@@ -1834,7 +1837,7 @@ static void ckca__run_channel_sums(ckca_context *ctx, int bf16, int kind, ckca__
     });
 }
 
-/* Mean, inv_std and running statistics of x, rows x c values. ws: parts x 2 x c floats. */
+/* Computes mean, inv_std and running statistics of x (rows x c). ws: ckca__parts x 2 x c floats. */
 static void ckca__take_statistics(ckca_context *ctx, int bf16, size_t rows, int c, const void *x,
                                   const ckca__statistics *statistics, void *ws) {
     ckca__moments m = {};
@@ -1849,7 +1852,7 @@ static void ckca__take_statistics(ckca_context *ctx, int bf16, size_t rows, int 
 static unsigned ckca__warps(int c) { return (unsigned)((c + CKCA__THREADS / 32 - 1) / (CKCA__THREADS / 32)); }
 
 CKCA__OP size_t ckca__op_workspace(const ckca_context *ctx, size_t rows, int c) {
-    (void)ctx; /* batch norm's parts and table; clipping's sums; RELATION asks for channels enough for its norms */
+    (void)ctx; /* batch norm's parts and table; clipping's sums; RELATION passes a c large enough for its norms */
     return ckca__sum(CKCA__PARTS * sizeof(double),
                      ckca__mul((size_t)c, (2 * (size_t)ckca__parts(rows, 1) + 2) * sizeof(float)));
 }
@@ -1960,11 +1963,11 @@ CKCA__OP void ckca__op_fold(ckca_context *ctx, int k, size_t per, const float *w
    CONVOLUTION
    ------------------------------------------------------------------------------------------------------------------ */
 
-/* Blocks that a GPU runs at a time: two on each multiprocessor of a large one. Not the one at hand's: with it the order
-   of sums, and so the bits, would change. */
+/* Blocks per wave: two on each multiprocessor of a large GPU. A constant, not the current GPU's count, which would
+   change the order of sums and so the bits. CKCA__LEAST_SPLIT: fewest pixels per split. */
 enum { CKCA__WAVE = 264, CKCA__LEAST_SPLIT = 512 };
 
-/* What a convolution or linear layer multiplies in: BF16 only where its output is stored so. */
+/* The precision a convolution or linear layer multiplies in: BF16 only where its output is stored as bfloat16. */
 static ckca_precision ckca__math(const ckca_context *ctx, const ckca__conv *s) {
     return ctx->precision == CKCA_PRECISION_BF16 && !s->bf16 ? CKCA_PRECISION_TF32 : ctx->precision;
 }
@@ -1975,7 +1978,7 @@ static size_t ckca__value_bytes(const ckca_context *ctx, const ckca__conv *s) {
     return 16 / (size_t)ckca__chunk_values(ctx, s);
 }
 
-/* 1: a pass fetches whole chunks: K of a gradient fills them. (Channels of x are widened until they do.) */
+/* 1: the pass loads whole chunks: always in FORWARD, whose channels are padded; in DATA and WEIGHT if K fills them. */
 static int ckca__is_whole(const ckca_context *ctx, int pass, const ckca__conv *s) {
     return pass == CKCA__FORWARD || s->k % ckca__chunk_values(ctx, s) == 0;
 }
@@ -1986,8 +1989,8 @@ static int ckca__is_widened(const ckca_context *ctx, const ckca__conv *s) {
     return s->c % ckca__chunk_values(ctx, s) || s->bf16_x != s->bf16;
 }
 
-/* Columns of a block: no more than there are; 128 only on tensor cores, which are so fast that every fetch should serve
-   as many sums as registers hold, and where fetching is simple enough to leave them to the sums. */
+/* Columns of a block: the smallest size that covers them, up to 64; 128 only on tensor cores, which need the most reuse
+   of each load, and only with whole chunks, whose loader leaves enough registers for the sums. */
 static int ckca__columns(const ckca_context *ctx, int pass, const ckca__conv *s) {
     const int columns = pass == CKCA__DATA ? s->c : s->k;
     if (columns > 64 && ctx->precision != CKCA_PRECISION_FLOAT32 && ckca__is_whole(ctx, pass, s)) return 128;
@@ -1995,12 +1998,12 @@ static int ckca__columns(const ckca_context *ctx, int pass, const ckca__conv *s)
 }
 static int ckca__ceil(int a, int b) { return (a + b - 1) / b; }
 
-/* A 1 x 1 convolution is a plain matrix product, which cuBLAS knows best (while nothing is done to the sums). */
+/* 1: a plain matrix product (1 x 1, stride 1, no padding), left to cuBLAS unless it has an epilogue. */
 static int ckca__is_product(const ckca__conv *s) {
     return s->r == 1 && s->s == 1 && s->stride == 1 && !s->pad && s->bf16_x == s->bf16;
 }
 
-/* The splits that fill their waves of blocks best; of equally good ones the fewest, since each costs a pass over the
+/* The number of splits that fills its waves of blocks best; fewer on a tie, since each split costs a pass over the
    weights. */
 static int ckca__weight_splits(const ckca_context *ctx, const ckca__conv *s) {
     const int blocks = ckca__ceil(s->r * s->s * ckca__wide_channels(ctx, s), CKCA__ROWS) *
@@ -2015,7 +2018,7 @@ static int ckca__weight_splits(const ckca_context *ctx, const ckca__conv *s) {
     }
     return best;
 }
-/* Parts are added in groups of so many first. */
+/* Parts per group of a two-level sum: about the square root of parts; all of them if they are few. */
 static int ckca__group(int parts) {
     int group = 1;
     if (parts <= 16) return parts;
@@ -2023,8 +2026,8 @@ static int ckca__group(int parts) {
     return group;
 }
 
-/* Bytes of a convolution's weights as FORWARD reads them (rounded, widened), and turned, as far as anybody reads them
-   so; of x widened; of the statistics' parts. */
+/* Bytes of a convolution's weights packed for FORWARD (rounded, padded) and for DATA (transposed), and of x padded to
+   whole chunks; 0 where the original is read as it is. */
 static size_t ckca__cast_bytes(const ckca_context *ctx, const ckca__conv *s) {
     const int product = ckca__is_product(s), wide = product ? s->c : ckca__wide_channels(ctx, s);
     const size_t count = ckca__mul(ckca__mul((size_t)s->r * s->s, (size_t)wide), (size_t)s->k);
@@ -2045,8 +2048,8 @@ CKCA__OP size_t ckca__packed_bytes(const ckca_context *ctx, const ckca__conv *s,
     return ckca__sum(ckca__cast_bytes(ctx, s), backward ? ckca__turned_bytes(ctx, s) : 0);
 }
 
-/* In turn: FORWARD's weights, x widened, parts of statistics; DATA's weights; WEIGHT's x widened and splits, then parts of
-   the bias's gradient. */
+/* The largest of the three passes' needs. FORWARD: packed weights, padded x, parts of the statistics. DATA: packed
+   weights. WEIGHT: padded x and the splits' sums; then, in the same memory, the bias gradient's parts. */
 CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *s) {
     const double pixels = (double)s->n * s->p * s->q;
     const size_t rows = pixels < 1e9 ? (size_t)pixels : 1000000000;
@@ -2060,7 +2063,7 @@ CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *
     return most < splits ? splits : most;
 }
 
-/* Pixels and taps are counted in ints, and so is what lies between a window's first value and its last. */
+/* Pixels, taps, and offsets within a window must fit in an int. */
 static int ckca__conv_fits(ckca_context *ctx, const ckca__conv *s) {
     const double most = INT_MAX - 4096, lines = s->r + 1.0;
     if ((double)s->n * s->h * s->w < most && (double)s->n * s->p * s->q < most &&
@@ -2101,7 +2104,7 @@ template <int PASS> static void ckca__run_gemm(ckca_context *ctx, ckca__gemm *g)
     const ckca__conv *s = &g->s;
     const int columns = PASS == CKCA__DATA ? s->c : s->k, width = ckca__columns(ctx, PASS, s);
     int rows = s->n * s->p * s->q, layers = 1;
-    if (PASS == CKCA__DATA) { /* phase 0 has the most pixels */
+    if (PASS == CKCA__DATA) { /* phase 0 has the most pixels and sizes the grid */
         rows = s->n * ckca__ceil(s->h, s->stride) * ckca__ceil(s->w, s->stride);
         layers = s->stride * s->stride;
     }
@@ -2132,7 +2135,7 @@ template <int PASS> static void ckca__run_gemm(ckca_context *ctx, ckca__gemm *g)
     }
 }
 
-/* One convolution more to arrange: cast (wide channels) and turned as in ckca__arrange. */
+/* Adds a convolution to the launch; cast and transposed as in ckca__arrange. */
 static void ckca__arrange_add(const ckca_context *ctx, ckca__arrange *a, const ckca__conv *s, const float *w,
                               void *cast, int wide, void *turned) {
     auto &o = a->of[a->count++];
@@ -2164,7 +2167,8 @@ CKCA__OP void ckca__op_pack_weights(ckca_context *ctx, int count, const ckca__co
     ckca__arrange_run(ctx, &a);
 }
 
-/* The weights as a pass reads them, of wide channels (turned: of K): as they are, packed already, or packed in ws. */
+/* Returns the weights as a pass reads them, with wide channels (transposed: K): w, the prepacked ones, or packed into
+   ws. */
 static const void *ckca__weights(ckca_context *ctx, const ckca__conv *s, int turned, int wide, const float *w,
                                  void *ws) {
     const size_t cast = ckca__cast_bytes(ctx, s);
@@ -2177,7 +2181,7 @@ static const void *ckca__weights(ckca_context *ctx, const ckca__conv *s, int tur
     return ws;
 }
 
-/* x as FORWARD and WEIGHT read it: as it is, or widened in ws. */
+/* Returns x as FORWARD and WEIGHT read it: x, or a padded copy in ws. */
 static const void *ckca__widen(ckca_context *ctx, const ckca__conv *s, const void *x, void *ws) {
     const size_t pixels = (size_t)s->n * s->h * s->w;
     const int wide = ckca__wide_channels(ctx, s);
@@ -2193,9 +2197,8 @@ static const void *ckca__widen(ckca_context *ctx, const ckca__conv *s, const voi
     return ws;
 }
 
-/* c (rows x columns) = (or +=) a b, all row-major; a is stored transposed (summed x rows) where turn_a, b (columns x
-   summed) where turn_b. bf16: a and b are; bf16_c: c is. cuBLAS counts columns first, so it is asked for c^T = b^T
-   a^T. */
+/* c (rows x columns) = (or +=) a b, all row-major. turn_a: a is stored as summed x rows; turn_b: b as columns x summed.
+   bf16: a and b are bfloat16; bf16_c: c is. cuBLAS is column-major, so the call computes c^T = b^T a^T. */
 static void ckca__product(ckca_context *ctx, int rows, int columns, int summed, int bf16, const void *a, int turn_a,
                           const void *b, int turn_b, int bf16_c, void *c, int accumulate) {
     const float one = 1, beta = accumulate ? 1.0f : 0.0f;
@@ -2204,7 +2207,7 @@ static void ckca__product(ckca_context *ctx, int rows, int columns, int summed, 
     const cudaDataType type = bf16 ? CUDA_R_16BF : CUDA_R_32F;
     ckca__cuda *cuda = ckca__cuda_of(ctx);
     const cublasHandle_t blas = cuda->beside.now ? cuda->beside.blas : cuda->blas;
-    ckca__cuda_stream(cuda); /* waits for what is beside */
+    ckca__cuda_stream(cuda); /* waits for the side stream */
     CKCA__BLAS(cuda,
                cublasGemmEx(blas, turn_b ? CUBLAS_OP_T : CUBLAS_OP_N,
                             turn_a ? CUBLAS_OP_T : CUBLAS_OP_N, columns, rows, summed, &one, b, type,
@@ -2212,7 +2215,7 @@ static void ckca__product(ckca_context *ctx, int rows, int columns, int summed, 
                             bf16_c ? CUDA_R_16BF : CUDA_R_32F, columns, compute, CUBLAS_GEMM_DEFAULT));
 }
 
-/* Not here: 1 x 1 convolutions are cuBLAS's, which reads what lies in memory. */
+/* Never: cuBLAS computes 1 x 1 convolutions and cannot normalise its input on load. */
 CKCA__OP int ckca__may_norm(const ckca_context *ctx, const ckca__conv *s) {
     (void)ctx;
     (void)s;
@@ -2225,14 +2228,14 @@ CKCA__OP int ckca__may_take_statistics(const ckca_context *ctx, const ckca__conv
     return 1;
 }
 
-/* 1: the statistics of a 1 x 1 convolution's output are taken in an epilogue of our own. By the model (H100, our GEMM at
-   half the tensor cores' rate, cuBLAS at four fifths) it beats cuBLAS and one more pass over the output while what it
-   loses in products, which grows with C, is less than that pass; on the FFMA units it never does. */
+/* 1: a 1 x 1 convolution with statistics uses our GEMM, whose epilogue computes them, not cuBLAS and another pass over
+   the output. A model, not a measurement (H100, our GEMM at half of tensor-core peak, cuBLAS at four fifths): the slower
+   product, whose cost grows with C, is cheaper than that pass for small C; on the FFMA units it never is. */
 static int ckca__is_short(const ckca_context *ctx, const ckca__conv *s) {
     return ctx->precision != CKCA_PRECISION_FLOAT32 && s->c <= 256;
 }
 
-/* Tickets that the statistics of an output need. */
+/* 1: there are enough tickets to compute the output's statistics in the epilogue. */
 static int ckca__has_tickets(const ckca_context *ctx, const ckca__conv *s) {
     const int blocks = ckca__ceil(s->n * s->p * s->q, CKCA__ROWS), groups = ckca__ceil(blocks, ckca__group(blocks));
     return (double)(groups + 1) * ckca__ceil(s->k, ckca__columns(ctx, CKCA__FORWARD, s)) <= CKCA__TICKETS;
@@ -2252,7 +2255,7 @@ CKCA__OP void ckca__op_conv_forward(ckca_context *ctx, const ckca__conv *s, cons
         more += ckca__round_up((size_t)s->r * s->s * wide * s->k * ckca__value_bytes(ctx, s), CKCA__ALIGN);
     if (product) {
         ckca__product(ctx, s->n * s->p * s->q, s->k, s->c, s->bf16, x, 0, g.b, 1, s->bf16, y, 0);
-    } else { /* what comes after the sums costs no pass over y here */
+    } else { /* the epilogue saves a pass over y */
         g.a = ckca__widen(ctx, s, x, more);
         g.s.c = wide;
         g.bias = bias;
@@ -2277,7 +2280,7 @@ CKCA__OP void ckca__op_conv_backward_data(ckca_context *ctx, const ckca__conv *s
     if (!ckca__conv_fits(ctx, s)) return;
     g.s = *s;
     g.a = dy;
-    ckca__cuda_of(ctx)->beside.wanted = s->packed_weights != NULL; /* ws is not used, then */
+    ckca__cuda_of(ctx)->beside.wanted = s->packed_weights != NULL; /* then this pass does not use ws */
     g.b = ckca__weights(ctx, s, !ckca__is_product(s), s->c, w, ws);
     g.out = dx;
     g.accumulate = accumulate;
@@ -2346,12 +2349,12 @@ CKCA__OP void ckca__op_linear_backward(ckca_context *ctx, int n, int d, int k, c
    ELEMENTS
    ------------------------------------------------------------------------------------------------------------------ */
 
-/* for (every i below count that is this thread's) */
+/* A grid-stride loop: i runs over this thread's share of 0 .. count - 1. */
 #define CKCA__EACH(i, count)                                                            \
     for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < (size_t)(count); \
          i += (size_t)gridDim.x * blockDim.x)
 
-/* The same of a function that is written for WIDTH neighbours of an array of T: in chunks, then what is left. */
+/* The same for a function template over WIDTH adjacent values of T: whole chunks, then the remainder value by value. */
 #define CKCA__IN_CHUNKS(T, count, function, ...)                                                 \
     do {                                                                                         \
         enum { WIDTH_ = ckca__chunk<T>::VALUES };                                                \
@@ -2407,7 +2410,7 @@ CKCA__OP void ckca__op_add_backward(ckca_context *ctx, int bf16, size_t count, c
     });
 }
 
-/* Where item i of n x h x w x c / WIDTH lies. There are fewer than 2^32 pixels, if not values. */
+/* The coordinates of item i of n x h x w x c / WIDTH. There are fewer than 2^32 pixels; values may be more. */
 struct ckca__pixel {
     int n, y, x, c;
     __device__ __forceinline__ ckca__pixel(size_t i, unsigned h, unsigned w, unsigned chunks, int width) {
@@ -2420,7 +2423,7 @@ struct ckca__pixel {
     }
 };
 
-/* WIDTH channels of an output each. The first of equals wins, NaN over all. */
+/* Each thread computes WIDTH channels of an output. The first of equal values wins; NaN beats any number. */
 template <class T, int WIDTH> __global__ void ckca__maxpool_kernel(ckca__conv s, const T *x, T *y, unsigned char *at) {
     ckca__wait_for_grids();
     CKCA__EACH(i, (size_t)s.n * s.p * s.q * s.c / WIDTH) {
@@ -2440,7 +2443,7 @@ template <class T, int WIDTH> __global__ void ckca__maxpool_kernel(ckca__conv s,
         for (int j = 0; j < WIDTH && at; j++) at[i * WIDTH + j] = (unsigned char)(where[j] < 0 ? 0 : where[j]);
     }
 }
-/* WIDTH channels of an input each: they collect from the few windows that cover it. */
+/* Each thread gathers WIDTH channels of an input's gradient from the windows that cover it. */
 template <class T, int WIDTH>
 __global__ void ckca__maxpool_backward_kernel(ckca__conv s, const T *dy, const unsigned char *at, T *dx,
                                               int accumulate) {
@@ -2483,7 +2486,7 @@ CKCA__OP void ckca__op_maxpool_backward(ckca_context *ctx, const ckca__conv *s, 
     });
 }
 
-/* WIDTH means each, of values c apart: neighbouring threads read neighbouring channels. */
+/* Each thread computes WIDTH means; adjacent threads read adjacent channels. */
 template <class T, int WIDTH> __global__ void ckca__avgpool_kernel(int n, int area, int c, const T *x, float *y) {
     ckca__wait_for_grids();
     CKCA__EACH(i, (size_t)n * c / WIDTH) {
@@ -2567,15 +2570,15 @@ CKCA__OP void ckca__op_subsample_backward(ckca_context *ctx, const ckca__conv *s
     });
 }
 
-/* Group norm, a block for each picture's group in turn. The values of a group lie c / groups at a time, c apart. */
+/* Group norm: each block processes whole groups of a picture. A group is runs of c / groups values, c apart. */
 struct ckca__norm_group {
-    int c, per, channel; /* channels in all, in the group; its first */
-    size_t first;        /* where its values begin */
-    float count;         /* of its values */
+    int c, per, channel; /* channels of the tensor, of the group; its first channel */
+    size_t first;        /* index of its first value */
+    float count;         /* number of its values */
     __device__ __forceinline__ ckca__norm_group(size_t b, int area, int channels, int groups)
         : c(channels), per(channels / groups), channel((int)(b % groups) * per),
           first(b / groups * area * channels + channel), count((float)area * (float)per) {}
-    /* Where value i is; its channel. */
+    /* The index of the group's value i, and its channel. */
     __device__ __forceinline__ size_t at(size_t i) const { return first + i / per * c + i % per; }
     __device__ __forceinline__ int channel_of(size_t i) const { return channel + (int)(i % per); }
 };
@@ -2630,7 +2633,7 @@ __global__ void ckca__groupnorm_backward_kernel(size_t all, int area, int c, int
         }
     }
 }
-/* part (n x 2 x c): each picture's sums of dy xhat and of dy; then their sums over the pictures. */
+/* part (n x 2 x c): each picture's sums of dy xhat and of dy. ckca__groupnorm_gradients adds them over the pictures. */
 template <class T>
 __global__ void ckca__groupnorm_parts(int n, int area, int c, int groups, const T *x, const float *statistics,
                                       const T *dy, float *part) {
@@ -2691,10 +2694,10 @@ CKCA__OP void ckca__op_gather(ckca_context *ctx, int n, int d, const float *rows
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
-   LOSSES: a warp per picture, or a block where features are long. Exponentials and sums are in double, as on the host.
+   LOSSES: one warp per picture, one block for feature losses. Exponentials and sums are in double, as on the host.
    ------------------------------------------------------------------------------------------------------------------ */
 
-/* log sum_j exp(z_j / t), by the whole warp. NaN or +inf in z gives NaN. */
+/* log sum_j exp(logits[j] / t), computed by the whole warp. NaN or +inf among the logits gives NaN. */
 __device__ double ckca__log_sum_exp(int k, const float *logits, double t) {
     double most = -INFINITY, sum = 0;
     for (int j = (int)threadIdx.x % 32; j < k; j += 32)
@@ -2707,7 +2710,7 @@ __device__ double ckca__log_sum_exp(int k, const float *logits, double t) {
     return most / t + log(ckca__warp_sum(sum));
 }
 
-/* This warp's picture; its lanes go over the classes. */
+/* This warp's picture; its lanes loop over the classes. */
 __device__ __forceinline__ int ckca__warp_row() { return (int)(blockIdx.x * (CKCA__THREADS / 32) + threadIdx.x / 32); }
 
 __global__ void ckca__cross_entropy_kernel(int n, int k, const float *z, const int *labels, float smoothing, float *dz,
@@ -2748,7 +2751,7 @@ CKCA__OP void ckca__op_softmax(ckca_context *ctx, int n, int k, const float *log
     CKCA__LAUNCH(ctx, ckca__softmax_kernel, ckca__warps(n), n, k, logits, p);
 }
 
-/* One block. *sum = (or +=) the sum of values, over n where mean. */
+/* One block. mean: *sum = the mean of values; otherwise *sum += their sum. */
 __global__ void ckca__sum_kernel(int n, const float *values, int mean, double *sum) {
     ckca__wait_for_grids();
     double v = 0;
@@ -2770,8 +2773,8 @@ CKCA__OP void ckca__op_count(ckca_context *ctx, int n, const int *hit, double *s
     CKCA__LAUNCH(ctx, ckca__count_kernel, 1, n, hit, sum);
 }
 
-/* AdaKD's a_i for TRUTH and DOUBT, before division by their mean, into weight. 1 - p_o[y] is summed from the other
-   classes: near 0 a difference from 1 has no digits left. */
+/* Writes AdaKD's a_i for TRUTH and DOUBT, before division by their mean, to weight. DOUBT's 1 - p_o[y] is summed over
+   the other classes, to avoid cancellation. */
 __global__ void ckca__adakd_weights(ckca_adakd form, int n, int k, const float *zo, const int *labels, float *weight) {
     ckca__wait_for_grids();
     const int i = ckca__warp_row(), lane = (int)threadIdx.x % 32;
@@ -2785,7 +2788,7 @@ __global__ void ckca__adakd_weights(ckca_adakd form, int n, int k, const float *
     if (!lane) weight[i] = (float)(form == CKCA_ADAKD_TRUTH ? exp(row[labels[i]] - lse) : doubt);
 }
 
-/* loss holds the weights of TRUTH and DOUBT when this starts; each warp reads its own and then replaces it. */
+/* For TRUTH and DOUBT, loss holds the weights on entry; each warp reads its own, then overwrites it. */
 __global__ void ckca__adakd_kernel(ckca_adakd form, int n, int k, const float *z, const float *zo, const int *labels,
                                    const float *class_weight, double t, float scale, const double *mean, float *dz,
                                    float *loss) {
@@ -2798,7 +2801,7 @@ __global__ void ckca__adakd_kernel(ckca_adakd form, int n, int k, const float *z
     if (form == CKCA_ADAKD_CLASS)
         a = class_weight[labels[i]];
     else if (form != CKCA_ADAKD_CONSTANT && *mean != 0)
-        a = loss[i] / *mean; /* all weights 0: 1 each */
+        a = loss[i] / *mean; /* if all weights are 0, each counts as 1 */
     for (int j = lane; j < k; j += 32) {
         const double log_s = s[j] / t - lse_s, log_o = o[j] / t - lse_o, p_o = exp(log_o);
         kl += p_o * (log_o - log_s);
@@ -2819,7 +2822,7 @@ CKCA__OP void ckca__op_adakd(ckca_context *ctx, ckca_adakd form, int n, int k, c
                  scale, (const double *)mean, dlogits, loss);
 }
 
-/* a . b by the whole block. */
+/* a . b, computed by the whole block. */
 __device__ double ckca__block_dot(int d, const float *a, const float *b) {
     double sum = 0;
     for (int j = (int)threadIdx.x; j < d; j += CKCA__THREADS) sum += (double)a[j] * b[j];
@@ -2827,7 +2830,7 @@ __device__ double ckca__block_dot(int d, const float *a, const float *b) {
 }
 __device__ __forceinline__ double ckca__inverse_norm(double square) { return square > 0 ? 1 / sqrt(square) : square; }
 
-/* A block per picture: loss = 1 - cos; d cos / d f = (fo / |fo| - cos f / |f|) / |f|. */
+/* One block per picture: loss = 1 - cos; d cos / d f = (fo / |fo| - cos f / |f|) / |f|. */
 template <class T, class TEACHER, int WIDTH>
 __global__ void ckca__cosine_kernel(int d, const T *f, const TEACHER *fo, double scale, T *df, int accumulate,
                                     float *loss) {
@@ -2871,7 +2874,7 @@ __global__ void ckca__l2_kernel(int d, const float *f, const float *fo, double s
     if (threadIdx.x == 0) loss[blockIdx.x] = (float)(sum / d);
 }
 
-/* inverse[i] = 1 / |f_i|; a block per picture. */
+/* inverse[i] = 1 / |f_i|; one block per picture. */
 __global__ void ckca__norms_kernel(int d, const float *f, double *inverse) {
     ckca__wait_for_grids();
     const float *row = f + (size_t)blockIdx.x * d;
@@ -2879,8 +2882,8 @@ __global__ void ckca__norms_kernel(int d, const float *f, double *inverse) {
     if (threadIdx.x == 0) inverse[blockIdx.x] = ckca__inverse_norm(square);
 }
 
-/* A block per picture i, which meets the others j in tiles: first each warp takes j's of its own and finds what f_j
-   counts for, then the threads go over the features. Formulas as on the host (ckca__featreg_relation). */
+/* One block per picture i loops over the others j in tiles: each warp first computes the weights of its own f_j, then
+   each thread adds the weighted f_j for its own features. Formulas as on the host (ckca__featreg_relation). */
 __global__ void ckca__relation_kernel(int n, int d, int d_teacher, const float *f, const float *fo, const double *inv_f,
                                       const double *inv_o, double scale, float *df, int accumulate, float *loss) {
     ckca__wait_for_grids();
@@ -2889,7 +2892,7 @@ __global__ void ckca__relation_kernel(int n, int d, int d_teacher, const float *
     const int i = (int)blockIdx.x, lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
     const float *fi = f + (size_t)i * d, *oi = fo + (size_t)i * d_teacher;
     float *to = df + (size_t)i * d;
-    double sum = 0, own = 0; /* of this warp: of e^2; of what f_i itself counts for */
+    double sum = 0, own = 0; /* this warp's sum of e^2; its sum of the weights of f_i itself */
     for (int c = (int)threadIdx.x; c < d && !accumulate; c += CKCA__THREADS) to[c] = 0;
     for (int first = 0; first < n; first += TILE) {
         const int count = n - first < TILE ? n - first : TILE;
@@ -2971,7 +2974,7 @@ CKCA__OP void ckca__op_sgd(ckca_context *ctx, size_t count, size_t decayed, floa
                  weight_decay, nesterov, gscale);
 }
 
-/* sums[block] = the block's share of g . g, of 256 blocks. */
+/* sums[block] = the block's part of g . g, in 256 blocks. */
 __global__ void ckca__squares_kernel(size_t count, const float *g, double *sums) {
     ckca__wait_for_grids();
     double sum = 0;
@@ -3002,11 +3005,11 @@ CKCA__OP void ckca__op_shrink_perturb(ckca_context *ctx, size_t count, float *w,
    PICTURES
    ------------------------------------------------------------------------------------------------------------------ */
 
-/* At most this many channels in one launch: their mean and std travel as arguments. */
+/* Maximum channels per launch: their mean and std are kernel arguments. */
 enum { CKCA__PICTURE_CHANNELS = 8 };
 
 typedef struct ckca__pictures {
-    int h, w, c, first, channels; /* channels first, ... of c */
+    int h, w, c, first, channels; /* channels first .. first + channels - 1 of c */
     const unsigned char *pixels;
     int gathered;
     const int *index, *epoch;
@@ -3017,8 +3020,8 @@ typedef struct ckca__pictures {
     float *out;
 } ckca__pictures;
 
-/* The framed picture's byte values at (y, x), of m channels from channel j on: shifted and mirrored, black outside; or
-   the framed rectangle enlarged, bilinearly between pixel centres. */
+/* v = the augmented picture's values at (y, x), channels j .. j + m - 1, in 0 to 255: shifted and mirrored, black
+   outside; or the cropped rectangle enlarged by bilinear interpolation between pixel centres. */
 __device__ void ckca__look(const ckca__pictures &p, const ckca__framing &f, const unsigned char *pixels, int y, int x,
                            int j, int m, float *v) {
     if (f.flip) x = p.w - 1 - x;
@@ -3040,7 +3043,7 @@ __device__ void ckca__look(const ckca__pictures &p, const ckca__framing &f, cons
     }
 }
 
-/* A block per picture. Jitter's contrast needs the picture's mean grey, so with it pixels are looked at twice. */
+/* One block per picture. Jitter's contrast needs the picture's mean grey value, so jitter samples every pixel twice. */
 __global__ void ckca__pictures_kernel(ckca__pictures p) {
     ckca__wait_for_grids();
     __shared__ ckca__framing framing;
