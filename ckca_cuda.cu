@@ -93,13 +93,13 @@ typedef struct ckca__cuda {
         cublasHandle_t blas;
         void *blas_workspace;
         cudaEvent_t forked, done;
-        int now, pending, wanted; /* flags: work is issued here; the main stream has not waited for it
+        int active, pending, overlap; /* flags: work is issued here; the main stream has not waited for it
                                            yet; the main stream need not wait */
-    } beside;
+    } side;
     int blocks;                    /* maximum grid of an element-wise kernel */
     double *scratch;               /* on the device: one double */
     unsigned *tickets;             /* on the device: 0 between kernels, see ckca__is_last */
-    int early;                     /* 1: use programmatic dependent launch */
+    int dependent_launch;                     /* 1: use programmatic dependent launch */
     char *slot[CKCA__SLOTS];       /* pinned host memory */
     cudaEvent_t sent[CKCA__SLOTS]; /* the slot's last upload has finished */
     int next;                      /* slot */
@@ -129,36 +129,36 @@ static int ckca__cuda_check(ckca__cuda *cuda, const char *call, cudaError_t stat
 static int ckca__blas_check(ckca__cuda *cuda, const char *call, cublasStatus_t status) {
     return status == CUBLAS_STATUS_SUCCESS ? 1 : ckca__cuda_note(cuda, call, cublasGetStatusString(status));
 }
-static int ckca__cuda_is_ours(const ckca__cuda *cuda) { return cuda->process == CKCA__PROCESS(); }
+static int ckca__cuda_same_process(const ckca__cuda *cuda) { return cuda->process == CKCA__PROCESS(); }
 static int ckca__cuda_usable(ckca__cuda *cuda, const char *call) {
-    return ckca__cuda_is_ours(cuda) || ckca__cuda_note(cuda, call, "the child of a fork() cannot use its parent's GPU");
+    return ckca__cuda_same_process(cuda) || ckca__cuda_note(cuda, call, "the child of a fork() cannot use its parent's GPU");
 }
 #define CKCA__CUDA(cuda, call) (ckca__cuda_usable(cuda, #call) && ckca__cuda_check(cuda, #call, call))
 #define CKCA__BLAS(cuda, call) (ckca__cuda_usable(cuda, #call) && ckca__blas_check(cuda, #call, call))
 
 /* The stream to issue work to. The main stream first waits for pending side-stream work, unless overlap is allowed. */
 static cudaStream_t ckca__cuda_stream(ckca__cuda *cuda) {
-    if (cuda->beside.now) return cuda->beside.stream;
-    if (cuda->beside.pending && !cuda->beside.wanted) {
-        cuda->beside.pending = 0;
-        CKCA__CUDA(cuda, cudaStreamWaitEvent(cuda->stream, cuda->beside.done, 0));
+    if (cuda->side.active) return cuda->side.stream;
+    if (cuda->side.pending && !cuda->side.overlap) {
+        cuda->side.pending = 0;
+        CKCA__CUDA(cuda, cudaStreamWaitEvent(cuda->stream, cuda->side.done, 0));
     }
     return cuda->stream;
 }
 
 /* Work issued between these two calls overlaps the main stream's work until the end of the next convolution's input
    gradient. The streams share neither scratch memory nor tickets. */
-static void ckca__beside_begin(ckca__cuda *cuda) {
-    cuda->beside.now = CKCA__CUDA(cuda, cudaEventRecord(cuda->beside.forked, ckca__cuda_stream(cuda))) &&
-                       CKCA__CUDA(cuda, cudaStreamWaitEvent(cuda->beside.stream, cuda->beside.forked, 0));
+static void ckca__side_begin(ckca__cuda *cuda) {
+    cuda->side.active = CKCA__CUDA(cuda, cudaEventRecord(cuda->side.forked, ckca__cuda_stream(cuda))) &&
+                       CKCA__CUDA(cuda, cudaStreamWaitEvent(cuda->side.stream, cuda->side.forked, 0));
 }
-static void ckca__beside_end(ckca__cuda *cuda) {
-    if (!cuda->beside.now) return;
-    cuda->beside.now = 0;
-    cuda->beside.pending = CKCA__CUDA(cuda, cudaEventRecord(cuda->beside.done, cuda->beside.stream));
+static void ckca__side_end(ckca__cuda *cuda) {
+    if (!cuda->side.active) return;
+    cuda->side.active = 0;
+    cuda->side.pending = CKCA__CUDA(cuda, cudaEventRecord(cuda->side.done, cuda->side.stream));
 }
 static unsigned *ckca__tickets(const ckca__cuda *cuda) {
-    return cuda->tickets + (cuda->beside.now ? CKCA__TICKETS : 0);
+    return cuda->tickets + (cuda->side.active ? CKCA__TICKETS : 0);
 }
 
 /* Grid, threads per block, and bytes of dynamic shared memory. */
@@ -178,16 +178,16 @@ static void ckca__launch(ckca_context *ctx, const char *name, void (*kernel)(P..
                          A... arguments) {
     ckca__cuda *cuda = ckca__cuda_of(ctx);
     cudaLaunchConfig_t config = {};
-    cudaLaunchAttribute early = {};
+    cudaLaunchAttribute dependent_launch = {};
     if (!ckca__cuda_usable(cuda, name)) return;
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
+    dependent_launch.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    dependent_launch.val.programmaticStreamSerializationAllowed = 1;
     config.gridDim = shape.grid;
     config.blockDim = dim3(shape.threads);
     config.dynamicSmemBytes = shape.shared;
     config.stream = ckca__cuda_stream(cuda);
-    config.attrs = &early;
-    config.numAttrs = (unsigned)cuda->early;
+    config.attrs = &dependent_launch;
+    config.numAttrs = (unsigned)cuda->dependent_launch;
     if (shape.shared > CKCA__SHARED_BYTES &&
         !ckca__cuda_check(cuda, name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                            (int)shape.shared)))
@@ -201,19 +201,19 @@ CKCA__OP void ckca__device_free(ckca_context *ctx) {
     int i;
     if (!cuda) return;
     ctx->cuda = NULL;
-    if (!ckca__cuda_is_ours(cuda)) {
+    if (!ckca__cuda_same_process(cuda)) {
         free(cuda);
         return;
     }
-    if (cuda->beside.stream) cudaStreamSynchronize(cuda->beside.stream);
+    if (cuda->side.stream) cudaStreamSynchronize(cuda->side.stream);
     if (cuda->stream) cudaStreamSynchronize(cuda->stream);
     if (cuda->copies) cudaStreamSynchronize(cuda->copies);
     if (cuda->blas) cublasDestroy(cuda->blas);
-    if (cuda->beside.blas) cublasDestroy(cuda->beside.blas);
-    if (cuda->beside.forked) cudaEventDestroy(cuda->beside.forked);
-    if (cuda->beside.done) cudaEventDestroy(cuda->beside.done);
-    if (cuda->beside.blas_workspace) cudaFree(cuda->beside.blas_workspace);
-    if (cuda->beside.stream) cudaStreamDestroy(cuda->beside.stream);
+    if (cuda->side.blas) cublasDestroy(cuda->side.blas);
+    if (cuda->side.forked) cudaEventDestroy(cuda->side.forked);
+    if (cuda->side.done) cudaEventDestroy(cuda->side.done);
+    if (cuda->side.blas_workspace) cudaFree(cuda->side.blas_workspace);
+    if (cuda->side.stream) cudaStreamDestroy(cuda->side.stream);
     for (i = 0; i < CKCA__SLOTS; i++) {
         if (cuda->sent[i]) cudaEventDestroy(cuda->sent[i]);
         if (cuda->slot[i]) cudaFreeHost(cuda->slot[i]);
@@ -256,19 +256,19 @@ CKCA__OP ckca_status ckca__device_init(ckca_context *ctx) {
     }
     ok = CKCA__CUDA(cuda, cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking)) &&
          CKCA__CUDA(cuda, cudaStreamCreateWithFlags(&cuda->copies, cudaStreamNonBlocking)) &&
-         CKCA__CUDA(cuda, cudaStreamCreateWithFlags(&cuda->beside.stream, cudaStreamNonBlocking)) &&
+         CKCA__CUDA(cuda, cudaStreamCreateWithFlags(&cuda->side.stream, cudaStreamNonBlocking)) &&
          CKCA__CUDA(cuda, cudaMalloc((void **)&cuda->scratch, sizeof *cuda->scratch)) &&
          CKCA__CUDA(cuda, cudaMalloc((void **)&cuda->tickets, 2 * CKCA__TICKETS * sizeof *cuda->tickets)) &&
          CKCA__CUDA(cuda, cudaMemsetAsync(cuda->tickets, 0, 2 * CKCA__TICKETS * sizeof *cuda->tickets, cuda->stream)) &&
          CKCA__CUDA(cuda, cudaRuntimeGetVersion(&runtime)) && CKCA__CUDA(cuda, cudaDriverGetVersion(&driver)) &&
-         CKCA__CUDA(cuda, cudaEventCreateWithFlags(&cuda->beside.forked, cudaEventDisableTiming)) &&
-         CKCA__CUDA(cuda, cudaEventCreateWithFlags(&cuda->beside.done, cudaEventDisableTiming)) &&
+         CKCA__CUDA(cuda, cudaEventCreateWithFlags(&cuda->side.forked, cudaEventDisableTiming)) &&
+         CKCA__CUDA(cuda, cudaEventCreateWithFlags(&cuda->side.done, cudaEventDisableTiming)) &&
          ckca__blas_create(cuda, cuda->stream, &cuda->blas, &cuda->blas_workspace) &&
-         ckca__blas_create(cuda, cuda->beside.stream, &cuda->beside.blas, &cuda->beside.blas_workspace);
+         ckca__blas_create(cuda, cuda->side.stream, &cuda->side.blas, &cuda->side.blas_workspace);
     for (i = 0; ok && i < CKCA__SLOTS; i++)
         ok = CKCA__CUDA(cuda, cudaMallocHost((void **)&cuda->slot[i], CKCA__SLOT_BYTES)) &&
              CKCA__CUDA(cuda, cudaEventCreateWithFlags(&cuda->sent[i], cudaEventDisableTiming));
-    cuda->early = gpu.major >= 9 && runtime >= 12030 && driver >= 12030; /* since 12.3 in graphs, too */
+    cuda->dependent_launch = gpu.major >= 9 && runtime >= 12030 && driver >= 12030; /* since 12.3 in graphs, too */
     cuda->blocks = 16 * gpu.multiProcessorCount;
     snprintf(ctx->device, sizeof ctx->device, "cuda %.40s %s", gpu.name, precision[ctx->precision]);
     return ckca__device_status(ctx);
@@ -287,7 +287,7 @@ CKCA__OP ckca_status ckca__device_status(ckca_context *ctx) {
    ------------------------------------------------------------------------------------------------------------------ */
 
 /* 1: the allocation succeeded. Running out of memory is not a sticky error; any other failure is recorded. */
-static int ckca__cuda_granted(ckca__cuda *cuda, const char *call, cudaError_t status) {
+static int ckca__cuda_allocated(ckca__cuda *cuda, const char *call, cudaError_t status) {
     if (status == cudaSuccess) return 1;
     cudaGetLastError();
     if (status != cudaErrorMemoryAllocation && status != cudaErrorInvalidValue) ckca__cuda_check(cuda, call, status);
@@ -304,7 +304,7 @@ CKCA__OP void *ckca__device_alloc(ckca_context *ctx, size_t bytes) {
     void *memory = NULL;
     size_t total;
     if (!ckca__cuda_usable(cuda, "cudaMalloc")) return NULL;
-    if (ckca__cuda_granted(cuda, "cudaMalloc", cudaMalloc(&memory, bytes ? bytes : 1))) {
+    if (ckca__cuda_allocated(cuda, "cudaMalloc", cudaMalloc(&memory, bytes ? bytes : 1))) {
         if (CKCA_FRESH >= 0) CKCA__CUDA(cuda, cudaMemsetAsync(memory, CKCA_FRESH, bytes, ckca__cuda_stream(cuda)));
         return memory;
     }
@@ -316,7 +316,7 @@ CKCA__OP void *ckca__device_alloc(ckca_context *ctx, size_t bytes) {
 CKCA__OP void ckca__device_release(ckca_context *ctx, void *memory, size_t bytes) {
     ckca__cuda *cuda = ckca__cuda_of(ctx);
     (void)bytes;
-    if (!memory || !ckca__cuda_is_ours(cuda)) return;
+    if (!memory || !ckca__cuda_same_process(cuda)) return;
     cuda->releases++;
     CKCA__CUDA(cuda, cudaFree(memory));
 }
@@ -358,8 +358,8 @@ CKCA__OP void ckca__device_zero(ckca_context *ctx, void *device, size_t bytes) {
 }
 
 CKCA__OP size_t ckca__device_free_bytes(const ckca_context *ctx) {
-    size_t room = 0, total;
-    return CKCA__CUDA(ckca__cuda_of(ctx), cudaMemGetInfo(&room, &total)) ? room : 0;
+    size_t free_bytes = 0, total;
+    return CKCA__CUDA(ckca__cuda_of(ctx), cudaMemGetInfo(&free_bytes, &total)) ? free_bytes : 0;
 }
 
 /* ---- staging ---- */
@@ -369,7 +369,7 @@ CKCA__OP size_t ckca__device_free_bytes(const ckca_context *ctx) {
 typedef struct ckca__staging {
     size_t bytes;
     char *host[2], *device[2];     /* pinned memory; its copy on the device */
-    cudaEvent_t sent[2], taken[2]; /* the upload from host has finished; so has the copy from device */
+    cudaEvent_t sent[2], copied[2]; /* the upload from host has finished; so has the copy from device */
     int next;
 } ckca__staging;
 
@@ -377,7 +377,7 @@ CKCA__OP void ckca__device_staging_close(ckca_context *ctx, void *stage) {
     ckca__cuda *cuda = ckca__cuda_of(ctx);
     ckca__staging *s = (ckca__staging *)stage;
     int i;
-    if (!ckca__cuda_is_ours(cuda)) {
+    if (!ckca__cuda_same_process(cuda)) {
         free(s);
         return;
     }
@@ -385,7 +385,7 @@ CKCA__OP void ckca__device_staging_close(ckca_context *ctx, void *stage) {
     CKCA__CUDA(cuda, cudaStreamSynchronize(ckca__cuda_stream(cuda)));
     for (i = 0; i < 2; i++) {
         if (s->sent[i]) cudaEventDestroy(s->sent[i]);
-        if (s->taken[i]) cudaEventDestroy(s->taken[i]);
+        if (s->copied[i]) cudaEventDestroy(s->copied[i]);
         if (s->host[i]) cudaFreeHost(s->host[i]);
         ckca__device_release(ctx, s->device[i], s->bytes);
     }
@@ -400,9 +400,9 @@ CKCA__OP void *ckca__device_staging_open(ckca_context *ctx, size_t bytes) {
     s->bytes = bytes;
     for (i = 0; ok && i < 2; i++)
         ok = (s->device[i] = (char *)ckca__device_alloc(ctx, bytes)) != NULL &&
-             ckca__cuda_granted(cuda, "cudaMallocHost", cudaMallocHost((void **)&s->host[i], bytes)) &&
+             ckca__cuda_allocated(cuda, "cudaMallocHost", cudaMallocHost((void **)&s->host[i], bytes)) &&
              CKCA__CUDA(cuda, cudaEventCreateWithFlags(&s->sent[i], cudaEventDisableTiming)) &&
-             CKCA__CUDA(cuda, cudaEventCreateWithFlags(&s->taken[i], cudaEventDisableTiming));
+             CKCA__CUDA(cuda, cudaEventCreateWithFlags(&s->copied[i], cudaEventDisableTiming));
     /* The main stream zeroes the buffers; the copy stream writes them. */
     if (ok && CKCA__CUDA(cuda, cudaStreamSynchronize(ckca__cuda_stream(cuda)))) return s;
     ckca__device_staging_close(ctx, s);
@@ -419,12 +419,12 @@ CKCA__OP void ckca__device_staging_send(ckca_context *ctx, void *stage, void *de
     ckca__staging *s = (ckca__staging *)stage;
     const int i = s->next;
     s->next = 1 - i;
-    CKCA__CUDA(cuda, cudaStreamWaitEvent(cuda->copies, s->taken[i], 0));
+    CKCA__CUDA(cuda, cudaStreamWaitEvent(cuda->copies, s->copied[i], 0));
     CKCA__CUDA(cuda, cudaMemcpyAsync(s->device[i], s->host[i], bytes, cudaMemcpyHostToDevice, cuda->copies));
     CKCA__CUDA(cuda, cudaEventRecord(s->sent[i], cuda->copies));
     CKCA__CUDA(cuda, cudaStreamWaitEvent(ckca__cuda_stream(cuda), s->sent[i], 0));
     CKCA__CUDA(cuda, cudaMemcpyAsync(device, s->device[i], bytes, cudaMemcpyDeviceToDevice, ckca__cuda_stream(cuda)));
-    CKCA__CUDA(cuda, cudaEventRecord(s->taken[i], ckca__cuda_stream(cuda)));
+    CKCA__CUDA(cuda, cudaEventRecord(s->copied[i], ckca__cuda_stream(cuda)));
 }
 
 /* ---- recorded work ---- */
@@ -437,8 +437,8 @@ typedef struct ckca__recording {
     int seen, capturing;
 } ckca__recording;
 
-static void ckca__cuda_drop(ckca__cuda *cuda, ckca__recording *r) {
-    if (!r->graph || !ckca__cuda_is_ours(cuda)) return;
+static void ckca__graph_destroy(ckca__cuda *cuda, ckca__recording *r) {
+    if (!r->graph || !ckca__cuda_same_process(cuda)) return;
     CKCA__CUDA(cuda, cudaStreamSynchronize(ckca__cuda_stream(cuda))); /* it may be running */
     CKCA__CUDA(cuda, cudaGraphExecDestroy(r->graph));
     r->graph = NULL;
@@ -455,7 +455,7 @@ CKCA__OP int ckca__device_record(ckca_context *ctx, void **recording) {
         CKCA__CUDA(cuda, cudaGraphLaunch(r->graph, ckca__cuda_stream(cuda)));
         return 0;
     }
-    ckca__cuda_drop(cuda, r);
+    ckca__graph_destroy(cuda, r);
     r->releases = cuda->releases;
     if (r->seen++)
         r->capturing = CKCA__CUDA(cuda, cudaStreamBeginCapture(ckca__cuda_stream(cuda), cudaStreamCaptureModeThreadLocal));
@@ -483,7 +483,7 @@ CKCA__OP void ckca__device_recorded(ckca_context *ctx, void **recording) {
 CKCA__OP void ckca__device_forget(ckca_context *ctx, void **recording) {
     ckca__recording *r = (ckca__recording *)*recording;
     if (!r) return;
-    ckca__cuda_drop(ckca__cuda_of(ctx), r);
+    ckca__graph_destroy(ckca__cuda_of(ctx), r);
     free(r);
     *recording = NULL;
 }
@@ -513,13 +513,13 @@ __device__ __forceinline__ unsigned ckca__to_tf32(float v) {
 
 /* Copies 16 bytes from global to shared memory asynchronously, or writes zeros unless there. ckca__copies_wait<LEFT>
    waits until at most LEFT of the groups closed by ckca__copies_commit are in flight. */
-__device__ __forceinline__ void ckca__copy_chunk(uint4 *shared, const void *memory, int there) {
+__device__ __forceinline__ void ckca__copy_chunk(uint4 *shared, const void *memory, int in_range) {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
-                 "l"(memory), "r"(there ? 16 : 0)
+                 "l"(memory), "r"(in_range ? 16 : 0)
                  : "memory");
 #else
-    *shared = there ? *(const uint4 *)memory : make_uint4(0, 0, 0, 0);
+    *shared = in_range ? *(const uint4 *)memory : make_uint4(0, 0, 0, 0);
 #endif
 }
 __device__ __forceinline__ void ckca__copies_commit() {
@@ -547,9 +547,9 @@ __device__ __forceinline__ void ckca__wait_for_grids() {
 /* Loads four matrices of 8 rows of 16 bytes. Lane i passes the address of row i % 8 of matrix i / 8; v[m] receives word
    lane % 4 of row lane / 4 of matrix m. TRANSPOSED: rows hold 8 bf16 values, and v[m] receives column lane / 4 of rows
    2 (lane % 4) and 2 (lane % 4) + 1. */
-template <int TURNED> __device__ __forceinline__ void ckca__load_matrices(unsigned v[4], const uint4 *row) {
+template <int TRANSPOSED> __device__ __forceinline__ void ckca__load_matrices(unsigned v[4], const uint4 *row) {
     const unsigned at = (unsigned)__cvta_generic_to_shared(row);
-    if constexpr (TURNED)
+    if constexpr (TRANSPOSED)
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                      : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
                      : "r"(at)
@@ -707,7 +707,7 @@ template <class T> __device__ __forceinline__ float ckca__stored(float v) {
 }
 
 /* Loads floats written by other blocks of the same kernel, from L2: L1 is not coherent between multiprocessors. */
-template <int WIDTH> __device__ __forceinline__ ckca__lane<WIDTH> ckca__fresh(const float *from) {
+template <int WIDTH> __device__ __forceinline__ ckca__lane<WIDTH> ckca__load_l2(const float *from) {
     ckca__lane<WIDTH> v;
     if constexpr (WIDTH == 4) {
         const float4 q = __ldcg((const float4 *)from);
@@ -737,7 +737,7 @@ __device__ __forceinline__ int ckca__is_last(unsigned *ticket, unsigned blocks) 
    Threads with equal threadIdx.x % wide share a channel; the first wide threads return the result. scratch: 3 doubles
    per thread. */
 template <int THREADS>
-__device__ __forceinline__ void ckca__join(const float *part, size_t apart, size_t squares, int wide, int count,
+__device__ __forceinline__ void ckca__merge_statistics(const float *part, size_t pitch, size_t squares, int wide, int count,
                                            double per, double rows, double *scratch, double *mean, double *square) {
     const int me = (int)threadIdx.x;
     const double shift = __ldcg(part);
@@ -745,10 +745,10 @@ __device__ __forceinline__ void ckca__join(const float *part, size_t apart, size
 #pragma unroll 4
     for (int i = me / wide; i < count; i += THREADS / wide) {
         const double left = rows - i * per, n = left < per ? (left > 0 ? left : 0) : per;
-        const double off = __ldcg(part + i * apart) - shift;
+        const double off = __ldcg(part + i * pitch) - shift;
         d += n * off;
         dd += n * off * off;
-        q += __ldcg(part + i * apart + squares);
+        q += __ldcg(part + i * pitch + squares);
     }
     __syncthreads(); /* scratch may still be in use */
     scratch[me] = d;
@@ -774,7 +774,7 @@ __device__ __forceinline__ void ckca__store_statistics(const ckca__statistics &s
 }
 
 /* Calls f with a value of the feature maps' type. */
-template <class F> static void ckca__typed(int bf16, F f) {
+template <class F> static void ckca__dispatch_type(int bf16, F f) {
     if (bf16)
         f(ckca__bf16());
     else
@@ -805,12 +805,12 @@ template <class F> static void ckca__typed(int bf16, F f) {
    The loader copies 16-byte *chunks*, contiguous in memory. In FORWARD and DATA a chunk runs along k, and a stage holds
    one line of CHUNKS chunks per row of A and column of B; in WEIGHT a chunk runs along rows or columns, and a stage
    holds DEPTH lines of 128 values of A and of COLUMNS values of B. The chunks of a line are swizzled to avoid bank
-   conflicts. Channels of x that do not fill whole chunks are first padded with zeros (ckca__widen); where K does not
+   conflicts. Channels of x that do not fill whole chunks are first padded with zeros (ckca__pad_channels); where K does not
    fill whole chunks, DATA and WEIGHT load value by value (WHOLE = 0).
    ------------------------------------------------------------------------------------------------------------------ */
 
-enum { CKCA__FORWARD, CKCA__DATA, CKCA__ROLE_WEIGHT };
-enum { CKCA__ROWS = 128, CKCA__MODE_STAGES = 3 };
+enum { CKCA__PASS_FORWARD, CKCA__PASS_DATA, CKCA__PASS_WEIGHT };
+enum { CKCA__ROWS = 128, CKCA__GEMM_STAGES = 3 };
 
 typedef struct ckca__gemm {
     ckca__conv s;
@@ -837,7 +837,7 @@ typedef struct ckca__phase {
 
 __device__ ckca__phase ckca__phase_of(int pass, int phase, int taps, int stride, int pad, int outputs) {
     ckca__phase v;
-    if (pass == CKCA__DATA) {
+    if (pass == CKCA__PASS_DATA) {
         v.first = (phase + pad) % stride;
         v.taps = v.first < taps ? (taps - v.first + stride - 1) / stride : 0;
         v.first += stride * (v.taps - 1);
@@ -863,7 +863,7 @@ struct ckca__output {
     int n, y, x;
     __device__ ckca__output(const ckca__gemm &g, int pass, const ckca__phase &py, const ckca__phase &px, int row) {
         int line;
-        if (pass == CKCA__DATA && g.s.stride > 1) {
+        if (pass == CKCA__PASS_DATA && g.s.stride > 1) {
             line = px.count ? row / px.count : 0;
             n = px.count && py.count ? line / py.count : g.s.n;
             y = line - n * py.count;
@@ -897,18 +897,18 @@ template <int PRECISION_, int PASS_, int COLUMNS_, int WHOLE_> struct ckca__bloc
         DEPTH = CHUNKS * VALUES,
         CHUNKS_A = CKCA__ROWS / VALUES, /* WEIGHT: chunks in a line of A and of B */
         CHUNKS_B = COLUMNS / VALUES,
-        BESIDE = COLUMNS >= 64 ? 2 : 1, /* tensor cores: of 4 warps, side by side; each has TALL x WIDE 16 x 8 tiles */
-        TALL = CKCA__ROWS * BESIDE / 64,
-        WIDE = COLUMNS / BESIDE / 8,
-        EACH = COLUMNS / 16, /* FFMA: each of 16 x 16 threads has 8 x EACH sums */
-        SUMS = TENSOR ? TALL * WIDE * 4 : 8 * EACH,
-        WORDS = TENSOR && VALUES == 4 && PASS == CKCA__ROLE_WEIGHT, /* fragments gather words from several lines */
+        WARPS_ACROSS = COLUMNS >= 64 ? 2 : 1, /* tensor cores: of 4 warps, side by side; each has ROW_TILES x COLUMN_TILES 16 x 8 tiles */
+        ROW_TILES = CKCA__ROWS * WARPS_ACROSS / 64,
+        COLUMN_TILES = COLUMNS / WARPS_ACROSS / 8,
+        THREAD_COLUMNS = COLUMNS / 16, /* FFMA: each of 16 x 16 threads has 8 x THREAD_COLUMNS sums */
+        SUMS = TENSOR ? ROW_TILES * COLUMN_TILES * 4 : 8 * THREAD_COLUMNS,
+        WORDS = TENSOR && VALUES == 4 && PASS == CKCA__PASS_WEIGHT, /* fragments gather words from several lines */
         STAGE_A = CKCA__ROWS * CHUNKS,
         STAGE = STAGE_A + COLUMNS * CHUNKS, /* chunks */
-        LINES = PASS == CKCA__ROLE_WEIGHT ? COLUMNS : CKCA__ROWS, /* the epilogue's tile: LINES x LENGTH floats */
-        LENGTH = PASS == CKCA__ROLE_WEIGHT ? CKCA__ROWS : COLUMNS,
+        LINES = PASS == CKCA__PASS_WEIGHT ? COLUMNS : CKCA__ROWS, /* the epilogue's tile: LINES x LENGTH floats */
+        LENGTH = PASS == CKCA__PASS_WEIGHT ? CKCA__ROWS : COLUMNS,
         PITCH = LENGTH + 8,
-        BYTES = CKCA__MODE_STAGES * STAGE * 16 > LINES * PITCH * 4 ? CKCA__MODE_STAGES * STAGE * 16 : LINES * PITCH * 4;
+        BYTES = CKCA__GEMM_STAGES * STAGE * 16 > LINES * PITCH * 4 ? CKCA__GEMM_STAGES * STAGE * 16 : LINES * PITCH * 4;
     /* The swizzle: a line's value is XORed into its chunk indices. lines_of serves reads of one chunk column over 8
        lines; words_of serves WORDS, where a read covers 4 lines of k. */
     static __device__ __forceinline__ int lines_of(int chunks, int line) {
@@ -918,12 +918,12 @@ template <int PRECISION_, int PASS_, int COLUMNS_, int WHOLE_> struct ckca__bloc
         return vectors == 2 ? (line & 1) | (line & 2) << 1 : vectors == 1 ? line % 4 * 2 : line & 2;
     }
     static __device__ __forceinline__ int swizzle_a(int line) {
-        if (PASS != CKCA__ROLE_WEIGHT) return lines_of(CHUNKS, line);
-        return WORDS ? words_of(TALL / 2, line) : TENSOR ? lines_of(CHUNKS_A, line) : 0;
+        if (PASS != CKCA__PASS_WEIGHT) return lines_of(CHUNKS, line);
+        return WORDS ? words_of(ROW_TILES / 2, line) : TENSOR ? lines_of(CHUNKS_A, line) : 0;
     }
     static __device__ __forceinline__ int swizzle_b(int line) {
-        if (PASS != CKCA__ROLE_WEIGHT) return lines_of(CHUNKS, line);
-        return WORDS ? words_of(WIDE / 4, line) : TENSOR ? lines_of(CHUNKS_B, line) : 0;
+        if (PASS != CKCA__PASS_WEIGHT) return lines_of(CHUNKS, line);
+        return WORDS ? words_of(COLUMN_TILES / 4, line) : TENSOR ? lines_of(CHUNKS_B, line) : 0;
     }
 };
 
@@ -931,23 +931,23 @@ template <int PRECISION_, int PASS_, int COLUMNS_, int WHOLE_> struct ckca__bloc
 
 /* FORWARD and DATA: a position along k = (tap y, tap x, channel), with its offset in A's tensor from the pixel under
    the first tap, and its offset in the weights of a column. */
-struct ckca__place {
+struct ckca__k_position {
     int y, x, c;
     int source, weight;
 };
 
 /* Advances a position along k. */
-struct ckca__walk {
+struct ckca__k_iterator {
     int channels, taps_x;
     int next_row, weight_tap, weight_row; /* extra offsets at the start of a row of taps (source), tap, row (weights) */
 
-    __device__ ckca__walk(const ckca__gemm &g, const ckca__phase &py, const ckca__phase &px, int channels_, int width)
+    __device__ ckca__k_iterator(const ckca__gemm &g, const ckca__phase &py, const ckca__phase &px, int channels_, int width)
         : channels(channels_), taps_x(px.taps > 0 ? px.taps : 1) {
         next_row = (width - taps_x) * channels;
         weight_tap = (px.step - 1) * channels; /* taps ascend in the source, but may descend in the weights */
         weight_row = (py.step * g.s.s - px.step * taps_x) * channels;
     }
-    __device__ __forceinline__ void advance(ckca__place &at, int by) const {
+    __device__ __forceinline__ void advance(ckca__k_position &at, int by) const {
         at.source += by;
         at.weight += by;
         for (at.c += by; at.c >= channels; at.c -= channels) {
@@ -961,28 +961,28 @@ struct ckca__walk {
     }
 };
 
-/* FORWARD and DATA: one thread's share of the loader: the same chunk along k in every APART-th line of A and of B. */
+/* FORWARD and DATA: one thread's share of the loader: the same chunk along k in every LINE_STRIDE-th line of A and of B. */
 template <class B> struct ckca__along {
     typedef typename B::T T;
     enum {
-        APART = B::THREADS / B::CHUNKS, /* lines that the block loads at once */
-        ROWS = CKCA__ROWS / APART,
-        LINES = (B::COLUMNS + APART - 1) / APART
+        LINE_STRIDE = B::THREADS / B::CHUNKS, /* lines that the block loads at once */
+        ROWS = CKCA__ROWS / LINE_STRIDE,
+        LINES = (B::COLUMNS + LINE_STRIDE - 1) / LINE_STRIDE
     };
     const ckca__gemm &g;
-    const ckca__walk walk;
+    const ckca__k_iterator walk;
     const int taps_y, h, w, columns, line, column, to;
     int pixel[ROWS], y[ROWS], x[ROWS]; /* per row: the pixel under the first tap, its y and x */
-    ckca__place k;
+    ckca__k_position k;
 
     __device__ ckca__along(const ckca__gemm &g_, const ckca__phase &py, const ckca__phase &px, int row0, int column0)
-        : g(g_), walk(g_, py, px, B::PASS == CKCA__DATA ? g_.s.k : g_.s.c, B::PASS == CKCA__DATA ? g_.s.q : g_.s.w),
-          taps_y(py.taps), h(B::PASS == CKCA__DATA ? g.s.p : g.s.h), w(B::PASS == CKCA__DATA ? g.s.q : g.s.w),
-          columns(B::PASS == CKCA__DATA ? g.s.c : g.s.k), line((int)threadIdx.x / B::CHUNKS), column(column0 + line),
+        : g(g_), walk(g_, py, px, B::PASS == CKCA__PASS_DATA ? g_.s.k : g_.s.c, B::PASS == CKCA__PASS_DATA ? g_.s.q : g_.s.w),
+          taps_y(py.taps), h(B::PASS == CKCA__PASS_DATA ? g.s.p : g.s.h), w(B::PASS == CKCA__PASS_DATA ? g.s.q : g.s.w),
+          columns(B::PASS == CKCA__PASS_DATA ? g.s.c : g.s.k), line((int)threadIdx.x / B::CHUNKS), column(column0 + line),
           to(line * B::CHUNKS + ((int)threadIdx.x % B::CHUNKS ^ B::swizzle_a(line))) {
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            const ckca__output at(g, B::PASS, py, px, row0 + line + i * APART);
+            const ckca__output at(g, B::PASS, py, px, row0 + line + i * LINE_STRIDE);
             y[i] = at.n < g.s.n ? at.y * py.stride + py.from : -(1 << 29); /* always outside */
             x[i] = at.x * px.stride + px.from;
             pixel[i] = at.n < g.s.n ? (at.n * h + y[i]) * w + x[i] : 0;
@@ -991,20 +991,20 @@ template <class B> struct ckca__along {
         k.weight = (py.first * g.s.s + px.first) * walk.channels;
         walk.advance(k, (int)threadIdx.x % B::CHUNKS * B::VALUES);
     }
-    __device__ __forceinline__ int is_inside(int i, const ckca__place &at) const {
+    __device__ __forceinline__ int is_inside(int i, const ckca__k_position &at) const {
         return at.y < taps_y && (unsigned)(y[i] + at.y) < (unsigned)h && (unsigned)(x[i] + at.x) < (unsigned)w;
     }
-    /* APART is a multiple of 8, so all lines of a thread have the same swizzle. */
+    /* LINE_STRIDE is a multiple of 8, so all lines of a thread have the same swizzle. */
     __device__ __forceinline__ void fetch(uint4 *stage) {
         const ptrdiff_t taps = (ptrdiff_t)g.s.r * g.s.s * walk.channels;
         const T *source = (const T *)g.a + k.source, *from = (const T *)g.b + column * taps;
         uint4 *a = stage + to, *b = a + B::STAGE_A;
 #pragma unroll
-        for (int i = 0; i < ROWS; i++, a += APART * B::CHUNKS) {
+        for (int i = 0; i < ROWS; i++, a += LINE_STRIDE * B::CHUNKS) {
             if constexpr (B::WHOLE) {
                 ckca__copy_chunk(a, source + (ptrdiff_t)pixel[i] * walk.channels, is_inside(i, k));
             } else {
-                ckca__place at = k;
+                ckca__k_position at = k;
                 for (int j = 0; j < B::VALUES; j++, walk.advance(at, 1)) {
                     if (is_inside(i, at)) {
                         ((T *)a)[j] = ((const T *)g.a)[(ptrdiff_t)pixel[i] * walk.channels + at.source];
@@ -1015,13 +1015,13 @@ template <class B> struct ckca__along {
             }
         }
 #pragma unroll
-        for (int i = 0; i < LINES; i++, b += APART * B::CHUNKS, from += APART * taps) {
-            const int is_column = column + i * APART < columns;
-            if (B::COLUMNS < APART && line >= B::COLUMNS) break;
+        for (int i = 0; i < LINES; i++, b += LINE_STRIDE * B::CHUNKS, from += LINE_STRIDE * taps) {
+            const int is_column = column + i * LINE_STRIDE < columns;
+            if (B::COLUMNS < LINE_STRIDE && line >= B::COLUMNS) break;
             if constexpr (B::WHOLE) {
                 ckca__copy_chunk(b, from + k.weight, is_column && k.y < taps_y);
             } else {
-                ckca__place at = k;
+                ckca__k_position at = k;
                 for (int j = 0; j < B::VALUES; j++, walk.advance(at, 1)) {
                     if (is_column && at.y < taps_y) {
                         ((T *)b)[j] = from[at.weight];
@@ -1039,8 +1039,8 @@ template <class B> struct ckca__along {
 template <class B> struct ckca__across {
     typedef typename B::T T;
     enum {
-        APART_A = B::THREADS / B::CHUNKS_A,
-        APART_B = B::THREADS / B::CHUNKS_B,
+        LINE_STRIDE_A = B::THREADS / B::CHUNKS_A,
+        LINE_STRIDE_B = B::THREADS / B::CHUNKS_B,
         ROWS = B::WHOLE ? 1 : B::VALUES /* loaded one by one; a whole chunk lies under a single tap */
     };
     const ckca__gemm &g;
@@ -1058,19 +1058,19 @@ template <class B> struct ckca__across {
     }
     __device__ __forceinline__ void fetch(uint4 *stage) {
 #pragma unroll
-        for (int i = 0; i < B::DEPTH / APART_A; i++) {
-            const int line = (int)threadIdx.x / B::CHUNKS_A + i * APART_A, k = pixel + line;
+        for (int i = 0; i < B::DEPTH / LINE_STRIDE_A; i++) {
+            const int line = (int)threadIdx.x / B::CHUNKS_A + i * LINE_STRIDE_A, k = pixel + line;
             const int above = ckca__quotient(k, g.q), n = ckca__quotient(above, g.p);
             const int y = (above - n * g.s.p) * g.s.stride, x = (k - above * g.s.q) * g.s.stride;
             uint4 *to = stage + line * B::CHUNKS_A + ((int)threadIdx.x % B::CHUNKS_A ^ B::swizzle_a(line));
 #pragma unroll
             for (int j = 0; j < ROWS; j++) {
                 const int sy = y + tap_y[j], sx = x + tap_x[j];
-                const int there = k < end && (unsigned)sy < (unsigned)g.s.h && (unsigned)sx < (unsigned)g.s.w;
+                const int in_range = k < end && (unsigned)sy < (unsigned)g.s.h && (unsigned)sx < (unsigned)g.s.w;
                 const ptrdiff_t at = (((ptrdiff_t)n * g.s.h + sy) * g.s.w + sx) * g.s.c + c[j];
                 if constexpr (B::WHOLE) {
-                    ckca__copy_chunk(to, (const T *)g.a + at, there);
-                } else if (!there) {
+                    ckca__copy_chunk(to, (const T *)g.a + at, in_range);
+                } else if (!in_range) {
                     ckca__put((T *)to + j, 0);
                 } else if (sizeof(T) == sizeof(ckca__bf16) && g.s.bf16_x) {
                     ((T *)to)[j] = ((const T *)g.a)[at];
@@ -1080,12 +1080,12 @@ template <class B> struct ckca__across {
             }
         }
 #pragma unroll
-        for (int i = 0; i < (B::DEPTH + APART_B - 1) / APART_B; i++) {
-            const int line = (int)threadIdx.x / B::CHUNKS_B + i * APART_B, k = pixel + line;
+        for (int i = 0; i < (B::DEPTH + LINE_STRIDE_B - 1) / LINE_STRIDE_B; i++) {
+            const int line = (int)threadIdx.x / B::CHUNKS_B + i * LINE_STRIDE_B, k = pixel + line;
             const T *from = (const T *)g.b + (size_t)k * g.s.k + column;
             uint4 *to =
                 stage + B::STAGE_A + line * B::CHUNKS_B + ((int)threadIdx.x % B::CHUNKS_B ^ B::swizzle_b(line));
-            if (B::DEPTH < APART_B && line >= B::DEPTH) break;
+            if (B::DEPTH < LINE_STRIDE_B && line >= B::DEPTH) break;
             if constexpr (B::WHOLE) {
                 ckca__copy_chunk(to, from, k < end && column < g.s.k);
             } else {
@@ -1107,26 +1107,26 @@ template <class B> struct ckca__across {
 /* Adds a stage's products to this thread's sums. A fragment's word is 4 bytes along k, see ckca__mma_tf32. */
 template <class B> __device__ __forceinline__ void ckca__multiply_tensor(const uint4 *a, const uint4 *b, float *sums) {
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
-    const int row = warp / B::BESIDE * B::TALL * 16, column = warp % B::BESIDE * B::WIDE * 8;
+    const int row = warp / B::WARPS_ACROSS * B::ROW_TILES * 16, column = warp % B::WARPS_ACROSS * B::COLUMN_TILES * 8;
 #pragma unroll
     for (int step = 0; step < B::CHUNKS / 2; step++) { /* 32 bytes of k */
-        unsigned x[B::TALL][4], y[B::WIDE][2];
+        unsigned x[B::ROW_TILES][4], y[B::COLUMN_TILES][2];
         if constexpr (B::WORDS) { /* a lane's rows are adjacent, and so are its columns: see ckca__sums_to_tile */
 #pragma unroll
             for (int bf16 = 0; bf16 < 2; bf16++) {
                 const int line = step * 8 + bf16 * 4 + lane % 4;
                 const uint4 *from_a = a + line * B::CHUNKS_A, *from_b = b + line * B::CHUNKS_B;
 #pragma unroll
-                for (int q = 0; q < B::TALL / 2; q++) {
-                    const int chunk = row / 4 + lane / 4 * (B::TALL / 2) + q;
+                for (int q = 0; q < B::ROW_TILES / 2; q++) {
+                    const int chunk = row / 4 + lane / 4 * (B::ROW_TILES / 2) + q;
                     const uint4 v = from_a[chunk ^ B::swizzle_a(lane % 4)];
                     x[2 * q][bf16 * 2] = v.x, x[2 * q][bf16 * 2 + 1] = v.y;
                     x[2 * q + 1][bf16 * 2] = v.z, x[2 * q + 1][bf16 * 2 + 1] = v.w;
                 }
-                if constexpr (B::WIDE >= 4) {
+                if constexpr (B::COLUMN_TILES >= 4) {
 #pragma unroll
-                    for (int q = 0; q < B::WIDE / 4; q++) {
-                        const int chunk = column / 4 + lane / 4 * (B::WIDE / 4) + q;
+                    for (int q = 0; q < B::COLUMN_TILES / 4; q++) {
+                        const int chunk = column / 4 + lane / 4 * (B::COLUMN_TILES / 4) + q;
                         const uint4 v = from_b[chunk ^ B::swizzle_b(lane % 4)];
                         y[4 * q][bf16] = v.x, y[4 * q + 1][bf16] = v.y;
                         y[4 * q + 2][bf16] = v.z, y[4 * q + 3][bf16] = v.w;
@@ -1140,8 +1140,8 @@ template <class B> __device__ __forceinline__ void ckca__multiply_tensor(const u
             }
         } else {
 #pragma unroll
-            for (int i = 0; i < B::TALL; i++) {
-                if constexpr (B::PASS == CKCA__ROLE_WEIGHT) {
+            for (int i = 0; i < B::ROW_TILES; i++) {
+                if constexpr (B::PASS == CKCA__PASS_WEIGHT) {
                     const int chunk = (row + i * 16) / B::VALUES + lane / 8 % 2;
                     ckca__load_matrices<1>(x[i], a + (step * 16 + lane / 16 * 8 + lane % 8) * B::CHUNKS_A +
                                                      (chunk ^ B::swizzle_a(lane % 8)));
@@ -1151,8 +1151,8 @@ template <class B> __device__ __forceinline__ void ckca__multiply_tensor(const u
                 }
             }
 #pragma unroll
-            for (int j = 0; j < B::WIDE; j += 2) { /* both words of tile j, then of tile j + 1 */
-                if constexpr (B::PASS == CKCA__ROLE_WEIGHT) {
+            for (int j = 0; j < B::COLUMN_TILES; j += 2) { /* both words of tile j, then of tile j + 1 */
+                if constexpr (B::PASS == CKCA__PASS_WEIGHT) {
                     const int chunk = (column + j * 8) / B::VALUES + lane / 16;
                     ckca__load_matrices<1>(
                         y[j], b + (step * 16 + lane % 16) * B::CHUNKS_B + (chunk ^ B::swizzle_b(lane % 8)));
@@ -1164,18 +1164,18 @@ template <class B> __device__ __forceinline__ void ckca__multiply_tensor(const u
         }
         if constexpr (B::PRECISION == CKCA_PRECISION_TF32) {
 #pragma unroll
-            for (int i = 0; i < B::TALL * 4; i++) x[i / 4][i % 4] = ckca__to_tf32(__uint_as_float(x[i / 4][i % 4]));
+            for (int i = 0; i < B::ROW_TILES * 4; i++) x[i / 4][i % 4] = ckca__to_tf32(__uint_as_float(x[i / 4][i % 4]));
 #pragma unroll
-            for (int j = 0; j < B::WIDE * 2; j++) y[j / 2][j % 2] = ckca__to_tf32(__uint_as_float(y[j / 2][j % 2]));
+            for (int j = 0; j < B::COLUMN_TILES * 2; j++) y[j / 2][j % 2] = ckca__to_tf32(__uint_as_float(y[j / 2][j % 2]));
         }
 #pragma unroll
-        for (int i = 0; i < B::TALL; i++) {
+        for (int i = 0; i < B::ROW_TILES; i++) {
 #pragma unroll
-            for (int j = 0; j < B::WIDE; j++) {
+            for (int j = 0; j < B::COLUMN_TILES; j++) {
                 if constexpr (B::PRECISION == CKCA_PRECISION_TF32) {
-                    ckca__mma_tf32(sums + (i * B::WIDE + j) * 4, x[i], y[j]);
+                    ckca__mma_tf32(sums + (i * B::COLUMN_TILES + j) * 4, x[i], y[j]);
                 } else {
-                    ckca__mma_bf16(sums + (i * B::WIDE + j) * 4, x[i], y[j]);
+                    ckca__mma_bf16(sums + (i * B::COLUMN_TILES + j) * 4, x[i], y[j]);
                 }
             }
         }
@@ -1186,14 +1186,14 @@ template <class B> __device__ __forceinline__ void ckca__multiply_tensor(const u
    WEIGHT its rows and its columns are adjacent. */
 template <class B> __device__ __forceinline__ void ckca__multiply_floats(const uint4 *a, const uint4 *b, float *sums) {
     const int tall = (int)threadIdx.x / 16, wide = (int)threadIdx.x % 16;
-    if constexpr (B::PASS != CKCA__ROLE_WEIGHT) {
+    if constexpr (B::PASS != CKCA__PASS_WEIGHT) {
         const uint4 *from_a = a + tall * B::CHUNKS, *from_b = b + wide * B::CHUNKS;
         const int swizzle_a = B::swizzle_a(tall), swizzle_b = B::swizzle_b(wide); /* the same in every 16th line */
 #pragma unroll 2
         for (int chunk = 0; chunk < B::CHUNKS; chunk++) {
-            float y[4][B::EACH];
+            float y[4][B::THREAD_COLUMNS];
 #pragma unroll
-            for (int j = 0; j < B::EACH; j++) {
+            for (int j = 0; j < B::THREAD_COLUMNS; j++) {
                 const ckca__lane<4> four((const float *)(from_b + j * 16 * B::CHUNKS + (chunk ^ swizzle_b)));
                 for (int e = 0; e < 4; e++) y[e][j] = four.v[e];
             }
@@ -1201,16 +1201,16 @@ template <class B> __device__ __forceinline__ void ckca__multiply_floats(const u
             for (int i = 0; i < 8; i++) {
                 const ckca__lane<4> x((const float *)(from_a + i * 16 * B::CHUNKS + (chunk ^ swizzle_a)));
                 for (int e = 0; e < 4; e++)
-                    for (int j = 0; j < B::EACH; j++) sums[i * B::EACH + j] += x.v[e] * y[e][j];
+                    for (int j = 0; j < B::THREAD_COLUMNS; j++) sums[i * B::THREAD_COLUMNS + j] += x.v[e] * y[e][j];
             }
         }
     } else {
 #pragma unroll 4
         for (int k = 0; k < B::DEPTH; k++) {
             const ckca__lane<8> x((const float *)(a + k * B::CHUNKS_A) + tall * 8);
-            const ckca__lane<B::EACH> y((const float *)(b + k * B::CHUNKS_B) + wide * B::EACH);
+            const ckca__lane<B::THREAD_COLUMNS> y((const float *)(b + k * B::CHUNKS_B) + wide * B::THREAD_COLUMNS);
             for (int i = 0; i < 8; i++)
-                for (int j = 0; j < B::EACH; j++) sums[i * B::EACH + j] += x.v[i] * y.v[j];
+                for (int j = 0; j < B::THREAD_COLUMNS; j++) sums[i * B::THREAD_COLUMNS + j] += x.v[i] * y.v[j];
         }
     }
 }
@@ -1219,34 +1219,34 @@ template <class B> __device__ __forceinline__ void ckca__multiply_floats(const u
 
 /* Writes the sums to the shared tile, LINES lines of PITCH floats. Loops over sums must be fully unrolled: a run-time
    index would move them from registers to local memory. */
-template <class B> __device__ __forceinline__ void ckca__spread(const float *sums, float *tile) {
+template <class B> __device__ __forceinline__ void ckca__sums_to_tile(const float *sums, float *tile) {
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
-    const int row = warp / B::BESIDE * B::TALL * 16, column = warp % B::BESIDE * B::WIDE * 8;
+    const int row = warp / B::WARPS_ACROSS * B::ROW_TILES * 16, column = warp % B::WARPS_ACROSS * B::COLUMN_TILES * 8;
     const int tall = (int)threadIdx.x / 16, wide = (int)threadIdx.x % 16;
     if constexpr (!B::TENSOR) {
 #pragma unroll
-        for (int i = 0; i < 8 * B::EACH; i++) {
-            if constexpr (B::PASS == CKCA__ROLE_WEIGHT) {
-                tile[(wide * B::EACH + i % B::EACH) * B::PITCH + tall * 8 + i / B::EACH] = sums[i];
+        for (int i = 0; i < 8 * B::THREAD_COLUMNS; i++) {
+            if constexpr (B::PASS == CKCA__PASS_WEIGHT) {
+                tile[(wide * B::THREAD_COLUMNS + i % B::THREAD_COLUMNS) * B::PITCH + tall * 8 + i / B::THREAD_COLUMNS] = sums[i];
             } else {
-                tile[(tall + i / B::EACH * 16) * B::PITCH + wide + i % B::EACH * 16] = sums[i];
+                tile[(tall + i / B::THREAD_COLUMNS * 16) * B::PITCH + wide + i % B::THREAD_COLUMNS * 16] = sums[i];
             }
         }
     } else if constexpr (B::WORDS) { /* a lane's row r is row r % 2 * 8 + lane / 4 of tile r / 2; columns likewise */
 #pragma unroll
-        for (int j = 0; j < 2 * B::WIDE; j++) {
-            float *to = tile + (column + (lane % 4 * 2 + j / B::WIDE) * B::WIDE + j % B::WIDE) * B::PITCH + row +
-                        lane / 4 * 2 * B::TALL;
+        for (int j = 0; j < 2 * B::COLUMN_TILES; j++) {
+            float *to = tile + (column + (lane % 4 * 2 + j / B::COLUMN_TILES) * B::COLUMN_TILES + j % B::COLUMN_TILES) * B::PITCH + row +
+                        lane / 4 * 2 * B::ROW_TILES;
 #pragma unroll
-            for (int r = 0; r < 2 * B::TALL; r++)
-                to[r] = sums[(r / 2 * B::WIDE + j % B::WIDE) * 4 + r % 2 * 2 + j / B::WIDE];
+            for (int r = 0; r < 2 * B::ROW_TILES; r++)
+                to[r] = sums[(r / 2 * B::COLUMN_TILES + j % B::COLUMN_TILES) * 4 + r % 2 * 2 + j / B::COLUMN_TILES];
         }
     } else {
 #pragma unroll
-        for (int i = 0; i < 2 * B::TALL * B::WIDE; i++) { /* a tile's upper 8 rows, then its lower 8 */
-            const int y = row + i / 2 / B::WIDE * 16 + i % 2 * 8 + lane / 4;
-            const int x = column + i / 2 % B::WIDE * 8 + lane % 4 * 2;
-            if constexpr (B::PASS == CKCA__ROLE_WEIGHT) {
+        for (int i = 0; i < 2 * B::ROW_TILES * B::COLUMN_TILES; i++) { /* a tile's upper 8 rows, then its lower 8 */
+            const int y = row + i / 2 / B::COLUMN_TILES * 16 + i % 2 * 8 + lane / 4;
+            const int x = column + i / 2 % B::COLUMN_TILES * 8 + lane % 4 * 2;
+            if constexpr (B::PASS == CKCA__PASS_WEIGHT) {
                 tile[x * B::PITCH + y] = sums[i * 2];
                 tile[(x + 1) * B::PITCH + y] = sums[i * 2 + 1];
             } else {
@@ -1260,7 +1260,7 @@ template <class B> __device__ __forceinline__ void ckca__spread(const float *sum
 template <int PASS>
 __device__ __forceinline__ ptrdiff_t ckca__gemm_line(const ckca__gemm &g, const ckca__phase &py, const ckca__phase &px,
                                                      int row) {
-    if (PASS == CKCA__FORWARD || g.s.stride == 1) /* rows are in memory order */
+    if (PASS == CKCA__PASS_FORWARD || g.s.stride == 1) /* rows are in memory order */
         return row < g.s.n * (int)(g.p.by * g.q.by) ? row : -1;
     const ckca__output at(g, PASS, py, px, row);
     return at.n < g.s.n ? ((ptrdiff_t)at.n * g.s.h + py.at + at.y * py.spread) * g.s.w + px.at + at.x * px.spread : -1;
@@ -1269,13 +1269,13 @@ __device__ __forceinline__ ptrdiff_t ckca__gemm_line(const ckca__gemm &g, const 
 /* FORWARD and DATA: adds residual or previous gradient and bias, applies ReLU to WIDTH values for output index at. */
 template <class T, int PASS, int WIDTH>
 __device__ __forceinline__ void ckca__finish(const ckca__gemm &g, ckca__lane<WIDTH> &v, size_t at, int column) {
-    if (PASS == CKCA__DATA ? g.accumulate : g.residual != NULL) {
-        const ckca__lane<WIDTH> was((const T *)(PASS == CKCA__DATA ? g.out : g.residual) + at);
-        for (int j = 0; j < WIDTH; j++) v.v[j] += was.v[j];
+    if (PASS == CKCA__PASS_DATA ? g.accumulate : g.residual != NULL) {
+        const ckca__lane<WIDTH> previous((const T *)(PASS == CKCA__PASS_DATA ? g.out : g.residual) + at);
+        for (int j = 0; j < WIDTH; j++) v.v[j] += previous.v[j];
     }
-    if (PASS == CKCA__FORWARD && g.bias)
+    if (PASS == CKCA__PASS_FORWARD && g.bias)
         for (int j = 0; j < WIDTH; j++) v.v[j] += g.bias[column + j];
-    if (PASS == CKCA__FORWARD && g.relu)
+    if (PASS == CKCA__PASS_FORWARD && g.relu)
         for (int j = 0; j < WIDTH; j++) v.v[j] = v.v[j] <= 0 ? 0 : v.v[j]; /* NaN stays NaN */
 }
 
@@ -1286,21 +1286,21 @@ __device__ __forceinline__ void ckca__finish_statistics(const ckca__gemm &g, int
     const int block = (int)blockIdx.x / g.wide, blocks = (rows + CKCA__ROWS - 1) / CKCA__ROWS;
     const int groups = (blocks + g.group - 1) / g.group, first = block / g.group * g.group;
     const int members = blocks - first < g.group ? blocks - first : g.group, me = (int)threadIdx.x;
-    const int column = column0 + me % COLUMNS, there = column < g.s.k, left = rows - first * CKCA__ROWS;
-    const size_t apart = 2 * (size_t)g.s.k;
+    const int column = column0 + me % COLUMNS, in_range = column < g.s.k, left = rows - first * CKCA__ROWS;
+    const size_t pitch = 2 * (size_t)g.s.k;
     unsigned *tickets = g.tickets + (size_t)((int)blockIdx.x % g.wide) * (groups + 1);
-    float *part = g.part + (there ? column : 0);
+    float *part = g.part + (in_range ? column : 0);
     double mean, square;
     if (!ckca__is_last(tickets + block / g.group, members)) return;
-    ckca__join<THREADS>(part + first * apart, apart, (size_t)g.s.k, COLUMNS, members, CKCA__ROWS,
+    ckca__merge_statistics<THREADS>(part + first * pitch, pitch, (size_t)g.s.k, COLUMNS, members, CKCA__ROWS,
                         left < members * CKCA__ROWS ? left : members * CKCA__ROWS, scratch, &mean, &square);
     if (groups > 1) {
-        if (me < COLUMNS && there) part[first * apart] = (float)mean, part[first * apart + g.s.k] = (float)square;
+        if (me < COLUMNS && in_range) part[first * pitch] = (float)mean, part[first * pitch + g.s.k] = (float)square;
         if (!ckca__is_last(tickets + groups, groups)) return;
-        ckca__join<THREADS>(part, g.group * apart, (size_t)g.s.k, COLUMNS, groups, (double)g.group * CKCA__ROWS, rows,
+        ckca__merge_statistics<THREADS>(part, g.group * pitch, (size_t)g.s.k, COLUMNS, groups, (double)g.group * CKCA__ROWS, rows,
                             scratch, &mean, &square);
     }
-    if (me < COLUMNS && there) ckca__store_statistics(g.statistics, column, mean, square, rows);
+    if (me < COLUMNS && in_range) ckca__store_statistics(g.statistics, column, mean, square, rows);
 }
 
 /* Writes the tile's rows to the output and, in FORWARD with g.part, computes the statistics of its columns. A thread
@@ -1310,8 +1310,8 @@ __device__ __forceinline__ void ckca__finish_rows(const ckca__gemm &g, const ckc
                                                   int row0, int column0, float *tile) {
     typedef typename B::T T;
     enum { PIECES = B::COLUMNS / WIDTH, SLICES = B::THREADS / PIECES };
-    const int columns = B::PASS == CKCA__DATA ? g.s.c : g.s.k, me = (int)threadIdx.x;
-    const int piece = me % PIECES * WIDTH, column = column0 + piece, statistics = B::PASS == CKCA__FORWARD && g.part;
+    const int columns = B::PASS == CKCA__PASS_DATA ? g.s.c : g.s.k, me = (int)threadIdx.x;
+    const int piece = me % PIECES * WIDTH, column = column0 + piece, statistics = B::PASS == CKCA__PASS_FORWARD && g.part;
     ckca__lane<WIDTH> shift, sum, square; /* of stored values, relative to the first row to avoid cancellation */
     const auto first = [&](int i) { return tile[i] + (g.bias && column0 + i < columns ? g.bias[column0 + i] : 0); };
     for (int j = 0; j < WIDTH; j++) shift.v[j] = first(piece + j), sum.v[j] = square.v[j] = 0;
@@ -1352,9 +1352,9 @@ template <int WIDTH>
 __device__ __forceinline__ void ckca__add_weights(const ckca__gemm &g, int row, int column, const ckca__lane<WIDTH> &v) {
     float *to = g.dw + (size_t)column * g.s.r * g.s.s * g.channels;
     if (WIDTH > 1 && g.channels == g.s.c) {
-        ckca__lane<WIDTH> was(to + row);
-        for (int j = 0; j < WIDTH; j++) was.v[j] += v.v[j];
-        was.store(to + row);
+        ckca__lane<WIDTH> previous(to + row);
+        for (int j = 0; j < WIDTH; j++) previous.v[j] += v.v[j];
+        previous.store(to + row);
         return;
     }
     for (int j = 0; j < WIDTH; j++) {
@@ -1388,7 +1388,7 @@ __device__ __forceinline__ void ckca__finish_weights(const ckca__gemm &g, int ro
                 for (int j = 0; j < WIDTH; j++) v.v[j] = 0;
 #pragma unroll 4
                 for (int t = 0; t < terms; t++) {
-                    const ckca__lane<WIDTH> other = ckca__fresh<WIDTH>(part + (size_t)(from + t * step) * count);
+                    const ckca__lane<WIDTH> other = ckca__load_l2<WIDTH>(part + (size_t)(from + t * step) * count);
                     for (int j = 0; j < WIDTH; j++) v.v[j] += other.v[j];
                 }
             }
@@ -1408,11 +1408,11 @@ template <class B> __global__ void __launch_bounds__(B::THREADS, B::BLOCKS) ckca
     const int row0 = (int)blockIdx.x / g.wide * CKCA__ROWS, column0 = (int)blockIdx.x % g.wide * B::COLUMNS;
     const int z = (int)blockIdx.z, pixels = g.s.n * g.s.p * g.s.q;
     const ckca__phase py =
-        ckca__phase_of(B::PASS, z / g.s.stride, g.s.r, g.s.stride, g.s.pad, B::PASS == CKCA__DATA ? g.s.h : g.s.p);
+        ckca__phase_of(B::PASS, z / g.s.stride, g.s.r, g.s.stride, g.s.pad, B::PASS == CKCA__PASS_DATA ? g.s.h : g.s.p);
     const ckca__phase px =
-        ckca__phase_of(B::PASS, z % g.s.stride, g.s.s, g.s.stride, g.s.pad, B::PASS == CKCA__DATA ? g.s.w : g.s.q);
-    const int begin = B::PASS == CKCA__ROLE_WEIGHT ? z * g.split : 0;
-    const int end = B::PASS != CKCA__ROLE_WEIGHT    ? py.taps * px.taps * (B::PASS == CKCA__DATA ? g.s.k : g.s.c)
+        ckca__phase_of(B::PASS, z % g.s.stride, g.s.s, g.s.stride, g.s.pad, B::PASS == CKCA__PASS_DATA ? g.s.w : g.s.q);
+    const int begin = B::PASS == CKCA__PASS_WEIGHT ? z * g.split : 0;
+    const int end = B::PASS != CKCA__PASS_WEIGHT    ? py.taps * px.taps * (B::PASS == CKCA__PASS_DATA ? g.s.k : g.s.c)
                     : pixels - begin < g.split ? pixels
                                                : begin + g.split;
     const int count = end > begin ? (end - begin + B::DEPTH - 1) / B::DEPTH : 0;
@@ -1420,7 +1420,7 @@ template <class B> __global__ void __launch_bounds__(B::THREADS, B::BLOCKS) ckca
     ckca__along<B> along(g, py, px, row0, column0);       /* only one is used: */
     ckca__across<B> across(g, row0, column0, begin, end); /* the compiler drops the other */
     const auto fetch = [&](uint4 *to) {
-        if constexpr (B::PASS == CKCA__ROLE_WEIGHT) {
+        if constexpr (B::PASS == CKCA__PASS_WEIGHT) {
             across.fetch(to);
         } else {
             along.fetch(to);
@@ -1430,36 +1430,36 @@ template <class B> __global__ void __launch_bounds__(B::THREADS, B::BLOCKS) ckca
     ckca__wait_for_grids();
 #pragma unroll
     for (int i = 0; i < B::SUMS; i++) sums[i] = 0;
-    for (int i = 0; i < CKCA__MODE_STAGES - 1; i++, write += B::STAGE) {
+    for (int i = 0; i < CKCA__GEMM_STAGES - 1; i++, write += B::STAGE) {
         if (i < count) fetch(write);
         ckca__copies_commit();
     }
 #pragma unroll 1
     for (int i = 0; i < count; i++) {
-        ckca__copies_wait<CKCA__MODE_STAGES - 2>();
+        ckca__copies_wait<CKCA__GEMM_STAGES - 2>();
         __syncthreads(); /* this stage is complete, and all threads have finished with the previous one */
-        if (i + CKCA__MODE_STAGES - 1 < count) fetch(write);
+        if (i + CKCA__GEMM_STAGES - 1 < count) fetch(write);
         ckca__copies_commit();
         if constexpr (B::TENSOR) {
             ckca__multiply_tensor<B>(read, read + B::STAGE_A, sums);
         } else {
             ckca__multiply_floats<B>(read, read + B::STAGE_A, sums);
         }
-        read = read == stages + (CKCA__MODE_STAGES - 1) * B::STAGE ? stages : read + B::STAGE;
-        write = write == stages + (CKCA__MODE_STAGES - 1) * B::STAGE ? stages : write + B::STAGE;
+        read = read == stages + (CKCA__GEMM_STAGES - 1) * B::STAGE ? stages : read + B::STAGE;
+        write = write == stages + (CKCA__GEMM_STAGES - 1) * B::STAGE ? stages : write + B::STAGE;
     }
     ckca__copies_wait<0>();
     __syncthreads(); /* the tile reuses the stages' memory */
     float *tile = (float *)stages;
-    ckca__spread<B>(sums, tile);
+    ckca__sums_to_tile<B>(sums, tile);
     __syncthreads();
-    if constexpr (B::PASS == CKCA__ROLE_WEIGHT) {
+    if constexpr (B::PASS == CKCA__PASS_WEIGHT) {
         if (g.s.r * g.s.s * g.s.c % 4 == 0) {
             ckca__finish_weights<B, 4>(g, row0, column0, tile);
         } else {
             ckca__finish_weights<B, 1>(g, row0, column0, tile);
         }
-    } else if ((B::PASS == CKCA__DATA ? g.s.c : g.s.k) % B::VALUES == 0) {
+    } else if ((B::PASS == CKCA__PASS_DATA ? g.s.c : g.s.k) % B::VALUES == 0) {
         ckca__finish_rows<B, B::VALUES>(g, py, px, row0, column0, tile);
     } else {
         ckca__finish_rows<B, 1>(g, py, px, row0, column0, tile);
@@ -1467,7 +1467,7 @@ template <class B> __global__ void __launch_bounds__(B::THREADS, B::BLOCKS) ckca
 }
 
 /* Pads the channels of x with zeros from c to wide, a multiple of a chunk. Each thread writes whole chunks. */
-template <class FROM, class T> __global__ void ckca__widen_kernel(size_t pixels, int c, int wide, const FROM *x, T *to) {
+template <class FROM, class T> __global__ void ckca__pad_channels_kernel(size_t pixels, int c, int wide, const FROM *x, T *to) {
     enum { VALUES = ckca__chunk<T>::VALUES };
     ckca__wait_for_grids();
     const size_t stride = (size_t)gridDim.x * blockDim.x;
@@ -1481,20 +1481,20 @@ template <class FROM, class T> __global__ void ckca__widen_kernel(size_t pixels,
     }
 }
 
-/* Packs the weights (k x taps x c) of up to CKCA__ARRANGED convolutions in one launch: cast is padded to wide channels,
+/* Packs the weights (k x taps x c) of up to CKCA__PACK_MAX convolutions in one launch: cast is padded to wide channels,
    transposed is c x taps x k, both rounded to bf16 if bf16 is set. Each block handles a 32 x 32 tile of one tap. */
-enum { CKCA__TILE = 32, CKCA__ARRANGED = 32 };
-typedef struct ckca__arrange {
+enum { CKCA__TILE = 32, CKCA__PACK_MAX = 32 };
+typedef struct ckca__pack_batch {
     int count, tiles;
     struct {
         const float *w;
-        void *cast, *turned; /* each may be NULL */
+        void *cast, *transposed; /* each may be NULL */
         int bf16, k, taps, c, wide; /* wide: channels of cast */
         int first; /* its first tile, which is its first block */
-    } of[CKCA__ARRANGED];
-} ckca__arrange;
+    } of[CKCA__PACK_MAX];
+} ckca__pack_batch;
 
-__global__ void __launch_bounds__(CKCA__THREADS) ckca__arrange_kernel(ckca__arrange a) {
+__global__ void __launch_bounds__(CKCA__THREADS) ckca__pack_kernel(ckca__pack_batch a) {
     __shared__ float tile[CKCA__TILE][CKCA__TILE + 1];
     const int x = (int)threadIdx.x % CKCA__TILE, y = (int)threadIdx.x / CKCA__TILE;
     int i = 0;
@@ -1515,10 +1515,10 @@ __global__ void __launch_bounds__(CKCA__THREADS) ckca__arrange_kernel(ckca__arra
         tile[j][x] = c0 + x < o.c ? o.w[((size_t)(k0 + j) * o.taps + tap) * o.c + c0 + x] : 0;
         if (o.cast && c0 + x < o.wide) put(o.cast, ((size_t)(k0 + j) * o.taps + tap) * o.wide + c0 + x, tile[j][x]);
     }
-    if (!o.turned) return;
+    if (!o.transposed) return;
     __syncthreads();
     for (int j = y; j < CKCA__TILE; j += CKCA__THREADS / CKCA__TILE)
-        if (c0 + j < o.c && k0 + x < o.k) put(o.turned, ((size_t)(c0 + j) * o.taps + tap) * o.k + k0 + x, tile[x][j]);
+        if (c0 + j < o.c && k0 + x < o.k) put(o.transposed, ((size_t)(c0 + j) * o.taps + tap) * o.k + k0 + x, tile[x][j]);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -1566,19 +1566,19 @@ template <class T, int KIND, int WIDTH>
 __global__ void __launch_bounds__(CKCA__THREADS) ckca__channel_sums(ckca__moments m) {
     enum { ROWS = KIND == 2 ? 2 : 4 }; /* loaded before the first is used */
     __shared__ __align__(16) float first[CKCA__THREADS * WIDTH], second[CKCA__THREADS * WIDTH];
-    __shared__ float some[2][CKCA__THREADS];
+    __shared__ float partial[2][CKCA__THREADS];
     __shared__ double scratch[3 * CKCA__THREADS];
     const int at_once = CKCA__THREADS / m.lanes, wide = m.lanes * WIDTH, me = (int)threadIdx.x;
     const int c0 = m.first + (int)blockIdx.x * wide, c = c0 + me % m.lanes * WIDTH;
     const size_t begin = blockIdx.y * m.per, left = begin < m.rows ? m.rows - begin : 0;
     const size_t end = begin + (left < m.per ? left : m.per);
-    const int there = c < m.c && left;
+    const int in_range = c < m.c && left;
     ckca__lane<WIDTH> shift, scale, beta, a, b;
     ckca__wait_for_grids();
     for (int j = 0; j < WIDTH; j++) shift.v[j] = scale.v[j] = a.v[j] = b.v[j] = 0, beta.v[j] = 1; /* mask 1 */
-    if (there && KIND == 3) shift = ckca__lane<WIDTH>((const T *)m.x + begin * m.c + c);
-    if (there && KIND == 2) shift = ckca__lane<WIDTH>(m.mean + c);
-    if (there && KIND == 2 && m.beta)
+    if (in_range && KIND == 3) shift = ckca__lane<WIDTH>((const T *)m.x + begin * m.c + c);
+    if (in_range && KIND == 2) shift = ckca__lane<WIDTH>(m.mean + c);
+    if (in_range && KIND == 2 && m.beta)
         for (int j = 0; j < WIDTH; j++) scale.v[j] = m.gamma[c + j] * m.inv_std[c + j], beta.v[j] = m.beta[c + j];
     const auto add = [&](size_t i, auto rows) { /* issues the loads of all N rows first */
         enum { N = decltype(rows)::VALUE };
@@ -1605,7 +1605,7 @@ __global__ void __launch_bounds__(CKCA__THREADS) ckca__channel_sums(ckca__moment
             }
         }
     };
-    size_t row = there ? begin + me / m.lanes : end;
+    size_t row = in_range ? begin + me / m.lanes : end;
     for (; row + (ROWS - 1) * at_once < end; row += ROWS * at_once) add(row * m.c + c, ckca__constant<ROWS>());
     for (; row < end; row += at_once) add(row * m.c + c, ckca__constant<1>());
     /* Each thread adds WIDTH partial sums of one channel, then one thread per channel adds those. */
@@ -1618,15 +1618,15 @@ __global__ void __launch_bounds__(CKCA__THREADS) ckca__channel_sums(ckca__moment
         sum += first[from];
         square += second[from];
     }
-    some[0][me] = sum;
-    some[1][me] = square;
+    partial[0][me] = sum;
+    partial[1][me] = square;
     __syncthreads();
     const int channel = c0 + me % wide, is_channel = channel < m.c;
     if (me < wide && is_channel) {
         float *to = m.part + (size_t)blockIdx.y * 2 * m.c + channel;
         for (int i = me + wide; i < CKCA__THREADS; i += wide) {
-            sum += some[0][i];
-            square += some[1][i];
+            sum += partial[0][i];
+            square += partial[1][i];
         }
         if (KIND == 3 && left) {
             const double n = (double)(end - begin), s = sum;
@@ -1640,7 +1640,7 @@ __global__ void __launch_bounds__(CKCA__THREADS) ckca__channel_sums(ckca__moment
     const float *part = m.part + (is_channel ? channel : 0);
     if (KIND == 3) {
         double mean, squares;
-        ckca__join<CKCA__THREADS>(part, 2 * (size_t)m.c, (size_t)m.c, wide, (int)gridDim.y, (double)m.per,
+        ckca__merge_statistics<CKCA__THREADS>(part, 2 * (size_t)m.c, (size_t)m.c, wide, (int)gridDim.y, (double)m.per,
                                   (double)m.rows, scratch, &mean, &squares);
         if (me < wide && is_channel) ckca__store_statistics(m.statistics, channel, mean, squares, (double)m.rows);
         return;
@@ -1711,25 +1711,25 @@ template <int WIDTH> struct ckca__affine {
 
 /* Calls body(i, n) for this thread's indices i, i + apart, ... below count, n = N at a time, then 1 at a time, so that
    body can issue n independent loads. */
-template <int N, class F> __device__ __forceinline__ void ckca__places(size_t i, size_t count, size_t apart, F body) {
-    for (; i + (N - 1) * apart < count; i += N * apart) body(i, ckca__constant<N>());
-    for (; i < count; i += apart) body(i, ckca__constant<1>());
+template <int N, class F> __device__ __forceinline__ void ckca__places(size_t i, size_t count, size_t pitch, F body) {
+    for (; i + (N - 1) * pitch < count; i += N * pitch) body(i, ckca__constant<N>());
+    for (; i < count; i += pitch) body(i, ckca__constant<1>());
 }
 
 /* out = relu?(norm(x) + residual). NORMED: the residual has a batch norm of its own. */
 template <class T, int WIDTH, int NORMED> __global__ void ckca__batchnorm_apply(ckca__normed n) {
     const size_t c = (size_t)n.c / WIDTH, threads = (size_t)gridDim.x * blockDim.x, stride = threads / c * c;
-    const size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x, at = id % c * WIDTH, apart = stride * WIDTH;
+    const size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x, at = id % c * WIDTH, pitch = stride * WIDTH;
     ckca__wait_for_grids();
     if (id >= stride) return;
     const ckca__affine<WIDTH> norm(n.norm, n.var, at), residual_norm(NORMED ? n.residual_norm : n.norm, n.var, at);
-    ckca__places<4>(id * WIDTH, n.count, apart, [&](size_t i, auto places) {
+    ckca__places<4>(id * WIDTH, n.count, pitch, [&](size_t i, auto places) {
         enum { N = decltype(places)::VALUE };
         ckca__raw<T, WIDTH> x[N], residual[N];
 #pragma unroll
         for (int p = 0; p < N; p++) {
-            x[p] = ckca__raw<T, WIDTH>((const T *)n.x + i + p * apart);
-            if (n.residual) residual[p] = ckca__raw<T, WIDTH>((const T *)n.residual + i + p * apart);
+            x[p] = ckca__raw<T, WIDTH>((const T *)n.x + i + p * pitch);
+            if (n.residual) residual[p] = ckca__raw<T, WIDTH>((const T *)n.residual + i + p * pitch);
         }
 #pragma unroll
         for (int p = 0; p < N; p++) {
@@ -1740,7 +1740,7 @@ template <class T, int WIDTH, int NORMED> __global__ void ckca__batchnorm_apply(
                 if (n.residual) v += NORMED ? residual_norm(j, add.v[j], n.residual_norm.relu) : add.v[j];
                 y.v[j] = n.norm.relu && v <= 0 ? 0 : v;
             }
-            y.store((T *)n.out + i + p * apart);
+            y.store((T *)n.out + i + p * pitch);
         }
     });
 }
@@ -1748,7 +1748,7 @@ template <class T, int WIDTH, int NORMED> __global__ void ckca__batchnorm_apply(
 /* With g = dy where y > 0 and xhat = (x - mean) inv_std: out = gamma inv_std (g - mean of g - xhat mean of g xhat). */
 template <class T, int WIDTH> __global__ void ckca__batchnorm_backward(ckca__normed n) {
     const size_t c = (size_t)n.c / WIDTH, threads = (size_t)gridDim.x * blockDim.x, stride = threads / c * c;
-    const size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x, at = id % c * WIDTH, apart = stride * WIDTH;
+    const size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x, at = id % c * WIDTH, pitch = stride * WIDTH;
     ckca__wait_for_grids();
     if (id >= stride) return;
     const ckca__lane<WIDTH> mean(n.norm.mean + at), beta(n.norm.beta + at), mean_g(n.table + at);
@@ -1758,15 +1758,15 @@ template <class T, int WIDTH> __global__ void ckca__batchnorm_backward(ckca__nor
         scale.v[j] *= inv_std;
         slope.v[j] *= inv_std;
     }
-    ckca__places<2>(id * WIDTH, n.count, apart, [&](size_t i, auto places) {
+    ckca__places<2>(id * WIDTH, n.count, pitch, [&](size_t i, auto places) {
         enum { N = decltype(places)::VALUE };
-        ckca__raw<T, WIDTH> x[N], dy[N], y[N], was[N];
+        ckca__raw<T, WIDTH> x[N], dy[N], y[N], previous[N];
 #pragma unroll
         for (int p = 0; p < N; p++) {
-            x[p] = ckca__raw<T, WIDTH>((const T *)n.x + i + p * apart);
-            dy[p] = ckca__raw<T, WIDTH>((const T *)n.dy + i + p * apart);
-            if (n.y) y[p] = ckca__raw<T, WIDTH>((const T *)n.y + i + p * apart);
-            if (n.dresidual && n.accumulate) was[p] = ckca__raw<T, WIDTH>((const T *)n.dresidual + i + p * apart);
+            x[p] = ckca__raw<T, WIDTH>((const T *)n.x + i + p * pitch);
+            dy[p] = ckca__raw<T, WIDTH>((const T *)n.dy + i + p * pitch);
+            if (n.y) y[p] = ckca__raw<T, WIDTH>((const T *)n.y + i + p * pitch);
+            if (n.dresidual && n.accumulate) previous[p] = ckca__raw<T, WIDTH>((const T *)n.dresidual + i + p * pitch);
         }
 #pragma unroll
         for (int p = 0; p < N; p++) {
@@ -1782,14 +1782,14 @@ template <class T, int WIDTH> __global__ void ckca__batchnorm_backward(ckca__nor
             if (n.dresidual) {
                 to = g;
                 if (n.accumulate) {
-                    const ckca__lane<WIDTH> before = was[p].values();
+                    const ckca__lane<WIDTH> before = previous[p].values();
                     for (int j = 0; j < WIDTH; j++) to.v[j] += before.v[j];
                 }
-                to.store((T *)n.dresidual + i + p * apart);
+                to.store((T *)n.dresidual + i + p * pitch);
             }
             for (int j = 0; j < WIDTH; j++)
                 to.v[j] = scale.v[j] * (g.v[j] - mean_g.v[j] - (v.v[j] - mean.v[j]) * slope.v[j]);
-            to.store((T *)n.out + i + p * apart);
+            to.store((T *)n.out + i + p * pitch);
         }
     });
 }
@@ -1803,7 +1803,7 @@ static unsigned ckca__grid(const ckca_context *ctx, size_t count, size_t least) 
 }
 
 /* Calls f with a value of the feature maps' type and, as a ckca__constant, the channels to access at once. */
-template <class F> static void ckca__typed_wide(int bf16, int c, F f) {
+template <class F> static void ckca__dispatch_channels(int bf16, int c, F f) {
     if (bf16 && c % 8 == 0)
         f(ckca__bf16(), ckca__constant<8>());
     else if (bf16)
@@ -1815,7 +1815,7 @@ template <class F> static void ckca__typed_wide(int bf16, int c, F f) {
 }
 
 static void ckca__run_channel_sums(ckca_context *ctx, int bf16, int kind, ckca__moments *m) {
-    ckca__typed_wide(bf16, m->c, [&](auto type, auto wide) {
+    ckca__dispatch_channels(bf16, m->c, [&](auto type, auto wide) {
         typedef decltype(type) T;
         enum { WIDTH = decltype(wide)::VALUE };
         m->lanes = ckca__lanes(m->c / WIDTH);
@@ -1868,7 +1868,7 @@ static void ckca__run_apply(ckca_context *ctx, int bf16, size_t rows, int c, con
     n.var = var;
     n.residual = residual;
     n.out = y;
-    ckca__typed_wide(bf16, c, [&](auto type, auto wide) {
+    ckca__dispatch_channels(bf16, c, [&](auto type, auto wide) {
         enum { WIDTH = decltype(wide)::VALUE };
         typedef decltype(type) T;
         const unsigned grid = ckca__grid(ctx, n.count / WIDTH, (size_t)c / WIDTH);
@@ -1932,7 +1932,7 @@ CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, int bf16, size_t ro
     n.out = dx;
     n.dresidual = dresidual;
     n.accumulate = accumulate_residual;
-    ckca__typed_wide(bf16, c, [&](auto type, auto wide) {
+    ckca__dispatch_channels(bf16, c, [&](auto type, auto wide) {
         enum { WIDTH = decltype(wide)::VALUE };
         CKCA__LAUNCH(ctx, (ckca__batchnorm_backward<decltype(type), WIDTH>),
                      ckca__grid(ctx, n.count / WIDTH, (size_t)c / WIDTH), n);
@@ -1980,19 +1980,19 @@ static size_t ckca__value_bytes(const ckca_context *ctx, const ckca__conv *s) {
 
 /* 1: the pass loads whole chunks: always in FORWARD, whose channels are padded; in DATA and WEIGHT if K fills them. */
 static int ckca__is_whole(const ckca_context *ctx, int pass, const ckca__conv *s) {
-    return pass == CKCA__FORWARD || s->k % ckca__chunk_values(ctx, s) == 0;
+    return pass == CKCA__PASS_FORWARD || s->k % ckca__chunk_values(ctx, s) == 0;
 }
-static int ckca__wide_channels(const ckca_context *ctx, const ckca__conv *s) {
+static int ckca__padded_channels(const ckca_context *ctx, const ckca__conv *s) {
     return (int)ckca__round_up((size_t)s->c, (size_t)ckca__chunk_values(ctx, s));
 }
-static int ckca__is_widened(const ckca_context *ctx, const ckca__conv *s) {
+static int ckca__is_padded(const ckca_context *ctx, const ckca__conv *s) {
     return s->c % ckca__chunk_values(ctx, s) || s->bf16_x != s->bf16;
 }
 
 /* Columns of a block: the smallest size that covers them, up to 64; 128 only on tensor cores, which need the most reuse
    of each load, and only with whole chunks, whose loader leaves enough registers for the sums. */
 static int ckca__columns(const ckca_context *ctx, int pass, const ckca__conv *s) {
-    const int columns = pass == CKCA__DATA ? s->c : s->k;
+    const int columns = pass == CKCA__PASS_DATA ? s->c : s->k;
     if (columns > 64 && ctx->precision != CKCA_PRECISION_FLOAT32 && ckca__is_whole(ctx, pass, s)) return 128;
     return columns <= 16 ? 16 : columns <= 32 ? 32 : 64;
 }
@@ -2006,8 +2006,8 @@ static int ckca__is_product(const ckca__conv *s) {
 /* The number of splits that fills its waves of blocks best; fewer on a tie, since each split costs a pass over the
    weights. */
 static int ckca__weight_splits(const ckca_context *ctx, const ckca__conv *s) {
-    const int blocks = ckca__ceil(s->r * s->s * ckca__wide_channels(ctx, s), CKCA__ROWS) *
-                       ckca__ceil(s->k, ckca__columns(ctx, CKCA__ROLE_WEIGHT, s));
+    const int blocks = ckca__ceil(s->r * s->s * ckca__padded_channels(ctx, s), CKCA__ROWS) *
+                       ckca__ceil(s->k, ckca__columns(ctx, CKCA__PASS_WEIGHT, s));
     const int pixels = s->n * s->p * s->q / CKCA__LEAST_SPLIT, wanted = ckca__ceil(2 * CKCA__WAVE, blocks);
     const int most = blocks >= 2 * CKCA__WAVE ? 1 : pixels < wanted ? pixels : wanted;
     int best = 1, splits;
@@ -2029,23 +2029,23 @@ static int ckca__group(int parts) {
 /* Bytes of a convolution's weights packed for FORWARD (rounded, padded) and for DATA (transposed), and of x padded to
    whole chunks; 0 where the original is read as it is. */
 static size_t ckca__cast_bytes(const ckca_context *ctx, const ckca__conv *s) {
-    const int product = ckca__is_product(s), wide = product ? s->c : ckca__wide_channels(ctx, s);
+    const int product = ckca__is_product(s), wide = product ? s->c : ckca__padded_channels(ctx, s);
     const size_t count = ckca__mul(ckca__mul((size_t)s->r * s->s, (size_t)wide), (size_t)s->k);
     return ckca__math(ctx, s) == CKCA_PRECISION_BF16 || wide > s->c
                ? ckca__round_up(ckca__mul(count, ckca__value_bytes(ctx, s)), CKCA__ALIGN)
                : 0;
 }
-static size_t ckca__turned_bytes(const ckca_context *ctx, const ckca__conv *s) {
+static size_t ckca__transposed_bytes(const ckca_context *ctx, const ckca__conv *s) {
     const size_t count = ckca__mul(ckca__mul((size_t)s->r * s->s, (size_t)s->c), (size_t)s->k);
     return ckca__is_product(s) ? 0 : ckca__round_up(ckca__mul(count, ckca__value_bytes(ctx, s)), CKCA__ALIGN);
 }
-static size_t ckca__widened_bytes(const ckca_context *ctx, const ckca__conv *s) {
+static size_t ckca__padded_bytes(const ckca_context *ctx, const ckca__conv *s) {
     const size_t pixels = ckca__mul(ckca__mul((size_t)s->n, (size_t)s->h), (size_t)s->w);
-    const size_t bytes = ckca__mul(pixels, ckca__mul((size_t)ckca__wide_channels(ctx, s), ckca__value_bytes(ctx, s)));
-    return ckca__is_widened(ctx, s) ? ckca__round_up(bytes, CKCA__ALIGN) : 0;
+    const size_t bytes = ckca__mul(pixels, ckca__mul((size_t)ckca__padded_channels(ctx, s), ckca__value_bytes(ctx, s)));
+    return ckca__is_padded(ctx, s) ? ckca__round_up(bytes, CKCA__ALIGN) : 0;
 }
 CKCA__OP size_t ckca__packed_bytes(const ckca_context *ctx, const ckca__conv *s, int backward) {
-    return ckca__sum(ckca__cast_bytes(ctx, s), backward ? ckca__turned_bytes(ctx, s) : 0);
+    return ckca__sum(ckca__cast_bytes(ctx, s), backward ? ckca__transposed_bytes(ctx, s) : 0);
 }
 
 /* The largest of the three passes' needs. FORWARD: packed weights, padded x, parts of the statistics. DATA: packed
@@ -2053,13 +2053,13 @@ CKCA__OP size_t ckca__packed_bytes(const ckca_context *ctx, const ckca__conv *s,
 CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *s) {
     const double pixels = (double)s->n * s->p * s->q;
     const size_t rows = pixels < 1e9 ? (size_t)pixels : 1000000000;
-    const size_t weights = ckca__mul(ckca__mul((size_t)s->r * s->s, (size_t)ckca__wide_channels(ctx, s)), (size_t)s->k);
+    const size_t weights = ckca__mul(ckca__mul((size_t)s->r * s->s, (size_t)ckca__padded_channels(ctx, s)), (size_t)s->k);
     const size_t parts = ckca__mul((rows / CKCA__ROWS + CKCA__PARTS + 1) * 2 * sizeof(float), (size_t)s->k);
     const size_t cast = ckca__round_up(ckca__mul(weights, sizeof(float)), CKCA__ALIGN);
-    const size_t widened = ckca__widened_bytes(ctx, s);
-    size_t most = ckca__sum(cast, ckca__sum(widened, parts)), splits = weights;
+    const size_t padded = ckca__padded_bytes(ctx, s);
+    size_t most = ckca__sum(cast, ckca__sum(padded, parts)), splits = weights;
     if (pixels <= INT_MAX) splits = ckca__mul(weights, (size_t)ckca__weight_splits(ctx, s));
-    splits = ckca__sum(widened, ckca__mul(splits, sizeof(float)));
+    splits = ckca__sum(padded, ckca__mul(splits, sizeof(float)));
     return most < splits ? splits : most;
 }
 
@@ -2094,29 +2094,29 @@ static void ckca__launch_gemm(ckca_context *ctx, dim3 grid, int columns, const c
 
 template <int PRECISION, int PASS>
 static void ckca__launch_gemm(ckca_context *ctx, dim3 grid, int columns, const ckca__gemm *g) {
-    if (PASS == CKCA__FORWARD || ckca__is_whole(ctx, PASS, &g->s))
+    if (PASS == CKCA__PASS_FORWARD || ckca__is_whole(ctx, PASS, &g->s))
         ckca__launch_gemm<PRECISION, PASS, 1>(ctx, grid, columns, g);
     else
-        ckca__launch_gemm<PRECISION, PASS, PASS == CKCA__FORWARD>(ctx, grid, columns, g);
+        ckca__launch_gemm<PRECISION, PASS, PASS == CKCA__PASS_FORWARD>(ctx, grid, columns, g);
 }
 
 template <int PASS> static void ckca__run_gemm(ckca_context *ctx, ckca__gemm *g) {
     const ckca__conv *s = &g->s;
-    const int columns = PASS == CKCA__DATA ? s->c : s->k, width = ckca__columns(ctx, PASS, s);
+    const int columns = PASS == CKCA__PASS_DATA ? s->c : s->k, width = ckca__columns(ctx, PASS, s);
     int rows = s->n * s->p * s->q, layers = 1;
-    if (PASS == CKCA__DATA) { /* phase 0 has the most pixels and sizes the grid */
+    if (PASS == CKCA__PASS_DATA) { /* phase 0 has the most pixels and sizes the grid */
         rows = s->n * ckca__ceil(s->h, s->stride) * ckca__ceil(s->w, s->stride);
         layers = s->stride * s->stride;
     }
-    if (PASS == CKCA__FORWARD) g->group = ckca__group(ckca__ceil(rows, CKCA__ROWS));
-    if (PASS == CKCA__ROLE_WEIGHT) {
+    if (PASS == CKCA__PASS_FORWARD) g->group = ckca__group(ckca__ceil(rows, CKCA__ROWS));
+    if (PASS == CKCA__PASS_WEIGHT) {
         rows = s->r * s->s * s->c;
         layers = g->splits;
         g->split = ckca__ceil(s->n * s->p * s->q, layers);
         g->group = ckca__group(layers);
     }
-    g->p = ckca__divide_by(PASS == CKCA__DATA ? s->h : s->p);
-    g->q = ckca__divide_by(PASS == CKCA__DATA ? s->w : s->q);
+    g->p = ckca__divide_by(PASS == CKCA__PASS_DATA ? s->h : s->p);
+    g->q = ckca__divide_by(PASS == CKCA__PASS_DATA ? s->w : s->q);
     g->wide = ckca__ceil(columns, width);
     g->tickets = ckca__tickets(ckca__cuda_of(ctx));
     const dim3 grid((unsigned)ckca__ceil(rows, CKCA__ROWS) * g->wide, 1, layers);
@@ -2135,13 +2135,13 @@ template <int PASS> static void ckca__run_gemm(ckca_context *ctx, ckca__gemm *g)
     }
 }
 
-/* Adds a convolution to the launch; cast and transposed as in ckca__arrange. */
-static void ckca__arrange_add(const ckca_context *ctx, ckca__arrange *a, const ckca__conv *s, const float *w,
-                              void *cast, int wide, void *turned) {
+/* Adds a convolution to the launch; cast and transposed as in ckca__pack_batch. */
+static void ckca__pack_add(const ckca_context *ctx, ckca__pack_batch *a, const ckca__conv *s, const float *w,
+                              void *cast, int wide, void *transposed) {
     auto &o = a->of[a->count++];
     o.w = w;
     o.cast = cast;
-    o.turned = turned;
+    o.transposed = transposed;
     o.bf16 = ckca__math(ctx, s) == CKCA_PRECISION_BF16;
     o.k = s->k;
     o.taps = s->r * s->s;
@@ -2150,68 +2150,68 @@ static void ckca__arrange_add(const ckca_context *ctx, ckca__arrange *a, const c
     o.first = a->tiles;
     a->tiles += ckca__ceil(s->k, CKCA__TILE) * ckca__ceil(s->c, CKCA__TILE) * o.taps;
 }
-static void ckca__arrange_run(ckca_context *ctx, ckca__arrange *a) {
-    if (a->tiles) CKCA__LAUNCH(ctx, ckca__arrange_kernel, (unsigned)a->tiles, *a);
+static void ckca__pack_run(ckca_context *ctx, ckca__pack_batch *a) {
+    if (a->tiles) CKCA__LAUNCH(ctx, ckca__pack_kernel, (unsigned)a->tiles, *a);
     a->count = a->tiles = 0;
 }
 
 CKCA__OP void ckca__op_pack_weights(ckca_context *ctx, int count, const ckca__conv *s, const float *const *w, int backward) {
-    ckca__arrange a = {};
+    ckca__pack_batch a = {};
     for (int i = 0; i < count; i++) {
-        const size_t cast = ckca__cast_bytes(ctx, &s[i]), turned = backward ? ckca__turned_bytes(ctx, &s[i]) : 0;
-        const int wide = ckca__is_product(&s[i]) ? s[i].c : ckca__wide_channels(ctx, &s[i]);
+        const size_t cast = ckca__cast_bytes(ctx, &s[i]), transposed = backward ? ckca__transposed_bytes(ctx, &s[i]) : 0;
+        const int wide = ckca__is_product(&s[i]) ? s[i].c : ckca__padded_channels(ctx, &s[i]);
         char *to = (char *)s[i].packed_weights;
-        if (cast || turned) ckca__arrange_add(ctx, &a, &s[i], w[i], cast ? to : NULL, wide, turned ? to + cast : NULL);
-        if (a.count == CKCA__ARRANGED) ckca__arrange_run(ctx, &a);
+        if (cast || transposed) ckca__pack_add(ctx, &a, &s[i], w[i], cast ? to : NULL, wide, transposed ? to + cast : NULL);
+        if (a.count == CKCA__PACK_MAX) ckca__pack_run(ctx, &a);
     }
-    ckca__arrange_run(ctx, &a);
+    ckca__pack_run(ctx, &a);
 }
 
 /* Returns the weights as a pass reads them, with wide channels (transposed: K): w, the prepacked ones, or packed into
    ws. */
-static const void *ckca__weights(ckca_context *ctx, const ckca__conv *s, int turned, int wide, const float *w,
+static const void *ckca__weights(ckca_context *ctx, const ckca__conv *s, int transposed, int wide, const float *w,
                                  void *ws) {
     const size_t cast = ckca__cast_bytes(ctx, s);
-    const int as_packed = ckca__is_product(s) ? s->c : ckca__wide_channels(ctx, s);
-    ckca__arrange a = {};
-    if (!turned && wide == s->c && ckca__math(ctx, s) != CKCA_PRECISION_BF16) return w;
-    if (s->packed_weights && (turned || wide == as_packed)) return (char *)s->packed_weights + (turned ? cast : 0);
-    ckca__arrange_add(ctx, &a, s, w, turned ? NULL : ws, wide, turned ? ws : NULL);
-    ckca__arrange_run(ctx, &a);
+    const int as_packed = ckca__is_product(s) ? s->c : ckca__padded_channels(ctx, s);
+    ckca__pack_batch a = {};
+    if (!transposed && wide == s->c && ckca__math(ctx, s) != CKCA_PRECISION_BF16) return w;
+    if (s->packed_weights && (transposed || wide == as_packed)) return (char *)s->packed_weights + (transposed ? cast : 0);
+    ckca__pack_add(ctx, &a, s, w, transposed ? NULL : ws, wide, transposed ? ws : NULL);
+    ckca__pack_run(ctx, &a);
     return ws;
 }
 
 /* Returns x as FORWARD and WEIGHT read it: x, or a padded copy in ws. */
-static const void *ckca__widen(ckca_context *ctx, const ckca__conv *s, const void *x, void *ws) {
+static const void *ckca__pad_channels(ckca_context *ctx, const ckca__conv *s, const void *x, void *ws) {
     const size_t pixels = (size_t)s->n * s->h * s->w;
-    const int wide = ckca__wide_channels(ctx, s);
-    if (!ckca__is_widened(ctx, s)) return x;
+    const int wide = ckca__padded_channels(ctx, s);
+    if (!ckca__is_padded(ctx, s)) return x;
     const unsigned grid = ckca__grid(ctx, pixels * (wide / ckca__chunk_values(ctx, s)), 1);
-    ckca__typed(s->bf16_x, [&](auto from) {
+    ckca__dispatch_type(s->bf16_x, [&](auto from) {
         typedef decltype(from) FROM;
-        ckca__typed(ckca__math(ctx, s) == CKCA_PRECISION_BF16, [&](auto to) {
+        ckca__dispatch_type(ckca__math(ctx, s) == CKCA_PRECISION_BF16, [&](auto to) {
             typedef decltype(to) T;
-            CKCA__LAUNCH(ctx, (ckca__widen_kernel<FROM, T>), grid, pixels, s->c, wide, (const FROM *)x, (T *)ws);
+            CKCA__LAUNCH(ctx, (ckca__pad_channels_kernel<FROM, T>), grid, pixels, s->c, wide, (const FROM *)x, (T *)ws);
         });
     });
     return ws;
 }
 
-/* c (rows x columns) = (or +=) a b, all row-major. turn_a: a is stored as summed x rows; turn_b: b as columns x summed.
+/* c (rows x columns) = (or +=) a b, all row-major. transpose_a: a is stored as summed x rows; transpose_b: b as columns x summed.
    bf16: a and b are bfloat16; bf16_c: c is. cuBLAS is column-major, so the call computes c^T = b^T a^T. */
-static void ckca__product(ckca_context *ctx, int rows, int columns, int summed, int bf16, const void *a, int turn_a,
-                          const void *b, int turn_b, int bf16_c, void *c, int accumulate) {
+static void ckca__product(ckca_context *ctx, int rows, int columns, int summed, int bf16, const void *a, int transpose_a,
+                          const void *b, int transpose_b, int bf16_c, void *c, int accumulate) {
     const float one = 1, beta = accumulate ? 1.0f : 0.0f;
     const cublasComputeType_t compute =
         bf16 || ctx->precision == CKCA_PRECISION_FLOAT32 ? CUBLAS_COMPUTE_32F : CUBLAS_COMPUTE_32F_FAST_TF32;
     const cudaDataType type = bf16 ? CUDA_R_16BF : CUDA_R_32F;
     ckca__cuda *cuda = ckca__cuda_of(ctx);
-    const cublasHandle_t blas = cuda->beside.now ? cuda->beside.blas : cuda->blas;
+    const cublasHandle_t blas = cuda->side.active ? cuda->side.blas : cuda->blas;
     ckca__cuda_stream(cuda); /* waits for the side stream */
     CKCA__BLAS(cuda,
-               cublasGemmEx(blas, turn_b ? CUBLAS_OP_T : CUBLAS_OP_N,
-                            turn_a ? CUBLAS_OP_T : CUBLAS_OP_N, columns, rows, summed, &one, b, type,
-                            turn_b ? summed : columns, a, type, turn_a ? rows : summed, &beta, c,
+               cublasGemmEx(blas, transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N,
+                            transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N, columns, rows, summed, &one, b, type,
+                            transpose_b ? summed : columns, a, type, transpose_a ? rows : summed, &beta, c,
                             bf16_c ? CUDA_R_16BF : CUDA_R_32F, columns, compute, CUBLAS_GEMM_DEFAULT));
 }
 
@@ -2231,47 +2231,47 @@ CKCA__OP int ckca__may_take_statistics(const ckca_context *ctx, const ckca__conv
 /* 1: a 1 x 1 convolution with statistics uses our GEMM, whose epilogue computes them, not cuBLAS and another pass over
    the output. A model, not a measurement (H100, our GEMM at half of tensor-core peak, cuBLAS at four fifths): the slower
    product, whose cost grows with C, is cheaper than that pass for small C; on the FFMA units it never is. */
-static int ckca__is_short(const ckca_context *ctx, const ckca__conv *s) {
+static int ckca__fuses_statistics(const ckca_context *ctx, const ckca__conv *s) {
     return ctx->precision != CKCA_PRECISION_FLOAT32 && s->c <= 256;
 }
 
 /* 1: there are enough tickets to compute the output's statistics in the epilogue. */
 static int ckca__has_tickets(const ckca_context *ctx, const ckca__conv *s) {
     const int blocks = ckca__ceil(s->n * s->p * s->q, CKCA__ROWS), groups = ckca__ceil(blocks, ckca__group(blocks));
-    return (double)(groups + 1) * ckca__ceil(s->k, ckca__columns(ctx, CKCA__FORWARD, s)) <= CKCA__TICKETS;
+    return (double)(groups + 1) * ckca__ceil(s->k, ckca__columns(ctx, CKCA__PASS_FORWARD, s)) <= CKCA__TICKETS;
 }
 
 CKCA__OP void ckca__op_conv_forward(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w,
                                     const float *bias, const float *residual, int relu, float *y, void *ws) {
-    const int wide = ckca__wide_channels(ctx, s), plain = !bias && !residual && !relu;
-    const int product = ckca__is_product(s) && plain && !(s->statistics && ckca__is_short(ctx, s));
-    char *more = (char *)ws;
+    const int wide = ckca__padded_channels(ctx, s), plain = !bias && !residual && !relu;
+    const int product = ckca__is_product(s) && plain && !(s->statistics && ckca__fuses_statistics(ctx, s));
+    char *cursor = (char *)ws;
     ckca__gemm g = {};
     int taken = 0;
     if (!ckca__conv_fits(ctx, s)) return;
     g.s = *s;
     g.b = ckca__weights(ctx, s, 0, product ? s->c : wide, w, ws);
     if (g.b == ws)
-        more += ckca__round_up((size_t)s->r * s->s * wide * s->k * ckca__value_bytes(ctx, s), CKCA__ALIGN);
+        cursor += ckca__round_up((size_t)s->r * s->s * wide * s->k * ckca__value_bytes(ctx, s), CKCA__ALIGN);
     if (product) {
         ckca__product(ctx, s->n * s->p * s->q, s->k, s->c, s->bf16, x, 0, g.b, 1, s->bf16, y, 0);
     } else { /* the epilogue saves a pass over y */
-        g.a = ckca__widen(ctx, s, x, more);
+        g.a = ckca__pad_channels(ctx, s, x, cursor);
         g.s.c = wide;
         g.bias = bias;
         g.residual = residual;
         g.relu = relu;
         g.out = y;
-        if (g.a == more) more += ckca__widened_bytes(ctx, s);
+        if (g.a == cursor) cursor += ckca__padded_bytes(ctx, s);
         if (s->statistics && ckca__has_tickets(ctx, s)) {
             taken = 1;
             g.statistics = *s->statistics;
-            g.part = (float *)more;
+            g.part = (float *)cursor;
         }
-        ckca__run_gemm<CKCA__FORWARD>(ctx, &g);
+        ckca__run_gemm<CKCA__PASS_FORWARD>(ctx, &g);
     }
     if (s->statistics && !taken)
-        ckca__take_statistics(ctx, s->bf16, (size_t)s->n * s->p * s->q, s->k, y, s->statistics, more);
+        ckca__take_statistics(ctx, s->bf16, (size_t)s->n * s->p * s->q, s->k, y, s->statistics, cursor);
 }
 
 CKCA__OP void ckca__op_conv_backward_data(ckca_context *ctx, const ckca__conv *s, const float *dy, const float *w,
@@ -2280,39 +2280,39 @@ CKCA__OP void ckca__op_conv_backward_data(ckca_context *ctx, const ckca__conv *s
     if (!ckca__conv_fits(ctx, s)) return;
     g.s = *s;
     g.a = dy;
-    ckca__cuda_of(ctx)->beside.wanted = s->packed_weights != NULL; /* then this pass does not use ws */
+    ckca__cuda_of(ctx)->side.overlap = s->packed_weights != NULL; /* then this pass does not use ws */
     g.b = ckca__weights(ctx, s, !ckca__is_product(s), s->c, w, ws);
     g.out = dx;
     g.accumulate = accumulate;
     if (ckca__is_product(s))
         ckca__product(ctx, s->n * s->p * s->q, s->c, s->k, s->bf16, dy, 0, g.b, 0, s->bf16, dx, accumulate);
     else
-        ckca__run_gemm<CKCA__DATA>(ctx, &g);
-    ckca__cuda_of(ctx)->beside.wanted = 0;
+        ckca__run_gemm<CKCA__PASS_DATA>(ctx, &g);
+    ckca__cuda_of(ctx)->side.overlap = 0;
 }
 
 CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv *s, const float *x, const float *dy,
                                             float *dw, float *dbias, void *ws) {
     ckca__gemm g = {};
     if (!ckca__conv_fits(ctx, s)) return;
-    if (s->packed_weights) ckca__beside_begin(ckca__cuda_of(ctx));
+    if (s->packed_weights) ckca__side_begin(ckca__cuda_of(ctx));
     if (ckca__is_product(s)) {
         ckca__product(ctx, s->k, s->c, s->n * s->p * s->q, s->bf16, dy, 1, x, 0, 0, dw, 1);
     } else {
-        char *more = (char *)ws;
+        char *cursor = (char *)ws;
         g.s = *s;
         g.channels = s->c;
         g.a = x;
         g.splits = ckca__weight_splits(ctx, s);
-        if (ckca__is_whole(ctx, CKCA__ROLE_WEIGHT, s)) {
-            g.a = ckca__widen(ctx, s, x, more);
-            g.s.c = ckca__wide_channels(ctx, s);
-            if (g.a == more) more += ckca__widened_bytes(ctx, s);
+        if (ckca__is_whole(ctx, CKCA__PASS_WEIGHT, s)) {
+            g.a = ckca__pad_channels(ctx, s, x, cursor);
+            g.s.c = ckca__padded_channels(ctx, s);
+            if (g.a == cursor) cursor += ckca__padded_bytes(ctx, s);
         }
         g.b = dy;
         g.dw = dw;
-        g.out = more;
-        ckca__run_gemm<CKCA__ROLE_WEIGHT>(ctx, &g);
+        g.out = cursor;
+        ckca__run_gemm<CKCA__PASS_WEIGHT>(ctx, &g);
     }
     if (dbias) {
         ckca__moments m = {};
@@ -2323,7 +2323,7 @@ CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv 
         m.part = (float *)ws;
         ckca__run_channel_sums(ctx, s->bf16, 1, &m);
     }
-    ckca__beside_end(ckca__cuda_of(ctx));
+    ckca__side_end(ckca__cuda_of(ctx));
 }
 
 /* A linear layer is a 1 x 1 convolution over n pictures of one pixel. */
@@ -2395,7 +2395,7 @@ __global__ void ckca__add_backward_kernel(size_t count, const T *y, const T *dy,
 }
 CKCA__OP void ckca__op_add(ckca_context *ctx, int bf16, size_t count, const float *a, const float *b, int relu,
                            float *y) {
-    ckca__typed(bf16, [&](auto type) {
+    ckca__dispatch_type(bf16, [&](auto type) {
         typedef decltype(type) T;
         CKCA__LAUNCH(ctx, ckca__add_kernel<T>, ckca__grid(ctx, count / ckca__chunk<T>::VALUES, 1), count, (const T *)a,
                      (const T *)b, relu, (T *)y);
@@ -2403,7 +2403,7 @@ CKCA__OP void ckca__op_add(ckca_context *ctx, int bf16, size_t count, const floa
 }
 CKCA__OP void ckca__op_add_backward(ckca_context *ctx, int bf16, size_t count, const float *y, const float *dy,
                                     float *dx, int accumulate) {
-    ckca__typed(bf16, [&](auto type) {
+    ckca__dispatch_type(bf16, [&](auto type) {
         typedef decltype(type) T;
         CKCA__LAUNCH(ctx, ckca__add_backward_kernel<T>, ckca__grid(ctx, count / ckca__chunk<T>::VALUES, 1), count,
                      (const T *)y, (const T *)dy, (T *)dx, accumulate);
@@ -2468,7 +2468,7 @@ __global__ void ckca__maxpool_backward_kernel(ckca__conv s, const T *dy, const u
 }
 CKCA__OP void ckca__op_maxpool_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y,
                                        unsigned char *at) {
-    ckca__typed_wide(s->bf16, s->c, [&](auto type, auto wide) {
+    ckca__dispatch_channels(s->bf16, s->c, [&](auto type, auto wide) {
         typedef decltype(type) T;
         enum { WIDTH = decltype(wide)::VALUE };
         CKCA__LAUNCH(ctx, (ckca__maxpool_kernel<T, WIDTH>),
@@ -2477,7 +2477,7 @@ CKCA__OP void ckca__op_maxpool_forward(ckca_context *ctx, const ckca__conv *s, c
 }
 CKCA__OP void ckca__op_maxpool_backward(ckca_context *ctx, const ckca__conv *s, const float *dy,
                                         const unsigned char *at, float *dx, int accumulate) {
-    ckca__typed_wide(s->bf16, s->c, [&](auto type, auto wide) {
+    ckca__dispatch_channels(s->bf16, s->c, [&](auto type, auto wide) {
         typedef decltype(type) T;
         enum { WIDTH = decltype(wide)::VALUE };
         CKCA__LAUNCH(ctx, (ckca__maxpool_backward_kernel<T, WIDTH>),
@@ -2508,14 +2508,14 @@ __global__ void ckca__avgpool_backward_kernel(int n, int area, int c, const floa
     ckca__wait_for_grids();
     CKCA__EACH(i, (size_t)n * area * c / WIDTH) {
         const ckca__pixel o(i, 1, area, c / WIDTH, WIDTH);
-        ckca__lane<WIDTH> g(dy + (size_t)o.n * c + o.c), was;
-        if (accumulate) was = ckca__lane<WIDTH>(dx + i * WIDTH);
-        for (int j = 0; j < WIDTH; j++) g.v[j] = g.v[j] / (float)area + (accumulate ? was.v[j] : 0);
+        ckca__lane<WIDTH> g(dy + (size_t)o.n * c + o.c), previous;
+        if (accumulate) previous = ckca__lane<WIDTH>(dx + i * WIDTH);
+        for (int j = 0; j < WIDTH; j++) g.v[j] = g.v[j] / (float)area + (accumulate ? previous.v[j] : 0);
         g.store(dx + i * WIDTH);
     }
 }
 CKCA__OP void ckca__op_avgpool_forward(ckca_context *ctx, int bf16, int n, int area, int c, const float *x, float *y) {
-    ckca__typed_wide(bf16, c, [&](auto type, auto wide) {
+    ckca__dispatch_channels(bf16, c, [&](auto type, auto wide) {
         typedef decltype(type) T;
         enum { WIDTH = decltype(wide)::VALUE };
         CKCA__LAUNCH(ctx, (ckca__avgpool_kernel<T, WIDTH>), ckca__grid(ctx, (size_t)n * c / WIDTH, 1), n, area, c,
@@ -2524,7 +2524,7 @@ CKCA__OP void ckca__op_avgpool_forward(ckca_context *ctx, int bf16, int n, int a
 }
 CKCA__OP void ckca__op_avgpool_backward(ckca_context *ctx, int bf16, int n, int area, int c, const float *dy, float *dx,
                                         int accumulate) {
-    ckca__typed_wide(bf16, c, [&](auto type, auto wide) {
+    ckca__dispatch_channels(bf16, c, [&](auto type, auto wide) {
         typedef decltype(type) T;
         enum { WIDTH = decltype(wide)::VALUE };
         CKCA__LAUNCH(ctx, (ckca__avgpool_backward_kernel<T, WIDTH>), ckca__grid(ctx, (size_t)n * area * c / WIDTH, 1),
@@ -2555,7 +2555,7 @@ template <class T> __global__ void ckca__subsample_backward_kernel(ckca__conv s,
     }
 }
 CKCA__OP void ckca__op_subsample_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y) {
-    ckca__typed(s->bf16, [&](auto type) {
+    ckca__dispatch_type(s->bf16, [&](auto type) {
         typedef decltype(type) T;
         CKCA__LAUNCH(ctx, ckca__subsample_kernel<T>, ckca__grid(ctx, (size_t)s->n * s->p * s->q * s->k, 1), *s,
                      (const T *)x, (T *)y);
@@ -2563,7 +2563,7 @@ CKCA__OP void ckca__op_subsample_forward(ckca_context *ctx, const ckca__conv *s,
 }
 CKCA__OP void ckca__op_subsample_backward(ckca_context *ctx, const ckca__conv *s, const float *dy, float *dx,
                                           int accumulate) {
-    ckca__typed(s->bf16, [&](auto type) {
+    ckca__dispatch_type(s->bf16, [&](auto type) {
         typedef decltype(type) T;
         CKCA__LAUNCH(ctx, ckca__subsample_backward_kernel<T>, ckca__grid(ctx, (size_t)s->n * s->h * s->w * s->c, 1), *s,
                      (const T *)dy, (T *)dx, accumulate);
@@ -2662,7 +2662,7 @@ __global__ void ckca__groupnorm_gradients(int n, int c, const float *part, float
 CKCA__OP void ckca__op_groupnorm_forward(ckca_context *ctx, int bf16, int n, int area, int c, int groups,
                                          const float *x, const float *gamma, const float *beta, float *y,
                                          float *statistics) {
-    ckca__typed(bf16, [&](auto type) {
+    ckca__dispatch_type(bf16, [&](auto type) {
         typedef decltype(type) T;
         const size_t all = (size_t)n * groups;
         CKCA__LAUNCH(ctx, ckca__groupnorm_kernel<T>, ckca__grid(ctx, all * CKCA__THREADS, 1), all, area, c, groups,
@@ -2672,7 +2672,7 @@ CKCA__OP void ckca__op_groupnorm_forward(ckca_context *ctx, int bf16, int n, int
 CKCA__OP void ckca__op_groupnorm_backward(ckca_context *ctx, int bf16, int n, int area, int c, int groups,
                                           const float *x, const float *gamma, const float *statistics, const float *dy,
                                           float *dx, int accumulate, float *dgamma, float *dbeta, void *ws) {
-    ckca__typed(bf16, [&](auto type) {
+    ckca__dispatch_type(bf16, [&](auto type) {
         typedef decltype(type) T;
         const size_t all = (size_t)n * groups;
         CKCA__LAUNCH(ctx, ckca__groupnorm_parts<T>, ckca__grid(ctx, (size_t)n * c, 1), n, area, c, groups,
@@ -2713,12 +2713,12 @@ __device__ double ckca__log_sum_exp(int k, const float *logits, double t) {
 /* This warp's picture; its lanes loop over the classes. */
 __device__ __forceinline__ int ckca__warp_row() { return (int)(blockIdx.x * (CKCA__THREADS / 32) + threadIdx.x / 32); }
 
-__global__ void ckca__cross_entropy_kernel(int n, int k, const float *z, const int *labels, float smoothing, float *dz,
+__global__ void ckca__cross_entropy_kernel(int n, int k, const float *logits, const int *labels, float smoothing, float *dlogits,
                                            float *loss, int *hit) {
     ckca__wait_for_grids();
     const int i = ckca__warp_row(), lane = (int)threadIdx.x % 32;
     if (i >= n) return;
-    const float *row = z + (size_t)i * k;
+    const float *row = logits + (size_t)i * k;
     const double lse = ckca__log_sum_exp(k, row, 1);
     const int label = labels[i];
     double sum = 0;
@@ -2726,8 +2726,8 @@ __global__ void ckca__cross_entropy_kernel(int n, int k, const float *z, const i
     for (int j = lane; j < k; j += 32) {
         sum += row[j];
         rank += row[j] > row[label] || (row[j] == row[label] && j < label);
-        if (dz)
-            dz[(size_t)i * k + j] = (float)((exp(row[j] - lse) - (j == label ? 1 - smoothing : 0) - smoothing / k) / n);
+        if (dlogits)
+            dlogits[(size_t)i * k + j] = (float)((exp(row[j] - lse) - (j == label ? 1 - smoothing : 0) - smoothing / k) / n);
     }
     sum = ckca__warp_sum(sum);
     rank = ckca__warp_sum(rank);
@@ -2740,12 +2740,12 @@ CKCA__OP void ckca__op_cross_entropy(ckca_context *ctx, int n, int k, const floa
     CKCA__LAUNCH(ctx, ckca__cross_entropy_kernel, ckca__warps(n), n, k, logits, labels, smoothing, dlogits, loss, hit);
 }
 
-__global__ void ckca__softmax_kernel(int n, int k, const float *z, float *p) {
+__global__ void ckca__softmax_kernel(int n, int k, const float *logits, float *p) {
     ckca__wait_for_grids();
     const int i = ckca__warp_row();
     if (i >= n) return;
-    const double lse = ckca__log_sum_exp(k, z + (size_t)i * k, 1);
-    for (int j = (int)threadIdx.x % 32; j < k; j += 32) p[(size_t)i * k + j] = (float)exp(z[(size_t)i * k + j] - lse);
+    const double lse = ckca__log_sum_exp(k, logits + (size_t)i * k, 1);
+    for (int j = (int)threadIdx.x % 32; j < k; j += 32) p[(size_t)i * k + j] = (float)exp(logits[(size_t)i * k + j] - lse);
 }
 CKCA__OP void ckca__op_softmax(ckca_context *ctx, int n, int k, const float *logits, float *p) {
     CKCA__LAUNCH(ctx, ckca__softmax_kernel, ckca__warps(n), n, k, logits, p);
@@ -2775,11 +2775,11 @@ CKCA__OP void ckca__op_count(ckca_context *ctx, int n, const int *hit, double *s
 
 /* Writes AdaKD's a_i for TRUTH and DOUBT, before division by their mean, to weight. DOUBT's 1 - p_o[y] is summed over
    the other classes, to avoid cancellation. */
-__global__ void ckca__adakd_weights(ckca_adakd form, int n, int k, const float *zo, const int *labels, float *weight) {
+__global__ void ckca__adakd_weights(ckca_adakd form, int n, int k, const float *teacher_logits, const int *labels, float *weight) {
     ckca__wait_for_grids();
     const int i = ckca__warp_row(), lane = (int)threadIdx.x % 32;
     if (i >= n) return;
-    const float *row = zo + (size_t)i * k;
+    const float *row = teacher_logits + (size_t)i * k;
     const double lse = ckca__log_sum_exp(k, row, 1);
     double doubt = 0;
     for (int j = lane; j < k; j += 32)
@@ -2789,13 +2789,13 @@ __global__ void ckca__adakd_weights(ckca_adakd form, int n, int k, const float *
 }
 
 /* For TRUTH and DOUBT, loss holds the weights on entry; each warp reads its own, then overwrites it. */
-__global__ void ckca__adakd_kernel(ckca_adakd form, int n, int k, const float *z, const float *zo, const int *labels,
-                                   const float *class_weight, double t, float scale, const double *mean, float *dz,
+__global__ void ckca__adakd_kernel(ckca_adakd form, int n, int k, const float *student_logits, const float *teacher_logits, const int *labels,
+                                   const float *class_weight, double t, float scale, const double *mean, float *dlogits,
                                    float *loss) {
     ckca__wait_for_grids();
     const int i = ckca__warp_row(), lane = (int)threadIdx.x % 32;
     if (i >= n) return;
-    const float *s = z + (size_t)i * k, *o = zo + (size_t)i * k;
+    const float *s = student_logits + (size_t)i * k, *o = teacher_logits + (size_t)i * k;
     const double lse_s = ckca__log_sum_exp(k, s, t), lse_o = ckca__log_sum_exp(k, o, t);
     double kl = 0, a = 1;
     if (form == CKCA_ADAKD_CLASS)
@@ -2805,7 +2805,7 @@ __global__ void ckca__adakd_kernel(ckca_adakd form, int n, int k, const float *z
     for (int j = lane; j < k; j += 32) {
         const double log_s = s[j] / t - lse_s, log_o = o[j] / t - lse_o, p_o = exp(log_o);
         kl += p_o * (log_o - log_s);
-        dz[(size_t)i * k + j] += (float)(scale * t * a * (exp(log_s) - p_o) / n);
+        dlogits[(size_t)i * k + j] += (float)(scale * t * a * (exp(log_s) - p_o) / n);
     }
     kl = ckca__warp_sum(kl);
     if (!lane) loss[i] = (float)(t * t * a * kl);
@@ -2830,16 +2830,17 @@ __device__ double ckca__block_dot(int d, const float *a, const float *b) {
 }
 __device__ __forceinline__ double ckca__inverse_norm(double square) { return square > 0 ? 1 / sqrt(square) : square; }
 
-/* One block per picture: loss = 1 - cos; d cos / d f = (fo / |fo| - cos f / |f|) / |f|. */
+/* One block per picture: loss = 1 - cos; d cos / d student = (teacher / |teacher| - cos student / |student|)
+   / |student|. */
 template <class T, class TEACHER, int WIDTH>
-__global__ void ckca__cosine_kernel(int d, const T *f, const TEACHER *fo, double scale, T *df, int accumulate,
+__global__ void ckca__cosine_kernel(int d, const T *student_features, const TEACHER *teacher_features, double scale, T *dfeatures, int accumulate,
                                     float *loss) {
     ckca__wait_for_grids();
     const size_t row = (size_t)blockIdx.x * d, end = row + d;
     double square = 0, square_o = 0, product = 0;
 #pragma unroll 2
     for (size_t j = row + threadIdx.x * WIDTH; j < end; j += CKCA__THREADS * WIDTH) {
-        const ckca__lane<WIDTH> a(f + j), b(fo + j);
+        const ckca__lane<WIDTH> a(student_features + j), b(teacher_features + j);
         for (int e = 0; e < WIDTH; e++) {
             square += (double)a.v[e] * a.v[e];
             square_o += (double)b.v[e] * b.v[e];
@@ -2851,53 +2852,53 @@ __global__ void ckca__cosine_kernel(int d, const T *f, const TEACHER *fo, double
     const double cosine = ckca__block_sum(product) * inv_f * inv_o;
     const float alpha = (float)(scale * cosine * inv_f * inv_f), beta = (float)(-scale * inv_f * inv_o);
     for (size_t j = row + threadIdx.x * WIDTH; j < end; j += CKCA__THREADS * WIDTH) {
-        ckca__lane<WIDTH> a(f + j), was;
-        const ckca__lane<WIDTH> b(fo + j);
-        if (accumulate) was = ckca__lane<WIDTH>(df + j);
-        for (int e = 0; e < WIDTH; e++) a.v[e] = alpha * a.v[e] + beta * b.v[e] + (accumulate ? was.v[e] : 0);
-        a.store(df + j);
+        ckca__lane<WIDTH> a(student_features + j), previous;
+        const ckca__lane<WIDTH> b(teacher_features + j);
+        if (accumulate) previous = ckca__lane<WIDTH>(dfeatures + j);
+        for (int e = 0; e < WIDTH; e++) a.v[e] = alpha * a.v[e] + beta * b.v[e] + (accumulate ? previous.v[e] : 0);
+        a.store(dfeatures + j);
     }
     if (threadIdx.x == 0) loss[blockIdx.x] = (float)(1 - cosine);
 }
 
-__global__ void ckca__l2_kernel(int d, const float *f, const float *fo, double scale, float *df, int accumulate,
+__global__ void ckca__l2_kernel(int d, const float *student_features, const float *teacher_features, double scale, float *dfeatures, int accumulate,
                                 float *loss) {
     ckca__wait_for_grids();
     const size_t row = (size_t)blockIdx.x * d;
     double sum = 0;
     for (size_t j = row + threadIdx.x; j < row + d; j += CKCA__THREADS) {
-        const double e = (double)f[j] - fo[j];
+        const double e = (double)student_features[j] - teacher_features[j];
         sum += e * e;
-        df[j] = (float)(scale * e) + (accumulate ? df[j] : 0);
+        dfeatures[j] = (float)(scale * e) + (accumulate ? dfeatures[j] : 0);
     }
     sum = ckca__block_sum(sum);
     if (threadIdx.x == 0) loss[blockIdx.x] = (float)(sum / d);
 }
 
 /* inverse[i] = 1 / |f_i|; one block per picture. */
-__global__ void ckca__norms_kernel(int d, const float *f, double *inverse) {
+__global__ void ckca__norms_kernel(int d, const float *student_features, double *inverse) {
     ckca__wait_for_grids();
-    const float *row = f + (size_t)blockIdx.x * d;
+    const float *row = student_features + (size_t)blockIdx.x * d;
     const double square = ckca__block_dot(d, row, row);
     if (threadIdx.x == 0) inverse[blockIdx.x] = ckca__inverse_norm(square);
 }
 
 /* One block per picture i loops over the others j in tiles: each warp first computes the weights of its own f_j, then
    each thread adds the weighted f_j for its own features. Formulas as on the host (ckca__featreg_relation). */
-__global__ void ckca__relation_kernel(int n, int d, int d_teacher, const float *f, const float *fo, const double *inv_f,
-                                      const double *inv_o, double scale, float *df, int accumulate, float *loss) {
+__global__ void ckca__relation_kernel(int n, int d, int d_teacher, const float *student_features, const float *teacher_features, const double *inv_f,
+                                      const double *inv_o, double scale, float *dfeatures, int accumulate, float *loss) {
     ckca__wait_for_grids();
     enum { TILE = CKCA__THREADS };
     __shared__ double weight[TILE];
     const int i = (int)blockIdx.x, lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
-    const float *fi = f + (size_t)i * d, *oi = fo + (size_t)i * d_teacher;
-    float *to = df + (size_t)i * d;
+    const float *fi = student_features + (size_t)i * d, *oi = teacher_features + (size_t)i * d_teacher;
+    float *to = dfeatures + (size_t)i * d;
     double sum = 0, own = 0; /* this warp's sum of e^2; its sum of the weights of f_i itself */
     for (int c = (int)threadIdx.x; c < d && !accumulate; c += CKCA__THREADS) to[c] = 0;
     for (int first = 0; first < n; first += TILE) {
         const int count = n - first < TILE ? n - first : TILE;
         for (int j = warp; j < count; j += CKCA__THREADS / 32) {
-            const float *fj = f + (size_t)(first + j) * d, *oj = fo + (size_t)(first + j) * d_teacher;
+            const float *fj = student_features + (size_t)(first + j) * d, *oj = teacher_features + (size_t)(first + j) * d_teacher;
             double cosine = 0, other = 0;
             for (int c = lane; c < d; c += 32) cosine += (double)fi[c] * fj[c];
             for (int c = lane; c < d_teacher; c += 32) other += (double)oi[c] * oj[c];
@@ -2911,7 +2912,7 @@ __global__ void ckca__relation_kernel(int n, int d, int d_teacher, const float *
         __syncthreads();
         for (int c = (int)threadIdx.x; c < d; c += CKCA__THREADS) {
             double v = 0;
-            for (int j = 0; j < count; j++) v += weight[j] * f[(size_t)(first + j) * d + c];
+            for (int j = 0; j < count; j++) v += weight[j] * student_features[(size_t)(first + j) * d + c];
             to[c] += (float)v;
         }
         __syncthreads();
@@ -2934,8 +2935,8 @@ CKCA__OP void ckca__op_featreg(ckca_context *ctx, ckca_featreg form, int bf16, i
     } else if (form == CKCA_FEATREG_L2) {
         CKCA__LAUNCH(ctx, ckca__l2_kernel, n, d, student_features, teacher_features, scale * 2 / ((double)n * d), dfeatures, accumulate, loss);
     } else {
-        ckca__typed_wide(bf16, d, [&](auto type, auto wide) {
-            ckca__typed(bf16_teacher, [&](auto teacher) {
+        ckca__dispatch_channels(bf16, d, [&](auto type, auto wide) {
+            ckca__dispatch_type(bf16_teacher, [&](auto teacher) {
                 typedef decltype(type) T;
                 typedef decltype(teacher) TEACHER;
                 CKCA__LAUNCH(ctx, (ckca__cosine_kernel<T, TEACHER, decltype(wide)::VALUE>), n, d, (const T *)student_features,
@@ -3022,7 +3023,7 @@ typedef struct ckca__pictures {
 
 /* v = the augmented picture's values at (y, x), channels j .. j + m - 1, in 0 to 255: shifted and mirrored, black
    outside; or the cropped rectangle enlarged by bilinear interpolation between pixel centres. */
-__device__ void ckca__look(const ckca__pictures &p, const ckca__framing &f, const unsigned char *pixels, int y, int x,
+__device__ void ckca__sample_pixel(const ckca__pictures &p, const ckca__framing &f, const unsigned char *pixels, int y, int x,
                            int j, int m, float *v) {
     if (f.flip) x = p.w - 1 - x;
     if (f.height == p.h && f.width == p.w) {
@@ -3061,7 +3062,7 @@ __global__ void ckca__pictures_kernel(ckca__pictures p) {
         double sum = 0;
         for (int i = (int)threadIdx.x; i < area; i += CKCA__THREADS) {
             float v[3];
-            ckca__look(p, f, pixels, i / p.w, i % p.w, 0, p.c == 3 ? 3 : 1, v);
+            ckca__sample_pixel(p, f, pixels, i / p.w, i % p.w, 0, p.c == 3 ? 3 : 1, v);
             for (int j = 0; j < (p.c == 3 ? 3 : 1); j++) v[j] = ckca__augment_clamp(v[j] * f.brightness);
             sum += ckca__augment_grey(p.c, v);
         }
@@ -3069,7 +3070,7 @@ __global__ void ckca__pictures_kernel(ckca__pictures p) {
     }
     for (int i = (int)threadIdx.x; i < area; i += CKCA__THREADS) {
         float v[CKCA__PICTURE_CHANNELS];
-        ckca__look(p, f, pixels, i / p.w, i % p.w, p.first, p.channels, v);
+        ckca__sample_pixel(p, f, pixels, i / p.w, i % p.w, p.first, p.channels, v);
         if (jitter) {
             for (int j = 0; j < p.channels; j++)
                 v[j] = ckca__augment_clamp(f.contrast * ckca__augment_clamp(v[j] * f.brightness) +
