@@ -99,12 +99,12 @@ typedef struct ckca__cuda {
     int blocks;                    /* maximum grid of an element-wise kernel */
     double *scratch;               /* on the device: one double */
     unsigned *tickets;             /* on the device: 0 between kernels, see ckca__is_last */
-    int dependent_launch;                     /* 1: use programmatic dependent launch */
+    int dependent_launch;          /* 1: use programmatic dependent launch */
     char *slot[CKCA__SLOTS];       /* pinned host memory */
     cudaEvent_t sent[CKCA__SLOTS]; /* the slot's last upload has finished */
     int next;                      /* slot */
     unsigned releases;             /* frees so far: a graph captured before the last one may point to freed memory */
-    long process; /* the creator: a CUDA context does not survive fork() */
+    long process;                  /* the creator: a CUDA context does not survive fork() */
     int failed;
     char error[400];
 } ckca__cuda;
@@ -131,7 +131,8 @@ static int ckca__blas_check(ckca__cuda *cuda, const char *call, cublasStatus_t s
 }
 static int ckca__cuda_same_process(const ckca__cuda *cuda) { return cuda->process == CKCA__PROCESS(); }
 static int ckca__cuda_usable(ckca__cuda *cuda, const char *call) {
-    return ckca__cuda_same_process(cuda) || ckca__cuda_note(cuda, call, "the child of a fork() cannot use its parent's GPU");
+    return ckca__cuda_same_process(cuda) ||
+           ckca__cuda_note(cuda, call, "the child of a fork() cannot use its parent's GPU");
 }
 #define CKCA__CUDA(cuda, call) (ckca__cuda_usable(cuda, #call) && ckca__cuda_check(cuda, #call, call))
 #define CKCA__BLAS(cuda, call) (ckca__cuda_usable(cuda, #call) && ckca__blas_check(cuda, #call, call))
@@ -150,7 +151,7 @@ static cudaStream_t ckca__cuda_stream(ckca__cuda *cuda) {
    gradient. The streams share neither scratch memory nor tickets. */
 static void ckca__side_begin(ckca__cuda *cuda) {
     cuda->side.active = CKCA__CUDA(cuda, cudaEventRecord(cuda->side.forked, ckca__cuda_stream(cuda))) &&
-                       CKCA__CUDA(cuda, cudaStreamWaitEvent(cuda->side.stream, cuda->side.forked, 0));
+                        CKCA__CUDA(cuda, cudaStreamWaitEvent(cuda->side.stream, cuda->side.forked, 0));
 }
 static void ckca__side_end(ckca__cuda *cuda) {
     if (!cuda->side.active) return;
@@ -368,7 +369,7 @@ CKCA__OP size_t ckca__device_free_bytes(const ckca_context *ctx) {
    before. A copy on the device keeps the input's address fixed, as CUDA graphs require. */
 typedef struct ckca__staging {
     size_t bytes;
-    char *host[2], *device[2];     /* pinned memory; its copy on the device */
+    char *host[2], *device[2];      /* pinned memory; its copy on the device */
     cudaEvent_t sent[2], copied[2]; /* the upload from host has finished; so has the copy from device */
     int next;
 } ckca__staging;
@@ -458,7 +459,8 @@ CKCA__OP int ckca__device_record(ckca_context *ctx, void **recording) {
     ckca__graph_destroy(cuda, r);
     r->releases = cuda->releases;
     if (r->seen++)
-        r->capturing = CKCA__CUDA(cuda, cudaStreamBeginCapture(ckca__cuda_stream(cuda), cudaStreamCaptureModeThreadLocal));
+        r->capturing =
+            CKCA__CUDA(cuda, cudaStreamBeginCapture(ckca__cuda_stream(cuda), cudaStreamCaptureModeThreadLocal));
     return 1;
 }
 
@@ -734,28 +736,29 @@ __device__ __forceinline__ int ckca__is_last(unsigned *ticket, unsigned blocks) 
 
 /* Merges the statistics of count parts of per rows each, fewer in the last ones, rows in all (Chan, Golub, LeVeque
    1979). part[i * apart] is part i's mean of this thread's channel, part[i * apart + squares] its sum of (x - mean)^2.
-   Threads with equal threadIdx.x % wide share a channel; the first wide threads return the result. scratch: 3 doubles
-   per thread. */
+   Threads with equal threadIdx.x % channels share a channel; the first `channels` threads return the result. scratch: 3
+   doubles per thread. */
 template <int THREADS>
-__device__ __forceinline__ void ckca__merge_statistics(const float *part, size_t pitch, size_t squares, int wide, int count,
-                                           double per, double rows, double *scratch, double *mean, double *square) {
+__device__ __forceinline__ void ckca__merge_statistics(const float *part, size_t stride, size_t squares, int channels,
+                                                       int count, double per, double rows, double *scratch,
+                                                       double *mean, double *square) {
     const int me = (int)threadIdx.x;
     const double shift = __ldcg(part);
     double d = 0, dd = 0, q = 0;
 #pragma unroll 4
-    for (int i = me / wide; i < count; i += THREADS / wide) {
+    for (int i = me / channels; i < count; i += THREADS / channels) {
         const double left = rows - i * per, n = left < per ? (left > 0 ? left : 0) : per;
-        const double off = __ldcg(part + i * pitch) - shift;
+        const double off = __ldcg(part + i * stride) - shift;
         d += n * off;
         dd += n * off * off;
-        q += __ldcg(part + i * pitch + squares);
+        q += __ldcg(part + i * stride + squares);
     }
     __syncthreads(); /* scratch may still be in use */
     scratch[me] = d;
     scratch[THREADS + me] = dd;
     scratch[2 * THREADS + me] = q;
     __syncthreads();
-    for (int i = me + wide; i < THREADS && me < wide; i += wide) {
+    for (int i = me + channels; i < THREADS && me < channels; i += channels) {
         d += scratch[i];
         dd += scratch[THREADS + i];
         q += scratch[2 * THREADS + i];
@@ -805,8 +808,8 @@ template <class F> static void ckca__dispatch_type(int bf16, F f) {
    The loader copies 16-byte *chunks*, contiguous in memory. In FORWARD and DATA a chunk runs along k, and a stage holds
    one line of CHUNKS chunks per row of A and column of B; in WEIGHT a chunk runs along rows or columns, and a stage
    holds DEPTH lines of 128 values of A and of COLUMNS values of B. The chunks of a line are swizzled to avoid bank
-   conflicts. Channels of x that do not fill whole chunks are first padded with zeros (ckca__pad_channels); where K does not
-   fill whole chunks, DATA and WEIGHT load value by value (WHOLE = 0).
+   conflicts. Channels of x that do not fill whole chunks are first padded with zeros (ckca__pad_channels); where K does
+   not fill whole chunks, DATA and WEIGHT load value by value (WHOLE = 0).
    ------------------------------------------------------------------------------------------------------------------ */
 
 enum { CKCA__PASS_FORWARD, CKCA__PASS_DATA, CKCA__PASS_WEIGHT };
@@ -820,10 +823,10 @@ typedef struct ckca__gemm {
     void *out;            /* the output; WEIGHT: the splits' partial sums, K x R S C each */
     float *dw;            /* WEIGHT: K x R S x channels, channels <= C */
     int channels;
-    int relu, accumulate;     /* FORWARD; DATA: add to out */
-    int split, splits, group; /* WEIGHT: pixels per split; splits. Parts per group of a two-level sum */
-    int wide;                 /* blocks along the columns */
-    ckca__divisor q, p;       /* width and height of the output (DATA: of the input) */
+    int relu, accumulate;        /* FORWARD; DATA: add to out */
+    int split, splits, group;    /* WEIGHT: pixels per split; splits. Parts per group of a two-level sum */
+    int column_blocks;           /* blocks along the columns */
+    ckca__divisor q, p;          /* width and height of the output (DATA: of the input) */
     ckca__statistics statistics; /* FORWARD: of the output, if part is not NULL */
     float *part;                 /* per block of rows: mean and sum of squared deviations, K each */
     unsigned *tickets;
@@ -897,7 +900,7 @@ template <int PRECISION_, int PASS_, int COLUMNS_, int WHOLE_> struct ckca__bloc
         DEPTH = CHUNKS * VALUES,
         CHUNKS_A = CKCA__ROWS / VALUES, /* WEIGHT: chunks in a line of A and of B */
         CHUNKS_B = COLUMNS / VALUES,
-        WARPS_ACROSS = COLUMNS >= 64 ? 2 : 1, /* tensor cores: of 4 warps, side by side; each has ROW_TILES x COLUMN_TILES 16 x 8 tiles */
+        WARPS_ACROSS = COLUMNS >= 64 ? 2 : 1, /* tensor cores: of 4 warps, each of ROW_TILES x COLUMN_TILES mma tiles */
         ROW_TILES = CKCA__ROWS * WARPS_ACROSS / 64,
         COLUMN_TILES = COLUMNS / WARPS_ACROSS / 8,
         THREAD_COLUMNS = COLUMNS / 16, /* FFMA: each of 16 x 16 threads has 8 x THREAD_COLUMNS sums */
@@ -908,7 +911,8 @@ template <int PRECISION_, int PASS_, int COLUMNS_, int WHOLE_> struct ckca__bloc
         LINES = PASS == CKCA__PASS_WEIGHT ? COLUMNS : CKCA__ROWS, /* the epilogue's tile: LINES x LENGTH floats */
         LENGTH = PASS == CKCA__PASS_WEIGHT ? CKCA__ROWS : COLUMNS,
         PITCH = LENGTH + 8,
-        BYTES = CKCA__GEMM_STAGES * STAGE * 16 > LINES * PITCH * 4 ? CKCA__GEMM_STAGES * STAGE * 16 : LINES * PITCH * 4;
+        BYTES =
+            CKCA__GEMM_STAGES * STAGE * 16 > LINES * PITCH * 4 ? CKCA__GEMM_STAGES * STAGE * 16 : LINES * PITCH * 4;
     /* The swizzle: a line's value is XORed into its chunk indices. lines_of serves reads of one chunk column over 8
        lines; words_of serves WORDS, where a read covers 4 lines of k. */
     static __device__ __forceinline__ int lines_of(int chunks, int line) {
@@ -941,7 +945,8 @@ struct ckca__k_iterator {
     int channels, taps_x;
     int next_row, weight_tap, weight_row; /* extra offsets at the start of a row of taps (source), tap, row (weights) */
 
-    __device__ ckca__k_iterator(const ckca__gemm &g, const ckca__phase &py, const ckca__phase &px, int channels_, int width)
+    __device__ ckca__k_iterator(const ckca__gemm &g, const ckca__phase &py, const ckca__phase &px, int channels_,
+                                int width)
         : channels(channels_), taps_x(px.taps > 0 ? px.taps : 1) {
         next_row = (width - taps_x) * channels;
         weight_tap = (px.step - 1) * channels; /* taps ascend in the source, but may descend in the weights */
@@ -961,7 +966,7 @@ struct ckca__k_iterator {
     }
 };
 
-/* FORWARD and DATA: one thread's share of the loader: the same chunk along k in every LINE_STRIDE-th line of A and of B. */
+/* FORWARD and DATA: one thread's share of the loader: a chunk along k in every LINE_STRIDE-th line of A and B. */
 template <class B> struct ckca__along {
     typedef typename B::T T;
     enum {
@@ -976,10 +981,11 @@ template <class B> struct ckca__along {
     ckca__k_position k;
 
     __device__ ckca__along(const ckca__gemm &g_, const ckca__phase &py, const ckca__phase &px, int row0, int column0)
-        : g(g_), walk(g_, py, px, B::PASS == CKCA__PASS_DATA ? g_.s.k : g_.s.c, B::PASS == CKCA__PASS_DATA ? g_.s.q : g_.s.w),
+        : g(g_),
+          walk(g_, py, px, B::PASS == CKCA__PASS_DATA ? g_.s.k : g_.s.c, B::PASS == CKCA__PASS_DATA ? g_.s.q : g_.s.w),
           taps_y(py.taps), h(B::PASS == CKCA__PASS_DATA ? g.s.p : g.s.h), w(B::PASS == CKCA__PASS_DATA ? g.s.q : g.s.w),
-          columns(B::PASS == CKCA__PASS_DATA ? g.s.c : g.s.k), line((int)threadIdx.x / B::CHUNKS), column(column0 + line),
-          to(line * B::CHUNKS + ((int)threadIdx.x % B::CHUNKS ^ B::swizzle_a(line))) {
+          columns(B::PASS == CKCA__PASS_DATA ? g.s.c : g.s.k), line((int)threadIdx.x / B::CHUNKS),
+          column(column0 + line), to(line * B::CHUNKS + ((int)threadIdx.x % B::CHUNKS ^ B::swizzle_a(line))) {
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
             const ckca__output at(g, B::PASS, py, px, row0 + line + i * LINE_STRIDE);
@@ -1113,29 +1119,29 @@ template <class B> __device__ __forceinline__ void ckca__multiply_tensor(const u
         unsigned x[B::ROW_TILES][4], y[B::COLUMN_TILES][2];
         if constexpr (B::WORDS) { /* a lane's rows are adjacent, and so are its columns: see ckca__sums_to_tile */
 #pragma unroll
-            for (int bf16 = 0; bf16 < 2; bf16++) {
-                const int line = step * 8 + bf16 * 4 + lane % 4;
+            for (int half = 0; half < 2; half++) {
+                const int line = step * 8 + half * 4 + lane % 4;
                 const uint4 *from_a = a + line * B::CHUNKS_A, *from_b = b + line * B::CHUNKS_B;
 #pragma unroll
                 for (int q = 0; q < B::ROW_TILES / 2; q++) {
                     const int chunk = row / 4 + lane / 4 * (B::ROW_TILES / 2) + q;
                     const uint4 v = from_a[chunk ^ B::swizzle_a(lane % 4)];
-                    x[2 * q][bf16 * 2] = v.x, x[2 * q][bf16 * 2 + 1] = v.y;
-                    x[2 * q + 1][bf16 * 2] = v.z, x[2 * q + 1][bf16 * 2 + 1] = v.w;
+                    x[2 * q][half * 2] = v.x, x[2 * q][half * 2 + 1] = v.y;
+                    x[2 * q + 1][half * 2] = v.z, x[2 * q + 1][half * 2 + 1] = v.w;
                 }
                 if constexpr (B::COLUMN_TILES >= 4) {
 #pragma unroll
                     for (int q = 0; q < B::COLUMN_TILES / 4; q++) {
                         const int chunk = column / 4 + lane / 4 * (B::COLUMN_TILES / 4) + q;
                         const uint4 v = from_b[chunk ^ B::swizzle_b(lane % 4)];
-                        y[4 * q][bf16] = v.x, y[4 * q + 1][bf16] = v.y;
-                        y[4 * q + 2][bf16] = v.z, y[4 * q + 3][bf16] = v.w;
+                        y[4 * q][half] = v.x, y[4 * q + 1][half] = v.y;
+                        y[4 * q + 2][half] = v.z, y[4 * q + 3][half] = v.w;
                     }
                 } else {
                     const int chunk = column / 4 + lane / 8;
                     const uint2 v =
                         ((const uint2 *)(from_b + (chunk ^ B::swizzle_b(lane % 4))))[lane / 4 % 2];
-                    y[0][bf16] = v.x, y[1][bf16] = v.y;
+                    y[0][half] = v.x, y[1][half] = v.y;
                 }
             }
         } else {
@@ -1164,9 +1170,11 @@ template <class B> __device__ __forceinline__ void ckca__multiply_tensor(const u
         }
         if constexpr (B::PRECISION == CKCA_PRECISION_TF32) {
 #pragma unroll
-            for (int i = 0; i < B::ROW_TILES * 4; i++) x[i / 4][i % 4] = ckca__to_tf32(__uint_as_float(x[i / 4][i % 4]));
+            for (int i = 0; i < B::ROW_TILES * 4; i++)
+                x[i / 4][i % 4] = ckca__to_tf32(__uint_as_float(x[i / 4][i % 4]));
 #pragma unroll
-            for (int j = 0; j < B::COLUMN_TILES * 2; j++) y[j / 2][j % 2] = ckca__to_tf32(__uint_as_float(y[j / 2][j % 2]));
+            for (int j = 0; j < B::COLUMN_TILES * 2; j++)
+                y[j / 2][j % 2] = ckca__to_tf32(__uint_as_float(y[j / 2][j % 2]));
         }
 #pragma unroll
         for (int i = 0; i < B::ROW_TILES; i++) {
@@ -1185,10 +1193,11 @@ template <class B> __device__ __forceinline__ void ckca__multiply_tensor(const u
 /* In FORWARD and DATA a thread has every 16th row and column, so that a warp reads two adjacent lines of A at once; in
    WEIGHT its rows and its columns are adjacent. */
 template <class B> __device__ __forceinline__ void ckca__multiply_floats(const uint4 *a, const uint4 *b, float *sums) {
-    const int tall = (int)threadIdx.x / 16, wide = (int)threadIdx.x % 16;
+    const int thread_row = (int)threadIdx.x / 16, thread_column = (int)threadIdx.x % 16;
     if constexpr (B::PASS != CKCA__PASS_WEIGHT) {
-        const uint4 *from_a = a + tall * B::CHUNKS, *from_b = b + wide * B::CHUNKS;
-        const int swizzle_a = B::swizzle_a(tall), swizzle_b = B::swizzle_b(wide); /* the same in every 16th line */
+        const uint4 *from_a = a + thread_row * B::CHUNKS, *from_b = b + thread_column * B::CHUNKS;
+        const int swizzle_a = B::swizzle_a(thread_row),
+                  swizzle_b = B::swizzle_b(thread_column); /* the same in every 16th line */
 #pragma unroll 2
         for (int chunk = 0; chunk < B::CHUNKS; chunk++) {
             float y[4][B::THREAD_COLUMNS];
@@ -1207,8 +1216,9 @@ template <class B> __device__ __forceinline__ void ckca__multiply_floats(const u
     } else {
 #pragma unroll 4
         for (int k = 0; k < B::DEPTH; k++) {
-            const ckca__lane<8> x((const float *)(a + k * B::CHUNKS_A) + tall * 8);
-            const ckca__lane<B::THREAD_COLUMNS> y((const float *)(b + k * B::CHUNKS_B) + wide * B::THREAD_COLUMNS);
+            const ckca__lane<8> x((const float *)(a + k * B::CHUNKS_A) + thread_row * 8);
+            const ckca__lane<B::THREAD_COLUMNS> y((const float *)(b + k * B::CHUNKS_B) +
+                                                  thread_column * B::THREAD_COLUMNS);
             for (int i = 0; i < 8; i++)
                 for (int j = 0; j < B::THREAD_COLUMNS; j++) sums[i * B::THREAD_COLUMNS + j] += x.v[i] * y.v[j];
         }
@@ -1222,21 +1232,25 @@ template <class B> __device__ __forceinline__ void ckca__multiply_floats(const u
 template <class B> __device__ __forceinline__ void ckca__sums_to_tile(const float *sums, float *tile) {
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
     const int row = warp / B::WARPS_ACROSS * B::ROW_TILES * 16, column = warp % B::WARPS_ACROSS * B::COLUMN_TILES * 8;
-    const int tall = (int)threadIdx.x / 16, wide = (int)threadIdx.x % 16;
+    const int thread_row = (int)threadIdx.x / 16, thread_column = (int)threadIdx.x % 16;
     if constexpr (!B::TENSOR) {
 #pragma unroll
         for (int i = 0; i < 8 * B::THREAD_COLUMNS; i++) {
             if constexpr (B::PASS == CKCA__PASS_WEIGHT) {
-                tile[(wide * B::THREAD_COLUMNS + i % B::THREAD_COLUMNS) * B::PITCH + tall * 8 + i / B::THREAD_COLUMNS] = sums[i];
+                tile[(thread_column * B::THREAD_COLUMNS + i % B::THREAD_COLUMNS) * B::PITCH + thread_row * 8 +
+                     i / B::THREAD_COLUMNS] = sums[i];
             } else {
-                tile[(tall + i / B::THREAD_COLUMNS * 16) * B::PITCH + wide + i % B::THREAD_COLUMNS * 16] = sums[i];
+                tile[(thread_row + i / B::THREAD_COLUMNS * 16) * B::PITCH + thread_column +
+                     i % B::THREAD_COLUMNS * 16] = sums[i];
             }
         }
     } else if constexpr (B::WORDS) { /* a lane's row r is row r % 2 * 8 + lane / 4 of tile r / 2; columns likewise */
 #pragma unroll
         for (int j = 0; j < 2 * B::COLUMN_TILES; j++) {
-            float *to = tile + (column + (lane % 4 * 2 + j / B::COLUMN_TILES) * B::COLUMN_TILES + j % B::COLUMN_TILES) * B::PITCH + row +
-                        lane / 4 * 2 * B::ROW_TILES;
+            float *to =
+                tile +
+                (column + (lane % 4 * 2 + j / B::COLUMN_TILES) * B::COLUMN_TILES + j % B::COLUMN_TILES) * B::PITCH +
+                row + lane / 4 * 2 * B::ROW_TILES;
 #pragma unroll
             for (int r = 0; r < 2 * B::ROW_TILES; r++)
                 to[r] = sums[(r / 2 * B::COLUMN_TILES + j % B::COLUMN_TILES) * 4 + r % 2 * 2 + j / B::COLUMN_TILES];
@@ -1283,22 +1297,22 @@ __device__ __forceinline__ void ckca__finish(const ckca__gemm &g, ckca__lane<WID
    the groups. */
 template <int THREADS, int COLUMNS>
 __device__ __forceinline__ void ckca__finish_statistics(const ckca__gemm &g, int rows, int column0, double *scratch) {
-    const int block = (int)blockIdx.x / g.wide, blocks = (rows + CKCA__ROWS - 1) / CKCA__ROWS;
+    const int block = (int)blockIdx.x / g.column_blocks, blocks = (rows + CKCA__ROWS - 1) / CKCA__ROWS;
     const int groups = (blocks + g.group - 1) / g.group, first = block / g.group * g.group;
     const int members = blocks - first < g.group ? blocks - first : g.group, me = (int)threadIdx.x;
     const int column = column0 + me % COLUMNS, in_range = column < g.s.k, left = rows - first * CKCA__ROWS;
     const size_t pitch = 2 * (size_t)g.s.k;
-    unsigned *tickets = g.tickets + (size_t)((int)blockIdx.x % g.wide) * (groups + 1);
+    unsigned *tickets = g.tickets + (size_t)((int)blockIdx.x % g.column_blocks) * (groups + 1);
     float *part = g.part + (in_range ? column : 0);
     double mean, square;
     if (!ckca__is_last(tickets + block / g.group, members)) return;
     ckca__merge_statistics<THREADS>(part + first * pitch, pitch, (size_t)g.s.k, COLUMNS, members, CKCA__ROWS,
-                        left < members * CKCA__ROWS ? left : members * CKCA__ROWS, scratch, &mean, &square);
+                                    left < members * CKCA__ROWS ? left : members * CKCA__ROWS, scratch, &mean, &square);
     if (groups > 1) {
         if (me < COLUMNS && in_range) part[first * pitch] = (float)mean, part[first * pitch + g.s.k] = (float)square;
         if (!ckca__is_last(tickets + groups, groups)) return;
-        ckca__merge_statistics<THREADS>(part, g.group * pitch, (size_t)g.s.k, COLUMNS, groups, (double)g.group * CKCA__ROWS, rows,
-                            scratch, &mean, &square);
+        ckca__merge_statistics<THREADS>(part, g.group * pitch, (size_t)g.s.k, COLUMNS, groups,
+                                        (double)g.group * CKCA__ROWS, rows, scratch, &mean, &square);
     }
     if (me < COLUMNS && in_range) ckca__store_statistics(g.statistics, column, mean, square, rows);
 }
@@ -1311,7 +1325,8 @@ __device__ __forceinline__ void ckca__finish_rows(const ckca__gemm &g, const ckc
     typedef typename B::T T;
     enum { PIECES = B::COLUMNS / WIDTH, SLICES = B::THREADS / PIECES };
     const int columns = B::PASS == CKCA__PASS_DATA ? g.s.c : g.s.k, me = (int)threadIdx.x;
-    const int piece = me % PIECES * WIDTH, column = column0 + piece, statistics = B::PASS == CKCA__PASS_FORWARD && g.part;
+    const int piece = me % PIECES * WIDTH, column = column0 + piece,
+              statistics = B::PASS == CKCA__PASS_FORWARD && g.part;
     ckca__lane<WIDTH> shift, sum, square; /* of stored values, relative to the first row to avoid cancellation */
     const auto first = [&](int i) { return tile[i] + (g.bias && column0 + i < columns ? g.bias[column0 + i] : 0); };
     for (int j = 0; j < WIDTH; j++) shift.v[j] = first(piece + j), sum.v[j] = square.v[j] = 0;
@@ -1349,7 +1364,8 @@ __device__ __forceinline__ void ckca__finish_rows(const ckca__gemm &g, const ckc
 
 /* Adds WIDTH adjacent rows of a column to dw. */
 template <int WIDTH>
-__device__ __forceinline__ void ckca__add_weights(const ckca__gemm &g, int row, int column, const ckca__lane<WIDTH> &v) {
+__device__ __forceinline__ void ckca__add_weights(const ckca__gemm &g, int row, int column,
+                                                  const ckca__lane<WIDTH> &v) {
     float *to = g.dw + (size_t)column * g.s.r * g.s.s * g.channels;
     if (WIDTH > 1 && g.channels == g.s.c) {
         ckca__lane<WIDTH> previous(to + row);
@@ -1398,23 +1414,25 @@ __device__ __forceinline__ void ckca__finish_weights(const ckca__gemm &g, int ro
                 v.store(part + (size_t)(level == 0 ? z : first) * count);
             }
         }
-        if (last || !ckca__is_last(level == 0 ? tickets + z / g.group : tickets + groups, level == 0 ? members : groups))
+        if (last ||
+            !ckca__is_last(level == 0 ? tickets + z / g.group : tickets + groups, level == 0 ? members : groups))
             return;
     }
 }
 
 template <class B> __global__ void __launch_bounds__(B::THREADS, B::BLOCKS) ckca__gemm_kernel(ckca__gemm g) {
     CKCA__DYNAMIC_SHARED(stages);
-    const int row0 = (int)blockIdx.x / g.wide * CKCA__ROWS, column0 = (int)blockIdx.x % g.wide * B::COLUMNS;
+    const int row0 = (int)blockIdx.x / g.column_blocks * CKCA__ROWS,
+              column0 = (int)blockIdx.x % g.column_blocks * B::COLUMNS;
     const int z = (int)blockIdx.z, pixels = g.s.n * g.s.p * g.s.q;
     const ckca__phase py =
         ckca__phase_of(B::PASS, z / g.s.stride, g.s.r, g.s.stride, g.s.pad, B::PASS == CKCA__PASS_DATA ? g.s.h : g.s.p);
     const ckca__phase px =
         ckca__phase_of(B::PASS, z % g.s.stride, g.s.s, g.s.stride, g.s.pad, B::PASS == CKCA__PASS_DATA ? g.s.w : g.s.q);
     const int begin = B::PASS == CKCA__PASS_WEIGHT ? z * g.split : 0;
-    const int end = B::PASS != CKCA__PASS_WEIGHT    ? py.taps * px.taps * (B::PASS == CKCA__PASS_DATA ? g.s.k : g.s.c)
-                    : pixels - begin < g.split ? pixels
-                                               : begin + g.split;
+    const int end = B::PASS != CKCA__PASS_WEIGHT ? py.taps * px.taps * (B::PASS == CKCA__PASS_DATA ? g.s.k : g.s.c)
+                    : pixels - begin < g.split   ? pixels
+                                                 : begin + g.split;
     const int count = end > begin ? (end - begin + B::DEPTH - 1) / B::DEPTH : 0;
     float sums[B::SUMS];
     ckca__along<B> along(g, py, px, row0, column0);       /* only one is used: */
@@ -1466,12 +1484,13 @@ template <class B> __global__ void __launch_bounds__(B::THREADS, B::BLOCKS) ckca
     }
 }
 
-/* Pads the channels of x with zeros from c to wide, a multiple of a chunk. Each thread writes whole chunks. */
-template <class FROM, class T> __global__ void ckca__pad_channels_kernel(size_t pixels, int c, int wide, const FROM *x, T *to) {
+/* Pads the channels of x with zeros from c to padded_c, a multiple of a chunk. Each thread writes whole chunks. */
+template <class FROM, class T>
+__global__ void ckca__pad_channels_kernel(size_t pixels, int c, int padded_c, const FROM *x, T *to) {
     enum { VALUES = ckca__chunk<T>::VALUES };
     ckca__wait_for_grids();
     const size_t stride = (size_t)gridDim.x * blockDim.x;
-    const unsigned chunks = (unsigned)(wide / VALUES);
+    const unsigned chunks = (unsigned)(padded_c / VALUES);
     for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < pixels * chunks; i += stride) {
         const size_t pixel = i / chunks;
         const int first = (int)(i - pixel * chunks) * VALUES;
@@ -1481,16 +1500,16 @@ template <class FROM, class T> __global__ void ckca__pad_channels_kernel(size_t 
     }
 }
 
-/* Packs the weights (k x taps x c) of up to CKCA__PACK_MAX convolutions in one launch: cast is padded to wide channels,
+/* Packs the weights (k x taps x c) of up to CKCA__PACK_MAX convolutions in one launch: cast is k x taps x padded_c,
    transposed is c x taps x k, both rounded to bf16 if bf16 is set. Each block handles a 32 x 32 tile of one tap. */
 enum { CKCA__TILE = 32, CKCA__PACK_MAX = 32 };
 typedef struct ckca__pack_batch {
     int count, tiles;
     struct {
         const float *w;
-        void *cast, *transposed; /* each may be NULL */
-        int bf16, k, taps, c, wide; /* wide: channels of cast */
-        int first; /* its first tile, which is its first block */
+        void *cast, *transposed;        /* each may be NULL */
+        int bf16, k, taps, c, padded_c; /* padded_c: channels of cast */
+        int first;                      /* its first tile, which is its first block */
     } of[CKCA__PACK_MAX];
 } ckca__pack_batch;
 
@@ -1513,12 +1532,14 @@ __global__ void __launch_bounds__(CKCA__THREADS) ckca__pack_kernel(ckca__pack_ba
     for (int j = y; j < CKCA__TILE; j += CKCA__THREADS / CKCA__TILE) {
         if (k0 + j >= o.k) continue;
         tile[j][x] = c0 + x < o.c ? o.w[((size_t)(k0 + j) * o.taps + tap) * o.c + c0 + x] : 0;
-        if (o.cast && c0 + x < o.wide) put(o.cast, ((size_t)(k0 + j) * o.taps + tap) * o.wide + c0 + x, tile[j][x]);
+        if (o.cast && c0 + x < o.padded_c)
+            put(o.cast, ((size_t)(k0 + j) * o.taps + tap) * o.padded_c + c0 + x, tile[j][x]);
     }
     if (!o.transposed) return;
     __syncthreads();
     for (int j = y; j < CKCA__TILE; j += CKCA__THREADS / CKCA__TILE)
-        if (c0 + j < o.c && k0 + x < o.k) put(o.transposed, ((size_t)(c0 + j) * o.taps + tap) * o.k + k0 + x, tile[x][j]);
+        if (c0 + j < o.c && k0 + x < o.k)
+            put(o.transposed, ((size_t)(c0 + j) * o.taps + tap) * o.k + k0 + x, tile[x][j]);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -1547,8 +1568,8 @@ static int ckca__lanes(int chunks) {
 }
 
 typedef struct ckca__moments {
-    size_t rows, per; /* in total; per part */
-    int first, c, lanes; /* this launch starts at channel first */
+    size_t rows, per;                           /* in total; per part */
+    int first, c, lanes;                        /* this launch starts at channel first */
     const void *x, *y, *dy;                     /* see below; of the kernel's type */
     const float *mean, *gamma, *beta, *inv_std; /* KIND 2; gamma and beta if the ReLU mask is recomputed from x */
     float *part;                                /* parts x 2 x c */
@@ -1559,8 +1580,8 @@ typedef struct ckca__moments {
 
 /* Computes per part: for KIND 3 (statistics), the mean and the sum of squared deviations, from the sums of d and d^2
    with d = x - the part's first row, to avoid cancellation; for KIND 2 (batch norm backward), the sums of g and
-   g (x - mean), where g = dy masked by the ReLU; for KIND 1 (bias), the sum of dy. The last block of a group of channels
-   adds the parts and writes the statistics, or dgamma, dbeta and table (2 x c: the means over rows that
+   g (x - mean), where g = dy masked by the ReLU; for KIND 1 (bias), the sum of dy. The last block of a group of
+   channels adds the parts and writes the statistics, or dgamma, dbeta and table (2 x c: the means over rows that
    ckca__batchnorm_backward needs). */
 template <class T, int KIND, int WIDTH>
 __global__ void __launch_bounds__(CKCA__THREADS) ckca__channel_sums(ckca__moments m) {
@@ -1568,8 +1589,8 @@ __global__ void __launch_bounds__(CKCA__THREADS) ckca__channel_sums(ckca__moment
     __shared__ __align__(16) float first[CKCA__THREADS * WIDTH], second[CKCA__THREADS * WIDTH];
     __shared__ float partial[2][CKCA__THREADS];
     __shared__ double scratch[3 * CKCA__THREADS];
-    const int at_once = CKCA__THREADS / m.lanes, wide = m.lanes * WIDTH, me = (int)threadIdx.x;
-    const int c0 = m.first + (int)blockIdx.x * wide, c = c0 + me % m.lanes * WIDTH;
+    const int at_once = CKCA__THREADS / m.lanes, channels = m.lanes * WIDTH, me = (int)threadIdx.x;
+    const int c0 = m.first + (int)blockIdx.x * channels, c = c0 + me % m.lanes * WIDTH;
     const size_t begin = blockIdx.y * m.per, left = begin < m.rows ? m.rows - begin : 0;
     const size_t end = begin + (left < m.per ? left : m.per);
     const int in_range = c < m.c && left;
@@ -1580,30 +1601,32 @@ __global__ void __launch_bounds__(CKCA__THREADS) ckca__channel_sums(ckca__moment
     if (in_range && KIND == 2) shift = ckca__lane<WIDTH>(m.mean + c);
     if (in_range && KIND == 2 && m.beta)
         for (int j = 0; j < WIDTH; j++) scale.v[j] = m.gamma[c + j] * m.inv_std[c + j], beta.v[j] = m.beta[c + j];
-    const auto add = [&](size_t i, auto rows) { /* issues the loads of all N rows first */
-        enum { N = decltype(rows)::VALUE };
-        ckca__raw<T, WIDTH> x[N], y[N], g[N];
+    const auto add = [&](size_t i,
+                         auto rows) { /* issues the loads of all N rows first */
+                                      enum { N = decltype(rows)::VALUE };
+                                      ckca__raw<T, WIDTH> x[N], y[N], g[N];
 #pragma unroll
-        for (int r = 0; r < N; r++, i += (size_t)at_once * m.c) {
-            if (KIND > 1) x[r] = ckca__raw<T, WIDTH>((const T *)m.x + i);
-            if (KIND < 3) g[r] = ckca__raw<T, WIDTH>((const T *)m.dy + i);
-            if (KIND == 2 && m.y) y[r] = ckca__raw<T, WIDTH>((const T *)m.y + i);
-        }
+                                      for (int r = 0; r < N; r++, i += (size_t)at_once * m.c) {
+                                          if (KIND > 1) x[r] = ckca__raw<T, WIDTH>((const T *)m.x + i);
+                                          if (KIND < 3) g[r] = ckca__raw<T, WIDTH>((const T *)m.dy + i);
+                                          if (KIND == 2 && m.y) y[r] = ckca__raw<T, WIDTH>((const T *)m.y + i);
+                                      }
 #pragma unroll
-        for (int r = 0; r < N; r++) {
-            ckca__lane<WIDTH> v, gate, dy;
-            if (KIND > 1) v = x[r].values();
-            if (KIND < 3) dy = g[r].values();
-            if (KIND == 2 && m.y) gate = y[r].values();
-            for (int j = 0; j < WIDTH; j++) {
-                const float d = KIND > 1 ? v.v[j] - shift.v[j] : 0;
-                if (KIND == 2 &&
-                    !((m.y ? gate.v[j] : ckca__normalise(v.v[j], shift.v[j], scale.v[j], beta.v[j])) > 0))
-                    dy.v[j] = 0;
-                a.v[j] += KIND == 3 ? d : dy.v[j];
-                if (KIND > 1) b.v[j] += d * (KIND == 3 ? d : dy.v[j]);
-            }
-        }
+                                      for (int r = 0; r < N; r++) {
+                                          ckca__lane<WIDTH> v, gate, dy;
+                                          if (KIND > 1) v = x[r].values();
+                                          if (KIND < 3) dy = g[r].values();
+                                          if (KIND == 2 && m.y) gate = y[r].values();
+                                          for (int j = 0; j < WIDTH; j++) {
+                                              const float d = KIND > 1 ? v.v[j] - shift.v[j] : 0;
+                                              if (KIND == 2 && !((m.y ? gate.v[j]
+                                                                      : ckca__normalise(v.v[j], shift.v[j], scale.v[j],
+                                                                                        beta.v[j])) > 0))
+                                                  dy.v[j] = 0;
+                                              a.v[j] += KIND == 3 ? d : dy.v[j];
+                                              if (KIND > 1) b.v[j] += d * (KIND == 3 ? d : dy.v[j]);
+                                          }
+                                      }
     };
     size_t row = in_range ? begin + me / m.lanes : end;
     for (; row + (ROWS - 1) * at_once < end; row += ROWS * at_once) add(row * m.c + c, ckca__constant<ROWS>());
@@ -1614,17 +1637,17 @@ __global__ void __launch_bounds__(CKCA__THREADS) ckca__channel_sums(ckca__moment
     __syncthreads();
     float sum = 0, square = 0;
     for (int i = 0; i < WIDTH; i++) {
-        const int from = (me / wide * WIDTH + i) * wide + me % wide;
+        const int from = (me / channels * WIDTH + i) * channels + me % channels;
         sum += first[from];
         square += second[from];
     }
     partial[0][me] = sum;
     partial[1][me] = square;
     __syncthreads();
-    const int channel = c0 + me % wide, is_channel = channel < m.c;
-    if (me < wide && is_channel) {
+    const int channel = c0 + me % channels, is_channel = channel < m.c;
+    if (me < channels && is_channel) {
         float *to = m.part + (size_t)blockIdx.y * 2 * m.c + channel;
-        for (int i = me + wide; i < CKCA__THREADS; i += wide) {
+        for (int i = me + channels; i < CKCA__THREADS; i += channels) {
             sum += partial[0][i];
             square += partial[1][i];
         }
@@ -1640,22 +1663,22 @@ __global__ void __launch_bounds__(CKCA__THREADS) ckca__channel_sums(ckca__moment
     const float *part = m.part + (is_channel ? channel : 0);
     if (KIND == 3) {
         double mean, squares;
-        ckca__merge_statistics<CKCA__THREADS>(part, 2 * (size_t)m.c, (size_t)m.c, wide, (int)gridDim.y, (double)m.per,
-                                  (double)m.rows, scratch, &mean, &squares);
-        if (me < wide && is_channel) ckca__store_statistics(m.statistics, channel, mean, squares, (double)m.rows);
+        ckca__merge_statistics<CKCA__THREADS>(part, 2 * (size_t)m.c, (size_t)m.c, channels, (int)gridDim.y,
+                                              (double)m.per, (double)m.rows, scratch, &mean, &squares);
+        if (me < channels && is_channel) ckca__store_statistics(m.statistics, channel, mean, squares, (double)m.rows);
         return;
     }
     double total = 0, product = 0;
 #pragma unroll 4
-    for (int i = me / wide; i < (int)gridDim.y; i += CKCA__THREADS / wide) {
+    for (int i = me / channels; i < (int)gridDim.y; i += CKCA__THREADS / channels) {
         total += __ldcg(part + (size_t)i * 2 * m.c);
         if (KIND == 2) product += __ldcg(part + ((size_t)i * 2 + 1) * m.c);
     }
     scratch[me] = total;
     scratch[CKCA__THREADS + me] = product;
     __syncthreads();
-    if (me >= wide || !is_channel) return;
-    for (int i = me + wide; i < CKCA__THREADS; i += wide) {
+    if (me >= channels || !is_channel) return;
+    for (int i = me + channels; i < CKCA__THREADS; i += channels) {
         total += scratch[i];
         product += scratch[CKCA__THREADS + i];
     }
@@ -1815,9 +1838,9 @@ template <class F> static void ckca__dispatch_channels(int bf16, int c, F f) {
 }
 
 static void ckca__run_channel_sums(ckca_context *ctx, int bf16, int kind, ckca__moments *m) {
-    ckca__dispatch_channels(bf16, m->c, [&](auto type, auto wide) {
+    ckca__dispatch_channels(bf16, m->c, [&](auto type, auto width) {
         typedef decltype(type) T;
-        enum { WIDTH = decltype(wide)::VALUE };
+        enum { WIDTH = decltype(width)::VALUE };
         m->lanes = ckca__lanes(m->c / WIDTH);
         const int channels = m->lanes * WIDTH, groups = (m->c + channels - 1) / channels;
         const int parts = ckca__parts(m->rows, groups);
@@ -1868,8 +1891,8 @@ static void ckca__run_apply(ckca_context *ctx, int bf16, size_t rows, int c, con
     n.var = var;
     n.residual = residual;
     n.out = y;
-    ckca__dispatch_channels(bf16, c, [&](auto type, auto wide) {
-        enum { WIDTH = decltype(wide)::VALUE };
+    ckca__dispatch_channels(bf16, c, [&](auto type, auto width) {
+        enum { WIDTH = decltype(width)::VALUE };
         typedef decltype(type) T;
         const unsigned grid = ckca__grid(ctx, n.count / WIDTH, (size_t)c / WIDTH);
         if (residual_norm)
@@ -1932,8 +1955,8 @@ CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, int bf16, size_t ro
     n.out = dx;
     n.dresidual = dresidual;
     n.accumulate = accumulate_residual;
-    ckca__dispatch_channels(bf16, c, [&](auto type, auto wide) {
-        enum { WIDTH = decltype(wide)::VALUE };
+    ckca__dispatch_channels(bf16, c, [&](auto type, auto width) {
+        enum { WIDTH = decltype(width)::VALUE };
         CKCA__LAUNCH(ctx, (ckca__batchnorm_backward<decltype(type), WIDTH>),
                      ckca__grid(ctx, n.count / WIDTH, (size_t)c / WIDTH), n);
     });
@@ -2029,9 +2052,9 @@ static int ckca__group(int parts) {
 /* Bytes of a convolution's weights packed for FORWARD (rounded, padded) and for DATA (transposed), and of x padded to
    whole chunks; 0 where the original is read as it is. */
 static size_t ckca__cast_bytes(const ckca_context *ctx, const ckca__conv *s) {
-    const int product = ckca__is_product(s), wide = product ? s->c : ckca__padded_channels(ctx, s);
-    const size_t count = ckca__mul(ckca__mul((size_t)s->r * s->s, (size_t)wide), (size_t)s->k);
-    return ckca__math(ctx, s) == CKCA_PRECISION_BF16 || wide > s->c
+    const int product = ckca__is_product(s), padded_c = product ? s->c : ckca__padded_channels(ctx, s);
+    const size_t count = ckca__mul(ckca__mul((size_t)s->r * s->s, (size_t)padded_c), (size_t)s->k);
+    return ckca__math(ctx, s) == CKCA_PRECISION_BF16 || padded_c > s->c
                ? ckca__round_up(ckca__mul(count, ckca__value_bytes(ctx, s)), CKCA__ALIGN)
                : 0;
 }
@@ -2053,7 +2076,8 @@ CKCA__OP size_t ckca__packed_bytes(const ckca_context *ctx, const ckca__conv *s,
 CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *s) {
     const double pixels = (double)s->n * s->p * s->q;
     const size_t rows = pixels < 1e9 ? (size_t)pixels : 1000000000;
-    const size_t weights = ckca__mul(ckca__mul((size_t)s->r * s->s, (size_t)ckca__padded_channels(ctx, s)), (size_t)s->k);
+    const size_t weights =
+        ckca__mul(ckca__mul((size_t)s->r * s->s, (size_t)ckca__padded_channels(ctx, s)), (size_t)s->k);
     const size_t parts = ckca__mul((rows / CKCA__ROWS + CKCA__PARTS + 1) * 2 * sizeof(float), (size_t)s->k);
     const size_t cast = ckca__round_up(ckca__mul(weights, sizeof(float)), CKCA__ALIGN);
     const size_t padded = ckca__padded_bytes(ctx, s);
@@ -2080,7 +2104,8 @@ template <int PRECISION, int PASS, int WHOLE>
 static void ckca__launch_gemm(ckca_context *ctx, dim3 grid, int columns, const ckca__gemm *g) {
     const auto launch = [&](auto width) {
         typedef ckca__block<PRECISION, PASS, decltype(width)::VALUE, WHOLE> B;
-        ckca__launch(ctx, "ckca__gemm_kernel", ckca__gemm_kernel<B>, ckca__launch_shape(grid, B::THREADS, B::BYTES), *g);
+        ckca__launch(ctx, "ckca__gemm_kernel", ckca__gemm_kernel<B>, ckca__launch_shape(grid, B::THREADS, B::BYTES),
+                     *g);
     };
     if (columns == 16)
         launch(ckca__constant<16>());
@@ -2117,9 +2142,9 @@ template <int PASS> static void ckca__run_gemm(ckca_context *ctx, ckca__gemm *g)
     }
     g->p = ckca__divide_by(PASS == CKCA__PASS_DATA ? s->h : s->p);
     g->q = ckca__divide_by(PASS == CKCA__PASS_DATA ? s->w : s->q);
-    g->wide = ckca__ceil(columns, width);
+    g->column_blocks = ckca__ceil(columns, width);
     g->tickets = ckca__tickets(ckca__cuda_of(ctx));
-    const dim3 grid((unsigned)ckca__ceil(rows, CKCA__ROWS) * g->wide, 1, layers);
+    const dim3 grid((unsigned)ckca__ceil(rows, CKCA__ROWS) * g->column_blocks, 1, layers);
     switch (ckca__math(ctx, s)) {
     case CKCA_PRECISION_FLOAT32:
         ckca__launch_gemm<CKCA_PRECISION_FLOAT32, PASS>(ctx, grid, width, g);
@@ -2137,7 +2162,7 @@ template <int PASS> static void ckca__run_gemm(ckca_context *ctx, ckca__gemm *g)
 
 /* Adds a convolution to the launch; cast and transposed as in ckca__pack_batch. */
 static void ckca__pack_add(const ckca_context *ctx, ckca__pack_batch *a, const ckca__conv *s, const float *w,
-                              void *cast, int wide, void *transposed) {
+                           void *cast, int padded_c, void *transposed) {
     auto &o = a->of[a->count++];
     o.w = w;
     o.cast = cast;
@@ -2146,7 +2171,7 @@ static void ckca__pack_add(const ckca_context *ctx, ckca__pack_batch *a, const c
     o.k = s->k;
     o.taps = s->r * s->s;
     o.c = s->c;
-    o.wide = wide;
+    o.padded_c = padded_c;
     o.first = a->tiles;
     a->tiles += ckca__ceil(s->k, CKCA__TILE) * ckca__ceil(s->c, CKCA__TILE) * o.taps;
 }
@@ -2155,28 +2180,32 @@ static void ckca__pack_run(ckca_context *ctx, ckca__pack_batch *a) {
     a->count = a->tiles = 0;
 }
 
-CKCA__OP void ckca__op_pack_weights(ckca_context *ctx, int count, const ckca__conv *s, const float *const *w, int backward) {
+CKCA__OP void ckca__op_pack_weights(ckca_context *ctx, int count, const ckca__conv *s, const float *const *w,
+                                    int backward) {
     ckca__pack_batch a = {};
     for (int i = 0; i < count; i++) {
-        const size_t cast = ckca__cast_bytes(ctx, &s[i]), transposed = backward ? ckca__transposed_bytes(ctx, &s[i]) : 0;
-        const int wide = ckca__is_product(&s[i]) ? s[i].c : ckca__padded_channels(ctx, &s[i]);
+        const size_t cast = ckca__cast_bytes(ctx, &s[i]),
+                     transposed = backward ? ckca__transposed_bytes(ctx, &s[i]) : 0;
+        const int padded_c = ckca__is_product(&s[i]) ? s[i].c : ckca__padded_channels(ctx, &s[i]);
         char *to = (char *)s[i].packed_weights;
-        if (cast || transposed) ckca__pack_add(ctx, &a, &s[i], w[i], cast ? to : NULL, wide, transposed ? to + cast : NULL);
+        if (cast || transposed)
+            ckca__pack_add(ctx, &a, &s[i], w[i], cast ? to : NULL, padded_c, transposed ? to + cast : NULL);
         if (a.count == CKCA__PACK_MAX) ckca__pack_run(ctx, &a);
     }
     ckca__pack_run(ctx, &a);
 }
 
-/* Returns the weights as a pass reads them, with wide channels (transposed: K): w, the prepacked ones, or packed into
-   ws. */
-static const void *ckca__weights(ckca_context *ctx, const ckca__conv *s, int transposed, int wide, const float *w,
+/* Returns the weights as a pass reads them, with padded_c channels (transposed: K): w, the prepacked weights, or weights
+   packed into ws. */
+static const void *ckca__weights(ckca_context *ctx, const ckca__conv *s, int transposed, int padded_c, const float *w,
                                  void *ws) {
     const size_t cast = ckca__cast_bytes(ctx, s);
     const int as_packed = ckca__is_product(s) ? s->c : ckca__padded_channels(ctx, s);
     ckca__pack_batch a = {};
-    if (!transposed && wide == s->c && ckca__math(ctx, s) != CKCA_PRECISION_BF16) return w;
-    if (s->packed_weights && (transposed || wide == as_packed)) return (char *)s->packed_weights + (transposed ? cast : 0);
-    ckca__pack_add(ctx, &a, s, w, transposed ? NULL : ws, wide, transposed ? ws : NULL);
+    if (!transposed && padded_c == s->c && ckca__math(ctx, s) != CKCA_PRECISION_BF16) return w;
+    if (s->packed_weights && (transposed || padded_c == as_packed))
+        return (char *)s->packed_weights + (transposed ? cast : 0);
+    ckca__pack_add(ctx, &a, s, w, transposed ? NULL : ws, padded_c, transposed ? ws : NULL);
     ckca__pack_run(ctx, &a);
     return ws;
 }
@@ -2184,23 +2213,25 @@ static const void *ckca__weights(ckca_context *ctx, const ckca__conv *s, int tra
 /* Returns x as FORWARD and WEIGHT read it: x, or a padded copy in ws. */
 static const void *ckca__pad_channels(ckca_context *ctx, const ckca__conv *s, const void *x, void *ws) {
     const size_t pixels = (size_t)s->n * s->h * s->w;
-    const int wide = ckca__padded_channels(ctx, s);
+    const int padded_c = ckca__padded_channels(ctx, s);
     if (!ckca__is_padded(ctx, s)) return x;
-    const unsigned grid = ckca__grid(ctx, pixels * (wide / ckca__chunk_values(ctx, s)), 1);
+    const unsigned grid = ckca__grid(ctx, pixels * (padded_c / ckca__chunk_values(ctx, s)), 1);
     ckca__dispatch_type(s->bf16_x, [&](auto from) {
         typedef decltype(from) FROM;
         ckca__dispatch_type(ckca__math(ctx, s) == CKCA_PRECISION_BF16, [&](auto to) {
             typedef decltype(to) T;
-            CKCA__LAUNCH(ctx, (ckca__pad_channels_kernel<FROM, T>), grid, pixels, s->c, wide, (const FROM *)x, (T *)ws);
+            CKCA__LAUNCH(ctx, (ckca__pad_channels_kernel<FROM, T>), grid, pixels, s->c, padded_c, (const FROM *)x,
+                         (T *)ws);
         });
     });
     return ws;
 }
 
-/* c (rows x columns) = (or +=) a b, all row-major. transpose_a: a is stored as summed x rows; transpose_b: b as columns x summed.
-   bf16: a and b are bfloat16; bf16_c: c is. cuBLAS is column-major, so the call computes c^T = b^T a^T. */
-static void ckca__product(ckca_context *ctx, int rows, int columns, int summed, int bf16, const void *a, int transpose_a,
-                          const void *b, int transpose_b, int bf16_c, void *c, int accumulate) {
+/* c (rows x columns) = (or +=) a b, all row-major. transpose_a: a is stored as summed x rows; transpose_b: b as
+   columns x summed. bf16: a and b are bfloat16; bf16_c: c is. cuBLAS is column-major, so the call computes
+   c^T = b^T a^T. */
+static void ckca__product(ckca_context *ctx, int rows, int columns, int summed, int bf16, const void *a,
+                          int transpose_a, const void *b, int transpose_b, int bf16_c, void *c, int accumulate) {
     const float one = 1, beta = accumulate ? 1.0f : 0.0f;
     const cublasComputeType_t compute =
         bf16 || ctx->precision == CKCA_PRECISION_FLOAT32 ? CUBLAS_COMPUTE_32F : CUBLAS_COMPUTE_32F_FAST_TF32;
@@ -2208,11 +2239,10 @@ static void ckca__product(ckca_context *ctx, int rows, int columns, int summed, 
     ckca__cuda *cuda = ckca__cuda_of(ctx);
     const cublasHandle_t blas = cuda->side.active ? cuda->side.blas : cuda->blas;
     ckca__cuda_stream(cuda); /* waits for the side stream */
-    CKCA__BLAS(cuda,
-               cublasGemmEx(blas, transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N,
-                            transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N, columns, rows, summed, &one, b, type,
-                            transpose_b ? summed : columns, a, type, transpose_a ? rows : summed, &beta, c,
-                            bf16_c ? CUDA_R_16BF : CUDA_R_32F, columns, compute, CUBLAS_GEMM_DEFAULT));
+    CKCA__BLAS(cuda, cublasGemmEx(blas, transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N,
+                                  transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N, columns, rows, summed, &one, b, type,
+                                  transpose_b ? summed : columns, a, type, transpose_a ? rows : summed, &beta, c,
+                                  bf16_c ? CUDA_R_16BF : CUDA_R_32F, columns, compute, CUBLAS_GEMM_DEFAULT));
 }
 
 /* Never: cuBLAS computes 1 x 1 convolutions and cannot normalise its input on load. */
@@ -2229,8 +2259,8 @@ CKCA__OP int ckca__may_take_statistics(const ckca_context *ctx, const ckca__conv
 }
 
 /* 1: a 1 x 1 convolution with statistics uses our GEMM, whose epilogue computes them, not cuBLAS and another pass over
-   the output. A model, not a measurement (H100, our GEMM at half of tensor-core peak, cuBLAS at four fifths): the slower
-   product, whose cost grows with C, is cheaper than that pass for small C; on the FFMA units it never is. */
+   the output. A model, not a measurement (H100, our GEMM at half of tensor-core peak, cuBLAS at four fifths): for small
+   C, whose products are cheap, the slower GEMM costs less than that pass; on the FFMA units it never does. */
 static int ckca__fuses_statistics(const ckca_context *ctx, const ckca__conv *s) {
     return ctx->precision != CKCA_PRECISION_FLOAT32 && s->c <= 256;
 }
@@ -2243,21 +2273,21 @@ static int ckca__has_tickets(const ckca_context *ctx, const ckca__conv *s) {
 
 CKCA__OP void ckca__op_conv_forward(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w,
                                     const float *bias, const float *residual, int relu, float *y, void *ws) {
-    const int wide = ckca__padded_channels(ctx, s), plain = !bias && !residual && !relu;
+    const int padded_c = ckca__padded_channels(ctx, s), plain = !bias && !residual && !relu;
     const int product = ckca__is_product(s) && plain && !(s->statistics && ckca__fuses_statistics(ctx, s));
     char *cursor = (char *)ws;
     ckca__gemm g = {};
     int taken = 0;
     if (!ckca__conv_fits(ctx, s)) return;
     g.s = *s;
-    g.b = ckca__weights(ctx, s, 0, product ? s->c : wide, w, ws);
+    g.b = ckca__weights(ctx, s, 0, product ? s->c : padded_c, w, ws);
     if (g.b == ws)
-        cursor += ckca__round_up((size_t)s->r * s->s * wide * s->k * ckca__value_bytes(ctx, s), CKCA__ALIGN);
+        cursor += ckca__round_up((size_t)s->r * s->s * padded_c * s->k * ckca__value_bytes(ctx, s), CKCA__ALIGN);
     if (product) {
         ckca__product(ctx, s->n * s->p * s->q, s->k, s->c, s->bf16, x, 0, g.b, 1, s->bf16, y, 0);
     } else { /* the epilogue saves a pass over y */
         g.a = ckca__pad_channels(ctx, s, x, cursor);
-        g.s.c = wide;
+        g.s.c = padded_c;
         g.bias = bias;
         g.residual = residual;
         g.relu = relu;
@@ -2468,18 +2498,18 @@ __global__ void ckca__maxpool_backward_kernel(ckca__conv s, const T *dy, const u
 }
 CKCA__OP void ckca__op_maxpool_forward(ckca_context *ctx, const ckca__conv *s, const float *x, float *y,
                                        unsigned char *at) {
-    ckca__dispatch_channels(s->bf16, s->c, [&](auto type, auto wide) {
+    ckca__dispatch_channels(s->bf16, s->c, [&](auto type, auto width) {
         typedef decltype(type) T;
-        enum { WIDTH = decltype(wide)::VALUE };
+        enum { WIDTH = decltype(width)::VALUE };
         CKCA__LAUNCH(ctx, (ckca__maxpool_kernel<T, WIDTH>),
                      ckca__grid(ctx, (size_t)s->n * s->p * s->q * s->c / WIDTH, 1), *s, (const T *)x, (T *)y, at);
     });
 }
 CKCA__OP void ckca__op_maxpool_backward(ckca_context *ctx, const ckca__conv *s, const float *dy,
                                         const unsigned char *at, float *dx, int accumulate) {
-    ckca__dispatch_channels(s->bf16, s->c, [&](auto type, auto wide) {
+    ckca__dispatch_channels(s->bf16, s->c, [&](auto type, auto width) {
         typedef decltype(type) T;
-        enum { WIDTH = decltype(wide)::VALUE };
+        enum { WIDTH = decltype(width)::VALUE };
         CKCA__LAUNCH(ctx, (ckca__maxpool_backward_kernel<T, WIDTH>),
                      ckca__grid(ctx, (size_t)s->n * s->h * s->w * s->c / WIDTH, 1), *s, (const T *)dy, at, (T *)dx,
                      accumulate);
@@ -2515,18 +2545,18 @@ __global__ void ckca__avgpool_backward_kernel(int n, int area, int c, const floa
     }
 }
 CKCA__OP void ckca__op_avgpool_forward(ckca_context *ctx, int bf16, int n, int area, int c, const float *x, float *y) {
-    ckca__dispatch_channels(bf16, c, [&](auto type, auto wide) {
+    ckca__dispatch_channels(bf16, c, [&](auto type, auto width) {
         typedef decltype(type) T;
-        enum { WIDTH = decltype(wide)::VALUE };
+        enum { WIDTH = decltype(width)::VALUE };
         CKCA__LAUNCH(ctx, (ckca__avgpool_kernel<T, WIDTH>), ckca__grid(ctx, (size_t)n * c / WIDTH, 1), n, area, c,
                      (const T *)x, y);
     });
 }
 CKCA__OP void ckca__op_avgpool_backward(ckca_context *ctx, int bf16, int n, int area, int c, const float *dy, float *dx,
                                         int accumulate) {
-    ckca__dispatch_channels(bf16, c, [&](auto type, auto wide) {
+    ckca__dispatch_channels(bf16, c, [&](auto type, auto width) {
         typedef decltype(type) T;
-        enum { WIDTH = decltype(wide)::VALUE };
+        enum { WIDTH = decltype(width)::VALUE };
         CKCA__LAUNCH(ctx, (ckca__avgpool_backward_kernel<T, WIDTH>), ckca__grid(ctx, (size_t)n * area * c / WIDTH, 1),
                      n, area, c, dy, (T *)dx, accumulate);
     });
@@ -2713,8 +2743,8 @@ __device__ double ckca__log_sum_exp(int k, const float *logits, double t) {
 /* This warp's picture; its lanes loop over the classes. */
 __device__ __forceinline__ int ckca__warp_row() { return (int)(blockIdx.x * (CKCA__THREADS / 32) + threadIdx.x / 32); }
 
-__global__ void ckca__cross_entropy_kernel(int n, int k, const float *logits, const int *labels, float smoothing, float *dlogits,
-                                           float *loss, int *hit) {
+__global__ void ckca__cross_entropy_kernel(int n, int k, const float *logits, const int *labels, float smoothing,
+                                           float *dlogits, float *loss, int *hit) {
     ckca__wait_for_grids();
     const int i = ckca__warp_row(), lane = (int)threadIdx.x % 32;
     if (i >= n) return;
@@ -2727,7 +2757,8 @@ __global__ void ckca__cross_entropy_kernel(int n, int k, const float *logits, co
         sum += row[j];
         rank += row[j] > row[label] || (row[j] == row[label] && j < label);
         if (dlogits)
-            dlogits[(size_t)i * k + j] = (float)((exp(row[j] - lse) - (j == label ? 1 - smoothing : 0) - smoothing / k) / n);
+            dlogits[(size_t)i * k + j] =
+                (float)((exp(row[j] - lse) - (j == label ? 1 - smoothing : 0) - smoothing / k) / n);
     }
     sum = ckca__warp_sum(sum);
     rank = ckca__warp_sum(rank);
@@ -2745,7 +2776,8 @@ __global__ void ckca__softmax_kernel(int n, int k, const float *logits, float *p
     const int i = ckca__warp_row();
     if (i >= n) return;
     const double lse = ckca__log_sum_exp(k, logits + (size_t)i * k, 1);
-    for (int j = (int)threadIdx.x % 32; j < k; j += 32) p[(size_t)i * k + j] = (float)exp(logits[(size_t)i * k + j] - lse);
+    for (int j = (int)threadIdx.x % 32; j < k; j += 32)
+        p[(size_t)i * k + j] = (float)exp(logits[(size_t)i * k + j] - lse);
 }
 CKCA__OP void ckca__op_softmax(ckca_context *ctx, int n, int k, const float *logits, float *p) {
     CKCA__LAUNCH(ctx, ckca__softmax_kernel, ckca__warps(n), n, k, logits, p);
@@ -2775,7 +2807,8 @@ CKCA__OP void ckca__op_count(ckca_context *ctx, int n, const int *hit, double *s
 
 /* Writes AdaKD's a_i for TRUTH and DOUBT, before division by their mean, to weight. DOUBT's 1 - p_o[y] is summed over
    the other classes, to avoid cancellation. */
-__global__ void ckca__adakd_weights(ckca_adakd form, int n, int k, const float *teacher_logits, const int *labels, float *weight) {
+__global__ void ckca__adakd_weights(ckca_adakd form, int n, int k, const float *teacher_logits, const int *labels,
+                                    float *weight) {
     ckca__wait_for_grids();
     const int i = ckca__warp_row(), lane = (int)threadIdx.x % 32;
     if (i >= n) return;
@@ -2789,9 +2822,9 @@ __global__ void ckca__adakd_weights(ckca_adakd form, int n, int k, const float *
 }
 
 /* For TRUTH and DOUBT, loss holds the weights on entry; each warp reads its own, then overwrites it. */
-__global__ void ckca__adakd_kernel(ckca_adakd form, int n, int k, const float *student_logits, const float *teacher_logits, const int *labels,
-                                   const float *class_weight, double t, float scale, const double *mean, float *dlogits,
-                                   float *loss) {
+__global__ void ckca__adakd_kernel(ckca_adakd form, int n, int k, const float *student_logits,
+                                   const float *teacher_logits, const int *labels, const float *class_weight, double t,
+                                   float scale, const double *mean, float *dlogits, float *loss) {
     ckca__wait_for_grids();
     const int i = ckca__warp_row(), lane = (int)threadIdx.x % 32;
     if (i >= n) return;
@@ -2810,16 +2843,16 @@ __global__ void ckca__adakd_kernel(ckca_adakd form, int n, int k, const float *s
     kl = ckca__warp_sum(kl);
     if (!lane) loss[i] = (float)(t * t * a * kl);
 }
-CKCA__OP void ckca__op_adakd(ckca_context *ctx, ckca_adakd form, int n, int k, const float *student_logits, const float *teacher_logits,
-                             const int *labels, const float *class_weight, float temperature, float scale, float *dlogits,
-                             float *loss) {
+CKCA__OP void ckca__op_adakd(ckca_context *ctx, ckca_adakd form, int n, int k, const float *student_logits,
+                             const float *teacher_logits, const int *labels, const float *class_weight,
+                             float temperature, float scale, float *dlogits, float *loss) {
     double *mean = ckca__cuda_of(ctx)->scratch;
     if (ckca__adakds[form].over_mean) {
         CKCA__LAUNCH(ctx, ckca__adakd_weights, ckca__warps(n), form, n, k, teacher_logits, labels, loss);
         CKCA__LAUNCH(ctx, ckca__sum_kernel, 1, n, (const float *)loss, 1, mean);
     }
-    CKCA__LAUNCH(ctx, ckca__adakd_kernel, ckca__warps(n), form, n, k, student_logits, teacher_logits, labels, class_weight, (double)temperature,
-                 scale, (const double *)mean, dlogits, loss);
+    CKCA__LAUNCH(ctx, ckca__adakd_kernel, ckca__warps(n), form, n, k, student_logits, teacher_logits, labels,
+                 class_weight, (double)temperature, scale, (const double *)mean, dlogits, loss);
 }
 
 /* a . b, computed by the whole block. */
@@ -2833,8 +2866,8 @@ __device__ __forceinline__ double ckca__inverse_norm(double square) { return squ
 /* One block per picture: loss = 1 - cos; d cos / d student = (teacher / |teacher| - cos student / |student|)
    / |student|. */
 template <class T, class TEACHER, int WIDTH>
-__global__ void ckca__cosine_kernel(int d, const T *student_features, const TEACHER *teacher_features, double scale, T *dfeatures, int accumulate,
-                                    float *loss) {
+__global__ void ckca__cosine_kernel(int d, const T *student_features, const TEACHER *teacher_features, double scale,
+                                    T *dfeatures, int accumulate, float *loss) {
     ckca__wait_for_grids();
     const size_t row = (size_t)blockIdx.x * d, end = row + d;
     double square = 0, square_o = 0, product = 0;
@@ -2861,8 +2894,8 @@ __global__ void ckca__cosine_kernel(int d, const T *student_features, const TEAC
     if (threadIdx.x == 0) loss[blockIdx.x] = (float)(1 - cosine);
 }
 
-__global__ void ckca__l2_kernel(int d, const float *student_features, const float *teacher_features, double scale, float *dfeatures, int accumulate,
-                                float *loss) {
+__global__ void ckca__l2_kernel(int d, const float *student_features, const float *teacher_features, double scale,
+                                float *dfeatures, int accumulate, float *loss) {
     ckca__wait_for_grids();
     const size_t row = (size_t)blockIdx.x * d;
     double sum = 0;
@@ -2885,8 +2918,9 @@ __global__ void ckca__norms_kernel(int d, const float *student_features, double 
 
 /* One block per picture i loops over the others j in tiles: each warp first computes the weights of its own f_j, then
    each thread adds the weighted f_j for its own features. Formulas as on the host (ckca__featreg_relation). */
-__global__ void ckca__relation_kernel(int n, int d, int d_teacher, const float *student_features, const float *teacher_features, const double *inv_f,
-                                      const double *inv_o, double scale, float *dfeatures, int accumulate, float *loss) {
+__global__ void ckca__relation_kernel(int n, int d, int d_teacher, const float *student_features,
+                                      const float *teacher_features, const double *inv_f, const double *inv_o,
+                                      double scale, float *dfeatures, int accumulate, float *loss) {
     ckca__wait_for_grids();
     enum { TILE = CKCA__THREADS };
     __shared__ double weight[TILE];
@@ -2898,7 +2932,8 @@ __global__ void ckca__relation_kernel(int n, int d, int d_teacher, const float *
     for (int first = 0; first < n; first += TILE) {
         const int count = n - first < TILE ? n - first : TILE;
         for (int j = warp; j < count; j += CKCA__THREADS / 32) {
-            const float *fj = student_features + (size_t)(first + j) * d, *oj = teacher_features + (size_t)(first + j) * d_teacher;
+            const float *fj = student_features + (size_t)(first + j) * d,
+                        *oj = teacher_features + (size_t)(first + j) * d_teacher;
             double cosine = 0, other = 0;
             for (int c = lane; c < d; c += 32) cosine += (double)fi[c] * fj[c];
             for (int c = lane; c < d_teacher; c += 32) other += (double)oi[c] * oj[c];
@@ -2924,23 +2959,25 @@ __global__ void ckca__relation_kernel(int n, int d, int d_teacher, const float *
 }
 
 CKCA__OP void ckca__op_featreg(ckca_context *ctx, ckca_featreg form, int bf16, int bf16_teacher, int n, int d,
-                               int d_teacher, const float *student_features, const float *teacher_features, float scale, float *dfeatures, int accumulate,
-                               float *loss, void *ws) {
+                               int d_teacher, const float *student_features, const float *teacher_features, float scale,
+                               float *dfeatures, int accumulate, float *loss, void *ws) {
     if (form == CKCA_FEATREG_RELATION) {
         double *inv_f = (double *)ws, *inv_o = inv_f + n;
         CKCA__LAUNCH(ctx, ckca__norms_kernel, n, d, student_features, inv_f);
         CKCA__LAUNCH(ctx, ckca__norms_kernel, n, d_teacher, teacher_features, inv_o);
-        CKCA__LAUNCH(ctx, ckca__relation_kernel, n, n, d, d_teacher, student_features, teacher_features, (const double *)inv_f,
-                     (const double *)inv_o, (double)scale, dfeatures, accumulate, loss);
+        CKCA__LAUNCH(ctx, ckca__relation_kernel, n, n, d, d_teacher, student_features, teacher_features,
+                     (const double *)inv_f, (const double *)inv_o, (double)scale, dfeatures, accumulate, loss);
     } else if (form == CKCA_FEATREG_L2) {
-        CKCA__LAUNCH(ctx, ckca__l2_kernel, n, d, student_features, teacher_features, scale * 2 / ((double)n * d), dfeatures, accumulate, loss);
+        CKCA__LAUNCH(ctx, ckca__l2_kernel, n, d, student_features, teacher_features, scale * 2 / ((double)n * d),
+                     dfeatures, accumulate, loss);
     } else {
-        ckca__dispatch_channels(bf16, d, [&](auto type, auto wide) {
+        ckca__dispatch_channels(bf16, d, [&](auto type, auto width) {
             ckca__dispatch_type(bf16_teacher, [&](auto teacher) {
                 typedef decltype(type) T;
                 typedef decltype(teacher) TEACHER;
-                CKCA__LAUNCH(ctx, (ckca__cosine_kernel<T, TEACHER, decltype(wide)::VALUE>), n, d, (const T *)student_features,
-                             (const TEACHER *)teacher_features, (double)scale / n, (T *)dfeatures, accumulate, loss);
+                CKCA__LAUNCH(ctx, (ckca__cosine_kernel<T, TEACHER, decltype(width)::VALUE>), n, d,
+                             (const T *)student_features, (const TEACHER *)teacher_features, (double)scale / n,
+                             (T *)dfeatures, accumulate, loss);
             });
         });
     }
@@ -3023,8 +3060,8 @@ typedef struct ckca__pictures {
 
 /* v = the augmented picture's values at (y, x), channels j .. j + m - 1, in 0 to 255: shifted and mirrored, black
    outside; or the cropped rectangle enlarged by bilinear interpolation between pixel centres. */
-__device__ void ckca__sample_pixel(const ckca__pictures &p, const ckca__framing &f, const unsigned char *pixels, int y, int x,
-                           int j, int m, float *v) {
+__device__ void ckca__sample_pixel(const ckca__pictures &p, const ckca__framing &f, const unsigned char *pixels, int y,
+                                   int x, int j, int m, float *v) {
     if (f.flip) x = p.w - 1 - x;
     if (f.height == p.h && f.width == p.w) {
         const int at_y = f.top + y, at_x = f.left + x, inside = at_y >= 0 && at_y < p.h && at_x >= 0 && at_x < p.w;
