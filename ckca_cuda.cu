@@ -720,7 +720,7 @@ template <int WIDTH> __device__ __forceinline__ ckca__lane<WIDTH> ckca__load_l2(
     return v;
 }
 
-/* Called once by each of so many blocks after it has written its part of a result. Returns 1 in the last block, which
+/* Each of `blocks` blocks calls this once, after it has written its part of a result. Returns 1 in the last block, which
    can then read all parts; the result must not depend on which block that is. Resets the ticket to 0. */
 __device__ __forceinline__ int ckca__is_last(unsigned *ticket, unsigned blocks) {
     __shared__ unsigned taken;
@@ -2195,8 +2195,8 @@ CKCA__OP void ckca__op_pack_weights(ckca_context *ctx, int count, const ckca__co
     ckca__pack_run(ctx, &a);
 }
 
-/* Returns the weights as a pass reads them, with padded_c channels (transposed: K): w, the prepacked weights, or weights
-   packed into ws. */
+/* Returns the weights as a pass reads them, with padded_c channels (transposed: K): w, the prepacked weights, or
+   weights packed into ws. */
 static const void *ckca__weights(ckca_context *ctx, const ckca__conv *s, int transposed, int padded_c, const float *w,
                                  void *ws) {
     const size_t cast = ckca__cast_bytes(ctx, s);
