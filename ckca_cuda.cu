@@ -93,8 +93,7 @@ typedef struct ckca__cuda {
         cublasHandle_t blas;
         void *blas_workspace;
         cudaEvent_t forked, done;
-        int active, pending, overlap; /* flags: work is issued here; the main stream has not waited for it
-                                           yet; the main stream need not wait */
+        int active, pending, overlap; /* 1: work is issued here; the main stream must still wait; may skip it */
     } side;
     int blocks;                    /* maximum grid of an element-wise kernel */
     double *scratch;               /* on the device: one double */
@@ -120,7 +119,7 @@ static int ckca__cuda_note(ckca__cuda *cuda, const char *call, const char *messa
     cuda->failed = 1;
     return 0;
 }
-/* Records the returned failure and clears CUDA's sticky copy, so that other users of the device do not see it. */
+/* Records a failure and clears it from cudaGetLastError, where other users of CUDA in this thread would find it. */
 static int ckca__cuda_check(ckca__cuda *cuda, const char *call, cudaError_t status) {
     if (status == cudaSuccess) return 1;
     cudaGetLastError();
@@ -287,7 +286,7 @@ CKCA__OP ckca_status ckca__device_status(ckca_context *ctx) {
    MEMORY
    ------------------------------------------------------------------------------------------------------------------ */
 
-/* 1: the allocation succeeded. Running out of memory is not a sticky error; any other failure is recorded. */
+/* 1: the allocation succeeded. Running out of memory leaves the context usable; any other failure is recorded. */
 static int ckca__cuda_allocated(ckca__cuda *cuda, const char *call, cudaError_t status) {
     if (status == cudaSuccess) return 1;
     cudaGetLastError();
@@ -720,8 +719,8 @@ template <int WIDTH> __device__ __forceinline__ ckca__lane<WIDTH> ckca__load_l2(
     return v;
 }
 
-/* Each of `blocks` blocks calls this once, after it has written its part of a result. Returns 1 in the last block, which
-   can then read all parts; the result must not depend on which block that is. Resets the ticket to 0. */
+/* Each of `blocks` blocks calls this once, after it has written its part of a result. Returns 1 in the last block,
+   which can then read all parts; the result must not depend on which block that is. Resets the ticket to 0. */
 __device__ __forceinline__ int ckca__is_last(unsigned *ticket, unsigned blocks) {
     __shared__ unsigned taken;
     __threadfence();
