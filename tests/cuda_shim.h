@@ -1,18 +1,18 @@
-/* cuda_shim.h: what ckca_cuda.cu needs of CUDA, on the CPU, so that its kernels can be tested where there is no GPU.
+/* cuda_shim.h: the part of CUDA that ckca_cuda.cu uses, emulated on the CPU, to test its kernels without a GPU.
 
        g++ -std=c++17 -O2 -x c++ -include tests/cuda_shim.h -I. -c ckca_cuda.cu
 
-   Blocks run one after the other, in every other launch from the last to the first. A block's threads are fibres: one runs until it waits at a barrier (or for its warp),
-   then another, of the same warp if it can. Tensor-core instructions are functions that take and give the fragments of
-   PTX's documentation, cuBLAS's call is three loops; copies to shared memory (cp.async) happen when they are waited for.
-   Slow, for small shapes.
+   Blocks run one after another, in reverse order in every other launch. A block's threads are fibres: one runs until it
+   waits at a barrier or for its warp, then another, from the same warp if possible. Tensor-core instructions are
+   functions on the fragments that the PTX documentation defines; the cuBLAS call is three nested loops; asynchronous
+   copies to shared memory (cp.async) run when a thread waits for them. Slow: meant for small shapes.
 
-   It is stricter than a GPU where that finds mistakes: device memory cannot be touched by the host (outside of kernels
-   and copies its pages are closed), starts as NaN and has closed pages or NaN around it; pointers among a kernel's
-   arguments must be device memory; a captured graph keeps the arguments' values, and copies from the host, allocations
-   and waiting are refused while capturing; pageable memory is read only when a copy runs; a call in the child of a fork()
-   ends it with a message, and so do threads that wait for each other forever, a kernel that may start early and does not
-   wait for those before it, and dynamic shared memory beyond what was asked for or not opted in to. */
+   The shim is stricter than a GPU, to find mistakes. The host cannot access device memory (its pages are protected
+   outside kernels and copies); new memory is filled with NaN and surrounded by protected pages or NaN; pointers among a
+   kernel's arguments must be device memory; a captured graph keeps its arguments' values; copies from the host,
+   allocations and waits fail during capture; pageable memory is read only when a copy runs. The process aborts with a
+   message after a call in the child of a fork(), a deadlock of a block's threads, a kernel under programmatic dependent
+   launch that does not wait for its predecessors, and dynamic shared memory beyond the launch's size or opt-in. */
 #ifndef CUDA_SHIM_H
 #define CUDA_SHIM_H
 #ifndef CKCA_CUDA_SHIM
@@ -87,12 +87,12 @@ static inline unsigned atomicInc(unsigned *at, unsigned most) { /* blocks and fi
 static inline void __threadfence() {}
 static inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
 
-/* What a test can ask for: the memory the "GPU" has; the failure of a call (0: none, 1: the next one, ...); streams that
-   put off what they are given until somebody waits for it (bit 0: of each context the first one, bit 1: the second, bit 2: the third). */
+/* Controls for tests: the "GPU" memory in bytes; which call fails (0: none, 1: the next one, ...); which streams defer
+   their work until something waits for it (bits 0, 1, 2: a context's first, second, third stream). */
 extern "C" {
 size_t cuda_shim_memory = (size_t)1 << 30;
 int cuda_shim_fail = 0, cuda_shim_lazy = 0;
-int cuda_shim_last = 0; /* the last error, which anybody may have left */
+int cuda_shim_last = 0; /* what cudaGetLastError returns */
 long cuda_shim_allocations = 0;
 long cuda_shim_launches = 0, cuda_shim_replays = 0, cuda_shim_waits = 0;
 }
@@ -104,7 +104,7 @@ namespace shim {
 enum { THREADS = 256, WARPS = THREADS / 32, STACK = 1 << 16 };
 
 #ifdef __x86_64__
-/* Saves what a call must keep, changes the stack, and goes on where that one was left. */
+/* Saves the callee-saved registers, switches stacks, and resumes the other fibre. */
 extern "C" void shim_switch(void **save, void *load);
 asm(".text\n.globl shim_switch\n.type shim_switch,@function\nshim_switch:\n"
     "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
@@ -114,7 +114,7 @@ typedef void *place;
 static inline void go(place *from, place *to) { shim_switch(from, *to); }
 static void prepare(place *p, char *stack, void (*start)()) {
     void **top = (void **)(stack + STACK - 64);
-    *--top = nullptr; /* start must not return; keeps the stack aligned as after a call */
+    *--top = nullptr; /* start must not return; aligns the stack as after a call */
     *--top = (void *)start;
     for (int i = 0; i < 6; i++) *--top = nullptr;
     *p = top;
@@ -135,12 +135,12 @@ struct meeting { /* a barrier: of the block, or of a warp */
     int alive, arrived;
     unsigned turn;
 };
-struct lane_data { /* what lanes show each other; two, in turn, so that one meeting is enough */
+struct lane_data { /* data that lanes exchange; double-buffered, so that one barrier is enough */
     uint64_t value[2][32];
     unsigned a[2][32][4], b[2][32][2];
     const void *row[2][32];
 };
-struct under_way { /* a thread's copies to shared memory, which happen when they are waited for */
+struct under_way { /* a thread's pending copies to shared memory, run when it waits for them */
     enum { MOST = 64 };
     struct {
         void *to;
@@ -155,7 +155,7 @@ static place home, fibre[THREADS];
 static char *stacks;
 static bool done[THREADS], waited[THREADS];
 static int threads = THREADS; /* of a block */
-static bool early;            /* the kernel may start before the one ahead of it has ended */
+static bool early;            /* launched with programmatic dependent launch */
 static struct {
     const struct meeting *at; /* NULL: it can run */
     unsigned turn;
@@ -171,8 +171,8 @@ static dim3 block_index, block_count;
 
 static bool can_run(int i) { return !done[i] && (!waits[i].at || waits[i].at->turn != waits[i].turn); }
 
-/* Goes on with another fibre: of the same warp while one can run, so that warps run ahead of each other as far as barriers
-   let them; home when all are done. */
+/* Resumes another fibre, from the same warp while one is runnable, so that warps run as far ahead as barriers allow;
+   returns to the launcher when all have ended. */
 static void next() {
     const int from = current;
     int to = -1, i, left = 0;
@@ -226,7 +226,7 @@ static void start() {
     abort();
 }
 
-/* Dynamic shared memory ends where a page that cannot be touched begins. */
+/* Dynamic shared memory ends at a protected page. */
 enum { SHARED = 256 << 10 };
 static char *shared_end, *shared;
 static size_t shared_bytes;
@@ -280,7 +280,7 @@ static size_t in_use, high;
 static int opened, closings;
 static bool is_open; /* its pages, up to high */
 
-/* Pages are closed to the host one time in so many: it is a slow call, and a mistake will come again. */
+/* Pages are protected only once in several calls: protecting is slow, and a mistake recurs. */
 static void open_arena() {
     if (!opened++ && !is_open && high) mprotect(arena, high, PROT_READ | PROT_WRITE);
     is_open = true;
@@ -311,12 +311,12 @@ struct stream {
     size_t number;
 };
 struct event {
-    stream *of; /* nullptr: not recorded yet */
-    long at;    /* submitted by then */
+    stream *of; /* nullptr: never recorded */
+    long at;    /* operations submitted when it was recorded */
 };
 static std::vector<stream *> streams;
 
-/* Runs what a stream was given, up to a moment. */
+/* Runs a stream's pending operations up to a given one. */
 static void catch_up(stream *s, long until) {
     while (s->done < until) {
         const std::function<void()> work = std::move(s->queue.front());
@@ -338,7 +338,7 @@ static void submit(stream *s, std::function<void()> work) {
     if (!(cuda_shim_lazy >> s->number % 3 & 1)) catch_up(s, s->submitted);
 }
 
-/* What frees memory waits for all. */
+/* Freeing memory waits for all streams. */
 static void finish_all() {
     for (stream *s : streams) catch_up(s, s->submitted);
 }
@@ -364,14 +364,14 @@ struct cudaDeviceProp {
 };
 
 #define shim_last cuda_shim_last
-/* Every call passes here. */
+/* Every emulated call starts with this. */
 static void shim_process() {
     static const pid_t process = getpid();
     if (process == getpid()) return;
     fprintf(stderr, "cuda_shim: a call in the child of a fork()\n");
     abort();
 }
-/* Counts a call; true where the test wants it to fail. */
+/* Counts a call; returns true if it is the one the test makes fail. */
 static bool shim_fails() {
     shim_process();
     return cuda_shim_fail && --cuda_shim_fail == 0;
@@ -421,7 +421,7 @@ static cudaError_t cudaMalloc(void **memory, size_t bytes) {
         arena = (char *)mmap(nullptr, ARENA, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (arena == MAP_FAILED) abort();
     }
-    const size_t room = (bytes + 255) / 256 * 256 + 256; /* 256 bytes of NaN behind it */
+    const size_t room = (bytes + 255) / 256 * 256 + 256; /* followed by 256 bytes of NaN */
     size_t at = 256;
     for (const auto &b : blocks) {
         if (at + room <= b.first) break;
@@ -431,7 +431,7 @@ static cudaError_t cudaMalloc(void **memory, size_t bytes) {
     blocks[at] = room;
     in_use += bytes;
     if (high < at + room) high = (at + room + PAGE - 1) / PAGE * PAGE, is_open = false;
-    if (bytes < (size_t)8 << 20) { /* cuBLAS's workspace is never touched: its pages stay away */
+    if (bytes < (size_t)8 << 20) { /* larger blocks are cuBLAS's workspace: never touched, so never paged in */
         open_arena();
         memset(arena + at, 0xff, room);
         close_arena();
@@ -662,8 +662,8 @@ template <int LEFT> static void ckca__copies_wait() {
 
 /* ---- tensor cores ---- */
 
-/* ldmatrix.x4 (PTX ISA): row i of matrix m is where lane 8 m + i points; a lane gets word lane % 4 of row lane / 4, or
-   with .trans halves lane / 4 of rows 2 (lane % 4) and the next. */
+/* ldmatrix.x4 (PTX ISA): lane 8 m + i passes the address of row i of matrix m; a lane receives word lane % 4 of row
+   lane / 4 or, with .trans, bf16 value lane / 4 of rows 2 (lane % 4) and 2 (lane % 4) + 1. */
 template <int TURNED> static void ckca__load_matrices(unsigned v[4], const void *row) {
     const int t = shim::current, lane = t % 32, turn = (int)(shim::parity[t]++ & 1);
     shim::lane_data &d = shim::shown[t / 32];
@@ -681,11 +681,11 @@ template <int TURNED> static void ckca__load_matrices(unsigned v[4], const void 
     }
 }
 
-static unsigned ckca__to_tf32(float v) { /* round to nearest, ties away: 10 bits of mantissa are left */
+static unsigned ckca__to_tf32(float v) { /* rounds to nearest, ties away from zero, keeping 10 mantissa bits */
     const unsigned u = __float_as_uint(v);
     return (u & 0x7f800000) == 0x7f800000 ? u : (u + 0x1000) & ~0x1fffu;
 }
-static unsigned shim_bf16(float v) { /* round to nearest even */
+static unsigned shim_bf16(float v) { /* rounds to nearest even */
     const unsigned u = __float_as_uint(v);
     if ((u & 0x7fffffff) > 0x7f800000) return u >> 16 | 0x40;
     return (u + 0x7fff + (u >> 16 & 1)) >> 16;
@@ -724,7 +724,7 @@ static void ckca__mma_bf16(float *c, const unsigned *a, const unsigned *b) { shi
 
 struct shim_blas {
     cudaStream_t stream;
-    bool reduced; /* BF16 sums in two parts that are rounded before they are added, as cuBLAS may */
+    bool reduced; /* BF16 sums in two parts, each rounded before they are added, as cuBLAS may do */
 };
 typedef shim_blas *cublasHandle_t;
 typedef int cublasStatus_t;

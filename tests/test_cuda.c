@@ -1,9 +1,8 @@
-/* test_cuda.c: what only the GPU path has. Without CKCA_CUDA: that it is refused in words. With it, on a device or on
-   the shim: TF32 and BF16 convolutions against the naive twins on factors that these formats hold exactly, so that
-   nothing but the order of sums may differ; ops and networks whose maps are bfloat16 against float32; recorded steps
-   against steps that run as they come; ops that no other test calls; training on pictures that come in a stream. On the
-   shim also: every call of CUDA failing in turn; device memory running out; no waiting inside an epoch; streams that run
-   behind, each for itself. */
+/* test_cuda.c: tests of the CUDA backend. Without CKCA_CUDA: its precisions are refused with a message. With it, on a
+   GPU or on the shim: TF32 and BF16 convolutions against the reference kernels on factors that these formats represent
+   exactly, so that only the order of sums may differ; ops and networks with bfloat16 maps against float32; recorded
+   steps against eager ones; ops that no other test calls; training on streamed pictures. On the shim only: each CUDA
+   call fails in turn; device memory runs out; an epoch never waits inside; each stream runs late. */
 #define CKCA_IMPLEMENTATION
 #include "ckca.h"
 #include "test.h"
@@ -48,7 +47,7 @@ static ckca_context *context(ckca_precision precision) {
 
 /* ---- convolutions ---- */
 
-/* Numbers in -1..1 of so few bits that BF16 holds them. */
+/* Random numbers in -1..1 that BF16 represents exactly. */
 static float *make(size_t count, uint64_t seed) {
     float *v = (float *)malloc((count + 1) * sizeof *v);
     size_t i;
@@ -56,7 +55,7 @@ static float *make(size_t count, uint64_t seed) {
     return v;
 }
 
-/* The worst error; where half, what the rounding of want may be is taken off. */
+/* The largest error; with half, less the rounding error of want in BF16. */
 static double worst_error(const float *got, const float *want, size_t count, int half) {
     double worst = 0;
     size_t i;
@@ -126,7 +125,7 @@ static void test_convs(ckca_context *ctx) {
         s.norm = NULL;
         s.packed_weights = NULL;
         s.statistics = NULL;
-        for (half = 0; half <= (ctx->precision == CKCA_PRECISION_BF16 ? 2 : 0); half++) { /* 2: it reads the pictures */
+        for (half = 0; half <= (ctx->precision == CKCA_PRECISION_BF16 ? 2 : 0); half++) { /* 2: float32 input */
             s.bf16_x = half == 1;
             s.bf16 = half > 0;
             test_conv(ctx, &s);
@@ -134,8 +133,7 @@ static void test_convs(ckca_context *ctx) {
     }
 }
 
-/* The statistics that a convolution takes of its output are those of what it stored, also where all of it is far from
-   0; whichever block ends last. */
+/* A convolution's statistics are those of its stored output, even far from 0 and whichever block ends last. */
 static void test_statistics(ckca_context *ctx) {
     static const int table[][7] = {
         /* n  h   w   c    k   r  bias */
@@ -181,7 +179,7 @@ static void test_statistics(ckca_context *ctx) {
         }
 }
 
-/* Factors of more bits are rounded, not cut, so that their errors have no direction and do not add up. */
+/* Factors with more bits are rounded, not truncated, so that their errors have no bias. */
 static void test_rounding(ckca_context *ctx) {
     enum { N = 4096 };
     ckca__conv s = {1, 1, 1, N, 1, 3, 3, 1, 1, 1, 1, NULL, 0, 0, NULL, NULL};
@@ -195,13 +193,13 @@ static void test_rounding(ckca_context *ctx) {
         sum += x[i];
     }
     ckca__op_conv_forward(ctx, &s, x, w, NULL, NULL, 0, &y, ws);
-    /* Cutting would lose half a unit in the last place of each: N 2^-11. */
+    /* Truncation would lose half a unit in the last place per term: N 2^-11. */
     CHECK(fabs(y - sum) < N / 8192.0, "precision %d: a sum of %g comes out as %g", (int)ctx->precision, sum, y);
     for (i = 0; i < N; i++) w[4 * N + i] = x[i]; /* the other factor */
     for (i = 0; i < N; i++) x[i] = 1;
     ckca__op_conv_forward(ctx, &s, x, w, NULL, NULL, 0, &y, ws);
     CHECK(fabs(y - sum) < N / 8192.0, "precision %d: a sum of %g weights comes out as %g", (int)ctx->precision, sum, y);
-    for (i = 0; i < 2; i++) { /* either factor of a weight gradient: the middle tap meets all pixels */
+    for (i = 0; i < 2; i++) { /* either factor of a weight gradient: the middle tap covers all pixels */
         enum { SIDE = 32, AT_ONCE = 4 };
         const ckca__conv square = {1, SIDE, SIDE, AT_ONCE, AT_ONCE, 3, 3, 1, 1, SIDE, SIDE, NULL, 0, 0, NULL, NULL};
         float *one = (float *)malloc(N * sizeof *one), dw[AT_ONCE * 9 * AT_ONCE];
@@ -216,7 +214,7 @@ static void test_rounding(ckca_context *ctx) {
         free(one), free(scratch);
     }
     for (i = 0; i < N; i++) x[i] = w[4 * N + i];
-    if (ctx->precision == CKCA_PRECISION_BF16) { /* every weight alone: dx = 1 w */
+    if (ctx->precision == CKCA_PRECISION_BF16) { /* each weight on its own: dx = 1 w */
         int wrong = 0;
         s.bf16_x = s.bf16 = 1;
         for (i = 0; i < N; i++) w[4 * N + i] = x[i];
@@ -228,8 +226,8 @@ static void test_rounding(ckca_context *ctx) {
     free(x), free(w), free(ws);
 }
 
-/* A NaN reaches the outputs and input gradients whose windows it is in, and no others: not even times a weight of 0 that
-   fills up a slab. */
+/* A NaN reaches the outputs and input gradients whose windows contain it, and no others: the zeros that pad a stage
+   must not be multiplied by it. */
 static void test_nan(ckca_context *ctx) {
     enum { SIDE = 8, C = 3, K = 5 };
     const ckca__conv s = {1, SIDE, SIDE, C, K, 3, 3, 1, 1, SIDE, SIDE, NULL, 0, 0, NULL, NULL};
@@ -251,7 +249,7 @@ static void test_nan(ckca_context *ctx) {
     free(x), free(w), free(dy), free(y), free(dx), free(ws);
 }
 
-/* Ops whose maps are bfloat16 against the same with floats, which other tests compare with plain loops. */
+/* Ops on bfloat16 maps against the same ops on floats, which other tests compare with the reference kernels. */
 typedef struct {
     float *got, *want;
     size_t count;
@@ -277,7 +275,7 @@ static void test_half_norms(ckca_context *ctx, size_t rows, int c) {
     int kind, n = (int)rows;
     size_t i;
     for (i = 0; i < channels; i++) std[i] = 1 + std[i] / 2; /* inv_std; var */
-    for (kind = 0; kind < 4; kind++) { /* bit 0: a ReLU; bit 1: a residual, half of the time through a norm */
+    for (kind = 0; kind < 4; kind++) { /* bit 0: a ReLU; bit 1: a residual, in kind 2 with its own norm */
         const int relu = kind & 1;
         const float *add = kind & 2 ? residual : NULL;
         const ckca__norm through = {mean, std, gamma, beta, 1}, *add_norm = kind == 2 ? &through : NULL;
@@ -384,7 +382,7 @@ static void test_small_ops(ckca_context *ctx) {
     ckca__device_release(ctx, d, 4096);
 }
 
-/* A ReLU's gate that is recomputed from x is the forward pass's: values whose batch norm is 0 but for one rounding. */
+/* A ReLU mask recomputed from x equals the forward pass's, even where batch norm gives 0 up to one rounding. */
 static void test_gate(ckca_context *ctx) {
     enum { ROWS = 96, C = 12 };
     float *x = make(ROWS * C, 1), *dy = make(ROWS * C, 2), *y = make(ROWS * C, 3), dg[C], db[C];
@@ -411,7 +409,7 @@ static void test_gate(ckca_context *ctx) {
     free(x), free(dy), free(y), free(dx), free(dx2), free(ws);
 }
 
-/* The source of an upload is the caller's again after the call, however late the copy runs. */
+/* The caller may reuse the source of an upload after the call, however late the copy runs. */
 static void test_upload(ckca_context *ctx) {
     enum { BYTES = 300000 };
     unsigned char *source = (unsigned char *)malloc(BYTES), *device;
@@ -436,7 +434,7 @@ static void test_upload(ckca_context *ctx) {
 }
 
 #ifdef CKCA_CUDA_SHIM
-/* An error that somebody else left is nobody's here, and none of ours is left for others. */
+/* An error left by other code is not reported as ours, and ours are not left for other code. */
 static void test_latch(ckca_context *ctx) {
     float *d = (float *)ckca__device_alloc(ctx, 64);
     cuda_shim_last = 700;
@@ -504,7 +502,7 @@ static float *weights(const ckca_model *m) {
     return all;
 }
 
-/* The update's steps, none of them recorded. */
+/* The update's steps, all eager. */
 static ckca_status plain_update(ckca_model *m, const ckca_data *data, const ckca_update_desc *desc) {
     ckca__update update, *u = &update;
     ckca_status status;
@@ -536,10 +534,10 @@ static ckca_status plain_update(ckca_model *m, const ckca_data *data, const ckca
 typedef struct {
     ckca_model *m;
     const ckca_data *data;
-    unsigned char *squatter; /* takes the place of the workspace that moved; nobody may write to it */
+    unsigned char *squatter; /* allocated where the workspace was; nothing may write to it */
     size_t bytes;
 } watched;
-static int look(const ckca_progress *p, void *user) { /* halfway, what the recorded steps used is used and moved */
+static int look(const ckca_progress *p, void *user) { /* halfway, overwrites and moves the recorded steps' memory */
     watched *w = (watched *)user;
     if (p->epoch != 2 || p->batch != 1) return 0;
     CHECK(!ckca_evaluate(w->m, w->data, NULL, NULL), "evaluated in an update: %s", ckca_error(w->m->ctx));
@@ -568,8 +566,8 @@ static void test_recording(ckca_context *ctx) {
         status = ckca_update(a, data, &d, &report);
         CHECK(!status, "update: %s", ckca_error(ctx));
 #ifdef CKCA_CUDA_SHIM
-        /* 4 epochs x (2 whole + 1 short): of each kind the first step runs, the others are launched as graphs. An epoch
-           ends with one look; teacher, copies and the graphs' end wait a few times more, whatever the epochs. */
+        /* 4 epochs x (2 whole + 1 short): for each batch size the first step is eager, the others launch a graph. An
+           epoch waits once, at its end; teacher, copies and freeing the graphs add a constant number of waits. */
         replays = cuda_shim_replays - replays;
         waits = cuda_shim_waits - waits;
         CHECK(replays == 10, "%ld of 12 steps were replayed, 10 expected", replays);
@@ -600,10 +598,10 @@ static void test_recording(ckca_context *ctx) {
     ckca_data_free(data);
 }
 
-/* Pictures that the device has no room for come batch by batch: the same bits, and an epoch still waits only once. On
-   the shim whatever may run late does. */
+/* Pictures that do not fit in device memory are streamed batch by batch: the results keep their bits, and an epoch
+   still waits only once. On the shim, streams run as late as they may. */
 static void test_streaming(ckca_context *ctx) {
-    float *prompt = NULL; /* the weights where nothing runs late */
+    float *prompt = NULL; /* the weights if no stream runs late */
     int lazy;
     for (lazy = 0; lazy < 8; lazy += lazy < 4 ? 1 : 3) { /* 0 to 4, 7 */
         ckca_data *resident = pictures(ctx), *streaming = pictures(ctx);
@@ -653,7 +651,7 @@ static void test_streaming(ckca_context *ctx) {
     free(prompt);
 #ifdef CKCA_CUDA_SHIM
     cuda_shim_lazy = 0;
-    { /* and it is the room that decides */
+    { /* free memory decides */
         enum { MANY = 30000 };
         ckca_array array;
         ckca_data *many = NULL, *few = NULL, *small = pictures(ctx);
@@ -679,8 +677,7 @@ static void test_streaming(ckca_context *ctx) {
 #endif
 }
 
-/* Which outputs of a network are bfloat16, and that they are what the same network gives in float32, within its
-   digits. */
+/* The expected outputs of a network are bfloat16 and equal the float32 network's within bfloat16 precision. */
 static double cosine_of(const float *a, const float *b, size_t count) {
     double aa = 0, bb = 0, ab = 0;
     size_t i;
@@ -701,10 +698,10 @@ static ckca_model *custom(ckca_context *ctx, int kind) {
     if (ckca_model_create(ctx, &m, &desc)) return NULL;
     input = ckca_layer_input(m);
     x = ckca_layer_relu(m, ckca_layer_batchnorm(m, "bn", ckca_layer_conv(m, "conv", input, conv)));
-    if (kind == 1) { /* pooled, and a hidden layer behind that */
+    if (kind == 1) { /* average pooling, then a hidden layer */
         x = ckca_layer_avgpool(m, x);
         x = ckca_layer_relu(m, ckca_layer_linear(m, "hidden", x, 8));
-    } else if (kind == 2) { /* a convolution behind the pooling that meets one before it: a bottleneck of 1 x 1 */
+    } else if (kind == 2) { /* a convolution with a 1 x 1 output is added to the pooled features */
         conv.kernel = SIZE, conv.pad = 0;
         y = ckca_layer_avgpool(m, x);
         x = ckca_layer_add(m, ckca_layer_conv(m, "squeeze", x, conv), y);
@@ -714,7 +711,7 @@ static ckca_model *custom(ckca_context *ctx, int kind) {
     } else if (kind == 5) { /* group norm */
         x = ckca_layer_relu(m, ckca_layer_groupnorm(m, "gn", ckca_layer_conv(m, "conv2", x, conv), 2));
         x = ckca_layer_avgpool(m, x);
-    } else if (kind == 3) { /* the pictures go round the first convolution */
+    } else if (kind == 3) { /* the pictures bypass the first convolution */
         conv.out = 3;
         x = ckca_layer_avgpool(m, ckca_layer_add(m, ckca_layer_conv(m, "back", x, conv), input));
     }
@@ -772,7 +769,7 @@ static void test_half_nets(ckca_context *ctx) {
     free(input), free(a), free(b);
 }
 
-/* The same training in every precision: losses near each other, and finite. */
+/* The same training in every precision gives finite losses that are close to each other. */
 static void test_precisions(void) {
     double loss[3] = {0, 0, 0};
     int p;
@@ -818,7 +815,7 @@ static void test_sgd(ckca_context *ctx) {
 }
 
 #ifndef _WIN32
-/* In the child of a fork() everything is refused but freeing, and the parent goes on. */
+/* In the child of a fork() every call fails except freeing, and the parent continues. */
 static void test_fork(void) {
     ckca_context *ctx = context(CKCA_PRECISION_FLOAT32);
     ckca_data *data = pictures(ctx);
@@ -881,8 +878,8 @@ static void test_memory(ckca_context *ctx) {
 }
 
 #ifdef CKCA_CUDA_SHIM
-/* Outputs of batch norms are kept while there is memory, and recomputed where it is short: with the same bits, and a
-   recorded step goes on after the change. */
+/* Batch-norm outputs are kept while memory allows and recomputed otherwise, with the same bits; recorded steps still
+   work after the change. */
 static void test_recompute(ckca_context *ctx) {
     ckca_data *data = pictures(ctx);
     ckca_model *a = net(ctx), *b = net(ctx);
@@ -909,7 +906,7 @@ static void test_recompute(ckca_context *ctx) {
     ckca_data_free(data);
 }
 
-/* Memory for training runs out at any point: what the network said before, it says after. */
+/* Memory for training runs out at any point; the network's predictions stay the same. */
 static void test_less_memory(ckca_context *ctx) {
     float *input = make(4 * SIZE * SIZE * 3, 1), before[4 * CLASSES], after[4 * CLASSES];
     int step, refused = 0, wrong = 0;
@@ -932,7 +929,7 @@ static void test_less_memory(ckca_context *ctx) {
     free(input);
 }
 
-/* Every call in turn fails: what comes back is a status with a sentence that names the call; nothing is left behind. */
+/* Each call fails in turn: the status comes with a message that names the call, and nothing leaks. */
 static void test_failures(int streams) {
     int k, failed = 0, silent = 0, done = 0;
     for (k = 1; !done && k < 100000; k += 1 + k / 80) {
@@ -950,7 +947,7 @@ static void test_failures(int streams) {
         if (!status && m) status = ckca_update(m, data, &d, NULL);
         if (!status && m) status = ckca_update(m, data, &d, NULL);
         if (!status && m) status = ckca_evaluate(m, data, &score, NULL);
-        done = cuda_shim_fail > 0; /* more calls were to come than there are */
+        done = cuda_shim_fail > 0; /* the failure lay past the last call */
         cuda_shim_fail = 0;
         if (!status && ctx && m) status = ckca__device_status(ctx);
         if (status) {
