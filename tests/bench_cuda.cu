@@ -110,6 +110,7 @@ __device__ static size_t place_of(size_t count, int b) {
 /* f(i, size) is computed by a whole block: what must be at i; *size: what rounding errors are relative to, a NaN where
    nothing can be said. */
 template <class F> __global__ void expected_kernel(F f, size_t count, double *value, double *size) {
+    ckca__wait_for_grids();
     double measure = 0;
     const double v = f(place_of(count, (int)blockIdx.x), &measure);
     if (threadIdx.x == 0) value[blockIdx.x] = v, size[blockIdx.x] = measure;
@@ -117,6 +118,7 @@ template <class F> __global__ void expected_kernel(F f, size_t count, double *va
 /* How many times the tolerance the difference is. */
 __global__ void compare_kernel(array out, size_t count, int places, double tolerance, double last, const double *value,
                                const double *size, double *excess) {
+    ckca__wait_for_grids();
     CKCA__EACH(b, places) {
         const double got = out[place_of(count, (int)b)], off = fabs(got - value[b]);
         const double allowed = tolerance * size[b] + last * fabs(value[b]) + 1e-30;
@@ -1110,6 +1112,7 @@ static int until(const ckca_progress *, void *end) { return now() > *(double *)e
 
 /* What the memory does: a[i] = b[i] + s c[i] over 256 MB arrays; and cuBLAS's products of 8192 x 8192 matrices. */
 __global__ void triad_kernel(size_t count, float *a, const float *b, const float *c) {
+    ckca__wait_for_grids();
     CKCA__EACH(i, count / 4) {
         const ckca__lane<4> x(b + 4 * i), y(c + 4 * i);
         ckca__lane<4> z;

@@ -77,7 +77,7 @@ const char *other(void);
 int main(void) {
     ckca_context *ctx;
     if (ckca_init(&ctx, NULL) != CKCA_OK || strcmp(other(), ckca_status_name(CKCA_OK))) return 1;
-    ckca_free(ctx);
+    ckca_context_free(ctx);
     return 0;
 }' > $dir/main.c
 
