@@ -87,10 +87,12 @@ for cc in $found; do
         l=${language%% *}
         w="$std -std=$language -Wall -Wextra -Wpedantic -Werror"
         try public_${cc}_$l $cc $w -Wshadow -Wconversion -fsyntax-only $dir/public.c
+        strict="" # the implementation too, as C
+        [ $l = c99 ] && strict="-Wshadow -Wconversion"
         for options in "" CKCA_STATIC CKCA_NO_STDIO CKCA_NO_SIMD CKCA_NO_THREADS CKCA_NO_STB_IMAGE \
             "CKCA_STATIC CKCA_NO_STDIO CKCA_NO_SIMD CKCA_NO_THREADS CKCA_NO_STB_IMAGE"; do
             d=$(for o in $options; do printf ' -D%s' $o; done)
-            try whole_${cc}_${l}_$(echo $options | tr ' ' _) $cc $w $d -fsyntax-only $dir/whole.c
+            try whole_${cc}_${l}_$(echo $options | tr ' ' _) $cc $w $strict $d -fsyntax-only $dir/whole.c
         done
         # Strict C99 or C++11, without the declarations of _DEFAULT_SOURCE
         try whole_${cc}_${l}_strict $cc ${w#-D_DEFAULT_SOURCE} -fsyntax-only $dir/whole.c
