@@ -149,7 +149,8 @@ for test in test_conv test_ops test_train test_threads test_files; do
     test_train | test_threads) options="CKCA_NO_THREADS" ;;
     *) options="CKCA_NO_SIMD" ;;
     esac
-    try build_${options}_$test $CC $std -std=c99 -O2 -D$options tests/$test.c -o $dir/${options}_$test -lm -pthread
+    try build_${options}_$test $CC $std -std=c99 -O1 -DCKCA_NO_SIMD -D$options tests/$test.c \
+        -o $dir/${options}_$test -lm -pthread
 done
 try build_CKCA_NO_STDIO_test_files $CC $std -std=c99 -O1 -DCKCA_NO_STDIO -DCKCA_NO_SIMD tests/test_files.c \
     -o $dir/CKCA_NO_STDIO_test_files -lm -pthread

@@ -52,20 +52,19 @@ kill_when() { # kill_when TEST COMMAND...: kill -9 as soon as the shell test is 
     [ $? -eq 137 ]
 }
 stops() { # stops SIGNAL STATUS TEST COMMAND...: the signal as soon as the test holds; that exit status, one line, and a state
-    local signal=$1 status=$2 test=$3 i
+    local signal=$1 status=$2 test=$3 i rc
     shift 3
     set -m # or the shell has the program ignore SIGINT
     "$@" >out 2>err &
     local pid=$!
     set +m
-    for ((i = 0; i < 1000; i++)); do
+    for ((i = 0; i < 100000; i++)); do # no sleep: the program may need but a moment
         if eval "$test"; then break; fi
         kill -0 $pid 2>/dev/null || break
-        sleep 0.01
     done
     kill -$signal $pid 2>/dev/null
     wait $pid 2>/dev/null
-    local rc=$?
+    rc=$?
     check "exit status of '$*' after SIG$signal is $rc" [ $rc -eq $status ]
     check "one line on stderr after SIG$signal" [ "$(wc -l <err)" -eq 1 ]
     check "it says where it goes on from" grep -q 'was stopped in epoch .* goes on$' err
@@ -214,17 +213,17 @@ else
     refuses 1 "1.png" "$build/classify" new/disc/1.png new/disc/1.png
 
     update="$build/update a.safetensors new"
-    works $update c.safetensors --epochs 1000 --batch 1 --test new
-    check "update reports its steps" grep -q 'update 2, 2000 steps' out
+    works $update c.safetensors --epochs 4000 --batch 1 --test new
+    check "update reports its steps" grep -q 'update 2, 8000 steps' out
     check "update: no state left" [ ! -e c.safetensors.state ]
     check "update makes another checkpoint" [ "$(cmp a.safetensors c.safetensors >/dev/null; echo $?)" -eq 1 ]
-    check "update is killed" kill_when '[ -e d.safetensors.state ]' $update d.safetensors --epochs 1000 --batch 1 --state-seconds 0.001
+    check "update is killed" kill_when '[ -e d.safetensors.state ]' $update d.safetensors --epochs 4000 --batch 1 --state-seconds 0.001
     check "the new checkpoint is not there yet" [ ! -e d.safetensors ]
-    works $update d.safetensors --epochs 1000 --batch 1
+    works $update d.safetensors --epochs 4000 --batch 1
     check "update: bitwise the same after a kill" cmp c.safetensors d.safetensors
-    stops INT 130 '[ -e e.safetensors.state ]' $update e.safetensors --epochs 1000 --batch 1 --state-seconds 0.001
+    stops INT 130 '[ -e e.safetensors.state ]' $update e.safetensors --epochs 4000 --batch 1 --state-seconds 0.001
     check "the new checkpoint is not there yet" [ ! -e e.safetensors ]
-    works $update e.safetensors --epochs 1000 --batch 1
+    works $update e.safetensors --epochs 4000 --batch 1
     check "update: bitwise the same after SIGINT" cmp c.safetensors e.safetensors
     check "update: no state, lock or temporary file left" [ "$(ls | grep -c '^e\.safetensors\.')" -eq 0 ]
     rm e.safetensors
