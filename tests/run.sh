@@ -13,6 +13,7 @@ one() {
     start=$(date +%s)
     case $1 in
     *.sh) bash "$1" > "$log" 2>&1 ;;
+    */asan/*) SLOW=1 "$1" > "$log" 2>&1 ;;
     *) "$1" > "$log" 2>&1 ;;
     esac
     status=$?
