@@ -329,7 +329,7 @@ static void test_methods(ckca_context *ctx, ckca_model *start, const ckca_data *
         CHECK(same_weights(other, result[1]), "SCRATCH does not depend on the weights it finds");
         ckca_model_free(other);
     }
-    { /* LWF is CKCA with CONSTANT, weight 1, no FeatReg */
+    { /* LWF is CKCA with CONSTANT, weight 1, no FeatReg (the default weight is another: GROWTH's 0.3) */
         ckca_model *other = copy_of(start);
         ckca_update_desc d = quick(CKCA_METHOD_CKCA);
         d.adakd = CKCA_ADAKD_CONSTANT;
@@ -353,7 +353,8 @@ static void test_methods(ckca_context *ctx, ckca_model *start, const ckca_data *
 /* Stronger terms keep the student closer to its teacher, on outputs (AdaKD) and features (FeatReg), in every form. */
 static void test_forms(ckca_context *ctx, ckca_model *start, const ckca_data *data) {
     int form;
-    for (form = 0; form < 8; form++) {
+    for (form = 0; form < CKCA_ADAKD_COUNT + CKCA_FEATREG_COUNT; form++) {
+        const int adakd = form < CKCA_ADAKD_COUNT;
         double term[2];
         int strong;
         for (strong = 0; strong < 2; strong++) {
@@ -361,17 +362,17 @@ static void test_forms(ckca_context *ctx, ckca_model *start, const ckca_data *da
             ckca_update_desc d = quick(CKCA_METHOD_CKCA);
             ckca_report report;
             d.w_kd = d.w_feat = CKCA_OFF;
-            if (form < 4) {
+            if (adakd) {
                 d.adakd = (ckca_adakd)form;
                 d.w_kd = strong ? 4.0f : 1e-4f;
             } else {
-                d.featreg = (ckca_featreg)(form - 4);
+                d.featreg = (ckca_featreg)(form - CKCA_ADAKD_COUNT);
                 d.w_feat = strong ? 10.0f : 1e-4f;
             }
             d.lr = 0.01f;
             d.epochs = 8;
             CHECK(ckca_update(m, data, &d, &report) == CKCA_OK, "form %d: %s", form, ckca_error(ctx));
-            term[strong] = form < 4 ? report.kd : report.feat;
+            term[strong] = adakd ? report.kd : report.feat;
             ckca_model_free(m);
         }
         CHECK(term[0] > 0 && term[1] < 0.85 * term[0], "form %d: the term is %g with a strong weight, %g with next to none", form,
@@ -426,12 +427,12 @@ static void test_other_teacher(ckca_context *ctx, ckca_model *start, const ckca_
     d.w_feat = 0;
     CHECK(ckca_update(m, data, &d, &report) == CKCA_OK && report.kd > 0 && report.feat == 0,
           "stages unlike the teacher's, not asked for: %s", ckca_error(ctx));
-    d.w_feat = 1;
-    d.featreg = CKCA_FEATREG_COSINE;
-    CHECK(ckca_update(m, data, &d, &report) == CKCA_ESHAPE && strstr(ckca_error(ctx), "24 features, the model 16"), "%s",
-          ckca_error(ctx));
-    d.featreg = CKCA_FEATREG_RELATION;
-    CHECK(ckca_update(m, data, &d, &report) == CKCA_OK && report.feat > 0, "RELATION compares any: %s", ckca_error(ctx));
+    d.featreg = CKCA_FEATREG_CENTROID;
+    CHECK(ckca_update(m, data, &d, &report) == CKCA_OK && report.kd > 0 && report.feat == 0,
+          "class means of other features, not asked for: %s", ckca_error(ctx));
+    for (d.w_feat = 1; d.featreg <= CKCA_FEATREG_COSINE; d.featreg = (ckca_featreg)(d.featreg + 2))
+        CHECK(ckca_update(m, data, &d, &report) == CKCA_ESHAPE && strstr(ckca_error(ctx), "24 features, the model 16"),
+              "%s", ckca_error(ctx));
     ckca_model_free(big);
     ckca_model_free(wide);
     ckca_model_free(m);
@@ -522,7 +523,7 @@ static void test_by_hand(ckca_context *ctx, ckca_model *start, const ckca_data *
         ckca_get_batch(b, data, order + first, n, &d.augment, d.seed, 0, x, labels);
         ckca_forward(b, x, n, 1);
         ckca_node_read(b, b->logits, z);
-        ckca__op_cross_entropy(ctx, n, CLASSES, z, labels, 0.1f, dz, loss, hit);
+        ckca__op_cross_entropy(ctx, n, CLASSES, z, labels, 0.1f, 1, dz, loss, hit);
         ckca_zero_gradients(b);
         ckca_backward(b, dz, NULL);
         CHECK(ckca_sgd(b, &sgd) == CKCA_OK, "%s", ckca_error(ctx));
@@ -813,7 +814,7 @@ static void test_settings_complete(void) {
     static char header[2 << 20];
     FILE *f = fopen("ckca.h", "rb");
     size_t size = f ? fread(header, 1, sizeof header - 1, f) : 0;
-    int fields = declared(header, "ckca_update_desc", "", " teacher augment seed state progress user ");
+    int fields = declared(header, "ckca_update_desc", "", " teacher unlabelled augment seed state progress user ");
     if (f) fclose(f);
     fields += declared(header, "ckca_augment", "augment.", " ");
     CHECK(size && fields == CKCA__SETTINGS, "%d fields are declared, %d are in the list", fields, (int)CKCA__SETTINGS);
@@ -837,6 +838,8 @@ static void test_settings(ckca_context *ctx, ckca_model *start, const ckca_data 
     memset(&base, 0, sizeof base);
     CHECK(ckca_update_defaults(start, data, &base) == CKCA_OK, "%s", ckca_error(ctx));
     CHECK(base.method == CKCA_METHOD_CKCA && base.w_kd == 1 && base.w_feat == 1 && base.temperature == 2 &&
+              base.adakd == CKCA_ADAKD_GROWTH && base.featreg == CKCA_FEATREG_CENTROID &&
+              base.teacher_pictures == COUNT &&
               base.shrink == 0.4f && base.perturb == 0.1f && base.epochs == 40 && base.batch == 64 && base.lr == 0.1f &&
               base.warmup_epochs == 1 && base.step_epochs == 40 / 3.0f && base.step_factor == 0.1f &&
               base.momentum == 0.9f && base.weight_decay == 5e-4f && base.clip_norm == 0 && base.state_seconds == 30,
@@ -1114,7 +1117,7 @@ static void test_not_finite(ckca_context *ctx, ckca_model *start, const ckca_dat
               ckca_error(ctx));
         CHECK(same_weights(m, start) && m->updates == start->updates, "%s: the model is not as it was", words);
         CHECK(!there(state), "a state that is not finite was written");
-        spoil(&(ckca_progress){0, 0, 1, s.at, s.at, 0, 0, 0, 0, 0, 0, 0}, &s);
+        spoil(&(ckca_progress){0, 0, 1, s.at, s.at, 0, 0, 0, 0, 0, 0, 0, 0}, &s);
         CHECK(ckca_save(m, one) == CKCA_ENAN && strstr(ckca_error(ctx), words), "%s: %s", words, ckca_error(ctx));
         ckca_model_free(m);
     }
