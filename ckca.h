@@ -186,6 +186,9 @@
            ckca.class_names       their names as a JSON list, if known
            ckca.mean, ckca.std    per channel, if known
            ckca.step              the number of updates done
+           ckca.pictures          the number of distinct pictures that they trained on, if known
+           ckca.class_counts      pictures behind the mean of each class (FeatReg's CENTROID), int64
+           ckca.class_means       classes x features means, float32; both little-endian, in base64
        Training states are such files with tensors momentum.* and ckca.state (the update and its progress).
        Pictures are JPEG (baseline, extended and progressive, Huffman-coded, 8 bits per sample; grey, YCbCr, RGB, and
        CMYK with an Adobe segment) and PNG (all kinds; alpha is dropped, 16 bits are reduced to 8). Both are rotated and
@@ -429,6 +432,7 @@ typedef struct ckca_model_info {
     const char *const *class_names; /* classes; NULL: not known before the first update */
     const float *mean, *std;        /* channels; NULL: not known before the first update */
     int updates;                    /* updates done; 0: an untrained network */
+    int64_t pictures;               /* distinct pictures that the updates trained on; 0: not known */
     int64_t parameters;             /* number of trainable values */
     int nodes, logits;              /* number of nodes; index of the logits node */
 } ckca_model_info;
@@ -473,23 +477,27 @@ typedef enum ckca_method {
     CKCA_METHOD_COUNT
 } ckca_method;
 
-/* a_i, the weight of picture i in AdaKD; p_o is the teacher's softmax, y_i the label. This project's forms. */
+/* a_i, the weight of picture i in AdaKD; y_i is its label. GROWTH and CLASS are this project's; CONSTANT is Learning
+   without Forgetting's. */
 typedef enum ckca_adakd {
-    CKCA_ADAKD_CONSTANT = 0, /* 1 */
-    CKCA_ADAKD_CLASS,        /* the teacher's top-1 accuracy on the chunk's pictures of class y_i, 0 to 1 */
-    CKCA_ADAKD_TRUTH,        /* p_o[y_i] over its batch mean */
-    CKCA_ADAKD_DOUBT,        /* 1 - p_o[y_i] over its batch mean */
+    CKCA_ADAKD_GROWTH = 0, /* g(n_old / n_new), the same for all pictures: n_old pictures are behind the teacher (see
+                              teacher_pictures), n_new are in the chunk; g(r) = min(0.3 r, 3) */
+    CKCA_ADAKD_CONSTANT,   /* 1 */
+    CKCA_ADAKD_CLASS,      /* the teacher's top-1 accuracy on the chunk's pictures of class y_i, 0 to 1 */
     CKCA_ADAKD_COUNT
 } ckca_adakd;
 
-/* d(f, fo) in FeatReg. This project's forms. */
+/* d(f_i, ...) in FeatReg. This project's forms. */
 typedef enum ckca_featreg {
-    CKCA_FEATREG_STAGES = 0, /* COSINE on the output map of every stage, averaged over stages */
-    CKCA_FEATREG_COSINE,     /* 1 - cos(f, fo) */
-    CKCA_FEATREG_L2,         /* mean over D of (f - fo)^2 */
-    CKCA_FEATREG_RELATION,   /* mean over pairs of (cos(f_i, f_j) - cos(fo_i, fo_j))^2 */
+    CKCA_FEATREG_CENTROID = 0, /* 1 - cos(f_i, mu[y_i]), mu[k]: the mean feature of class k over all chunks so far, carried
+                                  in the checkpoint; 0 for a class without a mean. Networks with up to CKCA_CENTROIDS_MAX
+                                  values in mu (classes x features) have one */
+    CKCA_FEATREG_STAGES,       /* COSINE on the output map of every stage, averaged over stages */
+    CKCA_FEATREG_COSINE,       /* 1 - cos(f_i, fo_i) */
     CKCA_FEATREG_COUNT
 } ckca_featreg;
+
+#define CKCA_CENTROIDS_MAX (1 << 23) /* 32 MiB; 45 MB of text in a checkpoint */
 
 typedef struct ckca_progress {
     int update;                      /* the current update: 1 is the first */
@@ -498,6 +506,7 @@ typedef struct ckca_progress {
     float lr;                        /* of this SGD step */
     double loss, kd, feat, accuracy; /* means over this epoch so far; kd and feat before w_kd and w_feat */
     double seconds, seconds_left;    /* since the call; estimated to its end */
+    double w_kd;                     /* the weight of AdaKD in this update: GROWTH's, or the descriptor's */
 } ckca_progress;
 
 typedef struct ckca_update_desc {
@@ -506,12 +515,22 @@ typedef struct ckca_update_desc {
     ckca_adakd adakd;
     ckca_featreg featreg;
     float w_kd;            /* 0 to 1e6; 0: 1 (CLASS: 2, since its a_i are below 1) */
-    float w_feat;          /* 0 to 1e6; 0: 1 (STAGES: off if the networks have no matching stages) */
+    float w_feat;          /* 0 to 1e6; 0: 1, but off if CENTROID finds more than CKCA_CENTROIDS_MAX values in mu or a
+                              teacher with another number of features, or STAGES no matching stages */
     float temperature;     /* T, up to 1e6; 0: 2 */
     float shrink, perturb; /* of SHRINK_PERTURB: 0 to 1, 0 to 1e6; 0: 0.4 and 0.1 */
     /* NULL: the model before the update. Else any model of the same context, input and number of classes; it is copied,
        not changed */
     const ckca_model *teacher;
+    int teacher_pictures; /* GROWTH's n_old, up to 1e9: distinct pictures that the teacher has learnt from. 0: as its
+                             checkpoint says (ckca_model_info.pictures), at most 1e9; if that is not known, as if by
+                             another program, as many as data has */
+    /* Pictures without labels, for AdaKD, or NULL; an update without AdaKD leaves them out. Of the context, height, width
+       and channels of data; their labels and classes are not read. With the n pictures of an SGD step goes a batch of n of
+       these, in a shuffled order of their own that starts again when all had their turn; AdaKD's mean over them, with
+       a_i = g for GROWTH and 1 for CONSTANT and CLASS, is added to its mean over the others. A step then takes the memory
+       of 2 batch pictures (ckca_model_bytes), and about twice the time */
+    const ckca_data *unlabelled;
     /* the training */
     int epochs, batch;                       /* up to 1e6; 0: 40 and 64. batch is at most the number of pictures */
     float lr;                                /* the peak; 0: 0.1 */
@@ -541,6 +560,7 @@ typedef struct ckca_report {
     double loss, kd, feat, accuracy; /* means over the last epoch; kd and feat before w_kd and w_feat */
     double teacher_accuracy;         /* of the teacher on data, 0 to 1; -1: no teacher */
     double seconds;                  /* of this call */
+    double w_kd;                     /* the weight of AdaKD: GROWTH's, or the descriptor's; 0: no AdaKD */
 } ckca_report;
 
 /* One update: freezes the teacher, starts as desc->method says, trains on data and adds 1 to the model's updates. The
@@ -965,27 +985,20 @@ CKCA__OP void ckca__op_subsample_backward(ckca_context *ctx, const ckca__conv *s
    Softmax cross-entropy with PyTorch's label smoothing, target (1 - e) onehot + e / K. hit[i] has bit 0 set if the arg
    max (the lowest index of equals) is the label, bit 1 if the label is in the top 5. dlogits (n x k) may be NULL. */
 CKCA__OP void ckca__op_cross_entropy(ckca_context *ctx, int n, int k, const float *logits, const int *labels,
-                                     float smoothing, float *dlogits, float *loss, int *hit);
+                                     float smoothing, float scale, float *dlogits, float *loss, int *hit);
 CKCA__OP void ckca__op_softmax(ckca_context *ctx, int n, int k, const float *logits, float *p);
-/* The forms of AdaKD. What a form computes is in ckca__op_adakd, here and on the GPU. */
-typedef struct ckca__adakd_form {
-    const char *name;
-    float w_kd;    /* the default weight */
-    int over_mean; /* 1: a_i is divided by its mean over the batch */
-} ckca__adakd_form;
-static const ckca__adakd_form ckca__adakds[CKCA_ADAKD_COUNT] = {
-    {"CONSTANT", 1, 0}, {"CLASS", 2, 0}, /* its weights are below 1 */ {"TRUTH", 1, 1}, {"DOUBT", 1, 1}};
-/* AdaKD. class_weight (k values) is read by CKCA_ADAKD_CLASS only. Adds to dlogits. */
-CKCA__OP void ckca__op_adakd(ckca_context *ctx, ckca_adakd form, int n, int k, const float *student_logits,
-                             const float *teacher_logits, const int *labels, const float *class_weight,
-                             float temperature, float scale, float *dlogits, float *loss);
-/* FeatReg on n rows of d values. COSINE (STAGES calls it once per stage with d = H W C) and L2 have d_teacher = d;
-   RELATION compares n x d student features with n x d_teacher teacher features and needs a ws of op_workspace(n, max(d,
-   d_teacher) + 2 n). Writes or accumulates dfeatures. The cosine of a zero vector is 0 and has no gradient. bf16
-   applies to the student's features and dfeatures, bf16_teacher to the teacher's; only COSINE supports them. */
-CKCA__OP void ckca__op_featreg(ckca_context *ctx, ckca_featreg form, int bf16, int bf16_teacher, int n, int d,
-                               int d_teacher, const float *student_features, const float *teacher_features, float scale,
-                               float *dfeatures, int accumulate, float *loss, void *ws);
+/* AdaKD with a_i = class_weight[labels[i]] (k values), or 1 if class_weight is NULL (labels may be NULL then). Adds to
+   dlogits. */
+CKCA__OP void ckca__op_adakd(ckca_context *ctx, int n, int k, const float *student_logits, const float *teacher_logits,
+                             const int *labels, const float *class_weight, float temperature, float scale,
+                             float *dlogits, float *loss);
+/* FeatReg on n rows of d values: 1 - cos(student, teacher). STAGES calls it once per stage with d = H W C; CENTROID's
+   teacher_features are the class means of the n labels. Writes or accumulates dfeatures. A row of zeros has no gradient;
+   the loss is 1 then, or of_zero if the teacher's row is zero. bf16 applies to the student's features and dfeatures,
+   bf16_teacher to the teacher's. */
+CKCA__OP void ckca__op_featreg(ckca_context *ctx, int bf16, int bf16_teacher, int n, int d,
+                               const float *student_features, const float *teacher_features, float scale,
+                               float *dfeatures, int accumulate, float of_zero, float *loss);
 /* *sum += the sum of values[0..n), in double precision. */
 CKCA__OP void ckca__op_sum(ckca_context *ctx, int n, const float *values, double *sum);
 /* *sum += the number of correct predictions in hit[0..n) (bit 0). */
@@ -3629,6 +3642,15 @@ typedef struct ckca__unsaved {
     char *state, *lock; /* paths, stored after this struct */
 } ckca__unsaved;
 
+/* Numbers of pictures in checkpoints are at most this; larger ones are no longer counted. */
+#define CKCA__COUNT_MAX INT64_C(999999999999999)
+
+/* The mean feature of every class, for FeatReg's CENTROID, in one block of host memory. */
+typedef struct ckca__centroids {
+    int64_t *count; /* classes: pictures behind each mean; NULL: there are no means */
+    float *mean;    /* classes x features; zeros where count is 0 */
+} ckca__centroids;
+
 struct ckca_model {
     ckca_context *ctx;
     ckca_status failed; /* the first error of a ckca_layer_... call */
@@ -3637,6 +3659,8 @@ struct ckca_model {
     char arch[32];
     int height, width, channels, classes, features, updates;
     uint64_t seed;
+    int64_t pictures;          /* distinct pictures that the updates trained on; 0: not known */
+    ckca__centroids centroids; /* of those pictures, by the network as each update left it */
     int64_t batches_tracked; /* number of training forward passes: PyTorch's num_batches_tracked */
     char **class_names;      /* classes strings, or NULL */
     float *normalization;    /* channels means, then channels standard deviations, of values 0 to 1 */
@@ -4456,6 +4480,7 @@ CKCA_API void ckca_model_free(ckca_model *m) {
     ckca__free_names(ctx, m->class_names, m->classes);
     ckca__forget_unsaved(m);
     ckca__release(ctx, m->normalization);
+    ckca__release(ctx, m->centroids.count);
     ckca__release(ctx, m->node);
     ckca__release(ctx, m->parameter);
     for (mode = 0; mode < CKCA__MODES; mode++) ckca__release(ctx, m->recompute[mode]);
@@ -4876,6 +4901,18 @@ static ckca_status ckca__graph_read(ckca_model *m, const char *text) {
 }
 
 /* ---- copies and information ---- */
+
+/* Bytes of a model's class means and counts. */
+static size_t ckca__centroid_bytes(const ckca_model *m) {
+    return (size_t)m->classes * sizeof(int64_t) + (size_t)m->classes * (size_t)m->features * sizeof(float);
+}
+/* Allocates class means and counts, all 0, for a model's classes and features. Returns 0 if out of memory. */
+static int ckca__centroids_alloc(const ckca_model *m, ckca__centroids *centroids) {
+    centroids->count = (int64_t *)ckca__alloc(m->ctx, ckca__centroid_bytes(m));
+    centroids->mean = centroids->count ? (float *)(void *)(centroids->count + m->classes) : NULL;
+    return centroids->count != NULL;
+}
+
 CKCA_API ckca_status ckca_model_copy(ckca_model **out, const ckca_model *m) {
     ckca_context *ctx;
     ckca_model *copy;
@@ -4897,6 +4934,7 @@ CKCA_API ckca_status ckca_model_copy(ckca_model **out, const ckca_model *m) {
     memset(copy->recomputes, 0, sizeof copy->recomputes);
     copy->workspace = copy->packed_weights = NULL;
     copy->unsaved = NULL;
+    copy->centroids.count = NULL;
     copy->folded_valid = copy->n = 0;
     copy->node = (ckca__node *)ckca__alloc(ctx, m->node_capacity * sizeof *m->node);
     copy->parameter = (ckca__parameter *)ckca__alloc(ctx, m->parameter_capacity * sizeof *m->parameter);
@@ -4904,13 +4942,15 @@ CKCA_API ckca_status ckca_model_copy(ckca_model **out, const ckca_model *m) {
     copy->class_names = m->class_names ? ckca__copy_names(ctx, (const char *const *)m->class_names, m->classes) : NULL;
     copy->values = (float *)ckca__device_alloc(ctx, m->all * sizeof(float));
     if (!copy->node || !copy->parameter || !copy->normalization || !copy->values ||
-        (m->class_names && !copy->class_names)) {
+        (m->class_names && !copy->class_names) ||
+        (m->centroids.count && !ckca__centroids_alloc(m, &copy->centroids))) {
         ckca_model_free(copy);
         return ckca__fail(ctx, CKCA_ENOMEM, "copy: out of memory for %.1f MB of parameters", (double)m->all * 4e-6);
     }
     memcpy(copy->node, m->node, (size_t)m->nodes * sizeof *m->node);
     memcpy(copy->parameter, m->parameter, (size_t)m->parameters * sizeof *m->parameter);
     memcpy(copy->normalization, m->normalization, normalization);
+    if (m->centroids.count) memcpy(copy->centroids.count, m->centroids.count, ckca__centroid_bytes(m));
     ckca__device_copy(ctx, copy->values, m->values, m->all * sizeof(float));
     *out = copy;
     return CKCA_OK;
@@ -4931,6 +4971,7 @@ CKCA_API void ckca_model_info_get(const ckca_model *m, ckca_model_info *info) {
     info->mean = m->normalized ? m->normalization : NULL;
     info->std = m->normalized ? m->normalization + m->channels : NULL;
     info->updates = m->updates;
+    info->pictures = m->pictures;
     info->nodes = m->nodes;
     info->logits = m->logits;
     for (i = 0; i < m->parameters; i++)
@@ -4961,6 +5002,7 @@ CKCA_API ckca_data_desc ckca_data_like(const ckca_model *m) {
 #define CKCA__EVAL_BATCH (CKCA__DEVICE_IS_HOST ? 64 : 256) /* larger batches use a GPU better */
 /* The teacher's outputs on all pictures are cached if they take at most this much memory. */
 #define CKCA__CACHE_BYTES ((size_t)256 << 20)
+#define CKCA__PICTURES_MAX 1000000000 /* ckca_update_desc.teacher_pictures */
 
 /* Everything but the maps that a batch of up to n pictures needs on the device, in one block of memory. */
 typedef struct ckca__batch_buffers {
@@ -4985,6 +5027,11 @@ typedef struct ckca__batch_buffers {
     double *sums; /* 4: over the epoch so far: cross-entropy, AdaKD, FeatReg, correct predictions */
 } ckca__batch_buffers;
 
+/* What the terms of the loss are multiplied by: cross-entropy, AdaKD, FeatReg. */
+typedef struct ckca__factors {
+    float ce, kd, feat;
+} ckca__factors;
+
 typedef struct ckca__update {
     ckca_context *ctx;
     ckca_model *m;
@@ -4997,6 +5044,15 @@ typedef struct ckca__update {
     float *cache_logits, *cache_features;
     size_t cache_logits_bytes, cache_features_bytes;
     const float *teacher_logits, *teacher_features; /* for the current batch: n x classes, n x features */
+    ckca__factors factors;
+    float *centroids; /* CENTROID's class means, classes x features, on the device; NULL with other forms */
+    size_t centroid_bytes;
+    ckca__centroids learnt; /* the class means after the update, until the model takes them over */
+    /* Pictures without labels: desc->unlabelled, or NULL if there is no AdaKD; their part of a batch follows the others. */
+    const ckca_data *unlabelled;
+    ckca__batch_buffers unlabelled_buffers;
+    int *unlabelled_order;   /* a permutation of unlabelled->count positions, then batch positions of the current step */
+    int64_t unlabelled_pass; /* which pass over them has that permutation; -1: none yet */
     ckca__batch_buffers buffers;
     int *order;         /* data->count positions: the epoch's permutation */
     int batches;        /* per epoch */
@@ -5033,6 +5089,7 @@ static const ckca__setting ckca__settings[] = {
     {CKCA__AT(w_kd),                  1,    1,       0,     1e6,                       1,   1},
     {CKCA__AT(w_feat),                1,    1,       0,     1e6,                       1,   1},
     {CKCA__AT(temperature),           1,    2,       0,     1e6,                       0,   1},
+    {CKCA__AT(teacher_pictures),      0,    0,       0,     CKCA__PICTURES_MAX,        0,   1},
     {CKCA__AT(shrink),                1,    0.4f,    0,     1,                         1,   1},
     {CKCA__AT(perturb),               1,    0.1f,    0,     1e6,                       1,   1},
     {CKCA__AT(epochs),                0,    40,      0,     1e6,                       0,   1},
@@ -5106,15 +5163,34 @@ static void ckca__settings_resolve_off(ckca_update_desc *d) {
             ckca__setting_set(d, &ckca__settings[i], 0);
 }
 
+/* The forms of AdaKD. */
+static const struct {
+    const char *name;
+    float w_kd;   /* the default weight */
+    int by_class; /* 1: a_i is the teacher's accuracy on the class of picture i, or with grows a factor of it */
+    int grows;    /* 1: a_i is g(n_old / n_new) */
+} ckca__adakds[CKCA_ADAKD_COUNT] = {{"GROWTH", 1, 0, 1}, {"CONSTANT", 1, 0, 0}, {"CLASS", 2, 1, 0}};
+
 /* The forms of FeatReg; ckca__op_featreg computes them. */
 static const struct {
     const char *name;
     int stages; /* 1: compares stages' maps; both networks need the same stages; the teacher runs on each batch */
     int same_features; /* 1: student and teacher need the same number of features */
-} ckca__featregs[CKCA_FEATREG_COUNT] = {{"STAGES", 1, 0}, {"COSINE", 0, 1}, {"L2", 0, 1}, {"RELATION", 0, 0}};
+    int centroids;     /* 1: compares features with class means, not with the teacher's */
+} ckca__featregs[CKCA_FEATREG_COUNT] = {{"CENTROID", 0, 1, 1}, {"STAGES", 1, 0, 0}, {"COSINE", 0, 1, 0}};
 
 /* 1 if the loss compares the stages' maps. */
 static int ckca__uses_stages(const ckca__update *u) { return u->d.w_feat > 0 && ckca__featregs[u->d.featreg].stages; }
+/* 1 if it compares features with class means. */
+static int ckca__uses_centroids(const ckca__update *u) {
+    return u->d.w_feat > 0 && ckca__featregs[u->d.featreg].centroids;
+}
+/* 1 if it compares features with the teacher's. */
+static int ckca__uses_features(const ckca__update *u) {
+    return u->d.w_feat > 0 && !ckca__featregs[u->d.featreg].stages && !ckca__featregs[u->d.featreg].centroids;
+}
+/* The pictures of an SGD step on n labelled ones. */
+static int ckca__step_pictures(const ckca__update *u, int n) { return u->unlabelled ? 2 * n : n; }
 
 /* Below: */
 static ckca_status ckca__train(ckca__update *u, double start);
@@ -5122,7 +5198,11 @@ static ckca_status ckca__report_progress(ckca__update *u, int seen, double secon
 static void ckca__fill_report(const ckca__update *u, double seconds, ckca_report *report);
 static ckca_status ckca__train_step(ckca__update *u, const int *position, int n);
 static void ckca__step_ops(ckca__update *u, int n);
+static ckca__factors ckca__growth(const ckca_update_desc *d, double n_old, double n_new);
+static double ckca__loss(const ckca__update *u, int seen);
+static void ckca__send_unlabelled(ckca__update *u, int n);
 static void ckca__teacher_outputs(ckca__update *u, int n, const float *input);
+static void ckca__distillation_term(ckca__update *u, int n);
 static void ckca__feature_term(ckca__update *u, int n);
 static float ckca__learning_rate(const ckca_update_desc *d, int64_t s, int batches);
 static ckca_status ckca__fetch_sums(ckca__update *u);
@@ -5130,6 +5210,12 @@ static ckca_status ckca__check_all_finite(const ckca_model *m, const char *what,
 static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc);
 static ckca_status ckca__check_teacher(const ckca__update *u, const ckca_model *t);
 static int ckca__same_stages(const ckca_model *m, const ckca_model *t);
+static int ckca__fits_featreg(const ckca_model *m, const ckca_model *t, ckca_featreg form);
+static ckca_status ckca__prepare_unlabelled(ckca__update *u);
+static ckca_status ckca__prepare_centroids(ckca__update *u, const double *sums);
+static ckca_status ckca__learn_centroids(ckca__update *u);
+static ckca_status ckca__average_features(const ckca_model *m, const ckca__centroids *before, const double *sums,
+                                          const ckca_data *data, ckca__centroids *after);
 static ckca_status ckca__prepare_teacher(ckca__update *u);
 static ckca_status ckca__starting_weights(ckca__update *u);
 static ckca_status ckca__fingerprint(ckca__update *u);
@@ -5144,7 +5230,8 @@ static ckca_status ckca__batch_buffers_alloc(ckca_context *ctx, ckca__batch_buff
                                              int features);
 static void ckca__batch_buffers_free(ckca_context *ctx, ckca__batch_buffers *b);
 static ckca_status ckca__evaluate_all(ckca_model *m, const ckca_model *like, const ckca_data *data, ckca_score *score,
-                                      float *per_class, float *cache_logits, float *cache_features);
+                                      float *per_class, float *cache_logits, float *cache_features,
+                                      double *class_sums);
 static ckca_status ckca__bind_data(ckca_model *m, const ckca_data *data, const char *what);
 
 /* In EXECUTION: */
@@ -5187,6 +5274,7 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     u->data = data;
     u->teacher_accuracy = -1;
     u->lock = -1;
+    u->unlabelled_pass = -1;
     had_names = m->class_names != NULL;
     was_normalized = m->normalized;
     if ((status = ckca_model_copy(&u->old, m))) return status;
@@ -5197,7 +5285,17 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     if (!status) status = ckca__train(u, start);
     ckca__device_forget(u->ctx, &u->recording[0]);
     ckca__device_forget(u->ctx, &u->recording[1]);
+    if (!status) status = ckca__learn_centroids(u);
     if (!status) {
+        const ckca__centroids before = m->centroids;
+        if (u->d.method == CKCA_METHOD_SCRATCH || m->updates == 0)
+            m->pictures = 0;
+        else if (m->pictures == 0) /* a checkpoint of another program */
+            m->pictures = u->d.teacher && u->d.teacher != m ? data->count : u->d.teacher_pictures;
+        m->pictures += data->count;
+        if (m->pictures > CKCA__COUNT_MAX) m->pictures = CKCA__COUNT_MAX;
+        m->centroids = u->learnt;
+        u->learnt = before; /* to be released */
         m->updates++;
     } else if (status == CKCA_ESTOP) { /* earlier training states no longer hold this model's weights */
         ckca__forget_unsaved(m);
@@ -5217,7 +5315,11 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     if (report) ckca__fill_report(u, ckca__seconds() - start, report);
     ckca__device_release(u->ctx, u->cache_logits, u->cache_logits_bytes);
     ckca__device_release(u->ctx, u->cache_features, u->cache_features_bytes);
+    ckca__device_release(u->ctx, u->centroids, u->centroid_bytes);
     ckca__batch_buffers_free(u->ctx, &u->buffers);
+    ckca__batch_buffers_free(u->ctx, &u->unlabelled_buffers);
+    ckca__release(u->ctx, u->learnt.count);
+    ckca__release(u->ctx, u->unlabelled_order);
     ckca__release(u->ctx, u->order);
     if (u->teacher != u->old) ckca_model_free(u->teacher);
     ckca_model_free(u->old);
@@ -5278,10 +5380,11 @@ static ckca_status ckca__report_progress(ckca__update *u, int seen, double secon
     p.lr = ckca__learning_rate(&u->d, (int64_t)u->epoch * u->batches + u->batch - 1, u->batches);
     p.kd = u->sums[1] / seen;
     p.feat = u->sums[2] / seen;
-    p.loss = u->sums[0] / seen + (double)u->d.w_kd * p.kd + (double)u->d.w_feat * p.feat;
+    p.loss = ckca__loss(u, seen);
     p.accuracy = (double)u->correct / seen;
     p.seconds = seconds;
     p.seconds_left = seconds / (double)steps * (double)left;
+    p.w_kd = (double)u->factors.kd;
     if (!u->d.progress(&p, u->d.user)) return CKCA_OK;
     return ckca__fail(u->ctx, CKCA_ESTOP, "update %d was stopped in epoch %d, after batch %d of %d", p.update,
                       p.epoch + 1, p.batch, p.batches);
@@ -5296,11 +5399,18 @@ static void ckca__fill_report(const ckca__update *u, double seconds, ckca_report
     report->steps = u->epoch * u->batches + u->batch;
     report->teacher_accuracy = u->teacher_accuracy;
     report->seconds = seconds;
+    report->w_kd = (double)u->factors.kd;
     if (seen < 1) return;
     report->kd = u->sums[1] / seen;
     report->feat = u->sums[2] / seen;
-    report->loss = u->sums[0] / seen + (double)u->d.w_kd * report->kd + (double)u->d.w_feat * report->feat;
+    report->loss = ckca__loss(u, seen);
     report->accuracy = (double)u->correct / seen;
+}
+
+/* The mean loss over the seen pictures of this epoch. */
+static double ckca__loss(const ckca__update *u, int seen) {
+    const ckca__factors *f = &u->factors;
+    return ((double)f->ce * u->sums[0] + (double)f->kd * u->sums[1] + (double)f->feat * u->sums[2]) / seen;
 }
 
 /* ---- one SGD step: input, forward, losses, backward, SGD; the learning rate; checks for NaN ---- */
@@ -5310,45 +5420,47 @@ static ckca_status ckca__train_step(ckca__update *u, const int *position, int n)
     const int64_t step = (int64_t)u->epoch * u->batches + u->batch;
     void **recording = &u->recording[n < u->d.batch];
     ckca__send_batch(u->ctx, u->data, position, n, u->epoch, ckca__learning_rate(&u->d, step, u->batches), &u->buffers);
+    if (u->unlabelled) ckca__send_unlabelled(u, n);
     if (ckca__device_record(u->ctx, recording)) {
         ckca__step_ops(u, n);
         ckca__device_recorded(u->ctx, recording);
     } else { /* replayed: only the host's side of ckca__run_forward and ckca__run_sgd is left to do */
-        u->m->n = n;
+        u->m->n = ckca__step_pictures(u, n);
         u->m->mode = u->mode;
-        u->m->input = ckca__input_buffer(u->m, n, u->mode);
+        u->m->input = ckca__input_buffer(u->m, u->m->n, u->mode);
         u->m->batches_tracked++;
         u->m->folded_valid = 0;
     }
     return ckca__device_status(u->ctx);
 }
 
-/* The ops of one SGD step on n pictures, from bytes to new weights. Which pictures, epoch and learning rate is in the
-   device memory of u->buffers, so the same sequence of ops serves every step (see ckca__device_record). */
+/* The ops of one SGD step on n labelled pictures, from bytes to new weights. Which pictures, epoch and learning rate is
+   in the device memory of u->buffers, so the same sequence of ops serves every step (see ckca__device_record). */
 static void ckca__step_ops(ckca__update *u, int n) {
     ckca_context *ctx = u->ctx;
     ckca_model *m = u->m;
     const ckca_update_desc *d = &u->d;
-    float *input = ckca__input_buffer(m, n, u->mode);
-    const float *logits;
+    const int pictures = ckca__step_pictures(u, n);
+    const size_t k = (size_t)m->classes;
+    float *input = ckca__input_buffer(m, pictures, u->mode), *dlogits;
     ckca_sgd_desc sgd;
 
     ckca__make_batch(m, u->data, n, &d->augment, d->seed, &u->buffers, input);
-    ckca__run_forward(m, n, u->mode, input);
-    logits = ckca__value(m, m->logits);
+    if (u->unlabelled)
+        ckca__make_batch(m, u->unlabelled, n, &d->augment, d->seed, &u->unlabelled_buffers,
+                         input + (size_t)n * (size_t)m->height * (size_t)m->width * (size_t)m->channels);
+    ckca__run_forward(m, pictures, u->mode, input);
 
     ckca__clear_has_grad(m);
-    ckca__op_cross_entropy(ctx, n, m->classes, logits, u->buffers.labels, d->label_smoothing, ckca__grad(m, m->logits),
-                           u->buffers.loss, u->buffers.hit);
+    dlogits = ckca__grad(m, m->logits);
+    ckca__op_cross_entropy(ctx, n, m->classes, ckca__value(m, m->logits), u->buffers.labels, d->label_smoothing,
+                           u->factors.ce, dlogits, u->buffers.loss, u->buffers.hit);
     m->node[m->logits].has_grad = 1;
     ckca__op_sum(ctx, n, u->buffers.loss, u->buffers.sums);
     ckca__op_count(ctx, n, u->buffers.hit, u->buffers.sums + 3);
-    if (u->teacher) ckca__teacher_outputs(u, n, input);
-    if (d->w_kd > 0) {
-        ckca__op_adakd(ctx, d->adakd, n, m->classes, logits, u->teacher_logits, u->buffers.labels,
-                       u->buffers.class_weight, d->temperature, d->w_kd, ckca__grad(m, m->logits), u->buffers.loss);
-        ckca__op_sum(ctx, n, u->buffers.loss, u->buffers.sums + 1);
-    }
+    if (u->unlabelled) ckca__device_zero(ctx, dlogits + (size_t)n * k, (size_t)n * k * sizeof(float));
+    if (d->w_kd > 0 || ckca__uses_stages(u) || ckca__uses_features(u)) ckca__teacher_outputs(u, pictures, input);
+    if (d->w_kd > 0) ckca__distillation_term(u, n);
     if (d->w_feat > 0) ckca__feature_term(u, n);
 
     ckca__device_zero(ctx, m->gradients, m->trainable * sizeof(float));
@@ -5360,7 +5472,23 @@ static void ckca__step_ops(ckca__update *u, int n) {
     ckca__run_sgd(m, &sgd, u->buffers.lr, u->buffers.gscale);
 }
 
-/* Sets u->teacher_logits and u->teacher_features for the current batch, whose pictures (n x height x width x channels)
+/* Sends the pictures without labels of an SGD step with n others: n of them, from where the step before stopped. A pure
+   function of epoch and batch, so that a resumed update goes on with the same ones. */
+static void ckca__send_unlabelled(ckca__update *u, int n) {
+    const int count = u->unlabelled->count;
+    const int64_t first = (int64_t)u->epoch * u->data->count + (int64_t)u->batch * u->d.batch;
+    int *position = u->unlabelled_order + count, i;
+    for (i = 0; i < n; i++) {
+        const int64_t pass = (first + i) / count;
+        if (pass != u->unlabelled_pass) /* ~seed: an order of its own, if both sets have as many pictures */
+            ckca_shuffle(~u->d.seed, (int)(pass % INT_MAX), count, u->unlabelled_order);
+        u->unlabelled_pass = pass;
+        position[i] = u->unlabelled_order[(first + i) % count];
+    }
+    ckca__send_batch(u->ctx, u->unlabelled, position, n, u->epoch, 0, &u->unlabelled_buffers);
+}
+
+/* Sets u->teacher_logits and u->teacher_features for the current batch, whose n pictures (each height x width x channels)
    are at input: from the cache, or by a forward pass. */
 static void ckca__teacher_outputs(ckca__update *u, int n, const float *input) {
     ckca_model *t = u->teacher;
@@ -5369,7 +5497,7 @@ static void ckca__teacher_outputs(ckca__update *u, int n, const float *input) {
         u->teacher_features = u->buffers.teacher_features;
         if (u->d.w_kd > 0)
             ckca__op_gather(u->ctx, n, t->classes, u->cache_logits, u->buffers.position, u->buffers.teacher_logits);
-        if (u->d.w_feat > 0)
+        if (ckca__uses_features(u))
             ckca__op_gather(u->ctx, n, t->features, u->cache_features, u->buffers.position,
                             u->buffers.teacher_features);
     } else {
@@ -5379,27 +5507,65 @@ static void ckca__teacher_outputs(ckca__update *u, int n, const float *input) {
     }
 }
 
-/* FeatReg: the gradient of the features, or of every stage's map, and the term's sum over the batch. */
+/* The factors of the loss's terms. This is the one place where GROWTH is defined: g(r) = min(rate r, most) of the
+   pictures behind the teacher, n_old, to those of the chunk, n_new. A heavy AdaKD makes the gradient longer, at the same
+   learning rate; so the whole loss is divided where the weights of cross-entropy and AdaKD, 1 + w, exceed total. */
+static ckca__factors ckca__growth(const ckca_update_desc *d, double n_old, double n_new) {
+    const double rate = 0.3, most = 3, total = HUGE_VAL;
+    double w = d->w_kd, scale;
+    ckca__factors factors;
+    if (ckca__adakds[d->adakd].grows) w *= rate * n_old / n_new < most ? rate * n_old / n_new : most;
+    scale = ckca__adakds[d->adakd].grows && 1 + w > total ? total / (1 + w) : 1;
+    factors.ce = (float)scale;
+    factors.kd = (float)(scale * w);
+    factors.feat = (float)(scale * d->w_feat);
+    return factors;
+}
+
+/* AdaKD: adds to the gradient of the logits and to the term's sum over the batch; n: the labelled pictures. */
+static void ckca__distillation_term(ckca__update *u, int n) {
+    const ckca_model *m = u->m;
+    const float *logits = ckca__value(m, m->logits), t = u->d.temperature;
+    const float *class_weight = ckca__adakds[u->d.adakd].by_class ? u->buffers.class_weight : NULL;
+    const size_t rest = (size_t)n * (size_t)m->classes; /* where the pictures without labels begin */
+    float *dlogits = ckca__grad(m, m->logits);
+    ckca__op_adakd(u->ctx, n, m->classes, logits, u->teacher_logits, u->buffers.labels, class_weight, t, u->factors.kd,
+                   dlogits, u->buffers.loss);
+    ckca__op_sum(u->ctx, n, u->buffers.loss, u->buffers.sums + 1);
+    if (!u->unlabelled) return;
+    ckca__op_adakd(u->ctx, n, m->classes, logits + rest, u->teacher_logits + rest, NULL, NULL, t, u->factors.kd,
+                   dlogits + rest, u->buffers.loss);
+    ckca__op_sum(u->ctx, n, u->buffers.loss, u->buffers.sums + 1);
+}
+
+/* FeatReg between node i's outputs for the n labelled pictures and teacher (as many values): their gradient, and the
+   term's sum over the batch. Pictures without labels have no such term. */
+static void ckca__compare_features(ckca__update *u, int n, int i, const float *teacher, int bf16_teacher, float scale) {
+    ckca_model *m = u->m;
+    const ckca__node *x = &m->node[i];
+    const int d = x->h * x->w * x->c, accumulate = ckca__accumulates(m, i);
+    const size_t bytes = (size_t)n * (size_t)d * (x->bf16 ? 2 : sizeof(float));
+    ckca__op_featreg(u->ctx, x->bf16, bf16_teacher, n, d, ckca__value(m, i), teacher, scale, ckca__grad(m, i),
+                     accumulate, ckca__uses_centroids(u) ? 0.0f : 1.0f, u->buffers.loss);
+    ckca__op_sum(u->ctx, n, u->buffers.loss, u->buffers.sums + 2);
+    if (u->unlabelled && !accumulate) ckca__device_zero(u->ctx, (char *)ckca__grad(m, i) + bytes, bytes);
+}
+
+/* FeatReg of the features, or of every stage's map. */
 static void ckca__feature_term(ckca__update *u, int n) {
     ckca_model *m = u->m, *t = u->teacher;
     int i, j = 0, stages = 0;
-    if (!ckca__featregs[u->d.featreg].stages) {
-        ckca__op_featreg(u->ctx, u->d.featreg, 0, 0, n, m->features, t->features, ckca__value(m, m->pooled),
-                         u->teacher_features, u->d.w_feat, ckca__grad(m, m->pooled), ckca__accumulates(m, m->pooled),
-                         u->buffers.loss, m->workspace);
-        ckca__op_sum(u->ctx, n, u->buffers.loss, u->buffers.sums + 2);
-        return;
+    if (ckca__uses_centroids(u)) {
+        ckca__op_gather(u->ctx, n, m->features, u->centroids, u->buffers.labels, u->buffers.teacher_features);
+        ckca__compare_features(u, n, m->pooled, u->buffers.teacher_features, 0, u->factors.feat);
     }
+    if (ckca__uses_features(u)) ckca__compare_features(u, n, m->pooled, u->teacher_features, 0, u->factors.feat);
+    if (!ckca__uses_stages(u)) return;
     for (i = 0; i < m->nodes; i++) stages += m->node[i].stage;
     for (i = 0; i < m->nodes; i++) {
-        const ckca__node *x = &m->node[i];
-        const int d = x->h * x->w * x->c;
-        if (!x->stage) continue;
+        if (!m->node[i].stage) continue;
         while (!t->node[j].stage) j++;
-        ckca__op_featreg(u->ctx, CKCA_FEATREG_COSINE, x->bf16, t->node[j].bf16, n, d, d, ckca__value(m, i),
-                         ckca__value(t, j), u->d.w_feat / (float)stages, ckca__grad(m, i), ckca__accumulates(m, i),
-                         u->buffers.loss, m->workspace);
-        ckca__op_sum(u->ctx, n, u->buffers.loss, u->buffers.sums + 2);
+        ckca__compare_features(u, n, i, ckca__value(t, j), t->node[j].bf16, u->factors.feat / (float)stages);
         j++;
     }
 }
@@ -5481,6 +5647,8 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
     if (desc) u->d = *desc;
     if ((status = ckca_update_defaults(m, u->data, &u->d))) return status;
     ckca__settings_resolve_off(&u->d);
+    u->factors = ckca__growth(&u->d, u->d.teacher_pictures, u->data->count);
+    if (u->d.w_kd > 0) u->unlabelled = u->d.unlabelled;
     if (u->d.state && (status = ckca__state_open(u))) return status;
     if (u->d.teacher && u->d.teacher != m) teacher = u->d.teacher;
     if (!(u->d.w_kd > 0) && !(u->d.w_feat > 0)) teacher = NULL;
@@ -5499,19 +5667,16 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
     u->order = (int *)ckca__alloc(u->ctx, (size_t)u->data->count * sizeof(int));
     if (!u->order)
         return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for the order of %d pictures", u->data->count);
-    if ((status = ckca__batch_buffers_alloc(u->ctx, &u->buffers, u->d.batch, m->classes,
-                                            u->teacher && u->teacher->features > m->features ? u->teacher->features
-                                                                                             : m->features)))
+    if (u->unlabelled && (status = ckca__prepare_unlabelled(u))) return status;
+    if ((status = ckca__batch_buffers_alloc(u->ctx, &u->buffers, ckca__step_pictures(u, u->d.batch), m->classes,
+                                            m->features)))
         return status;
-    if ((status = ckca__reserve(m, u->d.batch, u->mode))) return status;
-    if (u->d.w_feat > 0) { /* RELATION's tables may need more scratch memory than the layers */
-        const int widest = u->teacher->features > m->features ? u->teacher->features : m->features;
-        if (!ckca__arena(u->ctx, &m->workspace, &m->workspace_bytes,
-                         ckca__op_workspace(u->ctx, (size_t)u->d.batch, widest + 2 * u->d.batch)))
-            return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for FeatReg on a batch of %d", u->d.batch);
-    }
+    if ((status = ckca__reserve(m, ckca__step_pictures(u, u->d.batch), u->mode))) return status;
     if (u->teacher && (status = ckca__prepare_teacher(u))) return status;
     if ((status = ckca__prepare_store(u->ctx, u->data->store, u->d.batch, &u->buffers))) return status;
+    if (u->unlabelled &&
+        (status = ckca__prepare_store(u->ctx, u->unlabelled->store, u->d.batch, &u->unlabelled_buffers)))
+        return status;
     if (u->d.state) {
         if ((status = ckca__fingerprint(u)) || (status = ckca__state_load(u, &found))) return status;
         if (found) {
@@ -5539,8 +5704,12 @@ CKCA_API ckca_status ckca_update_defaults(const ckca_model *m, const ckca_data *
     first_update = m->updates == 0 && !d.teacher; /* no earlier knowledge to keep */
     if (d.method == CKCA_METHOD_LWF) d.adakd = CKCA_ADAKD_CONSTANT;
     if (d.w_kd == 0) d.w_kd = ckca__adakds[d.adakd].w_kd;
-    if (d.w_feat == 0 && ckca__featregs[d.featreg].stages && !ckca__same_stages(m, d.teacher ? d.teacher : m))
-        d.w_feat = CKCA_OFF;
+    if (d.w_feat == 0 && !ckca__fits_featreg(m, d.teacher ? d.teacher : m, d.featreg)) d.w_feat = CKCA_OFF;
+    if (d.teacher_pictures == 0 && !first_update) {
+        const int64_t known = d.teacher ? d.teacher->pictures : m->pictures;
+        const int64_t pictures = known > 0 ? known : data->count;
+        d.teacher_pictures = pictures < CKCA__PICTURES_MAX ? (int)pictures : CKCA__PICTURES_MAX;
+    }
     if (first_update || (d.method != CKCA_METHOD_CKCA && d.method != CKCA_METHOD_LWF)) d.w_kd = d.w_feat = CKCA_OFF;
     if (d.method == CKCA_METHOD_LWF) d.w_feat = CKCA_OFF;
     if (first_update) d.method = CKCA_METHOD_WARM;
@@ -5571,8 +5740,12 @@ static ckca_status ckca__check_teacher(const ckca__update *u, const ckca_model *
                               (double)m->normalization[i]);
     if (!(u->d.w_feat > 0)) return CKCA_OK;
     if (ckca__featregs[u->d.featreg].same_features && t->features != m->features)
-        return ckca__fail(u->ctx, CKCA_ESHAPE, "teacher: it has %d features, the model %d: only RELATION compares them",
-                          t->features, m->features);
+        return ckca__fail(u->ctx, CKCA_ESHAPE, "teacher: it has %d features, the model %d: FeatReg's %s needs as many",
+                          t->features, m->features, ckca__featregs[u->d.featreg].name);
+    if (ckca__featregs[u->d.featreg].centroids && !ckca__fits_featreg(m, t, u->d.featreg))
+        return ckca__fail(u->ctx, CKCA_ESHAPE,
+                          "update: FeatReg's CENTROID has %d classes x %d features, at most %d values are supported",
+                          m->classes, m->features, CKCA_CENTROIDS_MAX);
     if (ckca__featregs[u->d.featreg].stages && !ckca__same_stages(m, t))
         return ckca__fail(u->ctx, CKCA_ESHAPE,
                           "teacher: FeatReg's %s needs stages of the same shapes (ckca_layer_stage) in both networks",
@@ -5591,40 +5764,139 @@ static int ckca__same_stages(const ckca_model *m, const ckca_model *t) {
     }
 }
 
+/* 1 if networks of these shapes can be compared in this form of FeatReg. */
+static int ckca__fits_featreg(const ckca_model *m, const ckca_model *t, ckca_featreg form) {
+    if (ckca__featregs[form].stages) return ckca__same_stages(m, t);
+    if (!ckca__featregs[form].centroids) return 1;
+    return t->features == m->features && (int64_t)m->classes * m->features <= CKCA_CENTROIDS_MAX;
+}
+
+/* Checks the pictures without labels and prepares their batches. */
+static ckca_status ckca__prepare_unlabelled(ckca__update *u) {
+    const ckca__store *store = u->unlabelled->store, *labelled = u->data->store;
+    if (store->ctx != u->ctx)
+        return ckca__fail(u->ctx, CKCA_EINVAL, "unlabelled: the pictures belong to another context than the model");
+    if (store->height != labelled->height || store->width != labelled->width || store->channels != labelled->channels)
+        return ckca__fail(u->ctx, CKCA_ESHAPE, "unlabelled: the pictures are %d x %d x %d, the labelled ones %d x %d x %d",
+                          store->height, store->width, store->channels, labelled->height, labelled->width,
+                          labelled->channels);
+    if (u->d.batch > CKCA__BATCH_MAX / 2)
+        return ckca__fail(u->ctx, CKCA_EINVAL, "update: batch is %d, with unlabelled pictures it must be 1 to %d",
+                          u->d.batch, CKCA__BATCH_MAX / 2);
+    u->unlabelled_order =
+        (int *)ckca__alloc(u->ctx, ((size_t)u->unlabelled->count + (size_t)u->d.batch) * sizeof(int));
+    if (!u->unlabelled_order)
+        return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for the order of %d unlabelled pictures",
+                          u->unlabelled->count);
+    return ckca__batch_buffers_alloc(u->ctx, &u->unlabelled_buffers, u->d.batch, 1, 1);
+}
+
 /* Evaluates the teacher on the new pictures: its accuracy per class (for AdaKD's CLASS) and, unless pictures are
-   augmented or stages are compared, the cache of its outputs. */
+   augmented, stages are compared or some have no labels, the cache of its outputs. For CENTROID, a teacher without class
+   means is given those of the new pictures. */
 static ckca_status ckca__prepare_teacher(ckca__update *u) {
     ckca_context *ctx = u->ctx;
     ckca_model *t = u->teacher;
     const ckca_augment *a = &u->d.augment;
     const size_t count = (size_t)u->data->count;
-    const int per_batch = ckca__uses_stages(u) || a->pad || a->flip || a->resized_crop || a->jitter > 0;
+    const int per_batch =
+        ckca__uses_stages(u) || u->unlabelled || a->pad || a->flip || a->resized_crop || a->jitter > 0;
+    const int measure = ckca__uses_centroids(u) && !t->centroids.count;
     float *by_class = (float *)ckca__alloc(ctx, (size_t)t->classes * sizeof(float));
+    double *sums = NULL;
     ckca_score score;
     ckca_status status;
     int i;
     if (!by_class) return ckca__fail(ctx, CKCA_ENOMEM, "update: out of memory for %d classes", t->classes);
     u->cache_logits_bytes = ckca__mul(count, (size_t)t->classes * sizeof(float));
-    u->cache_features_bytes = ckca__mul(count, (size_t)t->features * sizeof(float));
+    u->cache_features_bytes = ckca__uses_features(u) ? ckca__mul(count, (size_t)t->features * sizeof(float)) : 0;
+    if (measure) {
+        sums = (double *)ckca__alloc(ctx, (size_t)t->classes * (size_t)t->features * sizeof *sums);
+        if (!sums) {
+            ckca__release(ctx, by_class);
+            return ckca__fail(ctx, CKCA_ENOMEM, "update: out of memory for the means of %d classes", t->classes);
+        }
+    }
     if (!per_batch && ckca__sum(u->cache_logits_bytes, u->cache_features_bytes) <= CKCA__CACHE_BYTES) {
         u->cache_logits = (float *)ckca__device_alloc(ctx, u->cache_logits_bytes);
-        u->cache_features = (float *)ckca__device_alloc(ctx, u->cache_features_bytes);
-        if (!u->cache_logits || !u->cache_features) {
+        if (ckca__uses_features(u)) u->cache_features = (float *)ckca__device_alloc(ctx, u->cache_features_bytes);
+        if (!u->cache_logits || (ckca__uses_features(u) && !u->cache_features)) {
+            ckca__release(ctx, sums);
             ckca__release(ctx, by_class);
             return ckca__fail(ctx, CKCA_ENOMEM, "update: out of memory for the teacher's outputs on %d pictures",
                               u->data->count);
         }
     }
-    status = ckca__evaluate_all(t, u->m, u->data, &score, by_class, u->cache_logits, u->cache_features);
+    status = ckca__evaluate_all(t, u->m, u->data, &score, by_class, u->cache_logits, u->cache_features, sums);
+    if (!status && ckca__uses_centroids(u)) status = ckca__prepare_centroids(u, sums);
     if (!status) {
         u->teacher_accuracy = score.top1;
         for (i = 0; i < t->classes; i++)
             if (by_class[i] < 0) by_class[i] = 0; /* a class without pictures; never read */
         ckca__device_upload(ctx, u->buffers.class_weight, by_class, (size_t)t->classes * sizeof(float));
-        status = ckca__reserve(t, u->d.batch, ckca__uses_stages(u) ? CKCA__MODE_STAGES : CKCA__MODE_EVALUATE);
+        status = ckca__reserve(t, ckca__step_pictures(u, u->d.batch),
+                               ckca__uses_stages(u) ? CKCA__MODE_STAGES : CKCA__MODE_EVALUATE);
     }
+    ckca__release(ctx, sums);
     ckca__release(ctx, by_class);
     return status;
+}
+
+/* Sends CENTROID's class means to the device: the teacher's or, if sums (see ckca__evaluate_all) is not NULL, those of
+   the new pictures. */
+static ckca_status ckca__prepare_centroids(ckca__update *u, const double *sums) {
+    const ckca_model *t = u->teacher;
+    ckca__centroids own = {NULL, NULL};
+    ckca_status status = CKCA_OK;
+    if (sums && (status = ckca__average_features(t, NULL, sums, u->data, &own))) return status;
+    u->centroid_bytes = (size_t)t->classes * (size_t)t->features * sizeof(float);
+    u->centroids = (float *)ckca__device_alloc(u->ctx, u->centroid_bytes);
+    if (u->centroids)
+        ckca__device_upload(u->ctx, u->centroids, sums ? own.mean : t->centroids.mean, u->centroid_bytes);
+    else
+        status = ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for the means of %d classes", t->classes);
+    if (!status) status = ckca__device_status(u->ctx);
+    ckca__release(u->ctx, own.count);
+    return status;
+}
+
+/* After the last epoch: the class means that the model will have: those before, and the new pictures' features by the
+   updated network, weighted by their numbers. Networks with more than CKCA_CENTROIDS_MAX values in them have none. */
+static ckca_status ckca__learn_centroids(ckca__update *u) {
+    ckca_model *m = u->m;
+    const int fresh = u->d.method == CKCA_METHOD_SCRATCH || m->updates == 0; /* what was before is forgotten */
+    ckca_score score;
+    double *sums;
+    ckca_status status;
+    if (!ckca__fits_featreg(m, m, CKCA_FEATREG_CENTROID)) return CKCA_OK;
+    sums = (double *)ckca__alloc(u->ctx, (size_t)m->classes * (size_t)m->features * sizeof *sums);
+    if (!sums)
+        return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for the means of %d classes", m->classes);
+    status = ckca__evaluate_all(m, m, u->data, &score, NULL, NULL, NULL, sums);
+    if (!status)
+        status = ckca__average_features(m, fresh || !m->centroids.count ? NULL : &m->centroids, sums, u->data,
+                                        &u->learnt);
+    ckca__release(u->ctx, sums);
+    return status;
+}
+
+/* Allocates *after: the class means of before (NULL: none) and of data, whose features add up to sums per class (classes x
+   features of m). */
+static ckca_status ckca__average_features(const ckca_model *m, const ckca__centroids *before, const double *sums,
+                                          const ckca_data *data, ckca__centroids *after) {
+    const size_t d = (size_t)m->features;
+    size_t j;
+    int i;
+    if (!ckca__centroids_alloc(m, after))
+        return ckca__fail(m->ctx, CKCA_ENOMEM, "update: out of memory for the means of %d classes", m->classes);
+    for (i = 0; i < data->count; i++) after->count[data->store->labels[data->index[i]]]++;
+    for (i = 0; i < m->classes; i++) {
+        const int64_t was = before ? before->count[i] : 0, now = was + after->count[i];
+        for (j = (size_t)i * d; now > 0 && j < (size_t)(i + 1) * d; j++)
+            after->mean[j] = (float)(((was ? (double)was * before->mean[j] : 0) + sums[j]) / (double)now);
+        after->count[i] = now < CKCA__COUNT_MAX ? now : CKCA__COUNT_MAX;
+    }
+    return CKCA_OK;
 }
 
 /* Sets the weights that the method starts from: fresh, shrunk and perturbed, or the checkpoint's. */
@@ -5681,6 +5953,10 @@ static ckca_status ckca__fingerprint(ckca__update *u) {
         hash = ckca__hash(hash, &store->labels[u->data->index[i]], sizeof(int));
         hash = ckca__hash(hash, &u->data->index[i], sizeof(int)); /* augmentation depends on it */
     }
+    for (i = 0; u->unlabelled && i < u->unlabelled->count; i++) {
+        hash = ckca__hash(hash, u->unlabelled->store->pixels + (size_t)u->unlabelled->index[i] * picture, picture);
+        hash = ckca__hash(hash, &u->unlabelled->index[i], sizeof(int));
+    }
     for (i = 0; i < CKCA__SETTINGS; i++)
         if (ckca__settings[i].affects_result) fields[k++] = ckca__setting_get(d, &ckca__settings[i]);
     fields[k++] = u->m->updates;
@@ -5688,6 +5964,8 @@ static ckca_status ckca__fingerprint(ckca__update *u) {
     hash = ckca__hash(hash, u->m->normalization, (size_t)u->m->channels * 2 * sizeof(float));
     if ((status = ckca__hash_weights(u->old, &hash))) return status;
     if (u->teacher && u->teacher != u->old && (status = ckca__hash_weights(u->teacher, &hash))) return status;
+    if (ckca__uses_centroids(u) && u->teacher && u->teacher->centroids.count)
+        hash = ckca__hash(hash, u->teacher->centroids.count, ckca__centroid_bytes(u->teacher));
     u->fingerprint = hash;
     return CKCA_OK;
 }
@@ -5885,7 +6163,7 @@ CKCA_API ckca_status ckca_evaluate(ckca_model *m, const ckca_data *data, ckca_sc
     had_names = m->class_names != NULL;
     was_normalized = m->normalized;
     if ((status = ckca__bind_data(m, data, "evaluate"))) return status;
-    status = ckca__evaluate_all(m, m, data, score ? score : &ignored, per_class, NULL, NULL);
+    status = ckca__evaluate_all(m, m, data, score ? score : &ignored, per_class, NULL, NULL, NULL);
     if (status) ckca__unbind_data(m, had_names, was_normalized);
     return status;
 }
@@ -5930,13 +6208,16 @@ CKCA_API ckca_status ckca_predict(ckca_model *m, const unsigned char *pixels, in
 
 /* Evaluates m on all of data, with the normalisation of like (m itself or, if m is a teacher, its student). per_class:
    classes accuracies, -1 for a class without pictures, or NULL. cache_logits (count x classes) and cache_features
-   (count x features), on the device or NULL, get the outputs for every picture. */
+   (count x features), on the device or NULL, get the outputs for every picture. class_sums (classes x features, on the
+   host, or NULL): every picture's features are added to its class's. */
 static ckca_status ckca__evaluate_all(ckca_model *m, const ckca_model *like, const ckca_data *data, ckca_score *score,
-                                      float *per_class, float *cache_logits, float *cache_features) {
+                                      float *per_class, float *cache_logits, float *cache_features,
+                                      double *class_sums) {
     ckca_context *ctx = m->ctx;
     const int batch = data->count < CKCA__EVAL_BATCH ? data->count : CKCA__EVAL_BATCH;
     const size_t hit_bytes = (size_t)data->count * sizeof(int);
     int first, i, n, top1 = 0, top5 = 0, *seen = NULL, *position = NULL, *hit = NULL, *device_hit = NULL;
+    float *features = NULL; /* of one batch, on the host */
     double loss = 0;
     ckca__batch_buffers b;
     ckca_status status = ckca__batch_buffers_alloc(ctx, &b, batch, m->classes, 1);
@@ -5947,7 +6228,9 @@ static ckca_status ckca__evaluate_all(ckca_model *m, const ckca_model *like, con
         seen = (int *)ckca__alloc(ctx, (size_t)m->classes * 2 * sizeof(int));
         hit = (int *)ckca__alloc(ctx, hit_bytes);
         device_hit = (int *)ckca__device_alloc(ctx, hit_bytes);
-        if (!position || !seen || !hit || !device_hit)
+        if (class_sums)
+            features = (float *)ckca__alloc(ctx, (size_t)batch * (size_t)m->features * sizeof *features);
+        if (!position || !seen || !hit || !device_hit || (class_sums && !features))
             status = ckca__fail(ctx, CKCA_ENOMEM, "evaluate: out of memory for %d classes, %d pictures", m->classes,
                                 data->count);
     }
@@ -5961,7 +6244,7 @@ static ckca_status ckca__evaluate_all(ckca_model *m, const ckca_model *like, con
         ckca__send_batch(ctx, data, position, n, 0, 0, &b);
         ckca__make_batch(like, data, n, NULL, 0, &b, input);
         ckca__run_forward(m, n, CKCA__MODE_EVALUATE, input);
-        ckca__op_cross_entropy(ctx, n, m->classes, ckca__value(m, m->logits), b.labels, 0.0f, NULL, b.loss,
+        ckca__op_cross_entropy(ctx, n, m->classes, ckca__value(m, m->logits), b.labels, 0.0f, 1.0f, NULL, b.loss,
                                device_hit + first);
         ckca__op_sum(ctx, n, b.loss, b.sums);
         if (cache_logits)
@@ -5970,6 +6253,12 @@ static ckca_status ckca__evaluate_all(ckca_model *m, const ckca_model *like, con
         if (cache_features)
             ckca__device_copy(ctx, cache_features + (size_t)first * d, ckca__value(m, m->pooled),
                               (size_t)n * d * sizeof(float));
+        if (class_sums) ckca__device_download(ctx, features, ckca__value(m, m->pooled), (size_t)n * d * sizeof(float));
+        for (i = 0; class_sums && i < n; i++) {
+            double *sum = class_sums + (size_t)data->store->labels[data->index[first + i]] * d;
+            size_t j;
+            for (j = 0; j < d; j++) sum[j] += features[(size_t)i * d + j];
+        }
     }
     if (!status) {
         ckca__device_download(ctx, &loss, b.sums, sizeof loss);
@@ -5994,6 +6283,7 @@ static ckca_status ckca__evaluate_all(ckca_model *m, const ckca_model *like, con
     ckca__release(ctx, position);
     ckca__release(ctx, seen);
     ckca__release(ctx, hit);
+    ckca__release(ctx, features);
     ckca__device_release(ctx, device_hit, hit_bytes);
     ckca__batch_buffers_free(ctx, &b);
     return status;
@@ -7041,6 +7331,7 @@ typedef struct ckca__st_item {
 } ckca__st_item;
 
 /* In SAFETENSORS: */
+static void ckca__text_add(ckca__text *text, const char *bytes, size_t n);
 static void ckca__text_puts(ckca__text *text, const char *string);
 static char *ckca__names_to_json(ckca_context *ctx, const char *const *names, int n);
 static ckca_status ckca__names_from_json(ckca_context *ctx, const char *path, const char *text, char ***names, int *n);
@@ -7142,16 +7433,73 @@ static ckca_status ckca__check_format(const ckca__st_file *file) {
                       ckca__tail(file->path), format);
 }
 
-/* Takes class names, normalisation and the number of updates (ckca.step) from a file's metadata. */
+/* Decodes exactly size bytes of base64 (RFC 4648, padded). Returns 0 if text is anything else. */
+static int ckca__parse_base64(const char *text, unsigned char *out, size_t size) {
+    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    size_t at, k;
+    if (strlen(text) != ckca__mul(ckca__sum(size, 2) / 3, 4)) return 0;
+    for (at = 0; at < size; at += 3, text += 4) {
+        const size_t n = size - at < 3 ? size - at : 3;
+        uint32_t bits = 0;
+        for (k = 0; k < 4; k++) {
+            const char *digit = k <= n ? strchr(digits, text[k]) : "";
+            if (k <= n ? !digit || !text[k] : text[k] != '=') return 0;
+            bits = bits << 6 | (k <= n ? (uint32_t)(digit - digits) : 0);
+        }
+        for (k = 0; k < n; k++) out[at + k] = (unsigned char)(bits >> (16 - 8 * k));
+        if (bits & ((1u << (24 - 8 * n)) - 1)) return 0; /* bits that no byte has */
+    }
+    return 1;
+}
+
+/* Takes class means from a file's metadata: ckca.class_counts, int64, and ckca.class_means, float32, both little-endian
+   in base64. Without them *centroids stays empty. */
+static ckca_status ckca__read_centroids(const ckca_model *m, const ckca__st_file *file, ckca__centroids *centroids) {
+    const char *counts = ckca__st_meta(file, "ckca.class_counts"), *means = ckca__st_meta(file, "ckca.class_means");
+    const char *path = ckca__tail(file->path);
+    const size_t k = (size_t)m->classes, d = (size_t)m->features;
+    size_t i, j;
+    centroids->count = NULL;
+    if ((!counts && !means) || !ckca__fits_featreg(m, m, CKCA_FEATREG_CENTROID)) return CKCA_OK;
+    if (!ckca__centroids_alloc(m, centroids))
+        return ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for the means of %d classes", path, m->classes);
+    if (!counts || !means || !ckca__parse_base64(counts, (unsigned char *)centroids->count, k * sizeof(int64_t)) ||
+        !ckca__parse_base64(means, (unsigned char *)centroids->mean, k * d * sizeof(float)))
+        return ckca__fail(m->ctx, CKCA_EFORMAT,
+                          "%s: ckca.class_counts and ckca.class_means are not %d and %d x %d numbers in base64", path,
+                          m->classes, m->classes, m->features);
+    for (i = 0; i < k; i++) {
+        if (centroids->count[i] < 0 || centroids->count[i] > CKCA__COUNT_MAX)
+            return ckca__fail(m->ctx, CKCA_EFORMAT, "%s: ckca.class_counts has %.0f pictures of class %d", path,
+                              (double)centroids->count[i], (int)i);
+        for (j = 0; j < d; j++) {
+            if (!isfinite(centroids->mean[i * d + j]))
+                return ckca__fail(m->ctx, CKCA_ENAN, "%s: ckca.class_means is not finite: feature %d of class %d", path,
+                                  (int)j, (int)i);
+            if (!centroids->count[i]) centroids->mean[i * d + j] = 0;
+        }
+    }
+    return CKCA_OK;
+}
+
+/* Takes class names, normalisation, the number of updates (ckca.step) and of pictures, and class means from a file's
+   metadata. */
 static ckca_status ckca__read_metadata(ckca_model *m, const ckca__st_file *file) {
     const char *names = ckca__st_meta(file, "ckca.class_names"), *mean = ckca__st_meta(file, "ckca.mean");
     const char *std = ckca__st_meta(file, "ckca.std"), *step = ckca__st_meta(file, "ckca.step");
+    const char *pictures = ckca__st_meta(file, "ckca.pictures");
     const char *path = ckca__tail(file->path);
     const size_t channels = (size_t)m->channels;
     char **list = NULL;
     float *normalization = NULL;
     int count = 0, updates = 1; /* weights without ckca.step were trained by another program */
+    int64_t known = 0;
+    ckca__centroids centroids = {NULL, NULL};
     ckca_status status = CKCA_OK;
+    if (pictures && (!*pictures || strspn(pictures, "0123456789") != strlen(pictures) || strlen(pictures) > 15))
+        return ckca__fail(m->ctx, CKCA_EFORMAT, "%s: ckca.pictures \"%.20s\" is not a whole number below 1e15", path,
+                          pictures);
+    for (; pictures && *pictures; pictures++) known = known * 10 + (*pictures - '0');
     if (step && !ckca__parse_integers(step, &updates, 1))
         return ckca__fail(m->ctx, CKCA_EFORMAT, "%s: ckca.step \"%.20s\" is not a whole number", path, step);
     if (names && (status = ckca__names_from_json(m->ctx, file->path, names, &list, &count))) return status;
@@ -7171,9 +7519,11 @@ static ckca_status ckca__read_metadata(ckca_model *m, const ckca__st_file *file)
             if (!(normalization[i] > 0))
                 status = ckca__fail(m->ctx, CKCA_EFORMAT, "%s: ckca.std has a value that is not above 0", path);
     }
+    if (!status) status = ckca__read_centroids(m, file, &centroids);
     if (status) {
         ckca__free_names(m->ctx, list, count);
         ckca__release(m->ctx, normalization);
+        ckca__release(m->ctx, centroids.count);
         return status;
     }
     if (list) {
@@ -7186,6 +7536,9 @@ static ckca_status ckca__read_metadata(ckca_model *m, const ckca__st_file *file)
         m->normalized = 1;
     }
     m->updates = updates;
+    m->pictures = known;
+    ckca__release(m->ctx, m->centroids.count);
+    m->centroids = centroids; /* none in the file: the model's were of other weights */
     return CKCA_OK;
 }
 
@@ -7473,6 +7826,21 @@ static void ckca__text_floats(ckca__text *text, const float *value, int count) {
     }
 }
 
+/* Appends bytes in base64 (RFC 4648, padded). */
+static void ckca__text_base64(ckca__text *text, const void *bytes, size_t size) {
+    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    const unsigned char *in = (const unsigned char *)bytes;
+    size_t at, k;
+    for (at = 0; at < size; at += 3) {
+        const size_t n = size - at < 3 ? size - at : 3;
+        uint32_t bits = 0;
+        char four[4];
+        for (k = 0; k < 3; k++) bits = bits << 8 | (k < n ? in[at + k] : 0u);
+        for (k = 0; k < 4; k++) four[k] = k <= n ? digits[bits >> (18 - 6 * k) & 63] : '=';
+        ckca__text_add(text, four, 4);
+    }
+}
+
 /* Writes a checkpoint or, if state (the text of ckca.state) is not NULL, a training state. path NULL: writes to memory,
    see ckca__st_write_memory. */
 static ckca_status ckca__export_model(ckca_model *m, const char *path, const char *state, void *out, size_t capacity,
@@ -7480,21 +7848,21 @@ static ckca_status ckca__export_model(ckca_model *m, const char *path, const cha
     ckca_context *ctx = m->ctx;
     const int most_items = m->parameters * 2 + m->nodes;
     const size_t graph_length = ckca__graph_write(m, NULL, 0) + 1;
-    ckca__st_pair meta[16];
+    ckca__st_pair meta[20];
     ckca__st_item *item = (ckca__st_item *)ckca__alloc(ctx, (size_t)most_items * sizeof *item);
     char(*name)[CKCA__NAME_MAX + 32] =
         (char(*)[CKCA__NAME_MAX + 32]) ckca__alloc(ctx, (size_t)most_items * sizeof *name);
     int *parameter = (int *)ckca__alloc(ctx, (size_t)most_items * sizeof *parameter);
     char *graph = (char *)ckca__alloc(ctx, graph_length), *names = NULL;
-    char input[64], classes[16], step[16], format[16];
-    ckca__text mean, std;
+    char input[64], classes[16], step[16], format[16], pictures[24];
+    ckca__text mean, std, class_counts, class_means;
     ckca__export export_;
     size_t most = 0;
     int i, k, items = 0, metas = 0;
     ckca_status status = ckca__check_all_finite(m, state ? "update" : path ? ckca__tail(path) : "save", state != NULL);
     memset(&mean, 0, sizeof mean);
     mean.ctx = ctx;
-    std = mean;
+    std = class_counts = class_means = mean;
     for (i = 0; i < m->parameters; i++)
         if (m->parameter[i].count > most) most = m->parameter[i].count;
     export_.m = m;
@@ -7506,8 +7874,13 @@ static ckca_status ckca__export_model(ckca_model *m, const char *path, const cha
         ckca__text_floats(&mean, m->normalization, m->channels);
         ckca__text_floats(&std, m->normalization + m->channels, m->channels);
     }
+    if (m->centroids.count && !state) { /* an update that resumes from a state has them from its checkpoint */
+        ckca__text_base64(&class_counts, m->centroids.count, (size_t)m->classes * sizeof(int64_t));
+        ckca__text_base64(&class_means, m->centroids.mean, (size_t)m->classes * (size_t)m->features * sizeof(float));
+    }
     if (!status && (!item || !name || !parameter || !graph || !export_.host || !export_.ordered ||
-                    (m->class_names && !names) || mean.failed || std.failed))
+                    (m->class_names && !names) || mean.failed || std.failed || class_counts.failed ||
+                    class_means.failed))
         status = ckca__fail(ctx, CKCA_ENOMEM, "%s: out of memory for saving it", path ? ckca__tail(path) : "save");
     if (!status) {
         ckca__graph_write(m, graph, graph_length);
@@ -7515,6 +7888,7 @@ static ckca_status ckca__export_model(ckca_model *m, const char *path, const cha
         snprintf(classes, sizeof classes, "%d", m->classes);
         snprintf(step, sizeof step, "%d", m->updates);
         snprintf(format, sizeof format, "%d", CKCA__FORMAT);
+        snprintf(pictures, sizeof pictures, "%.0f", (double)m->pictures);
 #define CKCA__META(k, v) (meta[metas].key = k, meta[metas++].value = v)
         CKCA__META("format", "pt"); /* PyTorch's readers require it */
         CKCA__META("ckca.format", format);
@@ -7526,6 +7900,9 @@ static ckca_status ckca__export_model(ckca_model *m, const char *path, const cha
         if (names) CKCA__META("ckca.class_names", names);
         if (m->normalized) CKCA__META("ckca.mean", mean.bytes);
         if (m->normalized) CKCA__META("ckca.std", std.bytes);
+        if (m->pictures) CKCA__META("ckca.pictures", pictures);
+        if (class_means.length) CKCA__META("ckca.class_counts", class_counts.bytes);
+        if (class_means.length) CKCA__META("ckca.class_means", class_means.bytes);
         if (state) CKCA__META("ckca.state", state);
         CKCA__META("ckca.graph", graph);
 #undef CKCA__META
@@ -7556,6 +7933,8 @@ static ckca_status ckca__export_model(ckca_model *m, const char *path, const cha
     }
     ckca__release(ctx, mean.bytes);
     ckca__release(ctx, std.bytes);
+    ckca__release(ctx, class_counts.bytes);
+    ckca__release(ctx, class_means.bytes);
     ckca__release(ctx, names);
     ckca__release(ctx, export_.host);
     ckca__release(ctx, export_.ordered);
@@ -12147,7 +12526,7 @@ static double ckca__log_sum_exp(int k, const float *logits, double t) {
 }
 
 static void ckca__op_cross_entropy(ckca_context *ctx, int n, int k, const float *logits, const int *labels,
-                                   float smoothing, float *dlogits, float *loss, int *hit) {
+                                   float smoothing, float scale, float *dlogits, float *loss, int *hit) {
     int i;
     (void)ctx;
     for (i = 0; i < n; i++) {
@@ -12159,7 +12538,7 @@ static void ckca__op_cross_entropy(ckca_context *ctx, int n, int k, const float 
             rank += row[j] > row[label] || (row[j] == row[label] && j < label);
             if (dlogits)
                 dlogits[(ptrdiff_t)i * k + j] =
-                    (float)((exp(row[j] - lse) - (j == label ? 1 - smoothing : 0) - smoothing / (float)k) / n);
+                    (float)(scale * ((exp(row[j] - lse) - (j == label ? 1 - smoothing : 0) - smoothing / (float)k) / n));
         }
         loss[i] = (float)(lse - (1 - smoothing) * row[label] - smoothing * (sum / k));
         hit[i] = lse == lse ? (rank == 0) | (rank < 5) << 1 : 0;
@@ -12177,40 +12556,19 @@ static void ckca__op_softmax(ckca_context *ctx, int n, int k, const float *logit
     }
 }
 
-/* a_i before division by the batch's mean. 1 - p_teacher[label] is summed from the other classes, since a difference
-   from 1 loses all precision near 0. */
-static double ckca__adakd_weight(ckca_adakd form, int k, const float *teacher_logits, int label,
-                                 const float *class_weight) {
-    double lse, doubt = 0;
-    int j;
-    if (form == CKCA_ADAKD_CLASS) return class_weight[label];
-    if (form == CKCA_ADAKD_CONSTANT) return 1;
-    lse = ckca__log_sum_exp(k, teacher_logits, 1);
-    if (form == CKCA_ADAKD_TRUTH) return exp(teacher_logits[label] - lse);
-    for (j = 0; j < k; j++)
-        if (j != label) doubt += exp(teacher_logits[j] - lse);
-    return doubt;
-}
-
 /* T^2 a_i KL(softmax(teacher_i / T) || softmax(student_i / T)); its gradient with respect to student_i is T a_i
    (softmax(student_i / T) - softmax(teacher_i / T)). T^2 makes the gradient's scale independent of T (Hinton, Vinyals,
    Dean 2015, section 2); a_i is this project's. */
-static void ckca__op_adakd(ckca_context *ctx, ckca_adakd form, int n, int k, const float *student_logits,
-                           const float *teacher_logits, const int *labels, const float *class_weight, float temperature,
-                           float scale, float *dlogits, float *loss) {
-    double t = temperature, mean = 0;
+static void ckca__op_adakd(ckca_context *ctx, int n, int k, const float *student_logits, const float *teacher_logits,
+                           const int *labels, const float *class_weight, float temperature, float scale,
+                           float *dlogits, float *loss) {
+    double t = temperature;
     int i;
     (void)ctx;
-    if (ckca__adakds[form].over_mean) {
-        for (i = 0; i < n; i++)
-            mean += ckca__adakd_weight(form, k, teacher_logits + (size_t)i * (size_t)k, labels[i], NULL) / n;
-    } else
-        mean = 1;
     for (i = 0; i < n; i++) {
         const float *s = student_logits + (size_t)i * (size_t)k, *o = teacher_logits + (size_t)i * (size_t)k;
         double lse_s = ckca__log_sum_exp(k, s, t), lse_o = ckca__log_sum_exp(k, o, t), kl = 0;
-        /* If all weights are 0 (a teacher without any doubt), all are 1 instead. */
-        double a = mean == 0 ? 1 : ckca__adakd_weight(form, k, o, labels[i], class_weight) / mean;
+        double a = class_weight ? class_weight[labels[i]] : 1;
         int j;
         for (j = 0; j < k; j++) {
             double log_s = s[j] / t - lse_s, log_o = o[j] / t - lse_o, p_o = exp(log_o);
@@ -12259,98 +12617,42 @@ static void ckca__vector_combine(const ckca_context *ctx, size_t count, float al
 
 static double ckca__inverse_norm(double square) { return square > 0 ? 1 / sqrt(square) : square; /* 0, NaN */ }
 
-/* One row: loss = 1 - cos; d cos / d f = (fo / |fo| - cos f / |f|) / |f|, with f the student's and fo the teacher's
-   features. A long row, such as a whole map, is read from memory by the first product and from cache by the others. */
-static void ckca__featreg_cosine(const ckca_context *ctx, size_t d, const float *student_features,
-                                 const float *teacher_features, double scale, float *dfeatures, int accumulate,
-                                 float *loss) {
-    double inv_f = ckca__inverse_norm(ckca__vector_dot(ctx, d, student_features, student_features));
-    double inv_o = ckca__inverse_norm(ckca__vector_dot(ctx, d, teacher_features, teacher_features));
-    double cosine = ckca__vector_dot(ctx, d, student_features, teacher_features) * inv_f * inv_o;
-    *loss = (float)(1 - cosine);
-    ckca__vector_combine(ctx, d, (float)(scale * cosine * inv_f * inv_f), student_features,
-                         (float)(-scale * inv_f * inv_o), teacher_features, dfeatures, accumulate);
-}
-
 typedef struct ckca__featreg {
     const ckca_context *ctx;
-    ckca_featreg form;
-    int n, d, d_teacher;
+    int n, d;
     const float *student_features, *teacher_features;
     float scale;
     float *dfeatures;
     int accumulate;
+    float of_zero;
     float *loss;
-    double *inv_f, *inv_o; /* RELATION: 1 / |f_i| and 1 / |fo_i| */
 } ckca__featreg;
 
-/* loss[i] = the mean over j != i of e_ij^2 with e_ij = cos(f_i, f_j) - cos(fo_i, fo_j), f the student's and fo the
-   teacher's features, so that the mean over i is that over the n (n - 1) ordered pairs; 0 for n = 1. A pair occurs
-   twice, as ij and as ji, hence the 4 in
-   d term / d f_i = 4 / (n (n - 1)) sum_j e_ij (f_j / |f_j| - cos(f_i, f_j) f_i / |f_i|) / |f_i|. */
-static void ckca__featreg_relation(void *job, int i, int thread) {
-    const ckca__featreg *a = (const ckca__featreg *)job;
-    const size_t d = (size_t)a->d, d_teacher = (size_t)a->d_teacher;
-    const float *fi = a->student_features + (size_t)i * d, *oi = a->teacher_features + (size_t)i * d_teacher;
-    const double *inv_f = a->inv_f, *inv_o = a->inv_o;
-    float *to = a->dfeatures + (size_t)i * d;
-    double sum = 0;
-    int n = a->n, j;
-    (void)thread;
-    if (!a->accumulate) memset(to, 0, d * sizeof *to);
-    for (j = 0; j < n; j++) {
-        const float *fj = a->student_features + (size_t)j * d, *oj = a->teacher_features + (size_t)j * d_teacher;
-        double cosine, e, g;
-        if (j == i) continue;
-        cosine = ckca__vector_dot(a->ctx, d, fi, fj) * inv_f[i] * inv_f[j];
-        e = cosine - ckca__vector_dot(a->ctx, d_teacher, oi, oj) * inv_o[i] * inv_o[j];
-        sum += e * e / (n - 1);
-        g = (double)a->scale * 4 / ((double)n * (n - 1)) * e * inv_f[i];
-        ckca__vector_combine(a->ctx, d, (float)(g * inv_f[j]), fj, (float)(-g * cosine * inv_f[i]), fi, to, 1);
-    }
-    a->loss[i] = (float)sum;
-}
-
-/* COSINE or L2 of a row. */
+/* One row: loss = 1 - cos; d cos / d f = (fo / |fo| - cos f / |f|) / |f|, with f the student's and fo the teacher's
+   features. A long row, such as a whole map, is read from memory by the first product and from cache by the others. */
 static void ckca__featreg_row(void *job, int i, int thread) {
     const ckca__featreg *a = (const ckca__featreg *)job;
-    const float *fi = a->student_features + (size_t)i * (size_t)a->d,
-                *oi = a->teacher_features + (size_t)i * (size_t)a->d;
-    float *to = a->dfeatures + (size_t)i * (size_t)a->d;
+    const ckca_context *ctx = a->ctx;
+    const size_t d = (size_t)a->d, row = (size_t)i * d;
+    const float *student_features = a->student_features + row, *teacher_features = a->teacher_features + row;
+    const double scale = (double)a->scale / a->n;
+    double inv_f = ckca__inverse_norm(ckca__vector_dot(ctx, d, student_features, student_features));
+    double inv_o = ckca__inverse_norm(ckca__vector_dot(ctx, d, teacher_features, teacher_features));
+    double cosine = ckca__vector_dot(ctx, d, student_features, teacher_features) * inv_f * inv_o;
     (void)thread;
-    if (a->form == CKCA_FEATREG_L2) {
-        double sum = 0;
-        int j;
-        for (j = 0; j < a->d; j++) {
-            double e = (double)fi[j] - oi[j];
-            float g = (float)(a->scale * 2 / ((double)a->n * a->d) * e);
-            sum += e * e;
-            to[j] = a->accumulate ? to[j] + g : g;
-        }
-        a->loss[i] = (float)(sum / a->d);
-    } else
-        ckca__featreg_cosine(a->ctx, (size_t)a->d, fi, oi, (double)a->scale / a->n, to, a->accumulate, a->loss + i);
+    a->loss[i] = inv_o == 0 ? a->of_zero : (float)(1 - cosine);
+    ckca__vector_combine(ctx, d, (float)(scale * cosine * inv_f * inv_f), student_features,
+                         (float)(-scale * inv_f * inv_o), teacher_features, a->dfeatures + row, a->accumulate);
 }
 
-static void ckca__op_featreg(ckca_context *ctx, ckca_featreg form, int bf16, int bf16_teacher, int n, int d,
-                             int d_teacher, const float *student_features, const float *teacher_features, float scale,
-                             float *dfeatures, int accumulate, float *loss, void *ws) {
-    ckca__featreg job = {ctx,   form,      n,          d,    d_teacher,    student_features, teacher_features,
-                         scale, dfeatures, accumulate, loss, (double *)ws, (double *)ws + n};
-    int i;
+static void ckca__op_featreg(ckca_context *ctx, int bf16, int bf16_teacher, int n, int d,
+                             const float *student_features, const float *teacher_features, float scale,
+                             float *dfeatures, int accumulate, float of_zero, float *loss) {
+    ckca__featreg job = {ctx,   n,         d,          student_features, teacher_features,
+                         scale, dfeatures, accumulate, of_zero,          loss};
     (void)bf16;
     (void)bf16_teacher;
-    if (form != CKCA_FEATREG_RELATION) {
-        ckca__parallel_over(ctx, (size_t)n * (size_t)d, n, ckca__featreg_row, &job);
-        return;
-    }
-    for (i = 0; i < n; i++) {
-        const float *fi = student_features + (size_t)i * (size_t)d,
-                    *oi = teacher_features + (size_t)i * (size_t)d_teacher;
-        job.inv_f[i] = ckca__inverse_norm(ckca__vector_dot(ctx, (size_t)d, fi, fi));
-        job.inv_o[i] = ckca__inverse_norm(ckca__vector_dot(ctx, (size_t)d_teacher, oi, oi));
-    }
-    ckca__parallel_over(ctx, (size_t)n * (size_t)n * (size_t)d, n, ckca__featreg_relation, &job);
+    ckca__parallel_over(ctx, (size_t)n * (size_t)d, n, ckca__featreg_row, &job);
 }
 
 static void ckca__op_sum(ckca_context *ctx, int n, const float *values, double *sum) {

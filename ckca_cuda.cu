@@ -96,7 +96,6 @@ typedef struct ckca__cuda {
         int active, pending, overlap; /* 1: work is issued here; the main stream must still wait; may skip it */
     } side;
     int blocks;                    /* maximum grid of an element-wise kernel */
-    double *scratch;               /* on the device: one double */
     unsigned *tickets;             /* on the device: 0 between kernels, see ckca__is_last */
     int dependent_launch;          /* 1: use programmatic dependent launch */
     char *slot[CKCA__SLOTS];       /* pinned host memory */
@@ -219,7 +218,6 @@ CKCA__OP void ckca__device_free(ckca_context *ctx) {
         if (cuda->slot[i]) cudaFreeHost(cuda->slot[i]);
     }
     if (cuda->blas_workspace) cudaFree(cuda->blas_workspace);
-    if (cuda->scratch) cudaFree(cuda->scratch);
     if (cuda->tickets) cudaFree(cuda->tickets);
     if (cuda->copies) cudaStreamDestroy(cuda->copies);
     if (cuda->stream) cudaStreamDestroy(cuda->stream);
@@ -257,7 +255,6 @@ CKCA__OP ckca_status ckca__device_init(ckca_context *ctx) {
     ok = CKCA__CUDA(cuda, cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking)) &&
          CKCA__CUDA(cuda, cudaStreamCreateWithFlags(&cuda->copies, cudaStreamNonBlocking)) &&
          CKCA__CUDA(cuda, cudaStreamCreateWithFlags(&cuda->side.stream, cudaStreamNonBlocking)) &&
-         CKCA__CUDA(cuda, cudaMalloc((void **)&cuda->scratch, sizeof *cuda->scratch)) &&
          CKCA__CUDA(cuda, cudaMalloc((void **)&cuda->tickets, 2 * CKCA__TICKETS * sizeof *cuda->tickets)) &&
          CKCA__CUDA(cuda, cudaMemsetAsync(cuda->tickets, 0, 2 * CKCA__TICKETS * sizeof *cuda->tickets, cuda->stream)) &&
          CKCA__CUDA(cuda, cudaRuntimeGetVersion(&runtime)) && CKCA__CUDA(cuda, cudaDriverGetVersion(&driver)) &&
@@ -1874,7 +1871,7 @@ static void ckca__take_statistics(ckca_context *ctx, int bf16, size_t rows, int 
 static unsigned ckca__warps(int c) { return (unsigned)((c + CKCA__THREADS / 32 - 1) / (CKCA__THREADS / 32)); }
 
 CKCA__OP size_t ckca__op_workspace(const ckca_context *ctx, size_t rows, int c) {
-    (void)ctx; /* batch norm's parts and table; clipping's sums; RELATION passes a c large enough for its norms */
+    (void)ctx; /* batch norm's parts and table; clipping's sums */
     return ckca__sum(CKCA__PARTS * sizeof(double),
                      ckca__mul((size_t)c, (2 * (size_t)ckca__parts(rows, 1) + 2) * sizeof(float)));
 }
@@ -2743,7 +2740,7 @@ __device__ double ckca__log_sum_exp(int k, const float *logits, double t) {
 __device__ __forceinline__ int ckca__warp_row() { return (int)(blockIdx.x * (CKCA__THREADS / 32) + threadIdx.x / 32); }
 
 __global__ void ckca__cross_entropy_kernel(int n, int k, const float *logits, const int *labels, float smoothing,
-                                           float *dlogits, float *loss, int *hit) {
+                                           float scale, float *dlogits, float *loss, int *hit) {
     ckca__wait_for_grids();
     const int i = ckca__warp_row(), lane = (int)threadIdx.x % 32;
     if (i >= n) return;
@@ -2757,7 +2754,7 @@ __global__ void ckca__cross_entropy_kernel(int n, int k, const float *logits, co
         rank += row[j] > row[label] || (row[j] == row[label] && j < label);
         if (dlogits)
             dlogits[(size_t)i * k + j] =
-                (float)((exp(row[j] - lse) - (j == label ? 1 - smoothing : 0) - smoothing / k) / n);
+                (float)(scale * ((exp(row[j] - lse) - (j == label ? 1 - smoothing : 0) - smoothing / k) / n));
     }
     sum = ckca__warp_sum(sum);
     rank = ckca__warp_sum(rank);
@@ -2766,8 +2763,9 @@ __global__ void ckca__cross_entropy_kernel(int n, int k, const float *logits, co
     hit[i] = lse == lse ? (rank == 0) | (rank < 5) << 1 : 0;
 }
 CKCA__OP void ckca__op_cross_entropy(ckca_context *ctx, int n, int k, const float *logits, const int *labels,
-                                     float smoothing, float *dlogits, float *loss, int *hit) {
-    CKCA__LAUNCH(ctx, ckca__cross_entropy_kernel, ckca__warps(n), n, k, logits, labels, smoothing, dlogits, loss, hit);
+                                     float smoothing, float scale, float *dlogits, float *loss, int *hit) {
+    CKCA__LAUNCH(ctx, ckca__cross_entropy_kernel, ckca__warps(n), n, k, logits, labels, smoothing, scale, dlogits, loss,
+                 hit);
 }
 
 __global__ void ckca__softmax_kernel(int n, int k, const float *logits, float *p) {
@@ -2782,16 +2780,16 @@ CKCA__OP void ckca__op_softmax(ckca_context *ctx, int n, int k, const float *log
     CKCA__LAUNCH(ctx, ckca__softmax_kernel, ckca__warps(n), n, k, logits, p);
 }
 
-/* One block. mean: *sum = the mean of values; otherwise *sum += their sum. */
-__global__ void ckca__sum_kernel(int n, const float *values, int mean, double *sum) {
+/* One block. */
+__global__ void ckca__sum_kernel(int n, const float *values, double *sum) {
     ckca__wait_for_grids();
     double v = 0;
     for (int i = (int)threadIdx.x; i < n; i += CKCA__THREADS) v += values[i];
     v = ckca__block_sum(v);
-    if (threadIdx.x == 0) *sum = mean ? v / n : *sum + v;
+    if (threadIdx.x == 0) *sum += v;
 }
 CKCA__OP void ckca__op_sum(ckca_context *ctx, int n, const float *values, double *sum) {
-    CKCA__LAUNCH(ctx, ckca__sum_kernel, 1, n, values, 0, sum);
+    CKCA__LAUNCH(ctx, ckca__sum_kernel, 1, n, values, sum);
 }
 __global__ void ckca__count_kernel(int n, const int *hit, double *sum) {
     ckca__wait_for_grids();
@@ -2804,36 +2802,16 @@ CKCA__OP void ckca__op_count(ckca_context *ctx, int n, const int *hit, double *s
     CKCA__LAUNCH(ctx, ckca__count_kernel, 1, n, hit, sum);
 }
 
-/* Writes AdaKD's a_i for TRUTH and DOUBT, before division by their mean, to weight. DOUBT's 1 - p_o[y] is summed over
-   the other classes, to avoid cancellation. */
-__global__ void ckca__adakd_weights(ckca_adakd form, int n, int k, const float *teacher_logits, const int *labels,
-                                    float *weight) {
-    ckca__wait_for_grids();
-    const int i = ckca__warp_row(), lane = (int)threadIdx.x % 32;
-    if (i >= n) return;
-    const float *row = teacher_logits + (size_t)i * k;
-    const double lse = ckca__log_sum_exp(k, row, 1);
-    double doubt = 0;
-    for (int j = lane; j < k; j += 32)
-        if (j != labels[i]) doubt += exp(row[j] - lse);
-    doubt = ckca__warp_sum(doubt);
-    if (!lane) weight[i] = (float)(form == CKCA_ADAKD_TRUTH ? exp(row[labels[i]] - lse) : doubt);
-}
-
-/* For TRUTH and DOUBT, loss holds the weights on entry; each warp reads its own, then overwrites it. */
-__global__ void ckca__adakd_kernel(ckca_adakd form, int n, int k, const float *student_logits,
-                                   const float *teacher_logits, const int *labels, const float *class_weight, double t,
-                                   float scale, const double *mean, float *dlogits, float *loss) {
+__global__ void ckca__adakd_kernel(int n, int k, const float *student_logits, const float *teacher_logits,
+                                   const int *labels, const float *class_weight, double t, float scale, float *dlogits,
+                                   float *loss) {
     ckca__wait_for_grids();
     const int i = ckca__warp_row(), lane = (int)threadIdx.x % 32;
     if (i >= n) return;
     const float *s = student_logits + (size_t)i * k, *o = teacher_logits + (size_t)i * k;
     const double lse_s = ckca__log_sum_exp(k, s, t), lse_o = ckca__log_sum_exp(k, o, t);
-    double kl = 0, a = 1;
-    if (form == CKCA_ADAKD_CLASS)
-        a = class_weight[labels[i]];
-    else if (form != CKCA_ADAKD_CONSTANT && *mean != 0)
-        a = loss[i] / *mean; /* if all weights are 0, each counts as 1 */
+    const double a = class_weight ? class_weight[labels[i]] : 1;
+    double kl = 0;
     for (int j = lane; j < k; j += 32) {
         const double log_s = s[j] / t - lse_s, log_o = o[j] / t - lse_o, p_o = exp(log_o);
         kl += p_o * (log_o - log_s);
@@ -2842,31 +2820,20 @@ __global__ void ckca__adakd_kernel(ckca_adakd form, int n, int k, const float *s
     kl = ckca__warp_sum(kl);
     if (!lane) loss[i] = (float)(t * t * a * kl);
 }
-CKCA__OP void ckca__op_adakd(ckca_context *ctx, ckca_adakd form, int n, int k, const float *student_logits,
-                             const float *teacher_logits, const int *labels, const float *class_weight,
-                             float temperature, float scale, float *dlogits, float *loss) {
-    double *mean = ckca__cuda_of(ctx)->scratch;
-    if (ckca__adakds[form].over_mean) {
-        CKCA__LAUNCH(ctx, ckca__adakd_weights, ckca__warps(n), form, n, k, teacher_logits, labels, loss);
-        CKCA__LAUNCH(ctx, ckca__sum_kernel, 1, n, (const float *)loss, 1, mean);
-    }
-    CKCA__LAUNCH(ctx, ckca__adakd_kernel, ckca__warps(n), form, n, k, student_logits, teacher_logits, labels,
-                 class_weight, (double)temperature, scale, (const double *)mean, dlogits, loss);
+CKCA__OP void ckca__op_adakd(ckca_context *ctx, int n, int k, const float *student_logits, const float *teacher_logits,
+                             const int *labels, const float *class_weight, float temperature, float scale,
+                             float *dlogits, float *loss) {
+    CKCA__LAUNCH(ctx, ckca__adakd_kernel, ckca__warps(n), n, k, student_logits, teacher_logits, labels, class_weight,
+                 (double)temperature, scale, dlogits, loss);
 }
 
-/* a . b, computed by the whole block. */
-__device__ double ckca__block_dot(int d, const float *a, const float *b) {
-    double sum = 0;
-    for (int j = (int)threadIdx.x; j < d; j += CKCA__THREADS) sum += (double)a[j] * b[j];
-    return ckca__block_sum(sum);
-}
 __device__ __forceinline__ double ckca__inverse_norm(double square) { return square > 0 ? 1 / sqrt(square) : square; }
 
 /* One block per picture: loss = 1 - cos; d cos / d student = (teacher / |teacher| - cos student / |student|)
    / |student|. */
 template <class T, class TEACHER, int WIDTH>
 __global__ void ckca__cosine_kernel(int d, const T *student_features, const TEACHER *teacher_features, double scale,
-                                    T *dfeatures, int accumulate, float *loss) {
+                                    T *dfeatures, int accumulate, float of_zero, float *loss) {
     ckca__wait_for_grids();
     const size_t row = (size_t)blockIdx.x * d, end = row + d;
     double square = 0, square_o = 0, product = 0;
@@ -2890,96 +2857,21 @@ __global__ void ckca__cosine_kernel(int d, const T *student_features, const TEAC
         for (int e = 0; e < WIDTH; e++) a.v[e] = alpha * a.v[e] + beta * b.v[e] + (accumulate ? previous.v[e] : 0);
         a.store(dfeatures + j);
     }
-    if (threadIdx.x == 0) loss[blockIdx.x] = (float)(1 - cosine);
+    if (threadIdx.x == 0) loss[blockIdx.x] = inv_o == 0 ? of_zero : (float)(1 - cosine);
 }
 
-__global__ void ckca__l2_kernel(int d, const float *student_features, const float *teacher_features, double scale,
-                                float *dfeatures, int accumulate, float *loss) {
-    ckca__wait_for_grids();
-    const size_t row = (size_t)blockIdx.x * d;
-    double sum = 0;
-    for (size_t j = row + threadIdx.x; j < row + d; j += CKCA__THREADS) {
-        const double e = (double)student_features[j] - teacher_features[j];
-        sum += e * e;
-        dfeatures[j] = (float)(scale * e) + (accumulate ? dfeatures[j] : 0);
-    }
-    sum = ckca__block_sum(sum);
-    if (threadIdx.x == 0) loss[blockIdx.x] = (float)(sum / d);
-}
-
-/* inverse[i] = 1 / |f_i|; one block per picture. */
-__global__ void ckca__norms_kernel(int d, const float *student_features, double *inverse) {
-    ckca__wait_for_grids();
-    const float *row = student_features + (size_t)blockIdx.x * d;
-    const double square = ckca__block_dot(d, row, row);
-    if (threadIdx.x == 0) inverse[blockIdx.x] = ckca__inverse_norm(square);
-}
-
-/* One block per picture i loops over the others j in tiles: each warp first computes the weights of its own f_j, then
-   each thread adds the weighted f_j for its own features. Formulas as on the host (ckca__featreg_relation). */
-__global__ void ckca__relation_kernel(int n, int d, int d_teacher, const float *student_features,
-                                      const float *teacher_features, const double *inv_f, const double *inv_o,
-                                      double scale, float *dfeatures, int accumulate, float *loss) {
-    ckca__wait_for_grids();
-    enum { TILE = CKCA__THREADS };
-    __shared__ double weight[TILE];
-    const int i = (int)blockIdx.x, lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
-    const float *fi = student_features + (size_t)i * d, *oi = teacher_features + (size_t)i * d_teacher;
-    float *to = dfeatures + (size_t)i * d;
-    double sum = 0, own = 0; /* this warp's sum of e^2; its sum of the weights of f_i itself */
-    for (int c = (int)threadIdx.x; c < d && !accumulate; c += CKCA__THREADS) to[c] = 0;
-    for (int first = 0; first < n; first += TILE) {
-        const int count = n - first < TILE ? n - first : TILE;
-        for (int j = warp; j < count; j += CKCA__THREADS / 32) {
-            const float *fj = student_features + (size_t)(first + j) * d,
-                        *oj = teacher_features + (size_t)(first + j) * d_teacher;
-            double cosine = 0, other = 0;
-            for (int c = lane; c < d; c += 32) cosine += (double)fi[c] * fj[c];
-            for (int c = lane; c < d_teacher; c += 32) other += (double)oi[c] * oj[c];
-            cosine = ckca__warp_sum(cosine) * inv_f[i] * inv_f[first + j];
-            const double e = first + j == i ? 0 : cosine - ckca__warp_sum(other) * inv_o[i] * inv_o[first + j];
-            const double g = n > 1 ? scale * 4 / ((double)n * (n - 1)) * e * inv_f[i] : 0;
-            if (lane == 0) weight[j] = g * inv_f[first + j];
-            sum += e * e;
-            own -= g * cosine * inv_f[i];
-        }
-        __syncthreads();
-        for (int c = (int)threadIdx.x; c < d; c += CKCA__THREADS) {
-            double v = 0;
-            for (int j = 0; j < count; j++) v += weight[j] * student_features[(size_t)(first + j) * d + c];
-            to[c] += (float)v;
-        }
-        __syncthreads();
-    }
-    sum = ckca__block_sum(lane == 0 ? sum : 0);
-    own = ckca__block_sum(lane == 0 ? own : 0);
-    for (int c = (int)threadIdx.x; c < d; c += CKCA__THREADS) to[c] += (float)(own * fi[c]);
-    if (threadIdx.x == 0) loss[i] = (float)(n > 1 ? sum / (n - 1) : 0);
-}
-
-CKCA__OP void ckca__op_featreg(ckca_context *ctx, ckca_featreg form, int bf16, int bf16_teacher, int n, int d,
-                               int d_teacher, const float *student_features, const float *teacher_features, float scale,
-                               float *dfeatures, int accumulate, float *loss, void *ws) {
-    if (form == CKCA_FEATREG_RELATION) {
-        double *inv_f = (double *)ws, *inv_o = inv_f + n;
-        CKCA__LAUNCH(ctx, ckca__norms_kernel, n, d, student_features, inv_f);
-        CKCA__LAUNCH(ctx, ckca__norms_kernel, n, d_teacher, teacher_features, inv_o);
-        CKCA__LAUNCH(ctx, ckca__relation_kernel, n, n, d, d_teacher, student_features, teacher_features,
-                     (const double *)inv_f, (const double *)inv_o, (double)scale, dfeatures, accumulate, loss);
-    } else if (form == CKCA_FEATREG_L2) {
-        CKCA__LAUNCH(ctx, ckca__l2_kernel, n, d, student_features, teacher_features, scale * 2 / ((double)n * d),
-                     dfeatures, accumulate, loss);
-    } else {
-        ckca__dispatch_channels(bf16, d, [&](auto type, auto width) {
-            ckca__dispatch_type(bf16_teacher, [&](auto teacher) {
-                typedef decltype(type) T;
-                typedef decltype(teacher) TEACHER;
-                CKCA__LAUNCH(ctx, (ckca__cosine_kernel<T, TEACHER, decltype(width)::VALUE>), n, d,
-                             (const T *)student_features, (const TEACHER *)teacher_features, (double)scale / n,
-                             (T *)dfeatures, accumulate, loss);
-            });
+CKCA__OP void ckca__op_featreg(ckca_context *ctx, int bf16, int bf16_teacher, int n, int d,
+                               const float *student_features, const float *teacher_features, float scale,
+                               float *dfeatures, int accumulate, float of_zero, float *loss) {
+    ckca__dispatch_channels(bf16, d, [&](auto type, auto width) {
+        ckca__dispatch_type(bf16_teacher, [&](auto teacher) {
+            typedef decltype(type) T;
+            typedef decltype(teacher) TEACHER;
+            CKCA__LAUNCH(ctx, (ckca__cosine_kernel<T, TEACHER, decltype(width)::VALUE>), n, d,
+                         (const T *)student_features, (const TEACHER *)teacher_features, (double)scale / n,
+                         (T *)dfeatures, accumulate, of_zero, loss);
         });
-    }
+    });
 }
 
 /* ------------------------------------------------------------------------------------------------------------------

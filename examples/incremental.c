@@ -20,28 +20,31 @@ typedef struct method {
     int joined;         /* 1: trained on all chunks so far */
     const char *colour; /* after the palette of Okabe and Ito, for colour-blind readers too */
     const char *dash;
+    int no_feat, no_growth; /* CKCA without its feature term; with lwf's constant weight instead of a growing one */
 } method;
 
-static const method methods[] = {{"scratch-chunk", CKCA_METHOD_SCRATCH, 0, "#8a8a8a", "2 4"},
-                                 {"scratch-all", CKCA_METHOD_SCRATCH, 1, "#4d4d4d", "7 4"},
-                                 {"warm", CKCA_METHOD_WARM, 0, "#d98b00", ""},
-                                 {"shrink-perturb", CKCA_METHOD_SHRINK_PERTURB, 0, "#009e73", ""},
-                                 {"lwf", CKCA_METHOD_LWF, 0, "#c25e9a", ""},
-                                 {"ckca", CKCA_METHOD_CKCA, 0, "#0068ad", ""}};
+static const method methods[] = {{"scratch-chunk", CKCA_METHOD_SCRATCH, 0, "#8a8a8a", "2 4", 0, 0},
+                                 {"scratch-all", CKCA_METHOD_SCRATCH, 1, "#4d4d4d", "7 4", 0, 0},
+                                 {"warm", CKCA_METHOD_WARM, 0, "#d98b00", "", 0, 0},
+                                 {"shrink-perturb", CKCA_METHOD_SHRINK_PERTURB, 0, "#009e73", "", 0, 0},
+                                 {"lwf", CKCA_METHOD_LWF, 0, "#c25e9a", "", 0, 0},
+                                 {"ckca-no-feat", CKCA_METHOD_CKCA, 0, "#56b4e9", "7 4", 1, 0},
+                                 {"ckca-no-growth", CKCA_METHOD_CKCA, 0, "#56b4e9", "2 4", 0, 1},
+                                 {"ckca", CKCA_METHOD_CKCA, 0, "#0068ad", "", 0, 0}};
 enum { METHODS = sizeof methods / sizeof *methods };
 
 /* A method's results after a chunk. Accuracies are fractions. */
 typedef struct row {
     int done, pictures;
     double accuracy, top5, loss;                                   /* on the test part */
-    double train_loss, train_accuracy, kd, feat, teacher, seconds; /* of the update's last epoch */
+    double train_loss, train_accuracy, kd, feat, teacher, w_kd, seconds; /* of the update's last epoch */
 } row;
 
 typedef struct run {
     /* settings */
     tool_source source;
     const char *arch, *method_list, *out;
-    int projection, width, chunks, chunk_size, stratified, resume, augment;
+    int projection, width, chunks, chunk_size, unlabelled, stratified, resume, augment;
     uint64_t seed;
     float w_lwf;
     ckca_update_desc update;
@@ -76,7 +79,7 @@ static const char *checkpoint(run *r, int chunk, int column) {
 /* ---- results.csv ---------------------------------------------------------------------------------------------- */
 
 static const char columns_line[] = "method,chunk,pictures,accuracy,top5,loss,train_loss,train_accuracy,kd,feat,"
-                                   "teacher_accuracy,seconds";
+                                   "teacher_accuracy,w_kd,seconds";
 
 /* Every setting that the results depend on, as " --name=value": --resume must have the same ones. */
 static void settings(const run *r, char *line, size_t size) {
@@ -100,9 +103,9 @@ static void write_csv(const run *r, FILE *file) {
         for (m = 0; m < r->columns; m++) {
             const row *a = at(r, t, m);
             if (a->done)
-                fprintf(file, "%s,%d,%d,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.2f\n", r->method[m]->name, t + 1,
-                        a->pictures, a->accuracy, a->top5, a->loss, a->train_loss, a->train_accuracy, a->kd, a->feat,
-                        a->teacher, a->seconds);
+                fprintf(file, "%s,%d,%d,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.2f\n", r->method[m]->name,
+                        t + 1, a->pictures, a->accuracy, a->top5, a->loss, a->train_loss, a->train_accuracy, a->kd,
+                        a->feat, a->teacher, a->w_kd, a->seconds);
         }
 }
 
@@ -138,9 +141,9 @@ static void read_csv(run *r) {
     while (i++, fgets(line, sizeof line, file)) {
         row now;
         memset(&now, 0, sizeof now);
-        if (sscanf(line, "%31[^,],%d,%d,%lf,%lf,%lf,%lf,%lf,%lf,%lf,%lf,%lf", name, &t, &now.pictures, &now.accuracy,
-                   &now.top5, &now.loss, &now.train_loss, &now.train_accuracy, &now.kd, &now.feat, &now.teacher,
-                   &now.seconds) != 12)
+        if (sscanf(line, "%31[^,],%d,%d,%lf,%lf,%lf,%lf,%lf,%lf,%lf,%lf,%lf,%lf", name, &t, &now.pictures,
+                   &now.accuracy, &now.top5, &now.loss, &now.train_loss, &now.train_accuracy, &now.kd, &now.feat,
+                   &now.teacher, &now.w_kd, &now.seconds) != 13)
             tool_fail(1, "%s, line %d: not a row of this table", csv, i);
         for (m = 0; m < r->columns && strcmp(r->method[m]->name, name); m++) continue;
         if (m == r->columns || t < 1 || t > r->chunks) tool_fail(1, "%s, line %d: no such method and chunk", csv, i);
@@ -175,6 +178,9 @@ static void put_escaped(FILE *file, const char *text) {
             fputc(*text, file);
     }
 }
+
+/* 1: CKCA itself, drawn to stand out. */
+static int whole(const method *a) { return a->method == CKCA_METHOD_CKCA && !a->no_feat && !a->no_growth; }
 
 /* Accuracy over chunks: a line per method, labelled at its end. The plot sets its own colours and background, so that
    it looks the same in light and dark viewers. */
@@ -245,7 +251,7 @@ static void write_svg(const run *r, FILE *file) {
         fprintf(file,
                 "<g stroke=\"%s\" fill=\"none\" stroke-width=\"%s\" stroke-linejoin=\"round\" "
                 "stroke-linecap=\"round\"><path stroke-dasharray=\"%s\" d=\"",
-                a->colour, a->method == CKCA_METHOD_CKCA ? "3" : "2", *a->dash ? a->dash : "none");
+                a->colour, whole(a) ? "3" : "2", *a->dash ? a->dash : "none");
         for (t = 0; t <= last[m]; t++)
             fprintf(file, "%c%.1f %.1f", t ? 'L' : 'M', X(t), Y(100 * at(r, t, m)->accuracy));
         fprintf(file, "\"/>");
@@ -254,9 +260,9 @@ static void write_svg(const run *r, FILE *file) {
         fprintf(file, "<g fill=\"%s\">", a->colour);
         for (t = r->chunks > 40 ? last[m] : 0; t <= last[m]; t++) /* no points where they would hide the line */
             fprintf(file, "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"%s\" stroke=\"#fcfcfa\"/>", X(t),
-                    Y(100 * at(r, t, m)->accuracy), a->method == CKCA_METHOD_CKCA ? "4.2" : "3.4");
+                    Y(100 * at(r, t, m)->accuracy), whole(a) ? "4.2" : "3.4");
         fprintf(file, "<text x=\"%g\" y=\"%.1f\" font-size=\"13\" font-weight=\"%s\">%s %.1f</text></g>\n", right + 15,
-                y + 4.5, a->method == CKCA_METHOD_CKCA ? "700" : "500", a->name, 100 * at(r, last[m], m)->accuracy);
+                y + 4.5, whole(a) ? "700" : "500", a->name, 100 * at(r, last[m], m)->accuracy);
     }
     fprintf(file, "</svg>\n");
 #undef X
@@ -300,18 +306,19 @@ static int show_progress(const ckca_progress *p, void *user) {
 }
 
 /* Cost of an update in picture visits. The teacher's forward pass costs about a third of a step; it runs once per
-   picture, or on every visit if augmentation changes the pictures. */
+   picture, or on every visit if augmentation changes the pictures or some have no labels, which take a visit more each. */
 static double job_cost(const run *r, int chunk, int column, int pictures) {
     const method *a = r->method[column];
     double visits = (double)pictures * r->update.epochs * (a->joined ? chunk + 1 : 1);
     if (chunk == 0) return column ? 0 : visits;
     if (a->method != CKCA_METHOD_CKCA && a->method != CKCA_METHOD_LWF) return visits;
-    return visits + (r->augment ? visits : pictures) / 3.0;
+    if (r->unlabelled) visits *= 2;
+    return visits + (r->augment || r->unlabelled ? visits : pictures) / 3.0;
 }
 
 /* Runs and tests one update of one method. model is its checkpoint after the previous chunk. */
-static void do_job(ckca_context *ctx, run *r, ckca_model *model, ckca_data *const *chunks, const ckca_data *test, int t,
-                   int m) {
+static void do_job(ckca_context *ctx, run *r, ckca_model *model, ckca_data *const *chunks, const ckca_data *test,
+                   const ckca_data *unlabelled, int t, int m) {
     const method *a = r->method[m];
     ckca_update_desc desc = r->update;
     ckca_data *joined = NULL;
@@ -322,7 +329,10 @@ static void do_job(ckca_context *ctx, run *r, ckca_model *model, ckca_data *cons
     row *result = at(r, t, m);
 
     desc.method = a->method;
-    if (a->method == CKCA_METHOD_LWF) desc.w_kd = r->w_lwf;
+    if (a->method == CKCA_METHOD_LWF || a->no_growth) desc.w_kd = r->w_lwf;
+    if (a->no_growth) desc.adakd = CKCA_ADAKD_CONSTANT;
+    if (a->no_feat) desc.w_feat = CKCA_OFF;
+    desc.unlabelled = unlabelled;
     desc.seed = r->seed * 1000 + (uint64_t)t;
     if (r->augment) desc.augment.pad = 4, desc.augment.flip = 1;
 #ifdef CKCA_CUDA /* a GPU would stop for every report */
@@ -349,16 +359,17 @@ static void do_job(ckca_context *ctx, run *r, ckca_model *model, ckca_data *cons
     result->kd = report.kd;
     result->feat = report.feat;
     result->teacher = report.teacher_accuracy;
+    result->w_kd = report.w_kd;
     result->seconds = report.seconds;
     r->seconds += report.seconds;
 }
 
 static void print_row(const run *r, int t, int m) {
     const row *a = at(r, t, m);
-    printf(
-        "chunk %2d  %-15s test %5.1f%%  top-5 %5.1f%%  loss %6.3f    training loss %6.4f  accuracy %5.1f%%  %6.1f s\n",
-        t + 1, r->method[m]->name, 100 * a->accuracy, 100 * a->top5, a->loss, a->train_loss, 100 * a->train_accuracy,
-        a->seconds);
+    printf("chunk %2d  %-15s test %5.1f%%  top-5 %5.1f%%  loss %6.3f    training loss %6.4f  accuracy %5.1f%%  AdaKD x "
+           "%4.2f  %6.1f s\n",
+           t + 1, r->method[m]->name, 100 * a->accuracy, 100 * a->top5, a->loss, a->train_loss, 100 * a->train_accuracy,
+           a->w_kd, a->seconds);
     fflush(stdout);
 }
 
@@ -396,6 +407,39 @@ static void choose_methods(run *r) {
     }
 }
 
+/* qsort's order of addresses. */
+static int by_address(const void *a, const void *b) {
+    const uintptr_t x = (uintptr_t) * (const unsigned char *const *)a, y = (uintptr_t) * (const unsigned char *const *)b;
+    return x < y ? -1 : x > y;
+}
+
+/* count pictures of train that are in no chunk, in train's order: they stand for pictures without labels. */
+static ckca_data *set_aside(ckca_context *ctx, const ckca_data *train, ckca_data *const *chunks, int n, int count) {
+    ckca_data_info info, part;
+    const unsigned char **used;
+    ckca_data *rest = NULL;
+    int *index, i, t, taken = 0, found = 0;
+    ckca_data_info_get(train, &info);
+    used = (const unsigned char **)malloc((size_t)info.count * sizeof *used);
+    index = (int *)malloc((size_t)info.count * sizeof *index);
+    if (!used || !index) tool_fail(1, "out of memory");
+    for (t = 0; t < n; t++) {
+        ckca_data_info_get(chunks[t], &part);
+        for (i = 0; i < part.count; i++) used[taken++] = ckca_pixels(chunks[t], i);
+    }
+    qsort(used, (size_t)taken, sizeof *used, by_address);
+    for (i = 0; i < info.count && found < count; i++) {
+        const unsigned char *picture = ckca_pixels(train, i);
+        if (!bsearch(&picture, used, (size_t)taken, sizeof *used, by_address)) index[found++] = i;
+    }
+    if (found < count)
+        tool_fail(2, "--unlabelled %d: %d training pictures are in no chunk (--chunk-size leaves more)", count, found);
+    tool_check(ctx, ckca_subset(&rest, train, index, count));
+    free(used);
+    free(index);
+    return rest;
+}
+
 /* FNV-1a hash of all pictures and labels, continued from hash. */
 static uint64_t data_hash(uint64_t hash, const ckca_data *data) {
     ckca_data_info info;
@@ -421,6 +465,8 @@ int main(int argc, char **argv) {
         TOOL_SOURCE_FLAGS(r.source),
         {"--chunks", TOOL_INT, &r.chunks, 1, 1000, "N", "number of chunks [10; shapes: 6]", 0},
         {"--chunk-size", TOOL_INT, &r.chunk_size, 1, 1e6, "N", "pictures per chunk [all / chunks; shapes: 250]", 0},
+        {"--unlabelled", TOOL_INT, &r.unlabelled, 1, 1e6, "N",
+         "lwf and ckca also distil from N pictures of no chunk, whose labels they do not see [none]", 0},
         {"--stratified", TOOL_SWITCH, &r.stratified, 0, 0, NULL, "the same class proportions in every chunk", 0},
         {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Network", 0},
         {"--arch", TOOL_TEXT, &r.arch, 0, 0, "NAME", "resnet8, 20, 32, 44, 56, 110, 18, 34, 50, 18-cifar ... 50-cifar",
@@ -430,14 +476,17 @@ int main(int argc, char **argv) {
          0},
         {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Methods", 0},
         {"--methods", TOOL_TEXT, &r.method_list, 0, 0, "A,B",
-         "scratch-chunk, scratch-all, warm, shrink-perturb, lwf, ckca", 0},
-        {"--adakd", TOOL_CHOICE, &r.update.adakd, 0, 0, "constant|class|truth|doubt", "ckca's distillation weight", 0},
-        {"--w-kd", TOOL_FLOAT, &r.update.w_kd, 0, 1000, "X", "weight of ckca's distillation, 0: off [1; class: 2]", 0},
-        {"--w-lwf", TOOL_FLOAT, &r.w_lwf, 0, 1000, "X", "weight of lwf's distillation, 0: off [1]", 0},
+         "scratch-chunk, scratch-all, warm, shrink-perturb, lwf, ckca; ckca-no-feat: its distillation alone; "
+         "ckca-no-growth: lwf's and its feature term",
+         0},
+        {"--adakd", TOOL_CHOICE, &r.update.adakd, 0, 0, "growth|constant|class", "ckca's distillation weight", 0},
+        {"--w-kd", TOOL_FLOAT, &r.update.w_kd, 0, 1000, "X",
+         "weight of ckca's distillation, a factor of growth's, 0: off [1; class: 2]", 0},
+        {"--w-lwf", TOOL_FLOAT, &r.w_lwf, 0, 1000, "X",
+         "weight of lwf's and ckca-no-growth's distillation, 0: off [1]", 0},
         {"--temperature", TOOL_FLOAT, &r.update.temperature, 0.1, 100, "X", "of ckca's and lwf's distillation [2]", 0},
-        {"--featreg", TOOL_CHOICE, &r.update.featreg, 0, 0, "stages|cosine|l2|relation", "ckca's feature distance", 0},
-        {"--w-feat", TOOL_FLOAT, &r.update.w_feat, 0, 1000, "X",
-         "weight of ckca's feature term, 0: off [1; shapes: 0.1]", 0},
+        {"--featreg", TOOL_CHOICE, &r.update.featreg, 0, 0, "centroid|stages|cosine", "ckca's feature distance", 0},
+        {"--w-feat", TOOL_FLOAT, &r.update.w_feat, 0, 1000, "X", "weight of ckca's feature term, 0: off [1]", 0},
         {"--shrink", TOOL_FLOAT, &r.update.shrink, 0.001, 1, "X", "shrink-perturb: factor of the old weights [0.4]", 0},
         {"--perturb", TOOL_FLOAT, &r.update.perturb, 0.001, 1, "X", "shrink-perturb: factor of the fresh weights [0.1]",
          0},
@@ -463,7 +512,7 @@ int main(int argc, char **argv) {
         {NULL, TOOL_HEADING, NULL, 0, 0, NULL, NULL, 0}};
     const char *folder;
     ckca_context *ctx = NULL;
-    ckca_data *train, *test, **chunks;
+    ckca_data *train, *test, *unlabelled = NULL, **chunks;
     ckca_data_info info;
     ckca_model_desc model_desc;
     ckca_model_info model_info;
@@ -484,12 +533,11 @@ int main(int argc, char **argv) {
     drawn = !r.source.folder && !r.source.cifar10 && !r.source.cifar100 && !r.source.idx;
     if (!r.chunks) r.chunks = drawn ? 6 : 10;
     if (drawn && !r.chunk_size) r.chunk_size = 250;
-    if (drawn && (double)r.chunk_size * r.chunks > 1e6)
-        tool_fail(2, "--chunks times --chunk-size: at most 1000000 shapes");
+    if (drawn && (double)r.chunk_size * r.chunks + r.unlabelled > 1e6)
+        tool_fail(2, "--chunks times --chunk-size, and --unlabelled: at most 1000000 shapes");
     if (!r.update.epochs) r.update.epochs = drawn ? 20 : 40;
     if (!r.update.batch) r.update.batch = drawn ? 16 : 64;
     if (drawn && r.update.lr == 0) r.update.lr = 0.05f;
-    if (drawn && r.update.w_feat == 0) r.update.w_feat = 0.1f; /* see tests/MEASUREMENTS.md */
 
     if (r.out) {
         if (mkdir(r.out, 0777) && errno != EEXIST) tool_fail(1, "%s: %s", r.out, strerror(errno));
@@ -498,7 +546,7 @@ int main(int argc, char **argv) {
 
     /* Pictures, split into chunks. */
     ctx = tool_init(&desc);
-    tool_open(ctx, &r.source, r.chunks * r.chunk_size, r.seed, &train, &test);
+    tool_open(ctx, &r.source, r.chunks * r.chunk_size + r.unlabelled, r.seed, &train, &test);
     ckca_data_info_get(test, &info);
     t = info.count;
     ckca_data_info_get(train, &info);
@@ -510,6 +558,7 @@ int main(int argc, char **argv) {
     split.stratified = r.stratified;
     split.seed = r.seed;
     tool_check(ctx, ckca_split(train, r.chunks, &split, chunks));
+    if (r.unlabelled) unlabelled = set_aside(ctx, train, chunks, r.chunks, r.unlabelled);
 
     /* The untrained network. */
     memset(&model_desc, 0, sizeof model_desc);
@@ -558,7 +607,7 @@ int main(int argc, char **argv) {
                 if (!r.out) tool_check(ctx, ckca_model_copy(&model[m], model[0]));
             } else {
                 if (r.out && t) tool_check(ctx, ckca_load(ctx, &model[m], checkpoint(&r, t - 1, m)));
-                do_job(ctx, &r, model[m], chunks, test, t, m);
+                do_job(ctx, &r, model[m], chunks, test, unlabelled, t, m);
                 if (r.out) {
                     tool_check(ctx, ckca_save(model[m], checkpoint(&r, t, m)));
                     ckca_model_free(model[m]);
@@ -582,6 +631,7 @@ int main(int argc, char **argv) {
 
     for (m = 0; m < r.columns; m++) ckca_model_free(model[m]);
     for (t = 0; t < r.chunks; t++) ckca_data_free(chunks[t]);
+    ckca_data_free(unlabelled);
     ckca_data_free(train);
     ckca_data_free(test);
     free(chunks);

@@ -15,8 +15,9 @@
 static int show_progress(const ckca_progress *p, void *user) {
     char line[160], left[32];
     (void)user;
-    snprintf(line, sizeof line, "epoch %d/%d  loss %.4f (distillation %.4f, features %.4f)  accuracy %.1f%%  %s left",
-             p->epoch + 1, p->epochs, p->loss, p->kd, p->feat, 100 * p->accuracy,
+    snprintf(line, sizeof line,
+             "epoch %d/%d  loss %.4f (distillation %.4f x %.2f, features %.4f)  accuracy %.1f%%  %s left", p->epoch + 1,
+             p->epochs, p->loss, p->kd, p->w_kd, p->feat, 100 * p->accuracy,
              tool_duration(p->seconds_left, left, sizeof left));
     tool_status(line);
     return tool_signal;
@@ -26,14 +27,21 @@ int main(int argc, char **argv) {
     static ckca_update_desc update; /* static: zeroed */
     static ckca_desc desc;
     static char state[4096];
-    const char *test_folder = NULL;
+    const char *test_folder = NULL, *unlabelled_folder = NULL;
     int augment = 0, words;
     const tool_flag flags[] = {
         {"--epochs", TOOL_INT, &update.epochs, 1, 100000, "N", "passes over the new pictures [40]", 0},
         {"--batch", TOOL_INT, &update.batch, 1, 65536, "N", "pictures per step [64]", 0},
         {"--lr", TOOL_FLOAT, &update.lr, 1e-9, 1000, "X", "peak learning rate [0.1]", 0},
-        {"--w-kd", TOOL_FLOAT, &update.w_kd, 0, 1000, "X", "weight of the distillation, 0: off [the library's]", 0},
+        {"--adakd", TOOL_CHOICE, &update.adakd, 0, 0, "growth|constant|class", "the distillation's weight", 0},
+        {"--w-kd", TOOL_FLOAT, &update.w_kd, 0, 1000, "X",
+         "weight of the distillation, a factor of growth's, 0: off [1; class: 2]", 0},
+        {"--teacher-pictures", TOOL_INT, &update.teacher_pictures, 1, 1e9, "N",
+         "growth: pictures behind CHECKPOINT [as it says; if it does not, as many as are new]", 0},
+        {"--featreg", TOOL_CHOICE, &update.featreg, 0, 0, "centroid|stages|cosine", "the feature term's distance", 0},
         {"--w-feat", TOOL_FLOAT, &update.w_feat, 0, 1000, "X", "weight of the feature term, 0: off [the library's]", 0},
+        {"--unlabelled", TOOL_TEXT, &unlabelled_folder, 0, 0, "DIR",
+         "pictures without labels to distil from as well, DIR/ANY/*.jpg or png [none]", 0},
         {"--augment", TOOL_SWITCH, &augment, 0, 0, NULL, "random crop with 4 pixels of padding, random flip", 0},
         {"--seed", TOOL_SEED, &update.seed, 0, 0, "N", "of order and augmentation", 0},
         TOOL_DEVICE_FLAGS(desc),
@@ -44,7 +52,7 @@ int main(int argc, char **argv) {
     ckca_model *model;
     ckca_model_info info;
     ckca_data_desc like;
-    ckca_data *pictures, *test = NULL;
+    ckca_data *pictures, *unlabelled = NULL, *test = NULL;
     ckca_data_info data_info;
     ckca_report report;
     ckca_score before, after;
@@ -69,6 +77,14 @@ int main(int argc, char **argv) {
     ckca_data_info_get(pictures, &data_info);
     printf("%s: %s after %d updates; %d new pictures, %d classes\n", argv[0], info.arch, info.updates, data_info.count,
            info.classes);
+    if (unlabelled_folder) {
+        ckca_data_desc any = like; /* its folders' names mean nothing */
+        any.classes = 0;
+        any.class_names = NULL;
+        tool_check(ctx, ckca_open_folder(ctx, &unlabelled, unlabelled_folder, &any));
+        tool_tell_left_out(unlabelled, unlabelled_folder);
+        update.unlabelled = unlabelled;
+    }
     if (test_folder) {
         tool_check(ctx, ckca_open_folder(ctx, &test, test_folder, &like));
         tool_tell_left_out(test, test_folder);
@@ -81,8 +97,9 @@ int main(int argc, char **argv) {
     tool_update(ctx, model, pictures, &update, &report, "the same command");
     tool_check(ctx, ckca_save(model, argv[2]));
     tool_status(NULL);
-    printf("%s: update %d, %d steps in %.1f s; accuracy on the new pictures %.1f%% before, %.1f%% in training\n",
-           argv[2], report.updates, report.steps, report.seconds, 100 * report.teacher_accuracy,
+    printf("%s: update %d, %d steps in %.1f s; weight of the distillation %.2f; accuracy on the new pictures %.1f%% before, "
+           "%.1f%% in training\n",
+           argv[2], report.updates, report.steps, report.seconds, report.w_kd, 100 * report.teacher_accuracy,
            100 * report.accuracy);
     if (test) {
         tool_check(ctx, ckca_evaluate(model, test, &after, NULL));
@@ -92,6 +109,7 @@ int main(int argc, char **argv) {
 
     ckca_model_free(model);
     ckca_data_free(pictures);
+    ckca_data_free(unlabelled);
     ckca_data_free(test);
     ckca_context_free(ctx);
     return tool_end();

@@ -855,8 +855,8 @@ __device__ static double log_sum_exp(int k, const float *z, double t) {
     return most / t + log(total((size_t)k, &unused, [&](size_t j) -> double { return exp((z[j] - most) / t); }));
 }
 OP(cross_entropy)
-(ckca_context *ctx, int n, int k, const float *z, const int *labels, float smoothing, float *dz, float *loss,
- int *hit) {
+(ckca_context *ctx, int n, int k, const float *z, const int *labels, float smoothing, float scale, float *dz,
+ float *loss, int *hit) {
     call it(ctx, 0, 4.0 * n * (k * (dz ? 2.0 : 1.0) + 3), 0, "cross-entropy %d x %d%s", n, k, dz ? "" : ", evaluation");
     it.expect(loss, FLOAT, (size_t)n, 1e-5, [=] __device__(size_t i, double *size) -> double {
         const float *row = z + i * k;
@@ -868,8 +868,9 @@ OP(cross_entropy)
     it.expect(dz, FLOAT, (size_t)n * k, 1e-5, [=] __device__(size_t i, double *size) -> double {
         const size_t picture = i / k;
         const int j = (int)(i % k);
-        *size = 1.0 / n;
-        return (exp(z[i] - log_sum_exp(k, z + picture * k, 1)) - (j == labels[picture] ? 1 - smoothing : 0) -
+        *size = scale / n;
+        return scale *
+               (exp(z[i] - log_sum_exp(k, z + picture * k, 1)) - (j == labels[picture] ? 1 - smoothing : 0) -
                 smoothing / k) /
                n;
     });
@@ -882,7 +883,7 @@ OP(cross_entropy)
         });
         return (rank == 0) + 2 * (rank < 5);
     });
-    it.run([&] { ckca__op_cross_entropy(ctx, n, k, z, labels, smoothing, dz, loss, hit); });
+    it.run([&] { ckca__op_cross_entropy(ctx, n, k, z, labels, smoothing, scale, dz, loss, hit); });
 }
 OP(softmax)(ckca_context *ctx, int n, int k, const float *z, float *p) {
     call it(ctx, 0, 8.0 * n * k, 0, "softmax %d x %d", n, k);
@@ -893,60 +894,50 @@ OP(softmax)(ckca_context *ctx, int n, int k, const float *z, float *p) {
     it.run([&] { ckca__op_softmax(ctx, n, k, z, p); });
 }
 OP(adakd)
-(ckca_context *ctx, ckca_adakd form, int n, int k, const float *z, const float *zo, const int *labels,
- const float *class_weight, float temperature, float scale, float *dz, float *loss) {
+(ckca_context *ctx, int n, int k, const float *z, const float *zo, const int *labels, const float *class_weight,
+ float temperature, float scale, float *dz, float *loss) {
     const double t = temperature;
-    call it(ctx, 0, 4.0 * n * (4.0 * k + 3), 0, "AdaKD %d x %d, form %d", n, k, (int)form);
-    if (form == CKCA_ADAKD_CONSTANT || form == CKCA_ADAKD_CLASS) {
-        it.expect(dz, FLOAT, (size_t)n * k, 1e-5, [=] __device__(size_t i, double *size) -> double {
-            const size_t row = i / k * k;
-            const double a = form == CKCA_ADAKD_CLASS ? class_weight[labels[i / k]] : 1;
-            const double p = exp(z[i] / t - log_sum_exp(k, z + row, t)),
-                         o = exp(zo[i] / t - log_sum_exp(k, zo + row, t));
-            *size = fabs(dz[i]) + fabs(scale * t * a / n);
-            return dz[i] + scale * t * a * (p - o) / n;
+    call it(ctx, 0, 4.0 * n * (4.0 * k + 3), 0, "AdaKD %d x %d%s", n, k, class_weight ? ", by class" : "");
+    it.expect(dz, FLOAT, (size_t)n * k, 1e-5, [=] __device__(size_t i, double *size) -> double {
+        const size_t row = i / k * k;
+        const double a = class_weight ? class_weight[labels[i / k]] : 1;
+        const double p = exp(z[i] / t - log_sum_exp(k, z + row, t)), o = exp(zo[i] / t - log_sum_exp(k, zo + row, t));
+        *size = fabs(dz[i]) + fabs(scale * t * a / n);
+        return dz[i] + scale * t * a * (p - o) / n;
+    });
+    it.expect(loss, FLOAT, (size_t)n, 1e-5, [=] __device__(size_t i, double *size) -> double {
+        const float *s = z + i * k, *o = zo + i * k;
+        const double a = class_weight ? class_weight[labels[i]] : 1;
+        const double lse_s = log_sum_exp(k, s, t), lse_o = log_sum_exp(k, o, t);
+        const double kl = total((size_t)k, size, [&](size_t j) -> double {
+            return exp(o[j] / t - lse_o) * (o[j] / t - lse_o - s[j] / t + lse_s);
         });
-        it.expect(loss, FLOAT, (size_t)n, 1e-5, [=] __device__(size_t i, double *size) -> double {
-            const float *s = z + i * k, *o = zo + i * k;
-            const double a = form == CKCA_ADAKD_CLASS ? class_weight[labels[i]] : 1;
-            const double lse_s = log_sum_exp(k, s, t), lse_o = log_sum_exp(k, o, t);
-            const double kl = total((size_t)k, size, [&](size_t j) -> double {
-                return exp(o[j] / t - lse_o) * (o[j] / t - lse_o - s[j] / t + lse_s);
-            });
-            *size *= t * t * a;
-            return t * t * a * kl;
-        });
-    } else {
-        it.writes(dz, FLOAT, (size_t)n * k);
-        it.writes(loss, FLOAT, (size_t)n);
-    }
-    it.run([&] { ckca__op_adakd(ctx, form, n, k, z, zo, labels, class_weight, temperature, scale, dz, loss); });
+        *size *= t * t * a;
+        return t * t * a * kl;
+    });
+    it.run([&] { ckca__op_adakd(ctx, n, k, z, zo, labels, class_weight, temperature, scale, dz, loss); });
 }
 OP(featreg)
-(ckca_context *ctx, ckca_featreg form, int bf16, int bf16_teacher, int n, int d, int d_teacher, const float *f_,
- const float *fo_, float scale, float *df, int accumulate, float *loss, void *ws) {
+(ckca_context *ctx, int bf16, int bf16_teacher, int n, int d, const float *f_, const float *fo_, float scale, float *df,
+ int accumulate, float of_zero, float *loss) {
     const array f = {f_, map_kind(bf16)}, fo = {fo_, map_kind(bf16_teacher)}, before = {df, map_kind(bf16)};
     call it(ctx, 0, (double)n * d * (bytes_of(f.kind) * (2 + accumulate) + bytes_of(fo.kind)), 0,
-            "FeatReg %d x %d, form %d, %s%s", n, d, (int)form, map_name(bf16), accumulate ? " +=" : "");
-    if (form == CKCA_FEATREG_COSINE) {
-        it.expect(df, f.kind, (size_t)n * d, 1e-5, [=] __device__(size_t i, double *size) -> double {
-            const size_t row = i / d * d;
-            double unused = 0;
-            const double ff = total((size_t)d, &unused, [&](size_t j) -> double { return f[row + j] * f[row + j]; });
-            const double oo = total((size_t)d, &unused, [&](size_t j) -> double { return fo[row + j] * fo[row + j]; });
-            const double fofo = total((size_t)d, &unused, [&](size_t j) -> double { return f[row + j] * fo[row + j]; });
-            const double inv_f = ff > 0 ? 1 / sqrt(ff) : 0, inv_o = oo > 0 ? 1 / sqrt(oo) : 0;
-            const double a = scale / n * fofo * inv_f * inv_o * inv_f * inv_f * f[i],
-                         b = scale / n * inv_f * inv_o * fo[i];
-            const double was = accumulate ? before[i] : 0;
-            *size = fabs(a) + fabs(b) + fabs(was);
-            return a - b + was;
-        });
-    } else
-        it.writes(df, f.kind, (size_t)n * d);
+            "FeatReg %d x %d, %s%s", n, d, map_name(bf16), accumulate ? " +=" : "");
+    it.expect(df, f.kind, (size_t)n * d, 1e-5, [=] __device__(size_t i, double *size) -> double {
+        const size_t row = i / d * d;
+        double unused = 0;
+        const double ff = total((size_t)d, &unused, [&](size_t j) -> double { return f[row + j] * f[row + j]; });
+        const double oo = total((size_t)d, &unused, [&](size_t j) -> double { return fo[row + j] * fo[row + j]; });
+        const double fofo = total((size_t)d, &unused, [&](size_t j) -> double { return f[row + j] * fo[row + j]; });
+        const double inv_f = ff > 0 ? 1 / sqrt(ff) : 0, inv_o = oo > 0 ? 1 / sqrt(oo) : 0;
+        const double a = scale / n * fofo * inv_f * inv_o * inv_f * inv_f * f[i], b = scale / n * inv_f * inv_o * fo[i];
+        const double was = accumulate ? before[i] : 0;
+        *size = fabs(a) + fabs(b) + fabs(was);
+        return a - b + was;
+    });
     it.writes(loss, FLOAT, (size_t)n);
     it.run([&] {
-        ckca__op_featreg(ctx, form, bf16, bf16_teacher, n, d, d_teacher, f_, fo_, scale, df, accumulate, loss, ws);
+        ckca__op_featreg(ctx, bf16, bf16_teacher, n, d, f_, fo_, scale, df, accumulate, of_zero, loss);
     });
 }
 OP(sum)(ckca_context *ctx, int n, const float *values, double *sum) {

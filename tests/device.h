@@ -283,28 +283,24 @@ static void device_groupnorm_backward(ckca_context *ctx, int half, int n, int ar
     device_done(ctx, "groupnorm_backward");
 }
 static void device_cross_entropy(ckca_context *ctx, int n, int k, const float *z, const int *labels, float smoothing,
-                                 float *dz, float *loss, int *hit) {
-    ckca__op_cross_entropy(ctx, n, k, FI(z, n * k), II(labels, n), smoothing, FO(dz, n * k), FO(loss, n), IO(hit, n));
+                                 float scale, float *dz, float *loss, int *hit) {
+    ckca__op_cross_entropy(ctx, n, k, FI(z, n * k), II(labels, n), smoothing, scale, FO(dz, n * k), FO(loss, n), IO(hit, n));
     device_done(ctx, "cross_entropy");
 }
 static void device_softmax(ckca_context *ctx, int n, int k, const float *z, float *p) {
     ckca__op_softmax(ctx, n, k, FI(z, n * k), FO(p, n * k));
     device_done(ctx, "softmax");
 }
-static void device_adakd(ckca_context *ctx, ckca_adakd form, int n, int k, const float *z, const float *zo,
-                         const int *labels, const float *class_weight, float temperature, float scale, float *dz,
-                         float *loss) {
-    ckca__op_adakd(ctx, form, n, k, FI(z, n * k), FI(zo, n * k), II(labels, n), FI(class_weight, k), temperature, scale,
+static void device_adakd(ckca_context *ctx, int n, int k, const float *z, const float *zo, const int *labels,
+                         const float *class_weight, float temperature, float scale, float *dz, float *loss) {
+    ckca__op_adakd(ctx, n, k, FI(z, n * k), FI(zo, n * k), II(labels, n), FI(class_weight, k), temperature, scale,
                    FO(dz, n * k), FO(loss, n));
     device_done(ctx, "adakd");
 }
-static void device_featreg(ckca_context *ctx, ckca_featreg form, int half, int bf16_teacher, int n, int d,
-                           int d_teacher, const float *f, const float *fo, float scale, float *df, int accumulate,
-                           float *loss, void *ws) {
-    const int widest = d > d_teacher ? d : d_teacher;
-    ckca__op_featreg(ctx, form, half, bf16_teacher, n, d, d_teacher, VI(f, n * d, half),
-                     VI(fo, n * d_teacher, bf16_teacher), scale, VO(df, n * d, half), accumulate, FO(loss, n),
-                     device_out(ctx, ws, ckca__op_workspace(ctx, (size_t)n, widest + 2 * n)));
+static void device_featreg(ckca_context *ctx, int half, int bf16_teacher, int n, int d, const float *f, const float *fo,
+                           float scale, float *df, int accumulate, float of_zero, float *loss) {
+    ckca__op_featreg(ctx, half, bf16_teacher, n, d, VI(f, n * d, half), VI(fo, n * d, bf16_teacher), scale,
+                     VO(df, n * d, half), accumulate, of_zero, FO(loss, n));
     device_done(ctx, "featreg");
 }
 static void device_sum(ckca_context *ctx, int n, const float *values, double *sum) {

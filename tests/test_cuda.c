@@ -341,12 +341,9 @@ static void test_half_maps(ckca_context *ctx, int n, int c) {
             if (flag)
                 ckca__op_groupnorm_backward(ctx, half, n, 63, c, c, x, b, statistics, x, SIDE_OF(from_group), 1,
                                             SIDE_OF(dgamma), SIDE_OF(dbeta), parts);
-            ckca__op_featreg(ctx, CKCA_FEATREG_COSINE, half, half, n, 63 * c, 63 * c, x, fo, 3, SIDE_OF(df), flag,
-                             SIDE_OF(loss), ws);
-            ckca__op_featreg(ctx, CKCA_FEATREG_COSINE, half, 0, n, 63 * c, 63 * c, x, fo, 3, SIDE_OF(df2), flag,
-                             SIDE_OF(loss), ws);
-            ckca__op_featreg(ctx, CKCA_FEATREG_COSINE, 0, half, n, 63 * c, 63 * c, x, fo, 3, SIDE_OF(df3), flag,
-                             SIDE_OF(loss), ws);
+            ckca__op_featreg(ctx, half, half, n, 63 * c, x, fo, 3, SIDE_OF(df), flag, 1, SIDE_OF(loss));
+            ckca__op_featreg(ctx, half, 0, n, 63 * c, x, fo, 3, SIDE_OF(df2), flag, 1, SIDE_OF(loss));
+            ckca__op_featreg(ctx, 0, half, n, 63 * c, x, fo, 3, SIDE_OF(df3), flag, 1, SIDE_OF(loss));
 #undef SIDE_OF
         }
         CHECK(!memcmp(at, at + out, out), "maxpool in bfloat16: other places, %d channels", c);

@@ -36,7 +36,7 @@ works() { # works COMMAND...: it exits with 0 and prints nothing on stderr; its 
     check "'$*' is quiet on stderr" [ ! -s err ]
 }
 rows() { grep -v '^#' "$1/results.csv" 2>/dev/null | tail -n +2 | wc -l; }
-results() { cut -d, -f1-11 "$1/results.csv"; } # without the column of seconds
+results() { cut -d, -f1-12 "$1/results.csv"; } # without the column of seconds
 kill_when() { # kill_when TEST COMMAND...: kill -9 as soon as the shell test is true; fails if the command ends first
     local test=$1 i
     shift
@@ -78,7 +78,7 @@ done
 "$build/incremental" --help >out 2>err
 for flag in --data --cifar10 --cifar100 --idx --arch --width --size --projection --chunks --chunk-size --stratified --methods \
     --epochs --batch --lr --weight-decay --seed --threads --out --resume --adakd --w-kd --temperature --featreg --w-feat \
-    --shrink --perturb --augment --schedule --warmup; do
+    --shrink --perturb --augment --schedule --warmup --unlabelled; do
     check "incremental --help knows $flag" grep -q -- "^  $flag " out
 done
 inc=$build/incremental
@@ -94,7 +94,7 @@ refuses 2 "--epochs 2.5: it must be a whole number" "$inc" --epochs 2.5
 refuses 2 "--epochs 0: it must be between 1 and" "$inc" --epochs=0
 refuses 2 "--seed -1" "$inc" --seed -1
 refuses 2 "--augment takes no value" "$inc" --augment=1
-refuses 2 "must be one of constant|class|truth|doubt" "$inc" --adakd clas
+refuses 2 "must be one of growth|constant|class" "$inc" --adakd clas
 refuses 2 "--methods: \"warn\" is not one of" "$inc" --methods warm,warn
 refuses 2 "warm is given twice" "$inc" --methods warm,warm
 refuses 2 "only one of" "$inc" --data a --idx b
@@ -146,8 +146,13 @@ refuses 2 "was started with --lr=0.05, this command has --lr=0.2" "$inc" $tiny -
 refuses 2 "was started with --w-kd=, this command has --w-kd=0" "$inc" $tiny --methods $all --out whole --resume --w-kd 0
 cp -r whole cut && head -c -30 whole/results.csv >cut/results.csv
 refuses 1 "line 21: not a row" "$inc" $tiny --methods $all --out cut --resume
-cp whole/results.csv cut/results.csv && echo "warm,9,60,0,0,0,0,0,0,0,0,0" >>cut/results.csv
+cp whole/results.csv cut/results.csv && echo "warm,9,60,0,0,0,0,0,0,0,0,0,0" >>cut/results.csv
 refuses 1 "no such method and chunk" "$inc" $tiny --methods $all --out cut --resume
+
+works "$inc" $tiny --chunks 2 --methods ckca,ckca-no-feat,ckca-no-growth --w-lwf 0.5 --out parts --unlabelled 30
+check "AdaKD's weights: growing with the chunks, or lwf's" [ "$(grep ',2,60,' parts/results.csv | cut -d, -f12 | tr '\n' ' ' |
+    sed 's/0\.30000001[0-9]*/0.3/g')" = "0.3 0.3 0.5 " ]
+check "the feature term is on, off, on" [ "$(grep ',2,60,' parts/results.csv | awk -F, '{ printf "%d", ($10 > 0) }')" = 101 ]
 
 killed="$inc $tiny --methods $all --out killed --resume --state-seconds 0.001"
 check "killed in the first chunk" kill_when '[ -e killed/state.safetensors ]' $killed
@@ -229,6 +234,12 @@ else
     rm e.safetensors
     refuses 1 "dodo" "$build/update" a.safetensors strange e.safetensors
     refuses 1 "empty" "$build/update" a.safetensors "$(mkdir empty && echo empty)" e.safetensors
+    mkdir -p loose && cp -r strange/dodo loose/anything && cp new/square/1.png loose/anything/2.png
+    works $update e.safetensors --epochs 50 --batch 2 --unlabelled loose --teacher-pictures 8
+    check "update: a weight for 8 old pictures and 2 new ones" grep -q 'weight of the distillation 1.20;' out
+    works $update f.safetensors --epochs 50 --batch 2 --teacher-pictures 8
+    check "update: pictures without labels matter" [ "$(cmp e.safetensors f.safetensors >/dev/null; echo $?)" -eq 1 ]
+    refuses 1 "missing" $update e.safetensors --unlabelled missing
     mkdir -p set && cp -r new set/train && cp -r new set/test
     works "$inc" --data set --size 8 --width 4 --chunks 1 --epochs 2 --methods warm,ckca --out fromfolder
     check "incremental on a folder" [ "$(rows fromfolder)" -eq 2 ]

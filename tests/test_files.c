@@ -1467,11 +1467,101 @@ static void test_memory(void) {
     ckca_context_free(ctx);
 }
 
+/* The class means and the number of pictures in a checkpoint's metadata: there and back, hostile, missing. */
+static void test_centroids(void) {
+    static const struct {
+        const char *after, *from, *to;
+        ckca_status status;
+        const char *words;
+    } hostile[] = {
+        {"ckca.pictures", "\"42\"", "\"\"", CKCA_EFORMAT, "ckca.pictures \"\" is not a whole number below 1e15"},
+        {"ckca.pictures", "\"42\"", "\"-1\"", CKCA_EFORMAT, "ckca.pictures \"-1\" is"},
+        {"ckca.pictures", "\"42\"", "\"4.2\"", CKCA_EFORMAT, "ckca.pictures \"4.2\" is"},
+        {"ckca.pictures", "\"42\"", "\"1000000000000000\"", CKCA_EFORMAT, "ckca.pictures \"1000000000000000\" is"},
+        {"ckca.class_counts", "BwAAAAAAAAA", "BwAAAAAAAIA", CKCA_EFORMAT, "ckca.class_counts has -92233720368547"},
+        {"ckca.class_counts", "BwAAAAAAAAA", "BwAAAAAAAEA", CKCA_EFORMAT, "pictures of class 0"},
+        {"ckca.class_counts", "\"BwAA", "\"Bw=A", CKCA_EFORMAT, "are not 2 and 2 x 5 numbers in base64"},
+        {"ckca.class_counts", "\"BwAA", "\"BwA", CKCA_EFORMAT, "are not 2 and 2 x 5 numbers in base64"},
+        {"ckca.class_counts", "\"BwAA", "\"BwAAA", CKCA_EFORMAT, "are not 2 and 2 x 5 numbers in base64"},
+        {"ckca.class_counts", "\"BwAA", "\"Bw A", CKCA_EFORMAT, "are not 2 and 2 x 5 numbers in base64"},
+        {"ckca.class_counts", "AA==\"", "AB==\"", CKCA_EFORMAT, "are not 2 and 2 x 5 numbers in base64"},
+        {"ckca.class_counts", "AA==\"", "AAA=\"", CKCA_EFORMAT, "are not 2 and 2 x 5 numbers in base64"},
+        {"ckca.class_counts", "ckca.class_counts", "ckca.class_count", CKCA_EFORMAT, "are not 2 and 2 x 5 numbers"},
+        {"ckca.class_means", "ckca.class_means", "ckca.class_mean", CKCA_EFORMAT, "are not 2 and 2 x 5 numbers"},
+        {"ckca.class_means", "AACAP6", "AACAf6", CKCA_ENAN, "ckca.class_means is not finite: feature 0 of class 0"},
+        {"ckca.class_means", "AACAP6", "AADAf6", CKCA_ENAN, "ckca.class_means is not finite: feature 0 of class 0"},
+        {"ckca.class_means", "AACAP6", "", CKCA_EFORMAT, "are not 2 and 2 x 5 numbers in base64"}};
+    ckca_context *ctx = new_context(1);
+    ckca_model *model = tiny_model(ctx, 1), *other = tiny_model(ctx, 2), *back = NULL;
+    ckca_model_info info;
+    size_t size, again, plain_size, i;
+    unsigned char *bytes, *copy, *changed, *plain = saved(ctx, model, &plain_size);
+    unsigned char out[8];
+    if (!ckca__centroids_alloc(model, &model->centroids)) abort();
+    model->pictures = 42;
+    model->centroids.count[0] = 7; /* class 1 has none */
+    for (i = 0; i < 5; i++) model->centroids.mean[i] = 1 + (float)i / 3;
+    bytes = saved(ctx, model, &size);
+    CHECK(ckca_load_memory(ctx, &back, bytes, size) == CKCA_OK, "%s", ckca_error(ctx));
+    ckca_model_info_get(back, &info);
+    CHECK(info.pictures == 42 && back->centroids.count &&
+              !memcmp(back->centroids.count, model->centroids.count, ckca__centroid_bytes(model)),
+          "%d pictures, or other means", (int)info.pictures);
+    copy = saved(ctx, back, &again);
+    CHECK(again == size && !memcmp(copy, bytes, size), "save, load, save: %d and %d bytes", (int)size, (int)again);
+    free(copy);
+    ckca_model_free(back);
+    back = NULL;
+    CHECK(ckca_load_weights_memory(other, bytes, size) == CKCA_OK && other->centroids.count && other->pictures == 42, "%s",
+          ckca_error(ctx));
+    for (i = 0; i < sizeof hostile / sizeof *hostile; i++) {
+        changed = edited(bytes, size, hostile[i].after, hostile[i].from, hostile[i].to, &again);
+        expect(ctx, hostile[i].to, ckca_load_memory(ctx, &back, changed, again), hostile[i].status, hostile[i].words);
+        expect(ctx, hostile[i].to, ckca_load_weights_memory(other, changed, again), hostile[i].status,
+               hostile[i].words);
+        free(changed);
+    }
+    copy = saved(ctx, other, &again);
+    CHECK(again == size && !memcmp(copy, bytes, size), "the model is not as it was");
+    free(copy);
+    /* a class without pictures has no mean, whatever the file says */
+    changed = edited(bytes, size, "ckca.class_counts", "BwAAAAAAAAA", "AAAAAAAAAAA", &again);
+    CHECK(ckca_load_memory(ctx, &back, changed, again) == CKCA_OK && back->centroids.mean[1] == 0, "%s", ckca_error(ctx));
+    ckca_model_free(back);
+    free(changed);
+    /* the means were of the weights before: a file without them takes them away */
+    CHECK(ckca_load_weights_memory(other, plain, plain_size) == CKCA_OK && !other->centroids.count && !other->pictures, "%s",
+          ckca_error(ctx));
+    /* base64 of every length */
+    for (i = 0; i < 8; i++) {
+        static const char *const text[] = {"", "Zg==", "Zm8=", "Zm9v", "Zm9vYg==", "Zm9vYmE=", "Zm9vYmFy"}; /* RFC 4648 */
+        ckca__text built;
+        memset(&built, 0, sizeof built);
+        built.ctx = ctx;
+        if (i == 7) { /* larger than any text */
+            CHECK(!ckca__parse_base64("AAAA", out, SIZE_MAX), "a size beyond memory");
+            break;
+        }
+        ckca__text_base64(&built, "foobar", i);
+        CHECK(!strcmp(i ? built.bytes : "", text[i]), "%d bytes: %s", (int)i, built.bytes);
+        CHECK(ckca__parse_base64(text[i], out, i) && !memcmp(out, "foobar", i), "\"%s\" is not %d bytes", text[i], (int)i);
+        CHECK(!ckca__parse_base64(text[i], out, i + 1), "\"%s\" is %d bytes", text[i], (int)i + 1);
+        ckca__release(ctx, built.bytes);
+    }
+    free(plain);
+    free(bytes);
+    ckca_model_free(model);
+    ckca_model_free(other);
+    ckca_context_free(ctx);
+}
+
 static ckca_status job_memory(ckca_context *ctx) { /* with prefixes, so that names are fitted */
     ckca_model *model = tiny_model(ctx, 1), *back = NULL;
     unsigned char *bytes = NULL, *changed = NULL;
     size_t size, again;
     ckca_status status = model ? CKCA_OK : CKCA_ENOMEM;
+    if (!status && !ckca__centroids_alloc(model, &model->centroids))
+        status = ckca__fail(ctx, CKCA_ENOMEM, "out of memory");
     if (!status) status = ckca_save_memory(model, NULL, 0, &size);
     if (!status) {
         bytes = (unsigned char *)malloc(size);
@@ -1539,6 +1629,7 @@ static void test_places(void) {
 int main(void) {
     test_version();
     test_memory();
+    test_centroids();
     fail_each_allocation("memory", job_memory);
     test_array();
     test_resize();

@@ -780,7 +780,7 @@ static void test_maxpool_edges(void) {
 /* ---- losses ---- */
 
 typedef struct {
-    int form, n, k, k_teacher, accumulate; /* form -1: cross-entropy */
+    int form, n, k, accumulate; /* form: -1: cross-entropy, 0: AdaKD, 1: AdaKD with class weights */
     float smoothing, temperature, scale;
     const float *z, *zo, *class_weight, *start;
     const int *labels;
@@ -798,17 +798,8 @@ static double lse(int k, const double *z, double t) {
 
 /* The terms of the n pictures (NULL: none wanted); returns their mean. */
 static double class_loss(const loss_args *a, const double *z, double *each) {
-    double mean = 0, sum = 0, t = a->temperature;
-    double *zo = doubles(a->count, a->zo), *weight = doubles((size_t)a->n, NULL);
+    double sum = 0, t = a->temperature, *zo = doubles(a->count, a->zo);
     int i, j, k = a->k;
-    for (i = 0; i < a->n && a->form >= 0; i++) {
-        double truth = exp(zo[i * k + a->labels[i]] - lse(k, zo + i * k, 1));
-        weight[i] = a->form == CKCA_ADAKD_CLASS      ? a->class_weight[a->labels[i]]
-                    : a->form == CKCA_ADAKD_CONSTANT ? 1
-                    : a->form == CKCA_ADAKD_TRUTH    ? truth
-                                                     : 1 - truth;
-        mean += weight[i] / a->n;
-    }
     for (i = 0; i < a->n; i++) {
         double loss = 0, lse_s = lse(k, z + i * k, a->form < 0 ? 1 : t),
                lse_o = a->form < 0 ? 0 : lse(k, zo + i * k, t);
@@ -818,13 +809,13 @@ static double class_loss(const loss_args *a, const double *z, double *each) {
                 loss -= target * (z[i * k + j] - lse_s);
             } else {
                 double log_o = zo[i * k + j] / t - lse_o, log_s = z[i * k + j] / t - lse_s;
-                loss += t * t * exp(log_o) * (log_o - log_s) * weight[i] / (a->form >= CKCA_ADAKD_TRUTH ? mean : 1);
+                loss += t * t * exp(log_o) * (log_o - log_s) * (a->form ? a->class_weight[a->labels[i]] : 1);
             }
         }
         if (each) each[i] = loss;
         sum += loss;
     }
-    free(zo), free(weight);
+    free(zo);
     return sum / a->n;
 }
 static double class_loss_mean(const double *z, const void *args) {
@@ -835,12 +826,12 @@ static void class_run(ckca_context *ctx, const void *args, float *out) {
     const loss_args *a = (const loss_args *)args;
     int i, *hit = (int *)malloc((size_t)a->n * sizeof *hit);
     if (a->form < 0) {
-        ckca__op_cross_entropy(ctx, a->n, a->k, a->z, a->labels, a->smoothing, out, out + a->count, hit);
+        ckca__op_cross_entropy(ctx, a->n, a->k, a->z, a->labels, a->smoothing, a->scale, out, out + a->count, hit);
         for (i = 0; i < a->n; i++) out[a->count + (size_t)(a->n + i)] = (float)hit[i];
     } else {
         memcpy(out, a->start, a->count * sizeof *out);
-        ckca__op_adakd(ctx, (ckca_adakd)a->form, a->n, a->k, a->z, a->zo, a->labels, a->class_weight, a->temperature,
-                       a->scale, out, out + a->count);
+        ckca__op_adakd(ctx, a->n, a->k, a->z, a->zo, a->form ? a->labels : NULL, a->form ? a->class_weight : NULL,
+                       a->temperature, a->scale, out, out + a->count);
     }
     free(hit);
 }
@@ -850,7 +841,7 @@ static void test_class_losses(void) {
     size_t s, i;
     int form, smooth;
     for (s = 0; s < 4; s++)
-        for (form = -1; form < 4; form++)
+        for (form = -1; form < 2; form++)
             for (smooth = 0; smooth < 2; smooth++) {
                 loss_args a;
                 double *z, *g, *expected;
@@ -866,7 +857,7 @@ static void test_class_losses(void) {
                 z = doubles(a.count, a.z);
                 g = central(class_loss_mean, a.count, z, &a);
                 expected = doubles(a.count + 2 * (size_t)a.n, NULL);
-                for (i = 0; i < a.count; i++) expected[i] = form < 0 ? g[i] : a.start[i] + a.scale * g[i];
+                for (i = 0; i < a.count; i++) expected[i] = (form < 0 ? 0 : a.start[i]) + a.scale * g[i];
                 class_loss(&a, z, expected + a.count);
                 for (j = 0; j < a.n && form < 0; j++) {
                     int rank = 0, m;
@@ -884,12 +875,12 @@ static void test_class_losses(void) {
 static void test_class_edges(void) {
     float z[6] = {1e4f, -1e4f, 0, 0, 0, 0}, dz[6], loss[2], p[6];
     int labels[2] = {1, 2}, hit[2], i, bad;
-    ckca__op_cross_entropy(any, 2, 3, z, labels, 0, dz, loss, hit);
+    ckca__op_cross_entropy(any, 2, 3, z, labels, 0, 1, dz, loss, hit);
     CHECK(loss[0] == 2e4f && fabs(loss[1] - log(3)) < 1e-6, "cross-entropy of 2e4 apart is %g, of equals %g", loss[0],
           loss[1]);
     CHECK(hit[0] == 2 && hit[1] == 2, "the lowest index of equals must be the arg max: hits %d %d", hit[0], hit[1]);
     labels[1] = 0;
-    ckca__op_cross_entropy(any, 2, 3, z, labels, 0, NULL, loss, hit);
+    ckca__op_cross_entropy(any, 2, 3, z, labels, 0, 1, NULL, loss, hit);
     CHECK(hit[1] == 3, "label 0 of equals: hit %d", hit[1]);
     ckca__op_softmax(any, 2, 3, z, p);
     CHECK(p[0] == 1 && p[1] == 0 && fabs(p[3] - 1.0 / 3) < 1e-7, "softmax gives %g %g %g", p[0], p[1], p[3]);
@@ -898,21 +889,12 @@ static void test_class_edges(void) {
             float row[3] = {0, 1, 2};
             int label = 1;
             row[i] = bad ? INFINITY : NAN;
-            ckca__op_cross_entropy(any, 1, 3, row, &label, 0, dz, loss, hit);
+            ckca__op_cross_entropy(any, 1, 3, row, &label, 0, 1, dz, loss, hit);
             CHECK(loss[0] != loss[0] && hit[0] == 0, "logit %d is %g: loss %g, hit %d", i, row[i], loss[0], hit[0]);
             memset(dz, 0, sizeof dz);
-            ckca__op_adakd(any, CKCA_ADAKD_CONSTANT, 1, 3, row, z + 3, &label, NULL, 2, 1, dz, loss);
+            ckca__op_adakd(any, 1, 3, row, z + 3, NULL, NULL, 2, 1, dz, loss);
             CHECK(loss[0] != loss[0], "logit %d is %g: AdaKD %g", i, row[i], loss[0]);
         }
-    { /* A teacher without any doubt has no weights to divide by their mean; one with tiny doubts has. */
-        float sure[6] = {1000, 0, 0, 1000, 0, 0}, nearly[6] = {40, 0, 0, 41, 0, 0}, student[6] = {0, 1, 0, 0, 1, 0};
-        int zero[2] = {0, 0};
-        memset(dz, 0, sizeof dz);
-        ckca__op_adakd(any, CKCA_ADAKD_DOUBT, 2, 3, student, sure, zero, NULL, 1, 1, dz, loss);
-        CHECK(loss[0] > 1 && loss[0] == loss[1], "DOUBT without doubts: %g and %g", loss[0], loss[1]);
-        ckca__op_adakd(any, CKCA_ADAKD_DOUBT, 2, 3, student, nearly, zero, NULL, 1, 1, dz, loss);
-        CHECK(fabs(loss[0] / loss[1] - exp(1)) < 1e-3, "doubts of e to 1 weigh %g to %g", loss[0], loss[1]);
-    }
     {
         float values[3] = {1, 1e-9f, 2};
         double sum = 5;
@@ -921,7 +903,7 @@ static void test_class_edges(void) {
     }
 }
 
-/* The terms of FeatReg for f (n x k) against a->zo (n x k_teacher). */
+/* The terms of FeatReg for f (n x k) against a->zo (n x k). */
 static double cosine_of(int d, const double *a, const double *b) {
     double ab = 0, aa = 0, bb = 0;
     int j;
@@ -929,20 +911,12 @@ static double cosine_of(int d, const double *a, const double *b) {
     return aa > 0 && bb > 0 ? ab / sqrt(aa * bb) : 0;
 }
 static double feature_loss(const loss_args *a, const double *f, double *each) {
-    double *fo = doubles((size_t)(a->n * a->k_teacher), a->zo), sum = 0;
-    int i, j;
+    double *fo = doubles(a->count, a->zo), sum = 0;
+    int i, j, absent;
     for (i = 0; i < a->n; i++) {
-        double loss = 0;
-        if (a->form == CKCA_FEATREG_L2)
-            for (j = 0; j < a->k; j++)
-                loss += (f[i * a->k + j] - fo[i * a->k + j]) * (f[i * a->k + j] - fo[i * a->k + j]) / a->k;
-        else if (a->form == CKCA_FEATREG_RELATION)
-            for (j = 0; j < a->n; j++) {
-                double e = cosine_of(a->k, f + i * a->k, f + j * a->k) -
-                           cosine_of(a->k_teacher, fo + i * a->k_teacher, fo + j * a->k_teacher);
-                if (j != i) loss += e * e / (a->n - 1);
-            }
-        else loss = 1 - cosine_of(a->k, f + i * a->k, fo + i * a->k);
+        double loss = 1 - cosine_of(a->k, f + i * a->k, fo + i * a->k);
+        for (absent = 1, j = 0; j < a->k; j++) absent = absent && fo[i * a->k + j] == 0;
+        if (absent) loss = a->smoothing; /* of_zero */
         if (each) each[i] = loss;
         sum += loss;
     }
@@ -954,36 +928,33 @@ static double feature_loss_mean(const double *f, const void *args) {
 }
 static void feature_run(ckca_context *ctx, const void *args, float *out) {
     const loss_args *a = (const loss_args *)args;
-    void *ws = malloc(ckca__op_workspace(ctx, (size_t)a->n, (a->k > a->k_teacher ? a->k : a->k_teacher) + 2 * a->n));
     if (a->accumulate) memcpy(out, a->start, a->count * sizeof *out);
-    ckca__op_featreg(ctx, (ckca_featreg)a->form, 0, 0, a->n, a->k, a->k_teacher, a->z, a->zo, a->scale, out,
-                     a->accumulate, out + a->count, ws);
-    free(ws);
+    ckca__op_featreg(ctx, 0, 0, a->n, a->k, a->z, a->zo, a->scale, out, a->accumulate, a->smoothing, out + a->count);
 }
 
 static void test_features(void) {
-    static const int shapes[][3] = {{1, 5, 7}, {2, 1, 3}, {6, 17, 33}, {9, 64, 40}, {300, 3, 2}, {2, 9003, 4}};
+    static const int shapes[][2] = {{1, 5}, {2, 1}, {6, 17}, {9, 64}, {300, 3}, {2, 9003}};
     size_t s, i;
     int form, accumulate;
     for (s = 0; s < sizeof shapes / sizeof *shapes; s++)
-        for (form = 0; form < 4; form++)
+        for (form = 0; form < 2; form++) /* 1: as CENTROID calls it: the last row of the teacher's is a class without mean */
             for (accumulate = 0; accumulate < 2; accumulate++) {
                 loss_args a;
                 double *f, *g, *expected;
                 char what[80];
                 if (shapes[s][0] == 300 && accumulate) continue; /* central differences of these take long */
                 a.form = form, a.n = shapes[s][0], a.k = shapes[s][1], a.count = (size_t)(a.n * a.k);
-                a.k_teacher = form == CKCA_FEATREG_RELATION ? shapes[s][2] : a.k;
-                a.accumulate = accumulate, a.scale = 2.5f;
-                a.z = make(a.count, -1, 1), a.zo = make((size_t)(a.n * a.k_teacher), -1, 1),
+                a.accumulate = accumulate, a.scale = 2.5f, a.smoothing = form ? 0 : 1;
+                a.z = make(a.count, -1, 1), a.zo = make(a.count, -1, 1),
                 a.start = make(a.count, -1, 1);
                 if (a.n == 9)
                     memset((void *)a.z, 0, (size_t)a.k * sizeof(float)); /* a zero vector: cosine 0, no gradient */
+                if (form) memset((void *)(a.zo + a.count - (size_t)a.k), 0, (size_t)a.k * sizeof(float));
                 f = doubles(a.count, a.z);
                 expected = doubles(a.count + (size_t)a.n, NULL);
                 if (a.n < 300 && a.k < 9000) {
                     g = central(feature_loss_mean, a.count, f, &a);
-                    if (a.n == 9 && form != CKCA_FEATREG_L2) memset(g, 0, (size_t)a.k * sizeof *g);
+                    if (a.n == 9) memset(g, 0, (size_t)a.k * sizeof *g);
                 } else { /* only one value in so many */
                     double one = 1e-5;
                     g = doubles(a.count, NULL);
@@ -1325,38 +1296,35 @@ static void test_torch(const char *path) {
         int hit[6];
         char name[40], base[30];
         for (j = 0; j < 2; j++) {
-            ckca__op_cross_entropy(any, 6, 7, z, labels, j ? 0.1f : 0, out, loss, hit);
+            ckca__op_cross_entropy(any, 6, 7, z, labels, j ? 0.1f : 0, 1, out, loss, hit);
             check_torch_mean(j ? "ce_smooth.loss" : "ce.loss", 6, loss);
             check_torch(j ? "ce_smooth.d_z" : "ce.d_z", out, 1e-6);
         }
-        for (form = 0; form < CKCA_ADAKD_COUNT; form++) {
+        for (form = 0; form < 2; form++) {
+            static const char *const names[2] = {"CONSTANT", "CLASS"};
             memset(out, 0, 42 * sizeof *out);
-            ckca__op_adakd(any, (ckca_adakd)form, 6, 7, z, zo, labels, torch("loss.class_weight", NULL), 3, 1, out,
-                           loss);
-            snprintf(base, sizeof base, "adakd_%s", ckca__adakds[form].name);
+            ckca__op_adakd(any, 6, 7, z, zo, labels, form ? torch("loss.class_weight", NULL) : NULL, 3, 1, out, loss);
+            snprintf(base, sizeof base, "adakd_%s", names[form]);
             snprintf(name, sizeof name, "%s.loss", base);
             check_torch_mean(name, 6, loss);
             check_part(base, "d_z", out, 1e-6);
         }
-        ws = ckca__alloc(any, ckca__op_workspace(any, 5, 12 + 2 * 5));
         for (form = 0; form < CKCA_FEATREG_COUNT; form++) {
-            int stages = ckca__featregs[form].stages, n = stages ? 2 : 5;
-            ckca__op_featreg(any, (ckca_featreg)form, 0, 0, n, stages ? 60 : 8,
-                             stages                          ? 60
-                             : form == CKCA_FEATREG_RELATION ? 12
-                                                             : 8,
-                             torch(stages ? "feat.maps" : "feat.f", NULL),
-                             torch(stages                          ? "feat.maps_o"
-                                   : form == CKCA_FEATREG_RELATION ? "feat.wide"
-                                                                   : "feat.fo",
-                                   NULL),
-                             1, out, 0, loss, ws);
+            const int stages = ckca__featregs[form].stages, n = stages ? 2 : 5, d = stages ? 60 : 8;
+            const float *teacher = torch(stages ? "feat.maps_o" : "feat.fo", NULL);
+            float means[5 * 8];
+            if (form == CKCA_FEATREG_CENTROID) {
+                ckca__op_gather(any, 5, 8, torch("feat.means", NULL),
+                                (const int *)(const void *)torch("feat.labels", NULL), means);
+                teacher = means;
+            }
+            ckca__op_featreg(any, 0, 0, n, d, torch(stages ? "feat.maps" : "feat.f", NULL), teacher, 1, out, 0,
+                             form == CKCA_FEATREG_CENTROID ? 0 : 1, loss);
             snprintf(base, sizeof base, "featreg_%s", ckca__featregs[form].name);
             snprintf(name, sizeof name, "%s.loss", base);
             check_torch_mean(name, n, loss);
             check_part(base, "d_f", out, 1e-6);
         }
-        ckca__release(any, ws);
     }
     for (j = 1; j <= 6; j = j == 1 ? 3 : j + 3) { /* groups */
         float dgamma[6] = {0}, dbeta[6] = {0}, statistics[2 * 3 * 6], parts[2 * 3 * 6];

@@ -329,7 +329,7 @@ static void test_methods(ckca_context *ctx, ckca_model *start, const ckca_data *
         CHECK(same_weights(other, result[1]), "SCRATCH does not depend on the weights it finds");
         ckca_model_free(other);
     }
-    { /* LWF is CKCA with CONSTANT, weight 1, no FeatReg */
+    { /* LWF is CKCA with CONSTANT, weight 1, no FeatReg (the default weight is another: GROWTH's 0.3) */
         ckca_model *other = copy_of(start);
         ckca_update_desc d = quick(CKCA_METHOD_CKCA);
         d.adakd = CKCA_ADAKD_CONSTANT;
@@ -353,7 +353,8 @@ static void test_methods(ckca_context *ctx, ckca_model *start, const ckca_data *
 /* Stronger terms keep the student closer to its teacher, on outputs (AdaKD) and features (FeatReg), in every form. */
 static void test_forms(ckca_context *ctx, ckca_model *start, const ckca_data *data) {
     int form;
-    for (form = 0; form < 8; form++) {
+    for (form = 0; form < CKCA_ADAKD_COUNT + CKCA_FEATREG_COUNT; form++) {
+        const int adakd = form < CKCA_ADAKD_COUNT;
         double term[2];
         int strong;
         for (strong = 0; strong < 2; strong++) {
@@ -361,17 +362,17 @@ static void test_forms(ckca_context *ctx, ckca_model *start, const ckca_data *da
             ckca_update_desc d = quick(CKCA_METHOD_CKCA);
             ckca_report report;
             d.w_kd = d.w_feat = CKCA_OFF;
-            if (form < 4) {
+            if (adakd) {
                 d.adakd = (ckca_adakd)form;
                 d.w_kd = strong ? 4.0f : 1e-4f;
             } else {
-                d.featreg = (ckca_featreg)(form - 4);
+                d.featreg = (ckca_featreg)(form - CKCA_ADAKD_COUNT);
                 d.w_feat = strong ? 10.0f : 1e-4f;
             }
             d.lr = 0.01f;
             d.epochs = 8;
             CHECK(ckca_update(m, data, &d, &report) == CKCA_OK, "form %d: %s", form, ckca_error(ctx));
-            term[strong] = form < 4 ? report.kd : report.feat;
+            term[strong] = adakd ? report.kd : report.feat;
             ckca_model_free(m);
         }
         CHECK(term[0] > 0 && term[1] < 0.85 * term[0], "form %d: the term is %g with a strong weight, %g with next to none", form,
@@ -426,12 +427,12 @@ static void test_other_teacher(ckca_context *ctx, ckca_model *start, const ckca_
     d.w_feat = 0;
     CHECK(ckca_update(m, data, &d, &report) == CKCA_OK && report.kd > 0 && report.feat == 0,
           "stages unlike the teacher's, not asked for: %s", ckca_error(ctx));
-    d.w_feat = 1;
-    d.featreg = CKCA_FEATREG_COSINE;
-    CHECK(ckca_update(m, data, &d, &report) == CKCA_ESHAPE && strstr(ckca_error(ctx), "24 features, the model 16"), "%s",
-          ckca_error(ctx));
-    d.featreg = CKCA_FEATREG_RELATION;
-    CHECK(ckca_update(m, data, &d, &report) == CKCA_OK && report.feat > 0, "RELATION compares any: %s", ckca_error(ctx));
+    d.featreg = CKCA_FEATREG_CENTROID;
+    CHECK(ckca_update(m, data, &d, &report) == CKCA_OK && report.kd > 0 && report.feat == 0,
+          "class means of other features, not asked for: %s", ckca_error(ctx));
+    for (d.w_feat = 1; d.featreg <= CKCA_FEATREG_COSINE; d.featreg = (ckca_featreg)(d.featreg + 2))
+        CHECK(ckca_update(m, data, &d, &report) == CKCA_ESHAPE && strstr(ckca_error(ctx), "24 features, the model 16"),
+              "%s", ckca_error(ctx));
     ckca_model_free(big);
     ckca_model_free(wide);
     ckca_model_free(m);
@@ -522,7 +523,7 @@ static void test_by_hand(ckca_context *ctx, ckca_model *start, const ckca_data *
         ckca_get_batch(b, data, order + first, n, &d.augment, d.seed, 0, x, labels);
         ckca_forward(b, x, n, 1);
         ckca_node_read(b, b->logits, z);
-        ckca__op_cross_entropy(ctx, n, CLASSES, z, labels, 0.1f, dz, loss, hit);
+        ckca__op_cross_entropy(ctx, n, CLASSES, z, labels, 0.1f, 1, dz, loss, hit);
         ckca_zero_gradients(b);
         ckca_backward(b, dz, NULL);
         CHECK(ckca_sgd(b, &sgd) == CKCA_OK, "%s", ckca_error(ctx));
@@ -535,6 +536,314 @@ static void test_by_hand(ckca_context *ctx, ckca_model *start, const ckca_data *
     free(wb);
     ckca_model_free(a);
     ckca_model_free(b);
+}
+
+/* ---- CKCA's own: class means, growing weights, pictures without labels ---- */
+
+/* The features of all pictures added up per class (CLASSES x m->features), by m in evaluation; count: of each class. */
+static double *class_sums(ckca_model *m, const ckca_data *data, int64_t *count) {
+    double *sums = (double *)calloc((size_t)(CLASSES * m->features), sizeof *sums);
+    float x[SIZE * SIZE * 3], f[64];
+    int i, j, label;
+    memset(count, 0, CLASSES * sizeof *count);
+    for (i = 0; i < data->count; i++) {
+        ckca_get_batch(m, data, &i, 1, NULL, 0, 0, x, &label);
+        ckca_forward(m, x, 1, 0);
+        ckca_node_read(m, m->pooled, f);
+        for (j = 0; j < m->features; j++) sums[label * m->features + j] += f[j];
+        count[label]++;
+    }
+    return sums;
+}
+
+/* How far the model's class means are from before's (NULL: none) and data's, by the model as it is. */
+static double means_apart(ckca_model *m, const ckca__centroids *before, const ckca_data *data) {
+    int64_t count[CLASSES];
+    double *sums = class_sums(m, data, count), worst = m->centroids.count ? 0 : INFINITY;
+    int i, j;
+    for (i = 0; i < CLASSES && m->centroids.count; i++) {
+        const int64_t was = before ? before->count[i] : 0;
+        if (m->centroids.count[i] != was + count[i]) worst = INFINITY;
+        for (j = 0; j < m->features; j++) {
+            const int at = i * m->features + j;
+            const double mean = (sums[at] + (was ? (double)was * before->mean[at] : 0)) / (double)(was + count[i]);
+            if (fabs(mean - m->centroids.mean[at]) > worst) worst = fabs(mean - m->centroids.mean[at]);
+        }
+    }
+    free(sums);
+    return worst;
+}
+
+static void test_centroids(ckca_context *ctx, ckca_model *start, const ckca_data *first, const ckca_data *data) {
+    ckca_model *m = copy_of(start), *foreign = copy_of(start), *scratch = copy_of(start), *measured = copy_of(start);
+    ckca_update_desc d = quick(CKCA_METHOD_CKCA);
+    ckca_report report;
+    ckca_model_info info;
+    ckca_model large;
+    double apart = means_apart(start, NULL, first), *sums;
+    int i;
+    CHECK(apart < 1e-5, "after the first update the class means are %g off", apart);
+    CHECK(ckca_update(m, data, &d, &report) == CKCA_OK && report.feat > 0, "%s", ckca_error(ctx));
+    apart = means_apart(m, &start->centroids, data);
+    CHECK(apart < 1e-5, "after the second they are %g off", apart);
+    ckca_model_info_get(m, &info);
+    CHECK(info.pictures == 2 * COUNT, "%d pictures after two chunks of %d", (int)info.pictures, COUNT);
+    d = quick(CKCA_METHOD_SCRATCH);
+    CHECK(ckca_update(scratch, data, &d, NULL) == CKCA_OK, "%s", ckca_error(ctx));
+    apart = means_apart(scratch, NULL, data);
+    CHECK(apart < 1e-5 && scratch->pictures == COUNT, "from scratch, the means are %g off, of %d pictures", apart,
+          (int)scratch->pictures);
+    d = quick(CKCA_METHOD_WARM);
+    ckca_model_free(scratch);
+    scratch = copy_of(start);
+    CHECK(ckca_update(scratch, data, &d, NULL) == CKCA_OK, "%s", ckca_error(ctx));
+    apart = means_apart(scratch, &start->centroids, data);
+    CHECK(apart < 1e-5, "every method moves them; after WARM they are %g off", apart);
+
+    /* a checkpoint without means: the teacher's of the new pictures serve this one update, and are not kept */
+    ckca__release(ctx, foreign->centroids.count);
+    foreign->centroids.count = NULL;
+    foreign->pictures = 0;
+    sums = class_sums(start, data, measured->centroids.count);
+    for (i = 0; i < CLASSES * start->features; i++)
+        measured->centroids.mean[i] = (float)(sums[i] / (double)measured->centroids.count[i / start->features]);
+    free(sums);
+    d = quick(CKCA_METHOD_CKCA);
+    CHECK(ckca_update(foreign, data, &d, &report) == CKCA_OK && ckca_update(measured, data, &d, NULL) == CKCA_OK, "%s",
+          ckca_error(ctx));
+    {
+        float *a = weights(foreign), *b = weights(measured), *c = weights(m), *w0 = weights(start);
+        apart = distance(a, b, m->all) / distance(a, w0, m->all);
+        CHECK(apart < 1e-4, "with measured means it ends %g away from an update that had them", apart);
+        CHECK(distance(a, c, m->all) / distance(a, w0, m->all) > 1e-3, "the means do not matter");
+        free(a), free(b), free(c), free(w0);
+    }
+    apart = means_apart(foreign, NULL, data);
+    CHECK(apart < 1e-5 && foreign->pictures == 2 * COUNT && fabs(report.w_kd - 0.3) < 1e-6,
+          "then its means are %g off, of %d pictures, AdaKD weighed %g", apart, (int)foreign->pictures, report.w_kd);
+
+    /* too many values */
+    memcpy(&large, start, sizeof large);
+    large.features = CKCA_CENTROIDS_MAX / CLASSES;
+    CHECK(ckca__fits_featreg(&large, &large, CKCA_FEATREG_CENTROID), "%d means of %d", CLASSES, large.features);
+    large.features++;
+    memset(&d, 0, sizeof d);
+    CHECK(ckca_update_defaults(&large, data, &d) == CKCA_OK && d.w_feat == CKCA_OFF, "FeatReg is on: %g", (double)d.w_feat);
+    {
+        ckca__update u;
+        memset(&u, 0, sizeof u);
+        u.ctx = ctx, u.m = &large, u.d.w_feat = 1;
+        CHECK(ckca__check_teacher(&u, &large) == CKCA_ESHAPE && strstr(ckca_error(ctx), "4 classes x 2097153 features"),
+              "%s", ckca_error(ctx));
+    }
+    ckca_model_free(m);
+    ckca_model_free(foreign);
+    ckca_model_free(scratch);
+    ckca_model_free(measured);
+}
+
+static void test_growth(ckca_context *ctx, ckca_model *start, const ckca_data *data) {
+    static const struct {
+        double old, now, w, kd;
+    } grown[] = {{500, 500, 1, 0.3}, {4500, 500, 1, 2.7}, {4000, 125, 1, 3}, {1e9, 1, 2, 6}, {0, 50, 1, 0}, {50, 500, 1, 0.03}};
+    ckca_model *m = copy_of(start), *other = copy_of(start);
+    ckca_update_desc d = quick(CKCA_METHOD_CKCA);
+    ckca_report report;
+    size_t i;
+    d.w_feat = 0.5f;
+    for (i = 0; i < sizeof grown / sizeof *grown; i++) {
+        ckca__factors f;
+        d.adakd = CKCA_ADAKD_GROWTH;
+        d.w_kd = (float)grown[i].w;
+        f = ckca__growth(&d, grown[i].old, grown[i].now);
+        CHECK(fabs((double)f.kd - grown[i].kd) < 1e-6 && f.ce == 1 && f.feat == 0.5f,
+              "%g old pictures, %g new: AdaKD weighs %g, cross-entropy %g, FeatReg %g", grown[i].old, grown[i].now,
+              (double)f.kd, (double)f.ce, (double)f.feat);
+        d.adakd = CKCA_ADAKD_CONSTANT;
+        f = ckca__growth(&d, grown[i].old, grown[i].now);
+        CHECK(f.kd == d.w_kd && f.ce == 1, "CONSTANT weighs %g", (double)f.kd);
+    }
+    /* chunk by chunk, as the checkpoint counts its pictures; and by the caller's word */
+    d = quick(CKCA_METHOD_CKCA);
+    for (i = 1; i < 3; i++) {
+        CHECK(ckca_update(m, data, &d, &report) == CKCA_OK && fabs(report.w_kd - 0.3 * (double)i) < 1e-6,
+              "update %d: AdaKD weighs %g", report.updates, report.w_kd);
+        CHECK(m->pictures == COUNT * (int64_t)(i + 1), "%d pictures", (int)m->pictures);
+    }
+    d.teacher_pictures = 6 * COUNT;
+    CHECK(ckca_update(m, data, &d, &report) == CKCA_OK && fabs(report.w_kd - 1.8) < 1e-6 && m->pictures == 4 * COUNT,
+          "six chunks: AdaKD weighs %g; then %d pictures", report.w_kd, (int)m->pictures);
+    other->pictures = 0; /* a checkpoint of another program: the caller's word is its count */
+    CHECK(ckca_update(other, data, &d, &report) == CKCA_OK && other->pictures == 7 * COUNT, "%d pictures",
+          (int)other->pictures);
+    other->pictures = CKCA__COUNT_MAX;
+    CHECK(ckca_update(other, data, &d, NULL) == CKCA_OK && other->pictures == CKCA__COUNT_MAX, "the count overflows");
+    ckca_model_free(other);
+    other = copy_of(start);
+    ckca_model_free(m);
+    m = copy_of(start);
+    d = quick(CKCA_METHOD_CKCA);
+    CHECK(ckca_update(m, data, &d, NULL) == CKCA_OK, "%s", ckca_error(ctx));
+    d.adakd = CKCA_ADAKD_CONSTANT;
+    d.w_kd = 0.3f;
+    CHECK(ckca_update(other, data, &d, &report) == CKCA_OK && same_weights(m, other), "GROWTH is a constant in an update");
+    ckca_model_free(m);
+    ckca_model_free(other);
+}
+
+/* CKCA's step with all its terms, by hand: cross-entropy on the labelled half, AdaKD on both, CENTROID on the labelled
+   half, one class without a mean, class means and the order of the unlabelled pictures by plain loops. */
+static void test_ckca_by_hand(ckca_context *ctx, ckca_model *start, const ckca_data *data, const ckca_data *unlabelled) {
+    enum { B = 16, PIXELS = SIZE * SIZE * 3 };
+    ckca_model *a = copy_of(start), *b = copy_of(start);
+    ckca_update_desc d = quick(CKCA_METHOD_CKCA);
+    ckca_report report;
+    ckca_sgd_desc sgd;
+    ckca_bytes bytes;
+    static float x[2 * B * PIXELS], z[2 * B * CLASSES], zo[2 * B * CLASSES], dz[2 * B * CLASSES], f[2 * B * 16],
+        df[2 * B * 16], loss[B];
+    float *wa, *wb, *w0 = weights(start);
+    int order[COUNT], turn[400], place[B], labels[B], hit[B], epoch = 0, first, i, j;
+    double apart, feat = 0, kd = 0;
+    memset(a->centroids.mean + 3 * 16, 0, 16 * sizeof(float)); /* no pictures of class 3 so far */
+    a->centroids.count[3] = 0;
+    d.epochs = 1;
+    d.warmup_epochs = CKCA_OFF;
+    d.schedule = CKCA_SCHEDULE_CONSTANT;
+    d.augment.pad = 1;
+    d.augment.flip = 1;
+    d.teacher_pictures = 150;
+    d.w_feat = 0.7f;
+    d.unlabelled = unlabelled;
+    CHECK(ckca_update(a, data, &d, &report) == CKCA_OK, "%s", ckca_error(ctx));
+    ckca_model_bytes(b, 2 * B, 1, &bytes);
+    CHECK(a->activation_bytes == bytes.activations, "activations: %zu bytes, ckca_model_bytes says %zu",
+          a->activation_bytes, bytes.activations);
+    memset(&sgd, 0, sizeof sgd);
+    sgd.lr = 0.1f;
+    ckca_shuffle(d.seed, 0, COUNT, order);
+    for (first = 0; first < COUNT; first += B) {
+        const int n = COUNT - first < B ? COUNT - first : B;
+        for (i = 0; i < n; i++) {
+            ckca_shuffle(~d.seed, (first + i) / unlabelled->count, unlabelled->count, turn);
+            place[i] = turn[(first + i) % unlabelled->count];
+        }
+        ckca_get_batch(b, data, order + first, n, &d.augment, d.seed, 0, x, labels);
+        for (i = 0; i < n; i++) place[i] = unlabelled->index[place[i]];
+        ckca__op_batch(ctx, n, SIZE, SIZE, 3, unlabelled->store->pixels, 0, place, &d.augment, d.seed, &epoch,
+                       b->normalization, b->normalization + 3, x + n * PIXELS);
+        ckca_forward(start, x, 2 * n, 0);
+        ckca_node_read(start, start->logits, zo);
+        ckca_forward(b, x, 2 * n, 1);
+        ckca_node_read(b, b->logits, z);
+        ckca_node_read(b, b->pooled, f);
+        memset(dz, 0, sizeof dz);
+        memset(df, 0, sizeof df);
+        ckca__op_cross_entropy(ctx, n, CLASSES, z, labels, 0, 1, dz, loss, hit);
+        for (j = 0; j < 2; j++) {
+            ckca__op_adakd(ctx, n, CLASSES, z + j * n * CLASSES, zo + j * n * CLASSES, NULL, NULL, 2, 0.5f,
+                           dz + j * n * CLASSES, loss);
+            for (i = 0; i < n; i++) kd += loss[i] / COUNT;
+        }
+        for (i = 0; i < n; i++) {
+            const float *mu = start->centroids.mean + labels[i] * 16, *v = f + i * 16;
+            double aa = 0, bb = 0, ab = 0;
+            if (labels[i] == 3) continue;
+            for (j = 0; j < 16; j++) aa += v[j] * v[j], bb += mu[j] * mu[j], ab += v[j] * mu[j];
+            feat += (1 - ab / sqrt(aa * bb)) / COUNT;
+            for (j = 0; j < 16; j++)
+                df[i * 16 + j] = (float)(-0.7 / n * (mu[j] / sqrt(bb) - ab / sqrt(aa * bb) * v[j] / sqrt(aa)) / sqrt(aa));
+        }
+        ckca_zero_gradients(b);
+        ckca_backward(b, dz, df);
+        CHECK(ckca_sgd(b, &sgd) == CKCA_OK, "%s", ckca_error(ctx));
+    }
+    wa = weights(a);
+    wb = weights(b);
+    apart = distance(wa, wb, a->all) / distance(wa, w0, a->all);
+    CHECK(apart < 1e-4, "an epoch of CKCA by hand is %g away from ckca_update's", apart);
+    CHECK(fabs(report.feat - feat) < 1e-5 && fabs(report.kd - kd) < 1e-5 && fabs(report.w_kd - 0.5) < 1e-7,
+          "FeatReg %g, by hand %g; AdaKD %g, by hand %g; weight %g", report.feat, feat, report.kd, kd, report.w_kd);
+    free(wa), free(wb), free(w0);
+    ckca_model_free(a);
+    ckca_model_free(b);
+}
+
+/* The same pictures as another set, whose labels fit no model. */
+static ckca_data *without_labels(ckca_context *ctx, const ckca_data *data, int count) {
+    static int labels[400];
+    ckca_array array;
+    ckca_data *all = NULL;
+    int i;
+    for (i = 0; i < count; i++) labels[i] = 1000 + i;
+    memset(&array, 0, sizeof array);
+    array.pixels = data->store->pixels;
+    array.labels = labels;
+    array.count = count;
+    array.height = array.width = SIZE;
+    array.channels = 3;
+    array.classes = 2000;
+    ckca_open_array(ctx, &all, &array, NULL);
+    return all;
+}
+
+static void test_unlabelled(ckca_context *ctx, ckca_model *start, const ckca_data *data, const ckca_data *more) {
+    ckca_data *plain = NULL, *few = without_labels(ctx, more, 37), *wide = NULL, *far;
+    ckca_model *m = copy_of(start), *other = copy_of(start), *fresh = small_net(ctx, "resnet8", 1);
+    ckca_context *elsewhere = NULL;
+    ckca_update_desc d = quick(CKCA_METHOD_CKCA);
+    ckca_report report;
+    ckca_array array;
+    int index[37], i, form;
+    unsigned char pixels[48] = {0};
+    test_ckca_by_hand(ctx, start, data, few);
+    for (i = 0; i < 37; i++) index[i] = i;
+    ckca_subset(&plain, more, index, 37);
+    d.unlabelled = plain;
+    CHECK(ckca_update(m, data, &d, &report) == CKCA_OK && report.kd > 0, "%s", ckca_error(ctx));
+    d.unlabelled = few;
+    CHECK(ckca_update(other, data, &d, &report) == CKCA_OK && same_weights(m, other), "labels are read: %s",
+          ckca_error(ctx));
+    for (form = 0; form < CKCA_FEATREG_COUNT; form++) { /* and every other form takes them */
+        d.featreg = (ckca_featreg)form;
+        d.adakd = (ckca_adakd)form;
+        d.w_feat = 1;
+        CHECK(ckca_update(other, data, &d, &report) == CKCA_OK && report.kd > 0 && report.feat > 0, "form %d: %s", form,
+              ckca_error(ctx));
+    }
+    ckca_model_free(other); /* without AdaKD they are left out */
+    other = copy_of(start);
+    ckca_model_free(m);
+    m = copy_of(start);
+    d = quick(CKCA_METHOD_WARM);
+    CHECK(ckca_update(m, data, &d, NULL) == CKCA_OK, "%s", ckca_error(ctx));
+    d.unlabelled = few;
+    CHECK(ckca_update(other, data, &d, NULL) == CKCA_OK && same_weights(m, other), "WARM reads them");
+    CHECK(ckca_update(fresh, data, &d, NULL) == CKCA_OK, "%s", ckca_error(ctx));
+    /* sets that do not fit */
+    memset(&array, 0, sizeof array);
+    array.pixels = pixels, array.labels = index, array.count = 1, array.height = array.width = 4, array.channels = 3;
+    array.classes = 1;
+    ckca_open_array(ctx, &wide, &array, NULL);
+    d = quick(CKCA_METHOD_CKCA);
+    d.unlabelled = wide;
+    CHECK(ckca_update(m, data, &d, NULL) == CKCA_ESHAPE &&
+              strstr(ckca_error(ctx), "unlabelled: the pictures are 4 x 4 x 3, the labelled ones 8 x 8 x 3"),
+          "%s", ckca_error(ctx));
+    ckca_init(&elsewhere, NULL);
+    far = pictures(elsewhere, 5, 1);
+    d.unlabelled = far;
+    CHECK(ckca_update(m, data, &d, NULL) == CKCA_EINVAL && strstr(ckca_error(ctx), "another context"), "%s",
+          ckca_error(ctx));
+    CHECK(same_weights(m, other), "the model is not as it was");
+    ckca_data_free(far);
+    ckca_context_free(elsewhere);
+    ckca_data_free(plain);
+    ckca_data_free(few);
+    ckca_data_free(wide);
+    ckca_model_free(m);
+    ckca_model_free(other);
+    ckca_model_free(fresh);
 }
 
 /* A copy gives the same logits, and goes its own way. */
@@ -619,7 +928,8 @@ static void test_update_errors(ckca_context *ctx, ckca_model *start, const ckca_
 typedef struct { /* all that a caller can see of a model, and what its next update depends on */
     ckca_model_info info;
     float *values, *gradients, *momentum, normalization[6];
-    int64_t batches_tracked;
+    ckca__centroids centroids; /* the pointers: a failed update puts nothing in their place */
+    int64_t batches_tracked, count, pictures;
     int names;
 } state_of;
 
@@ -638,6 +948,9 @@ static state_of state(ckca_model *m) {
     s.momentum = arena(m, m->momentum, m->trainable);
     memcpy(s.normalization, m->normalization, sizeof s.normalization);
     s.batches_tracked = m->batches_tracked;
+    s.centroids = m->centroids;
+    s.count = m->centroids.count ? m->centroids.count[0] : 0;
+    s.pictures = m->pictures;
     s.names = m->class_names != NULL;
     return s;
 }
@@ -655,6 +968,8 @@ static void as_it_was(ckca_model *m, state_of *was, const char *after) {
               !now.info.mean == !was->info.mean &&
               (!now.info.mean || !memcmp(now.normalization, was->normalization, sizeof now.normalization)),
           "%s: other step, names or normalisation", after);
+    CHECK(now.centroids.count == was->centroids.count && now.count == was->count && now.pictures == was->pictures,
+          "%s: other class means or number of pictures", after);
     free(now.values), free(now.gradients), free(now.momentum);
 }
 
@@ -813,7 +1128,7 @@ static void test_settings_complete(void) {
     static char header[2 << 20];
     FILE *f = fopen("ckca.h", "rb");
     size_t size = f ? fread(header, 1, sizeof header - 1, f) : 0;
-    int fields = declared(header, "ckca_update_desc", "", " teacher augment seed state progress user ");
+    int fields = declared(header, "ckca_update_desc", "", " teacher unlabelled augment seed state progress user ");
     if (f) fclose(f);
     fields += declared(header, "ckca_augment", "augment.", " ");
     CHECK(size && fields == CKCA__SETTINGS, "%d fields are declared, %d are in the list", fields, (int)CKCA__SETTINGS);
@@ -837,6 +1152,8 @@ static void test_settings(ckca_context *ctx, ckca_model *start, const ckca_data 
     memset(&base, 0, sizeof base);
     CHECK(ckca_update_defaults(start, data, &base) == CKCA_OK, "%s", ckca_error(ctx));
     CHECK(base.method == CKCA_METHOD_CKCA && base.w_kd == 1 && base.w_feat == 1 && base.temperature == 2 &&
+              base.adakd == CKCA_ADAKD_GROWTH && base.featreg == CKCA_FEATREG_CENTROID &&
+              base.teacher_pictures == COUNT &&
               base.shrink == 0.4f && base.perturb == 0.1f && base.epochs == 40 && base.batch == 64 && base.lr == 0.1f &&
               base.warmup_epochs == 1 && base.step_epochs == 40 / 3.0f && base.step_factor == 0.1f &&
               base.momentum == 0.9f && base.weight_decay == 5e-4f && base.clip_norm == 0 && base.state_seconds == 30,
@@ -896,11 +1213,13 @@ static void test_threads(void) {
         m[i] = small_net(ctx[i], "resnet20", 1);
         d.w_feat = 1;
         d.augment.pad = 1;
+        d.unlabelled = data;
         ckca_update(m[i], data, &d, NULL);
         ckca_update(m[i], data, &d, NULL);
         ckca_data_free(data);
     }
     CHECK(m[0]->updates == 2 && same_weights(m[0], m[1]), "1 and 2 threads give the same bits");
+    CHECK(!memcmp(m[0]->centroids.count, m[2]->centroids.count, ckca__centroid_bytes(m[0])), "the class means differ");
     CHECK(same_weights(m[0], m[2]), "1 and 3 threads give the same bits");
     for (i = 0; i < 3; i++) {
         ckca_model_free(m[i]);
@@ -925,19 +1244,20 @@ static void spill(const char *path, const char *bytes, size_t size) {
 }
 
 /* Stopped after every number of SGD steps, also on the edge of an epoch, and resumed in a new model: the same bits. */
-static void test_resume(ckca_context *ctx, ckca_model *start, const ckca_data *data) {
+static void test_resume(ckca_context *ctx, ckca_model *start, const ckca_data *data, const ckca_data *unlabelled) {
     ckca_model *whole = copy_of(start), *m;
     ckca_update_desc d = quick(CKCA_METHOD_CKCA);
     ckca_report expected, report;
     int after, stop;
     d.w_feat = 1;
     d.augment.flip = 1;
+    d.unlabelled = unlabelled;
     CHECK(ckca_update(whole, data, &d, &expected) == CKCA_OK, "%s", ckca_error(ctx));
     d.state = DIR "/state.safetensors";
     d.progress = never;
     d.user = &stop;
     remove(d.state);
-    for (after = 1; after < 18; after++) {
+    for (after = 1; after < 18; after += unlabelled ? 5 : 1) {
         FILE *left;
         m = copy_of(start);
         stop = after;
@@ -948,6 +1268,8 @@ static void test_resume(ckca_context *ctx, ckca_model *start, const ckca_data *d
         CHECK(ckca_update(m, data, &d, &report) == CKCA_OK, "resume after %d: %s", after, ckca_error(ctx));
         CHECK(same_weights(m, whole) && m->batches_tracked == whole->batches_tracked && m->updates == 2,
               "resumed after %d steps, the weights differ", after);
+        CHECK(!memcmp(m->centroids.count, whole->centroids.count, ckca__centroid_bytes(m)) && m->pictures == 2 * COUNT,
+              "resumed after %d steps, the class means differ", after);
         CHECK(report.loss == expected.loss && report.accuracy == expected.accuracy, "resumed after %d: loss %g, uninterrupted %g",
               after, report.loss, expected.loss);
         left = fopen(d.state, "rb");
@@ -972,6 +1294,14 @@ static void test_resume(ckca_context *ctx, ckca_model *start, const ckca_data *d
         CHECK(ckca_update(m, data, &d, NULL) == CKCA_EINVAL && strstr(ckca_error(ctx), "another update (its lr was 0.1, now it is 0.05)"), "%s",
               ckca_error(ctx));
         d.lr = 0;
+        d.unlabelled = unlabelled ? NULL : data;
+        CHECK(ckca_update(m, data, &d, NULL) == CKCA_EINVAL && strstr(ckca_error(ctx), "another update (other pictures"),
+              "%s", ckca_error(ctx));
+        d.unlabelled = unlabelled;
+        m->centroids.mean[0] += 1; /* the teacher's class means are others */
+        CHECK(ckca_update(m, data, &d, NULL) == CKCA_EINVAL && strstr(ckca_error(ctx), "another update (other pictures"),
+              "%s", ckca_error(ctx));
+        m->centroids.mean[0] = start->centroids.mean[0];
         bytes = slurp(d.state, &size);
         CHECK(size > 1000, "the state has %zu bytes", size);
         spill(d.state, bytes, size - 1);
@@ -1114,7 +1444,7 @@ static void test_not_finite(ckca_context *ctx, ckca_model *start, const ckca_dat
               ckca_error(ctx));
         CHECK(same_weights(m, start) && m->updates == start->updates, "%s: the model is not as it was", words);
         CHECK(!there(state), "a state that is not finite was written");
-        spoil(&(ckca_progress){0, 0, 1, s.at, s.at, 0, 0, 0, 0, 0, 0, 0}, &s);
+        spoil(&(ckca_progress){0, 0, 1, s.at, s.at, 0, 0, 0, 0, 0, 0, 0, 0}, &s);
         CHECK(ckca_save(m, one) == CKCA_ENAN && strstr(ckca_error(ctx), words), "%s: %s", words, ckca_error(ctx));
         ckca_model_free(m);
     }
@@ -1221,7 +1551,7 @@ static void test_allocations(void) {
         ckca_desc desc;
         ckca_context *ctx = NULL;
         ckca_data *data = NULL;
-        ckca_model *m = NULL, *back = NULL;
+        ckca_model *m = NULL, *back = NULL, *copy = NULL;
         ckca_update_desc d = quick(CKCA_METHOD_CKCA);
         ckca_model_desc model;
         memset(&desc, 0, sizeof desc);
@@ -1243,7 +1573,13 @@ static void test_allocations(void) {
         if (!status && !(data = pictures(ctx, COUNT, 1))) status = CKCA_ENOMEM;
         if (!status) status = ckca_resnet(ctx, &m, "resnet8", &model);
         if (!status) status = ckca_update(m, data, &d, NULL);
-        if (!status) status = ckca_update(m, data, &d, NULL); /* over the state of the first */
+        if (!status) status = ckca_model_copy(&copy, m);
+        if (!status) { /* over the state of the first; to a checkpoint without class means */
+            ckca__release(ctx, m->centroids.count);
+            m->centroids.count = NULL;
+            d.unlabelled = data;
+            status = ckca_update(m, data, &d, NULL);
+        }
         if (!status) status = ckca_evaluate(m, data, NULL, NULL);
         if (!status) status = ckca_save(m, DIR "/scarce.safetensors");
         if (!status) status = ckca_load(ctx, &back, DIR "/scarce.safetensors");
@@ -1251,6 +1587,7 @@ static void test_allocations(void) {
             failures++;
             CHECK(status == CKCA_ENOMEM, "allocation %ld fails with %s: %s", k, ckca_status_name(status), ckca_error(ctx));
         }
+        ckca_model_free(copy);
         ckca_model_free(back);
         ckca_model_free(m);
         ckca_data_free(data);
@@ -1287,12 +1624,16 @@ int main(void) {
     test_other_teacher(ctx, start, next);
     test_shrink_perturb(ctx, start, next);
     test_by_hand(ctx, start, next);
+    test_centroids(ctx, start, data, next);
+    test_growth(ctx, start, next);
+    test_unlabelled(ctx, start, next, test);
     test_copy(ctx, start, next);
     test_update_errors(ctx, start, next);
     test_failed_update(ctx, start, next);
     test_teacher_is_read(ctx, start, next);
     test_settings(ctx, start, next);
-    test_resume(ctx, start, next);
+    test_resume(ctx, start, next, NULL);
+    test_resume(ctx, start, next, test);
     test_unsaved(ctx, start, next, data);
     test_not_finite(ctx, start, next);
     test_files(ctx, start, next);

@@ -78,32 +78,28 @@ for name, smoothing in (("ce", 0.0), ("ce_smooth", 0.1)):
     put(f"{name}.loss", loss.reshape(1))
     put(f"{name}.d_z", torch.autograd.grad(loss, z)[0])
 
-truth = F.softmax(zo, 1)[torch.arange(n), labels]
-weights = dict(CLASS=class_weight[labels], CONSTANT=torch.ones(n), TRUTH=truth / truth.mean(),
-               DOUBT=(1 - truth) / (1 - truth).mean())
-for name, a in weights.items():
+for name, a in dict(CLASS=class_weight[labels], CONSTANT=torch.ones(n)).items():
     kl = F.kl_div(F.log_softmax(z / t, 1), F.softmax(zo / t, 1), reduction="none").sum(1)
     loss = t * t * (a * kl).mean()
     put(f"adakd_{name}.loss", loss.reshape(1))
     put(f"adakd_{name}.d_z", torch.autograd.grad(loss, z)[0])
 
-f, fo, wide = leaf(5, 8), torch.randn(5, 8), torch.randn(5, 12)
+f, fo = leaf(5, 8), torch.randn(5, 8)
 maps, maps_o = leaf(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
 put("feat.f", f)
 put("feat.fo", fo)
-put("feat.wide", wide)
 put("feat.maps", nhwc(maps))
 put("feat.maps_o", nhwc(maps_o))
+# CENTROID: the features of two chunks give class means; class 2 of 4 was in neither, so its pictures have no term.
+chunks = [(torch.randn(5, 8), torch.tensor([0, 1, 3, 0, 3])), (torch.randn(4, 8), torch.tensor([3, 1, 1, 0]))]
+means = torch.stack([torch.cat([x[y == c] for x, y in chunks]).sum(0) / max(1, sum((y == c).sum() for _, y in chunks))
+                     for c in range(4)])
+of, known = torch.tensor([3, 2, 0, 1, 3]), torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0])
+put("feat.means", means)
+put("feat.labels", of.int())
 
-
-def relation(f, fo):
-    gram = lambda v: F.normalize(v, dim=1) @ F.normalize(v, dim=1).T
-    off = ~torch.eye(len(f), dtype=torch.bool)
-    return ((gram(f) - gram(fo))[off] ** 2).mean()
-
-
-for name, value, loss in (("COSINE", f, (1 - F.cosine_similarity(f, fo)).mean()), ("L2", f, F.mse_loss(f, fo)),
-                          ("RELATION", f, relation(f, wide)),
+for name, value, loss in (("COSINE", f, (1 - F.cosine_similarity(f, fo)).mean()),
+                          ("CENTROID", f, (known * (1 - F.cosine_similarity(f, means[of]))).mean()),
                           ("STAGES", maps, (1 - F.cosine_similarity(maps.flatten(1), maps_o.flatten(1))).mean())):
     grad = torch.autograd.grad(loss, value)[0]
     put(f"featreg_{name}.loss", loss.reshape(1))
