@@ -419,8 +419,9 @@ typedef struct ckca_model_desc {
     int zero_residual;              /* ResNets: 1: the last batch norm of every residual branch starts at weight 0 */
 } ckca_model_desc;
 
-/* A ResNet by name: "resnet8", 20, 32, 44, 56, 110 (He et al. 2016, section 4.2), "resnet18", 34, 50 (section 4.1,
-   torchvision's), "resnet18-cifar", 34, 50 (the same with a 3 x 3 stem of stride 1 and no max pooling). */
+/* A ResNet by name: "resnet8", 20, 32, 44, 56, 110 (He et al. 2016, section 4.2); torchvision's "resnet18", 34, 50, 101,
+   152 (section 4.1), "wide_resnet50_2" (Zagoruyko and Komodakis 2016) and "resnext50_32x4d" (Xie et al. 2017), for any
+   size of picture; "resnet18-cifar" and so on (these with a 3 x 3 stem of stride 1 and no max pooling). */
 CKCA_API ckca_status ckca_resnet(ckca_context *ctx, ckca_model **model, const char *arch, const ckca_model_desc *desc);
 
 typedef struct ckca_model_info {
@@ -572,6 +573,20 @@ CKCA_API ckca_status ckca_predict(ckca_model *model, const unsigned char *pixels
    Checkpoints.
    =================================================================================================================== */
 
+/* What ckca_load_backbone did. The head's tensors count nowhere: if left and missing are 0, the file is of the same
+   network. num_batches_tracked and momentum.* are not counted. */
+typedef struct ckca_backbone {
+    int taken;                          /* tensors of the model that the file has replaced */
+    int left;                           /* tensors of the file without one of this name and shape in the model */
+    int missing;                        /* tensors of the model that keep their values */
+    char first_left[96], first_missing[96]; /* the first of each, by name and in the model's order; "": none */
+} ckca_backbone;
+
+/* ImageNet's statistics, with which torchvision's networks were trained, for ckca_model_desc.mean and std:
+       static const float mean[3] = CKCA_IMAGENET_MEAN, std[3] = CKCA_IMAGENET_STD; */
+#define CKCA_IMAGENET_MEAN {0.485f, 0.456f, 0.406f}
+#define CKCA_IMAGENET_STD {0.229f, 0.224f, 0.225f}
+
 #ifndef CKCA_NO_STDIO
 /* Writes a checkpoint (safetensors) to path.tmp and renames it: path is always the complete old or new file. Follows a
    link to the file that it names, keeps that file's permissions, and refuses what is not a regular file (CKCA_EIO).
@@ -584,6 +599,11 @@ CKCA_API ckca_status ckca_load(ckca_context *ctx, ckca_model **model, const char
    prefixes module. _orig_mod. model. backbone., and chains of them, are removed from the file's names if all names then
    match. Classes, normalisation and number of updates are loaded if present. On failure the model is unchanged. */
 CKCA_API ckca_status ckca_load_weights(ckca_model *model, const char *path);
+/* Loads from such a file, of this network with other classes or of a similar one, every tensor that fits by name
+   (prefixes are removed one name at a time) and shape. The head, which is the layer of the logits, stays as it is, also
+   where it would fit; so do class names and number of updates. mean and std are loaded if present. report may be NULL.
+   CKCA_EFORMAT if nothing fits. On failure the model is unchanged. */
+CKCA_API ckca_status ckca_load_backbone(ckca_model *model, const char *path, ckca_backbone *report);
 #endif
 /* The same files in memory. ckca_save_memory sets *size to the file's size in bytes and, unless out is NULL, writes the
    file to out, of capacity bytes; CKCA_EINVAL if they are too few. The size changes only when the model is trained or
@@ -592,6 +612,8 @@ CKCA_API ckca_status ckca_save_memory(ckca_model *model, void *out, size_t capac
 /* bytes[0..size) need no alignment and are not needed after the call. */
 CKCA_API ckca_status ckca_load_memory(ckca_context *ctx, ckca_model **model, const void *bytes, size_t size);
 CKCA_API ckca_status ckca_load_weights_memory(ckca_model *model, const void *bytes, size_t size);
+CKCA_API ckca_status ckca_load_backbone_memory(ckca_model *model, const void *bytes, size_t size,
+                                               ckca_backbone *report);
 
 /* ===================================================================================================================
    API: ADVANCED                                                                                            >>advanced
@@ -633,6 +655,9 @@ typedef struct ckca_conv_desc {
     int stride; /* up to 255; 0: 1 */
     int pad;    /* 0 to kernel - 1 */
     int bias;   /* 1: with a bias */
+    int groups; /* 0 or 1: none; else output channels j out / groups to (j + 1) out / groups - 1 see the same share of
+                   the input's channels alone, as torch.nn.Conv2d's groups. Divides both; weight out x C / groups x
+                   kernel x kernel */
 } ckca_conv_desc;
 CKCA_API ckca_status ckca_model_create(ckca_context *ctx, ckca_model **model, const ckca_model_desc *desc);
 CKCA_API int ckca_layer_input(ckca_model *model);
@@ -833,7 +858,11 @@ typedef struct ckca__conv {
     int bf16_x, bf16;       /* bf16_x: the input is bfloat16; bf16: the output is (poolings: bf16 says so of both) */
     void *packed_weights;   /* from ckca__op_pack_weights; or NULL */
     const ckca__statistics *statistics; /* forward: also computes these of its output; NULL: none */
+    int groups;             /* above 1: grouped, the weight is K x R x S x C / groups; then no norm, no statistics */
 } ckca__conv;
+
+/* Input channels that each output channel sees. */
+CKCA__BOTH int ckca__group_inputs(const ckca__conv *s) { return s->groups > 1 ? s->c / s->groups : s->c; }
 
 /* Opens the device behind a new context (a failure leaves its sentence in ctx->error); closes it. */
 CKCA__OP ckca_status ckca__device_init(ckca_context *ctx);
@@ -3569,7 +3598,7 @@ typedef struct ckca__node {
     int h, w, c;             /* shape of the output, per picture */
     int kernel, stride, pad; /* convolution, pooling; stride also for subsample */
     int bias;                /* convolution: 1: it has one */
-    int groups;              /* group norm */
+    int groups;              /* group norm; convolution: 0: not grouped */
     int zero;                /* batch norm: 1: gamma starts at 0 */
     int stage;               /* 1: marked by ckca_layer_stage */
     int readers;             /* number of nodes that read it, plus one for logits and for features */
@@ -3857,7 +3886,7 @@ enum {
     CKCA__LAYER_LOGITS = 128           /* input and output are float32; the logits must be such a node */
 };
 
-enum { CKCA__LAYER_NUMBERS = 5 };
+enum { CKCA__LAYER_NUMBERS = 6 };
 
 typedef struct ckca__layer {
     int inputs; /* 0 to 2 */
@@ -3873,6 +3902,7 @@ typedef struct ckca__layer {
     size_t (*workspace)(const ckca_model *m, const ckca__node *x, int n, int mode);
     /* Floats per picture that forward saves for backward beside the output (ckca__side); NULL: none. */
     size_t (*side)(const ckca__node *x);
+    int optional; /* 1: the text leaves the last number out where it is 0, as files of earlier versions do */
 } ckca__layer;
 
 /* Scratch memory of ops that need ckca__op_workspace for their output. */
@@ -3906,11 +3936,12 @@ static int ckca__window(int length, int kernel, int stride, int pad) {
 
 CKCA_API int ckca_layer_conv(ckca_model *m, const char *name, int input, ckca_conv_desc desc) {
     ckca__node *node = ckca__add_node(m, CKCA__KIND_CONV, name ? name : "", input, -1, 1);
-    ckca__bound bounds[5] = {{"out", 0, 1, INT_MAX, 0},
+    ckca__bound bounds[6] = {{"out", 0, 1, INT_MAX, 0},
                              {"kernel", 0, 0, 255, 0},
                              {"stride", 0, 0, 255, 0},
                              {"pad", 0, 0, 0, 0}, /* at most kernel - 1 */
-                             {"bias", 0, 0, 1, 0}};
+                             {"bias", 0, 0, 1, 0},
+                             {"groups", 0, 0, INT_MAX, 0}};
     char text[160];
     const ckca__node *x;
     if (!node) return -1;
@@ -3919,14 +3950,20 @@ CKCA_API int ckca_layer_conv(ckca_model *m, const char *name, int input, ckca_co
     node->stride = desc.stride ? desc.stride : 1;
     node->pad = desc.pad;
     node->bias = !!desc.bias;
+    node->groups = desc.groups > 1 ? desc.groups : 0;
     bounds[0].value = desc.out;
     bounds[1].value = desc.kernel;
     bounds[2].value = desc.stride;
     bounds[3].value = desc.pad;
     bounds[3].most = node->kernel - 1;
     bounds[4].value = desc.bias;
-    if (ckca__out_of_bounds(bounds, 5, text, sizeof text))
+    bounds[5].value = desc.groups;
+    if (ckca__out_of_bounds(bounds, 6, text, sizeof text))
         return ckca__build_error(m, CKCA_EINVAL, "conv %s: %s", name, text);
+    if (node->groups && (x->c % node->groups || desc.out % node->groups))
+        return ckca__build_error(m, CKCA_EINVAL,
+                                 "conv %s: %d groups do not divide both the input's %d channels and the output's %d",
+                                 name, node->groups, x->c, desc.out);
     node->h = ckca__window(x->h, node->kernel, node->stride, node->pad);
     node->w = ckca__window(x->w, node->kernel, node->stride, node->pad);
     node->c = desc.out;
@@ -3934,7 +3971,9 @@ CKCA_API int ckca_layer_conv(ckca_model *m, const char *name, int input, ckca_co
         return ckca__build_error(m, CKCA_ESHAPE,
                                  "conv %s: a kernel of %d with pad %d does not fit the input of %d x %d", name,
                                  node->kernel, node->pad, x->h, x->w);
-    if (!ckca__add_parameter(m, "weight", CKCA__ROLE_WEIGHT, 4, desc.out, x->c, node->kernel, node->kernel)) return -1;
+    if (!ckca__add_parameter(m, "weight", CKCA__ROLE_WEIGHT, 4, desc.out, node->groups ? x->c / node->groups : x->c,
+                             node->kernel, node->kernel))
+        return -1;
     if (node->bias && !ckca__add_parameter(m, "bias", CKCA__ROLE_BIAS, 1, desc.out, 1, 1, 1)) return -1;
     return ckca__commit_node(m, node);
 }
@@ -3946,6 +3985,7 @@ static int ckca__build_conv(ckca_model *m, const char *name, const int *number) 
     desc.stride = number[3];
     desc.pad = number[4];
     desc.bias = number[5];
+    desc.groups = number[6];
     return ckca_layer_conv(m, name, number[0], desc);
 }
 
@@ -4329,17 +4369,19 @@ static size_t ckca__side_groupnorm(const ckca__node *x) { return 2 * (size_t)x->
 #define CKCA__FIELD(name) offsetof(ckca__node, name)
 static const ckca__layer ckca__layers[CKCA__KIND_COUNT] = {
     /* input */
-    {0, 0, {0}, 0, ckca__build_input, NULL, NULL, ckca__workspace_map, NULL},
+    {0, 0, {0}, 0, ckca__build_input, NULL, NULL, ckca__workspace_map, NULL, 0},
     /* conv */
     {1,
      1,
-     {CKCA__FIELD(c), CKCA__FIELD(kernel), CKCA__FIELD(stride), CKCA__FIELD(pad), CKCA__FIELD(bias)},
+     {CKCA__FIELD(c), CKCA__FIELD(kernel), CKCA__FIELD(stride), CKCA__FIELD(pad), CKCA__FIELD(bias),
+      CKCA__FIELD(groups)},
      CKCA__LAYER_READS_INPUT | CKCA__LAYER_NORMALIZES | CKCA__LAYER_CONVOLUTION | CKCA__LAYER_FROM_PICTURES,
      ckca__build_conv,
      ckca__forward_conv,
      ckca__backward_conv,
      ckca__workspace_conv,
-     NULL},
+     NULL,
+     1},
     /* bn */
     {1,
      1,
@@ -4349,7 +4391,8 @@ static const ckca__layer ckca__layers[CKCA__KIND_COUNT] = {
      ckca__forward_batchnorm,
      ckca__backward_batchnorm,
      ckca__workspace_map,
-     NULL},
+     NULL,
+     0},
     /* relu */
     {1,
      0,
@@ -4359,9 +4402,10 @@ static const ckca__layer ckca__layers[CKCA__KIND_COUNT] = {
      ckca__forward_add,
      ckca__backward_add,
      ckca__workspace_map,
-     NULL},
+     NULL,
+     0},
     /* add */
-    {2, 0, {0}, 0, ckca__build_add, ckca__forward_add, ckca__backward_add, ckca__workspace_map, NULL},
+    {2, 0, {0}, 0, ckca__build_add, ckca__forward_add, ckca__backward_add, ckca__workspace_map, NULL, 0},
     /* maxpool */
     {1,
      0,
@@ -4371,7 +4415,8 @@ static const ckca__layer ckca__layers[CKCA__KIND_COUNT] = {
      ckca__forward_maxpool,
      ckca__backward_maxpool,
      ckca__workspace_map,
-     ckca__side_maxpool},
+     ckca__side_maxpool,
+     0},
     /* avgpool */
     {1,
      0,
@@ -4381,7 +4426,8 @@ static const ckca__layer ckca__layers[CKCA__KIND_COUNT] = {
      ckca__forward_avgpool,
      ckca__backward_avgpool,
      ckca__workspace_map,
-     NULL},
+     NULL,
+     0},
     /* subsample */
     {1,
      0,
@@ -4391,7 +4437,8 @@ static const ckca__layer ckca__layers[CKCA__KIND_COUNT] = {
      ckca__forward_subsample,
      ckca__backward_subsample,
      ckca__workspace_map,
-     NULL},
+     NULL,
+     0},
     /* linear */
     {1,
      1,
@@ -4401,7 +4448,8 @@ static const ckca__layer ckca__layers[CKCA__KIND_COUNT] = {
      ckca__forward_linear,
      ckca__backward_linear,
      ckca__workspace_linear,
-     NULL},
+     NULL,
+     0},
     /* gn */
     {1,
      1,
@@ -4411,7 +4459,8 @@ static const ckca__layer ckca__layers[CKCA__KIND_COUNT] = {
      ckca__forward_groupnorm,
      ckca__backward_groupnorm,
      ckca__workspace_groupnorm,
-     ckca__side_groupnorm},
+     ckca__side_groupnorm,
+     0},
 };
 #undef CKCA__FIELD
 
@@ -4708,7 +4757,7 @@ CKCA_API ckca_status ckca_model_finish(ckca_model *m, int logits) {
 
 /* Convolution, batch norm and, if relu, ReLU after node x; conv and bn are their names after prefix ("layer1.0."). */
 static int ckca__conv_bn(ckca_model *m, const char *prefix, const char *conv, const char *bn, int x, int out,
-                         int kernel, int stride, int relu) {
+                         int kernel, int stride, int groups, int relu) {
     char name[CKCA__NAME_MAX];
     ckca_conv_desc desc;
     memset(&desc, 0, sizeof desc);
@@ -4716,6 +4765,7 @@ static int ckca__conv_bn(ckca_model *m, const char *prefix, const char *conv, co
     desc.kernel = kernel;
     desc.stride = stride;
     desc.pad = kernel / 2;
+    desc.groups = groups;
     snprintf(name, sizeof name, "%s%s", prefix, conv);
     x = ckca_layer_conv(m, name, x, desc);
     snprintf(name, sizeof name, "%s%s", prefix, bn);
@@ -4723,25 +4773,25 @@ static int ckca__conv_bn(ckca_model *m, const char *prefix, const char *conv, co
     return relu ? ckca_layer_relu(m, x) : x;
 }
 
-/* One residual block (He et al. 2016, figure 5): basic (two 3x3), or bottleneck (1x1, 3x3, 1x1 with 4 times the
-   channels; the 3x3 has the stride, as in torchvision). */
+/* One residual block (He et al. 2016, figure 5): basic (two 3x3), or, if bottleneck is above 0, a bottleneck (1x1, 3x3 of
+   bottleneck times width channels in groups, 1x1 with 4 times width; the 3x3 has the stride, as in torchvision). */
 static int ckca__residual_block(ckca_model *m, const char *prefix, int x, int width, int stride, int bottleneck,
-                                int projection, int zero) {
+                                int groups, int projection, int zero) {
     int in, out = bottleneck ? width * 4 : width, y, shortcut = x;
     if (x < 0) return -1;
     in = m->node[x].c;
     if (bottleneck) {
-        y = ckca__conv_bn(m, prefix, "conv1", "bn1", x, width, 1, 1, 1);
-        y = ckca__conv_bn(m, prefix, "conv2", "bn2", y, width, 3, stride, 1);
-        y = ckca__conv_bn(m, prefix, "conv3", "bn3", y, out, 1, 1, 0);
+        y = ckca__conv_bn(m, prefix, "conv1", "bn1", x, width * bottleneck, 1, 1, 0, 1);
+        y = ckca__conv_bn(m, prefix, "conv2", "bn2", y, width * bottleneck, 3, stride, groups, 1);
+        y = ckca__conv_bn(m, prefix, "conv3", "bn3", y, out, 1, 1, 0, 0);
     } else {
-        y = ckca__conv_bn(m, prefix, "conv1", "bn1", x, width, 3, stride, 1);
-        y = ckca__conv_bn(m, prefix, "conv2", "bn2", y, out, 3, 1, 0);
+        y = ckca__conv_bn(m, prefix, "conv1", "bn1", x, width, 3, stride, 0, 1);
+        y = ckca__conv_bn(m, prefix, "conv2", "bn2", y, out, 3, 1, 0, 0);
     }
     if (y < 0) return -1;
     m->node[y].zero = zero;
     if (stride != 1 || in != out)
-        shortcut = projection ? ckca__conv_bn(m, prefix, "downsample.0", "downsample.1", x, out, 1, stride, 0)
+        shortcut = projection ? ckca__conv_bn(m, prefix, "downsample.0", "downsample.1", x, out, 1, stride, 0, 0)
                               : ckca_layer_subsample(m, x, stride, out);
     return ckca_layer_relu(m, ckca_layer_add(m, y, shortcut));
 }
@@ -4749,10 +4799,14 @@ static int ckca__residual_block(ckca_model *m, const char *prefix, int x, int wi
 CKCA_API ckca_status ckca_resnet(ckca_context *ctx, ckca_model **out, const char *arch, const ckca_model_desc *desc) {
     static const struct {
         const char *name;
-        int cifar, bottleneck, blocks[4]; /* blocks per stage */
-    } net[] = {{"resnet8", 1, 0, {1, 1, 1, 0}},  {"resnet20", 1, 0, {3, 3, 3, 0}}, {"resnet32", 1, 0, {5, 5, 5, 0}},
-               {"resnet44", 1, 0, {7, 7, 7, 0}}, {"resnet56", 1, 0, {9, 9, 9, 0}}, {"resnet110", 1, 0, {18, 18, 18, 0}},
-               {"resnet18", 0, 0, {2, 2, 2, 2}}, {"resnet34", 0, 0, {3, 4, 6, 3}}, {"resnet50", 0, 1, {3, 4, 6, 3}}};
+        int cifar, bottleneck, groups, blocks[4]; /* bottleneck: see ckca__residual_block; blocks per stage */
+    } net[] = {{"resnet8", 1, 0, 0, {1, 1, 1, 0}},         {"resnet20", 1, 0, 0, {3, 3, 3, 0}},
+               {"resnet32", 1, 0, 0, {5, 5, 5, 0}},        {"resnet44", 1, 0, 0, {7, 7, 7, 0}},
+               {"resnet56", 1, 0, 0, {9, 9, 9, 0}},        {"resnet110", 1, 0, 0, {18, 18, 18, 0}},
+               {"resnet18", 0, 0, 0, {2, 2, 2, 2}},        {"resnet34", 0, 0, 0, {3, 4, 6, 3}},
+               {"resnet50", 0, 1, 0, {3, 4, 6, 3}},        {"resnet101", 0, 1, 0, {3, 4, 23, 3}},
+               {"resnet152", 0, 1, 0, {3, 8, 36, 3}},      {"wide_resnet50_2", 0, 2, 0, {3, 4, 6, 3}},
+               {"resnext50_32x4d", 0, 2, 32, {3, 4, 6, 3}}};
     const int nets = (int)(sizeof net / sizeof *net);
     size_t length = arch ? strlen(arch) : 0;
     int i, stage, block, x, width, small_stem = 0;
@@ -4768,22 +4822,22 @@ CKCA_API ckca_status ckca_resnet(ckca_context *ctx, ckca_model **out, const char
         if (length && strlen(net[i].name) == length && !memcmp(arch, net[i].name, length)) break;
     if (i == nets || (small_stem && net[i].cifar))
         return ckca__fail(ctx, CKCA_EINVAL,
-                          "unknown network \"%.40s\"; known are resnet8, 20, 32, 44, 56, 110, 18, 34, 50, 18-cifar, "
-                          "34-cifar, 50-cifar",
+                          "unknown network \"%.40s\"; known are resnet8, 20, 32, 44, 56, 110, 18, 34, 50, 101, 152, "
+                          "wide_resnet50_2, resnext50_32x4d, and from resnet18 on the same with -cifar",
                           arch);
     if ((status = ckca_model_create(ctx, &m, desc))) return status;
     snprintf(m->arch, sizeof m->arch, "%s", arch);
     width = desc->width_base ? desc->width_base : net[i].cifar ? 16 : 64;
     x = ckca_layer_input(m);
     x = ckca__conv_bn(m, "", "conv1", "bn1", x, width, net[i].cifar || small_stem ? 3 : 7,
-                      net[i].cifar || small_stem ? 1 : 2, 1);
+                      net[i].cifar || small_stem ? 1 : 2, 0, 1);
     if (!net[i].cifar && !small_stem) x = ckca_layer_maxpool(m, x, 3, 2, 1);
     for (stage = 0; stage < 4; stage++) {
         for (block = 0; block < net[i].blocks[stage]; block++) {
             char prefix[32];
             snprintf(prefix, sizeof prefix, "layer%d.%d.", stage + 1, block);
             x = ckca__residual_block(m, prefix, x, width << stage, stage && !block ? 2 : 1, net[i].bottleneck,
-                                     !net[i].cifar || desc->projection, desc->zero_residual);
+                                     net[i].groups, !net[i].cifar || desc->projection, desc->zero_residual);
         }
         if (block) ckca_layer_stage(m, x);
     }
@@ -4811,8 +4865,11 @@ static size_t ckca__graph_write(const ckca_model *m, char *out, size_t capacity)
         CKCA__PUT("%s%s", i ? ";" : "", ckca__kind_name[x->kind]);
         if (x->name[0]) CKCA__PUT(" %s", x->name);
         for (j = 0; j < layer->inputs; j++) CKCA__PUT(" %d", x->in[j]);
-        for (j = 0; j < CKCA__LAYER_NUMBERS && layer->number[j]; j++)
-            CKCA__PUT(" %d", *(const int *)(const void *)((const char *)x + layer->number[j]));
+        for (j = 0; j < CKCA__LAYER_NUMBERS && layer->number[j]; j++) {
+            const int value = *(const int *)(const void *)((const char *)x + layer->number[j]);
+            if (layer->optional && !value && (j + 1 == CKCA__LAYER_NUMBERS || !layer->number[j + 1])) break;
+            CKCA__PUT(" %d", value);
+        }
     }
     for (i = 0; i < m->nodes; i++)
         if (m->node[i].stage) CKCA__PUT(";stage %d", i);
@@ -4859,6 +4916,7 @@ static ckca_status ckca__graph_read(ckca_model *m, const char *text) {
             const ckca__layer *layer = &ckca__layers[kind];
             int wanted = layer->inputs, i;
             for (i = 0; i < CKCA__LAYER_NUMBERS && layer->number[i]; i++) wanted++;
+            if (layer->optional && numbers == wanted - 1) number[numbers++] = 0;
             if (numbers == wanted) done = layer->build(m, word[1], number);
         } else if (text == end && words == 1 && numbers == 1) {
             if (!strcmp(word[0], "stage")) done = ckca_layer_stage(m, number[0]);
@@ -6125,6 +6183,7 @@ static void ckca__shape(const ckca_model *m, const ckca__node *node, int n, int 
     s->p = node->h;
     s->q = node->w;
     s->norm = m->node[node->source].fused_into_reader[mode] ? &m->node[node->source].norm : NULL;
+    s->groups = node->kind == CKCA__KIND_CONV ? node->groups : 0;
 }
 
 /* The output of node i: n x h x w x c, where n is m->n. */
@@ -7142,12 +7201,44 @@ static ckca_status ckca__check_format(const ckca__st_file *file) {
                       ckca__tail(file->path), format);
 }
 
-/* Takes class names, normalisation and the number of updates (ckca.step) from a file's metadata. */
-static ckca_status ckca__read_metadata(ckca_model *m, const ckca__st_file *file) {
-    const char *names = ckca__st_meta(file, "ckca.class_names"), *mean = ckca__st_meta(file, "ckca.mean");
-    const char *std = ckca__st_meta(file, "ckca.std"), *step = ckca__st_meta(file, "ckca.step");
+/* Reads ckca.mean and ckca.std, if the file has them, into *normalization (NULL: it has none), which the caller
+   releases. */
+static ckca_status ckca__read_normalization(const ckca_model *m, const ckca__st_file *file, float **normalization) {
+    const char *mean = ckca__st_meta(file, "ckca.mean"), *std = ckca__st_meta(file, "ckca.std");
     const char *path = ckca__tail(file->path);
     const size_t channels = (size_t)m->channels;
+    float *values;
+    ckca_status status = CKCA_OK;
+    size_t i;
+    *normalization = NULL;
+    if (!mean && !std) return CKCA_OK;
+    values = (float *)ckca__alloc(m->ctx, channels * 2 * sizeof(float));
+    if (!values)
+        return ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for the mean of %d channels", path, m->channels);
+    if (!ckca__parse_floats(mean, values, m->channels) || !ckca__parse_floats(std, values + channels, m->channels))
+        status = ckca__fail(m->ctx, CKCA_EFORMAT, "%s: ckca.mean and ckca.std are not %d numbers each", path,
+                            m->channels);
+    for (i = channels; !status && i < 2 * channels; i++)
+        if (!(values[i] > 0))
+            status = ckca__fail(m->ctx, CKCA_EFORMAT, "%s: ckca.std has a value that is not above 0", path);
+    if (status)
+        ckca__release(m->ctx, values);
+    else
+        *normalization = values;
+    return status;
+}
+
+static void ckca__set_normalization(ckca_model *m, float *normalization) {
+    if (!normalization) return;
+    ckca__release(m->ctx, m->normalization);
+    m->normalization = normalization;
+    m->normalized = 1;
+}
+
+/* Takes class names, normalisation and the number of updates (ckca.step) from a file's metadata. */
+static ckca_status ckca__read_metadata(ckca_model *m, const ckca__st_file *file) {
+    const char *names = ckca__st_meta(file, "ckca.class_names"), *step = ckca__st_meta(file, "ckca.step");
+    const char *path = ckca__tail(file->path);
     char **list = NULL;
     float *normalization = NULL;
     int count = 0, updates = 1; /* weights without ckca.step were trained by another program */
@@ -7157,20 +7248,7 @@ static ckca_status ckca__read_metadata(ckca_model *m, const ckca__st_file *file)
     if (names && (status = ckca__names_from_json(m->ctx, file->path, names, &list, &count))) return status;
     if (names && count != m->classes)
         status = ckca__fail(m->ctx, CKCA_EFORMAT, "%s: %d class names for %d classes", path, count, m->classes);
-    if (!status && (mean || std)) {
-        size_t i;
-        normalization = (float *)ckca__alloc(m->ctx, channels * 2 * sizeof(float));
-        if (!normalization)
-            status =
-                ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for the mean of %d channels", path, m->channels);
-        else if (!ckca__parse_floats(mean, normalization, m->channels) ||
-                 !ckca__parse_floats(std, normalization + channels, m->channels))
-            status = ckca__fail(m->ctx, CKCA_EFORMAT, "%s: ckca.mean and ckca.std are not %d numbers each", path,
-                                m->channels);
-        for (i = channels; !status && i < 2 * channels; i++)
-            if (!(normalization[i] > 0))
-                status = ckca__fail(m->ctx, CKCA_EFORMAT, "%s: ckca.std has a value that is not above 0", path);
-    }
+    if (!status) status = ckca__read_normalization(m, file, &normalization);
     if (status) {
         ckca__free_names(m->ctx, list, count);
         ckca__release(m->ctx, normalization);
@@ -7180,11 +7258,7 @@ static ckca_status ckca__read_metadata(ckca_model *m, const ckca__st_file *file)
         ckca__free_names(m->ctx, m->class_names, m->classes);
         m->class_names = list;
     }
-    if (normalization) {
-        ckca__release(m->ctx, m->normalization);
-        m->normalization = normalization;
-        m->normalized = 1;
-    }
+    ckca__set_normalization(m, normalization);
     m->updates = updates;
     return CKCA_OK;
 }
@@ -7198,21 +7272,24 @@ static void ckca__shape_text(const int64_t *shape, int dims, char *out, size_t c
         at += (size_t)snprintf(out + at, capacity - at, "%s%.0f", i ? "x" : "", (double)shape[i]);
 }
 
+/* 1 if the tensor of a file has the shape of parameter p. */
+static int ckca__fits(const ckca__st_tensor *tensor, const ckca__parameter *p) {
+    int i, fits = tensor->dims == p->dims;
+    for (i = 0; fits && i < p->dims; i++) fits = tensor->shape[i] == p->shape[i];
+    return fits;
+}
+
 /* Finds the tensor of parameter p, whose name in the file is p's after prefix, and checks its shape. */
 static ckca_status ckca__find_parameter(const ckca__st_file *file, const ckca__parameter *p, const char *prefix,
                                         const ckca__st_tensor **tensor) {
     char name[CKCA__NAME_MAX + 32], has[200], wants[200];
     int64_t shape[4];
-    int i, fits;
+    int i;
     snprintf(name, sizeof name, "%s%s", prefix, p->name);
     *tensor = ckca__st_find(file, name);
     if (!*tensor) return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: it has no tensor %s", ckca__tail(file->path), name);
-    fits = (*tensor)->dims == p->dims;
-    for (i = 0; i < p->dims; i++) {
-        shape[i] = p->shape[i];
-        fits = fits && (*tensor)->shape[i] == shape[i];
-    }
-    if (fits) return CKCA_OK;
+    if (ckca__fits(*tensor, p)) return CKCA_OK;
+    for (i = 0; i < p->dims; i++) shape[i] = p->shape[i];
     ckca__shape_text((*tensor)->shape, (*tensor)->dims, has, sizeof has);
     ckca__shape_text(shape, p->dims, wants, sizeof wants);
     return ckca__fail(file->ctx, CKCA_ESHAPE, "%s: %s is %s in the file, %s in the model", ckca__tail(file->path), name,
@@ -7403,6 +7480,101 @@ static ckca_status ckca__load_into(ckca_model *m, ckca__st_file *file) {
         status = ckca__device_status(m->ctx);
     }
     ckca__release(m->ctx, host);
+    return status;
+}
+
+/* Finds each parameter's tensor by name, with as many prefixes removed as it takes: chosen (m->parameters pointers, NULL:
+   none). The name itself goes before one with prefixes; two of those are an error. */
+static ckca_status ckca__choose_tensors(const ckca_model *m, const ckca__st_file *file,
+                                        const ckca__st_tensor **chosen) {
+    size_t i;
+    int j;
+    for (i = 0; i < file->tensors; i++) {
+        const ckca__st_tensor *tensor = &file->tensor[i];
+        const char *bare = ckca__unprefixed_name(m, tensor->name, &j);
+        if (!bare || j < 0) continue;
+        if (chosen[j] && bare != tensor->name && strcmp(chosen[j]->name, bare))
+            return ckca__fail(m->ctx, CKCA_EFORMAT, "%s: both %.80s and %.80s would be %.80s",
+                              ckca__tail(file->path), chosen[j]->name, tensor->name, bare);
+        if (!chosen[j] || bare == tensor->name) chosen[j] = tensor;
+    }
+    return CKCA_OK;
+}
+
+static void ckca__note_first(char *first, size_t capacity, const char *name) {
+    if (!*first) snprintf(first, capacity, "%.*s", (int)capacity - 1, name);
+}
+
+/* Fills the report and reads the tensors that fit into host (m->all floats, which hold the model's values). */
+static ckca_status ckca__read_backbone(const ckca_model *m, const ckca__st_file *file,
+                                       const ckca__st_tensor *const *chosen, float *host, float *file_order,
+                                       ckca_backbone *report) {
+    size_t i;
+    int j;
+    ckca_status status;
+    for (j = 0; j < m->parameters; j++) {
+        const ckca__parameter *p = &m->parameter[j];
+        if (p->node == m->logits) continue;
+        if (!chosen[j] || !ckca__fits(chosen[j], p)) {
+            report->missing++;
+            ckca__note_first(report->first_missing, sizeof report->first_missing, p->name);
+            continue;
+        }
+        if ((status = ckca__st_read_floats(file, chosen[j], file_order)) ||
+            (status = ckca__check_finite(m->ctx, ckca__tail(file->path), "", p, file_order)))
+            return status;
+        ckca__reorder(p, file_order, host + p->offset, 0);
+        report->taken++;
+    }
+    for (i = 0; i < file->tensors; i++) {
+        const ckca__st_tensor *tensor = &file->tensor[i];
+        const char *name = tensor->name, *suffix = strrchr(name, '.');
+        if ((suffix && !strcmp(suffix, ".num_batches_tracked")) || !strncmp(name, "momentum.", 9)) continue;
+        if (ckca__unprefixed_name(m, name, &j) && j >= 0 && chosen[j] == tensor &&
+            (m->parameter[j].node == m->logits || ckca__fits(tensor, &m->parameter[j])))
+            continue;
+        report->left++;
+        ckca__note_first(report->first_left, sizeof report->first_left, name);
+    }
+    if (report->taken) return CKCA_OK;
+    return ckca__fail(m->ctx, CKCA_EFORMAT,
+                      "%s: none of its %.0f tensors fits the network by name and shape: it has %.70s, the model %.70s",
+                      ckca__tail(file->path), (double)file->tensors,
+                      *report->first_left ? report->first_left : "only a head", m->parameter[0].name);
+}
+
+static ckca_status ckca__load_backbone(ckca_model *m, const ckca__st_file *file, ckca_backbone *out) {
+    const size_t pointers = (size_t)m->parameters * sizeof(const ckca__st_tensor *);
+    const ckca__st_tensor **chosen = (const ckca__st_tensor **)ckca__alloc(m->ctx, pointers);
+    float *host = (float *)ckca__alloc(m->ctx, m->all * sizeof(float)), *file_order, *normalization = NULL;
+    size_t most = 0;
+    int i;
+    ckca_backbone report;
+    ckca_status status;
+    memset(&report, 0, sizeof report);
+    for (i = 0; i < m->parameters; i++)
+        if (m->parameter[i].count > most) most = m->parameter[i].count;
+    file_order = (float *)ckca__alloc(m->ctx, most * sizeof(float));
+    status = ckca__check_format(file);
+    if (!status && (!chosen || !host || !file_order))
+        status = ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for %.1f MB", ckca__tail(file->path),
+                            (double)m->all * 4e-6);
+    if (!status) status = ckca__choose_tensors(m, file, chosen);
+    if (!status) ckca__device_download(m->ctx, host, m->values, m->all * sizeof(float));
+    if (!status) status = ckca__device_status(m->ctx);
+    if (!status) status = ckca__read_backbone(m, file, chosen, host, file_order, &report);
+    if (!status) status = ckca__read_normalization(m, file, &normalization);
+    if (!status) {
+        ckca__device_upload(m->ctx, m->values, host, m->all * sizeof(float));
+        m->folded_valid = 0;
+        ckca__set_normalization(m, normalization);
+        ckca__read_batches_tracked(m, file);
+        if (out) *out = report;
+        status = ckca__device_status(m->ctx);
+    }
+    ckca__release(m->ctx, file_order);
+    ckca__release(m->ctx, host);
+    ckca__release(m->ctx, (void *)chosen);
     return status;
 }
 
@@ -7598,6 +7770,18 @@ CKCA_API ckca_status ckca_load_weights_memory(ckca_model *m, const void *bytes, 
     return status;
 }
 
+CKCA_API ckca_status ckca_load_backbone_memory(ckca_model *m, const void *bytes, size_t size, ckca_backbone *report) {
+    ckca__st_file file;
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    if (!bytes) return ckca__null(m->ctx, "ckca_load_backbone_memory", "bytes");
+    if ((status = ckca__check_finished(m, "ckca_load_backbone_memory"))) return status;
+    status = ckca__st_parse(m->ctx, "memory", (const unsigned char *)bytes, size, &file);
+    if (!status) status = ckca__load_backbone(m, &file, report);
+    ckca__st_close(&file);
+    return status;
+}
+
 #ifndef CKCA_NO_STDIO
 /* 1 if both paths name the same file. */
 static int ckca__same_file(const char *a, const char *b) {
@@ -7637,6 +7821,18 @@ CKCA_API ckca_status ckca_load_weights(ckca_model *m, const char *path) {
     if ((status = ckca__check_finished(m, "ckca_load_weights"))) return status;
     status = ckca__st_open(m->ctx, path, &file);
     if (!status) status = ckca__load_into(m, &file);
+    ckca__st_close(&file);
+    return status;
+}
+
+CKCA_API ckca_status ckca_load_backbone(ckca_model *m, const char *path, ckca_backbone *report) {
+    ckca__st_file file;
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    if (!path) return ckca__null(m->ctx, "ckca_load_backbone", "path");
+    if ((status = ckca__check_finished(m, "ckca_load_backbone"))) return status;
+    status = ckca__st_open(m->ctx, path, &file);
+    if (!status) status = ckca__load_backbone(m, &file, report);
     ckca__st_close(&file);
     return status;
 }
@@ -8688,7 +8884,7 @@ static ckca_status ckca__st_write(ckca_context *ctx, const char *path, const ckc
 
        y[n][p][q][k] = sum over r, s, c of x[n][p stride - pad + r][q stride - pad + s][c] w[k][r][s][c]
 
-   Pixels outside x count as zero. y is linear in x and in w, so both gradients are the same sum read from the other
+   In groups, c runs over the channels of k's group alone. Pixels outside x count as zero. y is linear in x and in w, so both gradients are the same sum read from the other
    end: every product x w that contributes to y sends dy w back to x and dy x back to w. */
 
 /* Arguments of the tasks of all three passes; each pass sets what it needs. */
@@ -8703,7 +8899,8 @@ typedef struct ckca__naive_conv {
 static void ckca__naive_conv_forward_row(void *job, int row, int thread) {
     const ckca__naive_conv *a = (const ckca__naive_conv *)job;
     const ckca__conv *s = a->s;
-    int n = row / s->p, p = row % s->p, q, r, t, c, j;
+    const int inputs = ckca__group_inputs(s), groups = s->c / inputs, outputs = s->k / groups;
+    int n = row / s->p, p = row % s->p, q, r, t, c, j, g;
     (void)thread;
     for (q = 0; q < s->q; q++) {
         ptrdiff_t at = ((ptrdiff_t)row * s->q + q) * s->k;
@@ -8714,10 +8911,12 @@ static void ckca__naive_conv_forward_row(void *job, int row, int thread) {
                 int iy = p * s->stride - s->pad + r, ix = q * s->stride - s->pad + t;
                 const float *from = a->x + (((ptrdiff_t)n * s->h + iy) * s->w + ix) * s->c;
                 if (iy < 0 || iy >= s->h || ix < 0 || ix >= s->w) continue;
-                for (c = 0; c < s->c; c++) {
-                    const float *weight = a->w + (((ptrdiff_t)r * s->s + t) * s->c + c) * s->k;
-                    for (j = 0; j < s->k; j++) to[j] += from[c] * weight[j];
-                }
+                for (g = 0; g < groups; g++)
+                    for (c = 0; c < inputs; c++) {
+                        const float *weight = a->w + (((ptrdiff_t)r * s->s + t) * inputs + c) * s->k;
+                        const float pixel = from[g * inputs + c];
+                        for (j = g * outputs; j < (g + 1) * outputs; j++) to[j] += pixel * weight[j];
+                    }
             }
         for (j = 0; j < s->k; j++) {
             if (a->residual) to[j] += a->residual[at + j];
@@ -8730,7 +8929,7 @@ static void ckca__naive_conv_forward_row(void *job, int row, int thread) {
 static void ckca__naive_conv_forward(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w,
                                      const float *bias, const float *residual, int relu, float *y, float *ws) {
     ckca__naive_conv job;
-    ptrdiff_t per = (ptrdiff_t)s->r * s->s * s->c, i;
+    ptrdiff_t per = (ptrdiff_t)s->r * s->s * ckca__group_inputs(s), i;
     int k;
     for (k = 0; k < s->k; k++)
         for (i = 0; i < per; i++) ws[i * s->k + k] = w[k * per + i];
@@ -8749,6 +8948,7 @@ static void ckca__naive_conv_forward(ckca_context *ctx, const ckca__conv *s, con
 static void ckca__naive_conv_backward_data_row(void *job, int row, int thread) {
     const ckca__naive_conv *a = (const ckca__naive_conv *)job;
     const ckca__conv *s = a->s;
+    const int inputs = ckca__group_inputs(s), outputs = s->k / (s->c / inputs);
     int n = row / s->h, y = row % s->h, x, r, t, k, c;
     (void)thread;
     for (x = 0; x < s->w; x++) {
@@ -8760,8 +8960,9 @@ static void ckca__naive_conv_backward_data_row(void *job, int row, int thread) {
                 const float *from = a->dy + (((ptrdiff_t)n * s->p + p) * s->q + q) * s->k;
                 if (top < 0 || top % s->stride || p >= s->p || left < 0 || left % s->stride || q >= s->q) continue;
                 for (k = 0; k < s->k; k++) {
-                    const float *weight = a->w + (((ptrdiff_t)k * s->r + r) * s->s + t) * s->c;
-                    for (c = 0; c < s->c; c++) to[c] += from[k] * weight[c];
+                    const float *weight = a->w + (((ptrdiff_t)k * s->r + r) * s->s + t) * inputs;
+                    float *of_group = to + k / outputs * inputs;
+                    for (c = 0; c < inputs; c++) of_group[c] += from[k] * weight[c];
                 }
             }
     }
@@ -8784,6 +8985,7 @@ static void ckca__naive_conv_backward_data(ckca_context *ctx, const ckca__conv *
 static void ckca__naive_conv_backward_weight_channel(void *job, int k, int thread) {
     const ckca__naive_conv *a = (const ckca__naive_conv *)job;
     const ckca__conv *s = a->s;
+    const int inputs = ckca__group_inputs(s), first = k / (s->k / (s->c / inputs)) * inputs;
     ptrdiff_t row, rows = (ptrdiff_t)s->n * s->p;
     float sum = 0.0f;
     int q, r, t, c;
@@ -8796,10 +8998,10 @@ static void ckca__naive_conv_backward_weight_channel(void *job, int k, int threa
             for (r = 0; r < s->r; r++)
                 for (t = 0; t < s->s; t++) {
                     int iy = (int)(row % s->p) * s->stride - s->pad + r, ix = q * s->stride - s->pad + t;
-                    const float *pixel = a->x + ((n * s->h + iy) * s->w + ix) * s->c;
-                    float *to = a->dw + (((ptrdiff_t)k * s->r + r) * s->s + t) * s->c;
+                    const float *pixel = a->x + ((n * s->h + iy) * s->w + ix) * s->c + first;
+                    float *to = a->dw + (((ptrdiff_t)k * s->r + r) * s->s + t) * inputs;
                     if (iy < 0 || iy >= s->h || ix < 0 || ix >= s->w) continue;
-                    for (c = 0; c < s->c; c++) to[c] += from * pixel[c];
+                    for (c = 0; c < inputs; c++) to[c] += from * pixel[c];
                 }
         }
     if (a->dbias) a->dbias[k] += sum;
@@ -11386,10 +11588,123 @@ static void ckca__wino_weight_run(ckca_context *ctx, ckca__wino_job *job, float 
 }
 #endif /* CKCA__SIMD */
 
+#ifdef CKCA__SIMD
+/* ---- grouped convolution: several groups at a time as an ordinary convolution, with zeros between groups ---- */
+
+/* The shape of one bundle of groups: the fewest groups whose channels fill a vector of 16, both ways if there are so
+   many. Few zeros are multiplied, and every pass uses the kernels of ordinary convolutions. */
+static ckca__conv ckca__bundle_shape(const ckca__conv *s) {
+    const int inputs = s->c / s->groups, outputs = s->k / s->groups, least = inputs < outputs ? inputs : outputs;
+    ckca__conv b = *s;
+    int size = 1;
+    while (size < s->groups && (s->groups % size || size * least < 16)) size++;
+    b.c = size * inputs;
+    b.k = size * outputs;
+    b.groups = 0;
+    return b;
+}
+
+typedef struct ckca__bundle_copy {
+    size_t rows, block, all, first, width; /* rows of all channels, of which width from first on are the bundle's */
+    float *whole, *part;
+    int back, add; /* 1: from part to whole; 1: adds */
+} ckca__bundle_copy;
+static void ckca__bundle_copy_block(void *job, int b, int thread) {
+    const ckca__bundle_copy *a = (const ckca__bundle_copy *)job;
+    size_t i = (size_t)b * a->block, end = a->rows - i < a->block ? a->rows : i + a->block, j;
+    (void)thread;
+    for (; i < end; i++) {
+        float *whole = a->whole + i * a->all + a->first, *part = a->part + i * a->width;
+        if (!a->back)
+            memcpy(part, whole, a->width * sizeof *part);
+        else
+            for (j = 0; j < a->width; j++) whole[j] = a->add ? whole[j] + part[j] : part[j];
+    }
+}
+/* Copies a bundle's channels out of a map, or (back) into it. */
+static void ckca__bundle_move(ckca_context *ctx, size_t rows, int all, int first, int width, float *whole, float *part,
+                              int back, int add) {
+    ckca__bundle_copy job = {rows, 1 + (CKCA__BLOCK / (size_t)width), (size_t)all, (size_t)first, (size_t)width, whole,
+                             part, back, add};
+    ckca__parallel_over(ctx, rows * (size_t)width, (int)((rows + job.block - 1) / job.block), ckca__bundle_copy_block,
+                        &job);
+}
+/* Copies the weights of the groups of a bundle to the blocks on the diagonal of the bundle's weights, or (back) adds
+   those to the groups' gradients. w: the bundle's first weight. */
+static void ckca__bundle_weights(const ckca__conv *s, const ckca__conv *b, float *w, float *part, int back) {
+    const size_t inputs = (size_t)(s->c / s->groups), outputs = (size_t)(s->k / s->groups);
+    const size_t taps = (size_t)s->r * (size_t)s->s;
+    size_t k, tap, c;
+    if (!back) memset(part, 0, (size_t)b->k * taps * (size_t)b->c * sizeof *part);
+    for (k = 0; k < (size_t)b->k; k++)
+        for (tap = 0; tap < taps; tap++) {
+            float *of_group = w + (k * taps + tap) * inputs;
+            float *of_bundle = part + (k * taps + tap) * (size_t)b->c + k / outputs * inputs;
+            for (c = 0; c < inputs; c++)
+                if (back)
+                    of_group[c] += of_bundle[c];
+                else
+                    of_bundle[c] = of_group[c];
+        }
+}
+/* Where a bundle's weights, input (gradient) and output (gradient) are in ws; the ordinary workspace follows. */
+typedef struct ckca__bundle {
+    float *w, *x, *y;
+    void *ws;
+    size_t floats; /* of the three */
+} ckca__bundle;
+static ckca__bundle ckca__bundle_layout(const ckca__conv *b, void *ws) {
+    const size_t w = ckca__round_up(ckca__map_size(b->k, b->r, b->s, b->c), 16);
+    const size_t x = ckca__round_up(ckca__map_size(b->n, b->h, b->w, b->c), 16);
+    ckca__bundle at;
+    at.w = (float *)ws;
+    at.x = at.w + w;
+    at.y = at.x + x;
+    at.floats = w + x + ckca__round_up(ckca__map_size(b->n, b->p, b->q, b->k), 16);
+    at.ws = at.w + at.floats;
+    return at;
+}
+static float *ckca__not_const(const float *p) { return (float *)(uintptr_t)p; }
+
+/* pass 0: the forward pass, from x to y; 1: the input gradient, from y (dy) to x (dx); 2: the weight gradient. */
+static void ckca__grouped_conv(ckca_context *ctx, const ckca__conv *s, int pass, const float *x, const float *w,
+                               const float *bias, const float *residual, int relu, int accumulate, const float *y,
+                               float *dw, float *dbias, void *ws) {
+    const ckca__conv b = ckca__bundle_shape(s);
+    const ckca__bundle at = ckca__bundle_layout(&b, ws);
+    const size_t in_rows = ckca__map_size(s->n, s->h, s->w, 1), out_rows = ckca__map_size(s->n, s->p, s->q, 1);
+    const size_t per = ckca__map_size(s->r, s->s, s->c / s->groups, 1);
+    float *from = ckca__not_const(x), *to = ckca__not_const(y);
+    int c, k;
+    for (c = k = 0; k < s->k; c += b.c, k += b.k) {
+        if (pass < 2) ckca__bundle_weights(s, &b, ckca__not_const(w) + (size_t)k * per, at.w, 0);
+        if (pass != 1) ckca__bundle_move(ctx, in_rows, s->c, c, b.c, from, at.x, 0, 0);
+        if (pass > 0) ckca__bundle_move(ctx, out_rows, s->k, k, b.k, to, at.y, 0, 0);
+        if (pass == 0) {
+            if (residual) ckca__bundle_move(ctx, out_rows, s->k, k, b.k, ckca__not_const(residual), at.y, 0, 0);
+            ckca__op_conv_forward(ctx, &b, at.x, at.w, bias ? bias + k : NULL, residual ? at.y : NULL, relu, at.y,
+                                  at.ws);
+            ckca__bundle_move(ctx, out_rows, s->k, k, b.k, to, at.y, 1, 0);
+        } else if (pass == 1) {
+            ckca__op_conv_backward_data(ctx, &b, at.y, at.w, at.x, 0, at.ws);
+            ckca__bundle_move(ctx, in_rows, s->c, c, b.c, from, at.x, 1, accumulate);
+        } else {
+            memset(at.w, 0, ckca__map_size(b.k, b.r, b.s, b.c) * sizeof *at.w);
+            ckca__op_conv_backward_weight(ctx, &b, at.x, at.y, at.w, dbias ? dbias + k : NULL, at.ws);
+            ckca__bundle_weights(s, &b, dw + (size_t)k * per, at.w, 1);
+        }
+    }
+}
+#endif
+
 CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *s) {
     size_t taps = ckca__mul((size_t)s->r, (size_t)s->s),
-           floats = ckca__mul(taps, ckca__mul((size_t)s->c, (size_t)s->k));
+           floats = ckca__mul(taps, ckca__mul((size_t)ckca__group_inputs(s), (size_t)s->k));
 #ifdef CKCA__SIMD
+    if (s->groups > 1 && !ckca__conv_is_naive(ctx, s)) {
+        const ckca__conv b = ckca__bundle_shape(s);
+        return ckca__sum(ckca__mul(ckca__bundle_layout(&b, NULL).floats, sizeof(float)), ckca__conv_workspace(ctx, &b));
+    }
     if (!ckca__conv_is_naive(ctx, s)) {
         ckca__conv_job job;
         ckca__wgrad_job weight;
@@ -11438,7 +11753,7 @@ CKCA__OP void ckca__op_pack_weights(ckca_context *ctx, int count, const ckca__co
 
 CKCA__OP int ckca__may_norm(const ckca_context *ctx, const ckca__conv *s) {
 #ifdef CKCA__SIMD
-    return !ckca__conv_is_naive(ctx, s) && s->c % 16 == 0; /* kernels normalise whole vectors */
+    return !ckca__conv_is_naive(ctx, s) && s->c % 16 == 0 && s->groups < 2; /* kernels normalise whole vectors */
 #else
     (void)ctx;
     (void)s;
@@ -11450,6 +11765,10 @@ CKCA__OP void ckca__op_conv_forward(ckca_context *ctx, const ckca__conv *s, cons
                                     const float *bias, const float *residual, int relu, float *y, void *ws) {
 #ifdef CKCA__SIMD
     ckca__wino_job wino;
+    if (s->groups > 1 && !ckca__conv_is_naive(ctx, s)) {
+        ckca__grouped_conv(ctx, s, 0, x, w, bias, residual, relu, 0, y, NULL, NULL, ws);
+        return;
+    }
     if (ckca__wino_plan(ctx, &wino, s, 0)) {
         wino.source.at = x;
         wino.weights = w;
@@ -11480,6 +11799,10 @@ CKCA__OP void ckca__op_conv_backward_data(ckca_context *ctx, const ckca__conv *s
                                           float *dx, int accumulate, void *ws) {
 #ifdef CKCA__SIMD
     ckca__wino_job wino;
+    if (s->groups > 1 && !ckca__conv_is_naive(ctx, s)) {
+        ckca__grouped_conv(ctx, s, 1, dx, w, NULL, NULL, 0, accumulate, dy, NULL, NULL, ws);
+        return;
+    }
     if (ckca__wino_plan(ctx, &wino, s, 1)) {
         wino.source.at = dy;
         wino.weights = w;
@@ -11507,6 +11830,10 @@ CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv 
                                             float *dw, float *dbias, void *ws) {
 #ifdef CKCA__SIMD
     ckca__wino_job wino;
+    if (s->groups > 1 && !ckca__conv_is_naive(ctx, s)) {
+        ckca__grouped_conv(ctx, s, 2, x, NULL, NULL, NULL, 0, 0, dy, dw, dbias, ws);
+        return;
+    }
     if (ckca__wino_plan(ctx, &wino, s, 2)) {
         wino.source.at = x;
         wino.dy.at = dy;
@@ -11539,7 +11866,7 @@ static void ckca__linear_as_conv(ckca__conv *s, int n, int d, int k) {
     s->c = d;
     s->k = k;
     s->h = s->w = s->r = s->s = s->stride = s->p = s->q = 1;
-    s->pad = 0;
+    s->pad = s->groups = 0;
     s->norm = NULL;
 }
 

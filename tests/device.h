@@ -123,10 +123,10 @@ static void device_done(ckca_context *ctx, const char *op) {
 #define IO(p, count) (int *)device_out(ctx, p, (size_t)(count) * sizeof(int))
 
 static size_t device_x(const ckca__conv *s) { return (size_t)s->n * s->h * s->w * s->c; }
-static size_t device_w(const ckca__conv *s) { return (size_t)s->k * s->r * s->s * s->c; }
+static size_t device_w(const ckca__conv *s) { return (size_t)s->k * s->r * s->s * ckca__group_inputs(s); }
 static size_t device_y(const ckca__conv *s) { return (size_t)s->n * s->p * s->q * s->k; }
 static size_t device_linear_workspace(ckca_context *ctx, int n, int d, int k) {
-    ckca__conv s = {1, 1, 0, 0, 0, 1, 1, 1, 0, 1, 0, NULL, 0, 0, NULL, NULL};
+    ckca__conv s = {1, 1, 0, 0, 0, 1, 1, 1, 0, 1, 0, NULL, 0, 0, NULL, NULL, 0};
     s.w = s.q = n, s.c = d, s.k = k;
     return ckca__conv_workspace(ctx, &s);
 }

@@ -757,7 +757,7 @@ static void test_group_norm(void) {
 /* The first of equals wins; NaN wins over all, wherever it is; -inf is a value like any other. */
 static void test_maxpool_edges(void) {
     enum { C = 21 };
-    static const ckca__conv s = {1, 2, 2, C, C, 2, 2, 2, 0, 1, 1, NULL, 0, 0, NULL, NULL};
+    static const ckca__conv s = {1, 2, 2, C, C, 2, 2, 2, 0, 1, 1, NULL, 0, 0, NULL, NULL, 0};
     int isa, i, where;
     for (isa = 0; isa < ISAS; isa++) {
         float x[4 * C], y[C], dx[4 * C], one[C];
@@ -1254,7 +1254,7 @@ static void test_torch(const char *path) {
     if (fread(file, 1, file_size, f) != file_size) file_size = 0;
     fclose(f);
     for (i = 0; i < 5; i++) {
-        ckca__conv s = {2, 9, 8, 3, 5, 0, 0, 0, 0, 0, 0, NULL, 0, 0, NULL, NULL};
+        ckca__conv s = {2, 9, 8, 3, 5, 0, 0, 0, 0, 0, 0, NULL, 0, 0, NULL, NULL, 0};
         char name[20];
         float db[5] = {0};
         s.r = s.s = convs[i][0], s.stride = convs[i][1], s.pad = convs[i][2];
@@ -1272,7 +1272,7 @@ static void test_torch(const char *path) {
         ckca__release(any, ws);
     }
     {
-        ckca__conv as = {4, 1, 1, 6, 3, 1, 1, 1, 0, 1, 1, NULL, 0, 0, NULL, NULL};
+        ckca__conv as = {4, 1, 1, 6, 3, 1, 1, 1, 0, 1, 1, NULL, 0, 0, NULL, NULL, 0};
         float db[3] = {0};
         ws = ckca__alloc(any, ckca__conv_workspace(any, &as));
         ckca__op_linear_forward(any, 4, 6, 3, torch("linear.x", NULL), torch("linear.w", NULL), torch("linear.b", NULL),
@@ -1309,7 +1309,7 @@ static void test_torch(const char *path) {
         ckca__release(any, ws);
     }
     {
-        ckca__conv s = {2, 9, 8, 4, 4, 3, 3, 2, 1, 5, 4, NULL, 0, 0, NULL, NULL};
+        ckca__conv s = {2, 9, 8, 4, 4, 3, 3, 2, 1, 5, 4, NULL, 0, 0, NULL, NULL, 0};
         ckca__op_maxpool_forward(any, &s, torch("maxpool.x", NULL), out, at);
         check_torch("maxpool.y", out, 0);
         ckca__op_maxpool_backward(any, &s, torch("maxpool.dy", NULL), at, out, 0);
