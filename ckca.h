@@ -442,6 +442,18 @@ CKCA_API ckca_data_desc ckca_data_like(const ckca_model *model);
 CKCA_API ckca_status ckca_model_copy(ckca_model **copy, const ckca_model *model);
 CKCA_API void ckca_model_free(ckca_model *model);
 
+/* Freezes the layers whose name begins with prefix and a '.' or is it ("layer1", "layer1.0.bn1"; "": all; NULL: all but
+   the head, the layer of the logits). A frozen layer's weights no longer change, weight decay included, and a frozen
+   batch norm keeps its running statistics and normalises with them, in training too. What comes before the first layer
+   that is trained runs as in evaluation and costs no gradients, neither time nor memory. If that is all but the head and
+   nothing is augmented, ckca_update computes the features of the pictures once. Frozen layers keep their weights also
+   under CKCA_METHOD_SCRATCH and SHRINK_PERTURB. Freezing is a setting for training: no checkpoint holds it, and an
+   update resumes from its training state only under the same. Gradients and momentum of the model are dropped. */
+CKCA_API ckca_status ckca_freeze(ckca_model *model, const char *prefix);
+/* Multiplies the learning rate of the same layers by factor, 0 to 1e6: 0.1 for a pre-trained backbone, say. 0 freezes
+   them, any other value thaws them. */
+CKCA_API ckca_status ckca_learning_rate(ckca_model *model, const char *prefix, float factor);
+
 /* ===================================================================================================================
    API: TRAINING                                                                                              >>update
 
@@ -922,7 +934,8 @@ CKCA__OP void ckca__op_conv_backward_data(ckca_context *ctx, const ckca__conv *s
 /* Adds to dw (K x R x S x C) and, unless it is NULL, to dbias (K). */
 CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv *s, const float *x, const float *dy,
                                             float *dw, float *dbias, void *ws);
-/* y (N x K) = x (N x D) w^T (K x D) + bias. The backward passes have the same shapes. bias may be NULL. */
+/* y (N x K) = x (N x D) w^T (K x D) + bias. The backward passes have the same shapes. bias may be NULL; so may dw, and
+   dbias with it: they are not wanted. */
 CKCA__OP void ckca__op_linear_forward(ckca_context *ctx, int n, int d, int k, const float *x, const float *w,
                                       const float *bias, float *y, void *ws);
 CKCA__OP void ckca__op_linear_backward(ckca_context *ctx, int n, int d, int k, const float *x, const float *w,
@@ -939,7 +952,8 @@ CKCA__OP void ckca__op_batchnorm_forward(ckca_context *ctx, int bf16, size_t row
 CKCA__OP void ckca__op_batchnorm_recompute(ckca_context *ctx, int bf16, size_t rows, int c, const float *x,
                                            const ckca__norm *norm, const float *residual,
                                            const ckca__norm *residual_norm, float *y);
-/* dy is the gradient of y; with relu it passes only where y > 0. Without a residual y may be NULL: x then tells whether
+/* dgamma NULL: the statistics are constants, of a frozen layer; then dx = dy gamma inv_std and nothing else is computed.
+   dy is the gradient of y; with relu it passes only where y > 0. Without a residual y may be NULL: x then tells whether
    y > 0. Writes dx; writes or accumulates dresidual unless it is NULL; adds to dgamma and dbeta. dx may be dy, or dx
    may be x while dresidual is dy. */
 CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, int bf16, size_t rows, int c, const float *x,
@@ -962,7 +976,7 @@ CKCA__OP void ckca__op_fold(ckca_context *ctx, int k, size_t per, const float *w
 CKCA__OP void ckca__op_groupnorm_forward(ckca_context *ctx, int bf16, int n, int area, int c, int groups,
                                          const float *x, const float *gamma, const float *beta, float *y,
                                          float *statistics);
-/* Writes dx or adds to it (NULL: it is not wanted); adds to dgamma and dbeta (c each). ws: 2 n c floats. */
+/* Writes dx or adds to it (NULL: it is not wanted); adds to dgamma and dbeta (c each; NULL likewise). ws: 2 n c floats. */
 CKCA__OP void ckca__op_groupnorm_backward(ckca_context *ctx, int bf16, int n, int area, int c, int groups,
                                           const float *x, const float *gamma, const float *statistics, const float *dy,
                                           float *dx, int accumulate, float *dgamma, float *dbeta, void *ws);
@@ -1024,9 +1038,10 @@ CKCA__OP void ckca__op_count(ckca_context *ctx, int n, const int *hit, double *s
 CKCA__OP void ckca__op_gather(ckca_context *ctx, int n, int d, const float *rows, const int *index, float *out);
 
 /* One SGD step on count values (see ckca_sgd); weight decay applies to the first decayed of them. *lr and *gscale are
-   on the device; g is multiplied by *gscale (NULL: 1). */
+   on the device; the learning rate is *lr factor, g is multiplied by *gscale (NULL: 1). */
 CKCA__OP void ckca__op_sgd(ckca_context *ctx, size_t count, size_t decayed, float *w, const float *g, float *v,
-                           const float *lr, float momentum, float weight_decay, int nesterov, const float *gscale);
+                           const float *lr, float factor, float momentum, float weight_decay, int nesterov,
+                           const float *gscale);
 /* *gscale = min(1, clip / ||g||) over count values, as torch.nn.utils.clip_grad_norm_ (eps 1e-6). */
 CKCA__OP void ckca__op_clip(ckca_context *ctx, size_t count, const float *g, float clip, float *gscale, void *ws);
 /* w = shrink w + perturb fresh. */
@@ -3600,6 +3615,9 @@ typedef struct ckca__node {
     int bias;                /* convolution: 1: it has one */
     int groups;              /* group norm; convolution: 0: not grouped */
     int zero;                /* batch norm: 1: gamma starts at 0 */
+    float rate;              /* the factor of the learning rate; 0: frozen */
+    int constant;            /* 1: frozen, or without parameters, and its inputs too: runs as in evaluation */
+    int evaluates;           /* convolution: 1: its batch norm's tail is constant and runs it folded, in training too */
     int stage;               /* 1: marked by ckca_layer_stage */
     int readers;             /* number of nodes that read it, plus one for logits and for features */
     int tensor;              /* index of its first parameter: weight (gamma), bias (beta), running_mean, running_var */
@@ -3649,7 +3667,8 @@ typedef struct ckca__parameter {
     ckca__role role;
     int node;
     int dims, shape[4];   /* in PyTorch's order: K x C x R x S, K x D or C */
-    size_t count, offset; /* values, and where they start in each arena, in floats */
+    size_t count, offset; /* values, and where they start in the arenas of values and folded weights, in floats */
+    size_t slot;          /* where they start in the arenas of gradients and momentum, which have no frozen ones */
 } ckca__parameter;
 
 /* The training state of a finished update. It stays on disk until ckca_save has written the result. */
@@ -3677,16 +3696,18 @@ struct ckca_model {
     int parameters;
     size_t node_capacity, parameter_capacity;
     size_t decayed, trainable, all;  /* floats: weights with decay; these and all trainable ones; these and buffers */
+    size_t trained;                  /* floats of gradients and of momentum: the trainable ones that are not frozen */
     size_t saved_count;              /* size of saved, in floats */
     size_t plan_values[CKCA__MODES]; /* floats of activations per picture; 0: not planned yet */
     ckca__recompute *recompute[CKCA__MODES]; /* in the order in which they are recomputed */
     size_t recompute_capacity[CKCA__MODES];
     int recomputes[CKCA__MODES];
 
-    float *values, *gradients, *momentum; /* arenas of all, trainable and trainable floats; NULL until needed */
+    float *values, *gradients, *momentum; /* arenas of all, trained and trained floats; NULL until needed */
     float *rate;      /* on the device, when training: ckca_sgd's learning rate and the factor of clipping */
     float *folded;    /* evaluation: trainable floats, convolution weights with batch norm folded in, biases at beta */
     int folded_valid; /* 1: folded and packed_weights match values */
+    int frozen_valid; /* 1: so do what training reads of frozen layers: their part of folded and saved */
     float *saved;     /* batch statistics of the last training forward pass */
     float *activations;
     size_t activation_bytes;
@@ -3713,6 +3734,8 @@ static float *ckca__backward_value(const ckca_model *m, int i);
 static float *ckca__grad(const ckca_model *m, int i);
 static void *ckca__side(const ckca_model *m, int i);
 static float *ckca__param(const ckca_model *m, const ckca__node *node, float *arena, int which);
+static float *ckca__gradient(const ckca_model *m, const ckca__node *node, int which);
+static int ckca__trains(const ckca_model *m, int i, int mode);
 static size_t ckca__rows(const ckca__node *x, int n);
 static const float *ckca__input(const ckca_model *m, int i);
 static const float *ckca__backward_input(const ckca_model *m, int i);
@@ -3807,6 +3830,7 @@ static ckca__node *ckca__add_node(ckca_model *m, ckca__kind kind, const char *na
     node->in[0] = inputs > 0 ? a : -1;
     node->in[1] = inputs > 1 ? b : -1;
     node->tensor = node->head = node->source = node->residual = -1;
+    node->rate = 1;
     if (name) memcpy(node->name, name, strlen(name) + 1);
     return node;
 }
@@ -3994,7 +4018,7 @@ static void ckca__forward_conv(ckca_model *m, int i) {
     ckca__statistics statistics;
     ckca__conv s;
     ckca__shape(m, x, m->n, m->mode, &s);
-    if ((m->mode & CKCA__MODE_TRAIN) && x->takes) {
+    if (ckca__trains(m, i, m->mode) && x->takes) {
         statistics = ckca__statistics_of(m, &m->node[x->takes]);
         s.statistics = &statistics;
     }
@@ -4010,9 +4034,10 @@ static void ckca__backward_conv(ckca_model *m, int i) {
     float *dx = ckca__grad_into(m, x->source, &add);
     ckca__conv s;
     ckca__shape(m, x, m->n, m->mode, &s);
-    ckca__op_conv_backward_weight(m->ctx, &s, ckca__backward_input(m, i), dy,
-                                  ckca__param(m, x, m->gradients, CKCA__PARAM_WEIGHT),
-                                  x->bias ? ckca__param(m, x, m->gradients, CKCA__PARAM_BIAS) : NULL, m->workspace);
+    if (x->rate > 0)
+        ckca__op_conv_backward_weight(m->ctx, &s, ckca__backward_input(m, i), dy,
+                                      ckca__gradient(m, x, CKCA__PARAM_WEIGHT),
+                                      x->bias ? ckca__gradient(m, x, CKCA__PARAM_BIAS) : NULL, m->workspace);
     if (dx)
         ckca__op_conv_backward_data(m->ctx, &s, dy, ckca__param(m, x, m->values, CKCA__PARAM_WEIGHT), dx, add,
                                     m->workspace);
@@ -4056,18 +4081,18 @@ static void ckca__forward_batchnorm(ckca_model *m, int i) {
           *beta = ckca__param(m, bn, m->values, CKCA__PARAM_BETA);
     float *mean = ckca__param(m, bn, m->values, CKCA__PARAM_MEAN),
           *var = ckca__param(m, bn, m->values, CKCA__PARAM_VAR);
-    if (m->mode & CKCA__MODE_TRAIN) {
+    if (ckca__trains(m, i, m->mode)) {
         const ckca__statistics statistics = ckca__statistics_of(m, x);
         x->norm.mean = statistics.mean;
         x->norm.inv_std = statistics.inv_std;
         x->norm.gamma = gamma;
         x->norm.beta = beta;
         x->norm.relu = x->relu;
-        if (source->takes != i)
+        if (source->takes != i && bn->rate > 0)
             ckca__op_batchnorm_forward(m->ctx, x->bf16, rows, x->c, ckca__value(m, x->source), gamma, beta, mean, var,
                                        residual, residual_norm, x->relu, x->fused_into_reader[m->mode] ? NULL : y,
                                        statistics.mean, statistics.inv_std, m->workspace);
-        else if (!x->fused_into_reader[m->mode]) /* the convolution has taken the statistics */
+        else if (!x->fused_into_reader[m->mode]) /* the convolution has taken the statistics, or they are frozen */
             ckca__op_batchnorm_recompute(m->ctx, x->bf16, rows, x->c, ckca__value(m, x->source), &x->norm, residual,
                                          residual_norm, y);
     } else if (source->folded) {
@@ -4092,8 +4117,8 @@ static void ckca__backward_batchnorm(ckca_model *m, int i) {
     float *dx = add || !to ? dy : to;
     ckca__op_batchnorm_backward(m->ctx, x->bf16, rows, x->c, ckca__backward_value(m, x->source),
                                 x->residual >= 0 ? ckca__backward_value(m, i) : NULL, dy, &x->norm, dx, dresidual,
-                                add_residual, ckca__param(m, bn, m->gradients, CKCA__PARAM_GAMMA),
-                                ckca__param(m, bn, m->gradients, CKCA__PARAM_BETA), m->workspace);
+                                add_residual, ckca__gradient(m, bn, CKCA__PARAM_GAMMA),
+                                ckca__gradient(m, bn, CKCA__PARAM_BETA), m->workspace);
     if (add) ckca__op_add_backward(m->ctx, x->bf16, rows * (size_t)x->c, NULL, dy, to, 1);
 }
 
@@ -4193,7 +4218,7 @@ static void ckca__forward_maxpool(ckca_model *m, int i) {
     ckca__conv s;
     ckca__shape(m, &m->node[i], m->n, m->mode, &s);
     ckca__op_maxpool_forward(m->ctx, &s, ckca__input(m, i), ckca__value(m, i),
-                             m->mode & CKCA__MODE_TRAIN ? (unsigned char *)ckca__side(m, i) : NULL);
+                             ckca__trains(m, i, m->mode) ? (unsigned char *)ckca__side(m, i) : NULL);
 }
 
 static void ckca__backward_maxpool(ckca_model *m, int i) {
@@ -4301,8 +4326,8 @@ static void ckca__backward_linear(ckca_model *m, int i) {
     float *dx = ckca__grad_into(m, x->source, &add);
     ckca__op_linear_backward(m->ctx, m->n, source->h * source->w * source->c, x->c, ckca__backward_input(m, i),
                              ckca__param(m, x, m->values, CKCA__PARAM_WEIGHT), ckca__grad(m, i), dx, add,
-                             ckca__param(m, x, m->gradients, CKCA__PARAM_WEIGHT),
-                             ckca__param(m, x, m->gradients, CKCA__PARAM_BIAS), m->workspace);
+                             ckca__gradient(m, x, CKCA__PARAM_WEIGHT), ckca__gradient(m, x, CKCA__PARAM_BIAS),
+                             m->workspace);
 }
 
 /* The linear layer runs as a 1x1 convolution over one picture of n pixels. */
@@ -4343,7 +4368,7 @@ static void ckca__forward_groupnorm(ckca_model *m, int i) {
     ckca__op_groupnorm_forward(m->ctx, x->bf16, m->n, x->h * x->w, x->c, x->groups, ckca__input(m, i),
                                ckca__param(m, x, m->values, CKCA__PARAM_GAMMA),
                                ckca__param(m, x, m->values, CKCA__PARAM_BETA), ckca__value(m, i),
-                               m->mode & CKCA__MODE_TRAIN ? (float *)ckca__side(m, i) : NULL);
+                               ckca__trains(m, i, m->mode) ? (float *)ckca__side(m, i) : NULL);
 }
 
 static void ckca__backward_groupnorm(ckca_model *m, int i) {
@@ -4352,8 +4377,8 @@ static void ckca__backward_groupnorm(ckca_model *m, int i) {
     float *dx = ckca__grad_into(m, x->source, &add);
     ckca__op_groupnorm_backward(m->ctx, x->bf16, m->n, x->h * x->w, x->c, x->groups, ckca__backward_input(m, i),
                                 ckca__param(m, x, m->values, CKCA__PARAM_GAMMA), (const float *)ckca__side(m, i),
-                                ckca__grad(m, i), dx, add, ckca__param(m, x, m->gradients, CKCA__PARAM_GAMMA),
-                                ckca__param(m, x, m->gradients, CKCA__PARAM_BETA), m->workspace);
+                                ckca__grad(m, i), dx, add, ckca__gradient(m, x, CKCA__PARAM_GAMMA),
+                                ckca__gradient(m, x, CKCA__PARAM_BETA), m->workspace);
 }
 
 /* Each picture's share of the gradients of gamma and beta: n x 2 x C floats. */
@@ -4509,8 +4534,8 @@ CKCA_API void ckca_model_free(ckca_model *m) {
     ckca__release(ctx, m->parameter);
     for (mode = 0; mode < CKCA__MODES; mode++) ckca__release(ctx, m->recompute[mode]);
     ckca__device_release(ctx, m->values, m->all * sizeof(float));
-    ckca__device_release(ctx, m->gradients, m->trainable * sizeof(float));
-    ckca__device_release(ctx, m->momentum, m->trainable * sizeof(float));
+    ckca__device_release(ctx, m->gradients, m->trained * sizeof(float));
+    ckca__device_release(ctx, m->momentum, m->trained * sizeof(float));
     ckca__device_release(ctx, m->rate, 2 * sizeof *m->rate);
     ckca__device_release(ctx, m->folded, m->trainable * sizeof(float));
     ckca__device_release(ctx, m->saved, m->saved_count * sizeof(float));
@@ -4642,6 +4667,33 @@ static void ckca__layout_parameters(ckca_model *m) {
     }
 }
 
+/* After a change of the nodes' rates: finds what runs as in evaluation, and lays out gradients and momentum in the order
+   of the values, without the frozen ones. */
+static void ckca__layout_training(ckca_model *m) {
+    size_t slot = 0;
+    int i, part;
+    for (i = 0; i < m->nodes; i++) {
+        ckca__node *x = &m->node[i];
+        x->constant = x->tensor < 0 || x->rate == 0;
+        if (x->in[0] >= 0 && !m->node[x->in[0]].constant) x->constant = 0;
+        if (x->in[1] >= 0 && !m->node[x->in[1]].constant) x->constant = 0;
+        x->evaluates = 0;
+    }
+    for (i = 1; i < m->nodes; i++)
+        if (!m->node[i].fused && m->node[i].head >= 0 && m->node[i].constant)
+            m->node[m->node[i].source].evaluates = m->node[m->node[i].source].folded;
+    for (part = 0; part < 2; part++)
+        for (i = 0; i < m->parameters; i++) {
+            ckca__parameter *p = &m->parameter[i];
+            if (p->role >= CKCA__ROLE_MEAN || (p->role == CKCA__ROLE_WEIGHT) != !part || m->node[p->node].rate == 0)
+                continue;
+            p->slot = slot;
+            slot += ckca__round_up(p->count, CKCA__ALIGN / sizeof(float));
+        }
+    m->trained = slot;
+    m->frozen_valid = 0;
+}
+
 /* With CKCA_PRECISION_BF16: chooses which outputs are bfloat16. Pictures, and the outputs of global pooling and linear
    layers, are float32. Two ops convert between float32 and bfloat16: a convolution that reads the pictures and global
    pooling. Every other op has outputs of its inputs' type, so float32 spreads along the graph in both directions. */
@@ -4688,6 +4740,7 @@ static ckca_status ckca__finish_graph(ckca_model *m, int logits) {
     ckca__choose_bf16(m);
     ckca__fuse(m);
     ckca__layout_parameters(m);
+    ckca__layout_training(m);
     return CKCA_OK;
 }
 
@@ -4751,6 +4804,62 @@ CKCA_API ckca_status ckca_model_finish(ckca_model *m, int logits) {
     m->node[m->logits].readers--;
     m->finished = m->logits = m->pooled = m->features = 0;
     return status;
+}
+
+/* ---- freezing ---- */
+
+/* 1 if a call with this prefix means node i (see ckca_freeze). */
+static int ckca__has_prefix(const ckca_model *m, int i, const char *prefix) {
+    const char *name = m->node[i].name;
+    const size_t length = prefix ? strlen(prefix) : 0;
+    if (!*name) return 0;
+    if (!prefix) return i != m->logits;
+    return !strncmp(name, prefix, length) &&
+           (!length || prefix[length - 1] == '.' || !name[length] || name[length] == '.');
+}
+
+static ckca_status ckca__set_rate(ckca_model *m, const char *call, const char *prefix, float rate) {
+    ckca__bound bound = {"factor", 0, 0, 1e6, 0};
+    const char *first = "", *last = "";
+    ckca_status status;
+    int i, named = 0, mode;
+    if (!m) return CKCA_EINVAL;
+    bound.value = (double)rate;
+    if ((status = ckca__check_finished(m, call)) || (status = ckca__check_bounds(m->ctx, call, &bound, 1)))
+        return status;
+    for (i = 0; i < m->nodes; i++) {
+        named += ckca__has_prefix(m, i, prefix);
+        if (!*m->node[i].name) continue;
+        if (!*first) first = m->node[i].name;
+        last = m->node[i].name;
+    }
+    if (!named)
+        return ckca__fail(m->ctx, CKCA_EINVAL, "%s: no layer's name begins with \"%.70s\" (they are %s to %s)", call,
+                          prefix ? prefix : "", first, last);
+    for (i = 0; i < m->nodes; i++)
+        if (ckca__has_prefix(m, i, prefix)) m->node[i].rate = rate;
+    ckca__device_release(m->ctx, m->gradients, m->trained * sizeof(float));
+    ckca__device_release(m->ctx, m->momentum, m->trained * sizeof(float));
+    m->gradients = m->momentum = NULL;
+    for (mode = 0; mode < CKCA__MODES; mode++)
+        if (mode & CKCA__MODE_TRAIN) m->plan_values[mode] = 0;
+    m->n = 0; /* its outputs were those of another plan */
+    ckca__layout_training(m);
+    return CKCA_OK;
+}
+
+CKCA_API ckca_status ckca_freeze(ckca_model *m, const char *prefix) {
+    return ckca__set_rate(m, "ckca_freeze", prefix, 0);
+}
+
+CKCA_API ckca_status ckca_learning_rate(ckca_model *m, const char *prefix, float factor) {
+    return ckca__set_rate(m, "ckca_learning_rate", prefix, factor);
+}
+
+/* Fails if nothing that the logits depend on is trained. */
+static ckca_status ckca__check_trained(const ckca_model *m, const char *call) {
+    if (!m->node[m->logits].constant) return CKCA_OK;
+    return ckca__fail(m->ctx, CKCA_EINVAL, "%s: all layers are frozen, nothing is left to train (ckca_freeze)", call);
 }
 
 /* ---- ResNets ---- */
@@ -4955,7 +5064,7 @@ CKCA_API ckca_status ckca_model_copy(ckca_model **out, const ckca_model *m) {
     memset(copy->recomputes, 0, sizeof copy->recomputes);
     copy->workspace = copy->packed_weights = NULL;
     copy->unsaved = NULL;
-    copy->folded_valid = copy->n = 0;
+    copy->folded_valid = copy->frozen_valid = copy->n = 0;
     copy->node = (ckca__node *)ckca__alloc(ctx, m->node_capacity * sizeof *m->node);
     copy->parameter = (ckca__parameter *)ckca__alloc(ctx, m->parameter_capacity * sizeof *m->parameter);
     copy->normalization = (float *)ckca__alloc(ctx, normalization);
@@ -5054,6 +5163,8 @@ typedef struct ckca__update {
     /* The teacher's outputs on all pictures, count x classes and count x features; NULL: computed for each batch. */
     float *cache_logits, *cache_features;
     size_t cache_logits_bytes, cache_features_bytes;
+    float *own_features; /* the student's features of all pictures, count x features, if they are frozen; or NULL */
+    size_t own_features_bytes;
     const float *teacher_logits, *teacher_features; /* for the current batch: n x classes, n x features */
     ckca__batch_buffers buffers;
     int *order;         /* data->count positions: the epoch's permutation */
@@ -5189,6 +5300,9 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc);
 static ckca_status ckca__check_teacher(const ckca__update *u, const ckca_model *t);
 static int ckca__same_stages(const ckca_model *m, const ckca_model *t);
 static ckca_status ckca__prepare_teacher(ckca__update *u);
+static int ckca__augments(const ckca_augment *a);
+static ckca_status ckca__cache_features(ckca__update *u);
+static int ckca__has_momentum(const ckca_model *m, const ckca__parameter *p);
 static ckca_status ckca__starting_weights(ckca__update *u);
 static ckca_status ckca__fingerprint(ckca__update *u);
 static void ckca__make_batch(const ckca_model *m, const ckca_data *data, int n, const ckca_augment *augment,
@@ -5211,6 +5325,7 @@ static float *ckca__grad(const ckca_model *m, int i);
 static float *ckca__input_buffer(ckca_model *m, int n, int mode);
 static void ckca__run_forward(ckca_model *m, int n, int mode, const float *input);
 static void ckca__run_backward(ckca_model *m);
+static ckca_status ckca__prepare_frozen(ckca_model *m);
 static int ckca__accumulates(ckca_model *m, int i);
 static void ckca__clear_has_grad(ckca_model *m);
 static void ckca__run_sgd(ckca_model *m, const ckca_sgd_desc *d, const float *lr, float *gscale);
@@ -5267,7 +5382,7 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
         u->old->momentum = momentum;
         ckca__device_copy(u->ctx, m->values, u->old->values, m->all * sizeof(float));
         m->batches_tracked = u->old->batches_tracked;
-        m->folded_valid = 0;
+        m->folded_valid = m->frozen_valid = 0;
         m->n = 0; /* the caller's last forward pass has been overwritten */
         ckca__unbind_data(m, had_names, was_normalized);
     }
@@ -5275,6 +5390,7 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     if (report) ckca__fill_report(u, ckca__seconds() - start, report);
     ckca__device_release(u->ctx, u->cache_logits, u->cache_logits_bytes);
     ckca__device_release(u->ctx, u->cache_features, u->cache_features_bytes);
+    ckca__device_release(u->ctx, u->own_features, u->own_features_bytes);
     ckca__batch_buffers_free(u->ctx, &u->buffers);
     ckca__release(u->ctx, u->order);
     if (u->teacher != u->old) ckca_model_free(u->teacher);
@@ -5391,8 +5507,17 @@ static void ckca__step_ops(ckca__update *u, int n) {
     const float *logits;
     ckca_sgd_desc sgd;
 
-    ckca__make_batch(m, u->data, n, &d->augment, d->seed, &u->buffers, input);
-    ckca__run_forward(m, n, u->mode, input);
+    if (u->own_features) {
+        m->n = n;
+        m->mode = u->mode;
+        m->input = input;
+        ckca__op_gather(ctx, n, m->features, u->own_features, u->buffers.position, ckca__value(m, m->pooled));
+        ckca__layer_of(m, m->logits)->forward(m, m->logits);
+        m->batches_tracked++;
+    } else {
+        ckca__make_batch(m, u->data, n, &d->augment, d->seed, &u->buffers, input);
+        ckca__run_forward(m, n, u->mode, input);
+    }
     logits = ckca__value(m, m->logits);
 
     ckca__clear_has_grad(m);
@@ -5409,7 +5534,7 @@ static void ckca__step_ops(ckca__update *u, int n) {
     }
     if (d->w_feat > 0) ckca__feature_term(u, n);
 
-    ckca__device_zero(ctx, m->gradients, m->trainable * sizeof(float));
+    ckca__device_zero(ctx, m->gradients, m->trained * sizeof(float));
     ckca__run_backward(m);
     sgd.momentum = d->momentum;
     sgd.weight_decay = d->weight_decay;
@@ -5507,6 +5632,11 @@ static ckca_status ckca__check_finite(ckca_context *ctx, const char *what, const
                       (double)i + 1, (double)p->count, isnan(values[i]) ? "NaN" : "infinite");
 }
 
+/* 1 if parameter p is trained, and so has a gradient and momentum. */
+static int ckca__has_momentum(const ckca_model *m, const ckca__parameter *p) {
+    return p->role < CKCA__ROLE_MEAN && m->node[p->node].rate > 0;
+}
+
 /* The same for all weights and running statistics of a model and, if momentum is 1, its momentum. */
 static ckca_status ckca__check_all_finite(const ckca_model *m, const char *what, int momentum) {
     const size_t size = m->all > m->trainable ? m->all : m->trainable;
@@ -5517,12 +5647,12 @@ static ckca_status ckca__check_all_finite(const ckca_model *m, const char *what,
         return ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for %.1f MB of weights", what, (double)size * 4e-6);
     for (slot = 0; !status && slot <= momentum; slot++) {
         ckca__device_download(m->ctx, host, slot ? m->momentum : m->values,
-                              (slot ? m->trainable : m->all) * sizeof(float));
+                              (slot ? m->trained : m->all) * sizeof(float));
         status = ckca__device_status(m->ctx);
         for (i = 0; !status && i < m->parameters; i++)
-            if (!slot || m->parameter[i].role < CKCA__ROLE_MEAN)
+            if (!slot || ckca__has_momentum(m, &m->parameter[i]))
                 status = ckca__check_finite(m->ctx, what, slot ? "momentum." : "", &m->parameter[i],
-                                            host + m->parameter[i].offset);
+                                            host + (slot ? m->parameter[i].slot : m->parameter[i].offset));
     }
     ckca__release(m->ctx, host);
     return status;
@@ -5537,6 +5667,7 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
     ckca_status status;
     int found = 0;
     if (desc) u->d = *desc;
+    if ((status = ckca__check_trained(m, "ckca_update"))) return status;
     if ((status = ckca_update_defaults(m, u->data, &u->d))) return status;
     ckca__settings_resolve_off(&u->d);
     if (u->d.state && (status = ckca__state_open(u))) return status;
@@ -5579,9 +5710,31 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
             ckca__device_upload(u->ctx, u->buffers.sums, sums, sizeof sums);
         }
     }
-    if (found) return CKCA_OK;
-    ckca__device_zero(u->ctx, m->momentum, m->trainable * sizeof(float));
-    return ckca__starting_weights(u);
+    if (!found) {
+        ckca__device_zero(u->ctx, m->momentum, m->trained * sizeof(float));
+        if ((status = ckca__starting_weights(u))) return status;
+    }
+    m->frozen_valid = 0;
+    if ((status = ckca__prepare_frozen(m))) return status;
+    return ckca__cache_features(u);
+}
+
+/* If only the head is trained and nothing is augmented, the features of a picture are the same in every epoch. */
+static ckca_status ckca__cache_features(ckca__update *u) {
+    ckca_model *m = u->m;
+    const size_t bytes = ckca__mul((size_t)u->data->count, (size_t)m->features * sizeof(float));
+    ckca_score score;
+    ckca_status status;
+    if (!m->node[m->pooled].constant || ckca__augments(&u->d.augment) || bytes > CKCA__CACHE_BYTES ||
+        (u->teacher && !u->cache_logits))
+        return CKCA_OK;
+    u->own_features_bytes = bytes;
+    u->own_features = (float *)ckca__device_alloc(u->ctx, bytes);
+    if (!u->own_features)
+        return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for the features of %d pictures",
+                          u->data->count);
+    if ((status = ckca__evaluate_all(m, m, u->data, &score, NULL, NULL, u->own_features))) return status;
+    return ckca__reserve(m, u->d.batch, u->mode);
 }
 
 CKCA_API ckca_status ckca_update_defaults(const ckca_model *m, const ckca_data *data, ckca_update_desc *desc) {
@@ -5601,6 +5754,7 @@ CKCA_API ckca_status ckca_update_defaults(const ckca_model *m, const ckca_data *
         d.w_feat = CKCA_OFF;
     if (first_update || (d.method != CKCA_METHOD_CKCA && d.method != CKCA_METHOD_LWF)) d.w_kd = d.w_feat = CKCA_OFF;
     if (d.method == CKCA_METHOD_LWF) d.w_feat = CKCA_OFF;
+    if (m->node[m->pooled].constant) d.w_feat = CKCA_OFF; /* frozen features cannot move */
     if (first_update) d.method = CKCA_METHOD_WARM;
     if (d.augment.resized_crop && d.augment.crop_min == 0) d.augment.crop_min = 0.25f;
     ckca__settings_apply_defaults(&d);
@@ -5649,14 +5803,16 @@ static int ckca__same_stages(const ckca_model *m, const ckca_model *t) {
     }
 }
 
+/* 1 if pictures differ from epoch to epoch. */
+static int ckca__augments(const ckca_augment *a) { return a->pad || a->flip || a->resized_crop || a->jitter > 0; }
+
 /* Evaluates the teacher on the new pictures: its accuracy per class (for AdaKD's CLASS) and, unless pictures are
    augmented or stages are compared, the cache of its outputs. */
 static ckca_status ckca__prepare_teacher(ckca__update *u) {
     ckca_context *ctx = u->ctx;
     ckca_model *t = u->teacher;
-    const ckca_augment *a = &u->d.augment;
     const size_t count = (size_t)u->data->count;
-    const int per_batch = ckca__uses_stages(u) || a->pad || a->flip || a->resized_crop || a->jitter > 0;
+    const int per_batch = ckca__uses_stages(u) || ckca__augments(&u->d.augment);
     float *by_class = (float *)ckca__alloc(ctx, (size_t)t->classes * sizeof(float));
     ckca_score score;
     ckca_status status;
@@ -5685,12 +5841,26 @@ static ckca_status ckca__prepare_teacher(ckca__update *u) {
     return status;
 }
 
+/* Gives frozen layers the values back that they had before the update. */
+static void ckca__restore_frozen(ckca__update *u) {
+    int i;
+    for (i = 0; i < u->m->parameters; i++) {
+        const ckca__parameter *p = &u->m->parameter[i];
+        if (u->m->node[p->node].rate == 0)
+            ckca__device_copy(u->ctx, u->m->values + p->offset, u->old->values + p->offset, p->count * sizeof(float));
+    }
+}
+
 /* Sets the weights that the method starts from: fresh, shrunk and perturbed, or the checkpoint's. */
 static ckca_status ckca__starting_weights(ckca__update *u) {
     ckca_model *m = u->m;
     float *fresh;
     ckca_status status;
-    if (u->d.method == CKCA_METHOD_SCRATCH) return ckca__initialize(m, u->d.seed, m->values);
+    if (u->d.method == CKCA_METHOD_SCRATCH) {
+        status = ckca__initialize(m, u->d.seed, m->values);
+        ckca__restore_frozen(u);
+        return status;
+    }
     if (u->d.method != CKCA_METHOD_SHRINK_PERTURB) return CKCA_OK;
     fresh = (float *)ckca__device_alloc(u->ctx, m->all * sizeof(float));
     if (!fresh)
@@ -5698,6 +5868,7 @@ static ckca_status ckca__starting_weights(ckca__update *u) {
                           (double)m->all * 4e-6);
     if (!(status = ckca__initialize(m, u->d.seed, fresh)))
         ckca__op_shrink_perturb(u->ctx, m->trainable, m->values, fresh, u->d.shrink, u->d.perturb);
+    ckca__restore_frozen(u);
     ckca__device_release(u->ctx, fresh, m->all * sizeof(float));
     return status;
 }
@@ -5744,6 +5915,11 @@ static ckca_status ckca__fingerprint(ckca__update *u) {
     fields[k++] = u->m->updates;
     hash = ckca__hash(hash, fields, (size_t)k * sizeof *fields);
     hash = ckca__hash(hash, u->m->normalization, (size_t)u->m->channels * 2 * sizeof(float));
+    for (i = 0; i < u->m->nodes; i++)
+        if (u->m->node[i].rate < 1 || u->m->node[i].rate > 1) {
+            hash = ckca__hash(hash, &i, sizeof i);
+            hash = ckca__hash(hash, &u->m->node[i].rate, sizeof u->m->node[i].rate);
+        }
     if ((status = ckca__hash_weights(u->old, &hash))) return status;
     if (u->teacher && u->teacher != u->old && (status = ckca__hash_weights(u->teacher, &hash))) return status;
     u->fingerprint = hash;
@@ -6118,7 +6294,12 @@ static void ckca__recompute_outputs(ckca_model *m, int i, int *next);
 
 /* 1 if node i runs an op of its own in this mode; 0 if a later tail runs it. */
 static int ckca__runs(const ckca_model *m, int i, int mode) {
-    return !m->node[i].fused && !(m->node[i].folded && !(mode & CKCA__MODE_TRAIN));
+    return !m->node[i].fused && !(m->node[i].folded && (!(mode & CKCA__MODE_TRAIN) || m->node[i].evaluates));
+}
+
+/* 1 if node i runs as in training in this mode. */
+static int ckca__trains(const ckca_model *m, int i, int mode) {
+    return (mode & CKCA__MODE_TRAIN) && !m->node[i].constant;
 }
 
 /* 1 if the output of node i is read after the forward pass, or its gradient starts the backward pass. */
@@ -6138,7 +6319,7 @@ static int ckca__in_place(const ckca_model *m, int i) {
 static int ckca__is_fused_into_reader(const ckca_model *m, int i, int mode) {
     const ckca__node *x = &m->node[i], *reader = x + 1, *end = m->node + m->nodes;
     ckca__conv s;
-    if (!(mode & CKCA__MODE_TRAIN) || (mode & CKCA__MODE_READABLE) || x->fused || x->head < 0 || x->residual >= 0 ||
+    if (!ckca__trains(m, i, mode) || (mode & CKCA__MODE_READABLE) || x->fused || x->head < 0 || x->residual >= 0 ||
         x->readers != 1 || ckca__is_output(m, i, mode))
         return 0;
     while (reader < end && (reader->fused || (reader->source != i && reader->residual != i))) reader++;
@@ -6207,14 +6388,19 @@ static const float *ckca__backward_input(const ckca_model *m, int i) {
     return ckca__backward_value(m, ckca__stored_node(m, m->node[i].source, m->mode, NULL));
 }
 /* Where a backward writes the gradient of node i, or adds to it if *add is 1. NULL if it is not needed: the pictures'
-   (i is 0), or no node (i is -1). */
+   (i is 0) or one of frozen layers, or no node (i is -1). */
 static float *ckca__grad_into(ckca_model *m, int i, int *add) {
-    *add = i > 0 ? ckca__accumulates(m, i) : 0;
-    return i > 0 ? ckca__grad(m, i) : NULL;
+    const int needed = i > 0 && !m->node[i].constant;
+    *add = needed ? ckca__accumulates(m, i) : 0;
+    return needed ? ckca__grad(m, i) : NULL;
 }
 /* Parameter which (CKCA__PARAM_...) of a node in an arena. */
 static float *ckca__param(const ckca_model *m, const ckca__node *node, float *arena, int which) {
     return arena + m->parameter[node->tensor + which].offset;
+}
+/* The gradient of such a parameter; NULL if the node is frozen. */
+static float *ckca__gradient(const ckca_model *m, const ckca__node *node, int which) {
+    return node->rate > 0 ? m->gradients + m->parameter[node->tensor + which].slot : NULL;
 }
 static size_t ckca__rows(const ckca__node *x, int n) { return (size_t)n * (size_t)x->h * (size_t)x->w; }
 
@@ -6244,24 +6430,52 @@ static void ckca__run_forward(ckca_model *m, int n, int mode, const float *input
     }
 }
 
+/* Folds batch norm i into the convolution before it. */
+static void ckca__fold_one(ckca_model *m, int i) {
+    const ckca__node *bn = &m->node[i], *conv = &m->node[bn->in[0]];
+    const ckca__parameter *p = &m->parameter[conv->tensor];
+    ckca__op_fold(m->ctx, conv->c, p->count / (size_t)conv->c, ckca__param(m, conv, m->values, CKCA__PARAM_WEIGHT),
+                  conv->bias ? ckca__param(m, conv, m->values, CKCA__PARAM_BIAS) : NULL,
+                  ckca__param(m, bn, m->values, CKCA__PARAM_GAMMA), ckca__param(m, bn, m->values, CKCA__PARAM_BETA),
+                  ckca__param(m, bn, m->values, CKCA__PARAM_MEAN), ckca__param(m, bn, m->values, CKCA__PARAM_VAR),
+                  ckca__param(m, conv, m->folded, CKCA__PARAM_WEIGHT),
+                  ckca__param(m, bn, m->folded, CKCA__PARAM_BETA));
+}
+
 /* Folds every batch norm that follows a convolution into its weights, for evaluation. */
 static void ckca__fold(ckca_model *m, int mode) {
     int i;
-    for (i = 0; i < m->nodes; i++) {
-        const ckca__node *bn = &m->node[i], *conv;
-        const ckca__parameter *p;
-        if (bn->kind != CKCA__KIND_BATCHNORM || !m->node[bn->in[0]].folded) continue;
-        conv = &m->node[bn->in[0]];
-        p = &m->parameter[conv->tensor];
-        ckca__op_fold(m->ctx, conv->c, p->count / (size_t)conv->c, ckca__param(m, conv, m->values, CKCA__PARAM_WEIGHT),
-                      conv->bias ? ckca__param(m, conv, m->values, CKCA__PARAM_BIAS) : NULL,
-                      ckca__param(m, bn, m->values, CKCA__PARAM_GAMMA), ckca__param(m, bn, m->values, CKCA__PARAM_BETA),
-                      ckca__param(m, bn, m->values, CKCA__PARAM_MEAN), ckca__param(m, bn, m->values, CKCA__PARAM_VAR),
-                      ckca__param(m, conv, m->folded, CKCA__PARAM_WEIGHT),
-                      ckca__param(m, bn, m->folded, CKCA__PARAM_BETA));
-    }
+    for (i = 0; i < m->nodes; i++)
+        if (m->node[i].kind == CKCA__KIND_BATCHNORM && m->node[m->node[i].in[0]].folded) ckca__fold_one(m, i);
     ckca__pack_weights(m, mode);
     m->folded_valid = 1;
+}
+
+/* Before the first training forward pass with these weights: folds what runs as in evaluation, and sets the statistics of
+   the other frozen batch norms, the running ones. Needs ckca__reserve. */
+static ckca_status ckca__prepare_frozen(ckca_model *m) {
+    int i, j;
+    if (m->frozen_valid) return CKCA_OK;
+    for (i = 0; i < m->nodes; i++) {
+        const ckca__node *bn = &m->node[i];
+        const size_t c = (size_t)bn->c, pitch = ckca__round_up(c, CKCA__ALIGN / sizeof(float));
+        float *host;
+        if (bn->kind != CKCA__KIND_BATCHNORM || bn->rate > 0) continue;
+        if (m->node[bn->in[0]].evaluates) {
+            ckca__fold_one(m, i);
+            continue;
+        }
+        host = (float *)ckca__alloc(m->ctx, 2 * pitch * sizeof(float));
+        if (!host) return ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for its statistics", bn->name);
+        ckca__device_download(m->ctx, host, ckca__param(m, bn, m->values, CKCA__PARAM_MEAN), c * sizeof(float));
+        ckca__device_download(m->ctx, host + pitch, ckca__param(m, bn, m->values, CKCA__PARAM_VAR), c * sizeof(float));
+        for (j = 0; j < bn->c; j++)
+            host[pitch + (size_t)j] = (float)(1 / sqrt((double)host[pitch + (size_t)j] + 1e-5)); /* eps */
+        ckca__device_upload(m->ctx, m->saved + bn->saved, host, 2 * pitch * sizeof(float));
+        ckca__release(m->ctx, host);
+    }
+    m->frozen_valid = 1;
+    return ckca__device_status(m->ctx);
 }
 
 /* Where the statistics of a batch norm with this tail go in training. */
@@ -6284,7 +6498,7 @@ static void ckca__pack_weights(ckca_model *m, int mode) {
     int i, count = 0;
     for (i = 1; i < m->nodes && m->packed_weights; i++) {
         ckca__node *x = &m->node[i];
-        const int folded = x->folded && !(mode & CKCA__MODE_TRAIN);
+        const int folded = x->folded && !ckca__runs(m, i, mode);
         if (!ckca__has_flag(m, i, CKCA__LAYER_CONVOLUTION)) continue;
         x->packed_weights = offset;
         ckca__shape(m, x, 1, mode, &s[count]);
@@ -6339,14 +6553,32 @@ static void ckca__clear_has_grad(ckca_model *m) {
 
 /* ---- SGD ---- */
 
-/* One SGD step on all parameters; weight decay applies to the first m->decayed floats. lr and gscale point to one float
-   each on the device; d->lr is ignored. */
+/* One SGD step on all parameters that are not frozen, in runs of neighbours with one factor of the learning rate. Weight
+   decay applies to the first m->decayed floats. lr and gscale point to one float each on the device; d->lr is ignored. */
 static void ckca__run_sgd(ckca_model *m, const ckca_sgd_desc *d, const float *lr, float *gscale) {
     ckca_context *ctx = m->ctx;
-    if (d->clip_norm > 0) ckca__op_clip(ctx, m->trainable, m->gradients, d->clip_norm, gscale, m->workspace);
+    size_t from = 0, to = 0, slot = 0; /* the run: values from..to, gradients from slot on */
+    float rate = 1;
+    int i, part;
+    if (d->clip_norm > 0) ckca__op_clip(ctx, m->trained, m->gradients, d->clip_norm, gscale, m->workspace);
     if (!(d->clip_norm > 0)) gscale = NULL;
-    ckca__op_sgd(ctx, m->trainable, m->decayed, m->values, m->gradients, m->momentum, lr, d->momentum, d->weight_decay,
-                 !d->no_nesterov, gscale);
+    for (part = 0; part < 3; part++)
+        for (i = 0; i < (part < 2 ? m->parameters : 1); i++) {
+            const ckca__parameter *p = &m->parameter[i];
+            const int end = part == 2; /* no parameter: ends the last run */
+            if (!end && (!ckca__has_momentum(m, p) || (p->role == CKCA__ROLE_WEIGHT) != !part)) continue;
+            if (end || to != p->offset || rate != m->node[p->node].rate) {
+                const size_t decayed = to < m->decayed ? to : from < m->decayed ? m->decayed : from;
+                if (to > from)
+                    ckca__op_sgd(ctx, to - from, decayed - from, m->values + from, m->gradients + slot,
+                                 m->momentum + slot, lr, rate, d->momentum, d->weight_decay, !d->no_nesterov, gscale);
+                if (end) break;
+                from = p->offset;
+                slot = p->slot;
+                rate = m->node[p->node].rate;
+            }
+            to = p->offset + ckca__round_up(p->count, CKCA__ALIGN / sizeof(float));
+        }
     m->folded_valid = 0;
 }
 
@@ -6363,7 +6595,9 @@ CKCA_API ckca_status ckca_forward(ckca_model *m, const float *pictures, int n, i
     if ((status = ckca__check_finished(m, "ckca_forward")) ||
         (status = ckca__check_bounds(m->ctx, "ckca_forward", &bound, 1)))
         return status;
+    if (training && (status = ckca__check_trained(m, "ckca_forward"))) return status;
     if ((status = ckca__reserve(m, n, mode))) return status;
+    if (training && (status = ckca__prepare_frozen(m))) return status;
     input = ckca__input_buffer(m, n, mode);
     ckca__device_upload(m->ctx, input, pictures,
                         (size_t)n * (size_t)m->height * (size_t)m->width * (size_t)m->channels * sizeof(float));
@@ -6434,7 +6668,7 @@ CKCA_API ckca_status ckca_backward(ckca_model *m, const float *dlogits, const fl
     ckca__clear_has_grad(m);
     ckca__device_upload(m->ctx, ckca__grad(m, m->logits), dlogits, (size_t)m->n * (size_t)m->classes * sizeof(float));
     m->node[m->logits].has_grad = 1;
-    if (dfeatures) {
+    if (dfeatures && !m->node[m->pooled].constant) {
         ckca__device_upload(m->ctx, ckca__grad(m, m->pooled), dfeatures,
                             (size_t)m->n * (size_t)m->features * sizeof(float));
         m->node[m->pooled].has_grad = 1;
@@ -6448,7 +6682,7 @@ CKCA_API ckca_status ckca_zero_gradients(ckca_model *m) {
     ckca_status status;
     if (!m) return CKCA_EINVAL;
     if ((status = ckca__check_finished(m, "ckca_zero_gradients"))) return status;
-    if (m->gradients) ckca__device_zero(m->ctx, m->gradients, m->trainable * sizeof(float));
+    if (m->gradients) ckca__device_zero(m->ctx, m->gradients, m->trained * sizeof(float));
     return ckca__device_status(m->ctx);
 }
 
@@ -6549,13 +6783,16 @@ static ckca_status ckca__tensor_buffer(ckca_model *m, const char *call, int i, c
     if (slot != CKCA_SLOT_VALUE && p->role >= CKCA__ROLE_MEAN)
         return ckca__fail(m->ctx, CKCA_EINVAL, "%s: %s is a running statistic, it has no %s", call, p->name,
                           slot_name[slot]);
+    if (slot != CKCA_SLOT_VALUE && !ckca__has_momentum(m, p))
+        return ckca__fail(m->ctx, CKCA_EINVAL, "%s: %s is frozen (ckca_freeze), it has no %s", call, p->name,
+                          slot_name[slot]);
     if (!arena)
         return ckca__fail(m->ctx, CKCA_EINVAL,
                           "%s: %s has no %s yet: ckca_forward with training or ckca_update allocates it", call, p->name,
                           slot_name[slot]);
     *host = (float *)ckca__alloc(m->ctx, p->count * sizeof(float));
     if (!*host) return ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for a copy", p->name);
-    *device = arena + p->offset;
+    *device = arena + (slot == CKCA_SLOT_VALUE ? p->offset : p->slot);
     return CKCA_OK;
 }
 
@@ -6582,7 +6819,7 @@ CKCA_API ckca_status ckca_tensor_write(ckca_model *m, int i, ckca_slot slot, con
     ckca__reorder(&m->parameter[i], in, host, 0);
     ckca__device_upload(m->ctx, device, host, m->parameter[i].count * sizeof(float));
     ckca__release(m->ctx, host);
-    m->folded_valid = 0;
+    m->folded_valid = m->frozen_valid = 0;
     return ckca__device_status(m->ctx);
 }
 
@@ -6641,6 +6878,7 @@ enum { CKCA__ITEM_NONE = -1, CKCA__ITEM_KEPT = -2 }; /* not recomputed so far; k
 
 /* Below: */
 static int ckca__reserve_zeroed(const ckca_model *m, float **arena);
+static int ckca__has_folded(const ckca_model *m);
 static ckca_status ckca__measure(const ckca_model *m, int n, int mode, ckca_bytes *bytes);
 static size_t ckca__all_packed_bytes(const ckca_model *m, int mode);
 static size_t ckca__workspace_bytes(const ckca_model *m, int n, int mode);
@@ -6692,17 +6930,26 @@ static ckca_status ckca__reserve(ckca_model *m, int n, int mode) {
     }
     if (ok && !m->saved && m->saved_count)
         ok = (m->saved = (float *)ckca__device_alloc(m->ctx, m->saved_count * sizeof(float))) != NULL;
+    if (ok && !m->folded && (!(mode & CKCA__MODE_TRAIN) || ckca__has_folded(m))) {
+        ok = (m->folded = (float *)ckca__device_alloc(m->ctx, m->trainable * sizeof(float))) != NULL;
+        m->folded_valid = m->frozen_valid = 0;
+    }
     if (ok && (mode & CKCA__MODE_TRAIN)) {
         ok = ckca__reserve_zeroed(m, &m->gradients) && ckca__reserve_zeroed(m, &m->momentum);
         if (ok && !m->rate) ok = (m->rate = (float *)ckca__device_alloc(m->ctx, 2 * sizeof *m->rate)) != NULL;
-    } else if (ok && !m->folded) {
-        ok = (m->folded = (float *)ckca__device_alloc(m->ctx, m->trainable * sizeof(float))) != NULL;
-        m->folded_valid = 0;
     }
     if (!ok)
         return ckca__fail(m->ctx, CKCA_ENOMEM, "out of memory: a batch of %d pictures of %d x %d x %d needs %.1f MB", n,
                           m->height, m->width, m->channels, (double)bytes.total * 1e-6);
     return CKCA_OK;
+}
+
+/* 1 if training runs convolutions folded, as in evaluation. */
+static int ckca__has_folded(const ckca_model *m) {
+    int i;
+    for (i = 0; i < m->nodes; i++)
+        if (m->node[i].evaluates) return 1;
+    return 0;
 }
 
 /* Makes *arena hold at least bytes; a new one does not keep the contents. Returns 0 if out of memory. */
@@ -6717,7 +6964,7 @@ static int ckca__arena(ckca_context *ctx, void **arena, size_t *capacity, size_t
 
 /* Allocates gradients or momentum, as zeros, if there are none yet. Returns 0 if out of memory. */
 static int ckca__reserve_zeroed(const ckca_model *m, float **arena) {
-    const size_t bytes = m->trainable * sizeof(float);
+    const size_t bytes = m->trained * sizeof(float);
     if (*arena) return 1;
     *arena = (float *)ckca__device_alloc(m->ctx, bytes);
     if (*arena) ckca__device_zero(m->ctx, *arena, bytes);
@@ -6744,8 +6991,8 @@ static ckca_status ckca__measure(const ckca_model *m, int n, int mode, ckca_byte
     memset(bytes, 0, sizeof *bytes);
     bytes->parameters = m->all * sizeof(float);
     if (mode & CKCA__MODE_TRAIN)
-        bytes->gradients = bytes->momentum = m->trainable * sizeof(float);
-    else
+        bytes->gradients = bytes->momentum = m->trained * sizeof(float);
+    if (!(mode & CKCA__MODE_TRAIN) || ckca__has_folded(m))
         bytes->parameters += m->trainable * sizeof(float); /* folded */
     bytes->parameters += m->saved_count * sizeof(float);
     bytes->activations = ckca__mul(ckca__mul((size_t)n, m->plan_values[mode]), sizeof(float));
@@ -6815,13 +7062,16 @@ static ckca_status ckca__plan(ckca_model *m, int mode) {
             !m->node[x->source].takes) {
             ckca__conv s;
             ckca__shape(m, &m->node[x->source], 1, mode, &s);
-            if (ckca__may_take_statistics(m->ctx, &s)) m->node[x->source].takes = i;
+            if (m->node[x->head].rate > 0 && ckca__may_take_statistics(m->ctx, &s)) m->node[x->source].takes = i;
         }
         if (!ckca__runs(m, i, mode)) continue;
         if (i) p->last_reader[ckca__stored_node(m, x->source, mode, NULL)] = i;
         if (x->residual >= 0) p->last_reader[ckca__stored_node(m, x->residual, mode, NULL)] = i;
-        /* In evaluation a batch norm's tail runs the folded convolution too. */
-        if (i) p->last_reader[training || !m->node[x->source].folded ? x->source : m->node[x->source].in[0]] = i;
+        /* As in evaluation, a batch norm's tail may run the folded convolution too. */
+        if (i) {
+            const ckca__node *source = &m->node[x->source];
+            p->last_reader[!source->folded || ckca__runs(m, x->source, mode) ? x->source : source->in[0]] = i;
+        }
         if (x->residual >= 0) p->last_reader[x->residual] = i;
     }
     if (training) {
@@ -6838,18 +7088,18 @@ static ckca_status ckca__plan(ckca_model *m, int mode) {
         if (training && p->last_item[i] == CKCA__ITEM_KEPT && last_use < p->last_read[i]) last_use = p->last_read[i];
         if (training && i > 0 && p->grad_at[i] == ~i) last_use = ckca__plan_grad_last_use(p, ~i);
         if (!x->fused_into_reader[mode]) ckca__plan_add_buffer(p, &list[count++], size, &x->value[mode], i, last_use);
-        if (training && i > 0 && p->grad_at[i] == i)
+        if (training && i > 0 && !x->constant && p->grad_at[i] == i)
             ckca__plan_add_buffer(p, &list[count++], size, &x->grad[mode],
                                   output || p->last_reader[i] < 0 ? m->nodes : end - 1 - p->last_reader[i],
                                   ckca__plan_grad_last_use(p, i));
-        if (training && ckca__layer_of(m, i)->side)
+        if (ckca__trains(m, i, mode) && ckca__layer_of(m, i)->side)
             ckca__plan_add_buffer(p, &list[count++],
                                   ckca__round_up(ckca__layer_of(m, i)->side(x), CKCA__ALIGN / sizeof(float)),
                                   &x->side[mode], i, end - 1 - i);
     }
     for (i = m->nodes - 1; training && i > 0; i--) { /* in the order of the backward pass */
         const ckca__node *x = &m->node[i];
-        if (x->fused) continue;
+        if (x->fused || x->constant) continue;
         if (ckca__layer_of(m, i)->flags & CKCA__LAYER_READS_INPUT)
             ckca__plan_recompute(p, ckca__stored_node(m, x->source, mode, NULL), i, 0, &failed);
         if (ckca__reads_output(m, i)) ckca__plan_recompute(p, i, i, 0, &failed);
@@ -6888,9 +7138,9 @@ static void ckca__plan_gradients(ckca__planner *p) {
     for (i = 0; i < m->nodes; i++) p->grad_at[i] = i;
     for (i = m->nodes - 1; i > 0; i--) {
         const ckca__node *x = &m->node[i];
-        if (!ckca__in_place(m, i)) continue;
+        if (!ckca__in_place(m, i) || m->node[x->source].constant) continue;
         p->grad_at[x->source] = ~x->source;
-        if (x->residual > 0 && p->last_reader[x->residual] == i && !ckca__is_output(m, x->residual, p->mode))
+        if (x->residual > 0 && !m->node[x->residual].constant && p->last_reader[x->residual] == i && !ckca__is_output(m, x->residual, p->mode))
             p->grad_at[x->residual] = p->grad_at[i];
     }
 }
@@ -6915,14 +7165,14 @@ static void ckca__plan_backward(ckca__planner *p) {
     for (i = m->nodes - 1; i > 0; i--) {
         const ckca__node *x = &m->node[i];
         const int moment = p->end - 1 - i;
-        if (x->fused) continue;
+        if (x->fused || x->constant) continue;
         if (ckca__layer_of(m, i)->flags & CKCA__LAYER_READS_INPUT)
             ckca__plan_note_read(p, ckca__stored_node(m, x->source, p->mode, NULL), moment);
         if (ckca__reads_output(m, i)) ckca__plan_note_read(p, i, moment);
     }
     for (i = m->nodes - 1; i >= 0; i--) { /* outputs read after the last convolution are kept: they are small */
         const ckca__node *x = &m->node[i];
-        if (x->fused || x->head < 0 || p->last_reader[i] >= last || p->last_read[i] < 0 ||
+        if (x->fused || x->constant || x->head < 0 || p->last_reader[i] >= last || p->last_read[i] < 0 ||
             (p->mode & CKCA__MODE_READABLE) || !m->recompute_outputs) {
             p->last_item[i] = CKCA__ITEM_KEPT;
             continue;
@@ -7297,7 +7547,7 @@ static ckca_status ckca__find_parameter(const ckca__st_file *file, const ckca__p
 }
 
 /* Reads all parameters (of their momentum only the trainable ones') into host, in the arenas' layout: m->all floats, or
-   m->trainable if momentum is 1. */
+   m->trained if momentum is 1. */
 static ckca_status ckca__read_parameters(const ckca_model *m, const ckca__st_file *file, const char *prefix,
                                          int momentum, float *host) {
     float *file_order = NULL;
@@ -7313,12 +7563,12 @@ static ckca_status ckca__read_parameters(const ckca_model *m, const ckca__st_fil
     for (i = 0; !status && i < m->parameters; i++) {
         const ckca__parameter *p = &m->parameter[i];
         const ckca__st_tensor *tensor;
-        if (momentum && p->role >= CKCA__ROLE_MEAN) continue;
+        if (momentum && !ckca__has_momentum(m, p)) continue;
         if ((status = ckca__find_parameter(file, p, prefix, &tensor)) ||
             (status = ckca__st_read_floats(file, tensor, file_order)) ||
             (status = ckca__check_finite(m->ctx, ckca__tail(file->path), prefix, p, file_order)))
             break;
-        ckca__reorder(p, file_order, host + p->offset, 0);
+        ckca__reorder(p, file_order, host + (momentum ? p->slot : p->offset), 0);
     }
     ckca__release(m->ctx, file_order);
     return status;
@@ -7475,7 +7725,7 @@ static ckca_status ckca__load_into(ckca_model *m, ckca__st_file *file) {
     if (!status) status = ckca__read_metadata(m, file);
     if (!status) {
         ckca__device_upload(m->ctx, m->values, host, m->all * sizeof(float));
-        m->folded_valid = 0;
+        m->folded_valid = m->frozen_valid = 0;
         ckca__read_batches_tracked(m, file);
         status = ckca__device_status(m->ctx);
     }
@@ -7566,7 +7816,7 @@ static ckca_status ckca__load_backbone(ckca_model *m, const ckca__st_file *file,
     if (!status) status = ckca__read_normalization(m, file, &normalization);
     if (!status) {
         ckca__device_upload(m->ctx, m->values, host, m->all * sizeof(float));
-        m->folded_valid = 0;
+        m->folded_valid = m->frozen_valid = 0;
         ckca__set_normalization(m, normalization);
         ckca__read_batches_tracked(m, file);
         if (out) *out = report;
@@ -7628,7 +7878,7 @@ static const void *ckca__export_item(void *user, int i) {
     const ckca__export *e = (const ckca__export *)user;
     const int momentum = e->parameter[i] >= e->m->parameters;
     const ckca__parameter *p = &e->m->parameter[e->parameter[i] - (momentum ? e->m->parameters : 0)];
-    ckca__device_download(e->m->ctx, e->host, (momentum ? e->m->momentum : e->m->values) + p->offset,
+    ckca__device_download(e->m->ctx, e->host, momentum ? e->m->momentum + p->slot : e->m->values + p->offset,
                           p->count * sizeof(float));
     ckca__reorder(p, e->host, e->ordered, 1);
     return e->ordered;
@@ -7704,7 +7954,7 @@ static ckca_status ckca__export_model(ckca_model *m, const char *path, const cha
         for (i = 0; i < m->parameters * (state ? 2 : 1); i++) {
             const ckca__parameter *p = &m->parameter[i % m->parameters];
             const int momentum = i >= m->parameters;
-            if (momentum && p->role >= CKCA__ROLE_MEAN) continue;
+            if (momentum && !ckca__has_momentum(m, p)) continue;
             snprintf(name[items], sizeof *name, "%s%s", momentum ? "momentum." : "", p->name);
             item[items].name = name[items];
             item[items].dtype = "F32";
@@ -7978,14 +8228,15 @@ static ckca_status ckca__state_load(ckca__update *u, int *found) {
                             "%s: it is the training state of another update (%s), whose result may not have been "
                             "saved: finish that update, or remove the file to start over",
                             path,
-                            *difference ? difference : "other pictures, weights, mean, std, seed, teacher or settings");
+                            *difference ? difference
+                                        : "other pictures, weights, mean, std, seed, teacher, frozen layers or settings");
     }
     if (!status &&
         (field[1] >= (uint64_t)u->d.epochs || field[2] > (uint64_t)u->batches || field[3] > (uint64_t)u->data->count))
         status = ckca__fail(u->ctx, CKCA_EFORMAT, "%s: it is at epoch %.0f of %d, batch %.0f of %d", path,
                             (double)field[1], u->d.epochs, (double)field[2], u->batches);
     if (!status) {
-        host = (float *)ckca__alloc(u->ctx, (m->all + m->trainable) * sizeof(float));
+        host = (float *)ckca__alloc(u->ctx, (m->all + m->trained) * sizeof(float));
         if (!host)
             status = ckca__fail(u->ctx, CKCA_ENOMEM, "%s: out of memory for %.1f MB", path, (double)m->all * 8e-6);
     }
@@ -7993,7 +8244,7 @@ static ckca_status ckca__state_load(ckca__update *u, int *found) {
     if (!status) status = ckca__read_parameters(m, &file, "momentum.", 1, host + m->all);
     if (!status) {
         ckca__device_upload(u->ctx, m->values, host, m->all * sizeof(float));
-        ckca__device_upload(u->ctx, m->momentum, host + m->all, m->trainable * sizeof(float));
+        ckca__device_upload(u->ctx, m->momentum, host + m->all, m->trained * sizeof(float));
         m->folded_valid = 0;
         ckca__read_batches_tracked(m, &file);
         u->epoch = (int)field[1];
@@ -9084,7 +9335,8 @@ static int ckca__naive_batchnorm_gate(const float *x, const float *y, ptrdiff_t 
 }
 
 /* With g = dy where y > 0, else 0, and xhat = (x - mean) inv_std:
-   dbeta = sum g, dgamma = sum g xhat, dx = gamma inv_std (g - dbeta / rows - xhat dgamma / rows). */
+   dbeta = sum g, dgamma = sum g xhat, dx = gamma inv_std (g - dbeta / rows - xhat dgamma / rows). Where the statistics
+   are constants (dgamma is NULL), both sums are 0 in dx. */
 static void ckca__naive_batchnorm_backward(size_t rows, int c, const float *x, const float *y, const float *dy,
                                            const ckca__norm *norm, float *dx, float *dresidual, int accumulate_residual,
                                            float *dgamma, float *dbeta, void *ws) {
@@ -9093,13 +9345,13 @@ static void ckca__naive_batchnorm_backward(size_t rows, int c, const float *x, c
     ptrdiff_t i;
     int j;
     memset(sum, 0, 2 * (size_t)c * sizeof *sum);
-    for (i = 0; i < (ptrdiff_t)rows * c; i += c)
+    for (i = 0; dgamma && i < (ptrdiff_t)rows * c; i += c)
         for (j = 0; j < c; j++) {
             float g = ckca__naive_batchnorm_gate(x, y, i, j, norm) ? dy[i + j] : 0;
             sum[j] += g;
             product[j] += g * (x[i + j] - mean[j]) * inv_std[j];
         }
-    for (j = 0; j < c; j++) dbeta[j] += (float)sum[j], dgamma[j] += (float)product[j];
+    for (j = 0; dgamma && j < c; j++) dbeta[j] += (float)sum[j], dgamma[j] += (float)product[j];
     for (i = 0; i < (ptrdiff_t)rows * c; i += c)
         for (j = 0; j < c; j++) {
             float g = ckca__naive_batchnorm_gate(x, y, i, j, norm) ? dy[i + j] : 0;
@@ -11883,7 +12135,7 @@ CKCA__OP void ckca__op_linear_backward(ckca_context *ctx, int n, int d, int k, c
     ckca__conv s;
     ckca__linear_as_conv(&s, n, d, k);
     if (dx) ckca__op_conv_backward_data(ctx, &s, dy, w, dx, accumulate, ws);
-    ckca__op_conv_backward_weight(ctx, &s, x, dy, dw, dbias, ws);
+    if (dw) ckca__op_conv_backward_weight(ctx, &s, x, dy, dw, dbias, ws);
 }
 
 /* ---- batch norm ---- */
@@ -12140,14 +12392,13 @@ static void ckca__op_batchnorm_backward(ckca_context *ctx, int bf16, size_t rows
             table[2 * cols + (size_t)j] = norm->beta[j];
         }
         for (j = 0; j < 3; j++) ckca__broadcast_row(cols, c, table + (size_t)j * cols, table + (size_t)j * cols);
-        ckca__parallel_over(ctx, rows * (size_t)c, blocks, ckca__batchnorm_products, &job);
+        if (dgamma) ckca__parallel_over(ctx, rows * (size_t)c, blocks, ckca__batchnorm_products, &job);
         memset(sum, 0, 2 * (size_t)c * sizeof *sum);
-        for (b = 0; b < blocks; b++)
+        for (b = 0; dgamma && b < blocks; b++)
             for (j = 0; j < 2 * c; j++) sum[j] += part[(size_t)b * 2 * (size_t)c + (size_t)j];
         for (j = 0; j < c; j++) {
             double xhat_g = product[j] * inv_std[j], scale = (double)gamma[j] * inv_std[j];
-            dbeta[j] += (float)sum[j];
-            dgamma[j] += (float)xhat_g;
+            if (dgamma) dbeta[j] += (float)sum[j], dgamma[j] += (float)xhat_g;
             table[3 * cols + (size_t)j] = (float)(scale * inv_std[j] * xhat_g / (double)rows);
             table[4 * cols + (size_t)j] = (float)(scale * sum[j] / (double)rows);
         }
@@ -12279,7 +12530,7 @@ static void ckca__op_groupnorm_backward(ckca_context *ctx, int bf16, int n, int 
     int i, j;
     (void)bf16;
     ckca__parallel_over(ctx, (size_t)n * (size_t)area * (size_t)c, n, ckca__groupnorm_backward_picture, &job);
-    for (i = 0; i < n; i++, part += 2 * c)
+    for (i = 0; dgamma && i < n; i++, part += 2 * c)
         for (j = 0; j < c; j++) dgamma[j] += part[j], dbeta[j] += part[c + j];
 }
 
@@ -12729,10 +12980,12 @@ static void ckca__sgd_part(ckca_context *ctx, size_t count, float *w, const floa
 }
 
 static void ckca__op_sgd(ckca_context *ctx, size_t count, size_t decayed, float *w, const float *g, float *v,
-                         const float *lr, float momentum, float weight_decay, int nesterov, const float *gscale) {
+                         const float *lr, float factor, float momentum, float weight_decay, int nesterov,
+                         const float *gscale) {
     float scale = gscale ? *gscale : 1;
-    ckca__sgd_part(ctx, decayed, w, g, v, *lr, momentum, weight_decay, nesterov, scale);
-    ckca__sgd_part(ctx, count - decayed, w + decayed, g + decayed, v + decayed, *lr, momentum, 0, nesterov, scale);
+    ckca__sgd_part(ctx, decayed, w, g, v, *lr * factor, momentum, weight_decay, nesterov, scale);
+    ckca__sgd_part(ctx, count - decayed, w + decayed, g + decayed, v + decayed, *lr * factor, momentum, 0, nesterov,
+                   scale);
 }
 
 typedef struct ckca__square_sum {

@@ -1943,7 +1943,10 @@ CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, int bf16, size_t ro
     m.dbeta = dbeta;
     m.table = table;
     m.part = (float *)ws;
-    ckca__run_channel_sums(ctx, bf16, 2, &m);
+    if (dgamma)
+        ckca__run_channel_sums(ctx, bf16, 2, &m);
+    else
+        ckca__device_zero(ctx, table, 2 * (size_t)c * sizeof *table);
     n.count = rows * (size_t)c;
     n.c = c;
     n.x = x;
@@ -2391,7 +2394,7 @@ CKCA__OP void ckca__op_linear_backward(ckca_context *ctx, int n, int d, int k, c
                                        const float *dy, float *dx, int accumulate, float *dw, float *dbias, void *ws) {
     const ckca__conv s = ckca__linear_as_conv(n, d, k);
     if (dx) ckca__op_conv_backward_data(ctx, &s, dy, w, dx, accumulate, ws);
-    ckca__op_conv_backward_weight(ctx, &s, x, dy, dw, dbias, ws);
+    if (dw) ckca__op_conv_backward_weight(ctx, &s, x, dy, dw, dbias, ws);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -2819,14 +2822,16 @@ CKCA__OP void ckca__op_groupnorm_backward(ckca_context *ctx, int bf16, int n, in
     ckca__dispatch_type(bf16, [&](auto type) {
         typedef decltype(type) T;
         const size_t all = (size_t)n * groups;
-        CKCA__LAUNCH(ctx, ckca__groupnorm_parts<T>, ckca__grid(ctx, (size_t)n * c, 1), n, area, c, groups,
-                     (const T *)x, statistics, (const T *)dy, (float *)ws);
+        if (dgamma)
+            CKCA__LAUNCH(ctx, ckca__groupnorm_parts<T>, ckca__grid(ctx, (size_t)n * c, 1), n, area, c, groups,
+                         (const T *)x, statistics, (const T *)dy, (float *)ws);
         if (dx)
             CKCA__LAUNCH(ctx, ckca__groupnorm_backward_kernel<T>, ckca__grid(ctx, all * CKCA__THREADS, 1), all, area, c,
                          groups, (const T *)x, gamma, statistics, (const T *)dy, (T *)dx, accumulate);
     });
-    CKCA__LAUNCH(ctx, ckca__groupnorm_gradients, ckca__grid(ctx, 2 * (size_t)c, 1), n, c, (const float *)ws, dgamma,
-                 dbeta);
+    if (dgamma)
+        CKCA__LAUNCH(ctx, ckca__groupnorm_gradients, ckca__grid(ctx, 2 * (size_t)c, 1), n, c, (const float *)ws, dgamma,
+                     dbeta);
 }
 
 __global__ void ckca__gather_kernel(int n, int d, const float *rows, const int *index, float *out) {
@@ -3115,14 +3120,15 @@ __device__ __forceinline__ void ckca__sgd_at(size_t i, size_t decayed, float *w,
     weight.store(w + i);
 }
 __global__ void ckca__sgd_kernel(size_t count, size_t decayed, float *w, const float *g, float *v, const float *lr,
-                                 float momentum, float weight_decay, int nesterov, const float *gscale) {
+                                 float factor, float momentum, float weight_decay, int nesterov, const float *gscale) {
     ckca__wait_for_grids();
-    const float rate = *lr, scale = gscale ? *gscale : 1;
+    const float rate = *lr * factor, scale = gscale ? *gscale : 1;
     CKCA__IN_CHUNKS(float, count, ckca__sgd_at, decayed, w, g, v, rate, momentum, weight_decay, nesterov, scale);
 }
 CKCA__OP void ckca__op_sgd(ckca_context *ctx, size_t count, size_t decayed, float *w, const float *g, float *v,
-                           const float *lr, float momentum, float weight_decay, int nesterov, const float *gscale) {
-    CKCA__LAUNCH(ctx, ckca__sgd_kernel, ckca__grid(ctx, count / 4, 1), count, decayed, w, g, v, lr, momentum,
+                           const float *lr, float factor, float momentum, float weight_decay, int nesterov,
+                           const float *gscale) {
+    CKCA__LAUNCH(ctx, ckca__sgd_kernel, ckca__grid(ctx, count / 4, 1), count, decayed, w, g, v, lr, factor, momentum,
                  weight_decay, nesterov, gscale);
 }
 

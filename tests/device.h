@@ -312,9 +312,10 @@ static void device_sum(ckca_context *ctx, int n, const float *values, double *su
     device_done(ctx, "sum");
 }
 static void device_sgd(ckca_context *ctx, size_t count, size_t decayed, float *w, const float *g, float *v,
-                       const float *lr, float momentum, float weight_decay, int nesterov, const float *gscale) {
-    ckca__op_sgd(ctx, count, decayed, FO(w, count), FI(g, count), FO(v, count), FI(lr, 1), momentum, weight_decay,
-                 nesterov, FI(gscale, 1));
+                       const float *lr, float factor, float momentum, float weight_decay, int nesterov,
+                       const float *gscale) {
+    ckca__op_sgd(ctx, count, decayed, FO(w, count), FI(g, count), FO(v, count), FI(lr, 1), factor, momentum,
+                 weight_decay, nesterov, FI(gscale, 1));
     device_done(ctx, "sgd");
 }
 static void device_clip(ckca_context *ctx, size_t count, const float *g, float clip, float *gscale, void *ws) {

@@ -410,8 +410,8 @@ static void element_sgd(ckca_context *ctx, const void *args, float *out) {
     memcpy(out, a->a, a->count * sizeof *out);
     memset(out + a->count, 0, a->count * sizeof *out);
     for (step = 0; step < 3; step++)
-        ckca__op_sgd(ctx, a->count, a->count / 2, out, step % 2 ? a->b : a->c, out + a->count, &a->lr, a->momentum,
-                     a->decay, a->flag, a->second ? &a->gscale : NULL);
+        ckca__op_sgd(ctx, a->count, a->count / 2, out, step % 2 ? a->b : a->c, out + a->count, &a->lr, 1,
+                     a->momentum, a->decay, a->flag, a->second ? &a->gscale : NULL);
 }
 static void element_clip(ckca_context *ctx, const void *args, float *out) {
     const element *a = (const element *)args;
@@ -1375,7 +1375,7 @@ static void test_torch(const char *path) {
         const float *g = torch("sgd.g", NULL);
         float w[37], v[37] = {0}, lr = 0.1f, gscale;
         memcpy(w, torch("sgd.w", NULL), sizeof w);
-        for (j = 0; j < 3; j++) ckca__op_sgd(any, 37, 37, w, g + 37 * j, v, &lr, 0.9f, 0.05f, form == 0, NULL);
+        for (j = 0; j < 3; j++) ckca__op_sgd(any, 37, 37, w, g + 37 * j, v, &lr, 1, 0.9f, 0.05f, form == 0, NULL);
         check_part(form ? "sgd.plain" : "sgd.nesterov", "w", w, 1e-6);
         check_part(form ? "sgd.plain" : "sgd.nesterov", "v", v, 1e-6);
         ws = ckca__alloc(any, ckca__op_workspace(any, 37, 1));
