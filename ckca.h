@@ -578,6 +578,23 @@ CKCA_API ckca_status ckca_evaluate(ckca_model *model, const ckca_data *data, ckc
 /* Class probabilities of n pictures. pixels: n x height x width x channels bytes; out: n x classes. The model's mean
    and std must be known: given, loaded, or measured by an update. */
 CKCA_API ckca_status ckca_predict(ckca_model *model, const unsigned char *pixels, int n, float *out);
+/* The same for the pooled features (the head's input), to search or cluster pictures by. out: n x
+   ckca_model_info.features. */
+CKCA_API ckca_status ckca_features(ckca_model *model, const unsigned char *pixels, int n, float *out);
+/* Sets the head from class means of the features, in one pass over data, without training; needs a picture of every
+   class that it sets. first 0: the whole head, so that the class of the nearest mean gets the largest logit; the
+   logits' scale is the one of least cross-entropy on data. first above 0, after ckca_add_classes: the rows of the classes
+   first to classes - 1 ("imprinted weights", Qi, Brown, Lowe 2018): the direction of the class mean, the mean length of
+   the rows before first, and the bias with which the class and the strongest class before first have the same mean
+   logit on the class's pictures (the bias is this project's). Counts as no update. Class names, mean and std as in
+   ckca_evaluate. On failure the model is as before. */
+CKCA_API ckca_status ckca_imprint(ckca_model *model, const ckca_data *data, int first);
+/* Adds count classes, behind the ones there are, to a model with class names. Old logits stay as they are; each new row
+   of the head is the mean of the old ones, until ckca_imprint sets it. AdaKD of the next update compares the classes
+   that were there before alone (its forms TRUTH and DOUBT are refused then); ckca_save does not store that. Data for
+   this model must have its names (ckca_data_like). Gradients and momentum are dropped. On failure the model is as
+   before. */
+CKCA_API ckca_status ckca_add_classes(ckca_model *model, const char *const *names, int count);
 
 /* ===================================================================================================================
    API: FILES                                                                                                  >>files
@@ -3686,6 +3703,7 @@ struct ckca_model {
     int height, width, channels, classes, features, updates;
     uint64_t seed;
     int64_t batches_tracked; /* number of training forward passes: PyTorch's num_batches_tracked */
+    int known;               /* number of classes before ckca_add_classes, until the next update; 0: all */
     char **class_names;      /* classes strings, or NULL */
     float *normalization;    /* channels means, then channels standard deviations, of values 0 to 1 */
     int normalized;          /* 1: normalization is set */
@@ -5163,6 +5181,11 @@ typedef struct ckca__update {
     /* The teacher's outputs on all pictures, count x classes and count x features; NULL: computed for each batch. */
     float *cache_logits, *cache_features;
     size_t cache_logits_bytes, cache_features_bytes;
+    /* AdaKD over the first known classes alone (fewer than all after ckca_add_classes), see ckca__known_term: */
+    int known, *known_from, *known_to;
+    float *known_student, *known_teacher, *known_gradient, *known_wide;
+    void *known_block;
+    size_t known_bytes;
     float *own_features; /* the student's features of all pictures, count x features, if they are frozen; or NULL */
     size_t own_features_bytes;
     const float *teacher_logits, *teacher_features; /* for the current batch: n x classes, n x features */
@@ -5292,6 +5315,8 @@ static void ckca__fill_report(const ckca__update *u, double seconds, ckca_report
 static ckca_status ckca__train_step(ckca__update *u, const int *position, int n);
 static void ckca__step_ops(ckca__update *u, int n);
 static void ckca__teacher_outputs(ckca__update *u, int n, const float *input);
+static void ckca__known_term(ckca__update *u, int n, const float *logits);
+static ckca_status ckca__prepare_known(ckca__update *u);
 static void ckca__feature_term(ckca__update *u, int n);
 static float ckca__learning_rate(const ckca_update_desc *d, int64_t s, int batches);
 static ckca_status ckca__fetch_sums(ckca__update *u);
@@ -5372,6 +5397,7 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     ckca__device_forget(u->ctx, &u->recording[1]);
     if (!status) {
         m->updates++;
+        m->known = 0;
     } else if (status == CKCA_ESTOP) { /* earlier training states no longer hold this model's weights */
         ckca__forget_unsaved(m);
     } else { /* restore the model */
@@ -5391,6 +5417,7 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     ckca__device_release(u->ctx, u->cache_logits, u->cache_logits_bytes);
     ckca__device_release(u->ctx, u->cache_features, u->cache_features_bytes);
     ckca__device_release(u->ctx, u->own_features, u->own_features_bytes);
+    ckca__device_release(u->ctx, u->known_block, u->known_bytes);
     ckca__batch_buffers_free(u->ctx, &u->buffers);
     ckca__release(u->ctx, u->order);
     if (u->teacher != u->old) ckca_model_free(u->teacher);
@@ -5528,8 +5555,11 @@ static void ckca__step_ops(ckca__update *u, int n) {
     ckca__op_count(ctx, n, u->buffers.hit, u->buffers.sums + 3);
     if (u->teacher) ckca__teacher_outputs(u, n, input);
     if (d->w_kd > 0) {
-        ckca__op_adakd(ctx, d->adakd, n, m->classes, logits, u->teacher_logits, u->buffers.labels,
-                       u->buffers.class_weight, d->temperature, d->w_kd, ckca__grad(m, m->logits), u->buffers.loss);
+        if (u->known < m->classes)
+            ckca__known_term(u, n, logits);
+        else
+            ckca__op_adakd(ctx, d->adakd, n, m->classes, logits, u->teacher_logits, u->buffers.labels,
+                           u->buffers.class_weight, d->temperature, d->w_kd, ckca__grad(m, m->logits), u->buffers.loss);
         ckca__op_sum(ctx, n, u->buffers.loss, u->buffers.sums + 1);
     }
     if (d->w_feat > 0) ckca__feature_term(u, n);
@@ -5560,6 +5590,58 @@ static void ckca__teacher_outputs(ckca__update *u, int n, const float *input) {
         u->teacher_logits = ckca__value(t, t->logits);
         u->teacher_features = ckca__value(t, t->pooled);
     }
+}
+
+/* AdaKD over the first known classes: their columns of both networks' logits are gathered, and the gradient goes back. */
+static void ckca__known_term(ckca__update *u, int n, const float *logits) {
+    const ckca_update_desc *d = &u->d;
+    const int k = u->m->classes, known = u->known;
+    ckca__op_gather(u->ctx, n * known, 1, logits, u->known_from, u->known_student);
+    ckca__op_gather(u->ctx, n * known, 1, u->teacher_logits, u->known_from, u->known_teacher);
+    ckca__device_zero(u->ctx, u->known_gradient, ((size_t)d->batch * (size_t)known + 1) * sizeof(float));
+    ckca__op_adakd(u->ctx, d->adakd, n, known, u->known_student, u->known_teacher, u->buffers.labels,
+                   u->buffers.class_weight, d->temperature, d->w_kd, u->known_gradient, u->buffers.loss);
+    ckca__op_gather(u->ctx, n * k, 1, u->known_gradient, u->known_to, u->known_wide);
+    ckca__op_add_backward(u->ctx, 0, (size_t)n * (size_t)k, NULL, u->known_wide, ckca__grad(u->m, u->m->logits), 1);
+}
+
+/* Allocates what ckca__known_term needs. Only the form's weights can name a label beyond the known classes: CLASS, which
+   looks it up in a table of all, where the new ones have 1. */
+static ckca_status ckca__prepare_known(ckca__update *u) {
+    const size_t k = (size_t)u->m->classes, known = (size_t)u->known, batch = (size_t)u->d.batch;
+    const size_t narrow = ckca__round_up(ckca__mul(batch, known) + 1, CKCA__ALIGN / sizeof(float));
+    const size_t wide = ckca__round_up(ckca__mul(batch, k), CKCA__ALIGN / sizeof(float));
+    int *from;
+    size_t i, j;
+    if (u->d.adakd == CKCA_ADAKD_TRUTH || u->d.adakd == CKCA_ADAKD_DOUBT)
+        return ckca__fail(u->ctx, CKCA_EINVAL,
+                          "update: AdaKD's %s needs a teacher that knows every label; this one knows %d of %d classes "
+                          "(ckca_add_classes)",
+                          ckca__adakds[u->d.adakd].name, u->known, u->m->classes);
+    if (ckca__mul(batch, k) > INT_MAX / 2)
+        return ckca__fail(u->ctx, CKCA_EINVAL, "update: a batch of %d with %d classes is too large", u->d.batch,
+                          u->m->classes);
+    u->known_bytes = (4 * narrow + 2 * wide) * sizeof(float);
+    u->known_block = ckca__device_alloc(u->ctx, u->known_bytes);
+    from = (int *)ckca__alloc(u->ctx, (narrow + wide) * sizeof(int));
+    if (!u->known_block || !from) {
+        ckca__release(u->ctx, from);
+        return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for the logits of %d classes", u->m->classes);
+    }
+    u->known_from = (int *)u->known_block;
+    u->known_to = u->known_from + narrow;
+    u->known_student = (float *)(void *)(u->known_to + wide);
+    u->known_teacher = u->known_student + narrow;
+    u->known_gradient = u->known_teacher + narrow;
+    u->known_wide = u->known_gradient + narrow;
+    for (i = 0; i < batch; i++) {
+        for (j = 0; j < known; j++) from[i * known + j] = (int)(i * k + j);
+        for (j = 0; j < k; j++) /* behind the gradient is a zero */
+            from[narrow + i * k + j] = (int)(j < known ? i * known + j : batch * known);
+    }
+    ckca__device_upload(u->ctx, u->known_block, from, (narrow + wide) * sizeof(int));
+    ckca__release(u->ctx, from);
+    return ckca__device_status(u->ctx);
 }
 
 /* FeatReg: the gradient of the features, or of every stage's map, and the term's sum over the batch. */
@@ -5699,6 +5781,8 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
                          ckca__op_workspace(u->ctx, (size_t)u->d.batch, widest + 2 * u->d.batch)))
             return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for FeatReg on a batch of %d", u->d.batch);
     }
+    u->known = u->teacher == u->old && m->known ? m->known : m->classes;
+    if (u->d.w_kd > 0 && u->known < m->classes && (status = ckca__prepare_known(u))) return status;
     if (u->teacher && (status = ckca__prepare_teacher(u))) return status;
     if ((status = ckca__prepare_store(u->ctx, u->data->store, u->d.batch, &u->buffers))) return status;
     if (u->d.state) {
@@ -5833,7 +5917,10 @@ static ckca_status ckca__prepare_teacher(ckca__update *u) {
     if (!status) {
         u->teacher_accuracy = score.top1;
         for (i = 0; i < t->classes; i++)
-            if (by_class[i] < 0) by_class[i] = 0; /* a class without pictures; never read */
+            if (i >= u->known)
+                by_class[i] = 1; /* the teacher does not know it, but may know what it looks like */
+            else if (by_class[i] < 0)
+                by_class[i] = 0; /* a class without pictures; never read */
         ckca__device_upload(ctx, u->buffers.class_weight, by_class, (size_t)t->classes * sizeof(float));
         status = ckca__reserve(t, u->d.batch, ckca__uses_stages(u) ? CKCA__MODE_STAGES : CKCA__MODE_EVALUATE);
     }
@@ -5901,7 +5988,7 @@ static ckca_status ckca__fingerprint(ckca__update *u) {
     const ckca__store *store = u->data->store;
     const ckca_update_desc *d = &u->d;
     const size_t picture = ckca__picture_bytes(store);
-    double fields[CKCA__SETTINGS + 1];
+    double fields[CKCA__SETTINGS + 2];
     uint64_t hash = u->d.seed;
     int i, k = 0;
     ckca_status status;
@@ -5913,6 +6000,7 @@ static ckca_status ckca__fingerprint(ckca__update *u) {
     for (i = 0; i < CKCA__SETTINGS; i++)
         if (ckca__settings[i].affects_result) fields[k++] = ckca__setting_get(d, &ckca__settings[i]);
     fields[k++] = u->m->updates;
+    fields[k++] = u->m->known;
     hash = ckca__hash(hash, fields, (size_t)k * sizeof *fields);
     hash = ckca__hash(hash, u->m->normalization, (size_t)u->m->channels * 2 * sizeof(float));
     for (i = 0; i < u->m->nodes; i++)
@@ -6124,7 +6212,9 @@ CKCA_API ckca_status ckca_evaluate(ckca_model *m, const ckca_data *data, ckca_sc
     return status;
 }
 
-CKCA_API ckca_status ckca_predict(ckca_model *m, const unsigned char *pixels, int n, float *out) {
+/* Class probabilities, or the features, of n pictures. */
+static ckca_status ckca__outputs(ckca_model *m, const char *call, const unsigned char *pixels, int n, int features,
+                                 float *out) {
     const size_t picture = m ? (size_t)m->height * (size_t)m->width * (size_t)m->channels : 0;
     int first, i, batch;
     ckca__batch_buffers b;
@@ -6132,18 +6222,18 @@ CKCA_API ckca_status ckca_predict(ckca_model *m, const unsigned char *pixels, in
     ckca__bound bound = {"n", 0, 1, INT_MAX, 0};
     ckca_status status;
     if (!m) return CKCA_EINVAL;
-    if ((status = ckca__check_finished(m, "ckca_predict"))) return status;
-    if (!pixels || !out) return ckca__null(m->ctx, "ckca_predict", !pixels ? "pixels" : "out");
+    if ((status = ckca__check_finished(m, call))) return status;
+    if (!pixels || !out) return ckca__null(m->ctx, call, !pixels ? "pixels" : "out");
     bound.value = n;
-    if ((status = ckca__check_bounds(m->ctx, "ckca_predict", &bound, 1))) return status;
+    if ((status = ckca__check_bounds(m->ctx, call, &bound, 1))) return status;
     if (!m->normalized)
         return ckca__fail(m->ctx, CKCA_EINVAL,
-                          "predict: the model has no mean and std: train it, or give them in its desc");
+                          "%s: the model has no mean and std: train it, or give them in its desc", call + 5);
     batch = n < CKCA__EVAL_BATCH ? n : CKCA__EVAL_BATCH;
     if ((status = ckca__batch_buffers_alloc(m->ctx, &b, batch, m->classes, 1))) return status;
     status = ckca__reserve(m, batch, CKCA__MODE_EVALUATE);
     if (!status && !(device = (unsigned char *)ckca__device_alloc(m->ctx, (size_t)batch * picture)))
-        status = ckca__fail(m->ctx, CKCA_ENOMEM, "predict: out of memory for %d pictures", batch);
+        status = ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for %d pictures", call + 5, batch);
     for (i = 0; i < batch; i++) ((int *)ckca__host_input(&b, b.index))[i] = i;
     ckca__device_upload(m->ctx, b.block, b.host, b.input_bytes);
     for (first = 0; !status && first < n; first += batch) {
@@ -6153,6 +6243,11 @@ CKCA_API ckca_status ckca_predict(ckca_model *m, const unsigned char *pixels, in
         ckca__op_batch(m->ctx, count, m->height, m->width, m->channels, device, 1, b.index, NULL, 0, NULL,
                        m->normalization, m->normalization + m->channels, input);
         ckca__run_forward(m, count, CKCA__MODE_EVALUATE, input);
+        if (features) {
+            ckca__device_download(m->ctx, out + (size_t)first * (size_t)m->features, ckca__value(m, m->pooled),
+                                  (size_t)count * (size_t)m->features * sizeof(float));
+            continue;
+        }
         ckca__op_softmax(m->ctx, count, m->classes, ckca__value(m, m->logits), b.teacher_logits);
         ckca__device_download(m->ctx, out + (size_t)first * (size_t)m->classes, b.teacher_logits,
                               (size_t)count * (size_t)m->classes * sizeof(float));
@@ -6160,6 +6255,13 @@ CKCA_API ckca_status ckca_predict(ckca_model *m, const unsigned char *pixels, in
     ckca__device_release(m->ctx, device, (size_t)batch * picture);
     ckca__batch_buffers_free(m->ctx, &b);
     return status ? status : ckca__device_status(m->ctx);
+}
+
+CKCA_API ckca_status ckca_predict(ckca_model *m, const unsigned char *pixels, int n, float *out) {
+    return ckca__outputs(m, "ckca_predict", pixels, n, 0, out);
+}
+CKCA_API ckca_status ckca_features(ckca_model *m, const unsigned char *pixels, int n, float *out) {
+    return ckca__outputs(m, "ckca_features", pixels, n, 1, out);
 }
 
 /* Evaluates m on all of data, with the normalisation of like (m itself or, if m is a teacher, its student). per_class:
@@ -6231,6 +6333,295 @@ static ckca_status ckca__evaluate_all(ckca_model *m, const ckca_model *like, con
     ckca__device_release(ctx, device_hit, hit_bytes);
     ckca__batch_buffers_free(ctx, &b);
     return status;
+}
+
+/* ---- heads without training ---- */
+
+/* What ckca_imprint works on, on the host. */
+typedef struct ckca__imprint {
+    const ckca_data *data;
+    int k, d, first;
+    float *features, *logits; /* of every picture: count x d, count x k */
+    double *mean, *centre;    /* k x d; d */
+    double *score;            /* count x k: a constant of the picture plus what its logits are at scale 1 */
+    int *count;               /* pictures of each class */
+    float *w, *b;             /* the head: k x d, k */
+} ckca__imprint;
+
+static int ckca__imprint_label(const ckca__imprint *a, int i) { return a->data->store->labels[a->data->index[i]]; }
+
+static void ckca__imprint_means(ckca__imprint *a) {
+    const size_t d = (size_t)a->d;
+    size_t j;
+    int i, seen = 0;
+    for (i = 0; i < a->data->count; i++) {
+        double *mean = a->mean + (size_t)ckca__imprint_label(a, i) * d;
+        const float *f = a->features + (size_t)i * d;
+        a->count[ckca__imprint_label(a, i)]++;
+        for (j = 0; j < d; j++) mean[j] += (double)f[j];
+    }
+    for (i = 0; i < a->k; i++) {
+        if (!a->count[i]) continue;
+        seen++;
+        for (j = 0; j < d; j++) {
+            a->mean[(size_t)i * d + j] /= a->count[i];
+            a->centre[j] += a->mean[(size_t)i * d + j];
+        }
+    }
+    for (j = 0; j < d; j++) a->centre[j] /= seen;
+}
+
+/* The mean cross-entropy of the scores times scale. */
+static double ckca__imprint_loss(const ckca__imprint *a, double scale) {
+    double loss = 0;
+    int i, j;
+    for (i = 0; i < a->data->count; i++) {
+        const double *z = a->score + (size_t)i * (size_t)a->k;
+        double most = z[0], sum = 0;
+        for (j = 1; j < a->k; j++)
+            if (z[j] > most) most = z[j];
+        for (j = 0; j < a->k; j++) sum += exp(scale * (z[j] - most));
+        loss += log(sum) - scale * (z[ckca__imprint_label(a, i)] - most);
+    }
+    return loss / a->data->count;
+}
+
+/* With m_k = mean_k - centre: -|f - mean_k|^2 / 2 = f m_k - (centre m_k + |m_k|^2 / 2) + a constant of f. */
+static void ckca__imprint_all(ckca__imprint *a) {
+    const size_t d = (size_t)a->d, k = (size_t)a->k;
+    double best = 0, least = 0;
+    size_t i, j, e;
+    int power;
+    for (j = 0; j < k; j++) {
+        double bias = 0;
+        for (e = 0; e < d; e++) {
+            const double m = a->mean[j * d + e] - a->centre[e];
+            a->w[j * d + e] = (float)m;
+            bias -= m * (a->centre[e] + m / 2);
+        }
+        a->b[j] = (float)bias;
+    }
+    for (i = 0; i < (size_t)a->data->count; i++)
+        for (j = 0; j < k; j++) {
+            double sum = (double)a->b[j];
+            for (e = 0; e < d; e++) sum += (double)a->features[i * d + e] * (double)a->w[j * d + e];
+            a->score[i * k + j] = sum;
+        }
+    for (power = -40; power <= 40; power++) {
+        const double scale = pow(2, 0.5 * power), loss = ckca__imprint_loss(a, scale);
+        if (power > -40 && !(loss < least)) continue;
+        least = loss;
+        best = scale;
+    }
+    for (j = 0; j < k; j++) a->b[j] = (float)(best * (double)a->b[j]);
+    for (j = 0; j < k * d; j++) a->w[j] = (float)(best * (double)a->w[j]);
+}
+
+static void ckca__imprint_new(ckca__imprint *a) {
+    const size_t d = (size_t)a->d, k = (size_t)a->k, first = (size_t)a->first;
+    double length = 0;
+    size_t j, e;
+    int i;
+    for (j = 0; j < first; j++) {
+        double square = 0;
+        for (e = 0; e < d; e++) square += (double)a->w[j * d + e] * (double)a->w[j * d + e];
+        length += sqrt(square) / (double)first;
+    }
+    for (j = first; j < k; j++) {
+        double square = 0, bias = 0, own = 0;
+        for (e = 0; e < d; e++) square += a->mean[j * d + e] * a->mean[j * d + e];
+        for (e = 0; e < d; e++) {
+            a->w[j * d + e] = square > 0 ? (float)(a->mean[j * d + e] * (length / sqrt(square))) : 0.0f;
+            own += a->mean[j * d + e] * (double)a->w[j * d + e];
+        }
+        for (i = 0; i < a->data->count; i++) {
+            const float *z = a->logits + (size_t)i * k;
+            float most = z[0];
+            if ((size_t)ckca__imprint_label(a, i) != j) continue;
+            for (e = 1; e < first; e++)
+                if (z[e] > most) most = z[e];
+            bias += (double)most / a->count[j];
+        }
+        a->b[j] = (float)(bias - own);
+    }
+}
+
+CKCA_API ckca_status ckca_imprint(ckca_model *m, const ckca_data *data, int first) {
+    ckca__imprint a;
+    ckca__bound bound = {"first", 0, 0, 0, 0};
+    ckca_context *ctx;
+    ckca_score score;
+    float *device_features = NULL, *device_logits = NULL;
+    size_t features, logits, k, d;
+    int i, had_names, was_normalized;
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    ctx = m->ctx;
+    if ((status = ckca__check_finished(m, "ckca_imprint"))) return status;
+    if (!data) return ckca__null(ctx, "ckca_imprint", "data");
+    bound.value = first;
+    bound.most = m->classes - 1;
+    if ((status = ckca__check_bounds(ctx, "ckca_imprint", &bound, 1))) return status;
+    had_names = m->class_names != NULL;
+    was_normalized = m->normalized;
+    if ((status = ckca__bind_data(m, data, "imprint"))) return status;
+    memset(&a, 0, sizeof a);
+    a.data = data;
+    a.k = m->classes;
+    a.d = m->features;
+    a.first = first;
+    k = (size_t)a.k;
+    d = (size_t)a.d;
+    features = ckca__mul((size_t)data->count, d * sizeof(float));
+    logits = ckca__mul((size_t)data->count, k * sizeof(float));
+    a.features = (float *)ckca__alloc(ctx, features);
+    a.logits = (float *)ckca__alloc(ctx, logits);
+    a.score = first ? NULL : (double *)ckca__alloc(ctx, ckca__mul(logits, 2));
+    a.mean = (double *)ckca__alloc(ctx, ckca__mul(k * d, sizeof(double)));
+    a.centre = (double *)ckca__alloc(ctx, d * sizeof(double));
+    a.count = (int *)ckca__alloc(ctx, k * sizeof(int));
+    a.w = (float *)ckca__alloc(ctx, k * d * sizeof(float));
+    a.b = (float *)ckca__alloc(ctx, k * sizeof(float));
+    device_features = (float *)ckca__device_alloc(ctx, features);
+    device_logits = (float *)ckca__device_alloc(ctx, logits);
+    if (!a.features || !a.logits || (!first && !a.score) || !a.mean || !a.centre || !a.count || !a.w || !a.b ||
+        !device_features || !device_logits)
+        status = ckca__fail(ctx, CKCA_ENOMEM, "imprint: out of memory for the features of %d pictures", data->count);
+    if (!status) status = ckca__evaluate_all(m, m, data, &score, NULL, device_logits, device_features);
+    if (!status) {
+        const ckca__node *head = &m->node[m->logits];
+        float *w = ckca__param(m, head, m->values, CKCA__PARAM_WEIGHT);
+        float *b = ckca__param(m, head, m->values, CKCA__PARAM_BIAS);
+        ckca__device_download(ctx, a.features, device_features, features);
+        ckca__device_download(ctx, a.logits, device_logits, logits);
+        ckca__device_download(ctx, a.w, w, k * d * sizeof(float));
+        ckca__device_download(ctx, a.b, b, k * sizeof(float));
+        if (!(status = ckca__device_status(ctx))) ckca__imprint_means(&a);
+        for (i = first; !status && i < a.k; i++)
+            if (!a.count[i])
+                status = ckca__fail(ctx, CKCA_EINVAL, "imprint: class %d (\"%.60s\") has no picture", i,
+                                    m->class_names[i]);
+        if (!status) {
+            if (first)
+                ckca__imprint_new(&a);
+            else
+                ckca__imprint_all(&a);
+            for (i = 0; !status && i < a.k * a.d; i++)
+                if (!isfinite(a.w[i]) || !isfinite(a.b[i / a.d]))
+                    status = ckca__fail(ctx, CKCA_ENAN, "imprint: the features of class %d are not finite", i / a.d);
+        }
+        if (!status) {
+            ckca__device_upload(ctx, w, a.w, k * d * sizeof(float));
+            ckca__device_upload(ctx, b, a.b, k * sizeof(float));
+            m->folded_valid = m->frozen_valid = 0;
+            m->n = 0;
+            status = ckca__device_status(ctx);
+        }
+    }
+    ckca__device_release(ctx, device_features, features);
+    ckca__device_release(ctx, device_logits, logits);
+    ckca__release(ctx, a.features);
+    ckca__release(ctx, a.logits);
+    ckca__release(ctx, a.score);
+    ckca__release(ctx, a.mean);
+    ckca__release(ctx, a.centre);
+    ckca__release(ctx, a.count);
+    ckca__release(ctx, a.w);
+    ckca__release(ctx, a.b);
+    if (status) ckca__unbind_data(m, had_names, was_normalized);
+    return status;
+}
+
+/* Gives copy, a copy of m, the head of classes outputs: lays its parameters out anew and copies m's values. */
+static ckca_status ckca__widen(ckca_model *copy, const ckca_model *m, int classes) {
+    ckca_context *ctx = m->ctx;
+    ckca__node *head = &copy->node[copy->logits];
+    ckca__parameter *w = &copy->parameter[head->tensor], *b = w + 1;
+    const size_t d = (size_t)m->features, k = (size_t)m->classes;
+    float *host, *rows;
+    size_t i, j;
+    int p;
+    ckca__device_release(ctx, copy->values, copy->all * sizeof(float));
+    copy->values = NULL;
+    copy->classes = head->c = w->shape[0] = b->shape[0] = classes;
+    w->count = (size_t)classes * d;
+    b->count = (size_t)classes;
+    ckca__layout_parameters(copy);
+    ckca__layout_training(copy);
+    copy->values = (float *)ckca__device_alloc(ctx, copy->all * sizeof(float));
+    host = (float *)ckca__alloc(ctx, (w->count + b->count) * sizeof(float));
+    if (!copy->values || !host) {
+        ckca__release(ctx, host);
+        return ckca__fail(ctx, CKCA_ENOMEM, "ckca_add_classes: out of memory for %d classes", classes);
+    }
+    ckca__device_zero(ctx, copy->values, copy->all * sizeof(float));
+    for (p = 0; p < m->parameters; p++)
+        ckca__device_copy(ctx, copy->values + copy->parameter[p].offset, m->values + m->parameter[p].offset,
+                          m->parameter[p].count * sizeof(float));
+    rows = host + b->count;
+    ckca__device_download(ctx, rows, copy->values + w->offset, w->count * sizeof(float));
+    ckca__device_download(ctx, host, copy->values + b->offset, b->count * sizeof(float));
+    for (j = 0; j <= d; j++) { /* the bias, then every column of the weight */
+        double mean = 0;
+        for (i = 0; i < k; i++) mean += (double)(j ? rows[i * d + j - 1] : host[i]) / (double)k;
+        for (i = k; i < (size_t)classes; i++) *(j ? &rows[i * d + j - 1] : &host[i]) = (float)mean;
+    }
+    ckca__device_upload(ctx, copy->values + w->offset, rows, w->count * sizeof(float));
+    ckca__device_upload(ctx, copy->values + b->offset, host, b->count * sizeof(float));
+    ckca__release(ctx, host);
+    return ckca__device_status(ctx);
+}
+
+CKCA_API ckca_status ckca_add_classes(ckca_model *m, const char *const *names, int count) {
+    ckca__bound bound = {"count", 0, 1, 0, 0};
+    const char **all = NULL;
+    char **copied = NULL;
+    ckca_model *copy = NULL, swap;
+    ckca_context *ctx;
+    ckca_status status;
+    int i;
+    if (!m) return CKCA_EINVAL;
+    ctx = m->ctx;
+    if ((status = ckca__check_finished(m, "ckca_add_classes"))) return status;
+    if (!names) return ckca__null(ctx, "ckca_add_classes", "names");
+    bound.value = count;
+    bound.most = CKCA__CLASSES_MAX - m->classes;
+    if ((status = ckca__check_bounds(ctx, "ckca_add_classes", &bound, 1))) return status;
+    if (!m->class_names)
+        return ckca__fail(ctx, CKCA_EINVAL, "ckca_add_classes: the model has no class names yet: give them in its desc");
+    if (ckca__mul((size_t)(m->classes + count), (size_t)m->features) > CKCA__VALUES_MAX)
+        return ckca__fail(ctx, CKCA_ESHAPE, "ckca_add_classes: a head of %d classes and %d features is too large",
+                          m->classes + count, m->features);
+    all = (const char **)ckca__alloc(ctx, (size_t)(m->classes + count) * sizeof *all);
+    if (!all) return ckca__fail(ctx, CKCA_ENOMEM, "ckca_add_classes: out of memory for %d classes", m->classes + count);
+    for (i = 0; i < m->classes + count; i++) all[i] = i < m->classes ? m->class_names[i] : names[i - m->classes];
+    status = ckca__check_names(ctx, "ckca_add_classes", all, m->classes + count);
+    if (!status) {
+        copied = ckca__copy_names(ctx, all, m->classes + count);
+        if (!copied)
+            status = ckca__fail(ctx, CKCA_ENOMEM, "ckca_add_classes: out of memory for %d classes", m->classes + count);
+    }
+    ckca__release(ctx, (void *)all);
+    if (!status) status = ckca_model_copy(&copy, m);
+    if (!status) {
+        ckca__free_names(ctx, copy->class_names, copy->classes);
+        copy->class_names = NULL;
+        status = ckca__widen(copy, m, m->classes + count);
+    }
+    if (status) {
+        ckca__free_names(ctx, copied, m->classes + count);
+        ckca_model_free(copy);
+        return status;
+    }
+    copy->class_names = copied;
+    copy->known = m->known ? m->known : m->classes;
+    copy->unsaved = m->unsaved;
+    m->unsaved = NULL;
+    swap = *m;
+    *m = *copy;
+    *copy = swap;
+    ckca_model_free(copy);
+    return CKCA_OK;
 }
 
 /* Checks that data fits the model: shape and classes. A model without class names or normalisation gets them from data.
