@@ -584,9 +584,10 @@ CKCA_API ckca_status ckca_features(ckca_model *model, const unsigned char *pixel
 /* Sets the head from class means of the features, in one pass over data, without training; needs a picture of every
    class that it sets. first 0: the whole head, so that the class of the nearest mean gets the largest logit; the
    logits' scale is the one of least cross-entropy on data. first above 0, after ckca_add_classes: the rows of the classes
-   first to classes - 1 ("imprinted weights", Qi, Brown, Lowe 2018): the direction of the class mean, the mean length of
-   the rows before first, and the bias with which the class and the strongest class before first have the same mean
-   logit on the class's pictures (the bias is this project's). Counts as no update. Class names, mean and std as in
+   first to classes - 1 ("imprinted weights", Qi, Brown, Lowe 2018): the direction of the class mean from the mean of all
+   classes of data (of the class mean itself if data has one class), the mean length of the rows before first, and the
+   bias with which the class and the strongest class before first have the same mean logit on the class's pictures (the
+   centre and the bias are this project's). Counts as no update. Class names, mean and std as in
    ckca_evaluate. On failure the model is as before. */
 CKCA_API ckca_status ckca_imprint(ckca_model *model, const ckca_data *data, int first);
 /* Adds count classes, behind the ones there are, to a model with class names. Old logits stay as they are; each new row
@@ -6342,7 +6343,7 @@ typedef struct ckca__imprint {
     const ckca_data *data;
     int k, d, first;
     float *features, *logits; /* of every picture: count x d, count x k */
-    double *mean, *centre;    /* k x d; d */
+    double *mean, *centre;    /* k x d; d: the mean of the classes' means, 0 if there is one class */
     double *score;            /* count x k: a constant of the picture plus what its logits are at scale 1 */
     int *count;               /* pictures of each class */
     float *w, *b;             /* the head: k x d, k */
@@ -6368,7 +6369,7 @@ static void ckca__imprint_means(ckca__imprint *a) {
             a->centre[j] += a->mean[(size_t)i * d + j];
         }
     }
-    for (j = 0; j < d; j++) a->centre[j] /= seen;
+    for (j = 0; j < d; j++) a->centre[j] = seen > 1 ? a->centre[j] / seen : 0;
 }
 
 /* The mean cross-entropy of the scores times scale. */
@@ -6429,9 +6430,13 @@ static void ckca__imprint_new(ckca__imprint *a) {
     }
     for (j = first; j < k; j++) {
         double square = 0, bias = 0, own = 0;
-        for (e = 0; e < d; e++) square += a->mean[j * d + e] * a->mean[j * d + e];
         for (e = 0; e < d; e++) {
-            a->w[j * d + e] = square > 0 ? (float)(a->mean[j * d + e] * (length / sqrt(square))) : 0.0f;
+            const double m = a->mean[j * d + e] - a->centre[e];
+            square += m * m;
+        }
+        for (e = 0; e < d; e++) {
+            const double m = a->mean[j * d + e] - a->centre[e];
+            a->w[j * d + e] = square > 0 ? (float)(m * (length / sqrt(square))) : 0.0f;
             own += a->mean[j * d + e] * (double)a->w[j * d + e];
         }
         for (i = 0; i < a->data->count; i++) {

@@ -7,6 +7,7 @@
 #define CKCA_STATIC
 #include "ckca.h"
 #include "test.h"
+#include "device.h"
 
 static ckca__st_file reference;
 static ckca_context *ctx;
@@ -206,7 +207,7 @@ static void test_frozen(void) {
     OK(ckca_model_bytes(m, 16, 0, &evaluate));
     OK(ckca_freeze(m, NULL));
     OK(ckca_model_bytes(m, 16, 1, &head));
-    CHECK((double)head.total <= 1.3 * (double)evaluate.total && head.total < train.total / 2,
+    CHECK((double)head.total <= 1.3 * (double)evaluate.total && head.total < train.total,
           "bytes of a step: %zu of all layers, %zu of the head, %zu in evaluation", train.total, head.total, evaluate.total);
     /* every method leaves frozen layers as they are, running statistics included, and moves the head */
     for (method = 0; method < CKCA_METHOD_COUNT; method++) {
@@ -250,7 +251,7 @@ static void test_frozen(void) {
     refused(ckca_forward(m, number, 1, 1), CKCA_EINVAL, "all layers are frozen");
     CHECK(tensor_same(m, before, "fc.weight"), "a refused update changed the model");
     OK(ckca_learning_rate(m, "layer4", 0.5f));
-    OK(ckca_learning_rate(m, "fc.", 1));
+    OK(ckca_learning_rate(m, "fc", 1));
     OK(ckca_update(m, data, &d, NULL));
     CHECK(!tensor_same(m, before, "layer4.0.conv1.weight") && !tensor_same(m, before, "fc.bias") &&
               !tensor_same(m, before, "layer4.1.bn2.running_mean") && tensor_same(m, before, "layer3.1.bn2.running_mean") &&
@@ -336,7 +337,7 @@ static void test_backbone(void) {
     static const struct {
         const char *arch;
         int64_t parameters;
-    } sizes[] = {{"resnet101", 44549160}, {"resnet152", 60192808}, {"wide_resnet50_2", 68883240}, {"resnext50_32x4d", 25028904}};
+    } sizes[] = {{"resnet101", 2682906}, {"resnet152", 3669274}, {"wide_resnet50_2", 4196826}, {"resnext50_32x4d", 1455930}};
     ckca_model *m, *from, *loaded;
     ckca_backbone report;
     ckca_model_info info;
@@ -345,15 +346,16 @@ static void test_backbone(void) {
     float *before, *after;
     const char *header;
     int wrong = 0;
-    /* torchvision's numbers of parameters */
+    /* a quarter of the width; at 64 and 1000 classes the formula behind these gives torchvision's 44549160, 60192808,
+       68883240, 25028904 */
     for (i = 0; i < 4; i++) {
         ckca_model_desc desc;
         memset(&desc, 0, sizeof desc);
-        desc.classes = 1000, desc.height = desc.width = 64;
+        desc.classes = 10, desc.width_base = 16;
         m = NULL;
         OK(ckca_resnet(ctx, &m, sizes[i].arch, &desc));
         ckca_model_info_get(m, &info);
-        CHECK(info.parameters == sizes[i].parameters && info.features == 2048, "%s: %lld parameters, %d features",
+        CHECK(info.parameters == sizes[i].parameters && info.features == 512, "%s: %lld parameters, %d features",
               sizes[i].arch, (long long)info.parameters, info.features);
         ckca_model_free(m);
     }
@@ -366,10 +368,10 @@ static void test_backbone(void) {
         CHECK(report.taken == ckca_tensor_count(m) - 2 && !report.left && !report.missing && !*report.first_left &&
                   !*report.first_missing, "%s: %d taken, %d left (%s), %d missing (%s)", archs[i], report.taken,
               report.left, report.first_left, report.missing, report.first_missing);
-        after = values_of(m);
+        after = values_of(from);
         CHECK(tensor_same(m, before, "fc.weight") && tensor_same(m, before, "fc.bias") &&
-                  !memcmp(after + m->parameter[0].offset, from->values + from->parameter[0].offset,
-                          m->parameter[0].count * sizeof *after), "%s: the head stays, conv1 comes", archs[i]);
+                  tensor_same(m, after, "conv1.weight") && tensor_same(m, after, "layer4.1.bn1.running_var"),
+              "%s: the head stays, the rest comes", archs[i]);
         free(before), free(after);
         /* the graph's text: a checkpoint of it loads, with the same outputs */
         loaded = NULL;
@@ -404,8 +406,8 @@ static void test_backbone(void) {
     m = small_net(), from = resnet("resnet8", 7, 4, NULL);
     bytes = (unsigned char *)saved(from, &size);
     before = values_of(m);
-    OK(ckca_load_backbone_memory(m, bytes, size, &report)); /* bn1 has 8 channels in both */
-    CHECK(report.taken == 4 && report.missing == 9 && !strcmp(report.first_missing, "conv1.weight"),
+    OK(ckca_load_backbone_memory(m, bytes, size, &report)); /* conv1 and bn1 have 8 channels in both */
+    CHECK(report.taken == 5 && report.missing == 11 && !strcmp(report.first_missing, "conv2.weight"),
           "resnet8 into another network: %d taken, %d missing (%s)", report.taken, report.missing, report.first_missing);
     ckca_model_free(m), ckca_model_free(from), free(before), free(bytes);
     /* damaged files, names with prefixes, and allocations that fail: the model is as it was */
