@@ -422,8 +422,9 @@ typedef struct ckca_model_desc {
     int zero_residual;              /* ResNets: 1: the last batch norm of every residual branch starts at weight 0 */
 } ckca_model_desc;
 
-/* A ResNet by name: "resnet8", 20, 32, 44, 56, 110 (He et al. 2016, section 4.2), "resnet18", 34, 50 (section 4.1,
-   torchvision's), "resnet18-cifar", 34, 50 (the same with a 3 x 3 stem of stride 1 and no max pooling). */
+/* A ResNet by name: "resnet8", 20, 32, 44, 56, 110 (He et al. 2016, section 4.2); torchvision's "resnet18", 34, 50, 101,
+   152 (section 4.1), "wide_resnet50_2" (Zagoruyko and Komodakis 2016) and "resnext50_32x4d" (Xie et al. 2017), for any
+   size of picture; "resnet18-cifar" and so on (these with a 3 x 3 stem of stride 1 and no max pooling). */
 CKCA_API ckca_status ckca_resnet(ckca_context *ctx, ckca_model **model, const char *arch, const ckca_model_desc *desc);
 
 typedef struct ckca_model_info {
@@ -444,6 +445,18 @@ CKCA_API ckca_data_desc ckca_data_like(const ckca_model *model);
    momentum. */
 CKCA_API ckca_status ckca_model_copy(ckca_model **copy, const ckca_model *model);
 CKCA_API void ckca_model_free(ckca_model *model);
+
+/* Freezes the layers whose name begins with prefix and a '.' or is it ("layer1", "layer1.0.bn1"; "": all; NULL: all but
+   the head, the layer of the logits). A frozen layer's weights no longer change, weight decay included, and a frozen
+   batch norm keeps its running statistics and normalises with them, in training too. What comes before the first layer
+   that is trained runs as in evaluation and costs no gradients, neither time nor memory. If that is all but the head and
+   nothing is augmented, ckca_update computes the features of the pictures once. Frozen layers keep their weights also
+   under CKCA_METHOD_SCRATCH and SHRINK_PERTURB. Freezing is a setting for training: no checkpoint holds it, and an
+   update resumes from its training state only under the same. Gradients and momentum of the model are dropped. */
+CKCA_API ckca_status ckca_freeze(ckca_model *model, const char *prefix);
+/* Multiplies the learning rate of the same layers by factor, 0 to 1e6: 0.1 for a pre-trained backbone, say. 0 freezes
+   them, any other value thaws them. */
+CKCA_API ckca_status ckca_learning_rate(ckca_model *model, const char *prefix, float factor);
 
 /* ===================================================================================================================
    API: TRAINING                                                                                              >>update
@@ -585,12 +598,44 @@ CKCA_API ckca_status ckca_evaluate(ckca_model *model, const ckca_data *data, ckc
 /* Class probabilities of n pictures. pixels: n x height x width x channels bytes; out: n x classes. The model's mean
    and std must be known: given, loaded, or measured by an update. */
 CKCA_API ckca_status ckca_predict(ckca_model *model, const unsigned char *pixels, int n, float *out);
+/* The same for the pooled features (the head's input), to search or cluster pictures by. out: n x
+   ckca_model_info.features. */
+CKCA_API ckca_status ckca_features(ckca_model *model, const unsigned char *pixels, int n, float *out);
+/* Sets the head from class means of the features, in one pass over data, without training; needs a picture of every
+   class that it sets. first 0: the whole head, so that the class of the nearest mean gets the largest logit; the
+   logits' scale is the one of least cross-entropy on data. first above 0, after ckca_add_classes: the rows of the classes
+   first to classes - 1 ("imprinted weights", Qi, Brown, Lowe 2018): the direction of the class mean from the mean of all
+   classes of data (of the class mean itself if data has one class), the mean length of the rows before first, and the
+   bias with which the class and the strongest class before first have the same mean logit on the class's pictures (the
+   centre and the bias are this project's). Counts as no update. Class names, mean and std as in
+   ckca_evaluate. On failure the model is as before. */
+CKCA_API ckca_status ckca_imprint(ckca_model *model, const ckca_data *data, int first);
+/* Adds count classes, behind the ones there are, to a model with class names. Old logits stay as they are; each new row
+   of the head is the mean of the old ones, until ckca_imprint sets it. AdaKD of the next update compares the classes
+   that were there before alone (its forms TRUTH and DOUBT are refused then); ckca_save does not store that. Data for
+   this model must have its names (ckca_data_like). Gradients and momentum are dropped. On failure the model is as
+   before. */
+CKCA_API ckca_status ckca_add_classes(ckca_model *model, const char *const *names, int count);
 
 /* ===================================================================================================================
    API: FILES                                                                                                  >>files
 
    Checkpoints.
    =================================================================================================================== */
+
+/* What ckca_load_backbone did. The head's tensors count nowhere: if left and missing are 0, the file is of the same
+   network. num_batches_tracked and momentum.* are not counted. */
+typedef struct ckca_backbone {
+    int taken;                          /* tensors of the model that the file has replaced */
+    int left;                           /* tensors of the file without one of this name and shape in the model */
+    int missing;                        /* tensors of the model that keep their values */
+    char first_left[96], first_missing[96]; /* the first of each, by name and in the model's order; "": none */
+} ckca_backbone;
+
+/* ImageNet's statistics, with which torchvision's networks were trained, for ckca_model_desc.mean and std:
+       static const float mean[3] = CKCA_IMAGENET_MEAN, std[3] = CKCA_IMAGENET_STD; */
+#define CKCA_IMAGENET_MEAN {0.485f, 0.456f, 0.406f}
+#define CKCA_IMAGENET_STD {0.229f, 0.224f, 0.225f}
 
 #ifndef CKCA_NO_STDIO
 /* Writes a checkpoint (safetensors) to path.tmp and renames it: path is always the complete old or new file. Follows a
@@ -604,6 +649,11 @@ CKCA_API ckca_status ckca_load(ckca_context *ctx, ckca_model **model, const char
    prefixes module. _orig_mod. model. backbone., and chains of them, are removed from the file's names if all names then
    match. Classes, normalisation and number of updates are loaded if present. On failure the model is unchanged. */
 CKCA_API ckca_status ckca_load_weights(ckca_model *model, const char *path);
+/* Loads from such a file, of this network with other classes or of a similar one, every tensor that fits by name
+   (prefixes are removed one name at a time) and shape. The head, which is the layer of the logits, stays as it is, also
+   where it would fit; so do class names and number of updates. mean and std are loaded if present. report may be NULL.
+   CKCA_EFORMAT if nothing fits. On failure the model is unchanged. */
+CKCA_API ckca_status ckca_load_backbone(ckca_model *model, const char *path, ckca_backbone *report);
 #endif
 /* The same files in memory. ckca_save_memory sets *size to the file's size in bytes and, unless out is NULL, writes the
    file to out, of capacity bytes; CKCA_EINVAL if they are too few. The size changes only when the model is trained or
@@ -612,6 +662,8 @@ CKCA_API ckca_status ckca_save_memory(ckca_model *model, void *out, size_t capac
 /* bytes[0..size) need no alignment and are not needed after the call. */
 CKCA_API ckca_status ckca_load_memory(ckca_context *ctx, ckca_model **model, const void *bytes, size_t size);
 CKCA_API ckca_status ckca_load_weights_memory(ckca_model *model, const void *bytes, size_t size);
+CKCA_API ckca_status ckca_load_backbone_memory(ckca_model *model, const void *bytes, size_t size,
+                                               ckca_backbone *report);
 
 /* ===================================================================================================================
    API: ADVANCED                                                                                            >>advanced
@@ -653,6 +705,9 @@ typedef struct ckca_conv_desc {
     int stride; /* up to 255; 0: 1 */
     int pad;    /* 0 to kernel - 1 */
     int bias;   /* 1: with a bias */
+    int groups; /* 0 or 1: none; else output channels j out / groups to (j + 1) out / groups - 1 see the same share of
+                   the input's channels alone, as torch.nn.Conv2d's groups. Divides both; weight out x C / groups x
+                   kernel x kernel */
 } ckca_conv_desc;
 CKCA_API ckca_status ckca_model_create(ckca_context *ctx, ckca_model **model, const ckca_model_desc *desc);
 CKCA_API int ckca_layer_input(ckca_model *model);
@@ -853,7 +908,11 @@ typedef struct ckca__conv {
     int bf16_x, bf16;       /* bf16_x: the input is bfloat16; bf16: the output is (poolings: bf16 says so of both) */
     void *packed_weights;   /* from ckca__op_pack_weights; or NULL */
     const ckca__statistics *statistics; /* forward: also computes these of its output; NULL: none */
+    int groups;             /* above 1: grouped, the weight is K x R x S x C / groups; then no norm, no statistics */
 } ckca__conv;
+
+/* Input channels that each output channel sees. */
+CKCA__BOTH int ckca__group_inputs(const ckca__conv *s) { return s->groups > 1 ? s->c / s->groups : s->c; }
 
 /* Opens the device behind a new context (a failure leaves its sentence in ctx->error); closes it. */
 CKCA__OP ckca_status ckca__device_init(ckca_context *ctx);
@@ -913,7 +972,8 @@ CKCA__OP void ckca__op_conv_backward_data(ckca_context *ctx, const ckca__conv *s
 /* Adds to dw (K x R x S x C) and, unless it is NULL, to dbias (K). */
 CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv *s, const float *x, const float *dy,
                                             float *dw, float *dbias, void *ws);
-/* y (N x K) = x (N x D) w^T (K x D) + bias. The backward passes have the same shapes. bias may be NULL. */
+/* y (N x K) = x (N x D) w^T (K x D) + bias. The backward passes have the same shapes. bias may be NULL; so may dw, and
+   dbias with it: they are not wanted. */
 CKCA__OP void ckca__op_linear_forward(ckca_context *ctx, int n, int d, int k, const float *x, const float *w,
                                       const float *bias, float *y, void *ws);
 CKCA__OP void ckca__op_linear_backward(ckca_context *ctx, int n, int d, int k, const float *x, const float *w,
@@ -930,7 +990,8 @@ CKCA__OP void ckca__op_batchnorm_forward(ckca_context *ctx, int bf16, size_t row
 CKCA__OP void ckca__op_batchnorm_recompute(ckca_context *ctx, int bf16, size_t rows, int c, const float *x,
                                            const ckca__norm *norm, const float *residual,
                                            const ckca__norm *residual_norm, float *y);
-/* dy is the gradient of y; with relu it passes only where y > 0. Without a residual y may be NULL: x then tells whether
+/* dgamma NULL: the statistics are constants, of a frozen layer; then dx = dy gamma inv_std and nothing else is computed.
+   dy is the gradient of y; with relu it passes only where y > 0. Without a residual y may be NULL: x then tells whether
    y > 0. Writes dx; writes or accumulates dresidual unless it is NULL; adds to dgamma and dbeta. dx may be dy, or dx
    may be x while dresidual is dy. */
 CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, int bf16, size_t rows, int c, const float *x,
@@ -953,7 +1014,7 @@ CKCA__OP void ckca__op_fold(ckca_context *ctx, int k, size_t per, const float *w
 CKCA__OP void ckca__op_groupnorm_forward(ckca_context *ctx, int bf16, int n, int area, int c, int groups,
                                          const float *x, const float *gamma, const float *beta, float *y,
                                          float *statistics);
-/* Writes dx or adds to it (NULL: it is not wanted); adds to dgamma and dbeta (c each). ws: 2 n c floats. */
+/* Writes dx or adds to it (NULL: it is not wanted); adds to dgamma and dbeta (c each; NULL likewise). ws: 2 n c floats. */
 CKCA__OP void ckca__op_groupnorm_backward(ckca_context *ctx, int bf16, int n, int area, int c, int groups,
                                           const float *x, const float *gamma, const float *statistics, const float *dy,
                                           float *dx, int accumulate, float *dgamma, float *dbeta, void *ws);
@@ -1008,9 +1069,10 @@ CKCA__OP void ckca__op_count(ckca_context *ctx, int n, const int *hit, double *s
 CKCA__OP void ckca__op_gather(ckca_context *ctx, int n, int d, const float *rows, const int *index, float *out);
 
 /* One SGD step on count values (see ckca_sgd); weight decay applies to the first decayed of them. *lr and *gscale are
-   on the device; g is multiplied by *gscale (NULL: 1). */
+   on the device; the learning rate is *lr factor, g is multiplied by *gscale (NULL: 1). */
 CKCA__OP void ckca__op_sgd(ckca_context *ctx, size_t count, size_t decayed, float *w, const float *g, float *v,
-                           const float *lr, float momentum, float weight_decay, int nesterov, const float *gscale);
+                           const float *lr, float factor, float momentum, float weight_decay, int nesterov,
+                           const float *gscale);
 /* *gscale = min(1, clip / ||g||) over count values, as torch.nn.utils.clip_grad_norm_ (eps 1e-6). */
 CKCA__OP void ckca__op_clip(ckca_context *ctx, size_t count, const float *g, float clip, float *gscale, void *ws);
 /* w = shrink w + perturb fresh. */
@@ -3582,8 +3644,11 @@ typedef struct ckca__node {
     int h, w, c;             /* shape of the output, per picture */
     int kernel, stride, pad; /* convolution, pooling; stride also for subsample */
     int bias;                /* convolution: 1: it has one */
-    int groups;              /* group norm */
+    int groups;              /* group norm; convolution: 0: not grouped */
     int zero;                /* batch norm: 1: gamma starts at 0 */
+    float rate;              /* the factor of the learning rate; 0: frozen */
+    int constant;            /* 1: frozen, or without parameters, and its inputs too: runs as in evaluation */
+    int evaluates;           /* convolution: 1: its batch norm's tail is constant and runs it folded, in training too */
     int stage;               /* 1: marked by ckca_layer_stage */
     int readers;             /* number of nodes that read it, plus one for logits and for features */
     int tensor;              /* index of its first parameter: weight (gamma), bias (beta), running_mean, running_var */
@@ -3633,7 +3698,8 @@ typedef struct ckca__parameter {
     ckca__role role;
     int node;
     int dims, shape[4];   /* in PyTorch's order: K x C x R x S, K x D or C */
-    size_t count, offset; /* values, and where they start in each arena, in floats */
+    size_t count, offset; /* values, and where they start in the arenas of values and folded weights, in floats */
+    size_t slot;          /* where they start in the arenas of gradients and momentum, which have no frozen ones */
 } ckca__parameter;
 
 /* The training state of a finished update. It stays on disk until ckca_save has written the result. */
@@ -3662,6 +3728,7 @@ struct ckca_model {
     int64_t pictures;          /* distinct pictures that the updates trained on; 0: not known */
     ckca__centroids centroids; /* of those pictures, by the network as each update left it */
     int64_t batches_tracked; /* number of training forward passes: PyTorch's num_batches_tracked */
+    int known;               /* number of classes before ckca_add_classes, until the next update; 0: all */
     char **class_names;      /* classes strings, or NULL */
     float *normalization;    /* channels means, then channels standard deviations, of values 0 to 1 */
     int normalized;          /* 1: normalization is set */
@@ -3672,16 +3739,18 @@ struct ckca_model {
     int parameters;
     size_t node_capacity, parameter_capacity;
     size_t decayed, trainable, all;  /* floats: weights with decay; these and all trainable ones; these and buffers */
+    size_t trained;                  /* floats of gradients and of momentum: the trainable ones that are not frozen */
     size_t saved_count;              /* size of saved, in floats */
     size_t plan_values[CKCA__MODES]; /* floats of activations per picture; 0: not planned yet */
     ckca__recompute *recompute[CKCA__MODES]; /* in the order in which they are recomputed */
     size_t recompute_capacity[CKCA__MODES];
     int recomputes[CKCA__MODES];
 
-    float *values, *gradients, *momentum; /* arenas of all, trainable and trainable floats; NULL until needed */
+    float *values, *gradients, *momentum; /* arenas of all, trained and trained floats; NULL until needed */
     float *rate;      /* on the device, when training: ckca_sgd's learning rate and the factor of clipping */
     float *folded;    /* evaluation: trainable floats, convolution weights with batch norm folded in, biases at beta */
     int folded_valid; /* 1: folded and packed_weights match values */
+    int frozen_valid; /* 1: so do what training reads of frozen layers: their part of folded and saved */
     float *saved;     /* batch statistics of the last training forward pass */
     float *activations;
     size_t activation_bytes;
@@ -3708,6 +3777,8 @@ static float *ckca__backward_value(const ckca_model *m, int i);
 static float *ckca__grad(const ckca_model *m, int i);
 static void *ckca__side(const ckca_model *m, int i);
 static float *ckca__param(const ckca_model *m, const ckca__node *node, float *arena, int which);
+static float *ckca__gradient(const ckca_model *m, const ckca__node *node, int which);
+static int ckca__trains(const ckca_model *m, int i, int mode);
 static size_t ckca__rows(const ckca__node *x, int n);
 static const float *ckca__input(const ckca_model *m, int i);
 static const float *ckca__backward_input(const ckca_model *m, int i);
@@ -3802,6 +3873,7 @@ static ckca__node *ckca__add_node(ckca_model *m, ckca__kind kind, const char *na
     node->in[0] = inputs > 0 ? a : -1;
     node->in[1] = inputs > 1 ? b : -1;
     node->tensor = node->head = node->source = node->residual = -1;
+    node->rate = 1;
     if (name) memcpy(node->name, name, strlen(name) + 1);
     return node;
 }
@@ -3881,7 +3953,7 @@ enum {
     CKCA__LAYER_LOGITS = 128           /* input and output are float32; the logits must be such a node */
 };
 
-enum { CKCA__LAYER_NUMBERS = 5 };
+enum { CKCA__LAYER_NUMBERS = 6 };
 
 typedef struct ckca__layer {
     int inputs; /* 0 to 2 */
@@ -3897,6 +3969,7 @@ typedef struct ckca__layer {
     size_t (*workspace)(const ckca_model *m, const ckca__node *x, int n, int mode);
     /* Floats per picture that forward saves for backward beside the output (ckca__side); NULL: none. */
     size_t (*side)(const ckca__node *x);
+    int optional; /* 1: the text leaves the last number out where it is 0, as files of earlier versions do */
 } ckca__layer;
 
 /* Scratch memory of ops that need ckca__op_workspace for their output. */
@@ -3930,11 +4003,12 @@ static int ckca__window(int length, int kernel, int stride, int pad) {
 
 CKCA_API int ckca_layer_conv(ckca_model *m, const char *name, int input, ckca_conv_desc desc) {
     ckca__node *node = ckca__add_node(m, CKCA__KIND_CONV, name ? name : "", input, -1, 1);
-    ckca__bound bounds[5] = {{"out", 0, 1, INT_MAX, 0},
+    ckca__bound bounds[6] = {{"out", 0, 1, INT_MAX, 0},
                              {"kernel", 0, 0, 255, 0},
                              {"stride", 0, 0, 255, 0},
                              {"pad", 0, 0, 0, 0}, /* at most kernel - 1 */
-                             {"bias", 0, 0, 1, 0}};
+                             {"bias", 0, 0, 1, 0},
+                             {"groups", 0, 0, INT_MAX, 0}};
     char text[160];
     const ckca__node *x;
     if (!node) return -1;
@@ -3943,14 +4017,20 @@ CKCA_API int ckca_layer_conv(ckca_model *m, const char *name, int input, ckca_co
     node->stride = desc.stride ? desc.stride : 1;
     node->pad = desc.pad;
     node->bias = !!desc.bias;
+    node->groups = desc.groups > 1 ? desc.groups : 0;
     bounds[0].value = desc.out;
     bounds[1].value = desc.kernel;
     bounds[2].value = desc.stride;
     bounds[3].value = desc.pad;
     bounds[3].most = node->kernel - 1;
     bounds[4].value = desc.bias;
-    if (ckca__out_of_bounds(bounds, 5, text, sizeof text))
+    bounds[5].value = desc.groups;
+    if (ckca__out_of_bounds(bounds, 6, text, sizeof text))
         return ckca__build_error(m, CKCA_EINVAL, "conv %s: %s", name, text);
+    if (node->groups && (x->c % node->groups || desc.out % node->groups))
+        return ckca__build_error(m, CKCA_EINVAL,
+                                 "conv %s: %d groups do not divide both the input's %d channels and the output's %d",
+                                 name, node->groups, x->c, desc.out);
     node->h = ckca__window(x->h, node->kernel, node->stride, node->pad);
     node->w = ckca__window(x->w, node->kernel, node->stride, node->pad);
     node->c = desc.out;
@@ -3958,7 +4038,9 @@ CKCA_API int ckca_layer_conv(ckca_model *m, const char *name, int input, ckca_co
         return ckca__build_error(m, CKCA_ESHAPE,
                                  "conv %s: a kernel of %d with pad %d does not fit the input of %d x %d", name,
                                  node->kernel, node->pad, x->h, x->w);
-    if (!ckca__add_parameter(m, "weight", CKCA__ROLE_WEIGHT, 4, desc.out, x->c, node->kernel, node->kernel)) return -1;
+    if (!ckca__add_parameter(m, "weight", CKCA__ROLE_WEIGHT, 4, desc.out, node->groups ? x->c / node->groups : x->c,
+                             node->kernel, node->kernel))
+        return -1;
     if (node->bias && !ckca__add_parameter(m, "bias", CKCA__ROLE_BIAS, 1, desc.out, 1, 1, 1)) return -1;
     return ckca__commit_node(m, node);
 }
@@ -3970,6 +4052,7 @@ static int ckca__build_conv(ckca_model *m, const char *name, const int *number) 
     desc.stride = number[3];
     desc.pad = number[4];
     desc.bias = number[5];
+    desc.groups = number[6];
     return ckca_layer_conv(m, name, number[0], desc);
 }
 
@@ -3978,7 +4061,7 @@ static void ckca__forward_conv(ckca_model *m, int i) {
     ckca__statistics statistics;
     ckca__conv s;
     ckca__shape(m, x, m->n, m->mode, &s);
-    if ((m->mode & CKCA__MODE_TRAIN) && x->takes) {
+    if (ckca__trains(m, i, m->mode) && x->takes) {
         statistics = ckca__statistics_of(m, &m->node[x->takes]);
         s.statistics = &statistics;
     }
@@ -3994,9 +4077,10 @@ static void ckca__backward_conv(ckca_model *m, int i) {
     float *dx = ckca__grad_into(m, x->source, &add);
     ckca__conv s;
     ckca__shape(m, x, m->n, m->mode, &s);
-    ckca__op_conv_backward_weight(m->ctx, &s, ckca__backward_input(m, i), dy,
-                                  ckca__param(m, x, m->gradients, CKCA__PARAM_WEIGHT),
-                                  x->bias ? ckca__param(m, x, m->gradients, CKCA__PARAM_BIAS) : NULL, m->workspace);
+    if (x->rate > 0)
+        ckca__op_conv_backward_weight(m->ctx, &s, ckca__backward_input(m, i), dy,
+                                      ckca__gradient(m, x, CKCA__PARAM_WEIGHT),
+                                      x->bias ? ckca__gradient(m, x, CKCA__PARAM_BIAS) : NULL, m->workspace);
     if (dx)
         ckca__op_conv_backward_data(m->ctx, &s, dy, ckca__param(m, x, m->values, CKCA__PARAM_WEIGHT), dx, add,
                                     m->workspace);
@@ -4040,18 +4124,18 @@ static void ckca__forward_batchnorm(ckca_model *m, int i) {
           *beta = ckca__param(m, bn, m->values, CKCA__PARAM_BETA);
     float *mean = ckca__param(m, bn, m->values, CKCA__PARAM_MEAN),
           *var = ckca__param(m, bn, m->values, CKCA__PARAM_VAR);
-    if (m->mode & CKCA__MODE_TRAIN) {
+    if (ckca__trains(m, i, m->mode)) {
         const ckca__statistics statistics = ckca__statistics_of(m, x);
         x->norm.mean = statistics.mean;
         x->norm.inv_std = statistics.inv_std;
         x->norm.gamma = gamma;
         x->norm.beta = beta;
         x->norm.relu = x->relu;
-        if (source->takes != i)
+        if (source->takes != i && bn->rate > 0)
             ckca__op_batchnorm_forward(m->ctx, x->bf16, rows, x->c, ckca__value(m, x->source), gamma, beta, mean, var,
                                        residual, residual_norm, x->relu, x->fused_into_reader[m->mode] ? NULL : y,
                                        statistics.mean, statistics.inv_std, m->workspace);
-        else if (!x->fused_into_reader[m->mode]) /* the convolution has taken the statistics */
+        else if (!x->fused_into_reader[m->mode]) /* the convolution has taken the statistics, or they are frozen */
             ckca__op_batchnorm_recompute(m->ctx, x->bf16, rows, x->c, ckca__value(m, x->source), &x->norm, residual,
                                          residual_norm, y);
     } else if (source->folded) {
@@ -4076,8 +4160,8 @@ static void ckca__backward_batchnorm(ckca_model *m, int i) {
     float *dx = add || !to ? dy : to;
     ckca__op_batchnorm_backward(m->ctx, x->bf16, rows, x->c, ckca__backward_value(m, x->source),
                                 x->residual >= 0 ? ckca__backward_value(m, i) : NULL, dy, &x->norm, dx, dresidual,
-                                add_residual, ckca__param(m, bn, m->gradients, CKCA__PARAM_GAMMA),
-                                ckca__param(m, bn, m->gradients, CKCA__PARAM_BETA), m->workspace);
+                                add_residual, ckca__gradient(m, bn, CKCA__PARAM_GAMMA),
+                                ckca__gradient(m, bn, CKCA__PARAM_BETA), m->workspace);
     if (add) ckca__op_add_backward(m->ctx, x->bf16, rows * (size_t)x->c, NULL, dy, to, 1);
 }
 
@@ -4177,7 +4261,7 @@ static void ckca__forward_maxpool(ckca_model *m, int i) {
     ckca__conv s;
     ckca__shape(m, &m->node[i], m->n, m->mode, &s);
     ckca__op_maxpool_forward(m->ctx, &s, ckca__input(m, i), ckca__value(m, i),
-                             m->mode & CKCA__MODE_TRAIN ? (unsigned char *)ckca__side(m, i) : NULL);
+                             ckca__trains(m, i, m->mode) ? (unsigned char *)ckca__side(m, i) : NULL);
 }
 
 static void ckca__backward_maxpool(ckca_model *m, int i) {
@@ -4285,8 +4369,8 @@ static void ckca__backward_linear(ckca_model *m, int i) {
     float *dx = ckca__grad_into(m, x->source, &add);
     ckca__op_linear_backward(m->ctx, m->n, source->h * source->w * source->c, x->c, ckca__backward_input(m, i),
                              ckca__param(m, x, m->values, CKCA__PARAM_WEIGHT), ckca__grad(m, i), dx, add,
-                             ckca__param(m, x, m->gradients, CKCA__PARAM_WEIGHT),
-                             ckca__param(m, x, m->gradients, CKCA__PARAM_BIAS), m->workspace);
+                             ckca__gradient(m, x, CKCA__PARAM_WEIGHT), ckca__gradient(m, x, CKCA__PARAM_BIAS),
+                             m->workspace);
 }
 
 /* The linear layer runs as a 1x1 convolution over one picture of n pixels. */
@@ -4327,7 +4411,7 @@ static void ckca__forward_groupnorm(ckca_model *m, int i) {
     ckca__op_groupnorm_forward(m->ctx, x->bf16, m->n, x->h * x->w, x->c, x->groups, ckca__input(m, i),
                                ckca__param(m, x, m->values, CKCA__PARAM_GAMMA),
                                ckca__param(m, x, m->values, CKCA__PARAM_BETA), ckca__value(m, i),
-                               m->mode & CKCA__MODE_TRAIN ? (float *)ckca__side(m, i) : NULL);
+                               ckca__trains(m, i, m->mode) ? (float *)ckca__side(m, i) : NULL);
 }
 
 static void ckca__backward_groupnorm(ckca_model *m, int i) {
@@ -4336,8 +4420,8 @@ static void ckca__backward_groupnorm(ckca_model *m, int i) {
     float *dx = ckca__grad_into(m, x->source, &add);
     ckca__op_groupnorm_backward(m->ctx, x->bf16, m->n, x->h * x->w, x->c, x->groups, ckca__backward_input(m, i),
                                 ckca__param(m, x, m->values, CKCA__PARAM_GAMMA), (const float *)ckca__side(m, i),
-                                ckca__grad(m, i), dx, add, ckca__param(m, x, m->gradients, CKCA__PARAM_GAMMA),
-                                ckca__param(m, x, m->gradients, CKCA__PARAM_BETA), m->workspace);
+                                ckca__grad(m, i), dx, add, ckca__gradient(m, x, CKCA__PARAM_GAMMA),
+                                ckca__gradient(m, x, CKCA__PARAM_BETA), m->workspace);
 }
 
 /* Each picture's share of the gradients of gamma and beta: n x 2 x C floats. */
@@ -4353,17 +4437,19 @@ static size_t ckca__side_groupnorm(const ckca__node *x) { return 2 * (size_t)x->
 #define CKCA__FIELD(name) offsetof(ckca__node, name)
 static const ckca__layer ckca__layers[CKCA__KIND_COUNT] = {
     /* input */
-    {0, 0, {0}, 0, ckca__build_input, NULL, NULL, ckca__workspace_map, NULL},
+    {0, 0, {0}, 0, ckca__build_input, NULL, NULL, ckca__workspace_map, NULL, 0},
     /* conv */
     {1,
      1,
-     {CKCA__FIELD(c), CKCA__FIELD(kernel), CKCA__FIELD(stride), CKCA__FIELD(pad), CKCA__FIELD(bias)},
+     {CKCA__FIELD(c), CKCA__FIELD(kernel), CKCA__FIELD(stride), CKCA__FIELD(pad), CKCA__FIELD(bias),
+      CKCA__FIELD(groups)},
      CKCA__LAYER_READS_INPUT | CKCA__LAYER_NORMALIZES | CKCA__LAYER_CONVOLUTION | CKCA__LAYER_FROM_PICTURES,
      ckca__build_conv,
      ckca__forward_conv,
      ckca__backward_conv,
      ckca__workspace_conv,
-     NULL},
+     NULL,
+     1},
     /* bn */
     {1,
      1,
@@ -4373,7 +4459,8 @@ static const ckca__layer ckca__layers[CKCA__KIND_COUNT] = {
      ckca__forward_batchnorm,
      ckca__backward_batchnorm,
      ckca__workspace_map,
-     NULL},
+     NULL,
+     0},
     /* relu */
     {1,
      0,
@@ -4383,9 +4470,10 @@ static const ckca__layer ckca__layers[CKCA__KIND_COUNT] = {
      ckca__forward_add,
      ckca__backward_add,
      ckca__workspace_map,
-     NULL},
+     NULL,
+     0},
     /* add */
-    {2, 0, {0}, 0, ckca__build_add, ckca__forward_add, ckca__backward_add, ckca__workspace_map, NULL},
+    {2, 0, {0}, 0, ckca__build_add, ckca__forward_add, ckca__backward_add, ckca__workspace_map, NULL, 0},
     /* maxpool */
     {1,
      0,
@@ -4395,7 +4483,8 @@ static const ckca__layer ckca__layers[CKCA__KIND_COUNT] = {
      ckca__forward_maxpool,
      ckca__backward_maxpool,
      ckca__workspace_map,
-     ckca__side_maxpool},
+     ckca__side_maxpool,
+     0},
     /* avgpool */
     {1,
      0,
@@ -4405,7 +4494,8 @@ static const ckca__layer ckca__layers[CKCA__KIND_COUNT] = {
      ckca__forward_avgpool,
      ckca__backward_avgpool,
      ckca__workspace_map,
-     NULL},
+     NULL,
+     0},
     /* subsample */
     {1,
      0,
@@ -4415,7 +4505,8 @@ static const ckca__layer ckca__layers[CKCA__KIND_COUNT] = {
      ckca__forward_subsample,
      ckca__backward_subsample,
      ckca__workspace_map,
-     NULL},
+     NULL,
+     0},
     /* linear */
     {1,
      1,
@@ -4425,7 +4516,8 @@ static const ckca__layer ckca__layers[CKCA__KIND_COUNT] = {
      ckca__forward_linear,
      ckca__backward_linear,
      ckca__workspace_linear,
-     NULL},
+     NULL,
+     0},
     /* gn */
     {1,
      1,
@@ -4435,7 +4527,8 @@ static const ckca__layer ckca__layers[CKCA__KIND_COUNT] = {
      ckca__forward_groupnorm,
      ckca__backward_groupnorm,
      ckca__workspace_groupnorm,
-     ckca__side_groupnorm},
+     ckca__side_groupnorm,
+     0},
 };
 #undef CKCA__FIELD
 
@@ -4485,8 +4578,8 @@ CKCA_API void ckca_model_free(ckca_model *m) {
     ckca__release(ctx, m->parameter);
     for (mode = 0; mode < CKCA__MODES; mode++) ckca__release(ctx, m->recompute[mode]);
     ckca__device_release(ctx, m->values, m->all * sizeof(float));
-    ckca__device_release(ctx, m->gradients, m->trainable * sizeof(float));
-    ckca__device_release(ctx, m->momentum, m->trainable * sizeof(float));
+    ckca__device_release(ctx, m->gradients, m->trained * sizeof(float));
+    ckca__device_release(ctx, m->momentum, m->trained * sizeof(float));
     ckca__device_release(ctx, m->rate, 2 * sizeof *m->rate);
     ckca__device_release(ctx, m->folded, m->trainable * sizeof(float));
     ckca__device_release(ctx, m->saved, m->saved_count * sizeof(float));
@@ -4618,6 +4711,33 @@ static void ckca__layout_parameters(ckca_model *m) {
     }
 }
 
+/* After a change of the nodes' rates: finds what runs as in evaluation, and lays out gradients and momentum in the order
+   of the values, without the frozen ones. */
+static void ckca__layout_training(ckca_model *m) {
+    size_t slot = 0;
+    int i, part;
+    for (i = 0; i < m->nodes; i++) {
+        ckca__node *x = &m->node[i];
+        x->constant = x->tensor < 0 || x->rate == 0;
+        if (x->in[0] >= 0 && !m->node[x->in[0]].constant) x->constant = 0;
+        if (x->in[1] >= 0 && !m->node[x->in[1]].constant) x->constant = 0;
+        x->evaluates = 0;
+    }
+    for (i = 1; i < m->nodes; i++)
+        if (!m->node[i].fused && m->node[i].head >= 0 && m->node[i].constant)
+            m->node[m->node[i].source].evaluates = m->node[m->node[i].source].folded;
+    for (part = 0; part < 2; part++)
+        for (i = 0; i < m->parameters; i++) {
+            ckca__parameter *p = &m->parameter[i];
+            if (p->role >= CKCA__ROLE_MEAN || (p->role == CKCA__ROLE_WEIGHT) != !part || m->node[p->node].rate == 0)
+                continue;
+            p->slot = slot;
+            slot += ckca__round_up(p->count, CKCA__ALIGN / sizeof(float));
+        }
+    m->trained = slot;
+    m->frozen_valid = 0;
+}
+
 /* With CKCA_PRECISION_BF16: chooses which outputs are bfloat16. Pictures, and the outputs of global pooling and linear
    layers, are float32. Two ops convert between float32 and bfloat16: a convolution that reads the pictures and global
    pooling. Every other op has outputs of its inputs' type, so float32 spreads along the graph in both directions. */
@@ -4664,6 +4784,7 @@ static ckca_status ckca__finish_graph(ckca_model *m, int logits) {
     ckca__choose_bf16(m);
     ckca__fuse(m);
     ckca__layout_parameters(m);
+    ckca__layout_training(m);
     return CKCA_OK;
 }
 
@@ -4729,11 +4850,67 @@ CKCA_API ckca_status ckca_model_finish(ckca_model *m, int logits) {
     return status;
 }
 
+/* ---- freezing ---- */
+
+/* 1 if a call with this prefix means node i (see ckca_freeze). */
+static int ckca__has_prefix(const ckca_model *m, int i, const char *prefix) {
+    const char *name = m->node[i].name;
+    const size_t length = prefix ? strlen(prefix) : 0;
+    if (!*name) return 0;
+    if (!prefix) return i != m->logits;
+    return !strncmp(name, prefix, length) &&
+           (!length || prefix[length - 1] == '.' || !name[length] || name[length] == '.');
+}
+
+static ckca_status ckca__set_rate(ckca_model *m, const char *call, const char *prefix, float rate) {
+    ckca__bound bound = {"factor", 0, 0, 1e6, 0};
+    const char *first = "", *last = "";
+    ckca_status status;
+    int i, named = 0, mode;
+    if (!m) return CKCA_EINVAL;
+    bound.value = (double)rate;
+    if ((status = ckca__check_finished(m, call)) || (status = ckca__check_bounds(m->ctx, call, &bound, 1)))
+        return status;
+    for (i = 0; i < m->nodes; i++) {
+        named += ckca__has_prefix(m, i, prefix);
+        if (!*m->node[i].name) continue;
+        if (!*first) first = m->node[i].name;
+        last = m->node[i].name;
+    }
+    if (!named)
+        return ckca__fail(m->ctx, CKCA_EINVAL, "%s: no layer's name begins with \"%.70s\" (they are %s to %s)", call,
+                          prefix ? prefix : "", first, last);
+    for (i = 0; i < m->nodes; i++)
+        if (ckca__has_prefix(m, i, prefix)) m->node[i].rate = rate;
+    ckca__device_release(m->ctx, m->gradients, m->trained * sizeof(float));
+    ckca__device_release(m->ctx, m->momentum, m->trained * sizeof(float));
+    m->gradients = m->momentum = NULL;
+    for (mode = 0; mode < CKCA__MODES; mode++)
+        if (mode & CKCA__MODE_TRAIN) m->plan_values[mode] = 0;
+    m->n = 0; /* its outputs were those of another plan */
+    ckca__layout_training(m);
+    return CKCA_OK;
+}
+
+CKCA_API ckca_status ckca_freeze(ckca_model *m, const char *prefix) {
+    return ckca__set_rate(m, "ckca_freeze", prefix, 0);
+}
+
+CKCA_API ckca_status ckca_learning_rate(ckca_model *m, const char *prefix, float factor) {
+    return ckca__set_rate(m, "ckca_learning_rate", prefix, factor);
+}
+
+/* Fails if nothing that the logits depend on is trained. */
+static ckca_status ckca__check_trained(const ckca_model *m, const char *call) {
+    if (!m->node[m->logits].constant) return CKCA_OK;
+    return ckca__fail(m->ctx, CKCA_EINVAL, "%s: all layers are frozen, nothing is left to train (ckca_freeze)", call);
+}
+
 /* ---- ResNets ---- */
 
 /* Convolution, batch norm and, if relu, ReLU after node x; conv and bn are their names after prefix ("layer1.0."). */
 static int ckca__conv_bn(ckca_model *m, const char *prefix, const char *conv, const char *bn, int x, int out,
-                         int kernel, int stride, int relu) {
+                         int kernel, int stride, int groups, int relu) {
     char name[CKCA__NAME_MAX];
     ckca_conv_desc desc;
     memset(&desc, 0, sizeof desc);
@@ -4741,6 +4918,7 @@ static int ckca__conv_bn(ckca_model *m, const char *prefix, const char *conv, co
     desc.kernel = kernel;
     desc.stride = stride;
     desc.pad = kernel / 2;
+    desc.groups = groups;
     snprintf(name, sizeof name, "%s%s", prefix, conv);
     x = ckca_layer_conv(m, name, x, desc);
     snprintf(name, sizeof name, "%s%s", prefix, bn);
@@ -4748,25 +4926,25 @@ static int ckca__conv_bn(ckca_model *m, const char *prefix, const char *conv, co
     return relu ? ckca_layer_relu(m, x) : x;
 }
 
-/* One residual block (He et al. 2016, figure 5): basic (two 3x3), or bottleneck (1x1, 3x3, 1x1 with 4 times the
-   channels; the 3x3 has the stride, as in torchvision). */
+/* One residual block (He et al. 2016, figure 5): basic (two 3x3), or, if bottleneck is above 0, a bottleneck (1x1, 3x3 of
+   bottleneck times width channels in groups, 1x1 with 4 times width; the 3x3 has the stride, as in torchvision). */
 static int ckca__residual_block(ckca_model *m, const char *prefix, int x, int width, int stride, int bottleneck,
-                                int projection, int zero) {
+                                int groups, int projection, int zero) {
     int in, out = bottleneck ? width * 4 : width, y, shortcut = x;
     if (x < 0) return -1;
     in = m->node[x].c;
     if (bottleneck) {
-        y = ckca__conv_bn(m, prefix, "conv1", "bn1", x, width, 1, 1, 1);
-        y = ckca__conv_bn(m, prefix, "conv2", "bn2", y, width, 3, stride, 1);
-        y = ckca__conv_bn(m, prefix, "conv3", "bn3", y, out, 1, 1, 0);
+        y = ckca__conv_bn(m, prefix, "conv1", "bn1", x, width * bottleneck, 1, 1, 0, 1);
+        y = ckca__conv_bn(m, prefix, "conv2", "bn2", y, width * bottleneck, 3, stride, groups, 1);
+        y = ckca__conv_bn(m, prefix, "conv3", "bn3", y, out, 1, 1, 0, 0);
     } else {
-        y = ckca__conv_bn(m, prefix, "conv1", "bn1", x, width, 3, stride, 1);
-        y = ckca__conv_bn(m, prefix, "conv2", "bn2", y, out, 3, 1, 0);
+        y = ckca__conv_bn(m, prefix, "conv1", "bn1", x, width, 3, stride, 0, 1);
+        y = ckca__conv_bn(m, prefix, "conv2", "bn2", y, out, 3, 1, 0, 0);
     }
     if (y < 0) return -1;
     m->node[y].zero = zero;
     if (stride != 1 || in != out)
-        shortcut = projection ? ckca__conv_bn(m, prefix, "downsample.0", "downsample.1", x, out, 1, stride, 0)
+        shortcut = projection ? ckca__conv_bn(m, prefix, "downsample.0", "downsample.1", x, out, 1, stride, 0, 0)
                               : ckca_layer_subsample(m, x, stride, out);
     return ckca_layer_relu(m, ckca_layer_add(m, y, shortcut));
 }
@@ -4774,10 +4952,14 @@ static int ckca__residual_block(ckca_model *m, const char *prefix, int x, int wi
 CKCA_API ckca_status ckca_resnet(ckca_context *ctx, ckca_model **out, const char *arch, const ckca_model_desc *desc) {
     static const struct {
         const char *name;
-        int cifar, bottleneck, blocks[4]; /* blocks per stage */
-    } net[] = {{"resnet8", 1, 0, {1, 1, 1, 0}},  {"resnet20", 1, 0, {3, 3, 3, 0}}, {"resnet32", 1, 0, {5, 5, 5, 0}},
-               {"resnet44", 1, 0, {7, 7, 7, 0}}, {"resnet56", 1, 0, {9, 9, 9, 0}}, {"resnet110", 1, 0, {18, 18, 18, 0}},
-               {"resnet18", 0, 0, {2, 2, 2, 2}}, {"resnet34", 0, 0, {3, 4, 6, 3}}, {"resnet50", 0, 1, {3, 4, 6, 3}}};
+        int cifar, bottleneck, groups, blocks[4]; /* bottleneck: see ckca__residual_block; blocks per stage */
+    } net[] = {{"resnet8", 1, 0, 0, {1, 1, 1, 0}},         {"resnet20", 1, 0, 0, {3, 3, 3, 0}},
+               {"resnet32", 1, 0, 0, {5, 5, 5, 0}},        {"resnet44", 1, 0, 0, {7, 7, 7, 0}},
+               {"resnet56", 1, 0, 0, {9, 9, 9, 0}},        {"resnet110", 1, 0, 0, {18, 18, 18, 0}},
+               {"resnet18", 0, 0, 0, {2, 2, 2, 2}},        {"resnet34", 0, 0, 0, {3, 4, 6, 3}},
+               {"resnet50", 0, 1, 0, {3, 4, 6, 3}},        {"resnet101", 0, 1, 0, {3, 4, 23, 3}},
+               {"resnet152", 0, 1, 0, {3, 8, 36, 3}},      {"wide_resnet50_2", 0, 2, 0, {3, 4, 6, 3}},
+               {"resnext50_32x4d", 0, 2, 32, {3, 4, 6, 3}}};
     const int nets = (int)(sizeof net / sizeof *net);
     size_t length = arch ? strlen(arch) : 0;
     int i, stage, block, x, width, small_stem = 0;
@@ -4793,22 +4975,22 @@ CKCA_API ckca_status ckca_resnet(ckca_context *ctx, ckca_model **out, const char
         if (length && strlen(net[i].name) == length && !memcmp(arch, net[i].name, length)) break;
     if (i == nets || (small_stem && net[i].cifar))
         return ckca__fail(ctx, CKCA_EINVAL,
-                          "unknown network \"%.40s\"; known are resnet8, 20, 32, 44, 56, 110, 18, 34, 50, 18-cifar, "
-                          "34-cifar, 50-cifar",
+                          "unknown network \"%.40s\"; known are resnet8, 20, 32, 44, 56, 110, 18, 34, 50, 101, 152, "
+                          "wide_resnet50_2, resnext50_32x4d, and from resnet18 on the same with -cifar",
                           arch);
     if ((status = ckca_model_create(ctx, &m, desc))) return status;
     snprintf(m->arch, sizeof m->arch, "%s", arch);
     width = desc->width_base ? desc->width_base : net[i].cifar ? 16 : 64;
     x = ckca_layer_input(m);
     x = ckca__conv_bn(m, "", "conv1", "bn1", x, width, net[i].cifar || small_stem ? 3 : 7,
-                      net[i].cifar || small_stem ? 1 : 2, 1);
+                      net[i].cifar || small_stem ? 1 : 2, 0, 1);
     if (!net[i].cifar && !small_stem) x = ckca_layer_maxpool(m, x, 3, 2, 1);
     for (stage = 0; stage < 4; stage++) {
         for (block = 0; block < net[i].blocks[stage]; block++) {
             char prefix[32];
             snprintf(prefix, sizeof prefix, "layer%d.%d.", stage + 1, block);
             x = ckca__residual_block(m, prefix, x, width << stage, stage && !block ? 2 : 1, net[i].bottleneck,
-                                     !net[i].cifar || desc->projection, desc->zero_residual);
+                                     net[i].groups, !net[i].cifar || desc->projection, desc->zero_residual);
         }
         if (block) ckca_layer_stage(m, x);
     }
@@ -4836,8 +5018,11 @@ static size_t ckca__graph_write(const ckca_model *m, char *out, size_t capacity)
         CKCA__PUT("%s%s", i ? ";" : "", ckca__kind_name[x->kind]);
         if (x->name[0]) CKCA__PUT(" %s", x->name);
         for (j = 0; j < layer->inputs; j++) CKCA__PUT(" %d", x->in[j]);
-        for (j = 0; j < CKCA__LAYER_NUMBERS && layer->number[j]; j++)
-            CKCA__PUT(" %d", *(const int *)(const void *)((const char *)x + layer->number[j]));
+        for (j = 0; j < CKCA__LAYER_NUMBERS && layer->number[j]; j++) {
+            const int value = *(const int *)(const void *)((const char *)x + layer->number[j]);
+            if (layer->optional && !value && (j + 1 == CKCA__LAYER_NUMBERS || !layer->number[j + 1])) break;
+            CKCA__PUT(" %d", value);
+        }
     }
     for (i = 0; i < m->nodes; i++)
         if (m->node[i].stage) CKCA__PUT(";stage %d", i);
@@ -4884,6 +5069,7 @@ static ckca_status ckca__graph_read(ckca_model *m, const char *text) {
             const ckca__layer *layer = &ckca__layers[kind];
             int wanted = layer->inputs, i;
             for (i = 0; i < CKCA__LAYER_NUMBERS && layer->number[i]; i++) wanted++;
+            if (layer->optional && numbers == wanted - 1) number[numbers++] = 0;
             if (numbers == wanted) done = layer->build(m, word[1], number);
         } else if (text == end && words == 1 && numbers == 1) {
             if (!strcmp(word[0], "stage")) done = ckca_layer_stage(m, number[0]);
@@ -4935,7 +5121,7 @@ CKCA_API ckca_status ckca_model_copy(ckca_model **out, const ckca_model *m) {
     copy->workspace = copy->packed_weights = NULL;
     copy->unsaved = NULL;
     copy->centroids.count = NULL;
-    copy->folded_valid = copy->n = 0;
+    copy->folded_valid = copy->frozen_valid = copy->n = 0;
     copy->node = (ckca__node *)ckca__alloc(ctx, m->node_capacity * sizeof *m->node);
     copy->parameter = (ckca__parameter *)ckca__alloc(ctx, m->parameter_capacity * sizeof *m->parameter);
     copy->normalization = (float *)ckca__alloc(ctx, normalization);
@@ -5043,6 +5229,13 @@ typedef struct ckca__update {
     /* The teacher's outputs on all pictures, count x classes and count x features; NULL: computed for each batch. */
     float *cache_logits, *cache_features;
     size_t cache_logits_bytes, cache_features_bytes;
+    /* AdaKD over the first known classes alone (fewer than all after ckca_add_classes), see ckca__known_term: */
+    int known, *known_from, *known_to;
+    float *known_student, *known_teacher, *known_gradient, *known_wide;
+    void *known_block;
+    size_t known_bytes;
+    float *own_features; /* the student's features of all pictures, count x features, if they are frozen; or NULL */
+    size_t own_features_bytes;
     const float *teacher_logits, *teacher_features; /* for the current batch: n x classes, n x features */
     ckca__factors factors;
     float *centroids; /* CENTROID's class means, classes x features, on the device; NULL with other forms */
@@ -5203,6 +5396,10 @@ static double ckca__loss(const ckca__update *u, int seen);
 static void ckca__send_unlabelled(ckca__update *u, int n);
 static void ckca__teacher_outputs(ckca__update *u, int n, const float *input);
 static void ckca__distillation_term(ckca__update *u, int n);
+static void ckca__distil(ckca__update *u, int first, int n, const int *labels, const float *class_weight);
+static void ckca__known_term(ckca__update *u, int n, const float *student, const float *teacher, const int *labels,
+                             const float *class_weight, float *dlogits);
+static ckca_status ckca__prepare_known(ckca__update *u);
 static void ckca__feature_term(ckca__update *u, int n);
 static float ckca__learning_rate(const ckca_update_desc *d, int64_t s, int batches);
 static ckca_status ckca__fetch_sums(ckca__update *u);
@@ -5217,6 +5414,9 @@ static ckca_status ckca__learn_centroids(ckca__update *u);
 static ckca_status ckca__average_features(const ckca_model *m, const ckca__centroids *before, const double *sums,
                                           const ckca_data *data, ckca__centroids *after);
 static ckca_status ckca__prepare_teacher(ckca__update *u);
+static int ckca__augments(const ckca_augment *a);
+static ckca_status ckca__cache_features(ckca__update *u);
+static int ckca__has_momentum(const ckca_model *m, const ckca__parameter *p);
 static ckca_status ckca__starting_weights(ckca__update *u);
 static ckca_status ckca__fingerprint(ckca__update *u);
 static void ckca__make_batch(const ckca_model *m, const ckca_data *data, int n, const ckca_augment *augment,
@@ -5240,6 +5440,7 @@ static float *ckca__grad(const ckca_model *m, int i);
 static float *ckca__input_buffer(ckca_model *m, int n, int mode);
 static void ckca__run_forward(ckca_model *m, int n, int mode, const float *input);
 static void ckca__run_backward(ckca_model *m);
+static ckca_status ckca__prepare_frozen(ckca_model *m);
 static int ckca__accumulates(ckca_model *m, int i);
 static void ckca__clear_has_grad(ckca_model *m);
 static void ckca__run_sgd(ckca_model *m, const ckca_sgd_desc *d, const float *lr, float *gscale);
@@ -5297,6 +5498,7 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
         m->centroids = u->learnt;
         u->learnt = before; /* to be released */
         m->updates++;
+        m->known = 0;
     } else if (status == CKCA_ESTOP) { /* earlier training states no longer hold this model's weights */
         ckca__forget_unsaved(m);
     } else { /* restore the model */
@@ -5307,7 +5509,7 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
         u->old->momentum = momentum;
         ckca__device_copy(u->ctx, m->values, u->old->values, m->all * sizeof(float));
         m->batches_tracked = u->old->batches_tracked;
-        m->folded_valid = 0;
+        m->folded_valid = m->frozen_valid = 0;
         m->n = 0; /* the caller's last forward pass has been overwritten */
         ckca__unbind_data(m, had_names, was_normalized);
     }
@@ -5316,6 +5518,8 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     ckca__device_release(u->ctx, u->cache_logits, u->cache_logits_bytes);
     ckca__device_release(u->ctx, u->cache_features, u->cache_features_bytes);
     ckca__device_release(u->ctx, u->centroids, u->centroid_bytes);
+    ckca__device_release(u->ctx, u->own_features, u->own_features_bytes);
+    ckca__device_release(u->ctx, u->known_block, u->known_bytes);
     ckca__batch_buffers_free(u->ctx, &u->buffers);
     ckca__batch_buffers_free(u->ctx, &u->unlabelled_buffers);
     ckca__release(u->ctx, u->learnt.count);
@@ -5445,11 +5649,20 @@ static void ckca__step_ops(ckca__update *u, int n) {
     float *input = ckca__input_buffer(m, pictures, u->mode), *dlogits;
     ckca_sgd_desc sgd;
 
-    ckca__make_batch(m, u->data, n, &d->augment, d->seed, &u->buffers, input);
-    if (u->unlabelled)
-        ckca__make_batch(m, u->unlabelled, n, &d->augment, d->seed, &u->unlabelled_buffers,
-                         input + (size_t)n * (size_t)m->height * (size_t)m->width * (size_t)m->channels);
-    ckca__run_forward(m, pictures, u->mode, input);
+    if (u->own_features) {
+        m->n = n;
+        m->mode = u->mode;
+        m->input = input;
+        ckca__op_gather(ctx, n, m->features, u->own_features, u->buffers.position, ckca__value(m, m->pooled));
+        ckca__layer_of(m, m->logits)->forward(m, m->logits);
+        m->batches_tracked++;
+    } else {
+        ckca__make_batch(m, u->data, n, &d->augment, d->seed, &u->buffers, input);
+        if (u->unlabelled)
+            ckca__make_batch(m, u->unlabelled, n, &d->augment, d->seed, &u->unlabelled_buffers,
+                             input + (size_t)n * (size_t)m->height * (size_t)m->width * (size_t)m->channels);
+        ckca__run_forward(m, pictures, u->mode, input);
+    }
 
     ckca__clear_has_grad(m);
     dlogits = ckca__grad(m, m->logits);
@@ -5463,7 +5676,7 @@ static void ckca__step_ops(ckca__update *u, int n) {
     if (d->w_kd > 0) ckca__distillation_term(u, n);
     if (d->w_feat > 0) ckca__feature_term(u, n);
 
-    ckca__device_zero(ctx, m->gradients, m->trainable * sizeof(float));
+    ckca__device_zero(ctx, m->gradients, m->trained * sizeof(float));
     ckca__run_backward(m);
     sgd.momentum = d->momentum;
     sgd.weight_decay = d->weight_decay;
@@ -5524,18 +5737,70 @@ static ckca__factors ckca__growth(const ckca_update_desc *d, double n_old, doubl
 
 /* AdaKD: adds to the gradient of the logits and to the term's sum over the batch; n: the labelled pictures. */
 static void ckca__distillation_term(ckca__update *u, int n) {
-    const ckca_model *m = u->m;
-    const float *logits = ckca__value(m, m->logits), t = u->d.temperature;
     const float *class_weight = ckca__adakds[u->d.adakd].by_class ? u->buffers.class_weight : NULL;
-    const size_t rest = (size_t)n * (size_t)m->classes; /* where the pictures without labels begin */
-    float *dlogits = ckca__grad(m, m->logits);
-    ckca__op_adakd(u->ctx, n, m->classes, logits, u->teacher_logits, u->buffers.labels, class_weight, t, u->factors.kd,
-                   dlogits, u->buffers.loss);
+    ckca__distil(u, 0, n, u->buffers.labels, class_weight);
+    if (u->unlabelled) ckca__distil(u, n, n, NULL, NULL);
+}
+
+/* The same for n rows of the batch from first on. */
+static void ckca__distil(ckca__update *u, int first, int n, const int *labels, const float *class_weight) {
+    const ckca_model *m = u->m;
+    const size_t at = (size_t)first * (size_t)m->classes;
+    const float *student = ckca__value(m, m->logits) + at, *teacher = u->teacher_logits + at;
+    float *dlogits = ckca__grad(m, m->logits) + at;
+    if (u->known < m->classes)
+        ckca__known_term(u, n, student, teacher, labels, class_weight, dlogits);
+    else
+        ckca__op_adakd(u->ctx, n, m->classes, student, teacher, labels, class_weight, u->d.temperature, u->factors.kd,
+                       dlogits, u->buffers.loss);
     ckca__op_sum(u->ctx, n, u->buffers.loss, u->buffers.sums + 1);
-    if (!u->unlabelled) return;
-    ckca__op_adakd(u->ctx, n, m->classes, logits + rest, u->teacher_logits + rest, NULL, NULL, t, u->factors.kd,
-                   dlogits + rest, u->buffers.loss);
-    ckca__op_sum(u->ctx, n, u->buffers.loss, u->buffers.sums + 1);
+}
+
+/* AdaKD over the first known classes: their columns of both networks' logits are gathered, and the gradient goes back. */
+static void ckca__known_term(ckca__update *u, int n, const float *student, const float *teacher, const int *labels,
+                             const float *class_weight, float *dlogits) {
+    const int k = u->m->classes, known = u->known;
+    ckca__op_gather(u->ctx, n * known, 1, student, u->known_from, u->known_student);
+    ckca__op_gather(u->ctx, n * known, 1, teacher, u->known_from, u->known_teacher);
+    ckca__device_zero(u->ctx, u->known_gradient, ((size_t)u->d.batch * (size_t)known + 1) * sizeof(float));
+    ckca__op_adakd(u->ctx, n, known, u->known_student, u->known_teacher, labels, class_weight, u->d.temperature,
+                   u->factors.kd, u->known_gradient, u->buffers.loss);
+    ckca__op_gather(u->ctx, n * k, 1, u->known_gradient, u->known_to, u->known_wide);
+    ckca__op_add_backward(u->ctx, 0, (size_t)n * (size_t)k, NULL, u->known_wide, dlogits, 1);
+}
+
+/* Allocates what ckca__known_term needs. Only the form's weights can name a label beyond the known classes: CLASS, which
+   looks it up in a table of all, where the new ones have 1. */
+static ckca_status ckca__prepare_known(ckca__update *u) {
+    const size_t k = (size_t)u->m->classes, known = (size_t)u->known, batch = (size_t)u->d.batch;
+    const size_t narrow = ckca__round_up(ckca__mul(batch, known) + 1, CKCA__ALIGN / sizeof(float));
+    const size_t wide = ckca__round_up(ckca__mul(batch, k), CKCA__ALIGN / sizeof(float));
+    int *from;
+    size_t i, j;
+    if (ckca__mul(batch, k) > INT_MAX / 2)
+        return ckca__fail(u->ctx, CKCA_EINVAL, "update: a batch of %d with %d classes is too large", u->d.batch,
+                          u->m->classes);
+    u->known_bytes = (4 * narrow + 2 * wide) * sizeof(float);
+    u->known_block = ckca__device_alloc(u->ctx, u->known_bytes);
+    from = (int *)ckca__alloc(u->ctx, (narrow + wide) * sizeof(int));
+    if (!u->known_block || !from) {
+        ckca__release(u->ctx, from);
+        return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for the logits of %d classes", u->m->classes);
+    }
+    u->known_from = (int *)u->known_block;
+    u->known_to = u->known_from + narrow;
+    u->known_student = (float *)(void *)(u->known_to + wide);
+    u->known_teacher = u->known_student + narrow;
+    u->known_gradient = u->known_teacher + narrow;
+    u->known_wide = u->known_gradient + narrow;
+    for (i = 0; i < batch; i++) {
+        for (j = 0; j < known; j++) from[i * known + j] = (int)(i * k + j);
+        for (j = 0; j < k; j++) /* behind the gradient is a zero */
+            from[narrow + i * k + j] = (int)(j < known ? i * known + j : batch * known);
+    }
+    ckca__device_upload(u->ctx, u->known_block, from, (narrow + wide) * sizeof(int));
+    ckca__release(u->ctx, from);
+    return ckca__device_status(u->ctx);
 }
 
 /* FeatReg between node i's outputs for the n labelled pictures and teacher (as many values): their gradient, and the
@@ -5615,6 +5880,11 @@ static ckca_status ckca__check_finite(ckca_context *ctx, const char *what, const
                       (double)i + 1, (double)p->count, isnan(values[i]) ? "NaN" : "infinite");
 }
 
+/* 1 if parameter p is trained, and so has a gradient and momentum. */
+static int ckca__has_momentum(const ckca_model *m, const ckca__parameter *p) {
+    return p->role < CKCA__ROLE_MEAN && m->node[p->node].rate > 0;
+}
+
 /* The same for all weights and running statistics of a model and, if momentum is 1, its momentum. */
 static ckca_status ckca__check_all_finite(const ckca_model *m, const char *what, int momentum) {
     const size_t size = m->all > m->trainable ? m->all : m->trainable;
@@ -5625,12 +5895,12 @@ static ckca_status ckca__check_all_finite(const ckca_model *m, const char *what,
         return ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for %.1f MB of weights", what, (double)size * 4e-6);
     for (slot = 0; !status && slot <= momentum; slot++) {
         ckca__device_download(m->ctx, host, slot ? m->momentum : m->values,
-                              (slot ? m->trainable : m->all) * sizeof(float));
+                              (slot ? m->trained : m->all) * sizeof(float));
         status = ckca__device_status(m->ctx);
         for (i = 0; !status && i < m->parameters; i++)
-            if (!slot || m->parameter[i].role < CKCA__ROLE_MEAN)
+            if (!slot || ckca__has_momentum(m, &m->parameter[i]))
                 status = ckca__check_finite(m->ctx, what, slot ? "momentum." : "", &m->parameter[i],
-                                            host + m->parameter[i].offset);
+                                            host + (slot ? m->parameter[i].slot : m->parameter[i].offset));
     }
     ckca__release(m->ctx, host);
     return status;
@@ -5645,6 +5915,7 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
     ckca_status status;
     int found = 0;
     if (desc) u->d = *desc;
+    if ((status = ckca__check_trained(m, "ckca_update"))) return status;
     if ((status = ckca_update_defaults(m, u->data, &u->d))) return status;
     ckca__settings_resolve_off(&u->d);
     u->factors = ckca__growth(&u->d, u->d.teacher_pictures, u->data->count);
@@ -5672,6 +5943,8 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
                                             m->features)))
         return status;
     if ((status = ckca__reserve(m, ckca__step_pictures(u, u->d.batch), u->mode))) return status;
+    u->known = u->teacher == u->old && m->known ? m->known : m->classes;
+    if (u->d.w_kd > 0 && u->known < m->classes && (status = ckca__prepare_known(u))) return status;
     if (u->teacher && (status = ckca__prepare_teacher(u))) return status;
     if ((status = ckca__prepare_store(u->ctx, u->data->store, u->d.batch, &u->buffers))) return status;
     if (u->unlabelled &&
@@ -5686,9 +5959,31 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
             ckca__device_upload(u->ctx, u->buffers.sums, sums, sizeof sums);
         }
     }
-    if (found) return CKCA_OK;
-    ckca__device_zero(u->ctx, m->momentum, m->trainable * sizeof(float));
-    return ckca__starting_weights(u);
+    if (!found) {
+        ckca__device_zero(u->ctx, m->momentum, m->trained * sizeof(float));
+        if ((status = ckca__starting_weights(u))) return status;
+    }
+    m->frozen_valid = 0;
+    if ((status = ckca__prepare_frozen(m))) return status;
+    return ckca__cache_features(u);
+}
+
+/* If only the head is trained and nothing is augmented, the features of a picture are the same in every epoch. */
+static ckca_status ckca__cache_features(ckca__update *u) {
+    ckca_model *m = u->m;
+    const size_t bytes = ckca__mul((size_t)u->data->count, (size_t)m->features * sizeof(float));
+    ckca_score score;
+    ckca_status status;
+    if (!m->node[m->pooled].constant || ckca__augments(&u->d.augment) || bytes > CKCA__CACHE_BYTES || u->unlabelled ||
+        (u->teacher && !u->cache_logits))
+        return CKCA_OK;
+    u->own_features_bytes = bytes;
+    u->own_features = (float *)ckca__device_alloc(u->ctx, bytes);
+    if (!u->own_features)
+        return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for the features of %d pictures",
+                          u->data->count);
+    if ((status = ckca__evaluate_all(m, m, u->data, &score, NULL, NULL, u->own_features, NULL))) return status;
+    return ckca__reserve(m, u->d.batch, u->mode);
 }
 
 CKCA_API ckca_status ckca_update_defaults(const ckca_model *m, const ckca_data *data, ckca_update_desc *desc) {
@@ -5712,6 +6007,7 @@ CKCA_API ckca_status ckca_update_defaults(const ckca_model *m, const ckca_data *
     }
     if (first_update || (d.method != CKCA_METHOD_CKCA && d.method != CKCA_METHOD_LWF)) d.w_kd = d.w_feat = CKCA_OFF;
     if (d.method == CKCA_METHOD_LWF) d.w_feat = CKCA_OFF;
+    if (m->node[m->pooled].constant) d.w_feat = CKCA_OFF; /* frozen features cannot move */
     if (first_update) d.method = CKCA_METHOD_WARM;
     if (d.augment.resized_crop && d.augment.crop_min == 0) d.augment.crop_min = 0.25f;
     ckca__settings_apply_defaults(&d);
@@ -5790,6 +6086,8 @@ static ckca_status ckca__prepare_unlabelled(ckca__update *u) {
                           u->unlabelled->count);
     return ckca__batch_buffers_alloc(u->ctx, &u->unlabelled_buffers, u->d.batch, 1, 1);
 }
+/* 1 if pictures differ from epoch to epoch. */
+static int ckca__augments(const ckca_augment *a) { return a->pad || a->flip || a->resized_crop || a->jitter > 0; }
 
 /* Evaluates the teacher on the new pictures: its accuracy per class (for AdaKD's CLASS) and, unless pictures are
    augmented, stages are compared or some have no labels, the cache of its outputs. For CENTROID, a teacher without class
@@ -5797,10 +6095,8 @@ static ckca_status ckca__prepare_unlabelled(ckca__update *u) {
 static ckca_status ckca__prepare_teacher(ckca__update *u) {
     ckca_context *ctx = u->ctx;
     ckca_model *t = u->teacher;
-    const ckca_augment *a = &u->d.augment;
     const size_t count = (size_t)u->data->count;
-    const int per_batch =
-        ckca__uses_stages(u) || u->unlabelled || a->pad || a->flip || a->resized_crop || a->jitter > 0;
+    const int per_batch = ckca__uses_stages(u) || u->unlabelled || ckca__augments(&u->d.augment);
     const int measure = ckca__uses_centroids(u) && !t->centroids.count;
     float *by_class = (float *)ckca__alloc(ctx, (size_t)t->classes * sizeof(float));
     double *sums = NULL;
@@ -5832,7 +6128,10 @@ static ckca_status ckca__prepare_teacher(ckca__update *u) {
     if (!status) {
         u->teacher_accuracy = score.top1;
         for (i = 0; i < t->classes; i++)
-            if (by_class[i] < 0) by_class[i] = 0; /* a class without pictures; never read */
+            if (i >= u->known)
+                by_class[i] = 1; /* the teacher does not know it, but may know what it looks like */
+            else if (by_class[i] < 0)
+                by_class[i] = 0; /* a class without pictures; never read */
         ckca__device_upload(ctx, u->buffers.class_weight, by_class, (size_t)t->classes * sizeof(float));
         status = ckca__reserve(t, ckca__step_pictures(u, u->d.batch),
                                ckca__uses_stages(u) ? CKCA__MODE_STAGES : CKCA__MODE_EVALUATE);
@@ -5899,12 +6198,26 @@ static ckca_status ckca__average_features(const ckca_model *m, const ckca__centr
     return CKCA_OK;
 }
 
+/* Gives frozen layers the values back that they had before the update. */
+static void ckca__restore_frozen(ckca__update *u) {
+    int i;
+    for (i = 0; i < u->m->parameters; i++) {
+        const ckca__parameter *p = &u->m->parameter[i];
+        if (u->m->node[p->node].rate == 0)
+            ckca__device_copy(u->ctx, u->m->values + p->offset, u->old->values + p->offset, p->count * sizeof(float));
+    }
+}
+
 /* Sets the weights that the method starts from: fresh, shrunk and perturbed, or the checkpoint's. */
 static ckca_status ckca__starting_weights(ckca__update *u) {
     ckca_model *m = u->m;
     float *fresh;
     ckca_status status;
-    if (u->d.method == CKCA_METHOD_SCRATCH) return ckca__initialize(m, u->d.seed, m->values);
+    if (u->d.method == CKCA_METHOD_SCRATCH) {
+        status = ckca__initialize(m, u->d.seed, m->values);
+        ckca__restore_frozen(u);
+        return status;
+    }
     if (u->d.method != CKCA_METHOD_SHRINK_PERTURB) return CKCA_OK;
     fresh = (float *)ckca__device_alloc(u->ctx, m->all * sizeof(float));
     if (!fresh)
@@ -5912,6 +6225,7 @@ static ckca_status ckca__starting_weights(ckca__update *u) {
                           (double)m->all * 4e-6);
     if (!(status = ckca__initialize(m, u->d.seed, fresh)))
         ckca__op_shrink_perturb(u->ctx, m->trainable, m->values, fresh, u->d.shrink, u->d.perturb);
+    ckca__restore_frozen(u);
     ckca__device_release(u->ctx, fresh, m->all * sizeof(float));
     return status;
 }
@@ -5944,7 +6258,7 @@ static ckca_status ckca__fingerprint(ckca__update *u) {
     const ckca__store *store = u->data->store;
     const ckca_update_desc *d = &u->d;
     const size_t picture = ckca__picture_bytes(store);
-    double fields[CKCA__SETTINGS + 1];
+    double fields[CKCA__SETTINGS + 2];
     uint64_t hash = u->d.seed;
     int i, k = 0;
     ckca_status status;
@@ -5960,8 +6274,14 @@ static ckca_status ckca__fingerprint(ckca__update *u) {
     for (i = 0; i < CKCA__SETTINGS; i++)
         if (ckca__settings[i].affects_result) fields[k++] = ckca__setting_get(d, &ckca__settings[i]);
     fields[k++] = u->m->updates;
+    fields[k++] = u->m->known;
     hash = ckca__hash(hash, fields, (size_t)k * sizeof *fields);
     hash = ckca__hash(hash, u->m->normalization, (size_t)u->m->channels * 2 * sizeof(float));
+    for (i = 0; i < u->m->nodes; i++)
+        if (u->m->node[i].rate < 1 || u->m->node[i].rate > 1) {
+            hash = ckca__hash(hash, &i, sizeof i);
+            hash = ckca__hash(hash, &u->m->node[i].rate, sizeof u->m->node[i].rate);
+        }
     if ((status = ckca__hash_weights(u->old, &hash))) return status;
     if (u->teacher && u->teacher != u->old && (status = ckca__hash_weights(u->teacher, &hash))) return status;
     if (ckca__uses_centroids(u) && u->teacher && u->teacher->centroids.count)
@@ -6168,7 +6488,9 @@ CKCA_API ckca_status ckca_evaluate(ckca_model *m, const ckca_data *data, ckca_sc
     return status;
 }
 
-CKCA_API ckca_status ckca_predict(ckca_model *m, const unsigned char *pixels, int n, float *out) {
+/* Class probabilities, or the features, of n pictures. */
+static ckca_status ckca__outputs(ckca_model *m, const char *call, const unsigned char *pixels, int n, int features,
+                                 float *out) {
     const size_t picture = m ? (size_t)m->height * (size_t)m->width * (size_t)m->channels : 0;
     int first, i, batch;
     ckca__batch_buffers b;
@@ -6176,18 +6498,18 @@ CKCA_API ckca_status ckca_predict(ckca_model *m, const unsigned char *pixels, in
     ckca__bound bound = {"n", 0, 1, INT_MAX, 0};
     ckca_status status;
     if (!m) return CKCA_EINVAL;
-    if ((status = ckca__check_finished(m, "ckca_predict"))) return status;
-    if (!pixels || !out) return ckca__null(m->ctx, "ckca_predict", !pixels ? "pixels" : "out");
+    if ((status = ckca__check_finished(m, call))) return status;
+    if (!pixels || !out) return ckca__null(m->ctx, call, !pixels ? "pixels" : "out");
     bound.value = n;
-    if ((status = ckca__check_bounds(m->ctx, "ckca_predict", &bound, 1))) return status;
+    if ((status = ckca__check_bounds(m->ctx, call, &bound, 1))) return status;
     if (!m->normalized)
         return ckca__fail(m->ctx, CKCA_EINVAL,
-                          "predict: the model has no mean and std: train it, or give them in its desc");
+                          "%s: the model has no mean and std: train it, or give them in its desc", call + 5);
     batch = n < CKCA__EVAL_BATCH ? n : CKCA__EVAL_BATCH;
     if ((status = ckca__batch_buffers_alloc(m->ctx, &b, batch, m->classes, 1))) return status;
     status = ckca__reserve(m, batch, CKCA__MODE_EVALUATE);
     if (!status && !(device = (unsigned char *)ckca__device_alloc(m->ctx, (size_t)batch * picture)))
-        status = ckca__fail(m->ctx, CKCA_ENOMEM, "predict: out of memory for %d pictures", batch);
+        status = ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for %d pictures", call + 5, batch);
     for (i = 0; i < batch; i++) ((int *)ckca__host_input(&b, b.index))[i] = i;
     ckca__device_upload(m->ctx, b.block, b.host, b.input_bytes);
     for (first = 0; !status && first < n; first += batch) {
@@ -6197,6 +6519,11 @@ CKCA_API ckca_status ckca_predict(ckca_model *m, const unsigned char *pixels, in
         ckca__op_batch(m->ctx, count, m->height, m->width, m->channels, device, 1, b.index, NULL, 0, NULL,
                        m->normalization, m->normalization + m->channels, input);
         ckca__run_forward(m, count, CKCA__MODE_EVALUATE, input);
+        if (features) {
+            ckca__device_download(m->ctx, out + (size_t)first * (size_t)m->features, ckca__value(m, m->pooled),
+                                  (size_t)count * (size_t)m->features * sizeof(float));
+            continue;
+        }
         ckca__op_softmax(m->ctx, count, m->classes, ckca__value(m, m->logits), b.teacher_logits);
         ckca__device_download(m->ctx, out + (size_t)first * (size_t)m->classes, b.teacher_logits,
                               (size_t)count * (size_t)m->classes * sizeof(float));
@@ -6204,6 +6531,13 @@ CKCA_API ckca_status ckca_predict(ckca_model *m, const unsigned char *pixels, in
     ckca__device_release(m->ctx, device, (size_t)batch * picture);
     ckca__batch_buffers_free(m->ctx, &b);
     return status ? status : ckca__device_status(m->ctx);
+}
+
+CKCA_API ckca_status ckca_predict(ckca_model *m, const unsigned char *pixels, int n, float *out) {
+    return ckca__outputs(m, "ckca_predict", pixels, n, 0, out);
+}
+CKCA_API ckca_status ckca_features(ckca_model *m, const unsigned char *pixels, int n, float *out) {
+    return ckca__outputs(m, "ckca_features", pixels, n, 1, out);
 }
 
 /* Evaluates m on all of data, with the normalisation of like (m itself or, if m is a teacher, its student). per_class:
@@ -6289,6 +6623,314 @@ static ckca_status ckca__evaluate_all(ckca_model *m, const ckca_model *like, con
     return status;
 }
 
+/* ---- heads without training ---- */
+
+/* What ckca_imprint works on, on the host. */
+typedef struct ckca__imprint {
+    const ckca_data *data;
+    int k, d, first;
+    float *features, *logits; /* of every picture: count x d, count x k */
+    double *mean, *centre;    /* k x d; d: the mean of the classes' means, 0 if there is one class */
+    double *score;            /* count x k: a constant of the picture plus what its logits are at scale 1 */
+    int *count;               /* pictures of each class */
+    float *w, *b;             /* the head: k x d, k */
+} ckca__imprint;
+
+static int ckca__imprint_label(const ckca__imprint *a, int i) { return a->data->store->labels[a->data->index[i]]; }
+
+static void ckca__imprint_means(ckca__imprint *a) {
+    const size_t d = (size_t)a->d;
+    size_t j;
+    int i, seen = 0;
+    for (i = 0; i < a->data->count; i++) {
+        double *mean = a->mean + (size_t)ckca__imprint_label(a, i) * d;
+        const float *f = a->features + (size_t)i * d;
+        a->count[ckca__imprint_label(a, i)]++;
+        for (j = 0; j < d; j++) mean[j] += (double)f[j];
+    }
+    for (i = 0; i < a->k; i++) {
+        if (!a->count[i]) continue;
+        seen++;
+        for (j = 0; j < d; j++) {
+            a->mean[(size_t)i * d + j] /= a->count[i];
+            a->centre[j] += a->mean[(size_t)i * d + j];
+        }
+    }
+    for (j = 0; j < d; j++) a->centre[j] = seen > 1 ? a->centre[j] / seen : 0;
+}
+
+/* The mean cross-entropy of the scores times scale. */
+static double ckca__imprint_loss(const ckca__imprint *a, double scale) {
+    double loss = 0;
+    int i, j;
+    for (i = 0; i < a->data->count; i++) {
+        const double *z = a->score + (size_t)i * (size_t)a->k;
+        double most = z[0], sum = 0;
+        for (j = 1; j < a->k; j++)
+            if (z[j] > most) most = z[j];
+        for (j = 0; j < a->k; j++) sum += exp(scale * (z[j] - most));
+        loss += log(sum) - scale * (z[ckca__imprint_label(a, i)] - most);
+    }
+    return loss / a->data->count;
+}
+
+/* With m_k = mean_k - centre: -|f - mean_k|^2 / 2 = f m_k - (centre m_k + |m_k|^2 / 2) + a constant of f. */
+static void ckca__imprint_all(ckca__imprint *a) {
+    const size_t d = (size_t)a->d, k = (size_t)a->k;
+    double best = 0, least = 0;
+    size_t i, j, e;
+    int power;
+    for (j = 0; j < k; j++) {
+        double bias = 0;
+        for (e = 0; e < d; e++) {
+            const double m = a->mean[j * d + e] - a->centre[e];
+            a->w[j * d + e] = (float)m;
+            bias -= m * (a->centre[e] + m / 2);
+        }
+        a->b[j] = (float)bias;
+    }
+    for (i = 0; i < (size_t)a->data->count; i++)
+        for (j = 0; j < k; j++) {
+            double sum = (double)a->b[j];
+            for (e = 0; e < d; e++) sum += (double)a->features[i * d + e] * (double)a->w[j * d + e];
+            a->score[i * k + j] = sum;
+        }
+    for (power = -40; power <= 40; power++) {
+        const double scale = pow(2, 0.5 * power), loss = ckca__imprint_loss(a, scale);
+        if (power > -40 && !(loss < least)) continue;
+        least = loss;
+        best = scale;
+    }
+    for (j = 0; j < k; j++) a->b[j] = (float)(best * (double)a->b[j]);
+    for (j = 0; j < k * d; j++) a->w[j] = (float)(best * (double)a->w[j]);
+}
+
+static void ckca__imprint_new(ckca__imprint *a) {
+    const size_t d = (size_t)a->d, k = (size_t)a->k, first = (size_t)a->first;
+    double length = 0;
+    size_t j, e;
+    int i;
+    for (j = 0; j < first; j++) {
+        double square = 0;
+        for (e = 0; e < d; e++) square += (double)a->w[j * d + e] * (double)a->w[j * d + e];
+        length += sqrt(square) / (double)first;
+    }
+    for (j = first; j < k; j++) {
+        double square = 0, bias = 0, own = 0;
+        for (e = 0; e < d; e++) {
+            const double m = a->mean[j * d + e] - a->centre[e];
+            square += m * m;
+        }
+        for (e = 0; e < d; e++) {
+            const double m = a->mean[j * d + e] - a->centre[e];
+            a->w[j * d + e] = square > 0 ? (float)(m * (length / sqrt(square))) : 0.0f;
+            own += a->mean[j * d + e] * (double)a->w[j * d + e];
+        }
+        for (i = 0; i < a->data->count; i++) {
+            const float *z = a->logits + (size_t)i * k;
+            float most = z[0];
+            if ((size_t)ckca__imprint_label(a, i) != j) continue;
+            for (e = 1; e < first; e++)
+                if (z[e] > most) most = z[e];
+            bias += (double)most / a->count[j];
+        }
+        a->b[j] = (float)(bias - own);
+    }
+}
+
+CKCA_API ckca_status ckca_imprint(ckca_model *m, const ckca_data *data, int first) {
+    ckca__imprint a;
+    ckca__bound bound = {"first", 0, 0, 0, 0};
+    ckca_context *ctx;
+    ckca_score score;
+    float *device_features = NULL, *device_logits = NULL;
+    size_t features, logits, k, d;
+    int i, had_names, was_normalized;
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    ctx = m->ctx;
+    if ((status = ckca__check_finished(m, "ckca_imprint"))) return status;
+    if (!data) return ckca__null(ctx, "ckca_imprint", "data");
+    bound.value = first;
+    bound.most = m->classes - 1;
+    if ((status = ckca__check_bounds(ctx, "ckca_imprint", &bound, 1))) return status;
+    had_names = m->class_names != NULL;
+    was_normalized = m->normalized;
+    if ((status = ckca__bind_data(m, data, "imprint"))) return status;
+    memset(&a, 0, sizeof a);
+    a.data = data;
+    a.k = m->classes;
+    a.d = m->features;
+    a.first = first;
+    k = (size_t)a.k;
+    d = (size_t)a.d;
+    features = ckca__mul((size_t)data->count, d * sizeof(float));
+    logits = ckca__mul((size_t)data->count, k * sizeof(float));
+    a.features = (float *)ckca__alloc(ctx, features);
+    a.logits = (float *)ckca__alloc(ctx, logits);
+    a.score = first ? NULL : (double *)ckca__alloc(ctx, ckca__mul(logits, 2));
+    a.mean = (double *)ckca__alloc(ctx, ckca__mul(k * d, sizeof(double)));
+    a.centre = (double *)ckca__alloc(ctx, d * sizeof(double));
+    a.count = (int *)ckca__alloc(ctx, k * sizeof(int));
+    a.w = (float *)ckca__alloc(ctx, k * d * sizeof(float));
+    a.b = (float *)ckca__alloc(ctx, k * sizeof(float));
+    device_features = (float *)ckca__device_alloc(ctx, features);
+    device_logits = (float *)ckca__device_alloc(ctx, logits);
+    if (!a.features || !a.logits || (!first && !a.score) || !a.mean || !a.centre || !a.count || !a.w || !a.b ||
+        !device_features || !device_logits)
+        status = ckca__fail(ctx, CKCA_ENOMEM, "imprint: out of memory for the features of %d pictures", data->count);
+    if (!status) status = ckca__evaluate_all(m, m, data, &score, NULL, device_logits, device_features, NULL);
+    if (!status) {
+        const ckca__node *head = &m->node[m->logits];
+        float *w = ckca__param(m, head, m->values, CKCA__PARAM_WEIGHT);
+        float *b = ckca__param(m, head, m->values, CKCA__PARAM_BIAS);
+        ckca__device_download(ctx, a.features, device_features, features);
+        ckca__device_download(ctx, a.logits, device_logits, logits);
+        ckca__device_download(ctx, a.w, w, k * d * sizeof(float));
+        ckca__device_download(ctx, a.b, b, k * sizeof(float));
+        if (!(status = ckca__device_status(ctx))) ckca__imprint_means(&a);
+        for (i = first; !status && i < a.k; i++)
+            if (!a.count[i])
+                status = ckca__fail(ctx, CKCA_EINVAL, "imprint: class %d (\"%.60s\") has no picture", i,
+                                    m->class_names[i]);
+        if (!status) {
+            if (first)
+                ckca__imprint_new(&a);
+            else
+                ckca__imprint_all(&a);
+            for (i = 0; !status && i < a.k * a.d; i++)
+                if (!isfinite(a.w[i]) || !isfinite(a.b[i / a.d]))
+                    status = ckca__fail(ctx, CKCA_ENAN, "imprint: the features of class %d are not finite", i / a.d);
+        }
+        if (!status) {
+            ckca__device_upload(ctx, w, a.w, k * d * sizeof(float));
+            ckca__device_upload(ctx, b, a.b, k * sizeof(float));
+            m->folded_valid = m->frozen_valid = 0;
+            m->n = 0;
+            status = ckca__device_status(ctx);
+        }
+    }
+    ckca__device_release(ctx, device_features, features);
+    ckca__device_release(ctx, device_logits, logits);
+    ckca__release(ctx, a.features);
+    ckca__release(ctx, a.logits);
+    ckca__release(ctx, a.score);
+    ckca__release(ctx, a.mean);
+    ckca__release(ctx, a.centre);
+    ckca__release(ctx, a.count);
+    ckca__release(ctx, a.w);
+    ckca__release(ctx, a.b);
+    if (status) ckca__unbind_data(m, had_names, was_normalized);
+    return status;
+}
+
+/* The class means of m, and none yet for the classes that copy has more. */
+static ckca_status ckca__widen_centroids(ckca_model *copy, const ckca_model *m) {
+    const size_t known = (size_t)m->classes;
+    ckca__release(m->ctx, copy->centroids.count);
+    copy->centroids.count = NULL;
+    if (m->centroids.count && ckca__fits_featreg(copy, copy, CKCA_FEATREG_CENTROID)) {
+        if (!ckca__centroids_alloc(copy, &copy->centroids))
+            return ckca__fail(m->ctx, CKCA_ENOMEM, "ckca_add_classes: out of memory for the means of %d classes",
+                              copy->classes);
+        memcpy(copy->centroids.count, m->centroids.count, known * sizeof(int64_t));
+        memcpy(copy->centroids.mean, m->centroids.mean, known * (size_t)m->features * sizeof(float));
+    }
+    return ckca__device_status(m->ctx);
+}
+
+/* Gives copy, a copy of m, the head of classes outputs: lays its parameters out anew and copies m's values. */
+static ckca_status ckca__widen(ckca_model *copy, const ckca_model *m, int classes) {
+    ckca_context *ctx = m->ctx;
+    ckca__node *head = &copy->node[copy->logits];
+    ckca__parameter *w = &copy->parameter[head->tensor], *b = w + 1;
+    const size_t d = (size_t)m->features, k = (size_t)m->classes;
+    float *host, *rows;
+    size_t i, j;
+    int p;
+    ckca__device_release(ctx, copy->values, copy->all * sizeof(float));
+    copy->values = NULL;
+    copy->classes = head->c = w->shape[0] = b->shape[0] = classes;
+    w->count = (size_t)classes * d;
+    b->count = (size_t)classes;
+    ckca__layout_parameters(copy);
+    ckca__layout_training(copy);
+    copy->values = (float *)ckca__device_alloc(ctx, copy->all * sizeof(float));
+    host = (float *)ckca__alloc(ctx, (w->count + b->count) * sizeof(float));
+    if (!copy->values || !host) {
+        ckca__release(ctx, host);
+        return ckca__fail(ctx, CKCA_ENOMEM, "ckca_add_classes: out of memory for %d classes", classes);
+    }
+    ckca__device_zero(ctx, copy->values, copy->all * sizeof(float));
+    for (p = 0; p < m->parameters; p++)
+        ckca__device_copy(ctx, copy->values + copy->parameter[p].offset, m->values + m->parameter[p].offset,
+                          m->parameter[p].count * sizeof(float));
+    rows = host + b->count;
+    ckca__device_download(ctx, rows, copy->values + w->offset, w->count * sizeof(float));
+    ckca__device_download(ctx, host, copy->values + b->offset, b->count * sizeof(float));
+    for (j = 0; j <= d; j++) { /* the bias, then every column of the weight */
+        double mean = 0;
+        for (i = 0; i < k; i++) mean += (double)(j ? rows[i * d + j - 1] : host[i]) / (double)k;
+        for (i = k; i < (size_t)classes; i++) *(j ? &rows[i * d + j - 1] : &host[i]) = (float)mean;
+    }
+    ckca__device_upload(ctx, copy->values + w->offset, rows, w->count * sizeof(float));
+    ckca__device_upload(ctx, copy->values + b->offset, host, b->count * sizeof(float));
+    ckca__release(ctx, host);
+    return ckca__widen_centroids(copy, m);
+}
+
+CKCA_API ckca_status ckca_add_classes(ckca_model *m, const char *const *names, int count) {
+    ckca__bound bound = {"count", 0, 1, 0, 0};
+    const char **all = NULL;
+    char **copied = NULL;
+    ckca_model *copy = NULL, swap;
+    ckca_context *ctx;
+    ckca_status status;
+    int i;
+    if (!m) return CKCA_EINVAL;
+    ctx = m->ctx;
+    if ((status = ckca__check_finished(m, "ckca_add_classes"))) return status;
+    if (!names) return ckca__null(ctx, "ckca_add_classes", "names");
+    bound.value = count;
+    bound.most = CKCA__CLASSES_MAX - m->classes;
+    if ((status = ckca__check_bounds(ctx, "ckca_add_classes", &bound, 1))) return status;
+    if (!m->class_names)
+        return ckca__fail(ctx, CKCA_EINVAL, "ckca_add_classes: the model has no class names yet: give them in its desc");
+    if (ckca__mul((size_t)(m->classes + count), (size_t)m->features) > CKCA__VALUES_MAX)
+        return ckca__fail(ctx, CKCA_ESHAPE, "ckca_add_classes: a head of %d classes and %d features is too large",
+                          m->classes + count, m->features);
+    all = (const char **)ckca__alloc(ctx, (size_t)(m->classes + count) * sizeof *all);
+    if (!all) return ckca__fail(ctx, CKCA_ENOMEM, "ckca_add_classes: out of memory for %d classes", m->classes + count);
+    for (i = 0; i < m->classes + count; i++) all[i] = i < m->classes ? m->class_names[i] : names[i - m->classes];
+    status = ckca__check_names(ctx, "ckca_add_classes", all, m->classes + count);
+    if (!status) {
+        copied = ckca__copy_names(ctx, all, m->classes + count);
+        if (!copied)
+            status = ckca__fail(ctx, CKCA_ENOMEM, "ckca_add_classes: out of memory for %d classes", m->classes + count);
+    }
+    ckca__release(ctx, (void *)all);
+    if (!status) status = ckca_model_copy(&copy, m);
+    if (!status) {
+        ckca__free_names(ctx, copy->class_names, copy->classes);
+        copy->class_names = NULL;
+        status = ckca__widen(copy, m, m->classes + count);
+    }
+    if (status) {
+        ckca__free_names(ctx, copied, m->classes + count);
+        ckca_model_free(copy);
+        return status;
+    }
+    copy->class_names = copied;
+    copy->known = m->known ? m->known : m->classes;
+    copy->unsaved = m->unsaved;
+    m->unsaved = NULL;
+    swap = *m;
+    *m = *copy;
+    *copy = swap;
+    ckca_model_free(copy);
+    return CKCA_OK;
+}
+
 /* Checks that data fits the model: shape and classes. A model without class names or normalisation gets them from data.
    what begins the messages. */
 static ckca_status ckca__bind_data(ckca_model *m, const ckca_data *data, const char *what) {
@@ -6350,7 +6992,12 @@ static void ckca__recompute_outputs(ckca_model *m, int i, int *next);
 
 /* 1 if node i runs an op of its own in this mode; 0 if a later tail runs it. */
 static int ckca__runs(const ckca_model *m, int i, int mode) {
-    return !m->node[i].fused && !(m->node[i].folded && !(mode & CKCA__MODE_TRAIN));
+    return !m->node[i].fused && !(m->node[i].folded && (!(mode & CKCA__MODE_TRAIN) || m->node[i].evaluates));
+}
+
+/* 1 if node i runs as in training in this mode. */
+static int ckca__trains(const ckca_model *m, int i, int mode) {
+    return (mode & CKCA__MODE_TRAIN) && !m->node[i].constant;
 }
 
 /* 1 if the output of node i is read after the forward pass, or its gradient starts the backward pass. */
@@ -6370,7 +7017,7 @@ static int ckca__in_place(const ckca_model *m, int i) {
 static int ckca__is_fused_into_reader(const ckca_model *m, int i, int mode) {
     const ckca__node *x = &m->node[i], *reader = x + 1, *end = m->node + m->nodes;
     ckca__conv s;
-    if (!(mode & CKCA__MODE_TRAIN) || (mode & CKCA__MODE_READABLE) || x->fused || x->head < 0 || x->residual >= 0 ||
+    if (!ckca__trains(m, i, mode) || (mode & CKCA__MODE_READABLE) || x->fused || x->head < 0 || x->residual >= 0 ||
         x->readers != 1 || ckca__is_output(m, i, mode))
         return 0;
     while (reader < end && (reader->fused || (reader->source != i && reader->residual != i))) reader++;
@@ -6415,6 +7062,7 @@ static void ckca__shape(const ckca_model *m, const ckca__node *node, int n, int 
     s->p = node->h;
     s->q = node->w;
     s->norm = m->node[node->source].fused_into_reader[mode] ? &m->node[node->source].norm : NULL;
+    s->groups = node->kind == CKCA__KIND_CONV ? node->groups : 0;
 }
 
 /* The output of node i: n x h x w x c, where n is m->n. */
@@ -6438,14 +7086,19 @@ static const float *ckca__backward_input(const ckca_model *m, int i) {
     return ckca__backward_value(m, ckca__stored_node(m, m->node[i].source, m->mode, NULL));
 }
 /* Where a backward writes the gradient of node i, or adds to it if *add is 1. NULL if it is not needed: the pictures'
-   (i is 0), or no node (i is -1). */
+   (i is 0) or one of frozen layers, or no node (i is -1). */
 static float *ckca__grad_into(ckca_model *m, int i, int *add) {
-    *add = i > 0 ? ckca__accumulates(m, i) : 0;
-    return i > 0 ? ckca__grad(m, i) : NULL;
+    const int needed = i > 0 && !m->node[i].constant;
+    *add = needed ? ckca__accumulates(m, i) : 0;
+    return needed ? ckca__grad(m, i) : NULL;
 }
 /* Parameter which (CKCA__PARAM_...) of a node in an arena. */
 static float *ckca__param(const ckca_model *m, const ckca__node *node, float *arena, int which) {
     return arena + m->parameter[node->tensor + which].offset;
+}
+/* The gradient of such a parameter; NULL if the node is frozen. */
+static float *ckca__gradient(const ckca_model *m, const ckca__node *node, int which) {
+    return node->rate > 0 ? m->gradients + m->parameter[node->tensor + which].slot : NULL;
 }
 static size_t ckca__rows(const ckca__node *x, int n) { return (size_t)n * (size_t)x->h * (size_t)x->w; }
 
@@ -6475,24 +7128,52 @@ static void ckca__run_forward(ckca_model *m, int n, int mode, const float *input
     }
 }
 
+/* Folds batch norm i into the convolution before it. */
+static void ckca__fold_one(ckca_model *m, int i) {
+    const ckca__node *bn = &m->node[i], *conv = &m->node[bn->in[0]];
+    const ckca__parameter *p = &m->parameter[conv->tensor];
+    ckca__op_fold(m->ctx, conv->c, p->count / (size_t)conv->c, ckca__param(m, conv, m->values, CKCA__PARAM_WEIGHT),
+                  conv->bias ? ckca__param(m, conv, m->values, CKCA__PARAM_BIAS) : NULL,
+                  ckca__param(m, bn, m->values, CKCA__PARAM_GAMMA), ckca__param(m, bn, m->values, CKCA__PARAM_BETA),
+                  ckca__param(m, bn, m->values, CKCA__PARAM_MEAN), ckca__param(m, bn, m->values, CKCA__PARAM_VAR),
+                  ckca__param(m, conv, m->folded, CKCA__PARAM_WEIGHT),
+                  ckca__param(m, bn, m->folded, CKCA__PARAM_BETA));
+}
+
 /* Folds every batch norm that follows a convolution into its weights, for evaluation. */
 static void ckca__fold(ckca_model *m, int mode) {
     int i;
-    for (i = 0; i < m->nodes; i++) {
-        const ckca__node *bn = &m->node[i], *conv;
-        const ckca__parameter *p;
-        if (bn->kind != CKCA__KIND_BATCHNORM || !m->node[bn->in[0]].folded) continue;
-        conv = &m->node[bn->in[0]];
-        p = &m->parameter[conv->tensor];
-        ckca__op_fold(m->ctx, conv->c, p->count / (size_t)conv->c, ckca__param(m, conv, m->values, CKCA__PARAM_WEIGHT),
-                      conv->bias ? ckca__param(m, conv, m->values, CKCA__PARAM_BIAS) : NULL,
-                      ckca__param(m, bn, m->values, CKCA__PARAM_GAMMA), ckca__param(m, bn, m->values, CKCA__PARAM_BETA),
-                      ckca__param(m, bn, m->values, CKCA__PARAM_MEAN), ckca__param(m, bn, m->values, CKCA__PARAM_VAR),
-                      ckca__param(m, conv, m->folded, CKCA__PARAM_WEIGHT),
-                      ckca__param(m, bn, m->folded, CKCA__PARAM_BETA));
-    }
+    for (i = 0; i < m->nodes; i++)
+        if (m->node[i].kind == CKCA__KIND_BATCHNORM && m->node[m->node[i].in[0]].folded) ckca__fold_one(m, i);
     ckca__pack_weights(m, mode);
     m->folded_valid = 1;
+}
+
+/* Before the first training forward pass with these weights: folds what runs as in evaluation, and sets the statistics of
+   the other frozen batch norms, the running ones. Needs ckca__reserve. */
+static ckca_status ckca__prepare_frozen(ckca_model *m) {
+    int i, j;
+    if (m->frozen_valid) return CKCA_OK;
+    for (i = 0; i < m->nodes; i++) {
+        const ckca__node *bn = &m->node[i];
+        const size_t c = (size_t)bn->c, pitch = ckca__round_up(c, CKCA__ALIGN / sizeof(float));
+        float *host;
+        if (bn->kind != CKCA__KIND_BATCHNORM || bn->rate > 0) continue;
+        if (m->node[bn->in[0]].evaluates) {
+            ckca__fold_one(m, i);
+            continue;
+        }
+        host = (float *)ckca__alloc(m->ctx, 2 * pitch * sizeof(float));
+        if (!host) return ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for its statistics", bn->name);
+        ckca__device_download(m->ctx, host, ckca__param(m, bn, m->values, CKCA__PARAM_MEAN), c * sizeof(float));
+        ckca__device_download(m->ctx, host + pitch, ckca__param(m, bn, m->values, CKCA__PARAM_VAR), c * sizeof(float));
+        for (j = 0; j < bn->c; j++)
+            host[pitch + (size_t)j] = (float)(1 / sqrt((double)host[pitch + (size_t)j] + 1e-5)); /* eps */
+        ckca__device_upload(m->ctx, m->saved + bn->saved, host, 2 * pitch * sizeof(float));
+        ckca__release(m->ctx, host);
+    }
+    m->frozen_valid = 1;
+    return ckca__device_status(m->ctx);
 }
 
 /* Where the statistics of a batch norm with this tail go in training. */
@@ -6515,7 +7196,7 @@ static void ckca__pack_weights(ckca_model *m, int mode) {
     int i, count = 0;
     for (i = 1; i < m->nodes && m->packed_weights; i++) {
         ckca__node *x = &m->node[i];
-        const int folded = x->folded && !(mode & CKCA__MODE_TRAIN);
+        const int folded = x->folded && !ckca__runs(m, i, mode);
         if (!ckca__has_flag(m, i, CKCA__LAYER_CONVOLUTION)) continue;
         x->packed_weights = offset;
         ckca__shape(m, x, 1, mode, &s[count]);
@@ -6570,14 +7251,32 @@ static void ckca__clear_has_grad(ckca_model *m) {
 
 /* ---- SGD ---- */
 
-/* One SGD step on all parameters; weight decay applies to the first m->decayed floats. lr and gscale point to one float
-   each on the device; d->lr is ignored. */
+/* One SGD step on all parameters that are not frozen, in runs of neighbours with one factor of the learning rate. Weight
+   decay applies to the first m->decayed floats. lr and gscale point to one float each on the device; d->lr is ignored. */
 static void ckca__run_sgd(ckca_model *m, const ckca_sgd_desc *d, const float *lr, float *gscale) {
     ckca_context *ctx = m->ctx;
-    if (d->clip_norm > 0) ckca__op_clip(ctx, m->trainable, m->gradients, d->clip_norm, gscale, m->workspace);
+    size_t from = 0, to = 0, slot = 0; /* the run: values from..to, gradients from slot on */
+    float rate = 1;
+    int i, part;
+    if (d->clip_norm > 0) ckca__op_clip(ctx, m->trained, m->gradients, d->clip_norm, gscale, m->workspace);
     if (!(d->clip_norm > 0)) gscale = NULL;
-    ckca__op_sgd(ctx, m->trainable, m->decayed, m->values, m->gradients, m->momentum, lr, d->momentum, d->weight_decay,
-                 !d->no_nesterov, gscale);
+    for (part = 0; part < 3; part++)
+        for (i = 0; i < (part < 2 ? m->parameters : 1); i++) {
+            const ckca__parameter *p = &m->parameter[i];
+            const int end = part == 2; /* no parameter: ends the last run */
+            if (!end && (!ckca__has_momentum(m, p) || (p->role == CKCA__ROLE_WEIGHT) != !part)) continue;
+            if (end || to != p->offset || rate != m->node[p->node].rate) {
+                const size_t decayed = to < m->decayed ? to : from < m->decayed ? m->decayed : from;
+                if (to > from)
+                    ckca__op_sgd(ctx, to - from, decayed - from, m->values + from, m->gradients + slot,
+                                 m->momentum + slot, lr, rate, d->momentum, d->weight_decay, !d->no_nesterov, gscale);
+                if (end) break;
+                from = p->offset;
+                slot = p->slot;
+                rate = m->node[p->node].rate;
+            }
+            to = p->offset + ckca__round_up(p->count, CKCA__ALIGN / sizeof(float));
+        }
     m->folded_valid = 0;
 }
 
@@ -6594,7 +7293,9 @@ CKCA_API ckca_status ckca_forward(ckca_model *m, const float *pictures, int n, i
     if ((status = ckca__check_finished(m, "ckca_forward")) ||
         (status = ckca__check_bounds(m->ctx, "ckca_forward", &bound, 1)))
         return status;
+    if (training && (status = ckca__check_trained(m, "ckca_forward"))) return status;
     if ((status = ckca__reserve(m, n, mode))) return status;
+    if (training && (status = ckca__prepare_frozen(m))) return status;
     input = ckca__input_buffer(m, n, mode);
     ckca__device_upload(m->ctx, input, pictures,
                         (size_t)n * (size_t)m->height * (size_t)m->width * (size_t)m->channels * sizeof(float));
@@ -6665,7 +7366,7 @@ CKCA_API ckca_status ckca_backward(ckca_model *m, const float *dlogits, const fl
     ckca__clear_has_grad(m);
     ckca__device_upload(m->ctx, ckca__grad(m, m->logits), dlogits, (size_t)m->n * (size_t)m->classes * sizeof(float));
     m->node[m->logits].has_grad = 1;
-    if (dfeatures) {
+    if (dfeatures && !m->node[m->pooled].constant) {
         ckca__device_upload(m->ctx, ckca__grad(m, m->pooled), dfeatures,
                             (size_t)m->n * (size_t)m->features * sizeof(float));
         m->node[m->pooled].has_grad = 1;
@@ -6679,7 +7380,7 @@ CKCA_API ckca_status ckca_zero_gradients(ckca_model *m) {
     ckca_status status;
     if (!m) return CKCA_EINVAL;
     if ((status = ckca__check_finished(m, "ckca_zero_gradients"))) return status;
-    if (m->gradients) ckca__device_zero(m->ctx, m->gradients, m->trainable * sizeof(float));
+    if (m->gradients) ckca__device_zero(m->ctx, m->gradients, m->trained * sizeof(float));
     return ckca__device_status(m->ctx);
 }
 
@@ -6780,13 +7481,16 @@ static ckca_status ckca__tensor_buffer(ckca_model *m, const char *call, int i, c
     if (slot != CKCA_SLOT_VALUE && p->role >= CKCA__ROLE_MEAN)
         return ckca__fail(m->ctx, CKCA_EINVAL, "%s: %s is a running statistic, it has no %s", call, p->name,
                           slot_name[slot]);
+    if (slot != CKCA_SLOT_VALUE && !ckca__has_momentum(m, p))
+        return ckca__fail(m->ctx, CKCA_EINVAL, "%s: %s is frozen (ckca_freeze), it has no %s", call, p->name,
+                          slot_name[slot]);
     if (!arena)
         return ckca__fail(m->ctx, CKCA_EINVAL,
                           "%s: %s has no %s yet: ckca_forward with training or ckca_update allocates it", call, p->name,
                           slot_name[slot]);
     *host = (float *)ckca__alloc(m->ctx, p->count * sizeof(float));
     if (!*host) return ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for a copy", p->name);
-    *device = arena + p->offset;
+    *device = arena + (slot == CKCA_SLOT_VALUE ? p->offset : p->slot);
     return CKCA_OK;
 }
 
@@ -6813,7 +7517,7 @@ CKCA_API ckca_status ckca_tensor_write(ckca_model *m, int i, ckca_slot slot, con
     ckca__reorder(&m->parameter[i], in, host, 0);
     ckca__device_upload(m->ctx, device, host, m->parameter[i].count * sizeof(float));
     ckca__release(m->ctx, host);
-    m->folded_valid = 0;
+    m->folded_valid = m->frozen_valid = 0;
     return ckca__device_status(m->ctx);
 }
 
@@ -6872,6 +7576,7 @@ enum { CKCA__ITEM_NONE = -1, CKCA__ITEM_KEPT = -2 }; /* not recomputed so far; k
 
 /* Below: */
 static int ckca__reserve_zeroed(const ckca_model *m, float **arena);
+static int ckca__has_folded(const ckca_model *m);
 static ckca_status ckca__measure(const ckca_model *m, int n, int mode, ckca_bytes *bytes);
 static size_t ckca__all_packed_bytes(const ckca_model *m, int mode);
 static size_t ckca__workspace_bytes(const ckca_model *m, int n, int mode);
@@ -6923,17 +7628,26 @@ static ckca_status ckca__reserve(ckca_model *m, int n, int mode) {
     }
     if (ok && !m->saved && m->saved_count)
         ok = (m->saved = (float *)ckca__device_alloc(m->ctx, m->saved_count * sizeof(float))) != NULL;
+    if (ok && !m->folded && (!(mode & CKCA__MODE_TRAIN) || ckca__has_folded(m))) {
+        ok = (m->folded = (float *)ckca__device_alloc(m->ctx, m->trainable * sizeof(float))) != NULL;
+        m->folded_valid = m->frozen_valid = 0;
+    }
     if (ok && (mode & CKCA__MODE_TRAIN)) {
         ok = ckca__reserve_zeroed(m, &m->gradients) && ckca__reserve_zeroed(m, &m->momentum);
         if (ok && !m->rate) ok = (m->rate = (float *)ckca__device_alloc(m->ctx, 2 * sizeof *m->rate)) != NULL;
-    } else if (ok && !m->folded) {
-        ok = (m->folded = (float *)ckca__device_alloc(m->ctx, m->trainable * sizeof(float))) != NULL;
-        m->folded_valid = 0;
     }
     if (!ok)
         return ckca__fail(m->ctx, CKCA_ENOMEM, "out of memory: a batch of %d pictures of %d x %d x %d needs %.1f MB", n,
                           m->height, m->width, m->channels, (double)bytes.total * 1e-6);
     return CKCA_OK;
+}
+
+/* 1 if training runs convolutions folded, as in evaluation. */
+static int ckca__has_folded(const ckca_model *m) {
+    int i;
+    for (i = 0; i < m->nodes; i++)
+        if (m->node[i].evaluates) return 1;
+    return 0;
 }
 
 /* Makes *arena hold at least bytes; a new one does not keep the contents. Returns 0 if out of memory. */
@@ -6948,7 +7662,7 @@ static int ckca__arena(ckca_context *ctx, void **arena, size_t *capacity, size_t
 
 /* Allocates gradients or momentum, as zeros, if there are none yet. Returns 0 if out of memory. */
 static int ckca__reserve_zeroed(const ckca_model *m, float **arena) {
-    const size_t bytes = m->trainable * sizeof(float);
+    const size_t bytes = m->trained * sizeof(float);
     if (*arena) return 1;
     *arena = (float *)ckca__device_alloc(m->ctx, bytes);
     if (*arena) ckca__device_zero(m->ctx, *arena, bytes);
@@ -6975,8 +7689,8 @@ static ckca_status ckca__measure(const ckca_model *m, int n, int mode, ckca_byte
     memset(bytes, 0, sizeof *bytes);
     bytes->parameters = m->all * sizeof(float);
     if (mode & CKCA__MODE_TRAIN)
-        bytes->gradients = bytes->momentum = m->trainable * sizeof(float);
-    else
+        bytes->gradients = bytes->momentum = m->trained * sizeof(float);
+    if (!(mode & CKCA__MODE_TRAIN) || ckca__has_folded(m))
         bytes->parameters += m->trainable * sizeof(float); /* folded */
     bytes->parameters += m->saved_count * sizeof(float);
     bytes->activations = ckca__mul(ckca__mul((size_t)n, m->plan_values[mode]), sizeof(float));
@@ -7046,13 +7760,16 @@ static ckca_status ckca__plan(ckca_model *m, int mode) {
             !m->node[x->source].takes) {
             ckca__conv s;
             ckca__shape(m, &m->node[x->source], 1, mode, &s);
-            if (ckca__may_take_statistics(m->ctx, &s)) m->node[x->source].takes = i;
+            if (m->node[x->head].rate > 0 && ckca__may_take_statistics(m->ctx, &s)) m->node[x->source].takes = i;
         }
         if (!ckca__runs(m, i, mode)) continue;
         if (i) p->last_reader[ckca__stored_node(m, x->source, mode, NULL)] = i;
         if (x->residual >= 0) p->last_reader[ckca__stored_node(m, x->residual, mode, NULL)] = i;
-        /* In evaluation a batch norm's tail runs the folded convolution too. */
-        if (i) p->last_reader[training || !m->node[x->source].folded ? x->source : m->node[x->source].in[0]] = i;
+        /* As in evaluation, a batch norm's tail may run the folded convolution too. */
+        if (i) {
+            const ckca__node *source = &m->node[x->source];
+            p->last_reader[!source->folded || ckca__runs(m, x->source, mode) ? x->source : source->in[0]] = i;
+        }
         if (x->residual >= 0) p->last_reader[x->residual] = i;
     }
     if (training) {
@@ -7069,18 +7786,18 @@ static ckca_status ckca__plan(ckca_model *m, int mode) {
         if (training && p->last_item[i] == CKCA__ITEM_KEPT && last_use < p->last_read[i]) last_use = p->last_read[i];
         if (training && i > 0 && p->grad_at[i] == ~i) last_use = ckca__plan_grad_last_use(p, ~i);
         if (!x->fused_into_reader[mode]) ckca__plan_add_buffer(p, &list[count++], size, &x->value[mode], i, last_use);
-        if (training && i > 0 && p->grad_at[i] == i)
+        if (training && i > 0 && !x->constant && p->grad_at[i] == i)
             ckca__plan_add_buffer(p, &list[count++], size, &x->grad[mode],
                                   output || p->last_reader[i] < 0 ? m->nodes : end - 1 - p->last_reader[i],
                                   ckca__plan_grad_last_use(p, i));
-        if (training && ckca__layer_of(m, i)->side)
+        if (ckca__trains(m, i, mode) && ckca__layer_of(m, i)->side)
             ckca__plan_add_buffer(p, &list[count++],
                                   ckca__round_up(ckca__layer_of(m, i)->side(x), CKCA__ALIGN / sizeof(float)),
                                   &x->side[mode], i, end - 1 - i);
     }
     for (i = m->nodes - 1; training && i > 0; i--) { /* in the order of the backward pass */
         const ckca__node *x = &m->node[i];
-        if (x->fused) continue;
+        if (x->fused || x->constant) continue;
         if (ckca__layer_of(m, i)->flags & CKCA__LAYER_READS_INPUT)
             ckca__plan_recompute(p, ckca__stored_node(m, x->source, mode, NULL), i, 0, &failed);
         if (ckca__reads_output(m, i)) ckca__plan_recompute(p, i, i, 0, &failed);
@@ -7119,9 +7836,9 @@ static void ckca__plan_gradients(ckca__planner *p) {
     for (i = 0; i < m->nodes; i++) p->grad_at[i] = i;
     for (i = m->nodes - 1; i > 0; i--) {
         const ckca__node *x = &m->node[i];
-        if (!ckca__in_place(m, i)) continue;
+        if (!ckca__in_place(m, i) || m->node[x->source].constant) continue;
         p->grad_at[x->source] = ~x->source;
-        if (x->residual > 0 && p->last_reader[x->residual] == i && !ckca__is_output(m, x->residual, p->mode))
+        if (x->residual > 0 && !m->node[x->residual].constant && p->last_reader[x->residual] == i && !ckca__is_output(m, x->residual, p->mode))
             p->grad_at[x->residual] = p->grad_at[i];
     }
 }
@@ -7146,14 +7863,14 @@ static void ckca__plan_backward(ckca__planner *p) {
     for (i = m->nodes - 1; i > 0; i--) {
         const ckca__node *x = &m->node[i];
         const int moment = p->end - 1 - i;
-        if (x->fused) continue;
+        if (x->fused || x->constant) continue;
         if (ckca__layer_of(m, i)->flags & CKCA__LAYER_READS_INPUT)
             ckca__plan_note_read(p, ckca__stored_node(m, x->source, p->mode, NULL), moment);
         if (ckca__reads_output(m, i)) ckca__plan_note_read(p, i, moment);
     }
     for (i = m->nodes - 1; i >= 0; i--) { /* outputs read after the last convolution are kept: they are small */
         const ckca__node *x = &m->node[i];
-        if (x->fused || x->head < 0 || p->last_reader[i] >= last || p->last_read[i] < 0 ||
+        if (x->fused || x->constant || x->head < 0 || p->last_reader[i] >= last || p->last_read[i] < 0 ||
             (p->mode & CKCA__MODE_READABLE) || !m->recompute_outputs) {
             p->last_item[i] = CKCA__ITEM_KEPT;
             continue;
@@ -7482,14 +8199,45 @@ static ckca_status ckca__read_centroids(const ckca_model *m, const ckca__st_file
     return CKCA_OK;
 }
 
+/* Reads ckca.mean and ckca.std, if the file has them, into *normalization (NULL: it has none), which the caller
+   releases. */
+static ckca_status ckca__read_normalization(const ckca_model *m, const ckca__st_file *file, float **normalization) {
+    const char *mean = ckca__st_meta(file, "ckca.mean"), *std = ckca__st_meta(file, "ckca.std");
+    const char *path = ckca__tail(file->path);
+    const size_t channels = (size_t)m->channels;
+    float *values;
+    ckca_status status = CKCA_OK;
+    size_t i;
+    *normalization = NULL;
+    if (!mean && !std) return CKCA_OK;
+    values = (float *)ckca__alloc(m->ctx, channels * 2 * sizeof(float));
+    if (!values)
+        return ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for the mean of %d channels", path, m->channels);
+    if (!ckca__parse_floats(mean, values, m->channels) || !ckca__parse_floats(std, values + channels, m->channels))
+        status = ckca__fail(m->ctx, CKCA_EFORMAT, "%s: ckca.mean and ckca.std are not %d numbers each", path,
+                            m->channels);
+    for (i = channels; !status && i < 2 * channels; i++)
+        if (!(values[i] > 0))
+            status = ckca__fail(m->ctx, CKCA_EFORMAT, "%s: ckca.std has a value that is not above 0", path);
+    if (status)
+        ckca__release(m->ctx, values);
+    else
+        *normalization = values;
+    return status;
+}
+
+static void ckca__set_normalization(ckca_model *m, float *normalization) {
+    if (!normalization) return;
+    ckca__release(m->ctx, m->normalization);
+    m->normalization = normalization;
+    m->normalized = 1;
+}
+
 /* Takes class names, normalisation, the number of updates (ckca.step) and of pictures, and class means from a file's
    metadata. */
 static ckca_status ckca__read_metadata(ckca_model *m, const ckca__st_file *file) {
-    const char *names = ckca__st_meta(file, "ckca.class_names"), *mean = ckca__st_meta(file, "ckca.mean");
-    const char *std = ckca__st_meta(file, "ckca.std"), *step = ckca__st_meta(file, "ckca.step");
-    const char *pictures = ckca__st_meta(file, "ckca.pictures");
-    const char *path = ckca__tail(file->path);
-    const size_t channels = (size_t)m->channels;
+    const char *names = ckca__st_meta(file, "ckca.class_names"), *step = ckca__st_meta(file, "ckca.step");
+    const char *pictures = ckca__st_meta(file, "ckca.pictures"), *path = ckca__tail(file->path);
     char **list = NULL;
     float *normalization = NULL;
     int count = 0, updates = 1; /* weights without ckca.step were trained by another program */
@@ -7505,20 +8253,7 @@ static ckca_status ckca__read_metadata(ckca_model *m, const ckca__st_file *file)
     if (names && (status = ckca__names_from_json(m->ctx, file->path, names, &list, &count))) return status;
     if (names && count != m->classes)
         status = ckca__fail(m->ctx, CKCA_EFORMAT, "%s: %d class names for %d classes", path, count, m->classes);
-    if (!status && (mean || std)) {
-        size_t i;
-        normalization = (float *)ckca__alloc(m->ctx, channels * 2 * sizeof(float));
-        if (!normalization)
-            status =
-                ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for the mean of %d channels", path, m->channels);
-        else if (!ckca__parse_floats(mean, normalization, m->channels) ||
-                 !ckca__parse_floats(std, normalization + channels, m->channels))
-            status = ckca__fail(m->ctx, CKCA_EFORMAT, "%s: ckca.mean and ckca.std are not %d numbers each", path,
-                                m->channels);
-        for (i = channels; !status && i < 2 * channels; i++)
-            if (!(normalization[i] > 0))
-                status = ckca__fail(m->ctx, CKCA_EFORMAT, "%s: ckca.std has a value that is not above 0", path);
-    }
+    if (!status) status = ckca__read_normalization(m, file, &normalization);
     if (!status) status = ckca__read_centroids(m, file, &centroids);
     if (status) {
         ckca__free_names(m->ctx, list, count);
@@ -7530,11 +8265,7 @@ static ckca_status ckca__read_metadata(ckca_model *m, const ckca__st_file *file)
         ckca__free_names(m->ctx, m->class_names, m->classes);
         m->class_names = list;
     }
-    if (normalization) {
-        ckca__release(m->ctx, m->normalization);
-        m->normalization = normalization;
-        m->normalized = 1;
-    }
+    ckca__set_normalization(m, normalization);
     m->updates = updates;
     m->pictures = known;
     ckca__release(m->ctx, m->centroids.count);
@@ -7551,21 +8282,24 @@ static void ckca__shape_text(const int64_t *shape, int dims, char *out, size_t c
         at += (size_t)snprintf(out + at, capacity - at, "%s%.0f", i ? "x" : "", (double)shape[i]);
 }
 
+/* 1 if the tensor of a file has the shape of parameter p. */
+static int ckca__fits(const ckca__st_tensor *tensor, const ckca__parameter *p) {
+    int i, fits = tensor->dims == p->dims;
+    for (i = 0; fits && i < p->dims; i++) fits = tensor->shape[i] == p->shape[i];
+    return fits;
+}
+
 /* Finds the tensor of parameter p, whose name in the file is p's after prefix, and checks its shape. */
 static ckca_status ckca__find_parameter(const ckca__st_file *file, const ckca__parameter *p, const char *prefix,
                                         const ckca__st_tensor **tensor) {
     char name[CKCA__NAME_MAX + 32], has[200], wants[200];
     int64_t shape[4];
-    int i, fits;
+    int i;
     snprintf(name, sizeof name, "%s%s", prefix, p->name);
     *tensor = ckca__st_find(file, name);
     if (!*tensor) return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: it has no tensor %s", ckca__tail(file->path), name);
-    fits = (*tensor)->dims == p->dims;
-    for (i = 0; i < p->dims; i++) {
-        shape[i] = p->shape[i];
-        fits = fits && (*tensor)->shape[i] == shape[i];
-    }
-    if (fits) return CKCA_OK;
+    if (ckca__fits(*tensor, p)) return CKCA_OK;
+    for (i = 0; i < p->dims; i++) shape[i] = p->shape[i];
     ckca__shape_text((*tensor)->shape, (*tensor)->dims, has, sizeof has);
     ckca__shape_text(shape, p->dims, wants, sizeof wants);
     return ckca__fail(file->ctx, CKCA_ESHAPE, "%s: %s is %s in the file, %s in the model", ckca__tail(file->path), name,
@@ -7573,7 +8307,7 @@ static ckca_status ckca__find_parameter(const ckca__st_file *file, const ckca__p
 }
 
 /* Reads all parameters (of their momentum only the trainable ones') into host, in the arenas' layout: m->all floats, or
-   m->trainable if momentum is 1. */
+   m->trained if momentum is 1. */
 static ckca_status ckca__read_parameters(const ckca_model *m, const ckca__st_file *file, const char *prefix,
                                          int momentum, float *host) {
     float *file_order = NULL;
@@ -7589,12 +8323,12 @@ static ckca_status ckca__read_parameters(const ckca_model *m, const ckca__st_fil
     for (i = 0; !status && i < m->parameters; i++) {
         const ckca__parameter *p = &m->parameter[i];
         const ckca__st_tensor *tensor;
-        if (momentum && p->role >= CKCA__ROLE_MEAN) continue;
+        if (momentum && !ckca__has_momentum(m, p)) continue;
         if ((status = ckca__find_parameter(file, p, prefix, &tensor)) ||
             (status = ckca__st_read_floats(file, tensor, file_order)) ||
             (status = ckca__check_finite(m->ctx, ckca__tail(file->path), prefix, p, file_order)))
             break;
-        ckca__reorder(p, file_order, host + p->offset, 0);
+        ckca__reorder(p, file_order, host + (momentum ? p->slot : p->offset), 0);
     }
     ckca__release(m->ctx, file_order);
     return status;
@@ -7751,11 +8485,106 @@ static ckca_status ckca__load_into(ckca_model *m, ckca__st_file *file) {
     if (!status) status = ckca__read_metadata(m, file);
     if (!status) {
         ckca__device_upload(m->ctx, m->values, host, m->all * sizeof(float));
-        m->folded_valid = 0;
+        m->folded_valid = m->frozen_valid = 0;
         ckca__read_batches_tracked(m, file);
         status = ckca__device_status(m->ctx);
     }
     ckca__release(m->ctx, host);
+    return status;
+}
+
+/* Finds each parameter's tensor by name, with as many prefixes removed as it takes: chosen (m->parameters pointers, NULL:
+   none). The name itself goes before one with prefixes; two of those are an error. */
+static ckca_status ckca__choose_tensors(const ckca_model *m, const ckca__st_file *file,
+                                        const ckca__st_tensor **chosen) {
+    size_t i;
+    int j;
+    for (i = 0; i < file->tensors; i++) {
+        const ckca__st_tensor *tensor = &file->tensor[i];
+        const char *bare = ckca__unprefixed_name(m, tensor->name, &j);
+        if (!bare || j < 0) continue;
+        if (chosen[j] && bare != tensor->name && strcmp(chosen[j]->name, bare))
+            return ckca__fail(m->ctx, CKCA_EFORMAT, "%s: both %.80s and %.80s would be %.80s",
+                              ckca__tail(file->path), chosen[j]->name, tensor->name, bare);
+        if (!chosen[j] || bare == tensor->name) chosen[j] = tensor;
+    }
+    return CKCA_OK;
+}
+
+static void ckca__note_first(char *first, size_t capacity, const char *name) {
+    if (!*first) snprintf(first, capacity, "%.*s", (int)capacity - 1, name);
+}
+
+/* Fills the report and reads the tensors that fit into host (m->all floats, which hold the model's values). */
+static ckca_status ckca__read_backbone(const ckca_model *m, const ckca__st_file *file,
+                                       const ckca__st_tensor *const *chosen, float *host, float *file_order,
+                                       ckca_backbone *report) {
+    size_t i;
+    int j;
+    ckca_status status;
+    for (j = 0; j < m->parameters; j++) {
+        const ckca__parameter *p = &m->parameter[j];
+        if (p->node == m->logits) continue;
+        if (!chosen[j] || !ckca__fits(chosen[j], p)) {
+            report->missing++;
+            ckca__note_first(report->first_missing, sizeof report->first_missing, p->name);
+            continue;
+        }
+        if ((status = ckca__st_read_floats(file, chosen[j], file_order)) ||
+            (status = ckca__check_finite(m->ctx, ckca__tail(file->path), "", p, file_order)))
+            return status;
+        ckca__reorder(p, file_order, host + p->offset, 0);
+        report->taken++;
+    }
+    for (i = 0; i < file->tensors; i++) {
+        const ckca__st_tensor *tensor = &file->tensor[i];
+        const char *name = tensor->name, *suffix = strrchr(name, '.');
+        if ((suffix && !strcmp(suffix, ".num_batches_tracked")) || !strncmp(name, "momentum.", 9)) continue;
+        if (ckca__unprefixed_name(m, name, &j) && j >= 0 && chosen[j] == tensor &&
+            (m->parameter[j].node == m->logits || ckca__fits(tensor, &m->parameter[j])))
+            continue;
+        report->left++;
+        ckca__note_first(report->first_left, sizeof report->first_left, name);
+    }
+    if (report->taken) return CKCA_OK;
+    return ckca__fail(m->ctx, CKCA_EFORMAT,
+                      "%s: none of its %.0f tensors fits the network by name and shape: it has %.70s, the model %.70s",
+                      ckca__tail(file->path), (double)file->tensors,
+                      *report->first_left ? report->first_left : "only a head", m->parameter[0].name);
+}
+
+static ckca_status ckca__load_backbone(ckca_model *m, const ckca__st_file *file, ckca_backbone *out) {
+    const size_t pointers = (size_t)m->parameters * sizeof(const ckca__st_tensor *);
+    const ckca__st_tensor **chosen = (const ckca__st_tensor **)ckca__alloc(m->ctx, pointers);
+    float *host = (float *)ckca__alloc(m->ctx, m->all * sizeof(float)), *file_order, *normalization = NULL;
+    size_t most = 0;
+    int i;
+    ckca_backbone report;
+    ckca_status status;
+    memset(&report, 0, sizeof report);
+    for (i = 0; i < m->parameters; i++)
+        if (m->parameter[i].count > most) most = m->parameter[i].count;
+    file_order = (float *)ckca__alloc(m->ctx, most * sizeof(float));
+    status = ckca__check_format(file);
+    if (!status && (!chosen || !host || !file_order))
+        status = ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for %.1f MB", ckca__tail(file->path),
+                            (double)m->all * 4e-6);
+    if (!status) status = ckca__choose_tensors(m, file, chosen);
+    if (!status) ckca__device_download(m->ctx, host, m->values, m->all * sizeof(float));
+    if (!status) status = ckca__device_status(m->ctx);
+    if (!status) status = ckca__read_backbone(m, file, chosen, host, file_order, &report);
+    if (!status) status = ckca__read_normalization(m, file, &normalization);
+    if (!status) {
+        ckca__device_upload(m->ctx, m->values, host, m->all * sizeof(float));
+        m->folded_valid = m->frozen_valid = 0;
+        ckca__set_normalization(m, normalization);
+        ckca__read_batches_tracked(m, file);
+        if (out) *out = report;
+        status = ckca__device_status(m->ctx);
+    }
+    ckca__release(m->ctx, file_order);
+    ckca__release(m->ctx, host);
+    ckca__release(m->ctx, (void *)chosen);
     return status;
 }
 
@@ -7809,7 +8638,7 @@ static const void *ckca__export_item(void *user, int i) {
     const ckca__export *e = (const ckca__export *)user;
     const int momentum = e->parameter[i] >= e->m->parameters;
     const ckca__parameter *p = &e->m->parameter[e->parameter[i] - (momentum ? e->m->parameters : 0)];
-    ckca__device_download(e->m->ctx, e->host, (momentum ? e->m->momentum : e->m->values) + p->offset,
+    ckca__device_download(e->m->ctx, e->host, momentum ? e->m->momentum + p->slot : e->m->values + p->offset,
                           p->count * sizeof(float));
     ckca__reorder(p, e->host, e->ordered, 1);
     return e->ordered;
@@ -7909,7 +8738,7 @@ static ckca_status ckca__export_model(ckca_model *m, const char *path, const cha
         for (i = 0; i < m->parameters * (state ? 2 : 1); i++) {
             const ckca__parameter *p = &m->parameter[i % m->parameters];
             const int momentum = i >= m->parameters;
-            if (momentum && p->role >= CKCA__ROLE_MEAN) continue;
+            if (momentum && !ckca__has_momentum(m, p)) continue;
             snprintf(name[items], sizeof *name, "%s%s", momentum ? "momentum." : "", p->name);
             item[items].name = name[items];
             item[items].dtype = "F32";
@@ -7977,6 +8806,18 @@ CKCA_API ckca_status ckca_load_weights_memory(ckca_model *m, const void *bytes, 
     return status;
 }
 
+CKCA_API ckca_status ckca_load_backbone_memory(ckca_model *m, const void *bytes, size_t size, ckca_backbone *report) {
+    ckca__st_file file;
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    if (!bytes) return ckca__null(m->ctx, "ckca_load_backbone_memory", "bytes");
+    if ((status = ckca__check_finished(m, "ckca_load_backbone_memory"))) return status;
+    status = ckca__st_parse(m->ctx, "memory", (const unsigned char *)bytes, size, &file);
+    if (!status) status = ckca__load_backbone(m, &file, report);
+    ckca__st_close(&file);
+    return status;
+}
+
 #ifndef CKCA_NO_STDIO
 /* 1 if both paths name the same file. */
 static int ckca__same_file(const char *a, const char *b) {
@@ -8016,6 +8857,18 @@ CKCA_API ckca_status ckca_load_weights(ckca_model *m, const char *path) {
     if ((status = ckca__check_finished(m, "ckca_load_weights"))) return status;
     status = ckca__st_open(m->ctx, path, &file);
     if (!status) status = ckca__load_into(m, &file);
+    ckca__st_close(&file);
+    return status;
+}
+
+CKCA_API ckca_status ckca_load_backbone(ckca_model *m, const char *path, ckca_backbone *report) {
+    ckca__st_file file;
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    if (!path) return ckca__null(m->ctx, "ckca_load_backbone", "path");
+    if ((status = ckca__check_finished(m, "ckca_load_backbone"))) return status;
+    status = ckca__st_open(m->ctx, path, &file);
+    if (!status) status = ckca__load_backbone(m, &file, report);
     ckca__st_close(&file);
     return status;
 }
@@ -8161,14 +9014,15 @@ static ckca_status ckca__state_load(ckca__update *u, int *found) {
                             "%s: it is the training state of another update (%s), whose result may not have been "
                             "saved: finish that update, or remove the file to start over",
                             path,
-                            *difference ? difference : "other pictures, weights, mean, std, seed, teacher or settings");
+                            *difference ? difference
+                                        : "other pictures, weights, mean, std, seed, teacher, frozen layers or settings");
     }
     if (!status &&
         (field[1] >= (uint64_t)u->d.epochs || field[2] > (uint64_t)u->batches || field[3] > (uint64_t)u->data->count))
         status = ckca__fail(u->ctx, CKCA_EFORMAT, "%s: it is at epoch %.0f of %d, batch %.0f of %d", path,
                             (double)field[1], u->d.epochs, (double)field[2], u->batches);
     if (!status) {
-        host = (float *)ckca__alloc(u->ctx, (m->all + m->trainable) * sizeof(float));
+        host = (float *)ckca__alloc(u->ctx, (m->all + m->trained) * sizeof(float));
         if (!host)
             status = ckca__fail(u->ctx, CKCA_ENOMEM, "%s: out of memory for %.1f MB", path, (double)m->all * 8e-6);
     }
@@ -8176,7 +9030,7 @@ static ckca_status ckca__state_load(ckca__update *u, int *found) {
     if (!status) status = ckca__read_parameters(m, &file, "momentum.", 1, host + m->all);
     if (!status) {
         ckca__device_upload(u->ctx, m->values, host, m->all * sizeof(float));
-        ckca__device_upload(u->ctx, m->momentum, host + m->all, m->trainable * sizeof(float));
+        ckca__device_upload(u->ctx, m->momentum, host + m->all, m->trained * sizeof(float));
         m->folded_valid = 0;
         ckca__read_batches_tracked(m, &file);
         u->epoch = (int)field[1];
@@ -9067,7 +9921,7 @@ static ckca_status ckca__st_write(ckca_context *ctx, const char *path, const ckc
 
        y[n][p][q][k] = sum over r, s, c of x[n][p stride - pad + r][q stride - pad + s][c] w[k][r][s][c]
 
-   Pixels outside x count as zero. y is linear in x and in w, so both gradients are the same sum read from the other
+   In groups, c runs over the channels of k's group alone. Pixels outside x count as zero. y is linear in x and in w, so both gradients are the same sum read from the other
    end: every product x w that contributes to y sends dy w back to x and dy x back to w. */
 
 /* Arguments of the tasks of all three passes; each pass sets what it needs. */
@@ -9082,7 +9936,8 @@ typedef struct ckca__naive_conv {
 static void ckca__naive_conv_forward_row(void *job, int row, int thread) {
     const ckca__naive_conv *a = (const ckca__naive_conv *)job;
     const ckca__conv *s = a->s;
-    int n = row / s->p, p = row % s->p, q, r, t, c, j;
+    const int inputs = ckca__group_inputs(s), groups = s->c / inputs, outputs = s->k / groups;
+    int n = row / s->p, p = row % s->p, q, r, t, c, j, g;
     (void)thread;
     for (q = 0; q < s->q; q++) {
         ptrdiff_t at = ((ptrdiff_t)row * s->q + q) * s->k;
@@ -9093,10 +9948,12 @@ static void ckca__naive_conv_forward_row(void *job, int row, int thread) {
                 int iy = p * s->stride - s->pad + r, ix = q * s->stride - s->pad + t;
                 const float *from = a->x + (((ptrdiff_t)n * s->h + iy) * s->w + ix) * s->c;
                 if (iy < 0 || iy >= s->h || ix < 0 || ix >= s->w) continue;
-                for (c = 0; c < s->c; c++) {
-                    const float *weight = a->w + (((ptrdiff_t)r * s->s + t) * s->c + c) * s->k;
-                    for (j = 0; j < s->k; j++) to[j] += from[c] * weight[j];
-                }
+                for (g = 0; g < groups; g++)
+                    for (c = 0; c < inputs; c++) {
+                        const float *weight = a->w + (((ptrdiff_t)r * s->s + t) * inputs + c) * s->k;
+                        const float pixel = from[g * inputs + c];
+                        for (j = g * outputs; j < (g + 1) * outputs; j++) to[j] += pixel * weight[j];
+                    }
             }
         for (j = 0; j < s->k; j++) {
             if (a->residual) to[j] += a->residual[at + j];
@@ -9109,7 +9966,7 @@ static void ckca__naive_conv_forward_row(void *job, int row, int thread) {
 static void ckca__naive_conv_forward(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w,
                                      const float *bias, const float *residual, int relu, float *y, float *ws) {
     ckca__naive_conv job;
-    ptrdiff_t per = (ptrdiff_t)s->r * s->s * s->c, i;
+    ptrdiff_t per = (ptrdiff_t)s->r * s->s * ckca__group_inputs(s), i;
     int k;
     for (k = 0; k < s->k; k++)
         for (i = 0; i < per; i++) ws[i * s->k + k] = w[k * per + i];
@@ -9128,6 +9985,7 @@ static void ckca__naive_conv_forward(ckca_context *ctx, const ckca__conv *s, con
 static void ckca__naive_conv_backward_data_row(void *job, int row, int thread) {
     const ckca__naive_conv *a = (const ckca__naive_conv *)job;
     const ckca__conv *s = a->s;
+    const int inputs = ckca__group_inputs(s), outputs = s->k / (s->c / inputs);
     int n = row / s->h, y = row % s->h, x, r, t, k, c;
     (void)thread;
     for (x = 0; x < s->w; x++) {
@@ -9139,8 +9997,9 @@ static void ckca__naive_conv_backward_data_row(void *job, int row, int thread) {
                 const float *from = a->dy + (((ptrdiff_t)n * s->p + p) * s->q + q) * s->k;
                 if (top < 0 || top % s->stride || p >= s->p || left < 0 || left % s->stride || q >= s->q) continue;
                 for (k = 0; k < s->k; k++) {
-                    const float *weight = a->w + (((ptrdiff_t)k * s->r + r) * s->s + t) * s->c;
-                    for (c = 0; c < s->c; c++) to[c] += from[k] * weight[c];
+                    const float *weight = a->w + (((ptrdiff_t)k * s->r + r) * s->s + t) * inputs;
+                    float *of_group = to + k / outputs * inputs;
+                    for (c = 0; c < inputs; c++) of_group[c] += from[k] * weight[c];
                 }
             }
     }
@@ -9163,6 +10022,7 @@ static void ckca__naive_conv_backward_data(ckca_context *ctx, const ckca__conv *
 static void ckca__naive_conv_backward_weight_channel(void *job, int k, int thread) {
     const ckca__naive_conv *a = (const ckca__naive_conv *)job;
     const ckca__conv *s = a->s;
+    const int inputs = ckca__group_inputs(s), first = k / (s->k / (s->c / inputs)) * inputs;
     ptrdiff_t row, rows = (ptrdiff_t)s->n * s->p;
     float sum = 0.0f;
     int q, r, t, c;
@@ -9175,10 +10035,10 @@ static void ckca__naive_conv_backward_weight_channel(void *job, int k, int threa
             for (r = 0; r < s->r; r++)
                 for (t = 0; t < s->s; t++) {
                     int iy = (int)(row % s->p) * s->stride - s->pad + r, ix = q * s->stride - s->pad + t;
-                    const float *pixel = a->x + ((n * s->h + iy) * s->w + ix) * s->c;
-                    float *to = a->dw + (((ptrdiff_t)k * s->r + r) * s->s + t) * s->c;
+                    const float *pixel = a->x + ((n * s->h + iy) * s->w + ix) * s->c + first;
+                    float *to = a->dw + (((ptrdiff_t)k * s->r + r) * s->s + t) * inputs;
                     if (iy < 0 || iy >= s->h || ix < 0 || ix >= s->w) continue;
-                    for (c = 0; c < s->c; c++) to[c] += from * pixel[c];
+                    for (c = 0; c < inputs; c++) to[c] += from * pixel[c];
                 }
         }
     if (a->dbias) a->dbias[k] += sum;
@@ -9261,7 +10121,8 @@ static int ckca__naive_batchnorm_gate(const float *x, const float *y, ptrdiff_t 
 }
 
 /* With g = dy where y > 0, else 0, and xhat = (x - mean) inv_std:
-   dbeta = sum g, dgamma = sum g xhat, dx = gamma inv_std (g - dbeta / rows - xhat dgamma / rows). */
+   dbeta = sum g, dgamma = sum g xhat, dx = gamma inv_std (g - dbeta / rows - xhat dgamma / rows). Where the statistics
+   are constants (dgamma is NULL), both sums are 0 in dx. */
 static void ckca__naive_batchnorm_backward(size_t rows, int c, const float *x, const float *y, const float *dy,
                                            const ckca__norm *norm, float *dx, float *dresidual, int accumulate_residual,
                                            float *dgamma, float *dbeta, void *ws) {
@@ -9270,13 +10131,13 @@ static void ckca__naive_batchnorm_backward(size_t rows, int c, const float *x, c
     ptrdiff_t i;
     int j;
     memset(sum, 0, 2 * (size_t)c * sizeof *sum);
-    for (i = 0; i < (ptrdiff_t)rows * c; i += c)
+    for (i = 0; dgamma && i < (ptrdiff_t)rows * c; i += c)
         for (j = 0; j < c; j++) {
             float g = ckca__naive_batchnorm_gate(x, y, i, j, norm) ? dy[i + j] : 0;
             sum[j] += g;
             product[j] += g * (x[i + j] - mean[j]) * inv_std[j];
         }
-    for (j = 0; j < c; j++) dbeta[j] += (float)sum[j], dgamma[j] += (float)product[j];
+    for (j = 0; dgamma && j < c; j++) dbeta[j] += (float)sum[j], dgamma[j] += (float)product[j];
     for (i = 0; i < (ptrdiff_t)rows * c; i += c)
         for (j = 0; j < c; j++) {
             float g = ckca__naive_batchnorm_gate(x, y, i, j, norm) ? dy[i + j] : 0;
@@ -11765,10 +12626,123 @@ static void ckca__wino_weight_run(ckca_context *ctx, ckca__wino_job *job, float 
 }
 #endif /* CKCA__SIMD */
 
+#ifdef CKCA__SIMD
+/* ---- grouped convolution: several groups at a time as an ordinary convolution, with zeros between groups ---- */
+
+/* The shape of one bundle of groups: the fewest groups whose channels fill a vector of 16, both ways if there are so
+   many. Few zeros are multiplied, and every pass uses the kernels of ordinary convolutions. */
+static ckca__conv ckca__bundle_shape(const ckca__conv *s) {
+    const int inputs = s->c / s->groups, outputs = s->k / s->groups, least = inputs < outputs ? inputs : outputs;
+    ckca__conv b = *s;
+    int size = 1;
+    while (size < s->groups && (s->groups % size || size * least < 16)) size++;
+    b.c = size * inputs;
+    b.k = size * outputs;
+    b.groups = 0;
+    return b;
+}
+
+typedef struct ckca__bundle_copy {
+    size_t rows, block, all, first, width; /* rows of all channels, of which width from first on are the bundle's */
+    float *whole, *part;
+    int back, add; /* 1: from part to whole; 1: adds */
+} ckca__bundle_copy;
+static void ckca__bundle_copy_block(void *job, int b, int thread) {
+    const ckca__bundle_copy *a = (const ckca__bundle_copy *)job;
+    size_t i = (size_t)b * a->block, end = a->rows - i < a->block ? a->rows : i + a->block, j;
+    (void)thread;
+    for (; i < end; i++) {
+        float *whole = a->whole + i * a->all + a->first, *part = a->part + i * a->width;
+        if (!a->back)
+            memcpy(part, whole, a->width * sizeof *part);
+        else
+            for (j = 0; j < a->width; j++) whole[j] = a->add ? whole[j] + part[j] : part[j];
+    }
+}
+/* Copies a bundle's channels out of a map, or (back) into it. */
+static void ckca__bundle_move(ckca_context *ctx, size_t rows, int all, int first, int width, float *whole, float *part,
+                              int back, int add) {
+    ckca__bundle_copy job = {rows, 1 + (CKCA__BLOCK / (size_t)width), (size_t)all, (size_t)first, (size_t)width, whole,
+                             part, back, add};
+    ckca__parallel_over(ctx, rows * (size_t)width, (int)((rows + job.block - 1) / job.block), ckca__bundle_copy_block,
+                        &job);
+}
+/* Copies the weights of the groups of a bundle to the blocks on the diagonal of the bundle's weights, or (back) adds
+   those to the groups' gradients. w: the bundle's first weight. */
+static void ckca__bundle_weights(const ckca__conv *s, const ckca__conv *b, float *w, float *part, int back) {
+    const size_t inputs = (size_t)(s->c / s->groups), outputs = (size_t)(s->k / s->groups);
+    const size_t taps = (size_t)s->r * (size_t)s->s;
+    size_t k, tap, c;
+    if (!back) memset(part, 0, (size_t)b->k * taps * (size_t)b->c * sizeof *part);
+    for (k = 0; k < (size_t)b->k; k++)
+        for (tap = 0; tap < taps; tap++) {
+            float *of_group = w + (k * taps + tap) * inputs;
+            float *of_bundle = part + (k * taps + tap) * (size_t)b->c + k / outputs * inputs;
+            for (c = 0; c < inputs; c++)
+                if (back)
+                    of_group[c] += of_bundle[c];
+                else
+                    of_bundle[c] = of_group[c];
+        }
+}
+/* Where a bundle's weights, input (gradient) and output (gradient) are in ws; the ordinary workspace follows. */
+typedef struct ckca__bundle {
+    float *w, *x, *y;
+    void *ws;
+    size_t floats; /* of the three */
+} ckca__bundle;
+static ckca__bundle ckca__bundle_layout(const ckca__conv *b, void *ws) {
+    const size_t w = ckca__round_up(ckca__map_size(b->k, b->r, b->s, b->c), 16);
+    const size_t x = ckca__round_up(ckca__map_size(b->n, b->h, b->w, b->c), 16);
+    ckca__bundle at;
+    at.w = (float *)ws;
+    at.x = at.w + w;
+    at.y = at.x + x;
+    at.floats = w + x + ckca__round_up(ckca__map_size(b->n, b->p, b->q, b->k), 16);
+    at.ws = at.w + at.floats;
+    return at;
+}
+static float *ckca__not_const(const float *p) { return (float *)(uintptr_t)p; }
+
+/* pass 0: the forward pass, from x to y; 1: the input gradient, from y (dy) to x (dx); 2: the weight gradient. */
+static void ckca__grouped_conv(ckca_context *ctx, const ckca__conv *s, int pass, const float *x, const float *w,
+                               const float *bias, const float *residual, int relu, int accumulate, const float *y,
+                               float *dw, float *dbias, void *ws) {
+    const ckca__conv b = ckca__bundle_shape(s);
+    const ckca__bundle at = ckca__bundle_layout(&b, ws);
+    const size_t in_rows = ckca__map_size(s->n, s->h, s->w, 1), out_rows = ckca__map_size(s->n, s->p, s->q, 1);
+    const size_t per = ckca__map_size(s->r, s->s, s->c / s->groups, 1);
+    float *from = ckca__not_const(x), *to = ckca__not_const(y);
+    int c, k;
+    for (c = k = 0; k < s->k; c += b.c, k += b.k) {
+        if (pass < 2) ckca__bundle_weights(s, &b, ckca__not_const(w) + (size_t)k * per, at.w, 0);
+        if (pass != 1) ckca__bundle_move(ctx, in_rows, s->c, c, b.c, from, at.x, 0, 0);
+        if (pass > 0) ckca__bundle_move(ctx, out_rows, s->k, k, b.k, to, at.y, 0, 0);
+        if (pass == 0) {
+            if (residual) ckca__bundle_move(ctx, out_rows, s->k, k, b.k, ckca__not_const(residual), at.y, 0, 0);
+            ckca__op_conv_forward(ctx, &b, at.x, at.w, bias ? bias + k : NULL, residual ? at.y : NULL, relu, at.y,
+                                  at.ws);
+            ckca__bundle_move(ctx, out_rows, s->k, k, b.k, to, at.y, 1, 0);
+        } else if (pass == 1) {
+            ckca__op_conv_backward_data(ctx, &b, at.y, at.w, at.x, 0, at.ws);
+            ckca__bundle_move(ctx, in_rows, s->c, c, b.c, from, at.x, 1, accumulate);
+        } else {
+            memset(at.w, 0, ckca__map_size(b.k, b.r, b.s, b.c) * sizeof *at.w);
+            ckca__op_conv_backward_weight(ctx, &b, at.x, at.y, at.w, dbias ? dbias + k : NULL, at.ws);
+            ckca__bundle_weights(s, &b, dw + (size_t)k * per, at.w, 1);
+        }
+    }
+}
+#endif
+
 CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *s) {
     size_t taps = ckca__mul((size_t)s->r, (size_t)s->s),
-           floats = ckca__mul(taps, ckca__mul((size_t)s->c, (size_t)s->k));
+           floats = ckca__mul(taps, ckca__mul((size_t)ckca__group_inputs(s), (size_t)s->k));
 #ifdef CKCA__SIMD
+    if (s->groups > 1 && !ckca__conv_is_naive(ctx, s)) {
+        const ckca__conv b = ckca__bundle_shape(s);
+        return ckca__sum(ckca__mul(ckca__bundle_layout(&b, NULL).floats, sizeof(float)), ckca__conv_workspace(ctx, &b));
+    }
     if (!ckca__conv_is_naive(ctx, s)) {
         ckca__conv_job job;
         ckca__wgrad_job weight;
@@ -11817,7 +12791,7 @@ CKCA__OP void ckca__op_pack_weights(ckca_context *ctx, int count, const ckca__co
 
 CKCA__OP int ckca__may_norm(const ckca_context *ctx, const ckca__conv *s) {
 #ifdef CKCA__SIMD
-    return !ckca__conv_is_naive(ctx, s) && s->c % 16 == 0; /* kernels normalise whole vectors */
+    return !ckca__conv_is_naive(ctx, s) && s->c % 16 == 0 && s->groups < 2; /* kernels normalise whole vectors */
 #else
     (void)ctx;
     (void)s;
@@ -11829,6 +12803,10 @@ CKCA__OP void ckca__op_conv_forward(ckca_context *ctx, const ckca__conv *s, cons
                                     const float *bias, const float *residual, int relu, float *y, void *ws) {
 #ifdef CKCA__SIMD
     ckca__wino_job wino;
+    if (s->groups > 1 && !ckca__conv_is_naive(ctx, s)) {
+        ckca__grouped_conv(ctx, s, 0, x, w, bias, residual, relu, 0, y, NULL, NULL, ws);
+        return;
+    }
     if (ckca__wino_plan(ctx, &wino, s, 0)) {
         wino.source.at = x;
         wino.weights = w;
@@ -11859,6 +12837,10 @@ CKCA__OP void ckca__op_conv_backward_data(ckca_context *ctx, const ckca__conv *s
                                           float *dx, int accumulate, void *ws) {
 #ifdef CKCA__SIMD
     ckca__wino_job wino;
+    if (s->groups > 1 && !ckca__conv_is_naive(ctx, s)) {
+        ckca__grouped_conv(ctx, s, 1, dx, w, NULL, NULL, 0, accumulate, dy, NULL, NULL, ws);
+        return;
+    }
     if (ckca__wino_plan(ctx, &wino, s, 1)) {
         wino.source.at = dy;
         wino.weights = w;
@@ -11886,6 +12868,10 @@ CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv 
                                             float *dw, float *dbias, void *ws) {
 #ifdef CKCA__SIMD
     ckca__wino_job wino;
+    if (s->groups > 1 && !ckca__conv_is_naive(ctx, s)) {
+        ckca__grouped_conv(ctx, s, 2, x, NULL, NULL, NULL, 0, 0, dy, dw, dbias, ws);
+        return;
+    }
     if (ckca__wino_plan(ctx, &wino, s, 2)) {
         wino.source.at = x;
         wino.dy.at = dy;
@@ -11918,7 +12904,7 @@ static void ckca__linear_as_conv(ckca__conv *s, int n, int d, int k) {
     s->c = d;
     s->k = k;
     s->h = s->w = s->r = s->s = s->stride = s->p = s->q = 1;
-    s->pad = 0;
+    s->pad = s->groups = 0;
     s->norm = NULL;
 }
 
@@ -11935,7 +12921,7 @@ CKCA__OP void ckca__op_linear_backward(ckca_context *ctx, int n, int d, int k, c
     ckca__conv s;
     ckca__linear_as_conv(&s, n, d, k);
     if (dx) ckca__op_conv_backward_data(ctx, &s, dy, w, dx, accumulate, ws);
-    ckca__op_conv_backward_weight(ctx, &s, x, dy, dw, dbias, ws);
+    if (dw) ckca__op_conv_backward_weight(ctx, &s, x, dy, dw, dbias, ws);
 }
 
 /* ---- batch norm ---- */
@@ -12192,14 +13178,13 @@ static void ckca__op_batchnorm_backward(ckca_context *ctx, int bf16, size_t rows
             table[2 * cols + (size_t)j] = norm->beta[j];
         }
         for (j = 0; j < 3; j++) ckca__broadcast_row(cols, c, table + (size_t)j * cols, table + (size_t)j * cols);
-        ckca__parallel_over(ctx, rows * (size_t)c, blocks, ckca__batchnorm_products, &job);
+        if (dgamma) ckca__parallel_over(ctx, rows * (size_t)c, blocks, ckca__batchnorm_products, &job);
         memset(sum, 0, 2 * (size_t)c * sizeof *sum);
-        for (b = 0; b < blocks; b++)
+        for (b = 0; dgamma && b < blocks; b++)
             for (j = 0; j < 2 * c; j++) sum[j] += part[(size_t)b * 2 * (size_t)c + (size_t)j];
         for (j = 0; j < c; j++) {
             double xhat_g = product[j] * inv_std[j], scale = (double)gamma[j] * inv_std[j];
-            dbeta[j] += (float)sum[j];
-            dgamma[j] += (float)xhat_g;
+            if (dgamma) dbeta[j] += (float)sum[j], dgamma[j] += (float)xhat_g;
             table[3 * cols + (size_t)j] = (float)(scale * inv_std[j] * xhat_g / (double)rows);
             table[4 * cols + (size_t)j] = (float)(scale * sum[j] / (double)rows);
         }
@@ -12331,7 +13316,7 @@ static void ckca__op_groupnorm_backward(ckca_context *ctx, int bf16, int n, int 
     int i, j;
     (void)bf16;
     ckca__parallel_over(ctx, (size_t)n * (size_t)area * (size_t)c, n, ckca__groupnorm_backward_picture, &job);
-    for (i = 0; i < n; i++, part += 2 * c)
+    for (i = 0; dgamma && i < n; i++, part += 2 * c)
         for (j = 0; j < c; j++) dgamma[j] += part[j], dbeta[j] += part[c + j];
 }
 
@@ -12704,10 +13689,12 @@ static void ckca__sgd_part(ckca_context *ctx, size_t count, float *w, const floa
 }
 
 static void ckca__op_sgd(ckca_context *ctx, size_t count, size_t decayed, float *w, const float *g, float *v,
-                         const float *lr, float momentum, float weight_decay, int nesterov, const float *gscale) {
+                         const float *lr, float factor, float momentum, float weight_decay, int nesterov,
+                         const float *gscale) {
     float scale = gscale ? *gscale : 1;
-    ckca__sgd_part(ctx, decayed, w, g, v, *lr, momentum, weight_decay, nesterov, scale);
-    ckca__sgd_part(ctx, count - decayed, w + decayed, g + decayed, v + decayed, *lr, momentum, 0, nesterov, scale);
+    ckca__sgd_part(ctx, decayed, w, g, v, *lr * factor, momentum, weight_decay, nesterov, scale);
+    ckca__sgd_part(ctx, count - decayed, w + decayed, g + decayed, v + decayed, *lr * factor, momentum, 0, nesterov,
+                   scale);
 }
 
 typedef struct ckca__square_sum {

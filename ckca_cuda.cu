@@ -1940,7 +1940,10 @@ CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, int bf16, size_t ro
     m.dbeta = dbeta;
     m.table = table;
     m.part = (float *)ws;
-    ckca__run_channel_sums(ctx, bf16, 2, &m);
+    if (dgamma)
+        ckca__run_channel_sums(ctx, bf16, 2, &m);
+    else
+        ckca__device_zero(ctx, table, 2 * (size_t)c * sizeof *table);
     n.count = rows * (size_t)c;
     n.c = c;
     n.x = x;
@@ -2064,6 +2067,7 @@ static size_t ckca__padded_bytes(const ckca_context *ctx, const ckca__conv *s) {
     return ckca__is_padded(ctx, s) ? ckca__round_up(bytes, CKCA__ALIGN) : 0;
 }
 CKCA__OP size_t ckca__packed_bytes(const ckca_context *ctx, const ckca__conv *s, int backward) {
+    if (s->groups > 1) return 0;
     return ckca__sum(ckca__cast_bytes(ctx, s), backward ? ckca__transposed_bytes(ctx, s) : 0);
 }
 
@@ -2075,6 +2079,7 @@ CKCA__OP size_t ckca__conv_workspace(const ckca_context *ctx, const ckca__conv *
     const size_t weights =
         ckca__mul(ckca__mul((size_t)s->r * s->s, (size_t)ckca__padded_channels(ctx, s)), (size_t)s->k);
     const size_t parts = ckca__mul((rows / CKCA__ROWS + CKCA__PARTS + 1) * 2 * sizeof(float), (size_t)s->k);
+    if (s->groups > 1) return parts; /* the bias gradient's */
     const size_t cast = ckca__round_up(ckca__mul(weights, sizeof(float)), CKCA__ALIGN);
     const size_t padded = ckca__padded_bytes(ctx, s);
     size_t most = ckca__sum(cast, ckca__sum(padded, parts)), splits = weights;
@@ -2180,6 +2185,7 @@ CKCA__OP void ckca__op_pack_weights(ckca_context *ctx, int count, const ckca__co
                                     int backward) {
     ckca__pack_batch a = {};
     for (int i = 0; i < count; i++) {
+        if (s[i].groups > 1) continue; /* read in place */
         const size_t cast = ckca__cast_bytes(ctx, &s[i]),
                      transposed = backward ? ckca__transposed_bytes(ctx, &s[i]) : 0;
         const int padded_c = ckca__is_product(&s[i]) ? s[i].c : ckca__padded_channels(ctx, &s[i]);
@@ -2250,9 +2256,16 @@ CKCA__OP int ckca__may_norm(const ckca_context *ctx, const ckca__conv *s) {
 
 CKCA__OP int ckca__may_take_statistics(const ckca_context *ctx, const ckca__conv *s) {
     (void)ctx;
-    (void)s;
-    return 1;
+    return s->groups < 2;
 }
+
+/* Behind the poolings, whose indexing they use: */
+static void ckca__grouped_forward(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w,
+                                  const float *bias, const float *residual, int relu, float *y);
+static void ckca__grouped_backward_data(ckca_context *ctx, const ckca__conv *s, const float *dy, const float *w,
+                                        float *dx, int accumulate);
+static void ckca__grouped_backward_weight(ckca_context *ctx, const ckca__conv *s, const float *x, const float *dy,
+                                          float *dw);
 
 /* 1: a 1 x 1 convolution with statistics uses our GEMM, whose epilogue computes them, not cuBLAS and another pass over
    the output. A model, not a measurement (H100, our GEMM at half of tensor-core peak, cuBLAS at four fifths): for small
@@ -2275,6 +2288,10 @@ CKCA__OP void ckca__op_conv_forward(ckca_context *ctx, const ckca__conv *s, cons
     ckca__gemm g = {};
     int taken = 0;
     if (!ckca__conv_fits(ctx, s)) return;
+    if (s->groups > 1) {
+        ckca__grouped_forward(ctx, s, x, w, bias, residual, relu, y);
+        return;
+    }
     g.s = *s;
     g.b = ckca__weights(ctx, s, 0, product ? s->c : padded_c, w, ws);
     if (g.b == ws)
@@ -2304,6 +2321,10 @@ CKCA__OP void ckca__op_conv_backward_data(ckca_context *ctx, const ckca__conv *s
                                           float *dx, int accumulate, void *ws) {
     ckca__gemm g = {};
     if (!ckca__conv_fits(ctx, s)) return;
+    if (s->groups > 1) {
+        ckca__grouped_backward_data(ctx, s, dy, w, dx, accumulate);
+        return;
+    }
     g.s = *s;
     g.a = dy;
     ckca__cuda_of(ctx)->side.overlap = s->packed_weights != NULL; /* then this pass does not use ws */
@@ -2321,8 +2342,10 @@ CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv 
                                             float *dw, float *dbias, void *ws) {
     ckca__gemm g = {};
     if (!ckca__conv_fits(ctx, s)) return;
-    if (s->packed_weights) ckca__side_begin(ckca__cuda_of(ctx));
-    if (ckca__is_product(s)) {
+    if (s->packed_weights && s->groups < 2) ckca__side_begin(ckca__cuda_of(ctx));
+    if (s->groups > 1) {
+        ckca__grouped_backward_weight(ctx, s, x, dy, dw);
+    } else if (ckca__is_product(s)) {
         ckca__product(ctx, s->k, s->c, s->n * s->p * s->q, s->bf16, dy, 1, x, 0, 0, dw, 1);
     } else {
         char *cursor = (char *)ws;
@@ -2354,7 +2377,7 @@ CKCA__OP void ckca__op_conv_backward_weight(ckca_context *ctx, const ckca__conv 
 
 /* A linear layer is a 1 x 1 convolution over n pictures of one pixel. */
 static ckca__conv ckca__linear_as_conv(int n, int d, int k) {
-    const ckca__conv s = {n, 1, 1, d, k, 1, 1, 1, 0, 1, 1, NULL, 0, 0, NULL, NULL};
+    const ckca__conv s = {n, 1, 1, d, k, 1, 1, 1, 0, 1, 1, NULL, 0, 0, NULL, NULL, 0};
     return s;
 }
 
@@ -2368,7 +2391,7 @@ CKCA__OP void ckca__op_linear_backward(ckca_context *ctx, int n, int d, int k, c
                                        const float *dy, float *dx, int accumulate, float *dw, float *dbias, void *ws) {
     const ckca__conv s = ckca__linear_as_conv(n, d, k);
     if (dx) ckca__op_conv_backward_data(ctx, &s, dy, w, dx, accumulate, ws);
-    ckca__op_conv_backward_weight(ctx, &s, x, dy, dw, dbias, ws);
+    if (dw) ckca__op_conv_backward_weight(ctx, &s, x, dy, dw, dbias, ws);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -2596,6 +2619,101 @@ CKCA__OP void ckca__op_subsample_backward(ckca_context *ctx, const ckca__conv *s
     });
 }
 
+/* Grouped convolutions: one thread per output (or input) value, one block per weight, whose sum has a fixed order.
+   Simple, not fast: a group has few channels, so there is little to share. */
+template <class X, class Y>
+__global__ void ckca__grouped_forward_kernel(ckca__conv s, const X *x, const float *w, const float *bias,
+                                             const Y *residual, int relu, Y *y) {
+    ckca__wait_for_grids();
+    const int inputs = s.c / s.groups, outputs = s.k / s.groups;
+    CKCA__EACH(i, (size_t)s.n * s.p * s.q * s.k) {
+        const ckca__pixel o(i, s.p, s.q, s.k, 1);
+        const float *weight = w + (size_t)o.c * s.r * s.s * inputs;
+        float sum = 0;
+        for (int r = 0; r < s.r; r++)
+            for (int t = 0; t < s.s; t++, weight += inputs) {
+                const int iy = o.y * s.stride - s.pad + r, ix = o.x * s.stride - s.pad + t;
+                if (iy < 0 || iy >= s.h || ix < 0 || ix >= s.w) continue;
+                const X *from = x + (((size_t)o.n * s.h + iy) * s.w + ix) * s.c + o.c / outputs * inputs;
+                for (int c = 0; c < inputs; c++) sum += ckca__to_float(from[c]) * weight[c];
+            }
+        if (bias) sum += bias[o.c];
+        if (residual) sum += ckca__to_float(residual[i]);
+        ckca__put(y + i, relu && sum < 0 ? 0 : sum);
+    }
+}
+template <class T>
+__global__ void ckca__grouped_data_kernel(ckca__conv s, const T *dy, const float *w, T *dx, int accumulate) {
+    ckca__wait_for_grids();
+    const int inputs = s.c / s.groups, outputs = s.k / s.groups;
+    CKCA__EACH(i, (size_t)s.n * s.h * s.w * s.c) {
+        const ckca__pixel o(i, s.h, s.w, s.c, 1);
+        const int group = o.c / inputs;
+        float sum = 0;
+        for (int r = 0; r < s.r; r++)
+            for (int t = 0; t < s.s; t++) {
+                const int top = o.y + s.pad - r, left = o.x + s.pad - t, p = top / s.stride, q = left / s.stride;
+                if (top < 0 || top % s.stride || p >= s.p || left < 0 || left % s.stride || q >= s.q) continue;
+                const T *from = dy + (((size_t)o.n * s.p + p) * s.q + q) * s.k + group * outputs;
+                const float *weight = w + (((size_t)group * outputs * s.r + r) * s.s + t) * inputs + o.c % inputs;
+                for (int k = 0; k < outputs; k++)
+                    sum += ckca__to_float(from[k]) * weight[(size_t)k * s.r * s.s * inputs];
+            }
+        ckca__put(dx + i, accumulate ? ckca__to_float(dx[i]) + sum : sum);
+    }
+}
+template <class X, class Y>
+__global__ void ckca__grouped_weight_kernel(ckca__conv s, const X *x, const Y *dy, float *dw) {
+    ckca__wait_for_grids();
+    const int inputs = s.c / s.groups, outputs = s.k / s.groups;
+    for (size_t b = blockIdx.x; b < (size_t)s.k * s.r * s.s * inputs; b += gridDim.x) {
+        const ckca__pixel o(b, s.r, s.s, inputs, 1); /* n is the output channel, y and x the tap */
+        const int channel = o.n / outputs * inputs + o.c;
+        float sum = 0;
+        for (size_t i = threadIdx.x; i < (size_t)s.n * s.p * s.q; i += CKCA__THREADS) {
+            const ckca__pixel at(i, s.p, s.q, 1, 1);
+            const int iy = at.y * s.stride - s.pad + o.y, ix = at.x * s.stride - s.pad + o.x;
+            if (iy < 0 || iy >= s.h || ix < 0 || ix >= s.w) continue;
+            sum += ckca__to_float(x[(((size_t)at.n * s.h + iy) * s.w + ix) * s.c + channel]) *
+                   ckca__to_float(dy[i * s.k + o.n]);
+        }
+        const float total = ckca__block_sum(sum);
+        if (threadIdx.x == 0) dw[b] += total;
+    }
+}
+static void ckca__grouped_forward(ckca_context *ctx, const ckca__conv *s, const float *x, const float *w,
+                                  const float *bias, const float *residual, int relu, float *y) {
+    ckca__dispatch_type(s->bf16_x, [&](auto in) {
+        typedef decltype(in) X;
+        ckca__dispatch_type(s->bf16, [&](auto out) {
+            typedef decltype(out) Y;
+            CKCA__LAUNCH(ctx, (ckca__grouped_forward_kernel<X, Y>),
+                         ckca__grid(ctx, (size_t)s->n * s->p * s->q * s->k, 1), *s, (const X *)x, w, bias,
+                         (const Y *)residual, relu, (Y *)y);
+        });
+    });
+}
+static void ckca__grouped_backward_data(ckca_context *ctx, const ckca__conv *s, const float *dy, const float *w,
+                                        float *dx, int accumulate) {
+    ckca__dispatch_type(s->bf16, [&](auto type) {
+        typedef decltype(type) T;
+        CKCA__LAUNCH(ctx, ckca__grouped_data_kernel<T>, ckca__grid(ctx, (size_t)s->n * s->h * s->w * s->c, 1), *s,
+                     (const T *)dy, w, (T *)dx, accumulate);
+    });
+}
+static void ckca__grouped_backward_weight(ckca_context *ctx, const ckca__conv *s, const float *x, const float *dy,
+                                          float *dw) {
+    ckca__dispatch_type(s->bf16_x, [&](auto in) {
+        typedef decltype(in) X;
+        ckca__dispatch_type(s->bf16, [&](auto out) {
+            typedef decltype(out) Y;
+            CKCA__LAUNCH(ctx, (ckca__grouped_weight_kernel<X, Y>),
+                         ckca__grid(ctx, (size_t)s->k * s->r * s->s * (s->c / s->groups) * CKCA__THREADS, 1), *s,
+                         (const X *)x, (const Y *)dy, dw);
+        });
+    });
+}
+
 /* Group norm: each block processes whole groups of a picture. A group is runs of c / groups values, c apart. */
 struct ckca__norm_group {
     int c, per, channel; /* channels of the tensor, of the group; its first channel */
@@ -2701,14 +2819,16 @@ CKCA__OP void ckca__op_groupnorm_backward(ckca_context *ctx, int bf16, int n, in
     ckca__dispatch_type(bf16, [&](auto type) {
         typedef decltype(type) T;
         const size_t all = (size_t)n * groups;
-        CKCA__LAUNCH(ctx, ckca__groupnorm_parts<T>, ckca__grid(ctx, (size_t)n * c, 1), n, area, c, groups,
-                     (const T *)x, statistics, (const T *)dy, (float *)ws);
+        if (dgamma)
+            CKCA__LAUNCH(ctx, ckca__groupnorm_parts<T>, ckca__grid(ctx, (size_t)n * c, 1), n, area, c, groups,
+                         (const T *)x, statistics, (const T *)dy, (float *)ws);
         if (dx)
             CKCA__LAUNCH(ctx, ckca__groupnorm_backward_kernel<T>, ckca__grid(ctx, all * CKCA__THREADS, 1), all, area, c,
                          groups, (const T *)x, gamma, statistics, (const T *)dy, (T *)dx, accumulate);
     });
-    CKCA__LAUNCH(ctx, ckca__groupnorm_gradients, ckca__grid(ctx, 2 * (size_t)c, 1), n, c, (const float *)ws, dgamma,
-                 dbeta);
+    if (dgamma)
+        CKCA__LAUNCH(ctx, ckca__groupnorm_gradients, ckca__grid(ctx, 2 * (size_t)c, 1), n, c, (const float *)ws, dgamma,
+                     dbeta);
 }
 
 __global__ void ckca__gather_kernel(int n, int d, const float *rows, const int *index, float *out) {
@@ -2892,14 +3012,15 @@ __device__ __forceinline__ void ckca__sgd_at(size_t i, size_t decayed, float *w,
     weight.store(w + i);
 }
 __global__ void ckca__sgd_kernel(size_t count, size_t decayed, float *w, const float *g, float *v, const float *lr,
-                                 float momentum, float weight_decay, int nesterov, const float *gscale) {
+                                 float factor, float momentum, float weight_decay, int nesterov, const float *gscale) {
     ckca__wait_for_grids();
-    const float rate = *lr, scale = gscale ? *gscale : 1;
+    const float rate = *lr * factor, scale = gscale ? *gscale : 1;
     CKCA__IN_CHUNKS(float, count, ckca__sgd_at, decayed, w, g, v, rate, momentum, weight_decay, nesterov, scale);
 }
 CKCA__OP void ckca__op_sgd(ckca_context *ctx, size_t count, size_t decayed, float *w, const float *g, float *v,
-                           const float *lr, float momentum, float weight_decay, int nesterov, const float *gscale) {
-    CKCA__LAUNCH(ctx, ckca__sgd_kernel, ckca__grid(ctx, count / 4, 1), count, decayed, w, g, v, lr, momentum,
+                           const float *lr, float factor, float momentum, float weight_decay, int nesterov,
+                           const float *gscale) {
+    CKCA__LAUNCH(ctx, ckca__sgd_kernel, ckca__grid(ctx, count / 4, 1), count, decayed, w, g, v, lr, factor, momentum,
                  weight_decay, nesterov, gscale);
 }
 

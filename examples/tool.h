@@ -274,6 +274,73 @@ static inline void tool_open(ckca_context *ctx, const tool_source *source, int s
 
 static inline void tool_status(const char *line);
 
+/* ---- Weights of others ----------------------------------------------------------------------------------------- */
+
+typedef struct tool_weights {
+    const char *arch, *classes; /* --arch and --classes */
+    int size;
+} tool_weights;
+
+#define TOOL_WEIGHTS_FLAGS(weights)                                                                                    \
+    {"--arch", TOOL_TEXT, &(weights).arch, 0, 0, "NAME",                                                               \
+     "the checkpoint is torchvision's, of this network (resnet18, say); needs --classes", 0},                          \
+    {"--classes", TOOL_TEXT, &(weights).classes, 0, 0, "FILE", "its classes' names in order, one per line", 0},        \
+    {"--size", TOOL_INT, &(weights).size, 8, 1024, "N", "side of the pictures for --arch [224]", 0}
+
+/* The lines of a file, without the last if it is empty; ends the program on failure. */
+static inline char **tool_read_lines(const char *path, int *count) {
+    char **lines = NULL, *text, *at;
+    size_t size = 0, room = 1 << 16;
+    FILE *file = fopen(path, "rb");
+    if (!file) tool_fail(1, "%s: cannot be opened: %s", path, strerror(errno));
+    text = (char *)malloc(room);
+    while (text && (size += fread(text + size, 1, room - size - 1, file)) + 1 == room && room < (64u << 20))
+        text = (char *)realloc(text, room *= 2);
+    if (text && ferror(file)) tool_fail(1, "%s: cannot be read: %s", path, strerror(errno));
+    if (text && size + 1 == room) tool_fail(1, "%s: it is too large for a list of names", path);
+    fclose(file);
+    *count = 0;
+    if (!text) tool_fail(1, "%s: out of memory", path);
+    text[size] = 0;
+    if (strlen(text) != size) tool_fail(1, "%s: it is not text", path);
+    for (at = text; *at; at += strcspn(at, "\n") + (at[strcspn(at, "\n")] == '\n')) ++*count;
+    lines = (char **)malloc(((size_t)*count + 1) * sizeof *lines);
+    if (!lines) tool_fail(1, "%s: out of memory", path);
+    *count = 0;
+    for (at = text; *at;) {
+        char *end = at + strcspn(at, "\n");
+        const int more = *end == '\n';
+        *end = 0;
+        if (end > at && end[-1] == '\r') end[-1] = 0;
+        lines[(*count)++] = at;
+        at = end + more;
+    }
+    if (!*count) tool_fail(1, "%s: it has no names", path);
+    return lines;
+}
+
+/* Loads a checkpoint of ours or, with --arch, weights in torchvision's names. */
+static inline void tool_load(ckca_context *ctx, ckca_model **model, const char *path, const tool_weights *weights) {
+    static const float mean[3] = CKCA_IMAGENET_MEAN, std[3] = CKCA_IMAGENET_STD;
+    static ckca_model_desc desc;
+    char **names;
+    if (!weights->arch != !weights->classes) tool_fail(2, "--arch and --classes go together");
+    if (!weights->arch && weights->size) tool_fail(2, "--size needs --arch: a checkpoint of ckca.h has its size");
+    if (!weights->arch) {
+        tool_check(ctx, ckca_load(ctx, model, path));
+        return;
+    }
+    names = tool_read_lines(weights->classes, &desc.classes);
+    desc.class_names = (const char *const *)names;
+    desc.height = desc.width = weights->size ? weights->size : 224;
+    desc.mean = mean;
+    desc.std = std;
+    tool_check(ctx, ckca_resnet(ctx, model, weights->arch, &desc));
+    tool_check(ctx, ckca_load_weights(*model, path));
+    free(names[0]);
+    free(names);
+}
+
 /* ---- Updates -------------------------------------------------------------------------------------------------- */
 
 /* Fails now, not after hours of training, if a file cannot be written at this path. */

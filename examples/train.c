@@ -4,6 +4,9 @@
        ./train                                            ResNet-8 on drawn shapes
        ./train --cifar10 cifar-10-batches-bin --arch resnet20 --projection --augment --save net.safetensors
 
+       ./train --from resnet18.safetensors --arch resnet18 --freeze backbone --data pictures --size 224
+                                                          the head alone, on torchvision's weights
+
    With --save FILE, FILE.state is written every 30 seconds and removed once FILE is written. After a kill or a stop, the
    same command with --resume continues from it, to bitwise the same weights. */
 #define CKCA_IMPLEMENTATION
@@ -35,19 +38,27 @@ int main(int argc, char **argv) {
     static ckca_model_desc model_desc;
     static ckca_desc desc;
     static char state[4096];
-    const char *arch = "resnet8", *save = NULL;
+    static const float mean[3] = CKCA_IMAGENET_MEAN, std[3] = CKCA_IMAGENET_STD;
+    const char *arch = "resnet8", *save = NULL, *from = NULL, *freeze = NULL;
+    float backbone_lr = 1;
     int augment = 0, resume = 0, count = 3000;
     uint64_t seed = 1;
     const tool_flag flags[] = {
         TOOL_SOURCE_FLAGS(source),
         {"--count", TOOL_INT, &count, 1, 1e6, "N", "number of shapes to draw for training", 0},
         {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Network", 0},
-        {"--arch", TOOL_TEXT, &arch, 0, 0, "NAME", "resnet8, 20, 32, 44, 56, 110, 18, 34, 50, 18-cifar ... 50-cifar",
-         0},
+        {"--arch", TOOL_TEXT, &arch, 0, 0, "NAME",
+         "resnet8, 20, 32, 44, 56, 110, 18, 34, 50, 101, 152, wide_resnet50_2, resnext50_32x4d, 18-cifar ...", 0},
         {"--width", TOOL_INT, &model_desc.width_base, 1, 1024, "N",
          "channels of the first stage [16; resnet18 and larger: 64]", 0},
         {"--projection", TOOL_SWITCH, &model_desc.projection, 0, 0, NULL,
          "shortcuts with 1x1 convolutions (resnet8 ... 110)", 0},
+        {"--from", TOOL_TEXT, &from, 0, 0, "FILE",
+         "weights to start from, all but the head: torchvision's as safetensors, or a checkpoint [fresh ones]", 0},
+        {"--freeze", TOOL_TEXT, &freeze, 0, 0, "LAYERS",
+         "layers that are not trained: prefixes of their names, with commas between; backbone: all but the head", 0},
+        {"--backbone-lr", TOOL_FLOAT, &backbone_lr, 1e-6, 1000, "X",
+         "factor of the learning rate of all layers but the head", 0},
         {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Training", 0},
         {"--epochs", TOOL_INT, &update.epochs, 1, 100000, "N", "passes over the pictures", 0},
         {"--batch", TOOL_INT, &update.batch, 1, 65536, "N", "pictures per step", 0},
@@ -98,7 +109,24 @@ int main(int argc, char **argv) {
     model_desc.channels = info.channels;
     model_desc.classes = info.classes;
     model_desc.seed = seed;
+    if (from && info.channels == 3) model_desc.mean = mean, model_desc.std = std; /* unless the file has its own */
     tool_check(ctx, ckca_resnet(ctx, &model, arch, &model_desc));
+    if (from) {
+        ckca_backbone loaded;
+        tool_check(ctx, ckca_load_backbone(model, from, &loaded));
+        printf("%s: %d tensors taken", from, loaded.taken);
+        if (loaded.left) printf(", %d left (%s ...)", loaded.left, loaded.first_left);
+        if (loaded.missing) printf(", %d missing (%s ...)", loaded.missing, loaded.first_missing);
+        putchar('\n');
+    }
+    if (backbone_lr != 1) tool_check(ctx, ckca_learning_rate(model, NULL, backbone_lr));
+    while (freeze && *freeze) {
+        char prefix[128];
+        const size_t length = strcspn(freeze, ",");
+        snprintf(prefix, sizeof prefix, "%.*s", (int)(length < sizeof prefix ? length : sizeof prefix - 1), freeze);
+        tool_check(ctx, ckca_freeze(model, strcmp(prefix, "backbone") ? prefix : NULL));
+        freeze += length + (freeze[length] == ',');
+    }
     ckca_model_info_get(model, &model_info);
     printf("%s: %lld parameters, on %s; %d pictures of %dx%dx%d, %d classes\n", arch, (long long)model_info.parameters,
            ckca_device(ctx), info.count, info.height, info.width, info.channels, info.classes);

@@ -26,6 +26,7 @@ static int show_progress(const ckca_progress *p, void *user) {
 int main(int argc, char **argv) {
     static ckca_update_desc update; /* static: zeroed */
     static ckca_desc desc;
+    static tool_weights weights;
     static char state[4096];
     const char *test_folder = NULL, *unlabelled_folder = NULL;
     int augment = 0, words;
@@ -44,6 +45,7 @@ int main(int argc, char **argv) {
          "pictures without labels to distil from as well, DIR/ANY/*.jpg or png [none]", 0},
         {"--augment", TOOL_SWITCH, &augment, 0, 0, NULL, "random crop with 4 pixels of padding, random flip", 0},
         {"--seed", TOOL_SEED, &update.seed, 0, 0, "N", "of order and augmentation", 0},
+        TOOL_WEIGHTS_FLAGS(weights),
         TOOL_DEVICE_FLAGS(desc),
         {"--state-seconds", TOOL_FLOAT, &update.state_seconds, 0.001, 1e6, "X", "between training states [30]", 0},
         {"--test", TOOL_TEXT, &test_folder, 0, 0, "DIR", "labelled pictures to test both checkpoints on [none]", 0},
@@ -69,7 +71,7 @@ int main(int argc, char **argv) {
     tool_check_output(argv[2]);
 
     ctx = tool_init(&desc);
-    tool_check(ctx, ckca_load(ctx, &model, argv[0]));
+    tool_load(ctx, &model, argv[0], &weights);
     like = ckca_data_like(model); /* its size, channels and classes */
     tool_check(ctx, ckca_open_folder(ctx, &pictures, argv[1], &like));
     tool_tell_left_out(pictures, argv[1]);

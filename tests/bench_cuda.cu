@@ -977,7 +977,7 @@ OP(sgd)
         *size = fabs(w[i]) + fabs(step);
         return w[i] - step;
     });
-    it.run([&] { ckca__op_sgd(ctx, count, decayed, w, g, v, lr, momentum, weight_decay, nesterov, gscale); });
+    it.run([&] { ckca__op_sgd(ctx, count, decayed, w, g, v, lr, 1, momentum, weight_decay, nesterov, gscale); });
 }
 OP(clip)(ckca_context *ctx, size_t count, const float *g, float clip, float *gscale, void *ws) {
     call it(ctx, 0, 4.0 * (double)count, 0, "clip %zu", count);

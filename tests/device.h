@@ -123,10 +123,10 @@ static void device_done(ckca_context *ctx, const char *op) {
 #define IO(p, count) (int *)device_out(ctx, p, (size_t)(count) * sizeof(int))
 
 static size_t device_x(const ckca__conv *s) { return (size_t)s->n * s->h * s->w * s->c; }
-static size_t device_w(const ckca__conv *s) { return (size_t)s->k * s->r * s->s * s->c; }
+static size_t device_w(const ckca__conv *s) { return (size_t)s->k * s->r * s->s * ckca__group_inputs(s); }
 static size_t device_y(const ckca__conv *s) { return (size_t)s->n * s->p * s->q * s->k; }
 static size_t device_linear_workspace(ckca_context *ctx, int n, int d, int k) {
-    ckca__conv s = {1, 1, 0, 0, 0, 1, 1, 1, 0, 1, 0, NULL, 0, 0, NULL, NULL};
+    ckca__conv s = {1, 1, 0, 0, 0, 1, 1, 1, 0, 1, 0, NULL, 0, 0, NULL, NULL, 0};
     s.w = s.q = n, s.c = d, s.k = k;
     return ckca__conv_workspace(ctx, &s);
 }
@@ -308,9 +308,10 @@ static void device_sum(ckca_context *ctx, int n, const float *values, double *su
     device_done(ctx, "sum");
 }
 static void device_sgd(ckca_context *ctx, size_t count, size_t decayed, float *w, const float *g, float *v,
-                       const float *lr, float momentum, float weight_decay, int nesterov, const float *gscale) {
-    ckca__op_sgd(ctx, count, decayed, FO(w, count), FI(g, count), FO(v, count), FI(lr, 1), momentum, weight_decay,
-                 nesterov, FI(gscale, 1));
+                       const float *lr, float factor, float momentum, float weight_decay, int nesterov,
+                       const float *gscale) {
+    ckca__op_sgd(ctx, count, decayed, FO(w, count), FI(g, count), FO(v, count), FI(lr, 1), factor, momentum,
+                 weight_decay, nesterov, FI(gscale, 1));
     device_done(ctx, "sgd");
 }
 static void device_clip(ckca_context *ctx, size_t count, const float *g, float clip, float *gscale, void *ws) {

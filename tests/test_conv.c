@@ -56,18 +56,19 @@ static ckca__conv shape(int n, int h, int w, int c, int k, int r, int s, int str
     v.bf16_x = v.bf16 = 0;
     v.packed_weights = NULL;
     v.statistics = NULL;
+    v.groups = 0;
     return v;
 }
 
 static const char *describe(const ckca__conv *s) {
     static char text[128];
-    snprintf(text, sizeof text, "%dx%dx%dx%d, %d of %dx%d, stride %d, pad %d", s->n, s->h, s->w, s->c, s->k, s->r, s->s,
-             s->stride, s->pad);
+    snprintf(text, sizeof text, "%dx%dx%dx%d, %d of %dx%d, stride %d, pad %d, groups %d", s->n, s->h, s->w, s->c, s->k,
+             s->r, s->s, s->stride, s->pad, s->groups);
     return text;
 }
 
 static size_t x_count(const ckca__conv *s) { return (size_t)s->n * s->h * s->w * s->c; }
-static size_t w_count(const ckca__conv *s) { return (size_t)s->k * s->r * s->s * s->c; }
+static size_t w_count(const ckca__conv *s) { return (size_t)s->k * s->r * s->s * ckca__group_inputs(s); }
 static size_t y_count(const ckca__conv *s) { return (size_t)s->n * s->p * s->q * s->k; }
 
 /* Everything the three passes read and write, for one shape. */
@@ -188,6 +189,7 @@ static int same_passes(const passes *a, const passes *b) {
 
 /* sum of g y, y the convolution of x with w, from the definition alone. */
 static double weighted_output(const ckca__conv *s, const double *x, const double *w, const float *g) {
+    const int groups = s->groups ? s->groups : 1, inputs = s->c / groups, outputs = s->k / groups;
     double total = 0;
     int n, p, q, k, r, t, c;
     for (n = 0; n < s->n; n++)
@@ -198,10 +200,10 @@ static double weighted_output(const ckca__conv *s, const double *x, const double
                         for (t = 0; t < s->s; t++) {
                             int y = p * s->stride - s->pad + r, z = q * s->stride - s->pad + t;
                             if (y < 0 || y >= s->h || z < 0 || z >= s->w) continue;
-                            for (c = 0; c < s->c; c++)
+                            for (c = 0; c < inputs; c++)
                                 total += g[((n * s->p + p) * s->q + q) * s->k + k] *
-                                         x[((n * s->h + y) * s->w + z) * s->c + c] *
-                                         w[((k * s->r + r) * s->s + t) * s->c + c];
+                                         x[((n * s->h + y) * s->w + z) * s->c + k / outputs * inputs + c] *
+                                         w[((k * s->r + r) * s->s + t) * inputs + c];
                         }
     return total;
 }
@@ -280,6 +282,8 @@ static ckca_context *context(ckca_isa isa, int threads) {
 static int winograd(const ckca_context *ctx, const ckca__conv *s) {
 #ifdef CKCA__SIMD
     ckca__wino_job job;
+    ckca__conv bundle;
+    if (s->groups > 1) bundle = ckca__bundle_shape(s), s = &bundle;
     return ckca__wino_plan(ctx, &job, s, 0) && ckca__wino_plan(ctx, &job, s, 1) &&
            (ckca__wino_plan(ctx, &job, s, 2) || s->stride == 2);
 #else
@@ -565,6 +569,11 @@ int main(void) {
         /* of whole vectors, without a border */
         {2, 6, 7, 32, 20, 2, 2, 1, 0}, {2, 9, 8, 48, 7, 3, 3, 3, 0},
     };
+    static const int grouped[][9] = { /* n, h, w, c, k, kernel, stride, pad, groups */
+        {2, 5, 4, 6, 4, 3, 1, 1, 2}, {1, 5, 6, 3, 6, 3, 2, 1, 3}, {2, 4, 4, 4, 8, 1, 1, 0, 4}, {1, 7, 5, 4, 4, 3, 9, 1, 2},
+        {2, 9, 8, 32, 32, 3, 1, 1, 8}, {2, 9, 8, 64, 32, 3, 2, 1, 4}, {3, 8, 8, 96, 96, 3, 1, 1, 32},
+        {2, 7, 7, 64, 128, 3, 2, 1, 2}, {2, 6, 7, 40, 24, 1, 1, 0, 8}, {17, 8, 8, 64, 64, 3, 1, 1, 4},
+    };
     static const int winograds[][9] = {
         {16, 8, 8, 16, 16, 3, 3, 1, 1}, {4, 9, 11, 32, 48, 3, 3, 1, 1}, {4, 10, 12, 16, 32, 3, 3, 1, 0},
         {4, 7, 6, 48, 16, 3, 3, 1, 2}, {13, 32, 32, 16, 16, 3, 3, 1, 1}, {20, 4, 4, 64, 96, 3, 3, 1, 1},
@@ -593,6 +602,13 @@ int main(void) {
         const int *v = small[i];
         s = shape(v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8]);
         test_naive(ctx[CKCA_ISA_PLAIN][0], &s);
+    }
+    for (i = 0; i < sizeof grouped / sizeof *grouped; i++) {
+        const int *v = grouped[i];
+        s = shape(v[0], v[1], v[2], v[3], v[4], v[5], v[5], v[6], v[7]);
+        s.groups = v[8];
+        if (i < 4) test_naive(ctx[CKCA_ISA_PLAIN][0], &s);
+        test_shape(ctx, &s, 2);
     }
     test_group("every instruction set against the naive convolutions; 1 to 3 threads; one picture or a batch");
     for (i = 0; i < sizeof table / sizeof *table; i++) {

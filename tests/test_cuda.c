@@ -146,7 +146,7 @@ static void test_statistics(ckca_context *ctx) {
         for (half = 0; half <= (ctx->precision == CKCA_PRECISION_BF16); half++) {
             const int *v = table[i], pad = v[5] / 2;
             const ckca__conv shape = {v[0], v[1], v[2], v[3],  v[4], v[5], v[5], 1,
-                                      pad,  v[1], v[2], NULL, half, half, NULL, NULL};
+                                      pad,  v[1], v[2], NULL, half, half, NULL, NULL, 0};
             ckca__conv s = shape;
             const size_t rows = (size_t)v[0] * (size_t)v[1] * (size_t)v[2], k = (size_t)v[4];
             float *x = make(device_x(&s), 1), *w = make(device_w(&s), 2), *bias = make(k, 3), *y = make(device_y(&s), 4);
@@ -182,7 +182,7 @@ static void test_statistics(ckca_context *ctx) {
 /* Factors with more bits are rounded, not truncated, so that their errors have no bias. */
 static void test_rounding(ckca_context *ctx) {
     enum { N = 4096 };
-    ckca__conv s = {1, 1, 1, N, 1, 3, 3, 1, 1, 1, 1, NULL, 0, 0, NULL, NULL};
+    ckca__conv s = {1, 1, 1, N, 1, 3, 3, 1, 1, 1, 1, NULL, 0, 0, NULL, NULL, 0};
     float *x = (float *)malloc(N * sizeof *x), *w = (float *)calloc(9 * N, sizeof *w), y;
     void *ws = malloc(ckca__conv_workspace(ctx, &s));
     double sum = 0;
@@ -201,7 +201,7 @@ static void test_rounding(ckca_context *ctx) {
     CHECK(fabs(y - sum) < N / 8192.0, "precision %d: a sum of %g weights comes out as %g", (int)ctx->precision, sum, y);
     for (i = 0; i < 2; i++) { /* either factor of a weight gradient: the middle tap covers all pixels */
         enum { SIDE = 32, AT_ONCE = 4 };
-        const ckca__conv square = {1, SIDE, SIDE, AT_ONCE, AT_ONCE, 3, 3, 1, 1, SIDE, SIDE, NULL, 0, 0, NULL, NULL};
+        const ckca__conv square = {1, SIDE, SIDE, AT_ONCE, AT_ONCE, 3, 3, 1, 1, SIDE, SIDE, NULL, 0, 0, NULL, NULL, 0};
         float *one = (float *)malloc(N * sizeof *one), dw[AT_ONCE * 9 * AT_ONCE];
         void *scratch = malloc(ckca__conv_workspace(ctx, &square));
         double total = 0;
@@ -230,7 +230,7 @@ static void test_rounding(ckca_context *ctx) {
    must not be multiplied by it. */
 static void test_nan(ckca_context *ctx) {
     enum { SIDE = 8, C = 3, K = 5 };
-    const ckca__conv s = {1, SIDE, SIDE, C, K, 3, 3, 1, 1, SIDE, SIDE, NULL, 0, 0, NULL, NULL};
+    const ckca__conv s = {1, SIDE, SIDE, C, K, 3, 3, 1, 1, SIDE, SIDE, NULL, 0, 0, NULL, NULL, 0};
     float *x = make(SIDE * SIDE * C, 1), *w = make(K * 9 * C, 2), *dy = make(SIDE * SIDE * K, 3);
     float *y = make(SIDE * SIDE * K, 4), *dx = make(SIDE * SIDE * C, 5);
     void *ws = malloc(ckca__conv_workspace(ctx, &s));
@@ -306,8 +306,8 @@ static void test_half_norms(ckca_context *ctx, size_t rows, int c) {
 }
 
 static void test_half_maps(ckca_context *ctx, int n, int c) {
-    ckca__conv pool = {0, 9, 7, 0, 0, 3, 3, 2, 1, 5, 4, NULL, 0, 0, NULL, NULL},
-               sub = {0, 9, 7, 0, 0, 1, 1, 2, 0, 5, 4, NULL, 0, 0, NULL, NULL};
+    ckca__conv pool = {0, 9, 7, 0, 0, 3, 3, 2, 1, 5, 4, NULL, 0, 0, NULL, NULL, 0},
+               sub = {0, 9, 7, 0, 0, 1, 1, 2, 0, 5, 4, NULL, 0, 0, NULL, NULL, 0};
     const size_t in = (size_t)n * 63 * (size_t)c, out = (size_t)n * 20 * (size_t)c;
     const size_t wide = (size_t)n * 20 * (size_t)(c + 4);
     float *x = make(in, 1), *b = make(in, 2), *dy = make(wide, 3), *fo = make(in, 4);

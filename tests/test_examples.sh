@@ -199,6 +199,18 @@ if [ -e /dev/full ]; then
     done
 fi
 
+# weights of others
+works "$build/train" --size 8 --count 40 --epochs 1 --save wide.safetensors
+for i in 0 1 2 3 4 5 6 7 8 9; do echo name$i; done >names
+head -n 3 names >wide.names
+works $train --epochs 1 --from a.safetensors --freeze backbone --save head.safetensors
+check "train --from tells what it took" grep -q '^a.safetensors: [0-9]* tensors taken$' out
+check "train --freeze leaves the backbone" [ "$(cmp a.safetensors head.safetensors >/dev/null; echo $?)" -eq 1 ]
+works $train --epochs 1 --from wide.safetensors --freeze conv1,layer1 --backbone-lr 0.1
+check "train --from tells what does not fit" grep -qE '^wide.safetensors: [0-9]+ tensors taken, [0-9]+ left \([a-z0-9.]+ ...\), [0-9]+ missing' out
+refuses 1 "no layer's name begins with" $train --from a.safetensors --freeze layer9
+refuses 1 "nowhere: No such file" $train --from nowhere
+
 mkdir -p new/disc new/square strange/dodo
 base64 -d >new/disc/1.png <<<iVBORw0KGgoAAAANSUhEUgAAAAwAAAAKCAIAAAAPTiitAAAAOklEQVR42mPUsFnAQAiwIHP29XTA2U4lFXA2E1YVaFwmrCrQBJkYiABUV4TsF0wPMmH1MxqXkZjABAAVaREdOCsa7gAAAABJRU5ErkJggg==
 base64 -d >new/square/1.png <<<iVBORw0KGgoAAAANSUhEUgAAAAwAAAAKCAIAAAAPTiitAAAAKUlEQVR42mPUsFnAQAgwMRABWOCsLVxz0OR8vqWQYNJgVMSC6RcyTQIAKXMFwonw+n0AAAAASUVORK5CYII=
@@ -216,6 +228,11 @@ else
     refuses 1 "cut.png" "$build/classify" a.safetensors cut.png new/disc/1.png
     check "classify goes on after a bad picture" [ "$(grep -c '%' out)" -eq 5 ]
     refuses 1 "1.png" "$build/classify" new/disc/1.png new/disc/1.png
+    works "$build/classify" --arch resnet8 --classes names --size 8 wide.safetensors new/disc/1.png
+    check "classify: weights of others, with names from a file" grep -qE '^ +[0-9.]+%  name[0-9]$' out
+    refuses 2 "go together" "$build/classify" --arch resnet8 wide.safetensors new/disc/1.png
+    refuses 1 "nowhere: cannot be opened" "$build/classify" --arch resnet8 --classes nowhere wide.safetensors new/disc/1.png
+    refuses 1 "fc.weight is" "$build/classify" --arch resnet8 --classes wide.names wide.safetensors new/disc/1.png
 
     update="$build/update a.safetensors new"
     works $update c.safetensors --epochs 4000 --batch 1 --test new

@@ -410,8 +410,8 @@ static void element_sgd(ckca_context *ctx, const void *args, float *out) {
     memcpy(out, a->a, a->count * sizeof *out);
     memset(out + a->count, 0, a->count * sizeof *out);
     for (step = 0; step < 3; step++)
-        ckca__op_sgd(ctx, a->count, a->count / 2, out, step % 2 ? a->b : a->c, out + a->count, &a->lr, a->momentum,
-                     a->decay, a->flag, a->second ? &a->gscale : NULL);
+        ckca__op_sgd(ctx, a->count, a->count / 2, out, step % 2 ? a->b : a->c, out + a->count, &a->lr, 1,
+                     a->momentum, a->decay, a->flag, a->second ? &a->gscale : NULL);
 }
 static void element_clip(ckca_context *ctx, const void *args, float *out) {
     const element *a = (const element *)args;
@@ -757,7 +757,7 @@ static void test_group_norm(void) {
 /* The first of equals wins; NaN wins over all, wherever it is; -inf is a value like any other. */
 static void test_maxpool_edges(void) {
     enum { C = 21 };
-    static const ckca__conv s = {1, 2, 2, C, C, 2, 2, 2, 0, 1, 1, NULL, 0, 0, NULL, NULL};
+    static const ckca__conv s = {1, 2, 2, C, C, 2, 2, 2, 0, 1, 1, NULL, 0, 0, NULL, NULL, 0};
     int isa, i, where;
     for (isa = 0; isa < ISAS; isa++) {
         float x[4 * C], y[C], dx[4 * C], one[C];
@@ -1225,7 +1225,7 @@ static void test_torch(const char *path) {
     if (fread(file, 1, file_size, f) != file_size) file_size = 0;
     fclose(f);
     for (i = 0; i < 5; i++) {
-        ckca__conv s = {2, 9, 8, 3, 5, 0, 0, 0, 0, 0, 0, NULL, 0, 0, NULL, NULL};
+        ckca__conv s = {2, 9, 8, 3, 5, 0, 0, 0, 0, 0, 0, NULL, 0, 0, NULL, NULL, 0};
         char name[20];
         float db[5] = {0};
         s.r = s.s = convs[i][0], s.stride = convs[i][1], s.pad = convs[i][2];
@@ -1243,7 +1243,7 @@ static void test_torch(const char *path) {
         ckca__release(any, ws);
     }
     {
-        ckca__conv as = {4, 1, 1, 6, 3, 1, 1, 1, 0, 1, 1, NULL, 0, 0, NULL, NULL};
+        ckca__conv as = {4, 1, 1, 6, 3, 1, 1, 1, 0, 1, 1, NULL, 0, 0, NULL, NULL, 0};
         float db[3] = {0};
         ws = ckca__alloc(any, ckca__conv_workspace(any, &as));
         ckca__op_linear_forward(any, 4, 6, 3, torch("linear.x", NULL), torch("linear.w", NULL), torch("linear.b", NULL),
@@ -1280,7 +1280,7 @@ static void test_torch(const char *path) {
         ckca__release(any, ws);
     }
     {
-        ckca__conv s = {2, 9, 8, 4, 4, 3, 3, 2, 1, 5, 4, NULL, 0, 0, NULL, NULL};
+        ckca__conv s = {2, 9, 8, 4, 4, 3, 3, 2, 1, 5, 4, NULL, 0, 0, NULL, NULL, 0};
         ckca__op_maxpool_forward(any, &s, torch("maxpool.x", NULL), out, at);
         check_torch("maxpool.y", out, 0);
         ckca__op_maxpool_backward(any, &s, torch("maxpool.dy", NULL), at, out, 0);
@@ -1343,7 +1343,7 @@ static void test_torch(const char *path) {
         const float *g = torch("sgd.g", NULL);
         float w[37], v[37] = {0}, lr = 0.1f, gscale;
         memcpy(w, torch("sgd.w", NULL), sizeof w);
-        for (j = 0; j < 3; j++) ckca__op_sgd(any, 37, 37, w, g + 37 * j, v, &lr, 0.9f, 0.05f, form == 0, NULL);
+        for (j = 0; j < 3; j++) ckca__op_sgd(any, 37, 37, w, g + 37 * j, v, &lr, 1, 0.9f, 0.05f, form == 0, NULL);
         check_part(form ? "sgd.plain" : "sgd.nesterov", "w", w, 1e-6);
         check_part(form ? "sgd.plain" : "sgd.nesterov", "v", v, 1e-6);
         ws = ckca__alloc(any, ckca__op_workspace(any, 37, 1));
