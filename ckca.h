@@ -93,6 +93,7 @@
                      >>plan         memory planning: the address of every value and gradient
                      >>checkpoint   checkpoints and training states
                      >>safetensors  the file format, and the JSON it needs
+                     >>onnx         the network as an ONNX model
        the engine    >>reference    what every op computes, in plain loops: a readable ResNet
        for the CPU   >>threads      the thread pool
                      >>vector       vector kernels, compiled once per instruction set
@@ -296,6 +297,10 @@ CKCA_API void ckca_context_free(ckca_context *ctx);
 CKCA_API const char *ckca_error(const ckca_context *ctx);
 /* "ok", "bad argument", ... for any status. */
 CKCA_API const char *ckca_status_name(ckca_status status);
+/* For bindings of other languages, to refuse a library that their declarations do not fit: its CKCA_VERSION, and the
+   sizeof of a public structure by name ("ckca_update_desc"); 0: there is none of this name. */
+CKCA_API const char *ckca_version(void);
+CKCA_API size_t ckca_struct_size(const char *name);
 /* The device that runs the kernels, for example "host avx512 x2" or "cuda NVIDIA H100 tf32". Owned by the context. */
 CKCA_API const char *ckca_device(const ckca_context *ctx);
 
@@ -592,6 +597,24 @@ CKCA_API ckca_status ckca_save_memory(ckca_model *model, void *out, size_t capac
 /* bytes[0..size) need no alignment and are not needed after the call. */
 CKCA_API ckca_status ckca_load_memory(ckca_context *ctx, ckca_model **model, const void *bytes, size_t size);
 CKCA_API ckca_status ckca_load_weights_memory(ckca_model *model, const void *bytes, size_t size);
+
+typedef struct ckca_onnx_desc {
+    int fold_batchnorm;   /* 1: a batch norm is folded into the convolution before it: fewer nodes, but that weight is no
+                             longer the checkpoint's, and has a bias */
+    int normalized_input; /* 1: the input is (v / 255 - mean) / std of each byte v; 0: it is v, a float from 0 to 255, and
+                             the graph normalises it (the model's mean and std must be known) */
+} ckca_onnx_desc;
+/* Writes the network in evaluation as an ONNX model, for ONNX Runtime and other programs: opset 13, IR version 7,
+   float32. Its input "input" is N x C x H x W (ONNX's order, not this library's), its output "logits" is N x classes; N
+   is free. Initialisers have the checkpoint's names, values and shapes (but C x 1 x 1 for group norms), metadata the
+   checkpoint's keys ckca.version, arch, classes, step, class_names, mean and std. A file of 2 GiB or more is refused,
+   since protobuf cannot hold it (CKCA_EINVAL). desc may be NULL. Files are replaced as by ckca_save; the memory form
+   works like ckca_save_memory. Neither removes training states: this library does not read ONNX models back. */
+#ifndef CKCA_NO_STDIO
+CKCA_API ckca_status ckca_save_onnx(ckca_model *model, const char *path, const ckca_onnx_desc *desc);
+#endif
+CKCA_API ckca_status ckca_save_onnx_memory(ckca_model *model, const ckca_onnx_desc *desc, void *out, size_t capacity,
+                                           size_t *size);
 
 /* ===================================================================================================================
    API: ADVANCED                                                                                            >>advanced
@@ -1242,6 +1265,41 @@ CKCA_API void ckca_context_free(ckca_context *ctx) {
 }
 
 CKCA_API const char *ckca_device(const ckca_context *ctx) { return ctx ? ctx->device : ""; }
+
+CKCA_API const char *ckca_version(void) { return CKCA_VERSION; }
+
+CKCA_API size_t ckca_struct_size(const char *name) {
+    /* clang-format off */
+#define CKCA__TYPE(type) #type, sizeof(type)
+    static const struct {
+        const char *name;
+        size_t size;
+    } types[] = {
+        {CKCA__TYPE(ckca_desc)},
+        {CKCA__TYPE(ckca_data_desc)},
+        {CKCA__TYPE(ckca_data_info)},
+        {CKCA__TYPE(ckca_array)},
+        {CKCA__TYPE(ckca_split_desc)},
+        {CKCA__TYPE(ckca_model_desc)},
+        {CKCA__TYPE(ckca_model_info)},
+        {CKCA__TYPE(ckca_augment)},
+        {CKCA__TYPE(ckca_progress)},
+        {CKCA__TYPE(ckca_update_desc)},
+        {CKCA__TYPE(ckca_report)},
+        {CKCA__TYPE(ckca_score)},
+        {CKCA__TYPE(ckca_onnx_desc)},
+        {CKCA__TYPE(ckca_bytes)},
+        {CKCA__TYPE(ckca_tensor_info)},
+        {CKCA__TYPE(ckca_conv_desc)},
+        {CKCA__TYPE(ckca_sgd_desc)},
+    };
+#undef CKCA__TYPE
+    /* clang-format on */
+    size_t i;
+    for (i = 0; name && i < sizeof types / sizeof *types; i++)
+        if (!strcmp(types[i].name, name)) return types[i].size;
+    return 0;
+}
 
 /* ---- memory ---- */
 
@@ -8577,12 +8635,10 @@ static int ckca__lock_path(const char *path) {
 #endif
 
 /* Writes a file: to PATH.tmp, which is synced to disk and then renamed to path. Overwrites the PATH.tmp of a killed run;
-   PATH.tmp is locked while it is written. Metadata keep their order, and so do tensors of types of equal width. fetch and
-   user as in ckca__st_write_all. */
-static ckca_status ckca__st_write(ckca_context *ctx, const char *path, const ckca__st_item *items, int count,
-                                  const ckca__st_pair *meta, int metas, const void *(*fetch)(void *user, int i),
-                                  void *user) {
-    ckca__text header, temporary;
+   PATH.tmp is locked while it is written. write(sink, user) writes what the file holds; it returns 0 if a write fails. */
+static ckca_status ckca__write_path(ckca_context *ctx, const char *path, int (*write)(ckca__sink *sink, void *user),
+                                    void *user) {
+    ckca__text temporary;
     const char *failed = NULL; /* "created", "written", ...: for the message */
     const char *target = path;
     ckca__sink sink;
@@ -8594,25 +8650,22 @@ static ckca_status ckca__st_write(ckca_context *ctx, const char *path, const ckc
     int replaces = 0;
 #endif
     memset(&sink, 0, sizeof sink);
-    memset(&header, 0, sizeof header);
-    header.ctx = ctx;
-    temporary = header;
-    ckca__st_header(&header, items, count, meta, metas);
+    memset(&temporary, 0, sizeof temporary);
+    temporary.ctx = ctx;
 #ifdef CKCA__POSIX
     if ((resolved = realpath(path, NULL)) != NULL) { /* the file that a link leads to, not the link, is replaced */
         target = resolved;
         replaces = !stat(target, &about);
         if (replaces && !S_ISREG(about.st_mode)) {
             free(resolved);
-            ckca__release(ctx, header.bytes);
             return ckca__fail(ctx, CKCA_EIO, "%s: not a regular file", ckca__tail(path));
         }
     }
 #endif
     ckca__text_puts(&temporary, target);
     ckca__text_puts(&temporary, ".tmp");
-    if (header.failed || temporary.failed) {
-        status = ckca__fail(ctx, CKCA_ENOMEM, "%s: out of memory for its header", ckca__tail(path));
+    if (temporary.failed) {
+        status = ckca__fail(ctx, CKCA_ENOMEM, "%s: out of memory for its path", ckca__tail(path));
     } else {
 #ifdef CKCA__POSIX
         lock = ckca__lock_path(temporary.bytes);
@@ -8628,7 +8681,7 @@ static ckca_status ckca__st_write(ckca_context *ctx, const char *path, const ckc
         }
     }
     if (sink.file) {
-        int ok = ckca__st_write_all(&sink, &header, items, count, fetch, user);
+        int ok = write(&sink, user);
         if (ok) ok = !(status = ckca__device_status(ctx)) && fflush(sink.file) == 0;
 #ifdef CKCA__POSIX
         ok = ok && fsync(fileno(sink.file)) == 0;
@@ -8667,11 +8720,659 @@ static ckca_status ckca__st_write(ckca_context *ctx, const char *path, const ckc
     }
     free(resolved);
 #endif
-    ckca__release(ctx, header.bytes);
     ckca__release(ctx, temporary.bytes);
     return status;
 }
+
+/* For ckca__st_write_content: the arguments of ckca__st_write_all. */
+typedef struct ckca__st_content {
+    ckca__text header;
+    const ckca__st_item *items;
+    int count;
+    const void *(*fetch)(void *user, int i);
+    void *user;
+} ckca__st_content;
+
+static int ckca__st_write_content(ckca__sink *sink, void *user) {
+    const ckca__st_content *c = (const ckca__st_content *)user;
+    return ckca__st_write_all(sink, &c->header, c->items, c->count, c->fetch, c->user);
+}
+
+/* Writes a safetensors file. Metadata keep their order, and so do tensors of types of equal width. fetch and user as in
+   ckca__st_write_all. */
+static ckca_status ckca__st_write(ckca_context *ctx, const char *path, const ckca__st_item *items, int count,
+                                  const ckca__st_pair *meta, int metas, const void *(*fetch)(void *user, int i),
+                                  void *user) {
+    ckca__st_content content;
+    ckca_status status;
+    memset(&content, 0, sizeof content);
+    content.header.ctx = ctx;
+    content.items = items;
+    content.count = count;
+    content.fetch = fetch;
+    content.user = user;
+    ckca__st_header(&content.header, items, count, meta, metas);
+    status = content.header.failed ? ckca__fail(ctx, CKCA_ENOMEM, "%s: out of memory for its header", ckca__tail(path))
+                                   : ckca__write_path(ctx, path, ckca__st_write_content, &content);
+    ckca__release(ctx, content.header.bytes);
+    return status;
+}
 #endif /* CKCA_NO_STDIO */
+
+/* ===================================================================================================================
+   ONNX                                                                                                         >>onnx
+
+   Writes the evaluation graph as an ONNX model (https://onnx.ai, onnx.proto). The file is one protobuf message, written
+   here by hand: a message is a list of fields, each a key (field number and wire type) and a number, or a length and
+   that many bytes, which may be a message again. Repeated fields may come in any order, so a graph's small parts
+   (nodes, shapes) are collected in memory, and its weights follow one by one.
+   =================================================================================================================== */
+
+enum { CKCA__ONNX_IR = 7, CKCA__ONNX_OPSET = 13 };   /* of onnx 1.8; ONNX Runtime 1.6 and later read it */
+enum { CKCA__ONNX_FLOAT = 1, CKCA__ONNX_INT64 = 7 }; /* TensorProto.DataType */
+enum { CKCA__ONNX_NAME_MAX = CKCA__NAME_MAX + 32 };
+
+/* ---- protobuf ---- */
+
+/* Appends a number in base 128, least significant digit first. */
+static void ckca__pb_varint(ckca__text *text, uint64_t value) {
+    char byte;
+    for (; value > 127; value >>= 7) {
+        byte = (char)(0x80 | (value & 127));
+        ckca__text_add(text, &byte, 1);
+    }
+    byte = (char)value;
+    ckca__text_add(text, &byte, 1);
+}
+
+/* Appends the key of a field that holds bytes, and their number; the bytes follow. */
+static void ckca__pb_begin(ckca__text *text, int field, uint64_t size) {
+    ckca__pb_varint(text, (uint64_t)field << 3 | 2);
+    ckca__pb_varint(text, size);
+}
+
+static void ckca__pb_bytes(ckca__text *text, int field, const void *bytes, size_t size) {
+    ckca__pb_begin(text, field, size);
+    ckca__text_add(text, (const char *)bytes, size);
+}
+
+static void ckca__pb_string(ckca__text *text, int field, const char *string) {
+    ckca__pb_bytes(text, field, string, strlen(string));
+}
+
+static void ckca__pb_int(ckca__text *text, int field, int64_t value) {
+    ckca__pb_varint(text, (uint64_t)field << 3);
+    ckca__pb_varint(text, (uint64_t)value);
+}
+
+/* Appends the message inner, and empties it for the next one. */
+static void ckca__pb_message(ckca__text *text, int field, ckca__text *inner) {
+    if (inner->failed) text->failed = 1;
+    ckca__pb_bytes(text, field, inner->length ? inner->bytes : "", inner->length);
+    inner->length = 0;
+}
+
+/* ---- the graph ---- */
+
+/* An initialiser made from parameters, whose values are written last. */
+typedef struct ckca__onnx_weight {
+    char name[CKCA__NAME_MAX + 16]; /* the parameter's; a folded convolution's bias may have none in the model */
+    int parameter;                  /* -1: no parameter: a bias of zeros, before folding */
+    int bn;                         /* the batch norm to fold in, or -1 */
+    int dims, shape[4];
+} ckca__onnx_weight;
+
+typedef struct ckca__onnx {
+    ckca_model *m;
+    ckca_onnx_desc d;
+    ckca__text head;             /* the ModelProto without its graph */
+    ckca__text graph;            /* the GraphProto without its weights */
+    ckca__text node, part, more; /* messages under construction: a NodeProto; a part of something; a part of that */
+    ckca__onnx_weight *weight;
+    int weights;
+    size_t graph_bytes;              /* of the GraphProto with its weights */
+    float *host, *ordered, *channel; /* one tensor each; 4 values per channel of one batch norm */
+} ckca__onnx;
+
+static size_t ckca__onnx_weight_bytes(const ckca__onnx_weight *w) {
+    size_t bytes = sizeof(float);
+    int i;
+    for (i = 0; i < w->dims; i++) bytes *= (size_t)w->shape[i];
+    return bytes;
+}
+
+/* The name of node i's output: "/3/conv1". Slash and colon keep the names made here apart from those of layers. */
+static const char *ckca__onnx_value(const ckca__onnx *o, int i, char out[CKCA__ONNX_NAME_MAX]) {
+    const ckca__node *x = &o->m->node[i];
+    if (i == o->m->logits)
+        snprintf(out, CKCA__ONNX_NAME_MAX, "logits");
+    else if (i == 0 && o->d.normalized_input)
+        snprintf(out, CKCA__ONNX_NAME_MAX, "input");
+    else
+        snprintf(out, CKCA__ONNX_NAME_MAX, "/%d/%s", i, x->name[0] ? x->name : ckca__kind_name[x->kind]);
+    return out;
+}
+
+/* Appends an input (field 1) or output (2) to the node under construction: the output of node i, or with a suffix
+   (":gemm") a value between two ONNX nodes of one layer, or one of its constants. */
+static void ckca__onnx_slot(ckca__onnx *o, int field, int i, const char *suffix) {
+    char name[2 * CKCA__ONNX_NAME_MAX], value[CKCA__ONNX_NAME_MAX];
+    if (*suffix)
+        snprintf(name, sizeof name, "/%d%s", i, suffix);
+    else
+        snprintf(name, sizeof name, "%s", ckca__onnx_value(o, i, value));
+    ckca__pb_string(&o->node, field, name);
+}
+static void ckca__onnx_in(ckca__onnx *o, int i, const char *suffix) { ckca__onnx_slot(o, 1, i, suffix); }
+
+/* Ends the node under construction: its output, as ckca__onnx_in names it, and its operator. */
+static void ckca__onnx_node(ckca__onnx *o, const char *op, int i, const char *suffix) {
+    char name[CKCA__ONNX_NAME_MAX];
+    snprintf(name, sizeof name, "/%d%s/%s", i, suffix, op);
+    ckca__onnx_slot(o, 2, i, suffix);
+    ckca__pb_string(&o->node, 3, name);
+    ckca__pb_string(&o->node, 4, op);
+    ckca__pb_message(&o->graph, 1, &o->node);
+}
+
+/* Attributes of the node under construction: count integers in a list, one integer, or a float. */
+static void ckca__onnx_ints(ckca__onnx *o, const char *name, const int64_t *values, int count) {
+    int i;
+    ckca__pb_string(&o->part, 1, name);
+    for (i = 0; i < count; i++) ckca__pb_int(&o->part, 8, values[i]);
+    ckca__pb_int(&o->part, 20, 7);
+    ckca__pb_message(&o->node, 5, &o->part);
+}
+static void ckca__onnx_int(ckca__onnx *o, const char *name, int value) {
+    ckca__pb_string(&o->part, 1, name);
+    ckca__pb_int(&o->part, 3, value);
+    ckca__pb_int(&o->part, 20, 2);
+    ckca__pb_message(&o->node, 5, &o->part);
+}
+static void ckca__onnx_float(ckca__onnx *o, const char *name, float value) {
+    ckca__pb_string(&o->part, 1, name);
+    ckca__pb_varint(&o->part, 2 << 3 | 5); /* four bytes */
+    ckca__text_add(&o->part, (const char *)&value, sizeof value);
+    ckca__pb_int(&o->part, 20, 1);
+    ckca__pb_message(&o->node, 5, &o->part);
+}
+
+/* kernel_shape, strides and pads of a convolution or pooling. */
+static void ckca__onnx_window(ckca__onnx *o, const ckca__node *x) {
+    int64_t kernel[2], stride[2], pads[4];
+    int i;
+    for (i = 0; i < 4; i++) {
+        kernel[i % 2] = x->kernel;
+        stride[i % 2] = x->stride;
+        pads[i] = x->pad;
+    }
+    ckca__onnx_ints(o, "kernel_shape", kernel, 2);
+    ckca__onnx_ints(o, "strides", stride, 2);
+    ckca__onnx_ints(o, "pads", pads, 4);
+}
+
+/* Adds a constant of node i, an input of the node under construction: values of the type in one dimension, or of rest
+   more dimensions of length 1. */
+static void ckca__onnx_constant(ckca__onnx *o, int i, const char *suffix, int type, const void *values, int count,
+                                int rest) {
+    char name[CKCA__ONNX_NAME_MAX];
+    snprintf(name, sizeof name, "/%d%s", i, suffix);
+    ckca__pb_int(&o->part, 1, count);
+    while (rest-- > 0) ckca__pb_int(&o->part, 1, 1);
+    ckca__pb_int(&o->part, 2, type);
+    ckca__pb_string(&o->part, 8, name);
+    ckca__pb_bytes(&o->part, 9, values, (size_t)count * (type == CKCA__ONNX_INT64 ? sizeof(int64_t) : sizeof(float)));
+    ckca__pb_message(&o->graph, 5, &o->part);
+    ckca__onnx_in(o, i, suffix);
+}
+
+/* A Reshape of the input that was just added: keeps the batch (0: as it is) and makes a x b x c of the rest (-1: what is
+   left), or a x b if c is 0. */
+static void ckca__onnx_reshape(ckca__onnx *o, int i, const char *constant, int a, int b, int c, const char *to) {
+    int64_t shape[4];
+    shape[0] = 0;
+    shape[1] = a;
+    shape[2] = b;
+    shape[3] = c;
+    ckca__onnx_constant(o, i, constant, CKCA__ONNX_INT64, shape, c ? 4 : 3, 0);
+    ckca__onnx_node(o, "Reshape", i, to);
+}
+
+/* Adds the weight of this name to those that are written last, and as an input to the node under construction. */
+static ckca__onnx_weight *ckca__onnx_weight_in(ckca__onnx *o, const char *name, int parameter) {
+    ckca__onnx_weight *w = &o->weight[o->weights++];
+    int k;
+    snprintf(w->name, sizeof w->name, "%s", name);
+    w->parameter = parameter;
+    w->bn = -1;
+    if (parameter >= 0) {
+        w->dims = o->m->parameter[parameter].dims;
+        for (k = 0; k < 4; k++) w->shape[k] = o->m->parameter[parameter].shape[k];
+    }
+    ckca__pb_string(&o->node, 1, name);
+    return w;
+}
+
+/* All parameters of a node, in the order in which its builder added them. */
+static void ckca__onnx_weights_in(ckca__onnx *o, int i) {
+    const int first = o->m->node[i].tensor;
+    int p;
+    for (p = first; p < o->m->parameters && o->m->parameter[p].node == i; p++)
+        ckca__onnx_weight_in(o, o->m->parameter[p].name, p);
+}
+
+/* ---- one writer per kind of layer: adds the nodes that compute node i from its inputs ---- */
+
+static void ckca__onnx_input(ckca__onnx *o, int i) {
+    const int c = o->m->channels;
+    float *scaled = o->channel;
+    int k;
+    if (o->d.normalized_input) return;
+    for (k = 0; k < 2 * c; k++) scaled[k] = 255 * o->m->normalization[k];
+    ckca__pb_string(&o->node, 1, "input");
+    ckca__onnx_constant(o, i, ":mean", CKCA__ONNX_FLOAT, scaled, c, 2);
+    ckca__onnx_node(o, "Sub", i, ":centred");
+    ckca__onnx_in(o, i, ":centred");
+    ckca__onnx_constant(o, i, ":std", CKCA__ONNX_FLOAT, scaled + c, c, 2);
+    ckca__onnx_node(o, "Div", i, "");
+}
+
+/* Convolution i; bn: the batch norm that is folded into it, or -1. */
+static void ckca__onnx_convolution(ckca__onnx *o, int i, int bn) {
+    const ckca__node *x = &o->m->node[i];
+    char bias[CKCA__NAME_MAX + 16];
+    ckca__onnx_weight *w;
+    ckca__onnx_in(o, x->in[0], "");
+    if (bn < 0) {
+        ckca__onnx_weights_in(o, i);
+    } else {
+        ckca__onnx_weight_in(o, o->m->parameter[x->tensor].name, x->tensor)->bn = bn;
+        snprintf(bias, sizeof bias, "%s.bias", x->name);
+        w = ckca__onnx_weight_in(o, bias, x->bias ? x->tensor + CKCA__PARAM_BIAS : -1);
+        w->bn = bn;
+        w->dims = 1;
+        w->shape[0] = x->c;
+    }
+    ckca__onnx_window(o, x);
+    if (x->groups > 1) ckca__onnx_int(o, "group", x->groups);
+    ckca__onnx_node(o, "Conv", bn < 0 ? i : bn, "");
+}
+
+/* 1 if convolution i is folded into the batch norm that reads it. */
+static int ckca__onnx_folds(const ckca__onnx *o, int i) { return o->d.fold_batchnorm && o->m->node[i].folded; }
+
+static void ckca__onnx_conv(ckca__onnx *o, int i) {
+    if (!ckca__onnx_folds(o, i)) ckca__onnx_convolution(o, i, -1);
+}
+
+static void ckca__onnx_batchnorm(ckca__onnx *o, int i) {
+    const int from = o->m->node[i].in[0];
+    if (ckca__onnx_folds(o, from)) {
+        ckca__onnx_convolution(o, from, i);
+        return;
+    }
+    ckca__onnx_in(o, from, "");
+    ckca__onnx_weights_in(o, i);
+    ckca__onnx_float(o, "epsilon", 1e-5f);
+    ckca__onnx_node(o, "BatchNormalization", i, "");
+}
+
+static void ckca__onnx_relu(ckca__onnx *o, int i) {
+    ckca__onnx_in(o, o->m->node[i].in[0], "");
+    ckca__onnx_node(o, "Relu", i, "");
+}
+
+static void ckca__onnx_add(ckca__onnx *o, int i) {
+    ckca__onnx_in(o, o->m->node[i].in[0], "");
+    ckca__onnx_in(o, o->m->node[i].in[1], "");
+    ckca__onnx_node(o, "Add", i, "");
+}
+
+static void ckca__onnx_maxpool(ckca__onnx *o, int i) {
+    ckca__onnx_in(o, o->m->node[i].in[0], "");
+    ckca__onnx_window(o, &o->m->node[i]);
+    ckca__onnx_node(o, "MaxPool", i, "");
+}
+
+static void ckca__onnx_avgpool(ckca__onnx *o, int i) {
+    ckca__onnx_in(o, o->m->node[i].in[0], "");
+    ckca__onnx_node(o, "GlobalAveragePool", i, "");
+}
+
+static void ckca__onnx_subsample(ckca__onnx *o, int i) {
+    const ckca__node *x = &o->m->node[i], *source = &o->m->node[x->in[0]];
+    const int more = x->c - source->c; /* channels of zeros */
+    int64_t start[2] = {0, 0}, end[2], axis[2] = {2, 3}, step[2], pads[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    end[0] = source->h;
+    end[1] = source->w;
+    step[0] = step[1] = x->stride;
+    ckca__onnx_in(o, x->in[0], "");
+    ckca__onnx_constant(o, i, ":starts", CKCA__ONNX_INT64, start, 2, 0);
+    ckca__onnx_constant(o, i, ":ends", CKCA__ONNX_INT64, end, 2, 0);
+    ckca__onnx_constant(o, i, ":axes", CKCA__ONNX_INT64, axis, 2, 0);
+    ckca__onnx_constant(o, i, ":steps", CKCA__ONNX_INT64, step, 2, 0);
+    ckca__onnx_node(o, "Slice", i, more ? ":slice" : "");
+    if (!more) return;
+    pads[1] = more / 2;
+    pads[5] = more - more / 2;
+    ckca__onnx_in(o, i, ":slice");
+    ckca__onnx_constant(o, i, ":pads", CKCA__ONNX_INT64, pads, 8, 0);
+    ckca__onnx_node(o, "Pad", i, "");
+}
+
+/* Values between layers have four dimensions; only the logits have two. */
+static void ckca__onnx_linear(ckca__onnx *o, int i) {
+    const ckca__node *x = &o->m->node[i], *source = &o->m->node[x->in[0]];
+    const int64_t nhwc[4] = {0, 2, 3, 1}; /* the order in which the weight takes a map */
+    const int map = source->h > 1 || source->w > 1, inner = i != o->m->logits;
+    ckca__onnx_in(o, x->in[0], "");
+    if (map) {
+        ckca__onnx_ints(o, "perm", nhwc, 4);
+        ckca__onnx_node(o, "Transpose", i, ":nhwc");
+        ckca__onnx_in(o, i, ":nhwc");
+    }
+    ckca__onnx_int(o, "axis", 1);
+    ckca__onnx_node(o, "Flatten", i, ":flat");
+    ckca__onnx_in(o, i, ":flat");
+    ckca__onnx_weights_in(o, i);
+    ckca__onnx_int(o, "transB", 1);
+    ckca__onnx_node(o, "Gemm", i, inner ? ":gemm" : "");
+    if (!inner) return;
+    ckca__onnx_in(o, i, ":gemm");
+    ckca__onnx_reshape(o, i, ":shape", x->c, 1, 1, "");
+}
+
+/* ONNX's own GroupNormalization needs opset 21: here it is the instance norm of each group, as one long channel. */
+static void ckca__onnx_groupnorm(ckca__onnx *o, int i) {
+    const ckca__node *x = &o->m->node[i];
+    const int first = x->tensor;
+    int k;
+    ckca__onnx_in(o, x->in[0], "");
+    ckca__onnx_reshape(o, i, ":groups", x->groups, -1, 0, ":grouped");
+    for (k = 0; k < x->groups; k++) {
+        o->channel[k] = 1;
+        o->channel[x->groups + k] = 0;
+    }
+    ckca__onnx_in(o, i, ":grouped");
+    ckca__onnx_constant(o, i, ":ones", CKCA__ONNX_FLOAT, o->channel, x->groups, 0);
+    ckca__onnx_constant(o, i, ":zeros", CKCA__ONNX_FLOAT, o->channel + x->groups, x->groups, 0);
+    ckca__onnx_float(o, "epsilon", 1e-5f);
+    ckca__onnx_node(o, "InstanceNormalization", i, ":instance");
+    ckca__onnx_in(o, i, ":instance");
+    ckca__onnx_reshape(o, i, ":shape", x->c, x->h, x->w, ":normalized");
+    for (k = 0; k < 2; k++) {
+        ckca__onnx_in(o, i, k ? ":scaled" : ":normalized");
+        ckca__onnx_weight_in(o, o->m->parameter[first + k].name, first + k)->dims = 3; /* C x 1 x 1 */
+        ckca__onnx_node(o, k ? "Add" : "Mul", i, k ? "" : ":scaled");
+    }
+}
+
+/* In the order of ckca__kind. */
+static void (*const ckca__onnx_layers[CKCA__KIND_COUNT])(ckca__onnx *o, int i) = {
+    ckca__onnx_input,   ckca__onnx_conv,    ckca__onnx_batchnorm, ckca__onnx_relu,   ckca__onnx_add,
+    ckca__onnx_maxpool, ckca__onnx_avgpool, ckca__onnx_subsample, ckca__onnx_linear, ckca__onnx_groupnorm};
+
+/* ---- the model ---- */
+
+/* Adds the graph's input (field 11) or output (12), in float32. shape: the dimensions after the batch. */
+static void ckca__onnx_value_info(ckca__onnx *o, int field, const char *name, const int *shape, int dims,
+                                  const char *about) {
+    ckca__text *type = &o->node, *tensor = &o->part, *dim = &o->more, whole;
+    int i;
+    memset(&whole, 0, sizeof whole);
+    whole.ctx = o->m->ctx;
+    for (i = -1; i < dims; i++) {
+        if (i < 0)
+            ckca__pb_string(dim, 2, "N");
+        else
+            ckca__pb_int(dim, 1, shape[i]);
+        ckca__pb_message(&whole, 1, dim);
+    }
+    ckca__pb_int(tensor, 1, CKCA__ONNX_FLOAT);
+    ckca__pb_message(tensor, 2, &whole);
+    ckca__pb_message(type, 1, tensor);
+    ckca__pb_string(&whole, 1, name);
+    ckca__pb_message(&whole, 2, type);
+    ckca__pb_string(&whole, 3, about);
+    ckca__pb_message(&o->graph, field, &whole);
+    ckca__release(o->m->ctx, whole.bytes);
+}
+
+static void ckca__onnx_metadata(ckca__onnx *o, const char *key, const char *value) {
+    ckca__pb_string(&o->part, 1, key);
+    ckca__pb_string(&o->part, 2, value);
+    ckca__pb_message(&o->head, 14, &o->part);
+}
+
+/* Everything in the ModelProto but the graph. Returns 0 if out of memory. */
+static int ckca__onnx_head(ckca__onnx *o) {
+    const ckca_model *m = o->m;
+    char *names = NULL, number[16];
+    ckca__text floats;
+    int side;
+    memset(&floats, 0, sizeof floats);
+    floats.ctx = m->ctx;
+    ckca__pb_int(&o->head, 1, CKCA__ONNX_IR);
+    ckca__pb_string(&o->head, 2, "ckca.h");
+    ckca__pb_string(&o->head, 3, CKCA_VERSION);
+    ckca__pb_string(&o->part, 1, ""); /* the default domain */
+    ckca__pb_int(&o->part, 2, CKCA__ONNX_OPSET);
+    ckca__pb_message(&o->head, 8, &o->part);
+    ckca__onnx_metadata(o, "ckca.version", CKCA_VERSION);
+    ckca__onnx_metadata(o, "ckca.arch", m->arch);
+    snprintf(number, sizeof number, "%d", m->classes);
+    ckca__onnx_metadata(o, "ckca.classes", number);
+    snprintf(number, sizeof number, "%d", m->updates);
+    ckca__onnx_metadata(o, "ckca.step", number);
+    if (m->class_names) {
+        names = ckca__names_to_json(m->ctx, (const char *const *)m->class_names, m->classes);
+        if (!names) return 0;
+        ckca__onnx_metadata(o, "ckca.class_names", names);
+        ckca__release(m->ctx, names);
+    }
+    for (side = 0; side < 2 && m->normalized; side++) {
+        ckca__text_floats(&floats, m->normalization + side * m->channels, m->channels);
+        if (!floats.failed) ckca__onnx_metadata(o, side ? "ckca.std" : "ckca.mean", floats.bytes);
+        floats.length = 0;
+    }
+    ckca__release(m->ctx, floats.bytes);
+    return !floats.failed && !o->head.failed;
+}
+
+/* Everything in the GraphProto but the weights, of which it makes the list. needed: a byte per node, 0. */
+static ckca_status ckca__onnx_graph(ckca__onnx *o, unsigned char *needed) {
+    const ckca_model *m = o->m;
+    int shape[3], i, side;
+    needed[m->logits] = needed[0] = 1;
+    for (i = m->logits; i > 0; i--)
+        for (side = 0; side < 2 && needed[i]; side++)
+            if (m->node[i].in[side] >= 0) needed[m->node[i].in[side]] = 1;
+    ckca__pb_string(&o->graph, 2, m->arch);
+    shape[0] = m->channels;
+    shape[1] = m->height;
+    shape[2] = m->width;
+    ckca__onnx_value_info(o, 11, "input", shape, 3,
+                          o->d.normalized_input
+                              ? "pictures, batch x channels x height x width: (byte / 255 - mean) / std per channel"
+                              : "pictures, batch x channels (red, green, blue) x height x width: bytes, 0 to 255");
+    ckca__onnx_value_info(o, 12, "logits", &m->classes, 1, "batch x classes, before the softmax");
+    for (i = 0; i <= m->logits; i++) {
+        if (!needed[i]) continue;
+        if (!ckca__onnx_layers[m->node[i].kind])
+            return ckca__fail(m->ctx, CKCA_EINVAL, "onnx: node %d is %s, which cannot be written", i,
+                              ckca__kind_name[m->node[i].kind]);
+        ckca__onnx_layers[m->node[i].kind](o, i);
+    }
+    return CKCA_OK;
+}
+
+/* Puts the TensorProto of a weight into o->part, but for its values; returns the message's size with them. */
+static size_t ckca__onnx_tensor(ckca__onnx *o, const ckca__onnx_weight *w) {
+    const size_t bytes = ckca__onnx_weight_bytes(w);
+    int i;
+    o->part.length = 0;
+    for (i = 0; i < w->dims; i++) ckca__pb_int(&o->part, 1, w->shape[i]);
+    ckca__pb_int(&o->part, 2, CKCA__ONNX_FLOAT);
+    ckca__pb_string(&o->part, 8, w->name);
+    ckca__pb_begin(&o->part, 9, bytes);
+    return o->part.length + bytes;
+}
+
+/* Adds up the file's size; builds every message that ckca__onnx_write will need, so that it need not allocate. */
+static size_t ckca__onnx_measure(ckca__onnx *o) {
+    int i;
+    o->graph_bytes = o->graph.length;
+    for (i = 0; i < o->weights; i++) {
+        const size_t bytes = ckca__onnx_tensor(o, &o->weight[i]);
+        o->more.length = 0;
+        ckca__pb_begin(&o->more, 5, bytes);
+        o->graph_bytes = ckca__sum(o->graph_bytes, ckca__sum(bytes, o->more.length));
+    }
+    o->more.length = 0;
+    ckca__pb_begin(&o->more, 7, o->graph_bytes);
+    return ckca__sum(ckca__sum(o->head.length, o->more.length), o->graph_bytes);
+}
+
+/* The values of a weight, in PyTorch's order, with a batch norm folded in if it has one. */
+static const float *ckca__onnx_values(ckca__onnx *o, const ckca__onnx_weight *w) {
+    const ckca_model *m = o->m;
+    const size_t count = ckca__onnx_weight_bytes(w) / sizeof(float);
+    size_t i;
+    if (w->parameter >= 0) {
+        const ckca__parameter *p = &m->parameter[w->parameter];
+        ckca__device_download(m->ctx, o->host, m->values + p->offset, count * sizeof(float));
+        ckca__reorder(p, o->host, o->ordered, 1);
+    } else
+        memset(o->ordered, 0, count * sizeof(float));
+    if (w->bn >= 0) { /* as ckca__op_fold */
+        const size_t c = (size_t)m->node[w->bn].c, per = count / c;
+        const float *gamma = o->channel, *beta = gamma + c, *mean = beta + c, *var = mean + c;
+        for (i = 0; i < 4; i++)
+            ckca__device_download(m->ctx, o->channel + i * c, ckca__param(m, &m->node[w->bn], m->values, (int)i),
+                                  c * sizeof(float));
+        for (i = 0; i < count; i++) {
+            const size_t k = i / per;
+            const double scale = (double)gamma[k] / sqrt((double)var[k] + 1e-5);
+            if (w->dims == 1)
+                o->ordered[i] = (float)((double)beta[k] + ((double)o->ordered[i] - (double)mean[k]) * scale);
+            else
+                o->ordered[i] = (float)((double)o->ordered[i] * scale);
+        }
+    }
+    return o->ordered;
+}
+
+static int ckca__onnx_write(ckca__sink *sink, void *user) {
+    ckca__onnx *o = (ckca__onnx *)user;
+    int i, ok;
+    o->more.length = 0;
+    ckca__pb_begin(&o->more, 7, o->graph_bytes);
+    ok = ckca__sink_write(sink, o->head.bytes, o->head.length) &&
+         ckca__sink_write(sink, o->more.bytes, o->more.length) &&
+         ckca__sink_write(sink, o->graph.bytes, o->graph.length);
+    for (i = 0; i < o->weights && ok; i++) {
+        const ckca__onnx_weight *w = &o->weight[i];
+        const size_t bytes = ckca__onnx_tensor(o, w);
+        o->more.length = 0;
+        ckca__pb_begin(&o->more, 5, bytes);
+        ok = ckca__sink_write(sink, o->more.bytes, o->more.length) &&
+             ckca__sink_write(sink, o->part.bytes, o->part.length) &&
+             ckca__sink_write(sink, ckca__onnx_values(o, w), ckca__onnx_weight_bytes(w));
+    }
+    return ok;
+}
+
+/* Writes the model to path or, if it is NULL, to memory. */
+static ckca_status ckca__onnx_export(ckca_model *m, const char *path, const ckca_onnx_desc *desc, void *out,
+                                     size_t capacity, size_t *size) {
+    ckca_context *ctx = m->ctx;
+    const char *what = path ? ckca__tail(path) : "onnx";
+    ckca__bound bounds[2] = {{"fold_batchnorm", 0, 0, 1, 0}, {"normalized_input", 0, 0, 1, 0}};
+    ckca__onnx onnx, *o = &onnx;
+    ckca__sink sink;
+    unsigned char *needed;
+    size_t most = 0, widest = (size_t)m->channels, total = 0;
+    int i;
+    ckca_status status;
+    memset(o, 0, sizeof *o);
+    o->m = m;
+    o->head.ctx = o->graph.ctx = o->node.ctx = o->part.ctx = o->more.ctx = ctx;
+    if (desc) o->d = *desc;
+    bounds[0].value = o->d.fold_batchnorm;
+    bounds[1].value = o->d.normalized_input;
+    if ((status = ckca__check_bounds(ctx, "onnx", bounds, 2))) return status;
+    if (!m->normalized && !o->d.normalized_input)
+        return ckca__fail(
+            ctx, CKCA_EINVAL,
+            "onnx: the model has no mean and std for the graph to normalise its input with: train it, give "
+            "them in its desc, or set normalized_input");
+    if ((status = ckca__check_all_finite(m, what, 0))) return status;
+    for (i = 0; i < m->parameters; i++)
+        if (m->parameter[i].count > most) most = m->parameter[i].count;
+    for (i = 0; i < m->nodes; i++)
+        if ((size_t)m->node[i].c > widest) widest = (size_t)m->node[i].c;
+    needed = (unsigned char *)ckca__alloc(ctx, (size_t)m->nodes);
+    o->weight = (ckca__onnx_weight *)ckca__alloc(ctx, (size_t)m->parameters * 2 * sizeof *o->weight);
+    o->host = (float *)ckca__alloc(ctx, most * sizeof(float));
+    o->ordered = (float *)ckca__alloc(ctx, most * sizeof(float));
+    o->channel = (float *)ckca__alloc(ctx, widest * 4 * sizeof(float));
+    if (!needed || !o->weight || !o->host || !o->ordered || !o->channel || !ckca__onnx_head(o))
+        status = CKCA_ENOMEM;
+    else if (!(status = ckca__onnx_graph(o, needed))) {
+        total = ckca__onnx_measure(o);
+        if (o->graph.failed || o->node.failed || o->part.failed || o->more.failed) status = CKCA_ENOMEM;
+    }
+    if (status == CKCA_ENOMEM)
+        status =
+            ckca__fail(ctx, CKCA_ENOMEM, "%s: out of memory for writing an ONNX model of %d nodes", what, m->nodes);
+    if (!status && total > INT32_MAX)
+        status = ckca__fail(ctx, CKCA_EINVAL, "%s: the model would have %.0f bytes; an ONNX file holds at most %ld",
+                            what, (double)total, (long)INT32_MAX);
+    if (!status && size) *size = total;
+#ifndef CKCA_NO_STDIO
+    if (!status && path) status = ckca__write_path(ctx, path, ckca__onnx_write, o);
+#endif
+    if (!status && out && capacity < total) {
+        status = ckca__fail(ctx, CKCA_EINVAL, "onnx: out has %.0f bytes, the model needs %.0f", (double)capacity,
+                            (double)total);
+    } else if (!status && out) {
+        memset(&sink, 0, sizeof sink);
+        sink.memory = (unsigned char *)out;
+        ckca__onnx_write(&sink, o);
+        status = ckca__device_status(ctx); /* a failed download */
+    }
+    ckca__release(ctx, needed);
+    ckca__release(ctx, o->weight);
+    ckca__release(ctx, o->host);
+    ckca__release(ctx, o->ordered);
+    ckca__release(ctx, o->channel);
+    ckca__release(ctx, o->head.bytes);
+    ckca__release(ctx, o->graph.bytes);
+    ckca__release(ctx, o->node.bytes);
+    ckca__release(ctx, o->part.bytes);
+    ckca__release(ctx, o->more.bytes);
+    return status;
+}
+
+#ifndef CKCA_NO_STDIO
+CKCA_API ckca_status ckca_save_onnx(ckca_model *m, const char *path, const ckca_onnx_desc *desc) {
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    if (!path) return ckca__null(m->ctx, "ckca_save_onnx", "path");
+    if ((status = ckca__check_finished(m, "ckca_save_onnx"))) return status;
+    return ckca__onnx_export(m, path, desc, NULL, 0, NULL);
+}
+#endif
+
+CKCA_API ckca_status ckca_save_onnx_memory(ckca_model *m, const ckca_onnx_desc *desc, void *out, size_t capacity,
+                                           size_t *size) {
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    if (!size) return ckca__null(m->ctx, "ckca_save_onnx_memory", "size");
+    if ((status = ckca__check_finished(m, "ckca_save_onnx_memory"))) return status;
+    *size = 0;
+    return ckca__onnx_export(m, NULL, desc, out, capacity, size);
+}
 
 /* The library ends here. What follows is the engine for the CPU: REFERENCE KERNELS say in plain loops what every op
    computes, THREADS shares work out, VECTOR KERNELS are the fast forms, HOST OPS choose among them. */
