@@ -599,10 +599,10 @@ CKCA_API ckca_status ckca_load_memory(ckca_context *ctx, ckca_model **model, con
 CKCA_API ckca_status ckca_load_weights_memory(ckca_model *model, const void *bytes, size_t size);
 
 typedef struct ckca_onnx_desc {
-    int fold_batchnorm;   /* 1: a batch norm is folded into the convolution before it: fewer nodes, but that weight is no
-                             longer the checkpoint's, and has a bias */
-    int normalized_input; /* 1: the input is (v / 255 - mean) / std of each byte v; 0: it is v, a float from 0 to 255, and
-                             the graph normalises it (the model's mean and std must be known) */
+    int fold_batchnorm;   /* 1: a batch norm is folded into the convolution before it: fewer nodes, but that weight is
+                             not the checkpoint's any more, and has a bias */
+    int normalized_input; /* 1: the input is (v / 255 - mean) / std of each byte v; 0: it is v, a float from 0 to 255,
+                             and the graph normalises it (the model's mean and std must be known) */
 } ckca_onnx_desc;
 /* Writes the network in evaluation as an ONNX model, for ONNX Runtime and other programs: opset 13, IR version 7,
    float32. Its input "input" is N x C x H x W (ONNX's order, not this library's), its output "logits" is N x classes; N
