@@ -173,6 +173,19 @@
        During an update net.state.lock is locked (flock), and a second update with that state fails with CKCA_EIO. The
        lock ends with its process. Systems and file systems without flock have no such check.
 
+   BUDGETS
+       ckca_update_desc.memory_mb bounds what an update allocates beside the model's weights and the pictures. It
+       lowers batch (from its value or 64) to the largest that fits; ckca_update_defaults shows it. If not even a batch
+       of 1 fits, the update fails with CKCA_EINVAL. A smaller batch usually wants a smaller lr.
+       ckca_update_desc.seconds bounds the time of the call. A few SGD steps are timed and undone; then as many whole
+       epochs are planned, up to epochs, as fit into nine tenths of the time that is left, with the warm-up and the
+       steps of the schedule shortened in proportion, so that it still ends as a whole one does. If not even one epoch
+       fits, the update fails with CKCA_EINVAL and says for how many pictures there is time. The plan is made once: a
+       machine that becomes slower later takes longer. Two runs may plan different numbers of epochs (ckca_report.epochs),
+       and then differ; each is bitwise the update with those epochs, warmup_epochs and step_epochs and no limit. A
+       training state holds the plan, so a killed run resumes to bitwise the result that it was going to have; the time
+       before the kill does not count.
+
    FILE FORMATS
        Checkpoints are safetensors with torchvision's parameter names; safetensors.torch.load_file and load_state_dict
        read them. The metadata, as text:
@@ -529,6 +542,9 @@ typedef struct ckca_update_desc {
     float label_smoothing;                   /* 0 to 1; 0: none */
     ckca_augment augment;
     uint64_t seed; /* of order and augmentation (and of the fresh weights of SCRATCH and SHRINK_PERTURB) */
+    /* budgets, see BUDGETS */
+    float seconds;   /* of the call, up to 1e9; epochs (with warmup_epochs, step_epochs) shrinks to fit. 0: no limit */
+    float memory_mb; /* of the call, in 1e6 bytes, up to 1e9; batch shrinks to fit. 0: no limit */
     /* files and reports */
     const char *state;   /* path of a training state; NULL: none. Written every state_seconds and at the end, removed by
                             the model's next ckca_save. If the file exists at the start, the update resumes from it, to
@@ -543,6 +559,7 @@ typedef struct ckca_update_desc {
 typedef struct ckca_report {
     int updates;                     /* updates of the model, including this one if it succeeded */
     int steps;                       /* SGD steps of this update */
+    int epochs;                      /* of this update: desc's, or as many as its seconds had time for */
     double loss, kd, feat, accuracy; /* means over the last epoch; kd and feat before w_kd and w_feat */
     double teacher_accuracy;         /* of the teacher on data, 0 to 1; -1: no teacher */
     double seconds;                  /* of this call */
@@ -3726,6 +3743,7 @@ struct ckca_model {
     int n;                  /* its pictures; 0: its outputs are no longer there */
     int mode;               /* CKCA__MODE_... */
     ckca__unsaved *unsaved; /* finished updates whose result is not saved yet */
+    int evaluation_batch;   /* pictures at a time in ckca__evaluate_all; 0: CKCA__EVAL_BATCH */
     int recompute_outputs;  /* 1: backward recomputes batch norms' outputs; 0, on a GPU with memory: they are kept */
 };
 
@@ -5049,8 +5067,10 @@ typedef struct ckca__update {
     ckca_model *old;     /* a copy of the model before the update: restored on failure, and the default teacher */
     ckca_model *teacher; /* old, or a copy of desc->teacher, or NULL if no term of the loss needs one */
     const ckca_data *data;
-    ckca_update_desc d; /* with all defaults set; unused terms of the loss have weight 0 */
-    int mode;           /* of the student's forward pass */
+    ckca_update_desc d;     /* with all defaults set and planned in time; unused terms of the loss have weight 0 */
+    ckca_update_desc asked; /* d before ckca__shorten */
+    double start;           /* of the call, in seconds */
+    int mode;               /* of the student's forward pass */
     /* The teacher's outputs on all pictures, count x classes and count x features; NULL: computed for each batch. */
     float *cache_logits, *cache_features;
     size_t cache_logits_bytes, cache_features_bytes;
@@ -5110,6 +5130,8 @@ static const ckca__setting ckca__settings[] = {
     {CKCA__AT(augment.resized_crop),  0,    0,       0,     1,                         0,   1},
     {CKCA__AT(augment.crop_min),      1,    0,       0,     1,                         0,   1},
     {CKCA__AT(augment.jitter),        1,    0,       0,     1,                         0,   1},
+    {CKCA__AT(seconds),               1,    0,       0,     1e9,                       0,   1},
+    {CKCA__AT(memory_mb),             1,    0,       0,     1e9,                       0,   1},
     {CKCA__AT(state_seconds),         1,    30,      0,     1e9,                       0,   0},
 };
 #undef CKCA__AT
@@ -5190,6 +5212,9 @@ static ckca_status ckca__check_teacher(const ckca__update *u, const ckca_model *
 static int ckca__same_stages(const ckca_model *m, const ckca_model *t);
 static ckca_status ckca__prepare_teacher(ckca__update *u);
 static ckca_status ckca__starting_weights(ckca__update *u);
+static ckca_status ckca__fit_memory(const ckca_model *model, const ckca_data *data, ckca_update_desc *d);
+static ckca_status ckca__fit_time(ckca__update *u);
+static void ckca__shorten(ckca__update *u, int epochs);
 static ckca_status ckca__fingerprint(ckca__update *u);
 static void ckca__make_batch(const ckca_model *m, const ckca_data *data, int n, const ckca_augment *augment,
                              uint64_t seed, const ckca__batch_buffers *b, float *input);
@@ -5216,6 +5241,7 @@ static void ckca__clear_has_grad(ckca_model *m);
 static void ckca__run_sgd(ckca_model *m, const ckca_sgd_desc *d, const float *lr, float *gscale);
 
 /* In MEMORY PLAN: */
+static ckca_status ckca__mode_bytes(const ckca_model *model, int n, int mode, size_t *bytes);
 static ckca_status ckca__reserve(ckca_model *m, int n, int mode);
 static int ckca__arena(ckca_context *ctx, void **arena, size_t *capacity, size_t bytes);
 
@@ -5243,6 +5269,7 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     u->ctx = m->ctx;
     u->m = m;
     u->data = data;
+    u->start = start;
     u->teacher_accuracy = -1;
     u->lock = -1;
     had_names = m->class_names != NULL;
@@ -5277,6 +5304,7 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     ckca__device_release(u->ctx, u->cache_features, u->cache_features_bytes);
     ckca__batch_buffers_free(u->ctx, &u->buffers);
     ckca__release(u->ctx, u->order);
+    m->evaluation_batch = 0;
     if (u->teacher != u->old) ckca_model_free(u->teacher);
     ckca_model_free(u->old);
     return status;
@@ -5352,6 +5380,7 @@ static void ckca__fill_report(const ckca__update *u, double seconds, ckca_report
     memset(report, 0, sizeof *report);
     report->updates = u->m->updates;
     report->steps = u->epoch * u->batches + u->batch;
+    report->epochs = u->d.epochs;
     report->teacher_accuracy = u->teacher_accuracy;
     report->seconds = seconds;
     if (seen < 1) return;
@@ -5539,6 +5568,7 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
     if (desc) u->d = *desc;
     if ((status = ckca_update_defaults(m, u->data, &u->d))) return status;
     ckca__settings_resolve_off(&u->d);
+    u->asked = u->d;
     if (u->d.state && (status = ckca__state_open(u))) return status;
     if (u->d.teacher && u->d.teacher != m) teacher = u->d.teacher;
     if (!(u->d.w_kd > 0) && !(u->d.w_feat > 0)) teacher = NULL;
@@ -5568,6 +5598,10 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
                          ckca__op_workspace(u->ctx, (size_t)u->d.batch, widest + 2 * u->d.batch)))
             return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for FeatReg on a batch of %d", u->d.batch);
     }
+    if (u->d.memory_mb > 0) {
+        m->evaluation_batch = u->d.batch;
+        if (u->teacher) u->teacher->evaluation_batch = u->d.batch;
+    }
     if (u->teacher && (status = ckca__prepare_teacher(u))) return status;
     if ((status = ckca__prepare_store(u->ctx, u->data->store, u->d.batch, &u->buffers))) return status;
     if (u->d.state) {
@@ -5580,6 +5614,7 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
         }
     }
     if (found) return CKCA_OK;
+    if (u->d.seconds > 0 && (status = ckca__fit_time(u))) return status;
     ckca__device_zero(u->ctx, m->momentum, m->trainable * sizeof(float));
     return ckca__starting_weights(u);
 }
@@ -5606,8 +5641,111 @@ CKCA_API ckca_status ckca_update_defaults(const ckca_model *m, const ckca_data *
     ckca__settings_apply_defaults(&d);
     if (d.batch > data->count) d.batch = data->count;
     if (d.step_epochs == 0) d.step_epochs = (float)d.epochs / 3.0f;
+    if (d.memory_mb > 0 && (status = ckca__fit_memory(m, data, &d))) return status;
     *desc = d;
     return CKCA_OK;
+}
+
+/* What an update with these settings allocates beside the model's weights and the pictures, at a batch of n. */
+static ckca_status ckca__update_bytes(const ckca_model *m, const ckca_data *data, const ckca_update_desc *d, int n,
+                                      size_t *bytes) {
+    const ckca_model *t = d->teacher ? d->teacher : m;
+    const ckca_augment *a = &d->augment;
+    const size_t weights = m->all * sizeof(float), count = (size_t)data->count;
+    const int stages = d->w_feat > 0 && ckca__featregs[d->featreg].stages, features = t->features > m->features;
+    const size_t widest = (size_t)(features ? t->features : m->features);
+    const size_t outputs = ckca__mul(count, ((size_t)t->classes + (size_t)t->features) * sizeof(float));
+    size_t student, teacher = 0, copies = weights; /* of the weights: the model before the update */
+    size_t most = 0;
+    int i;
+    /* For each picture of a batch: labels, logits, ... in two sets of buffers; for each of the data: order, hits. */
+    const size_t buffers = ckca__mul((size_t)n * 2, ((size_t)m->classes + widest + 16) * sizeof(float)) +
+                           4 * count * sizeof(int) + (size_t)m->classes * 16;
+    ckca_status status;
+    if ((status = ckca__mode_bytes(m, n, CKCA__MODE_TRAIN | (stages ? CKCA__MODE_STAGES : 0), &student))) return status;
+    if (d->w_kd > 0 || d->w_feat > 0) {
+        size_t evaluation, step;
+        if ((status = ckca__mode_bytes(t, n, CKCA__MODE_EVALUATE, &evaluation)) ||
+            (status = ckca__mode_bytes(t, n, stages ? CKCA__MODE_STAGES : CKCA__MODE_EVALUATE, &step)))
+            return status;
+        teacher = step > evaluation ? step : evaluation;
+        if (t != m) copies += t->all * sizeof(float);
+        if (!stages && !a->pad && !a->flip && !a->resized_crop && !(a->jitter > 0) && outputs <= CKCA__CACHE_BYTES)
+            teacher = ckca__sum(teacher, outputs);
+        if (d->w_feat > 0) teacher = ckca__sum(teacher, ckca__op_workspace(m->ctx, (size_t)n, (int)widest + 2 * n));
+    }
+    if (d->method == CKCA_METHOD_SHRINK_PERTURB) copies += weights;
+    for (i = 0; i < m->parameters; i++)
+        if (m->parameter[i].count > most) most = m->parameter[i].count;
+    copies += 2 * most * sizeof(float) > weights ? 2 * most * sizeof(float) : weights; /* checks, training states */
+    *bytes = ckca__sum(ckca__sum(student, teacher), ckca__sum(copies, buffers));
+    *bytes = ckca__sum(*bytes, (size_t)m->nodes * (2 * sizeof *m->node) + 65536); /* lists of nodes, rounding up */
+    return CKCA_OK;
+}
+
+/* Lowers d->batch to the largest that d->memory_mb allows. */
+static ckca_status ckca__fit_memory(const ckca_model *m, const ckca_data *data, ckca_update_desc *d) {
+    const double limit = (double)d->memory_mb * 1e6;
+    int fits = 0, most = d->batch + 1; /* fits is known to fit, most is not */
+    size_t bytes = 0;
+    ckca_status status;
+    if ((status = ckca__update_bytes(m, data, d, 1, &bytes))) return status;
+    if ((double)bytes > limit)
+        return ckca__fail(m->ctx, CKCA_EINVAL,
+                          "update: memory_mb is %g, but a batch of 1 needs %.1f MB beside the "
+                          "weights (%.1f MB) and the pictures",
+                          (double)d->memory_mb, (double)bytes * 1e-6, (double)m->all * 4e-6);
+    for (fits = 1; most - fits > 1;) {
+        const int n = fits + (most - fits) / 2;
+        if ((status = ckca__update_bytes(m, data, d, n, &bytes))) return status;
+        if ((double)bytes <= limit)
+            fits = n;
+        else
+            most = n;
+    }
+    d->batch = fits;
+    return CKCA_OK;
+}
+
+/* Times a few SGD steps, undoes them, and plans as many epochs as d.seconds allow. */
+static ckca_status ckca__fit_time(ckca__update *u) {
+    ckca_model *m = u->m;
+    double sums[4], began = ckca__seconds(), now, first = 0, step, epoch, left;
+    int steps = 0;
+    ckca_status status;
+    ckca_shuffle(u->d.seed, 0, u->data->count, u->order);
+    do {
+        if ((status = ckca__train_step(u, u->order, u->d.batch))) return status;
+        ckca__device_download(u->ctx, sums, u->buffers.sums, sizeof sums); /* waits for the step */
+        if ((status = ckca__device_status(u->ctx))) return status;
+        now = ckca__seconds();
+        if (!steps++) first = now; /* the first step wakes the threads and touches new memory */
+    } while (now - u->start < (double)u->d.seconds / 2 &&
+             (steps < 2 || (steps < 12 && now - first < (double)u->d.seconds * 0.02)));
+    step = steps > 1 ? (now - first) / (steps - 1) : now - began;
+    epoch = step * u->batches;
+    left = ((double)u->d.seconds - (now - u->start)) * 0.9;
+    if (left < epoch)
+        return ckca__fail(
+            u->ctx, CKCA_EINVAL,
+            "update: seconds is %g, of which %.3g are used: the epoch of %d pictures takes %.3g; there is "
+            "time for one of %.0f pictures",
+            (double)u->d.seconds, now - u->start, u->data->count, epoch,
+            left > 0 ? floor(left / epoch * u->data->count) : 0.0);
+    ckca__device_copy(u->ctx, m->values, u->old->values, m->all * sizeof(float));
+    m->batches_tracked = u->old->batches_tracked;
+    m->folded_valid = 0;
+    ckca__shorten(u, left / epoch < u->d.epochs ? (int)(left / epoch) : u->d.epochs);
+    return CKCA_OK;
+}
+
+/* Shortens the update to so many epochs, its schedule in proportion. */
+static void ckca__shorten(ckca__update *u, int epochs) {
+    const float part = (float)epochs / (float)u->d.epochs;
+    if (epochs == u->d.epochs) return;
+    u->d.warmup_epochs *= part;
+    u->d.step_epochs *= part;
+    u->d.epochs = epochs;
 }
 
 /* Checks that teacher t fits the student: input, classes, normalisation, and what FeatReg compares. */
@@ -5992,7 +6130,8 @@ CKCA_API ckca_status ckca_predict(ckca_model *m, const unsigned char *pixels, in
 static ckca_status ckca__evaluate_all(ckca_model *m, const ckca_model *like, const ckca_data *data, ckca_score *score,
                                       float *per_class, float *cache_logits, float *cache_features) {
     ckca_context *ctx = m->ctx;
-    const int batch = data->count < CKCA__EVAL_BATCH ? data->count : CKCA__EVAL_BATCH;
+    const int most = m->evaluation_batch ? m->evaluation_batch : CKCA__EVAL_BATCH;
+    const int batch = data->count < most ? data->count : most;
     const size_t hit_bytes = (size_t)data->count * sizeof(int);
     int first, i, n, top1 = 0, top5 = 0, *seen = NULL, *position = NULL, *hit = NULL, *device_hit = NULL;
     double loss = 0;
@@ -6723,6 +6862,17 @@ static int ckca__reserve_zeroed(const ckca_model *m, float **arena) {
     return *arena != NULL;
 }
 
+/* Bytes that a model needs in a mode for n pictures, beside its weights: ckca__measure for any mode. */
+static ckca_status ckca__mode_bytes(const ckca_model *model, int n, int mode, size_t *bytes) {
+    ckca_model *m = (ckca_model *)(uintptr_t)model; /* planning sets offsets, which no caller can see */
+    ckca_bytes measured;
+    ckca_status status = CKCA_OK;
+    if (!m->plan_values[mode]) status = ckca__plan(m, mode);
+    if (!status) status = ckca__measure(m, n, mode, &measured);
+    if (!status) *bytes = measured.total - m->all * sizeof(float);
+    return status;
+}
+
 CKCA_API ckca_status ckca_model_bytes(const ckca_model *model, int batch, int training, ckca_bytes *bytes) {
     ckca_model *m = (ckca_model *)(uintptr_t)model; /* planning sets offsets, which no caller can see */
     ckca__bound bound = {"batch", 0, 1, CKCA__BATCH_MAX, 0};
@@ -7100,6 +7250,7 @@ typedef struct ckca__st_item {
 
 /* In SAFETENSORS: */
 static void ckca__text_puts(ckca__text *text, const char *string);
+static void ckca__text_number(ckca__text *text, uint64_t value);
 static char *ckca__names_to_json(ckca_context *ctx, const char *const *names, int n);
 static ckca_status ckca__names_from_json(ckca_context *ctx, const char *path, const char *text, char ***names, int *n);
 static void ckca__st_close(ckca__st_file *file);
@@ -7715,15 +7866,15 @@ static void ckca__state_difference(const ckca__update *u, const char *settings, 
         at = strstr(settings, key);
         if (!at) continue; /* an older library wrote the state and did not know the setting */
         at += strlen(key);
-        if (!ckca__parse_decimal(&at, &was) || (float)was == (float)ckca__setting_get(&u->d, s)) continue;
-        snprintf(out, capacity, "its %s was %.7g, now it is %.7g", s->name, was, ckca__setting_get(&u->d, s));
+        if (!ckca__parse_decimal(&at, &was) || (float)was == (float)ckca__setting_get(&u->asked, s)) continue;
+        snprintf(out, capacity, "its %s was %.7g, now it is %.7g", s->name, was, ckca__setting_get(&u->asked, s));
         return;
     }
 }
 
 /* Writes the training state. ckca.state is the fingerprint, epoch, batch, correct predictions, and the bits of the three
-   sums, each as 16 hexadecimal digits; then the settings as name=value, for ckca__state_difference. A space follows each
-   of them. */
+   sums, each as 16 hexadecimal digits; then the settings as name=value, for ckca__state_difference, and, where seconds
+   are limited, the planned epochs as plan=value. A space follows each of them. */
 static ckca_status ckca__state_save(ckca__update *u) {
     uint64_t field[7];
     char numbers[7 * 17 + 1];
@@ -7742,11 +7893,16 @@ static ckca_status ckca__state_save(ckca__update *u) {
                  (unsigned long)(field[i] & 0xffffffffu));
     ckca__text_puts(&text, numbers);
     for (i = 0; i < CKCA__SETTINGS; i++) {
-        const float value = (float)ckca__setting_get(&u->d, &ckca__settings[i]);
+        const float value = (float)ckca__setting_get(&u->asked, &ckca__settings[i]);
         if (!ckca__settings[i].affects_result) continue;
         ckca__text_puts(&text, ckca__settings[i].name);
         ckca__text_puts(&text, "=");
         ckca__text_floats(&text, &value, 1);
+        ckca__text_puts(&text, " ");
+    }
+    if (u->d.seconds > 0) {
+        ckca__text_puts(&text, "plan=");
+        ckca__text_number(&text, (uint64_t)u->d.epochs);
         ckca__text_puts(&text, " ");
     }
     status = text.failed ? ckca__fail(u->ctx, CKCA_ENOMEM, "%s: out of memory for saving it", ckca__tail(u->d.state))
@@ -7841,6 +7997,16 @@ static ckca_status ckca__state_load(ckca__update *u, int *found) {
                             "saved: finish that update, or remove the file to start over",
                             path,
                             *difference ? difference : "other pictures, weights, mean, std, seed, teacher or settings");
+    }
+    if (!status && u->d.seconds > 0) { /* the time is planned already */
+        const char *plan = strstr(text + 7 * 17 - 1, " plan=");
+        double epochs = 0;
+        if (plan) plan += 6;
+        if (!plan || !ckca__parse_decimal(&plan, &epochs) || !(epochs >= 1 && epochs <= u->d.epochs))
+            status =
+                ckca__fail(u->ctx, CKCA_EFORMAT, "%s: ckca.state plans %.0f epochs of %d", path, epochs, u->d.epochs);
+        else
+            ckca__shorten(u, (int)epochs);
     }
     if (!status &&
         (field[1] >= (uint64_t)u->d.epochs || field[2] > (uint64_t)u->batches || field[3] > (uint64_t)u->data->count))

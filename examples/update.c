@@ -35,6 +35,8 @@ int main(int argc, char **argv) {
         {"--w-kd", TOOL_FLOAT, &update.w_kd, 0, 1000, "X", "weight of the distillation, 0: off [the library's]", 0},
         {"--w-feat", TOOL_FLOAT, &update.w_feat, 0, 1000, "X", "weight of the feature term, 0: off [the library's]", 0},
         {"--augment", TOOL_SWITCH, &augment, 0, 0, NULL, "random crop with 4 pixels of padding, random flip", 0},
+        {"--seconds", TOOL_FLOAT, &update.seconds, 0.01, 1e9, "X", "fewer epochs, so that it takes at most X [no limit]", 0},
+        {"--memory", TOOL_FLOAT, &update.memory_mb, 0.1, 1e9, "MB", "smaller batches, so that they fit [no limit]", 0},
         {"--seed", TOOL_SEED, &update.seed, 0, 0, "N", "of order and augmentation", 0},
         TOOL_DEVICE_FLAGS(desc),
         {"--state-seconds", TOOL_FLOAT, &update.state_seconds, 0.001, 1e6, "X", "between training states [30]", 0},

@@ -1,6 +1,18 @@
 /* The library in other people's programs: ONNX models, read back by a small protobuf reader and run by plain loops
    (tests/test_python.sh has ONNX Runtime run them); the sizes of structures; budgets of time and memory. */
 #define _POSIX_C_SOURCE 200809L
+#include <time.h>
+
+/* The library's clock: a millisecond passes with every look at it, so that plans do not depend on the machine. */
+static long clock_looks;
+static int test_clock(struct timespec *now) {
+    clock_looks++;
+    now->tv_sec = clock_looks / 1000;
+    now->tv_nsec = clock_looks % 1000 * 1000000;
+    return 0;
+}
+#define clock_gettime(clock, now) test_clock(now)
+
 #define CKCA_IMPLEMENTATION
 #include "ckca.h"
 
@@ -650,6 +662,247 @@ static void test_sizes(void) {
     CHECK(!strcmp(ckca_version(), CKCA_VERSION), "version %s", ckca_version());
 }
 
+/* ---- budgets ---- */
+
+/* Memory of a context that knows its peak. */
+typedef struct gauge {
+    size_t live, peak;
+} gauge;
+static void *gauge_alloc(size_t bytes, void *user) {
+    gauge *g = (gauge *)user;
+    g->live += bytes;
+    if (g->live > g->peak) g->peak = g->live;
+    return malloc(bytes);
+}
+static void gauge_release(void *memory, size_t bytes, void *user) {
+    ((gauge *)user)->live -= bytes;
+    free(memory);
+}
+
+static ckca_data *stripes(ckca_context *ctx, int count) {
+    static unsigned char pixels[64 * 8 * 8];
+    static int labels[64];
+    ckca_array array;
+    ckca_data *data = NULL;
+    int i;
+    memset(&array, 0, sizeof array);
+    for (i = 0; i < count * 64; i++) {
+        const int down = labels[i / 64] = i / 64 % 2;
+        pixels[i] = (unsigned char)(100 + 80 * noise() + (float)((down ? i : i / 8) % 2 * 50));
+    }
+    array.pixels = pixels;
+    array.labels = labels;
+    array.count = count;
+    array.height = array.width = 8;
+    array.channels = 1;
+    array.classes = 2;
+    if (ckca_open_array(ctx, &data, &array, NULL)) printf("FAIL: %s\n", ckca_error(ctx)), exit(1);
+    return data;
+}
+
+static ckca_model *small(ckca_context *ctx) {
+    ckca_model *m = NULL;
+    ckca_model_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.height = desc.width = 8;
+    desc.channels = 1;
+    desc.classes = 2;
+    desc.width_base = 4;
+    if (ckca_resnet(ctx, &m, "resnet8", &desc)) printf("FAIL: %s\n", ckca_error(ctx)), exit(1);
+    return m;
+}
+
+static void test_memory(void) {
+    static const struct {
+        ckca_method method;
+        ckca_featreg featreg;
+        int pad;
+    } cases[] = {{CKCA_METHOD_CKCA, CKCA_FEATREG_STAGES, 1},
+                 {CKCA_METHOD_CKCA, CKCA_FEATREG_RELATION, 0},
+                 {CKCA_METHOD_LWF, CKCA_FEATREG_STAGES, 0},
+                 {CKCA_METHOD_SHRINK_PERTURB, CKCA_FEATREG_STAGES, 0}};
+    size_t i;
+    for (i = 0; i < sizeof cases / sizeof *cases; i++) {
+        gauge g = {0, 0};
+        ckca_desc desc;
+        ckca_context *ctx;
+        ckca_data *data;
+        ckca_model *m;
+        ckca_update_desc d;
+        ckca_status status;
+        size_t before, bytes = 0, whole = 0, more = 0;
+        memset(&desc, 0, sizeof desc);
+        memset(&d, 0, sizeof d);
+        desc.threads = 1;
+        desc.alloc = gauge_alloc;
+        desc.release = gauge_release;
+        desc.user = &g;
+        if (ckca_init(&ctx, &desc)) exit(1);
+        data = stripes(ctx, 64);
+        m = small(ctx);
+        m->updates = 1; /* so that the method has a teacher */
+        d.method = cases[i].method;
+        d.featreg = cases[i].featreg;
+        d.augment.pad = cases[i].pad;
+        d.epochs = 1;
+        d.state = "build/memory.state";
+        CHECK(!ckca_update_defaults(m, data, &d) && d.batch == 64, "batch %d: %s", d.batch, ckca_error(ctx));
+        CHECK(!ckca__update_bytes(m, data, &d, 9, &bytes) && !ckca__update_bytes(m, data, &d, 10, &more) &&
+                  !ckca__update_bytes(m, data, &d, 64, &whole),
+              "%s", ckca_error(ctx));
+        CHECK(bytes < more && more < whole, "%.0f, %.0f, %.0f bytes for 9, 10, 64", (double)bytes, (double)more,
+              (double)whole);
+        d.memory_mb = (float)((double)(bytes / 2 + more / 2) * 1e-6);
+        CHECK(!ckca_update_defaults(m, data, &d) && d.batch == 9, "batch %d in %g MB: %s", d.batch, (double)d.memory_mb,
+              ckca_error(ctx));
+        d.batch = 0;
+        before = g.live;
+        g.peak = 0;
+        CHECK(!ckca_update(m, data, &d, NULL), "%s", ckca_error(ctx));
+        CHECK((double)(g.peak - before) <= (double)d.memory_mb * 1e6, "case %d: peak %.0f bytes, %g MB were allowed",
+              (int)i, (double)(g.peak - before), (double)d.memory_mb);
+        CHECK((double)(g.peak - before) >= 0.6 * (double)d.memory_mb * 1e6,
+              "case %d: peak %.0f bytes, far below the %g MB allowed", (int)i, (double)(g.peak - before),
+              (double)d.memory_mb);
+        CHECK(m->evaluation_batch == 0, "the evaluations after an update are limited too");
+        d.memory_mb = 0.02f;
+        status = ckca_update(m, data, &d, NULL);
+        expect(ctx, "memory", status, CKCA_EINVAL, "memory_mb is 0.02, but a batch of 1 needs");
+        d.memory_mb = -3;
+        expect(ctx, "memory", ckca_update(m, data, &d, NULL), CKCA_EINVAL, "memory_mb is -3");
+        remove("build/memory.state");
+        ckca_model_free(m);
+        ckca_data_free(data);
+        ckca_context_free(ctx);
+    }
+}
+
+typedef struct seen {
+    int stop_at, calls, epochs;
+    float lr;
+} seen;
+static int watch(const ckca_progress *p, void *user) {
+    seen *s = (seen *)user;
+    s->epochs = p->epochs;
+    s->lr = p->lr;
+    return ++s->calls == s->stop_at;
+}
+
+static int same_values(ckca_model *a, ckca_model *b) { return !memcmp(a->values, b->values, a->all * sizeof(float)); }
+
+static void test_seconds(void) {
+    static const char state[] = "build/seconds.state";
+    ckca_context *ctx = new_context(1);
+    ckca_data *data = stripes(ctx, 24);
+    ckca_model *start = small(ctx), *m = NULL, *other = NULL;
+    ckca_update_desc d, plain;
+    ckca_report report, second;
+    seen s = {0, 0, 0, 0};
+    unsigned char *bytes;
+    size_t size;
+    FILE *file;
+    char *plan;
+    memset(&d, 0, sizeof d);
+    d.epochs = 2;
+    d.batch = 10;
+    CHECK(!ckca_update(start, data, &d, NULL), "%s", ckca_error(ctx));
+
+    /* time for everything: the update without a limit */
+    ckca_model_copy(&m, start);
+    ckca_model_copy(&other, start);
+    d.seconds = 1000;
+    plain = d;
+    plain.seconds = 0;
+    CHECK(!ckca_update(m, data, &d, &report) && !ckca_update(other, data, &plain, &second), "%s", ckca_error(ctx));
+    CHECK(report.epochs == 2 && report.steps == 6 && same_values(m, other), "%d epochs, %d steps, or other bits",
+          report.epochs, report.steps);
+    CHECK(m->batches_tracked == other->batches_tracked, "%.0f passes are counted, not %.0f", (double)m->batches_tracked,
+          (double)other->batches_tracked);
+    ckca_model_free(m);
+    ckca_model_free(other);
+
+    /* time for part of it: a whole schedule of fewer epochs */
+    ckca_model_copy(&m, start);
+    ckca_model_copy(&other, start);
+    d.epochs = 3000;
+    d.warmup_epochs = 300;
+    d.seconds = 0.03f; /* one look per SGD step: 30 steps, less what measuring took, less a tenth */
+    d.progress = watch;
+    d.user = &s;
+    CHECK(!ckca_update(m, data, &d, &report), "%s", ckca_error(ctx));
+    CHECK(report.epochs == 8 && report.steps == 3 * 8 && s.epochs == 8, "%d epochs, %d steps, %d epochs in progress",
+          report.epochs, report.steps, s.epochs);
+    CHECK(report.seconds <= 0.03 && report.seconds > 0.02, "it took %g s, 0.03 were allowed", report.seconds);
+    CHECK(s.lr < 0.001f, "after %d epochs the learning rate is %g", report.epochs, (double)s.lr);
+    plain = d;
+    plain.seconds = 0;
+    plain.progress = NULL;
+    plain.epochs = report.epochs;
+    plain.warmup_epochs *= (float)report.epochs / 3000.0f;
+    CHECK(!ckca_update(other, data, &plain, NULL) && same_values(m, other), "other bits than %d epochs without a limit",
+          report.epochs);
+    ckca_model_free(m);
+    ckca_model_free(other);
+
+    /* stopped and resumed: the state's plan */
+    ckca_model_copy(&m, start);
+    ckca_model_copy(&other, start);
+    d.state = state;
+    s.calls = 0;
+    s.stop_at = 5;
+    expect(ctx, "stop", ckca_update(m, data, &d, NULL), CKCA_ESTOP, "was stopped");
+    ckca_model_free(m);
+    ckca_model_copy(&m, start);
+    file = fopen(state, "rb");
+    bytes = (unsigned char *)calloc(1, 1 << 20);
+    size = file ? fread(bytes, 1, (1 << 20) - 1, file) : 0;
+    if (file) fclose(file);
+    plan = strstr((char *)bytes + 8, " plan=");
+    CHECK(size && plan, "the state holds no plan");
+    if (plan) { /* a plan that makes no sense */
+        plan[6] = '0';
+        put(state, bytes, size);
+        expect(ctx, "plan", ckca_update(m, data, &d, NULL), CKCA_EFORMAT, "ckca.state plans 0 epochs of 3000");
+        CHECK(same_values(m, start), "a refused state changed the model");
+    }
+    free(bytes);
+    remove(state);
+    ckca_model_free(m);
+    ckca_model_copy(&m, start);
+    s.calls = 0;
+    s.stop_at = 5;
+    CHECK(ckca_update(m, data, &d, NULL) == CKCA_ESTOP, "%s", ckca_error(ctx));
+    ckca_model_free(m);
+    ckca_model_copy(&m, start);
+    plain.epochs = s.epochs;
+    plain.warmup_epochs = d.warmup_epochs * ((float)s.epochs / 3000.0f);
+    s.stop_at = 0;
+    CHECK(!ckca_update(m, data, &d, &report) && report.epochs == plain.epochs, "%d epochs, the plan was %d: %s",
+          report.epochs, plain.epochs, ckca_error(ctx));
+    CHECK(!ckca_update(other, data, &plain, NULL) && same_values(m, other), "resumed, it has other bits");
+    d.seconds = 0.04f;
+    ckca_model_free(m);
+    ckca_model_copy(&m, start);
+    expect(ctx, "another", ckca_update(m, data, &d, NULL), CKCA_EINVAL, "its seconds was 0.03, now it is 0.04");
+    remove(state);
+
+    /* no time */
+    d.state = NULL;
+    d.seconds = 0.004f;
+    expect(ctx, "no time", ckca_update(m, data, &d, NULL), CKCA_EINVAL,
+           "the epoch of 24 pictures takes 0.003; there is time for one of");
+    CHECK(same_values(m, start) && m->updates == start->updates, "a refused update changed the model");
+    d.seconds = -2;
+    expect(ctx, "seconds", ckca_update(m, data, &d, NULL), CKCA_EINVAL, "seconds is -2");
+    d.seconds = NAN;
+    expect(ctx, "seconds", ckca_update(m, data, &d, NULL), CKCA_EINVAL, "seconds");
+    ckca_model_free(m);
+    ckca_model_free(other);
+    ckca_model_free(start);
+    ckca_data_free(data);
+    ckca_context_free(ctx);
+}
+
 int main(void) {
     test_enter();
     test_group("ONNX: graphs of every layer, run by plain loops");
@@ -660,6 +913,10 @@ int main(void) {
     fail_each_allocation("onnx", onnx_job);
     test_group("sizes of structures");
     test_sizes();
+    test_group("memory budget");
+    test_memory();
+    test_group("time budget");
+    test_seconds();
     test_leave();
     return test_summary();
 }
