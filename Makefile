@@ -11,6 +11,8 @@
 #   make bench-peers        a table against PyTorch and this machine's peak rates. Installs PyTorch into build/peers
 #                           unless PYTHON has it; ROWS="train resnet20", ROUNDS=3 and more: see tests/bench_peers.py
 #   make install PREFIX=    ckca.h, ckca_cuda.cu, LICENSE and ckca.pc; DESTDIR is honoured
+#   make shared             build/libckca.so, a shared library for programs in other languages
+#   make install-shared     install, the shared library and ckca-shared.pc
 #   make clean
 #   make CUDA=1 ...         any of these for an NVIDIA GPU, with ckca_cuda.cu (needs the CUDA toolkit)
 #   make CUDA=1 bench-peers against PyTorch on the same GPU
@@ -33,6 +35,8 @@ WARNINGS = -Wall -Wextra -Wpedantic
 PREFIX ?= /usr/local
 TIME ?= 60
 VERSION := $(shell sed -n 's/.*define CKCA_VERSION "\(.*\)".*/\1/p' ckca.h 2>/dev/null)
+# Before 1.0 a new minor version may change declarations, after that only a new major one.
+SONAME := libckca.so.$(shell echo $(VERSION) | sed 's/\.[0-9]*$$//; /^0/!s/\..*//')
 
 # Finds what this machine has by compiling probes, only for targets that compile.
 ifeq ($(filter clean help install,$(MAKECMDGOALS)),)
@@ -89,7 +93,8 @@ SHIM :=
 ONE := JOBS=1 # one test at a time may use the GPU's memory
 endif
 
-.PHONY: all demo test check bench bench-peers bench-cuda asan shim sanitize fuzz install clean help FORCE
+.PHONY: all demo test check bench bench-peers bench-cuda asan shim sanitize fuzz shared install install-shared clean \
+    help FORCE
 .DELETE_ON_ERROR:
 
 all: $(EXAMPLES)
@@ -216,6 +221,17 @@ fuzz: build/fuzz
 	mkdir -p build/corpus
 	FUZZ_SEEDS=build/corpus build/fuzz -max_len=6400 -max_total_time=$(TIME) -print_final_stats=1 -artifact_prefix=build/ build/corpus
 
+# Only the public names are visible. ckca_cuda.cu is compiled again, as code that may lie anywhere.
+build/libckca.so: ckca.h build/flags $(if $(CUDA),build/shared_cuda.o)
+	echo '#include "ckca.h"' | $(CC) $(ALL_CFLAGS) -fPIC -shared -fvisibility=hidden -DCKCA_IMPLEMENTATION \
+	    -DCKCA_API='__attribute__((visibility("default")))' -Wl,-soname,$(SONAME) -x c - -x none \
+	    $(if $(CUDA),build/shared_cuda.o) -o $@ $(LDFLAGS) $(LIBS)
+
+build/shared_cuda.o: ckca_cuda.cu ckca.h build/flags
+	$(NVCC) $(NVCC_FLAGS) -Xcompiler -fPIC,-fvisibility=hidden -c $< -o $@
+
+shared: build/libckca.so
+
 # ckca_cuda.cu is source that each program compiles for its own GPUs: pkg-config --variable=cuda_source ckca names it.
 install:
 	install -d '$(DESTDIR)$(PREFIX)/include' '$(DESTDIR)$(PREFIX)/lib/pkgconfig' '$(DESTDIR)$(PREFIX)/share/ckca' \
@@ -227,6 +243,14 @@ install:
 	    'cuda_source=$${prefix}/share/ckca/ckca_cuda.cu' '' 'Name: ckca' \
 	    'Description: Incremental training of image classifiers, a single C header' 'Version: $(VERSION)' \
 	    'Cflags: -I$${includedir}' 'Libs: -lm -pthread' > '$(DESTDIR)$(PREFIX)/lib/pkgconfig/ckca.pc'
+
+install-shared: install build/libckca.so
+	install -m 755 build/libckca.so '$(DESTDIR)$(PREFIX)/lib/libckca.so.$(VERSION)'
+	ln -sf libckca.so.$(VERSION) '$(DESTDIR)$(PREFIX)/lib/$(SONAME)'
+	ln -sf $(SONAME) '$(DESTDIR)$(PREFIX)/lib/libckca.so'
+	printf '%s\n' 'prefix=$(PREFIX)' 'includedir=$${prefix}/include' 'libdir=$${prefix}/lib' '' 'Name: ckca-shared' \
+	    'Description: ckca as a shared library' 'Version: $(VERSION)' \
+	    'Cflags: -I$${includedir}' 'Libs: -L$${libdir} -lckca' > '$(DESTDIR)$(PREFIX)/lib/pkgconfig/ckca-shared.pc'
 
 clean:
 	rm -rf build

@@ -93,6 +93,7 @@
                      >>plan         memory planning: the address of every value and gradient
                      >>checkpoint   checkpoints and training states
                      >>safetensors  the file format, and the JSON it needs
+                     >>onnx         the network as an ONNX model
        the engine    >>reference    what every op computes, in plain loops: a readable ResNet
        for the CPU   >>threads      the thread pool
                      >>vector       vector kernels, compiled once per instruction set
@@ -171,6 +172,19 @@
        The state of another update (other pictures, weights or settings) is refused with CKCA_EINVAL, never overwritten.
        During an update net.state.lock is locked (flock), and a second update with that state fails with CKCA_EIO. The
        lock ends with its process. Systems and file systems without flock have no such check.
+
+   BUDGETS
+       ckca_update_desc.memory_mb bounds what an update allocates beside the model's weights and the pictures. It
+       lowers batch (from its value or 64) to the largest that fits; ckca_update_defaults shows it. If not even a batch
+       of 1 fits, the update fails with CKCA_EINVAL. A smaller batch usually wants a smaller lr.
+       ckca_update_desc.seconds bounds the time of the call. A few SGD steps are timed and undone; then as many whole
+       epochs are planned, up to epochs, as fit into nine tenths of the time that is left, with the warm-up and the
+       steps of the schedule shortened in proportion, so that it still ends as a whole one does. If not even one epoch
+       fits, the update fails with CKCA_EINVAL and says for how many pictures there is time. The plan is made once: a
+       machine that becomes slower later takes longer. Two runs may plan different numbers of epochs (ckca_report.epochs),
+       and then differ; each is bitwise the update with those epochs, warmup_epochs and step_epochs and no limit. A
+       training state holds the plan, so a killed run resumes to bitwise the result that it was going to have; the time
+       before the kill does not count.
 
    FILE FORMATS
        Checkpoints are safetensors with torchvision's parameter names; safetensors.torch.load_file and load_state_dict
@@ -299,6 +313,10 @@ CKCA_API void ckca_context_free(ckca_context *ctx);
 CKCA_API const char *ckca_error(const ckca_context *ctx);
 /* "ok", "bad argument", ... for any status. */
 CKCA_API const char *ckca_status_name(ckca_status status);
+/* For bindings of other languages, to refuse a library that their declarations do not fit: its CKCA_VERSION, and the
+   sizeof of a public structure by name ("ckca_update_desc"); 0: there is none of this name. */
+CKCA_API const char *ckca_version(void);
+CKCA_API size_t ckca_struct_size(const char *name);
 /* The device that runs the kernels, for example "host avx512 x2" or "cuda NVIDIA H100 tf32". Owned by the context. */
 CKCA_API const char *ckca_device(const ckca_context *ctx);
 
@@ -556,6 +574,9 @@ typedef struct ckca_update_desc {
     float label_smoothing;                   /* 0 to 1; 0: none */
     ckca_augment augment;
     uint64_t seed; /* of order and augmentation (and of the fresh weights of SCRATCH and SHRINK_PERTURB) */
+    /* budgets, see BUDGETS */
+    float seconds;   /* of the call, up to 1e9; epochs (with warmup_epochs, step_epochs) shrinks to fit. 0: no limit */
+    float memory_mb; /* of the call, in 1e6 bytes, up to 1e9; batch shrinks to fit. 0: no limit */
     /* files and reports */
     const char *state;   /* path of a training state; NULL: none. Written every state_seconds and at the end, removed by
                             the model's next ckca_save. If the file exists at the start, the update resumes from it, to
@@ -570,6 +591,7 @@ typedef struct ckca_update_desc {
 typedef struct ckca_report {
     int updates;                     /* updates of the model, including this one if it succeeded */
     int steps;                       /* SGD steps of this update */
+    int epochs;                      /* of this update: desc's, or as many as its seconds had time for */
     double loss, kd, feat, accuracy; /* means over the last epoch; kd and feat before w_kd and w_feat */
     double teacher_accuracy;         /* of the teacher on data, 0 to 1; -1: no teacher */
     double seconds;                  /* of this call */
@@ -664,6 +686,24 @@ CKCA_API ckca_status ckca_load_memory(ckca_context *ctx, ckca_model **model, con
 CKCA_API ckca_status ckca_load_weights_memory(ckca_model *model, const void *bytes, size_t size);
 CKCA_API ckca_status ckca_load_backbone_memory(ckca_model *model, const void *bytes, size_t size,
                                                ckca_backbone *report);
+
+typedef struct ckca_onnx_desc {
+    int fold_batchnorm;   /* 1: a batch norm is folded into the convolution before it: fewer nodes, but that weight is
+                             not the checkpoint's any more, and has a bias */
+    int normalized_input; /* 1: the input is (v / 255 - mean) / std of each byte v; 0: it is v, a float from 0 to 255,
+                             and the graph normalises it (the model's mean and std must be known) */
+} ckca_onnx_desc;
+/* Writes the network in evaluation as an ONNX model, for ONNX Runtime and other programs: opset 13, IR version 7,
+   float32. Its input "input" is N x C x H x W (ONNX's order, not this library's), its output "logits" is N x classes; N
+   is free. Initialisers have the checkpoint's names, values and shapes (but C x 1 x 1 for group norms), metadata the
+   checkpoint's keys ckca.version, arch, classes, step, class_names, mean and std. A file of 2 GiB or more is refused,
+   since protobuf cannot hold it (CKCA_EINVAL). desc may be NULL. Files are replaced as by ckca_save; the memory form
+   works like ckca_save_memory. Neither removes training states: this library does not read ONNX models back. */
+#ifndef CKCA_NO_STDIO
+CKCA_API ckca_status ckca_save_onnx(ckca_model *model, const char *path, const ckca_onnx_desc *desc);
+#endif
+CKCA_API ckca_status ckca_save_onnx_memory(ckca_model *model, const ckca_onnx_desc *desc, void *out, size_t capacity,
+                                           size_t *size);
 
 /* ===================================================================================================================
    API: ADVANCED                                                                                            >>advanced
@@ -1317,6 +1357,41 @@ CKCA_API void ckca_context_free(ckca_context *ctx) {
 }
 
 CKCA_API const char *ckca_device(const ckca_context *ctx) { return ctx ? ctx->device : ""; }
+
+CKCA_API const char *ckca_version(void) { return CKCA_VERSION; }
+
+CKCA_API size_t ckca_struct_size(const char *name) {
+    /* clang-format off */
+#define CKCA__TYPE(type) #type, sizeof(type)
+    static const struct {
+        const char *name;
+        size_t size;
+    } types[] = {
+        {CKCA__TYPE(ckca_desc)},
+        {CKCA__TYPE(ckca_data_desc)},
+        {CKCA__TYPE(ckca_data_info)},
+        {CKCA__TYPE(ckca_array)},
+        {CKCA__TYPE(ckca_split_desc)},
+        {CKCA__TYPE(ckca_model_desc)},
+        {CKCA__TYPE(ckca_model_info)},
+        {CKCA__TYPE(ckca_augment)},
+        {CKCA__TYPE(ckca_progress)},
+        {CKCA__TYPE(ckca_update_desc)},
+        {CKCA__TYPE(ckca_report)},
+        {CKCA__TYPE(ckca_score)},
+        {CKCA__TYPE(ckca_onnx_desc)},
+        {CKCA__TYPE(ckca_bytes)},
+        {CKCA__TYPE(ckca_tensor_info)},
+        {CKCA__TYPE(ckca_conv_desc)},
+        {CKCA__TYPE(ckca_sgd_desc)},
+    };
+#undef CKCA__TYPE
+    /* clang-format on */
+    size_t i;
+    for (i = 0; name && i < sizeof types / sizeof *types; i++)
+        if (!strcmp(types[i].name, name)) return types[i].size;
+    return 0;
+}
 
 /* ---- memory ---- */
 
@@ -3761,6 +3836,7 @@ struct ckca_model {
     int n;                  /* its pictures; 0: its outputs are no longer there */
     int mode;               /* CKCA__MODE_... */
     ckca__unsaved *unsaved; /* finished updates whose result is not saved yet */
+    int evaluation_batch;   /* pictures at a time in ckca__evaluate_all; 0: CKCA__EVAL_BATCH */
     int recompute_outputs;  /* 1: backward recomputes batch norms' outputs; 0, on a GPU with memory: they are kept */
 };
 
@@ -5224,8 +5300,10 @@ typedef struct ckca__update {
     ckca_model *old;     /* a copy of the model before the update: restored on failure, and the default teacher */
     ckca_model *teacher; /* old, or a copy of desc->teacher, or NULL if no term of the loss needs one */
     const ckca_data *data;
-    ckca_update_desc d; /* with all defaults set; unused terms of the loss have weight 0 */
-    int mode;           /* of the student's forward pass */
+    ckca_update_desc d;     /* with all defaults set and planned in time; unused terms of the loss have weight 0 */
+    ckca_update_desc asked; /* d before ckca__shorten */
+    double start;           /* of the call, in seconds */
+    int mode;               /* of the student's forward pass */
     /* The teacher's outputs on all pictures, count x classes and count x features; NULL: computed for each batch. */
     float *cache_logits, *cache_features;
     size_t cache_logits_bytes, cache_features_bytes;
@@ -5302,6 +5380,8 @@ static const ckca__setting ckca__settings[] = {
     {CKCA__AT(augment.resized_crop),  0,    0,       0,     1,                         0,   1},
     {CKCA__AT(augment.crop_min),      1,    0,       0,     1,                         0,   1},
     {CKCA__AT(augment.jitter),        1,    0,       0,     1,                         0,   1},
+    {CKCA__AT(seconds),               1,    0,       0,     1e9,                       0,   1},
+    {CKCA__AT(memory_mb),             1,    0,       0,     1e9,                       0,   1},
     {CKCA__AT(state_seconds),         1,    30,      0,     1e9,                       0,   0},
 };
 #undef CKCA__AT
@@ -5418,6 +5498,9 @@ static int ckca__augments(const ckca_augment *a);
 static ckca_status ckca__cache_features(ckca__update *u);
 static int ckca__has_momentum(const ckca_model *m, const ckca__parameter *p);
 static ckca_status ckca__starting_weights(ckca__update *u);
+static ckca_status ckca__fit_memory(const ckca_model *model, const ckca_data *data, ckca_update_desc *d);
+static ckca_status ckca__fit_time(ckca__update *u);
+static void ckca__shorten(ckca__update *u, int epochs);
 static ckca_status ckca__fingerprint(ckca__update *u);
 static void ckca__make_batch(const ckca_model *m, const ckca_data *data, int n, const ckca_augment *augment,
                              uint64_t seed, const ckca__batch_buffers *b, float *input);
@@ -5446,6 +5529,7 @@ static void ckca__clear_has_grad(ckca_model *m);
 static void ckca__run_sgd(ckca_model *m, const ckca_sgd_desc *d, const float *lr, float *gscale);
 
 /* In MEMORY PLAN: */
+static ckca_status ckca__mode_bytes(const ckca_model *model, int n, int mode, size_t *bytes);
 static ckca_status ckca__reserve(ckca_model *m, int n, int mode);
 static int ckca__arena(ckca_context *ctx, void **arena, size_t *capacity, size_t bytes);
 
@@ -5473,6 +5557,7 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     u->ctx = m->ctx;
     u->m = m;
     u->data = data;
+    u->start = start;
     u->teacher_accuracy = -1;
     u->lock = -1;
     u->unlabelled_pass = -1;
@@ -5525,6 +5610,7 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     ckca__release(u->ctx, u->learnt.count);
     ckca__release(u->ctx, u->unlabelled_order);
     ckca__release(u->ctx, u->order);
+    m->evaluation_batch = 0;
     if (u->teacher != u->old) ckca_model_free(u->teacher);
     ckca_model_free(u->old);
     return status;
@@ -5601,6 +5687,7 @@ static void ckca__fill_report(const ckca__update *u, double seconds, ckca_report
     memset(report, 0, sizeof *report);
     report->updates = u->m->updates;
     report->steps = u->epoch * u->batches + u->batch;
+    report->epochs = u->d.epochs;
     report->teacher_accuracy = u->teacher_accuracy;
     report->seconds = seconds;
     report->w_kd = (double)u->factors.kd;
@@ -5920,6 +6007,7 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
     ckca__settings_resolve_off(&u->d);
     u->factors = ckca__growth(&u->d, u->d.teacher_pictures, u->data->count);
     if (u->d.w_kd > 0) u->unlabelled = u->d.unlabelled;
+    u->asked = u->d;
     if (u->d.state && (status = ckca__state_open(u))) return status;
     if (u->d.teacher && u->d.teacher != m) teacher = u->d.teacher;
     if (!(u->d.w_kd > 0) && !(u->d.w_feat > 0)) teacher = NULL;
@@ -5945,6 +6033,10 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
     if ((status = ckca__reserve(m, ckca__step_pictures(u, u->d.batch), u->mode))) return status;
     u->known = u->teacher == u->old && m->known ? m->known : m->classes;
     if (u->d.w_kd > 0 && u->known < m->classes && (status = ckca__prepare_known(u))) return status;
+    if (u->d.memory_mb > 0) {
+        m->evaluation_batch = u->d.batch;
+        if (u->teacher) u->teacher->evaluation_batch = u->d.batch;
+    }
     if (u->teacher && (status = ckca__prepare_teacher(u))) return status;
     if ((status = ckca__prepare_store(u->ctx, u->data->store, u->d.batch, &u->buffers))) return status;
     if (u->unlabelled &&
@@ -5959,13 +6051,11 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
             ckca__device_upload(u->ctx, u->buffers.sums, sums, sizeof sums);
         }
     }
-    if (!found) {
-        ckca__device_zero(u->ctx, m->momentum, m->trained * sizeof(float));
-        if ((status = ckca__starting_weights(u))) return status;
-    }
     m->frozen_valid = 0;
-    if ((status = ckca__prepare_frozen(m))) return status;
-    return ckca__cache_features(u);
+    if ((status = ckca__prepare_frozen(m)) || (status = ckca__cache_features(u)) || found) return status;
+    if (u->d.seconds > 0 && (status = ckca__fit_time(u))) return status;
+    ckca__device_zero(u->ctx, m->momentum, m->trained * sizeof(float));
+    return ckca__starting_weights(u);
 }
 
 /* If only the head is trained and nothing is augmented, the features of a picture are the same in every epoch. */
@@ -6013,8 +6103,114 @@ CKCA_API ckca_status ckca_update_defaults(const ckca_model *m, const ckca_data *
     ckca__settings_apply_defaults(&d);
     if (d.batch > data->count) d.batch = data->count;
     if (d.step_epochs == 0) d.step_epochs = (float)d.epochs / 3.0f;
+    if (d.memory_mb > 0 && (status = ckca__fit_memory(m, data, &d))) return status;
     *desc = d;
     return CKCA_OK;
+}
+
+/* What an update with these settings allocates beside the model's weights and the pictures, at a batch of n. */
+static ckca_status ckca__update_bytes(const ckca_model *m, const ckca_data *data, const ckca_update_desc *d, int n,
+                                      size_t *bytes) {
+    const ckca_model *t = d->teacher ? d->teacher : m;
+    const size_t weights = m->all * sizeof(float), count = (size_t)data->count;
+    const int stages = d->w_feat > 0 && ckca__featregs[d->featreg].stages, unlabelled = d->unlabelled && d->w_kd > 0;
+    const int pictures = unlabelled ? 2 * n : n; /* of an SGD step */
+    const size_t wide = (size_t)m->classes + (size_t)m->features;
+    const size_t outputs = ckca__mul(count, wide * sizeof(float));
+    size_t student, teacher = 0, copies = weights; /* of the weights: the model before the update */
+    size_t most = 0;
+    int i;
+    /* For each picture of a batch: labels, logits, ... in two sets of buffers; for each of the data: order, hits. */
+    const size_t buffers = ckca__mul((size_t)pictures * 2, (wide + 16) * sizeof(float)) +
+                           (4 * count + (unlabelled ? (size_t)d->unlabelled->count : 0)) * sizeof(int) +
+                           (size_t)m->classes * 16;
+    ckca_status status;
+    if ((status = ckca__mode_bytes(m, pictures, CKCA__MODE_TRAIN | (stages ? CKCA__MODE_STAGES : 0), &student))) return status;
+    if (d->w_kd > 0 || d->w_feat > 0) {
+        size_t evaluation, step;
+        if ((status = ckca__mode_bytes(t, pictures, CKCA__MODE_EVALUATE, &evaluation)) ||
+            (status = ckca__mode_bytes(t, pictures, stages ? CKCA__MODE_STAGES : CKCA__MODE_EVALUATE, &step)))
+            return status;
+        teacher = step > evaluation ? step : evaluation;
+        if (t != m) copies += t->all * sizeof(float);
+        if (!stages && !unlabelled && !ckca__augments(&d->augment) && outputs <= CKCA__CACHE_BYTES)
+            teacher = ckca__sum(teacher, outputs);
+        if (m->known) teacher = ckca__sum(teacher, ckca__mul((size_t)n * 6 + 6, (size_t)m->classes * sizeof(float)));
+    }
+    if (d->method == CKCA_METHOD_SHRINK_PERTURB) copies += weights;
+    if (ckca__fits_featreg(m, m, CKCA_FEATREG_CENTROID)) copies += 6 * (size_t)m->classes * (size_t)m->features * sizeof(float);
+    if (m->node[m->pooled].constant) copies += ckca__mul(count, (size_t)m->features * sizeof(float)); /* frozen features */
+    for (i = 0; i < m->parameters; i++)
+        if (m->parameter[i].count > most) most = m->parameter[i].count;
+    copies += 2 * most * sizeof(float) > weights ? 2 * most * sizeof(float) : weights; /* checks, training states */
+    *bytes = ckca__sum(ckca__sum(student, teacher), ckca__sum(copies, buffers));
+    *bytes = ckca__sum(*bytes, (size_t)m->nodes * (2 * sizeof *m->node) + 65536); /* lists of nodes, rounding up */
+    return CKCA_OK;
+}
+
+/* Lowers d->batch to the largest that d->memory_mb allows. */
+static ckca_status ckca__fit_memory(const ckca_model *m, const ckca_data *data, ckca_update_desc *d) {
+    const double limit = (double)d->memory_mb * 1e6;
+    int fits = 0, most = d->batch + 1; /* fits is known to fit, most is not */
+    size_t bytes = 0;
+    ckca_status status;
+    if ((status = ckca__update_bytes(m, data, d, 1, &bytes))) return status;
+    if ((double)bytes > limit)
+        return ckca__fail(m->ctx, CKCA_EINVAL,
+                          "update: memory_mb is %g, but a batch of 1 needs %.1f MB beside the "
+                          "weights (%.1f MB) and the pictures",
+                          (double)d->memory_mb, (double)bytes * 1e-6, (double)m->all * 4e-6);
+    for (fits = 1; most - fits > 1;) {
+        const int n = fits + (most - fits) / 2;
+        if ((status = ckca__update_bytes(m, data, d, n, &bytes))) return status;
+        if ((double)bytes <= limit)
+            fits = n;
+        else
+            most = n;
+    }
+    d->batch = fits;
+    return CKCA_OK;
+}
+
+/* Times a few SGD steps, undoes them, and plans as many epochs as d.seconds allow. */
+static ckca_status ckca__fit_time(ckca__update *u) {
+    ckca_model *m = u->m;
+    double sums[4], began = ckca__seconds(), now, first = 0, step, epoch, left;
+    int steps = 0;
+    ckca_status status;
+    ckca_shuffle(u->d.seed, 0, u->data->count, u->order);
+    do {
+        if ((status = ckca__train_step(u, u->order, u->d.batch))) return status;
+        ckca__device_download(u->ctx, sums, u->buffers.sums, sizeof sums); /* waits for the step */
+        if ((status = ckca__device_status(u->ctx))) return status;
+        now = ckca__seconds();
+        if (!steps++) first = now; /* the first step wakes the threads and touches new memory */
+    } while (now - u->start < (double)u->d.seconds / 2 &&
+             (steps < 2 || (steps < 12 && now - first < (double)u->d.seconds * 0.02)));
+    step = steps > 1 ? (now - first) / (steps - 1) : now - began;
+    epoch = step * u->batches;
+    left = ((double)u->d.seconds - (now - u->start)) * 0.9;
+    if (left < epoch)
+        return ckca__fail(
+            u->ctx, CKCA_EINVAL,
+            "update: seconds is %g, of which %.3g are used: the epoch of %d pictures takes %.3g; there is "
+            "time for one of %.0f pictures",
+            (double)u->d.seconds, now - u->start, u->data->count, epoch,
+            left > 0 ? floor(left / epoch * u->data->count) : 0.0);
+    ckca__device_copy(u->ctx, m->values, u->old->values, m->all * sizeof(float));
+    m->batches_tracked = u->old->batches_tracked;
+    m->folded_valid = 0;
+    ckca__shorten(u, left / epoch < u->d.epochs ? (int)(left / epoch) : u->d.epochs);
+    return CKCA_OK;
+}
+
+/* Shortens the update to so many epochs, its schedule in proportion. */
+static void ckca__shorten(ckca__update *u, int epochs) {
+    const float part = (float)epochs / (float)u->d.epochs;
+    if (epochs == u->d.epochs) return;
+    u->d.warmup_epochs *= part;
+    u->d.step_epochs *= part;
+    u->d.epochs = epochs;
 }
 
 /* Checks that teacher t fits the student: input, classes, normalisation, and what FeatReg compares. */
@@ -6548,7 +6744,8 @@ static ckca_status ckca__evaluate_all(ckca_model *m, const ckca_model *like, con
                                       float *per_class, float *cache_logits, float *cache_features,
                                       double *class_sums) {
     ckca_context *ctx = m->ctx;
-    const int batch = data->count < CKCA__EVAL_BATCH ? data->count : CKCA__EVAL_BATCH;
+    const int most = m->evaluation_batch ? m->evaluation_batch : CKCA__EVAL_BATCH;
+    const int batch = data->count < most ? data->count : most;
     const size_t hit_bytes = (size_t)data->count * sizeof(int);
     int first, i, n, top1 = 0, top5 = 0, *seen = NULL, *position = NULL, *hit = NULL, *device_hit = NULL;
     float *features = NULL; /* of one batch, on the host */
@@ -7669,6 +7866,17 @@ static int ckca__reserve_zeroed(const ckca_model *m, float **arena) {
     return *arena != NULL;
 }
 
+/* Bytes that a model needs in a mode for n pictures, beside its weights: ckca__measure for any mode. */
+static ckca_status ckca__mode_bytes(const ckca_model *model, int n, int mode, size_t *bytes) {
+    ckca_model *m = (ckca_model *)(uintptr_t)model; /* planning sets offsets, which no caller can see */
+    ckca_bytes measured;
+    ckca_status status = CKCA_OK;
+    if (!m->plan_values[mode]) status = ckca__plan(m, mode);
+    if (!status) status = ckca__measure(m, n, mode, &measured);
+    if (!status) *bytes = measured.total - m->all * sizeof(float);
+    return status;
+}
+
 CKCA_API ckca_status ckca_model_bytes(const ckca_model *model, int batch, int training, ckca_bytes *bytes) {
     ckca_model *m = (ckca_model *)(uintptr_t)model; /* planning sets offsets, which no caller can see */
     ckca__bound bound = {"batch", 0, 1, CKCA__BATCH_MAX, 0};
@@ -8050,6 +8258,7 @@ typedef struct ckca__st_item {
 /* In SAFETENSORS: */
 static void ckca__text_add(ckca__text *text, const char *bytes, size_t n);
 static void ckca__text_puts(ckca__text *text, const char *string);
+static void ckca__text_number(ckca__text *text, uint64_t value);
 static char *ckca__names_to_json(ckca_context *ctx, const char *const *names, int n);
 static ckca_status ckca__names_from_json(ckca_context *ctx, const char *path, const char *text, char ***names, int *n);
 static void ckca__st_close(ckca__st_file *file);
@@ -8889,15 +9098,15 @@ static void ckca__state_difference(const ckca__update *u, const char *settings, 
         at = strstr(settings, key);
         if (!at) continue; /* an older library wrote the state and did not know the setting */
         at += strlen(key);
-        if (!ckca__parse_decimal(&at, &was) || (float)was == (float)ckca__setting_get(&u->d, s)) continue;
-        snprintf(out, capacity, "its %s was %.7g, now it is %.7g", s->name, was, ckca__setting_get(&u->d, s));
+        if (!ckca__parse_decimal(&at, &was) || (float)was == (float)ckca__setting_get(&u->asked, s)) continue;
+        snprintf(out, capacity, "its %s was %.7g, now it is %.7g", s->name, was, ckca__setting_get(&u->asked, s));
         return;
     }
 }
 
 /* Writes the training state. ckca.state is the fingerprint, epoch, batch, correct predictions, and the bits of the three
-   sums, each as 16 hexadecimal digits; then the settings as name=value, for ckca__state_difference. A space follows each
-   of them. */
+   sums, each as 16 hexadecimal digits; then the settings as name=value, for ckca__state_difference, and, where seconds
+   are limited, the planned epochs as plan=value. A space follows each of them. */
 static ckca_status ckca__state_save(ckca__update *u) {
     uint64_t field[7];
     char numbers[7 * 17 + 1];
@@ -8916,11 +9125,16 @@ static ckca_status ckca__state_save(ckca__update *u) {
                  (unsigned long)(field[i] & 0xffffffffu));
     ckca__text_puts(&text, numbers);
     for (i = 0; i < CKCA__SETTINGS; i++) {
-        const float value = (float)ckca__setting_get(&u->d, &ckca__settings[i]);
+        const float value = (float)ckca__setting_get(&u->asked, &ckca__settings[i]);
         if (!ckca__settings[i].affects_result) continue;
         ckca__text_puts(&text, ckca__settings[i].name);
         ckca__text_puts(&text, "=");
         ckca__text_floats(&text, &value, 1);
+        ckca__text_puts(&text, " ");
+    }
+    if (u->d.seconds > 0) {
+        ckca__text_puts(&text, "plan=");
+        ckca__text_number(&text, (uint64_t)u->d.epochs);
         ckca__text_puts(&text, " ");
     }
     status = text.failed ? ckca__fail(u->ctx, CKCA_ENOMEM, "%s: out of memory for saving it", ckca__tail(u->d.state))
@@ -9016,6 +9230,16 @@ static ckca_status ckca__state_load(ckca__update *u, int *found) {
                             path,
                             *difference ? difference
                                         : "other pictures, weights, mean, std, seed, teacher, frozen layers or settings");
+    }
+    if (!status && u->d.seconds > 0) { /* the time is planned already */
+        const char *plan = strstr(text + 7 * 17 - 1, " plan=");
+        double epochs = 0;
+        if (plan) plan += 6;
+        if (!plan || !ckca__parse_decimal(&plan, &epochs) || !(epochs >= 1 && epochs <= u->d.epochs))
+            status =
+                ckca__fail(u->ctx, CKCA_EFORMAT, "%s: ckca.state plans %.0f epochs of %d", path, epochs, u->d.epochs);
+        else
+            ckca__shorten(u, (int)epochs);
     }
     if (!status &&
         (field[1] >= (uint64_t)u->d.epochs || field[2] > (uint64_t)u->batches || field[3] > (uint64_t)u->data->count))
@@ -9810,12 +10034,10 @@ static int ckca__lock_path(const char *path) {
 #endif
 
 /* Writes a file: to PATH.tmp, which is synced to disk and then renamed to path. Overwrites the PATH.tmp of a killed run;
-   PATH.tmp is locked while it is written. Metadata keep their order, and so do tensors of types of equal width. fetch and
-   user as in ckca__st_write_all. */
-static ckca_status ckca__st_write(ckca_context *ctx, const char *path, const ckca__st_item *items, int count,
-                                  const ckca__st_pair *meta, int metas, const void *(*fetch)(void *user, int i),
-                                  void *user) {
-    ckca__text header, temporary;
+   PATH.tmp is locked while it is written. write(sink, user) writes what the file holds; it returns 0 if a write fails. */
+static ckca_status ckca__write_path(ckca_context *ctx, const char *path, int (*write)(ckca__sink *sink, void *user),
+                                    void *user) {
+    ckca__text temporary;
     const char *failed = NULL; /* "created", "written", ...: for the message */
     const char *target = path;
     ckca__sink sink;
@@ -9827,25 +10049,22 @@ static ckca_status ckca__st_write(ckca_context *ctx, const char *path, const ckc
     int replaces = 0;
 #endif
     memset(&sink, 0, sizeof sink);
-    memset(&header, 0, sizeof header);
-    header.ctx = ctx;
-    temporary = header;
-    ckca__st_header(&header, items, count, meta, metas);
+    memset(&temporary, 0, sizeof temporary);
+    temporary.ctx = ctx;
 #ifdef CKCA__POSIX
     if ((resolved = realpath(path, NULL)) != NULL) { /* the file that a link leads to, not the link, is replaced */
         target = resolved;
         replaces = !stat(target, &about);
         if (replaces && !S_ISREG(about.st_mode)) {
             free(resolved);
-            ckca__release(ctx, header.bytes);
             return ckca__fail(ctx, CKCA_EIO, "%s: not a regular file", ckca__tail(path));
         }
     }
 #endif
     ckca__text_puts(&temporary, target);
     ckca__text_puts(&temporary, ".tmp");
-    if (header.failed || temporary.failed) {
-        status = ckca__fail(ctx, CKCA_ENOMEM, "%s: out of memory for its header", ckca__tail(path));
+    if (temporary.failed) {
+        status = ckca__fail(ctx, CKCA_ENOMEM, "%s: out of memory for its path", ckca__tail(path));
     } else {
 #ifdef CKCA__POSIX
         lock = ckca__lock_path(temporary.bytes);
@@ -9861,7 +10080,7 @@ static ckca_status ckca__st_write(ckca_context *ctx, const char *path, const ckc
         }
     }
     if (sink.file) {
-        int ok = ckca__st_write_all(&sink, &header, items, count, fetch, user);
+        int ok = write(&sink, user);
         if (ok) ok = !(status = ckca__device_status(ctx)) && fflush(sink.file) == 0;
 #ifdef CKCA__POSIX
         ok = ok && fsync(fileno(sink.file)) == 0;
@@ -9900,11 +10119,659 @@ static ckca_status ckca__st_write(ckca_context *ctx, const char *path, const ckc
     }
     free(resolved);
 #endif
-    ckca__release(ctx, header.bytes);
     ckca__release(ctx, temporary.bytes);
     return status;
 }
+
+/* For ckca__st_write_content: the arguments of ckca__st_write_all. */
+typedef struct ckca__st_content {
+    ckca__text header;
+    const ckca__st_item *items;
+    int count;
+    const void *(*fetch)(void *user, int i);
+    void *user;
+} ckca__st_content;
+
+static int ckca__st_write_content(ckca__sink *sink, void *user) {
+    const ckca__st_content *c = (const ckca__st_content *)user;
+    return ckca__st_write_all(sink, &c->header, c->items, c->count, c->fetch, c->user);
+}
+
+/* Writes a safetensors file. Metadata keep their order, and so do tensors of types of equal width. fetch and user as in
+   ckca__st_write_all. */
+static ckca_status ckca__st_write(ckca_context *ctx, const char *path, const ckca__st_item *items, int count,
+                                  const ckca__st_pair *meta, int metas, const void *(*fetch)(void *user, int i),
+                                  void *user) {
+    ckca__st_content content;
+    ckca_status status;
+    memset(&content, 0, sizeof content);
+    content.header.ctx = ctx;
+    content.items = items;
+    content.count = count;
+    content.fetch = fetch;
+    content.user = user;
+    ckca__st_header(&content.header, items, count, meta, metas);
+    status = content.header.failed ? ckca__fail(ctx, CKCA_ENOMEM, "%s: out of memory for its header", ckca__tail(path))
+                                   : ckca__write_path(ctx, path, ckca__st_write_content, &content);
+    ckca__release(ctx, content.header.bytes);
+    return status;
+}
 #endif /* CKCA_NO_STDIO */
+
+/* ===================================================================================================================
+   ONNX                                                                                                         >>onnx
+
+   Writes the evaluation graph as an ONNX model (https://onnx.ai, onnx.proto). The file is one protobuf message, written
+   here by hand: a message is a list of fields, each a key (field number and wire type) and a number, or a length and
+   that many bytes, which may be a message again. Repeated fields may come in any order, so a graph's small parts
+   (nodes, shapes) are collected in memory, and its weights follow one by one.
+   =================================================================================================================== */
+
+enum { CKCA__ONNX_IR = 7, CKCA__ONNX_OPSET = 13 };   /* of onnx 1.8; ONNX Runtime 1.6 and later read it */
+enum { CKCA__ONNX_FLOAT = 1, CKCA__ONNX_INT64 = 7 }; /* TensorProto.DataType */
+enum { CKCA__ONNX_NAME_MAX = CKCA__NAME_MAX + 32 };
+
+/* ---- protobuf ---- */
+
+/* Appends a number in base 128, least significant digit first. */
+static void ckca__pb_varint(ckca__text *text, uint64_t value) {
+    char byte;
+    for (; value > 127; value >>= 7) {
+        byte = (char)(0x80 | (value & 127));
+        ckca__text_add(text, &byte, 1);
+    }
+    byte = (char)value;
+    ckca__text_add(text, &byte, 1);
+}
+
+/* Appends the key of a field that holds bytes, and their number; the bytes follow. */
+static void ckca__pb_begin(ckca__text *text, int field, uint64_t size) {
+    ckca__pb_varint(text, (uint64_t)field << 3 | 2);
+    ckca__pb_varint(text, size);
+}
+
+static void ckca__pb_bytes(ckca__text *text, int field, const void *bytes, size_t size) {
+    ckca__pb_begin(text, field, size);
+    ckca__text_add(text, (const char *)bytes, size);
+}
+
+static void ckca__pb_string(ckca__text *text, int field, const char *string) {
+    ckca__pb_bytes(text, field, string, strlen(string));
+}
+
+static void ckca__pb_int(ckca__text *text, int field, int64_t value) {
+    ckca__pb_varint(text, (uint64_t)field << 3);
+    ckca__pb_varint(text, (uint64_t)value);
+}
+
+/* Appends the message inner, and empties it for the next one. */
+static void ckca__pb_message(ckca__text *text, int field, ckca__text *inner) {
+    if (inner->failed) text->failed = 1;
+    ckca__pb_bytes(text, field, inner->length ? inner->bytes : "", inner->length);
+    inner->length = 0;
+}
+
+/* ---- the graph ---- */
+
+/* An initialiser made from parameters, whose values are written last. */
+typedef struct ckca__onnx_weight {
+    char name[CKCA__NAME_MAX + 16]; /* the parameter's; a folded convolution's bias may have none in the model */
+    int parameter;                  /* -1: no parameter: a bias of zeros, before folding */
+    int bn;                         /* the batch norm to fold in, or -1 */
+    int dims, shape[4];
+} ckca__onnx_weight;
+
+typedef struct ckca__onnx {
+    ckca_model *m;
+    ckca_onnx_desc d;
+    ckca__text head;             /* the ModelProto without its graph */
+    ckca__text graph;            /* the GraphProto without its weights */
+    ckca__text node, part, more; /* messages under construction: a NodeProto; a part of something; a part of that */
+    ckca__onnx_weight *weight;
+    int weights;
+    size_t graph_bytes;              /* of the GraphProto with its weights */
+    float *host, *ordered, *channel; /* one tensor each; 4 values per channel of one batch norm */
+} ckca__onnx;
+
+static size_t ckca__onnx_weight_bytes(const ckca__onnx_weight *w) {
+    size_t bytes = sizeof(float);
+    int i;
+    for (i = 0; i < w->dims; i++) bytes *= (size_t)w->shape[i];
+    return bytes;
+}
+
+/* The name of node i's output: "/3/conv1". Slash and colon keep the names made here apart from those of layers. */
+static const char *ckca__onnx_value(const ckca__onnx *o, int i, char out[CKCA__ONNX_NAME_MAX]) {
+    const ckca__node *x = &o->m->node[i];
+    if (i == o->m->logits)
+        snprintf(out, CKCA__ONNX_NAME_MAX, "logits");
+    else if (i == 0 && o->d.normalized_input)
+        snprintf(out, CKCA__ONNX_NAME_MAX, "input");
+    else
+        snprintf(out, CKCA__ONNX_NAME_MAX, "/%d/%s", i, x->name[0] ? x->name : ckca__kind_name[x->kind]);
+    return out;
+}
+
+/* Appends an input (field 1) or output (2) to the node under construction: the output of node i, or with a suffix
+   (":gemm") a value between two ONNX nodes of one layer, or one of its constants. */
+static void ckca__onnx_slot(ckca__onnx *o, int field, int i, const char *suffix) {
+    char name[2 * CKCA__ONNX_NAME_MAX], value[CKCA__ONNX_NAME_MAX];
+    if (*suffix)
+        snprintf(name, sizeof name, "/%d%s", i, suffix);
+    else
+        snprintf(name, sizeof name, "%s", ckca__onnx_value(o, i, value));
+    ckca__pb_string(&o->node, field, name);
+}
+static void ckca__onnx_in(ckca__onnx *o, int i, const char *suffix) { ckca__onnx_slot(o, 1, i, suffix); }
+
+/* Ends the node under construction: its output, as ckca__onnx_in names it, and its operator. */
+static void ckca__onnx_node(ckca__onnx *o, const char *op, int i, const char *suffix) {
+    char name[CKCA__ONNX_NAME_MAX];
+    snprintf(name, sizeof name, "/%d%s/%s", i, suffix, op);
+    ckca__onnx_slot(o, 2, i, suffix);
+    ckca__pb_string(&o->node, 3, name);
+    ckca__pb_string(&o->node, 4, op);
+    ckca__pb_message(&o->graph, 1, &o->node);
+}
+
+/* Attributes of the node under construction: count integers in a list, one integer, or a float. */
+static void ckca__onnx_ints(ckca__onnx *o, const char *name, const int64_t *values, int count) {
+    int i;
+    ckca__pb_string(&o->part, 1, name);
+    for (i = 0; i < count; i++) ckca__pb_int(&o->part, 8, values[i]);
+    ckca__pb_int(&o->part, 20, 7);
+    ckca__pb_message(&o->node, 5, &o->part);
+}
+static void ckca__onnx_int(ckca__onnx *o, const char *name, int value) {
+    ckca__pb_string(&o->part, 1, name);
+    ckca__pb_int(&o->part, 3, value);
+    ckca__pb_int(&o->part, 20, 2);
+    ckca__pb_message(&o->node, 5, &o->part);
+}
+static void ckca__onnx_float(ckca__onnx *o, const char *name, float value) {
+    ckca__pb_string(&o->part, 1, name);
+    ckca__pb_varint(&o->part, 2 << 3 | 5); /* four bytes */
+    ckca__text_add(&o->part, (const char *)&value, sizeof value);
+    ckca__pb_int(&o->part, 20, 1);
+    ckca__pb_message(&o->node, 5, &o->part);
+}
+
+/* kernel_shape, strides and pads of a convolution or pooling. */
+static void ckca__onnx_window(ckca__onnx *o, const ckca__node *x) {
+    int64_t kernel[2], stride[2], pads[4];
+    int i;
+    for (i = 0; i < 4; i++) {
+        kernel[i % 2] = x->kernel;
+        stride[i % 2] = x->stride;
+        pads[i] = x->pad;
+    }
+    ckca__onnx_ints(o, "kernel_shape", kernel, 2);
+    ckca__onnx_ints(o, "strides", stride, 2);
+    ckca__onnx_ints(o, "pads", pads, 4);
+}
+
+/* Adds a constant of node i, an input of the node under construction: values of the type in one dimension, or of rest
+   more dimensions of length 1. */
+static void ckca__onnx_constant(ckca__onnx *o, int i, const char *suffix, int type, const void *values, int count,
+                                int rest) {
+    char name[CKCA__ONNX_NAME_MAX];
+    snprintf(name, sizeof name, "/%d%s", i, suffix);
+    ckca__pb_int(&o->part, 1, count);
+    while (rest-- > 0) ckca__pb_int(&o->part, 1, 1);
+    ckca__pb_int(&o->part, 2, type);
+    ckca__pb_string(&o->part, 8, name);
+    ckca__pb_bytes(&o->part, 9, values, (size_t)count * (type == CKCA__ONNX_INT64 ? sizeof(int64_t) : sizeof(float)));
+    ckca__pb_message(&o->graph, 5, &o->part);
+    ckca__onnx_in(o, i, suffix);
+}
+
+/* A Reshape of the input that was just added: keeps the batch (0: as it is) and makes a x b x c of the rest (-1: what is
+   left), or a x b if c is 0. */
+static void ckca__onnx_reshape(ckca__onnx *o, int i, const char *constant, int a, int b, int c, const char *to) {
+    int64_t shape[4];
+    shape[0] = 0;
+    shape[1] = a;
+    shape[2] = b;
+    shape[3] = c;
+    ckca__onnx_constant(o, i, constant, CKCA__ONNX_INT64, shape, c ? 4 : 3, 0);
+    ckca__onnx_node(o, "Reshape", i, to);
+}
+
+/* Adds the weight of this name to those that are written last, and as an input to the node under construction. */
+static ckca__onnx_weight *ckca__onnx_weight_in(ckca__onnx *o, const char *name, int parameter) {
+    ckca__onnx_weight *w = &o->weight[o->weights++];
+    int k;
+    snprintf(w->name, sizeof w->name, "%s", name);
+    w->parameter = parameter;
+    w->bn = -1;
+    if (parameter >= 0) {
+        w->dims = o->m->parameter[parameter].dims;
+        for (k = 0; k < 4; k++) w->shape[k] = o->m->parameter[parameter].shape[k];
+    }
+    ckca__pb_string(&o->node, 1, name);
+    return w;
+}
+
+/* All parameters of a node, in the order in which its builder added them. */
+static void ckca__onnx_weights_in(ckca__onnx *o, int i) {
+    const int first = o->m->node[i].tensor;
+    int p;
+    for (p = first; p < o->m->parameters && o->m->parameter[p].node == i; p++)
+        ckca__onnx_weight_in(o, o->m->parameter[p].name, p);
+}
+
+/* ---- one writer per kind of layer: adds the nodes that compute node i from its inputs ---- */
+
+static void ckca__onnx_input(ckca__onnx *o, int i) {
+    const int c = o->m->channels;
+    float *scaled = o->channel;
+    int k;
+    if (o->d.normalized_input) return;
+    for (k = 0; k < 2 * c; k++) scaled[k] = 255 * o->m->normalization[k];
+    ckca__pb_string(&o->node, 1, "input");
+    ckca__onnx_constant(o, i, ":mean", CKCA__ONNX_FLOAT, scaled, c, 2);
+    ckca__onnx_node(o, "Sub", i, ":centred");
+    ckca__onnx_in(o, i, ":centred");
+    ckca__onnx_constant(o, i, ":std", CKCA__ONNX_FLOAT, scaled + c, c, 2);
+    ckca__onnx_node(o, "Div", i, "");
+}
+
+/* Convolution i; bn: the batch norm that is folded into it, or -1. */
+static void ckca__onnx_convolution(ckca__onnx *o, int i, int bn) {
+    const ckca__node *x = &o->m->node[i];
+    char bias[CKCA__NAME_MAX + 16];
+    ckca__onnx_weight *w;
+    ckca__onnx_in(o, x->in[0], "");
+    if (bn < 0) {
+        ckca__onnx_weights_in(o, i);
+    } else {
+        ckca__onnx_weight_in(o, o->m->parameter[x->tensor].name, x->tensor)->bn = bn;
+        snprintf(bias, sizeof bias, "%s.bias", x->name);
+        w = ckca__onnx_weight_in(o, bias, x->bias ? x->tensor + CKCA__PARAM_BIAS : -1);
+        w->bn = bn;
+        w->dims = 1;
+        w->shape[0] = x->c;
+    }
+    ckca__onnx_window(o, x);
+    if (x->groups > 1) ckca__onnx_int(o, "group", x->groups);
+    ckca__onnx_node(o, "Conv", bn < 0 ? i : bn, "");
+}
+
+/* 1 if convolution i is folded into the batch norm that reads it. */
+static int ckca__onnx_folds(const ckca__onnx *o, int i) { return o->d.fold_batchnorm && o->m->node[i].folded; }
+
+static void ckca__onnx_conv(ckca__onnx *o, int i) {
+    if (!ckca__onnx_folds(o, i)) ckca__onnx_convolution(o, i, -1);
+}
+
+static void ckca__onnx_batchnorm(ckca__onnx *o, int i) {
+    const int from = o->m->node[i].in[0];
+    if (ckca__onnx_folds(o, from)) {
+        ckca__onnx_convolution(o, from, i);
+        return;
+    }
+    ckca__onnx_in(o, from, "");
+    ckca__onnx_weights_in(o, i);
+    ckca__onnx_float(o, "epsilon", 1e-5f);
+    ckca__onnx_node(o, "BatchNormalization", i, "");
+}
+
+static void ckca__onnx_relu(ckca__onnx *o, int i) {
+    ckca__onnx_in(o, o->m->node[i].in[0], "");
+    ckca__onnx_node(o, "Relu", i, "");
+}
+
+static void ckca__onnx_add(ckca__onnx *o, int i) {
+    ckca__onnx_in(o, o->m->node[i].in[0], "");
+    ckca__onnx_in(o, o->m->node[i].in[1], "");
+    ckca__onnx_node(o, "Add", i, "");
+}
+
+static void ckca__onnx_maxpool(ckca__onnx *o, int i) {
+    ckca__onnx_in(o, o->m->node[i].in[0], "");
+    ckca__onnx_window(o, &o->m->node[i]);
+    ckca__onnx_node(o, "MaxPool", i, "");
+}
+
+static void ckca__onnx_avgpool(ckca__onnx *o, int i) {
+    ckca__onnx_in(o, o->m->node[i].in[0], "");
+    ckca__onnx_node(o, "GlobalAveragePool", i, "");
+}
+
+static void ckca__onnx_subsample(ckca__onnx *o, int i) {
+    const ckca__node *x = &o->m->node[i], *source = &o->m->node[x->in[0]];
+    const int more = x->c - source->c; /* channels of zeros */
+    int64_t start[2] = {0, 0}, end[2], axis[2] = {2, 3}, step[2], pads[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    end[0] = source->h;
+    end[1] = source->w;
+    step[0] = step[1] = x->stride;
+    ckca__onnx_in(o, x->in[0], "");
+    ckca__onnx_constant(o, i, ":starts", CKCA__ONNX_INT64, start, 2, 0);
+    ckca__onnx_constant(o, i, ":ends", CKCA__ONNX_INT64, end, 2, 0);
+    ckca__onnx_constant(o, i, ":axes", CKCA__ONNX_INT64, axis, 2, 0);
+    ckca__onnx_constant(o, i, ":steps", CKCA__ONNX_INT64, step, 2, 0);
+    ckca__onnx_node(o, "Slice", i, more ? ":slice" : "");
+    if (!more) return;
+    pads[1] = more / 2;
+    pads[5] = more - more / 2;
+    ckca__onnx_in(o, i, ":slice");
+    ckca__onnx_constant(o, i, ":pads", CKCA__ONNX_INT64, pads, 8, 0);
+    ckca__onnx_node(o, "Pad", i, "");
+}
+
+/* Values between layers have four dimensions; only the logits have two. */
+static void ckca__onnx_linear(ckca__onnx *o, int i) {
+    const ckca__node *x = &o->m->node[i], *source = &o->m->node[x->in[0]];
+    const int64_t nhwc[4] = {0, 2, 3, 1}; /* the order in which the weight takes a map */
+    const int map = source->h > 1 || source->w > 1, inner = i != o->m->logits;
+    ckca__onnx_in(o, x->in[0], "");
+    if (map) {
+        ckca__onnx_ints(o, "perm", nhwc, 4);
+        ckca__onnx_node(o, "Transpose", i, ":nhwc");
+        ckca__onnx_in(o, i, ":nhwc");
+    }
+    ckca__onnx_int(o, "axis", 1);
+    ckca__onnx_node(o, "Flatten", i, ":flat");
+    ckca__onnx_in(o, i, ":flat");
+    ckca__onnx_weights_in(o, i);
+    ckca__onnx_int(o, "transB", 1);
+    ckca__onnx_node(o, "Gemm", i, inner ? ":gemm" : "");
+    if (!inner) return;
+    ckca__onnx_in(o, i, ":gemm");
+    ckca__onnx_reshape(o, i, ":shape", x->c, 1, 1, "");
+}
+
+/* ONNX's own GroupNormalization needs opset 21: here it is the instance norm of each group, as one long channel. */
+static void ckca__onnx_groupnorm(ckca__onnx *o, int i) {
+    const ckca__node *x = &o->m->node[i];
+    const int first = x->tensor;
+    int k;
+    ckca__onnx_in(o, x->in[0], "");
+    ckca__onnx_reshape(o, i, ":groups", x->groups, -1, 0, ":grouped");
+    for (k = 0; k < x->groups; k++) {
+        o->channel[k] = 1;
+        o->channel[x->groups + k] = 0;
+    }
+    ckca__onnx_in(o, i, ":grouped");
+    ckca__onnx_constant(o, i, ":ones", CKCA__ONNX_FLOAT, o->channel, x->groups, 0);
+    ckca__onnx_constant(o, i, ":zeros", CKCA__ONNX_FLOAT, o->channel + x->groups, x->groups, 0);
+    ckca__onnx_float(o, "epsilon", 1e-5f);
+    ckca__onnx_node(o, "InstanceNormalization", i, ":instance");
+    ckca__onnx_in(o, i, ":instance");
+    ckca__onnx_reshape(o, i, ":shape", x->c, x->h, x->w, ":normalized");
+    for (k = 0; k < 2; k++) {
+        ckca__onnx_in(o, i, k ? ":scaled" : ":normalized");
+        ckca__onnx_weight_in(o, o->m->parameter[first + k].name, first + k)->dims = 3; /* C x 1 x 1 */
+        ckca__onnx_node(o, k ? "Add" : "Mul", i, k ? "" : ":scaled");
+    }
+}
+
+/* In the order of ckca__kind. */
+static void (*const ckca__onnx_layers[CKCA__KIND_COUNT])(ckca__onnx *o, int i) = {
+    ckca__onnx_input,   ckca__onnx_conv,    ckca__onnx_batchnorm, ckca__onnx_relu,   ckca__onnx_add,
+    ckca__onnx_maxpool, ckca__onnx_avgpool, ckca__onnx_subsample, ckca__onnx_linear, ckca__onnx_groupnorm};
+
+/* ---- the model ---- */
+
+/* Adds the graph's input (field 11) or output (12), in float32. shape: the dimensions after the batch. */
+static void ckca__onnx_value_info(ckca__onnx *o, int field, const char *name, const int *shape, int dims,
+                                  const char *about) {
+    ckca__text *type = &o->node, *tensor = &o->part, *dim = &o->more, whole;
+    int i;
+    memset(&whole, 0, sizeof whole);
+    whole.ctx = o->m->ctx;
+    for (i = -1; i < dims; i++) {
+        if (i < 0)
+            ckca__pb_string(dim, 2, "N");
+        else
+            ckca__pb_int(dim, 1, shape[i]);
+        ckca__pb_message(&whole, 1, dim);
+    }
+    ckca__pb_int(tensor, 1, CKCA__ONNX_FLOAT);
+    ckca__pb_message(tensor, 2, &whole);
+    ckca__pb_message(type, 1, tensor);
+    ckca__pb_string(&whole, 1, name);
+    ckca__pb_message(&whole, 2, type);
+    ckca__pb_string(&whole, 3, about);
+    ckca__pb_message(&o->graph, field, &whole);
+    ckca__release(o->m->ctx, whole.bytes);
+}
+
+static void ckca__onnx_metadata(ckca__onnx *o, const char *key, const char *value) {
+    ckca__pb_string(&o->part, 1, key);
+    ckca__pb_string(&o->part, 2, value);
+    ckca__pb_message(&o->head, 14, &o->part);
+}
+
+/* Everything in the ModelProto but the graph. Returns 0 if out of memory. */
+static int ckca__onnx_head(ckca__onnx *o) {
+    const ckca_model *m = o->m;
+    char *names = NULL, number[16];
+    ckca__text floats;
+    int side;
+    memset(&floats, 0, sizeof floats);
+    floats.ctx = m->ctx;
+    ckca__pb_int(&o->head, 1, CKCA__ONNX_IR);
+    ckca__pb_string(&o->head, 2, "ckca.h");
+    ckca__pb_string(&o->head, 3, CKCA_VERSION);
+    ckca__pb_string(&o->part, 1, ""); /* the default domain */
+    ckca__pb_int(&o->part, 2, CKCA__ONNX_OPSET);
+    ckca__pb_message(&o->head, 8, &o->part);
+    ckca__onnx_metadata(o, "ckca.version", CKCA_VERSION);
+    ckca__onnx_metadata(o, "ckca.arch", m->arch);
+    snprintf(number, sizeof number, "%d", m->classes);
+    ckca__onnx_metadata(o, "ckca.classes", number);
+    snprintf(number, sizeof number, "%d", m->updates);
+    ckca__onnx_metadata(o, "ckca.step", number);
+    if (m->class_names) {
+        names = ckca__names_to_json(m->ctx, (const char *const *)m->class_names, m->classes);
+        if (!names) return 0;
+        ckca__onnx_metadata(o, "ckca.class_names", names);
+        ckca__release(m->ctx, names);
+    }
+    for (side = 0; side < 2 && m->normalized; side++) {
+        ckca__text_floats(&floats, m->normalization + side * m->channels, m->channels);
+        if (!floats.failed) ckca__onnx_metadata(o, side ? "ckca.std" : "ckca.mean", floats.bytes);
+        floats.length = 0;
+    }
+    ckca__release(m->ctx, floats.bytes);
+    return !floats.failed && !o->head.failed;
+}
+
+/* Everything in the GraphProto but the weights, of which it makes the list. needed: a byte per node, 0. */
+static ckca_status ckca__onnx_graph(ckca__onnx *o, unsigned char *needed) {
+    const ckca_model *m = o->m;
+    int shape[3], i, side;
+    needed[m->logits] = needed[0] = 1;
+    for (i = m->logits; i > 0; i--)
+        for (side = 0; side < 2 && needed[i]; side++)
+            if (m->node[i].in[side] >= 0) needed[m->node[i].in[side]] = 1;
+    ckca__pb_string(&o->graph, 2, m->arch);
+    shape[0] = m->channels;
+    shape[1] = m->height;
+    shape[2] = m->width;
+    ckca__onnx_value_info(o, 11, "input", shape, 3,
+                          o->d.normalized_input
+                              ? "pictures, batch x channels x height x width: (byte / 255 - mean) / std per channel"
+                              : "pictures, batch x channels (red, green, blue) x height x width: bytes, 0 to 255");
+    ckca__onnx_value_info(o, 12, "logits", &m->classes, 1, "batch x classes, before the softmax");
+    for (i = 0; i <= m->logits; i++) {
+        if (!needed[i]) continue;
+        if (!ckca__onnx_layers[m->node[i].kind])
+            return ckca__fail(m->ctx, CKCA_EINVAL, "onnx: node %d is %s, which cannot be written", i,
+                              ckca__kind_name[m->node[i].kind]);
+        ckca__onnx_layers[m->node[i].kind](o, i);
+    }
+    return CKCA_OK;
+}
+
+/* Puts the TensorProto of a weight into o->part, but for its values; returns the message's size with them. */
+static size_t ckca__onnx_tensor(ckca__onnx *o, const ckca__onnx_weight *w) {
+    const size_t bytes = ckca__onnx_weight_bytes(w);
+    int i;
+    o->part.length = 0;
+    for (i = 0; i < w->dims; i++) ckca__pb_int(&o->part, 1, w->shape[i]);
+    ckca__pb_int(&o->part, 2, CKCA__ONNX_FLOAT);
+    ckca__pb_string(&o->part, 8, w->name);
+    ckca__pb_begin(&o->part, 9, bytes);
+    return o->part.length + bytes;
+}
+
+/* Adds up the file's size; builds every message that ckca__onnx_write will need, so that it need not allocate. */
+static size_t ckca__onnx_measure(ckca__onnx *o) {
+    int i;
+    o->graph_bytes = o->graph.length;
+    for (i = 0; i < o->weights; i++) {
+        const size_t bytes = ckca__onnx_tensor(o, &o->weight[i]);
+        o->more.length = 0;
+        ckca__pb_begin(&o->more, 5, bytes);
+        o->graph_bytes = ckca__sum(o->graph_bytes, ckca__sum(bytes, o->more.length));
+    }
+    o->more.length = 0;
+    ckca__pb_begin(&o->more, 7, o->graph_bytes);
+    return ckca__sum(ckca__sum(o->head.length, o->more.length), o->graph_bytes);
+}
+
+/* The values of a weight, in PyTorch's order, with a batch norm folded in if it has one. */
+static const float *ckca__onnx_values(ckca__onnx *o, const ckca__onnx_weight *w) {
+    const ckca_model *m = o->m;
+    const size_t count = ckca__onnx_weight_bytes(w) / sizeof(float);
+    size_t i;
+    if (w->parameter >= 0) {
+        const ckca__parameter *p = &m->parameter[w->parameter];
+        ckca__device_download(m->ctx, o->host, m->values + p->offset, count * sizeof(float));
+        ckca__reorder(p, o->host, o->ordered, 1);
+    } else
+        memset(o->ordered, 0, count * sizeof(float));
+    if (w->bn >= 0) { /* as ckca__op_fold */
+        const size_t c = (size_t)m->node[w->bn].c, per = count / c;
+        const float *gamma = o->channel, *beta = gamma + c, *mean = beta + c, *var = mean + c;
+        for (i = 0; i < 4; i++)
+            ckca__device_download(m->ctx, o->channel + i * c, ckca__param(m, &m->node[w->bn], m->values, (int)i),
+                                  c * sizeof(float));
+        for (i = 0; i < count; i++) {
+            const size_t k = i / per;
+            const double scale = (double)gamma[k] / sqrt((double)var[k] + 1e-5);
+            if (w->dims == 1)
+                o->ordered[i] = (float)((double)beta[k] + ((double)o->ordered[i] - (double)mean[k]) * scale);
+            else
+                o->ordered[i] = (float)((double)o->ordered[i] * scale);
+        }
+    }
+    return o->ordered;
+}
+
+static int ckca__onnx_write(ckca__sink *sink, void *user) {
+    ckca__onnx *o = (ckca__onnx *)user;
+    int i, ok;
+    o->more.length = 0;
+    ckca__pb_begin(&o->more, 7, o->graph_bytes);
+    ok = ckca__sink_write(sink, o->head.bytes, o->head.length) &&
+         ckca__sink_write(sink, o->more.bytes, o->more.length) &&
+         ckca__sink_write(sink, o->graph.bytes, o->graph.length);
+    for (i = 0; i < o->weights && ok; i++) {
+        const ckca__onnx_weight *w = &o->weight[i];
+        const size_t bytes = ckca__onnx_tensor(o, w);
+        o->more.length = 0;
+        ckca__pb_begin(&o->more, 5, bytes);
+        ok = ckca__sink_write(sink, o->more.bytes, o->more.length) &&
+             ckca__sink_write(sink, o->part.bytes, o->part.length) &&
+             ckca__sink_write(sink, ckca__onnx_values(o, w), ckca__onnx_weight_bytes(w));
+    }
+    return ok;
+}
+
+/* Writes the model to path or, if it is NULL, to memory. */
+static ckca_status ckca__onnx_export(ckca_model *m, const char *path, const ckca_onnx_desc *desc, void *out,
+                                     size_t capacity, size_t *size) {
+    ckca_context *ctx = m->ctx;
+    const char *what = path ? ckca__tail(path) : "onnx";
+    ckca__bound bounds[2] = {{"fold_batchnorm", 0, 0, 1, 0}, {"normalized_input", 0, 0, 1, 0}};
+    ckca__onnx onnx, *o = &onnx;
+    ckca__sink sink;
+    unsigned char *needed;
+    size_t most = 0, widest = (size_t)m->channels, total = 0;
+    int i;
+    ckca_status status;
+    memset(o, 0, sizeof *o);
+    o->m = m;
+    o->head.ctx = o->graph.ctx = o->node.ctx = o->part.ctx = o->more.ctx = ctx;
+    if (desc) o->d = *desc;
+    bounds[0].value = o->d.fold_batchnorm;
+    bounds[1].value = o->d.normalized_input;
+    if ((status = ckca__check_bounds(ctx, "onnx", bounds, 2))) return status;
+    if (!m->normalized && !o->d.normalized_input)
+        return ckca__fail(
+            ctx, CKCA_EINVAL,
+            "onnx: the model has no mean and std for the graph to normalise its input with: train it, give "
+            "them in its desc, or set normalized_input");
+    if ((status = ckca__check_all_finite(m, what, 0))) return status;
+    for (i = 0; i < m->parameters; i++)
+        if (m->parameter[i].count > most) most = m->parameter[i].count;
+    for (i = 0; i < m->nodes; i++)
+        if ((size_t)m->node[i].c > widest) widest = (size_t)m->node[i].c;
+    needed = (unsigned char *)ckca__alloc(ctx, (size_t)m->nodes);
+    o->weight = (ckca__onnx_weight *)ckca__alloc(ctx, (size_t)m->parameters * 2 * sizeof *o->weight);
+    o->host = (float *)ckca__alloc(ctx, most * sizeof(float));
+    o->ordered = (float *)ckca__alloc(ctx, most * sizeof(float));
+    o->channel = (float *)ckca__alloc(ctx, widest * 4 * sizeof(float));
+    if (!needed || !o->weight || !o->host || !o->ordered || !o->channel || !ckca__onnx_head(o))
+        status = CKCA_ENOMEM;
+    else if (!(status = ckca__onnx_graph(o, needed))) {
+        total = ckca__onnx_measure(o);
+        if (o->graph.failed || o->node.failed || o->part.failed || o->more.failed) status = CKCA_ENOMEM;
+    }
+    if (status == CKCA_ENOMEM)
+        status =
+            ckca__fail(ctx, CKCA_ENOMEM, "%s: out of memory for writing an ONNX model of %d nodes", what, m->nodes);
+    if (!status && total > INT32_MAX)
+        status = ckca__fail(ctx, CKCA_EINVAL, "%s: the model would have %.0f bytes; an ONNX file holds at most %ld",
+                            what, (double)total, (long)INT32_MAX);
+    if (!status && size) *size = total;
+#ifndef CKCA_NO_STDIO
+    if (!status && path) status = ckca__write_path(ctx, path, ckca__onnx_write, o);
+#endif
+    if (!status && out && capacity < total) {
+        status = ckca__fail(ctx, CKCA_EINVAL, "onnx: out has %.0f bytes, the model needs %.0f", (double)capacity,
+                            (double)total);
+    } else if (!status && out) {
+        memset(&sink, 0, sizeof sink);
+        sink.memory = (unsigned char *)out;
+        ckca__onnx_write(&sink, o);
+        status = ckca__device_status(ctx); /* a failed download */
+    }
+    ckca__release(ctx, needed);
+    ckca__release(ctx, o->weight);
+    ckca__release(ctx, o->host);
+    ckca__release(ctx, o->ordered);
+    ckca__release(ctx, o->channel);
+    ckca__release(ctx, o->head.bytes);
+    ckca__release(ctx, o->graph.bytes);
+    ckca__release(ctx, o->node.bytes);
+    ckca__release(ctx, o->part.bytes);
+    ckca__release(ctx, o->more.bytes);
+    return status;
+}
+
+#ifndef CKCA_NO_STDIO
+CKCA_API ckca_status ckca_save_onnx(ckca_model *m, const char *path, const ckca_onnx_desc *desc) {
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    if (!path) return ckca__null(m->ctx, "ckca_save_onnx", "path");
+    if ((status = ckca__check_finished(m, "ckca_save_onnx"))) return status;
+    return ckca__onnx_export(m, path, desc, NULL, 0, NULL);
+}
+#endif
+
+CKCA_API ckca_status ckca_save_onnx_memory(ckca_model *m, const ckca_onnx_desc *desc, void *out, size_t capacity,
+                                           size_t *size) {
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    if (!size) return ckca__null(m->ctx, "ckca_save_onnx_memory", "size");
+    if ((status = ckca__check_finished(m, "ckca_save_onnx_memory"))) return status;
+    *size = 0;
+    return ckca__onnx_export(m, NULL, desc, out, capacity, size);
+}
 
 /* The library ends here. What follows is the engine for the CPU: REFERENCE KERNELS say in plain loops what every op
    computes, THREADS shares work out, VECTOR KERNELS are the fast forms, HOST OPS choose among them. */

@@ -44,6 +44,8 @@ int main(int argc, char **argv) {
         {"--unlabelled", TOOL_TEXT, &unlabelled_folder, 0, 0, "DIR",
          "pictures without labels to distil from as well, DIR/ANY/*.jpg or png [none]", 0},
         {"--augment", TOOL_SWITCH, &augment, 0, 0, NULL, "random crop with 4 pixels of padding, random flip", 0},
+        {"--seconds", TOOL_FLOAT, &update.seconds, 0.01, 1e9, "X", "fewer epochs, so that it takes at most X [no limit]", 0},
+        {"--memory", TOOL_FLOAT, &update.memory_mb, 0.1, 1e9, "MB", "smaller batches, so that they fit [no limit]", 0},
         {"--seed", TOOL_SEED, &update.seed, 0, 0, "N", "of order and augmentation", 0},
         TOOL_WEIGHTS_FLAGS(weights),
         TOOL_DEVICE_FLAGS(desc),
