@@ -5,14 +5,17 @@
    Blocks run one after another, in reverse order in every other launch. A block's threads are fibres: one runs until it
    waits at a barrier or for its warp, then another, from the same warp if possible. Tensor-core instructions are
    functions on the fragments that the PTX documentation defines; the cuBLAS call is three nested loops; asynchronous
-   copies to shared memory (cp.async) run when a thread waits for them. Slow: meant for small shapes.
+   copies to shared memory (cp.async) run when a thread waits for them. Hopper's wgmma reads its descriptors and the
+   swizzled lines as the PTX documentation lays them out, when a thread waits for it; tensor copies (TMA) run at once or,
+   in every other block, when a thread waits for their barrier. Slow: meant for small shapes.
 
    The shim is stricter than a GPU, to find mistakes. The host cannot access device memory (its pages are protected
    outside kernels and copies); new memory is filled with NaN and surrounded by protected pages or NaN; pointers among a
    kernel's arguments must be device memory; a captured graph keeps its arguments' values; copies from the host,
    allocations and waits fail during capture; pageable memory is read only when a copy runs. The process aborts with a
    message after a call in the child of a fork(), a deadlock of a block's threads, a kernel under programmatic dependent
-   launch that does not wait for its predecessors, and dynamic shared memory beyond the launch's size or opt-in. */
+   launch that does not wait for its predecessors, dynamic shared memory beyond the launch's size or opt-in, a tensor
+   map, copy, descriptor or barrier that the documentation does not allow, and wgmma without a fence before it. */
 #ifndef CUDA_SHIM_H
 #define CUDA_SHIM_H
 #ifndef CKCA_CUDA_SHIM
@@ -46,6 +49,7 @@
 #define __shared__ static
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
 
 struct dim3 {
@@ -94,7 +98,7 @@ size_t cuda_shim_memory = (size_t)1 << 30;
 int cuda_shim_fail = 0, cuda_shim_lazy = 0;
 int cuda_shim_last = 0; /* what cudaGetLastError returns */
 long cuda_shim_allocations = 0;
-long cuda_shim_launches = 0, cuda_shim_replays = 0, cuda_shim_waits = 0;
+long cuda_shim_launches = 0, cuda_shim_replays = 0, cuda_shim_waits = 0, cuda_shim_wgmma = 0;
 }
 
 namespace shim {
@@ -140,6 +144,18 @@ struct lane_data { /* data that lanes exchange; double-buffered, so that one bar
     unsigned a[2][32][4], b[2][32][2];
     const void *row[2][32];
 };
+struct barrier { /* an mbarrier */
+    meeting of;
+    unsigned count, missing, phase;
+    long bytes;
+    std::vector<std::function<void()>> copies; /* which run when a thread waits */
+};
+struct product { /* a pending wgmma */
+    float *sums;
+    uint64_t a, b;
+    int bf16, columns;
+    unsigned group;
+};
 struct under_way { /* a thread's pending copies to shared memory, run when it waits for them */
     enum { MOST = 64 };
     struct {
@@ -165,6 +181,10 @@ static meeting block, warp[WARPS];
 static lane_data shown[WARPS];
 static unsigned parity[THREADS];
 static under_way copies[THREADS];
+static std::map<const void *, barrier> barriers; /* of the block */
+static std::deque<product> products[THREADS];
+static unsigned product_group[THREADS];
+static bool fenced[THREADS];
 static const std::function<void()> *body;
 static struct { unsigned x; } thread;
 static dim3 block_index, block_count;
@@ -237,10 +257,13 @@ static void run_block(dim3 index) {
     for (auto &w : warp) w = meeting{32, 0, 0};
     memset(shared_end - shared_bytes, 0xff, shared_bytes);
     shared = shared_end - shared_bytes;
+    barriers.clear();
     for (int i = 0; i < threads; i++) {
         done[i] = waited[i] = false;
         waits[i].at = nullptr;
-        copies[i].first = copies[i].last = copies[i].group = 0;
+        copies[i].first = copies[i].last = copies[i].group = product_group[i] = 0;
+        products[i].clear();
+        fenced[i] = false;
         prepare(&fibre[i], stacks + (size_t)i * STACK, start);
     }
     onward = onward == 1 ? -1 : 1;
@@ -719,6 +742,257 @@ template <int BF16> static void shim_mma(float c[4], const unsigned a[4], const 
 }
 static void ckca__mma_tf32(float *c, const unsigned *a, const unsigned *b) { shim_mma<0>(c, a, b); }
 static void ckca__mma_bf16(float *c, const unsigned *a, const unsigned *b) { shim_mma<1>(c, a, b); }
+
+/* ---- Hopper: barriers, tensor copies, wgmma ---- */
+
+#define CKCA__HOPPER 1
+static void shim_must(bool right, const char *what) {
+    if (right) return;
+    fprintf(stderr, "cuda_shim: %s\n", what);
+    abort();
+}
+static unsigned ckca__shared_address(const void *p) { /* in a window of SHARED bytes */
+    const size_t at = (size_t)((const char *)p - (shim::shared_end - shim::SHARED));
+    shim_must(at < shim::SHARED, "an address that is not in dynamic shared memory");
+    return (unsigned)at;
+}
+static const char *shim_shared_at(unsigned address) { return shim::shared_end - shim::SHARED + address; }
+static unsigned shim_swizzle(unsigned address) { return address ^ (address >> 7 & 7) << 4; } /* bits 4-6 ^= 7-9 */
+
+static shim::barrier &shim_barrier(uint64_t *p) {
+    const auto found = shim::barriers.find(p);
+    shim_must(found != shim::barriers.end(), "a barrier that was not initialised");
+    return found->second;
+}
+static void shim_check_phase(shim::barrier &b) {
+    if (b.missing || b.bytes) return;
+    b.missing = b.count;
+    b.phase++;
+    b.of.turn++;
+}
+static void ckca__barrier_init(uint64_t *p, unsigned count) {
+    shim_must((uintptr_t)p % 8 == 0 && count, "an mbarrier at an odd address, or for nobody");
+    shim::barriers[p] = shim::barrier{{0, 0, 0}, count, count, 0, 0, {}};
+}
+static void ckca__barriers_ready() {}
+static void ckca__barrier_arrive(uint64_t *p) {
+    shim::barrier &b = shim_barrier(p);
+    shim_must(b.missing > 0, "more arrivals at a barrier than it waits for");
+    b.missing--;
+    shim_check_phase(b);
+}
+static void ckca__barrier_expect(uint64_t *p, unsigned bytes) {
+    shim_barrier(p).bytes += bytes;
+    ckca__barrier_arrive(p);
+}
+static void ckca__barrier_wait(uint64_t *p, unsigned parity) {
+    shim::barrier &b = shim_barrier(p);
+    while ((b.phase & 1) == parity) {
+        const auto copies = std::move(b.copies);
+        b.copies.clear();
+        for (const auto &copy : copies) copy();
+        if ((b.phase & 1) != parity) return;
+        shim::waits[shim::current] = {&b.of, b.of.turn};
+        shim::next();
+        shim::waits[shim::current].at = nullptr;
+    }
+}
+static void __syncwarp() { shim::meet(shim::warp[shim::current / 32]); }
+
+typedef int CUresult;
+typedef uint32_t cuuint32_t;
+typedef uint64_t cuuint64_t;
+enum CUtensorMapDataType { CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9, CU_TENSOR_MAP_DATA_TYPE_TFLOAT32 = 11 };
+enum CUtensorMapInterleave { CU_TENSOR_MAP_INTERLEAVE_NONE };
+enum CUtensorMapSwizzle { CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_128B = 3 };
+enum CUtensorMapL2promotion { CU_TENSOR_MAP_L2_PROMOTION_L2_128B = 2 };
+enum CUtensorMapFloatOOBfill { CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE };
+struct CUtensorMap {
+    const char *memory;
+    int rank, bytes;
+    cuuint64_t sizes[4], strides[4]; /* in bytes, of dimension 0 as well */
+    int lower[2], upper[2], steps[4], box[2];
+};
+typedef CUresult (*PFN_cuTensorMapEncodeTiled_v12000)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
+                                                      const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
+                                                      const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                                      CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+typedef CUresult (*PFN_cuTensorMapEncodeIm2col_v12000)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
+                                                       const cuuint64_t *, const cuuint64_t *, const int *, const int *,
+                                                       cuuint32_t, cuuint32_t, const cuuint32_t *,
+                                                       CUtensorMapInterleave, CUtensorMapSwizzle,
+                                                       CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+/* What both kinds of map must keep to (CUDA driver API, cuTensorMapEncode*). */
+static CUresult shim_encode(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *memory,
+                            const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *steps, int columns,
+                            int rows, CUtensorMapSwizzle swizzle) {
+    if (shim_fails()) return 1;
+    *map = CUtensorMap{};
+    map->memory = (const char *)memory;
+    map->rank = (int)rank;
+    map->bytes = type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 ? 2 : 4;
+    map->strides[0] = (cuuint64_t)map->bytes;
+    shim_must(shim::on_device(memory) && (uintptr_t)memory % 16 == 0, "a tensor map of memory it cannot describe");
+    for (cuuint32_t i = 0; i < rank; i++) {
+        map->sizes[i] = sizes[i];
+        map->steps[i] = (int)steps[i];
+        if (i) map->strides[i] = strides[i - 1];
+        if (!sizes[i] || sizes[i] >> 32 || !steps[i] || steps[i] > 8) return 1;
+        if (i && (strides[i - 1] % 16 || strides[i - 1] >> 40)) return 1;
+    }
+    map->box[0] = columns;
+    map->box[1] = rows;
+    /* Only lines of 128 bytes in the 128-byte swizzle are emulated. */
+    return columns * map->bytes == 128 && swizzle == CU_TENSOR_MAP_SWIZZLE_128B && columns <= 256 ? 0 : 1;
+}
+static CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *memory,
+                                       const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *box,
+                                       const cuuint32_t *steps, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
+                                       CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+    if (rank != 2 || !box[1] || box[1] > 256) return 1;
+    return shim_encode(map, type, rank, memory, sizes, strides, steps, (int)box[0], (int)box[1], swizzle);
+}
+static CUresult cuTensorMapEncodeIm2col(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *memory,
+                                        const cuuint64_t *sizes, const cuuint64_t *strides, const int *lower,
+                                        const int *upper, cuuint32_t channels, cuuint32_t pixels,
+                                        const cuuint32_t *steps, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
+                                        CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+    if (rank != 4 || pixels > 1024) return 1;
+    const CUresult failed =
+        shim_encode(map, type, rank, memory, sizes, strides, steps, (int)channels, (int)pixels, swizzle);
+    for (int i = 0; i < 2; i++) {
+        map->lower[i] = lower[i];
+        map->upper[i] = upper[i];
+        if (lower[i] < -128 || lower[i] > 127 || upper[i] < -128 || upper[i] > 127) return 1;
+        if ((long)sizes[i + 1] - 1 + upper[i] < lower[i]) return 1; /* an empty box */
+    }
+    return failed;
+}
+
+/* One line of a box, at channel or column x of a row, or zeros, to a swizzled line. */
+static void shim_copy_line(char *to, const CUtensorMap &map, const char *row, int x) {
+    for (int i = 0; i < map.box[0]; i++) {
+        uint32_t word = 0;
+        if (row && x + i >= 0 && x + i < (long)map.sizes[0]) memcpy(&word, row + (size_t)(x + i) * map.bytes, map.bytes);
+        if (map.bytes == 4) word = ckca__to_tf32(__uint_as_float(word));
+        memcpy((char *)shim_shared_at(shim_swizzle(ckca__shared_address(to + i * map.bytes))), &word, map.bytes);
+    }
+}
+static void shim_tensor_copy(uint64_t *barrier, const CUtensorMap &map, void *to, std::function<void()> lines) {
+    const auto copy = [&map, barrier, lines] {
+        lines();
+        shim_barrier(barrier).bytes -= 128 * map.box[1];
+        shim_check_phase(shim_barrier(barrier));
+    };
+    shim_must(ckca__shared_address(to) % 1024 == 0, "a swizzled box at an address that is no multiple of 1024");
+    shim_must(shim::waited[shim::current], "a tensor copy before the predecessors have ended");
+    if (shim::onward == 1)
+        copy();
+    else {
+        shim_barrier(barrier).copies.push_back(copy);
+        shim_barrier(barrier).of.turn++; /* whoever waits runs it */
+    }
+}
+static void ckca__copy_matrix(void *shared, const CUtensorMap *map, int x, int y, uint64_t *barrier) {
+    shim_must(map->rank == 2, "a copy from a matrix with a map that is none");
+    shim_tensor_copy(barrier, *map, shared, [=] {
+        for (int i = 0; i < map->box[1]; i++) {
+            const bool there = y + i >= 0 && y + i < (long)map->sizes[1];
+            shim_copy_line((char *)shared + i * 128, *map, there ? map->memory + (y + i) * map->strides[1] : nullptr, x);
+        }
+    });
+}
+/* PTX ISA, "im2col mode": the pixels under the first tap run through the bounding box, x first, in steps; the tap's
+   offset is added to each; what lies outside of the tensor is 0. */
+static void ckca__copy_pixels(void *shared, const CUtensorMap *map, int c, int w, int h, int n, int tap_x, int tap_y,
+                              uint64_t *barrier) {
+    const int last_w = (int)map->sizes[1] - 1 + map->upper[0], last_h = (int)map->sizes[2] - 1 + map->upper[1];
+    shim_must(map->rank == 4, "a copy of pixels with a map that is no im2col map");
+    shim_must(w >= map->lower[0] && w <= last_w && h >= map->lower[1] && h <= last_h, "pixels outside of their box");
+    shim_must(tap_x >= 0 && tap_x < 256 && tap_y >= 0 && tap_y < 256, "an im2col offset of more than a byte");
+    shim_tensor_copy(barrier, *map, shared, [=] {
+        int x = w, y = h, picture = n;
+        for (int i = 0; i < map->box[1]; i++) {
+            const int at_x = x + tap_x, at_y = y + tap_y;
+            const bool there = at_x >= 0 && at_x < (int)map->sizes[1] && at_y >= 0 && at_y < (int)map->sizes[2] &&
+                               picture >= 0 && picture < (int)map->sizes[3];
+            shim_copy_line((char *)shared + i * 128, *map,
+                           there ? map->memory + at_x * (long)map->strides[1] + at_y * (long)map->strides[2] +
+                                       picture * (long)map->strides[3]
+                                 : nullptr,
+                           c);
+            if ((x += map->steps[1]) <= last_w) continue;
+            x = map->lower[0];
+            if ((y += map->steps[2]) <= last_h) continue;
+            y = map->lower[1];
+            picture++;
+        }
+    });
+}
+
+/* Value number k (of 32 bytes) of a line of a factor. PTX ISA, "Matrix Descriptor" and "Strides", K-major layouts. */
+static float shim_factor(uint64_t descriptor, int line, int k, int bf16) {
+    const unsigned start = (unsigned)(descriptor & 0x3fff) << 4, eight = (unsigned)(descriptor >> 32 & 0x3fff) << 4;
+    const unsigned at = start + (unsigned)(line / 8) * eight + (unsigned)(line % 8) * 128 + (unsigned)k * (bf16 ? 2 : 4);
+    uint32_t word = 0;
+    memcpy(&word, shim_shared_at(shim_swizzle(at)), bf16 ? 2 : 4);
+    return __uint_as_float(bf16 ? word << 16 : word & ~0x1fffu);
+}
+static void shim_multiply(const shim::product &p) {
+    const int lane = shim::current % 32, warp = shim::current / 32 % 4, depth = p.bf16 ? 16 : 8;
+    float a[2][16], b[16];
+    for (int i = 0; i < 2; i++)
+        for (int k = 0; k < depth; k++) a[i][k] = shim_factor(p.a, warp * 16 + i * 8 + lane / 4, k, p.bf16);
+    for (int j = 0; j < p.columns / 4; j++) {
+        for (int k = 0; k < depth; k++) b[k] = shim_factor(p.b, j / 2 * 8 + lane % 4 * 2 + j % 2, k, p.bf16);
+        for (int i = 0; i < 2; i++) {
+            float *to = p.sums + j / 2 * 4 + i * 2 + j % 2;
+            double sum = *to;
+            for (int k = 0; k < depth; k++) sum += (double)a[i][k] * b[k];
+            *to = (float)sum;
+        }
+    }
+}
+static void ckca__wgmma_begin() { shim::fenced[shim::current] = true; }
+static void ckca__wgmma_commit() {
+    shim::product_group[shim::current]++;
+    shim::fenced[shim::current] = false;
+}
+template <int LEFT> static void ckca__wgmma_wait() {
+    auto &products = shim::products[shim::current];
+    while (!products.empty() && products.front().group + LEFT < shim::product_group[shim::current]) {
+        shim_multiply(products.front());
+        products.pop_front();
+    }
+    __syncwarp(); /* .sync: when one lane is through, all are */
+}
+template <int BF16, int COLUMNS> static void ckca__wgmma(float *sums, uint64_t a, uint64_t b) {
+    for (const uint64_t d : {a, b})
+        shim_must(d >> 62 == 1 && !(d >> 49 & 7) && (d >> 46 & 7) == 0, "a descriptor of another swizzle, or with an offset");
+    shim_must(shim::fenced[shim::current], "wgmma without a fence before it");
+    cuda_shim_wgmma++;
+    shim::products[shim::current].push_back({sums, a, b, BF16, COLUMNS, shim::product_group[shim::current]});
+}
+
+#define CUDART_VERSION 13000
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess, cudaDriverEntryPointSymbolNotFound };
+enum { cudaEnableDefault };
+static cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned, unsigned long long,
+                                                    cudaDriverEntryPointQueryResult *found) {
+    SHIM_CALL();
+    *found = cudaDriverEntryPointSuccess;
+    *function = strstr(name, "Tiled") ? (void *)cuTensorMapEncodeTiled : (void *)cuTensorMapEncodeIm2col;
+    return cudaSuccess;
+}
+struct cudaFuncAttributes {
+    size_t sharedSizeBytes;
+};
+template <class F> static cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, F *) {
+    SHIM_CALL();
+    attributes->sharedSizeBytes = 1; /* as if compiled for sm_90a */
+    return cudaSuccess;
+}
 
 /* ---- cuBLAS ---- */
 
