@@ -1122,6 +1122,7 @@ template <class B> struct ckca__along {
                 ckca__copy_chunk(a, source + (ptrdiff_t)pixel[i] * walk.channels, is_inside(i, k));
             } else {
                 ckca__k_position at = k;
+#pragma unroll 1 /* rarely run: compiles in a fraction of the time */
                 for (int j = 0; j < B::VALUES; j++, walk.advance(at, 1)) {
                     if (is_inside(i, at)) {
                         ((T *)a)[j] = ((const T *)g.a)[(ptrdiff_t)pixel[i] * walk.channels + at.source];
@@ -1139,6 +1140,7 @@ template <class B> struct ckca__along {
                 ckca__copy_chunk(b, from + k.weight, is_column && k.y < taps_y);
             } else {
                 ckca__k_position at = k;
+#pragma unroll 1 /* rarely run: compiles in a fraction of the time */
                 for (int j = 0; j < B::VALUES; j++, walk.advance(at, 1)) {
                     if (is_column && at.y < taps_y) {
                         ((T *)b)[j] = from[at.weight];
@@ -1174,7 +1176,7 @@ template <class B> struct ckca__across {
         }
     }
     __device__ __forceinline__ void fetch(uint4 *stage) {
-#pragma unroll
+#pragma unroll(B::WHOLE ? B::DEPTH / LINE_STRIDE_A : 1)
         for (int i = 0; i < B::DEPTH / LINE_STRIDE_A; i++) {
             const int line = (int)threadIdx.x / B::CHUNKS_A + i * LINE_STRIDE_A, k = pixel + line;
             const int above = ckca__quotient(k, g.q), n = ckca__quotient(above, g.p);
@@ -1206,6 +1208,7 @@ template <class B> struct ckca__across {
             if constexpr (B::WHOLE) {
                 ckca__copy_chunk(to, from, k < end && column < g.s.k);
             } else {
+#pragma unroll 1
                 for (int j = 0; j < B::VALUES; j++) {
                     if (k < end && column + j < g.s.k) {
                         ((T *)to)[j] = from[j];
@@ -1804,7 +1807,8 @@ typedef struct ckca__moments {
    channels adds the parts and writes the statistics, or dgamma, dbeta and table (2 x c: the means over rows that
    ckca__batchnorm_backward needs). */
 template <class T, int KIND, int WIDTH>
-__global__ void __launch_bounds__(CKCA__THREADS) ckca__channel_sums(ckca__moments m) {
+__global__ void __launch_bounds__(CKCA__THREADS, KIND == 2 ? 2 : 4) /* or the compiler saves registers, not time */
+    ckca__channel_sums(ckca__moments m) {
     enum { ROWS = KIND == 2 ? 2 : 4 }; /* loaded before the first is used */
     __shared__ __align__(16) float first[CKCA__THREADS * WIDTH], second[CKCA__THREADS * WIDTH];
     __shared__ float partial[2][CKCA__THREADS];

@@ -114,9 +114,9 @@ asm(".text\n.globl shim_switch\n.type shim_switch,@function\nshim_switch:\n"
     "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
     "movq %rsp, (%rdi)\nmovq %rsi, %rsp\n"
     "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\nret\n.size shim_switch,.-shim_switch\n");
-typedef void *place;
-static inline void go(place *from, place *to) { shim_switch(from, *to); }
-static void prepare(place *p, char *stack, void (*start)()) {
+typedef void *fibre_context;
+static inline void switch_fibre(fibre_context *from, fibre_context *to) { shim_switch(from, *to); }
+static void prepare(fibre_context *p, char *stack, void (*start)()) {
     void **top = (void **)(stack + STACK - 64);
     *--top = nullptr; /* start must not return; aligns the stack as after a call */
     *--top = (void *)start;
@@ -124,9 +124,9 @@ static void prepare(place *p, char *stack, void (*start)()) {
     *p = top;
 }
 #else
-typedef ucontext_t place;
-static inline void go(place *from, place *to) { swapcontext(from, to); }
-static void prepare(place *p, char *stack, void (*start)()) {
+typedef ucontext_t fibre_context;
+static inline void switch_fibre(fibre_context *from, fibre_context *to) { swapcontext(from, to); }
+static void prepare(fibre_context *p, char *stack, void (*start)()) {
     getcontext(p);
     p->uc_stack.ss_sp = stack;
     p->uc_stack.ss_size = STACK;
@@ -135,17 +135,17 @@ static void prepare(place *p, char *stack, void (*start)()) {
 }
 #endif
 
-struct meeting { /* a barrier: of the block, or of a warp */
+struct barrier { /* of the block, or of a warp */
     int alive, arrived;
-    unsigned turn;
+    unsigned generation;
 };
 struct lane_data { /* data that lanes exchange; double-buffered, so that one barrier is enough */
     uint64_t value[2][32];
     unsigned a[2][32][4], b[2][32][2];
     const void *row[2][32];
 };
-struct barrier { /* an mbarrier */
-    meeting of;
+struct mbarrier {
+    barrier of;
     unsigned count, missing, phase;
     long bytes;
     std::vector<std::function<void()>> copies; /* which run when a thread waits */
@@ -156,7 +156,7 @@ struct product { /* a pending wgmma */
     int bf16, columns;
     unsigned group;
 };
-struct under_way { /* a thread's pending copies to shared memory, run when it waits for them */
+struct pending_copies { /* a thread's pending copies to shared memory, run when it waits for them */
     enum { MOST = 64 };
     struct {
         void *to;
@@ -167,21 +167,21 @@ struct under_way { /* a thread's pending copies to shared memory, run when it wa
     unsigned first, last, group;
 };
 
-static place home, fibre[THREADS];
+static fibre_context launcher, fibre[THREADS];
 static char *stacks;
 static bool done[THREADS], waited[THREADS];
 static int threads = THREADS; /* of a block */
-static bool early;            /* launched with programmatic dependent launch */
+static bool dependent;        /* launched with programmatic dependent launch */
 static struct {
-    const struct meeting *at; /* NULL: it can run */
-    unsigned turn;
+    const struct barrier *at; /* NULL: it can run */
+    unsigned generation;
 } waits[THREADS];
-static int current, onward; /* warps are tried in this direction, which alternates between blocks */
-static meeting block, warp[WARPS];
-static lane_data shown[WARPS];
+static int current, direction; /* warps are tried in this direction, which alternates between blocks */
+static barrier block, warp[WARPS];
+static lane_data exchanged[WARPS];
 static unsigned parity[THREADS];
-static under_way copies[THREADS];
-static std::map<const void *, barrier> barriers; /* of the block */
+static pending_copies copies[THREADS];
+static std::map<const void *, mbarrier> mbarriers; /* of the block */
 static std::deque<product> products[THREADS];
 static unsigned product_group[THREADS];
 static bool fenced[THREADS];
@@ -189,7 +189,7 @@ static const std::function<void()> *body;
 static struct { unsigned x; } thread;
 static dim3 block_index, block_count;
 
-static bool can_run(int i) { return !done[i] && (!waits[i].at || waits[i].at->turn != waits[i].turn); }
+static bool can_run(int i) { return !done[i] && (!waits[i].at || waits[i].at->generation != waits[i].generation); }
 
 /* Resumes another fibre, from the same warp while one is runnable, so that warps run as far ahead as barriers allow;
    returns to the launcher when all have ended. */
@@ -200,7 +200,7 @@ static void next() {
         if (can_run(from / 32 * 32 + (from + i) % 32)) to = from / 32 * 32 + (from + i) % 32;
     const int warps = threads / 32;
     for (i = 0; i < threads && to < 0; i++) {
-        const int other = ((from / 32 + onward * (1 + i / 32) + 2 * warps) % warps) * 32 + i % 32;
+        const int other = ((from / 32 + direction * (1 + i / 32) + 2 * warps) % warps) * 32 + i % 32;
         if (can_run(other)) to = other;
         left += !done[other];
     }
@@ -209,33 +209,33 @@ static void next() {
         abort();
     }
     if (to < 0) {
-        go(&fibre[from], &home);
+        switch_fibre(&fibre[from], &launcher);
         return;
     }
     current = to;
     thread.x = (unsigned)to;
-    go(&fibre[from], &fibre[to]);
+    switch_fibre(&fibre[from], &fibre[to]);
 }
 
-static void release(meeting &m) {
+static void release(barrier &m) {
     m.arrived = 0;
-    m.turn++;
+    m.generation++;
 }
-static void meet(meeting &m) {
+static void arrive_and_wait(barrier &m) {
     if (++m.arrived == m.alive) {
         release(m);
         return;
     }
-    waits[current] = {&m, m.turn};
+    waits[current] = {&m, m.generation};
     next();
     waits[current].at = nullptr;
 }
-static void leave(meeting &m) {
+static void leave(barrier &m) {
     if (--m.alive && m.arrived == m.alive) release(m);
 }
 static void start() {
     (*body)();
-    if (early && !waited[current]) {
+    if (dependent && !waited[current]) {
         fprintf(stderr, "cuda_shim: a kernel that may start early does not wait\n");
         abort();
     }
@@ -253,11 +253,11 @@ static size_t shared_bytes;
 
 static void run_block(dim3 index) {
     block_index = index;
-    block = meeting{threads, 0, 0};
-    for (auto &w : warp) w = meeting{32, 0, 0};
+    block = barrier{threads, 0, 0};
+    for (auto &w : warp) w = barrier{32, 0, 0};
     memset(shared_end - shared_bytes, 0xff, shared_bytes);
     shared = shared_end - shared_bytes;
-    barriers.clear();
+    mbarriers.clear();
     for (int i = 0; i < threads; i++) {
         done[i] = waited[i] = false;
         waits[i].at = nullptr;
@@ -266,13 +266,13 @@ static void run_block(dim3 index) {
         fenced[i] = false;
         prepare(&fibre[i], stacks + (size_t)i * STACK, start);
     }
-    onward = onward == 1 ? -1 : 1;
-    current = onward == 1 ? 0 : threads - 32;
+    direction = direction == 1 ? -1 : 1;
+    current = direction == 1 ? 0 : threads - 32;
     thread.x = (unsigned)current;
-    go(&home, &fibre[current]);
+    switch_fibre(&launcher, &fibre[current]);
 }
 
-static void run(dim3 grid, unsigned count, size_t bytes, bool is_early, const std::function<void()> &kernel) {
+static void run(dim3 grid, unsigned count, size_t bytes, bool is_dependent, const std::function<void()> &kernel) {
     static bool backwards;
     const uint64_t blocks = (uint64_t)grid.x * grid.y * grid.z;
     if (!stacks) {
@@ -285,7 +285,7 @@ static void run(dim3 grid, unsigned count, size_t bytes, bool is_early, const st
     body = &kernel;
     block_count = grid;
     threads = (int)count;
-    early = is_early;
+    dependent = is_dependent;
     shared_bytes = bytes;
     backwards = !backwards;
     for (uint64_t i = 0; i < blocks; i++) {
@@ -340,7 +340,7 @@ struct event {
 static std::vector<stream *> streams;
 
 /* Runs a stream's pending operations up to a given one. */
-static void catch_up(stream *s, long until) {
+static void run_until(stream *s, long until) {
     while (s->done < until) {
         const std::function<void()> work = std::move(s->queue.front());
         s->queue.pop_front();
@@ -358,12 +358,12 @@ static void submit(stream *s, std::function<void()> work) {
     }
     s->queue.push_back(std::move(work));
     s->submitted++;
-    if (!(cuda_shim_lazy >> s->number % 3 & 1)) catch_up(s, s->submitted);
+    if (!(cuda_shim_lazy >> s->number % 3 & 1)) run_until(s, s->submitted);
 }
 
 /* Freeing memory waits for all streams. */
 static void finish_all() {
-    for (stream *s : streams) catch_up(s, s->submitted);
+    for (stream *s : streams) run_until(s, s->submitted);
 }
 
 } // namespace shim
@@ -532,14 +532,14 @@ static cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 static cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
     SHIM_CALL();
     if (shim::capturing) return shim_last = cudaErrorStreamCaptureUnsupported;
-    shim::catch_up(stream, stream->submitted);
+    shim::run_until(stream, stream->submitted);
     cuda_shim_waits++;
     return cudaSuccess;
 }
 static cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t e, unsigned) {
     const shim::event event = *e;
     SHIM_CALL();
-    if (event.of) shim::submit(stream, [=] { shim::catch_up(event.of, event.at); });
+    if (event.of) shim::submit(stream, [=] { shim::run_until(event.of, event.at); });
     return cudaSuccess;
 }
 static cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, int) {
@@ -560,7 +560,7 @@ static cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 static cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     SHIM_CALL();
     if (shim::capturing) return shim_last = cudaErrorStreamCaptureUnsupported;
-    if (event->of) shim::catch_up(event->of, event->at);
+    if (event->of) shim::run_until(event->of, event->at);
     return cudaSuccess;
 }
 static cudaError_t cudaStreamBeginCapture(cudaStream_t, int) {
@@ -639,7 +639,7 @@ static cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*k
     const dim3 grid = config->gridDim;
     const unsigned threads = config->blockDim.x;
     const size_t shared = config->dynamicSmemBytes, opted = shim_shared[(const void *)kernel];
-    const bool early = config->numAttrs && config->attrs->val.programmaticStreamSerializationAllowed;
+    const bool dependent = config->numAttrs && config->attrs->val.programmaticStreamSerializationAllowed;
     SHIM_CALL();
     (shim::check_argument(v), ...);
     if (shared > (opted ? opted : 48 << 10) || threads % 32 || threads > shim::THREADS)
@@ -649,32 +649,32 @@ static cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*k
     return cudaSuccess;
 }
 
-static void __syncthreads() { shim::meet(shim::block); }
+static void __syncthreads() { shim::arrive_and_wait(shim::block); }
 
 template <class T> static T __shfl_xor_sync(unsigned, T v, int mask) {
-    const int t = shim::current, lane = t % 32, turn = (int)(shim::parity[t]++ & 1);
-    shim::lane_data &d = shim::shown[t / 32];
-    memcpy(&d.value[turn][lane], &v, sizeof v);
-    shim::meet(shim::warp[t / 32]);
-    memcpy(&v, &d.value[turn][lane ^ mask], sizeof v);
+    const int t = shim::current, lane = t % 32, buffer = (int)(shim::parity[t]++ & 1);
+    shim::lane_data &d = shim::exchanged[t / 32];
+    memcpy(&d.value[buffer][lane], &v, sizeof v);
+    shim::arrive_and_wait(shim::warp[t / 32]);
+    memcpy(&v, &d.value[buffer][lane ^ mask], sizeof v);
     return v;
 }
 
 /* ---- copies to shared memory ---- */
 
 static void ckca__copy_chunk(void *to, const void *from, int there) {
-    shim::under_way &u = shim::copies[shim::current];
-    if (u.last - u.first == shim::under_way::MOST || (uintptr_t)to % 16 || (uintptr_t)from % 16) {
+    shim::pending_copies &u = shim::copies[shim::current];
+    if (u.last - u.first == shim::pending_copies::MOST || (uintptr_t)to % 16 || (uintptr_t)from % 16) {
         fprintf(stderr, "cuda_shim: too many copies under way, or one of what is not aligned\n");
         abort();
     }
-    u.copy[u.last++ % shim::under_way::MOST] = {to, from, there != 0, u.group};
+    u.copy[u.last++ % shim::pending_copies::MOST] = {to, from, there != 0, u.group};
 }
 static void ckca__copies_commit() { shim::copies[shim::current].group++; }
 template <int LEFT> static void ckca__copies_wait() {
-    shim::under_way &u = shim::copies[shim::current];
+    shim::pending_copies &u = shim::copies[shim::current];
     for (; u.first < u.last; u.first++) {
-        const auto &c = u.copy[u.first % shim::under_way::MOST];
+        const auto &c = u.copy[u.first % shim::pending_copies::MOST];
         if (c.group + LEFT >= u.group) return;
         if (c.there)
             memcpy(c.to, c.from, 16);
@@ -687,14 +687,14 @@ template <int LEFT> static void ckca__copies_wait() {
 
 /* ldmatrix.x4 (PTX ISA): lane 8 m + i passes the address of row i of matrix m; a lane receives word lane % 4 of row
    lane / 4 or, with .trans, bf16 value lane / 4 of rows 2 (lane % 4) and 2 (lane % 4) + 1. */
-template <int TURNED> static void ckca__load_matrices(unsigned v[4], const void *row) {
-    const int t = shim::current, lane = t % 32, turn = (int)(shim::parity[t]++ & 1);
-    shim::lane_data &d = shim::shown[t / 32];
-    d.row[turn][lane] = row;
-    shim::meet(shim::warp[t / 32]);
+template <int TRANSPOSED> static void ckca__load_matrices(unsigned v[4], const void *row) {
+    const int t = shim::current, lane = t % 32, buffer = (int)(shim::parity[t]++ & 1);
+    shim::lane_data &d = shim::exchanged[t / 32];
+    d.row[buffer][lane] = row;
+    shim::arrive_and_wait(shim::warp[t / 32]);
     for (int m = 0; m < 4; m++) {
-        const void *const *rows = d.row[turn] + 8 * m;
-        if (TURNED) {
+        const void *const *rows = d.row[buffer] + 8 * m;
+        if (TRANSPOSED) {
             uint16_t low, high;
             memcpy(&low, (const char *)rows[lane % 4 * 2] + lane / 4 * 2, 2);
             memcpy(&high, (const char *)rows[lane % 4 * 2 + 1] + lane / 4 * 2, 2);
@@ -720,17 +720,17 @@ static unsigned ckca__to_bf16x2(float low, float high) { return shim_bf16(low) |
    C(row, column) in lane row % 8 * 4 + column / 2, register column % 2 + row / 8 * 2. K is k for tf32, k / 2 for bf16.
    */
 template <int BF16> static void shim_mma(float c[4], const unsigned a[4], const unsigned b[2]) {
-    const int t = shim::current, lane = t % 32, turn = (int)(shim::parity[t]++ & 1);
-    shim::lane_data &d = shim::shown[t / 32];
-    memcpy(d.a[turn][lane], a, 16);
-    memcpy(d.b[turn][lane], b, 8);
-    shim::meet(shim::warp[t / 32]);
+    const int t = shim::current, lane = t % 32, buffer = (int)(shim::parity[t]++ & 1);
+    shim::lane_data &d = shim::exchanged[t / 32];
+    memcpy(d.a[buffer][lane], a, 16);
+    memcpy(d.b[buffer][lane], b, 8);
+    shim::arrive_and_wait(shim::warp[t / 32]);
     for (int i = 0; i < 4; i++) {
         const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
         double sum = c[i];
         for (int k = 0; k < 8; k++) {
-            const unsigned x = d.a[turn][row % 8 * 4 + k % 4][row / 8 + k / 4 * 2],
-                           y = d.b[turn][column * 4 + k % 4][k / 4];
+            const unsigned x = d.a[buffer][row % 8 * 4 + k % 4][row / 8 + k / 4 * 2],
+                           y = d.b[buffer][column * 4 + k % 4][k / 4];
             if (BF16)
                 sum += (double)__uint_as_float(x << 16) * __uint_as_float(y << 16) +
                        (double)__uint_as_float(x & 0xffff0000) * __uint_as_float(y & 0xffff0000);
@@ -759,45 +759,45 @@ static unsigned ckca__shared_address(const void *p) { /* in a window of SHARED b
 static const char *shim_shared_at(unsigned address) { return shim::shared_end - shim::SHARED + address; }
 static unsigned shim_swizzle(unsigned address) { return address ^ (address >> 7 & 7) << 4; } /* bits 4-6 ^= 7-9 */
 
-static shim::barrier &shim_barrier(uint64_t *p) {
-    const auto found = shim::barriers.find(p);
-    shim_must(found != shim::barriers.end(), "a barrier that was not initialised");
+static shim::mbarrier &shim_mbarrier(uint64_t *p) {
+    const auto found = shim::mbarriers.find(p);
+    shim_must(found != shim::mbarriers.end(), "a barrier that was not initialised");
     return found->second;
 }
-static void shim_check_phase(shim::barrier &b) {
+static void shim_check_phase(shim::mbarrier &b) {
     if (b.missing || b.bytes) return;
     b.missing = b.count;
     b.phase++;
-    b.of.turn++;
+    b.of.generation++;
 }
 static void ckca__barrier_init(uint64_t *p, unsigned count) {
     shim_must((uintptr_t)p % 8 == 0 && count, "an mbarrier at an odd address, or for nobody");
-    shim::barriers[p] = shim::barrier{{0, 0, 0}, count, count, 0, 0, {}};
+    shim::mbarriers[p] = shim::mbarrier{{0, 0, 0}, count, count, 0, 0, {}};
 }
 static void ckca__barriers_ready() {}
 static void ckca__barrier_arrive(uint64_t *p) {
-    shim::barrier &b = shim_barrier(p);
+    shim::mbarrier &b = shim_mbarrier(p);
     shim_must(b.missing > 0, "more arrivals at a barrier than it waits for");
     b.missing--;
     shim_check_phase(b);
 }
 static void ckca__barrier_expect(uint64_t *p, unsigned bytes) {
-    shim_barrier(p).bytes += bytes;
+    shim_mbarrier(p).bytes += bytes;
     ckca__barrier_arrive(p);
 }
 static void ckca__barrier_wait(uint64_t *p, unsigned parity) {
-    shim::barrier &b = shim_barrier(p);
+    shim::mbarrier &b = shim_mbarrier(p);
     while ((b.phase & 1) == parity) {
         const auto copies = std::move(b.copies);
         b.copies.clear();
         for (const auto &copy : copies) copy();
         if ((b.phase & 1) != parity) return;
-        shim::waits[shim::current] = {&b.of, b.of.turn};
+        shim::waits[shim::current] = {&b.of, b.of.generation};
         shim::next();
         shim::waits[shim::current].at = nullptr;
     }
 }
-static void __syncwarp() { shim::meet(shim::warp[shim::current / 32]); }
+static void __syncwarp() { shim::arrive_and_wait(shim::warp[shim::current / 32]); }
 
 typedef int CUresult;
 typedef uint32_t cuuint32_t;
@@ -882,16 +882,16 @@ static void shim_copy_line(char *to, const CUtensorMap &map, const char *row, in
 static void shim_tensor_copy(uint64_t *barrier, const CUtensorMap &map, void *to, std::function<void()> lines) {
     const auto copy = [&map, barrier, lines] {
         lines();
-        shim_barrier(barrier).bytes -= 128 * map.box[1];
-        shim_check_phase(shim_barrier(barrier));
+        shim_mbarrier(barrier).bytes -= 128 * map.box[1];
+        shim_check_phase(shim_mbarrier(barrier));
     };
     shim_must(ckca__shared_address(to) % 1024 == 0, "a swizzled box at an address that is no multiple of 1024");
     shim_must(shim::waited[shim::current], "a tensor copy before the predecessors have ended");
-    if (shim::onward == 1)
+    if (shim::direction == 1)
         copy();
     else {
-        shim_barrier(barrier).copies.push_back(copy);
-        shim_barrier(barrier).of.turn++; /* whoever waits runs it */
+        shim_mbarrier(barrier).copies.push_back(copy);
+        shim_mbarrier(barrier).of.generation++; /* whoever waits runs it */
     }
 }
 static void ckca__copy_matrix(void *shared, const CUtensorMap *map, int x, int y, uint64_t *barrier) {
@@ -1031,7 +1031,7 @@ static cublasStatus_t cublasSetMathMode(cublasHandle_t blas, int mode) {
 }
 static cublasStatus_t cublasSetWorkspace(cublasHandle_t, void *, size_t) { return shim_blas_call(); }
 /* c (m x n) = alpha op(a) (m x k) op(b) (k x n) + beta c, column by column. */
-static cublasStatus_t cublasGemmEx(cublasHandle_t blas, cublasOperation_t turn_a, cublasOperation_t turn_b, int m, int n,
+static cublasStatus_t cublasGemmEx(cublasHandle_t blas, cublasOperation_t transpose_a, cublasOperation_t transpose_b, int m, int n,
                                    int k, const float *alpha, const void *a, cudaDataType type_a, int lda,
                                    const void *b, cudaDataType type_b, int ldb, const float *beta, void *c,
                                    cudaDataType type_c, int ldc, cublasComputeType_t compute, int) {
@@ -1054,8 +1054,8 @@ static cublasStatus_t cublasGemmEx(cublasHandle_t blas, cublasOperation_t turn_a
                 double sum = 0;
                 for (int l = 0; l < k; l++) {
                     if (reduced && l == k / 2) sum = __uint_as_float(shim_bf16((float)sum) << 16);
-                    sum += (double)factor(a, type_a, turn_a ? l + (size_t)i * lda : i + (size_t)l * lda) *
-                           factor(b, type_b, turn_b ? j + (size_t)l * ldb : l + (size_t)j * ldb);
+                    sum += (double)factor(a, type_a, transpose_a ? l + (size_t)i * lda : i + (size_t)l * lda) *
+                           factor(b, type_b, transpose_b ? j + (size_t)l * ldb : l + (size_t)j * ldb);
                 }
                 const float v = (float)(one * sum) + (add != 0 ? add * value(c, type_c, to) : 0);
                 if (type_c == CUDA_R_16BF)
