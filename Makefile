@@ -20,7 +20,7 @@
 #   make CUDA=1 sanitize    the op tests under the four tools of compute-sanitizer; TOOLS="memcheck initcheck" for some
 #
 # Variables: CC, CFLAGS, LDFLAGS; THREADS= builds without threads, STB= without JPEG and PNG files;
-# NVCC; CUDA_ARCH="80 90": the GPUs to compile for (newer ones use the PTX of the last).
+# NVCC; CUDA_ARCH="80 90": the GPUs to compile for (newer ones use the PTX of the last). 90 means sm_90a, which has wgmma.
 
 # One job per processor unless -j says otherwise.
 ifeq ($(filter -j%,$(MAKEFLAGS)),)
@@ -76,7 +76,8 @@ ifneq ($(CUDA),)
 CUDA_HOME := $(patsubst %/bin/,%,$(dir $(realpath $(NVCC))))
 CUDA_OBJECT = build/ckca_cuda.o
 LIBS += -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcublas -lcudart -lstdc++
-NVCC_FLAGS = -O3 -std=c++17 -ccbin $(or $(firstword $(CXX)),c++) $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$a,code=sm_$a) \
+NVCC_FLAGS = -O3 -std=c++17 -ccbin $(or $(firstword $(CXX)),c++) \
+    $(foreach a,$(patsubst 90,90a,$(CUDA_ARCH)),-gencode arch=compute_$a,code=sm_$a) \
     -gencode arch=compute_$(lastword $(CUDA_ARCH)),code=compute_$(lastword $(CUDA_ARCH))
 endif
 

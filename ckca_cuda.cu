@@ -6,7 +6,7 @@
    ckca.h declares the ops (section BACKEND) and implements them for the host; this file implements the same functions
    for a GPU. The choice is made at compile time, and the program's source does not change:
 
-       nvcc -O3 -std=c++17 -arch=native -c ckca_cuda.cu
+       nvcc -O3 -std=c++17 -arch=native -c ckca_cuda.cu       (on Hopper -arch=sm_90a: wgmma needs the a)
        cc -O3 -DCKCA_CUDA -c program.c                        (program.c defines CKCA_IMPLEMENTATION as usual)
        nvcc program.o ckca_cuda.o -lcublas -o program
 
@@ -18,7 +18,7 @@
        CONTEXT        streams, cuBLAS handles, deferred errors, kernel launches
        MEMORY         device memory, copies, staging of streamed input, recorded work (CUDA graphs)
        INSTRUCTIONS   wrappers for PTX: tensor cores, asynchronous copies, rounding; values as float or bfloat16
-       GEMM           the kernel behind all three passes of every convolution except plain 1 x 1
+       GEMM           the kernel behind all three passes of every convolution except plain 1 x 1; its form for Hopper
        CHANNELS       reductions over all pixels: batch norm, bias gradients
        CONVOLUTION    the convolution and linear ops, which choose the GEMM kernel or cuBLAS
        ELEMENTS       element-wise ops, pooling, group norm, gather
@@ -49,8 +49,8 @@
        losses         small: bound by launch latency.
 
    PRECISION (ckca_desc.precision): FLOAT32 multiplies floats on the FFMA units. TF32 rounds both factors of
-   convolutions and linear layers (after the load from shared memory; cuBLAS uses its own rounding) and multiplies on
-   tensor cores, accumulating in float32. BF16 stores the feature maps between the pictures and the average pooling, and
+   convolutions and linear layers (after the load from shared memory, or in TMA; cuBLAS uses its own rounding) and
+   multiplies on tensor cores, accumulating in float32. BF16 stores the feature maps between the pictures and the average pooling, and
    their gradients, as bfloat16 and multiplies them by weights rounded to bfloat16, accumulating in float32; everything
    after the pooling is stored as float32 and multiplied as TF32. Weights, their gradients, statistics, losses and SGD
    are always float32. */
@@ -61,6 +61,7 @@
 #include "ckca.h"
 #ifndef CKCA_CUDA_SHIM
 #include <cublas_v2.h>
+#include <cudaTypedefs.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #endif
@@ -98,6 +99,9 @@ typedef struct ckca__cuda {
     int blocks;                    /* maximum grid of an element-wise kernel */
     unsigned *tickets;             /* on the device: 0 between kernels, see ckca__is_last */
     int dependent_launch;          /* 1: use programmatic dependent launch */
+    int wgmma;                     /* 1: use Hopper's wgmma where it pays, see ckca__wgmma_kernel */
+    PFN_cuTensorMapEncodeTiled_v12000 encode_tiled; /* of the driver; both are set if wgmma is */
+    PFN_cuTensorMapEncodeIm2col_v12000 encode_im2col;
     char *slot[CKCA__SLOTS];       /* pinned host memory */
     cudaEvent_t sent[CKCA__SLOTS]; /* the slot's last upload has finished */
     int next;                      /* slot */
@@ -232,6 +236,8 @@ static int ckca__blas_create(ckca__cuda *cuda, cudaStream_t stream, cublasHandle
            CKCA__BLAS(cuda, cublasSetMathMode(*blas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
 }
 
+static void ckca__wgmma_init(ckca__cuda *cuda, const cudaDeviceProp *gpu);
+
 /* On failure, ckca__device_free releases what was created. */
 CKCA__OP ckca_status ckca__device_init(ckca_context *ctx) {
     ckca__cuda *cuda = (ckca__cuda *)calloc(1, sizeof *cuda);
@@ -267,6 +273,7 @@ CKCA__OP ckca_status ckca__device_init(ckca_context *ctx) {
              CKCA__CUDA(cuda, cudaEventCreateWithFlags(&cuda->sent[i], cudaEventDisableTiming));
     cuda->dependent_launch = gpu.major >= 9 && runtime >= 12030 && driver >= 12030; /* since 12.3 in graphs, too */
     cuda->blocks = 16 * gpu.multiProcessorCount;
+    if (ok) ckca__wgmma_init(cuda, &gpu);
     snprintf(ctx->device, sizeof ctx->device, "cuda %.40s %s", gpu.name, precision[ctx->precision]);
     return ckca__device_status(ctx);
 }
@@ -580,7 +587,112 @@ __device__ __forceinline__ void ckca__mma_bf16(float c[4], const unsigned a[4], 
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
+
+/* ---- Hopper only: barriers in shared memory, tensor copies (TMA), warpgroup products (wgmma) ---- */
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) /* code for sm_90a */
+#define CKCA__HOPPER 1
+#else
+#define CKCA__HOPPER 0
 #endif
+
+__device__ __forceinline__ unsigned ckca__shared_address(const void *shared) {
+    return (unsigned)__cvta_generic_to_shared(shared);
+}
+
+#if CKCA__HOPPER
+/* A barrier's phase ends when `arrivals` threads have arrived and all expected bytes have been copied. Phases count
+   from 0; ckca__barrier_wait returns when the current phase of this parity has ended. ckca__barriers_ready makes
+   new barriers visible to copies; the other threads need a __syncthreads as well. */
+__device__ __forceinline__ void ckca__barrier_init(uint64_t *barrier, unsigned arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(ckca__shared_address(barrier)), "r"(arrivals)
+                 : "memory");
+}
+__device__ __forceinline__ void ckca__barriers_ready() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void ckca__barrier_arrive(uint64_t *barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(ckca__shared_address(barrier)) : "memory");
+}
+__device__ __forceinline__ void ckca__barrier_expect(uint64_t *barrier, unsigned bytes) { /* and arrives */
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(ckca__shared_address(barrier)),
+                 "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void ckca__barrier_wait(uint64_t *barrier, unsigned parity) {
+    asm volatile(
+        "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}"
+        ::"r"(ckca__shared_address(barrier)), "r"(parity)
+        : "memory");
+}
+
+/* Copies the box at column x and row y of a matrix (2 dimensions), or the box of pixels that starts at (w, h, n) of
+   NHWC maps, shifted by a tap, from channel c on (im2col), to shared memory; then tells the barrier. One thread calls. */
+__device__ __forceinline__ void ckca__copy_matrix(void *shared, const CUtensorMap *map, int x, int y,
+                                                  uint64_t *barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+                 "[%4];" ::"r"(ckca__shared_address(shared)),
+                 "l"(map), "r"(x), "r"(y), "r"(ckca__shared_address(barrier))
+                 : "memory");
+}
+__device__ __forceinline__ void ckca__copy_pixels(void *shared, const CUtensorMap *map, int c, int w, int h, int n,
+                                                  int tap_x, int tap_y, uint64_t *barrier) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, "
+                 "%4, %5}], [%8], {%6, %7};" ::"r"(ckca__shared_address(shared)),
+                 "l"(map), "r"(c), "r"(w), "r"(h), "r"(n), "h"((unsigned short)tap_x), "h"((unsigned short)tap_y),
+                 "r"(ckca__shared_address(barrier))
+                 : "memory");
+}
+
+/* Products of a warpgroup (4 warps): begin after its sums' registers were written, then any number of ckca__wgmma, then
+   commit closes the group; ckca__wgmma_wait<LEFT> waits until at most LEFT groups run. Until then neither the sums nor
+   the factors in shared memory may change. */
+__device__ __forceinline__ void ckca__wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void ckca__wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT> __device__ __forceinline__ void ckca__wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+
+/* sums += a b: 64 rows x COLUMNS over 32 bytes of k; a and b are ckca__matrix_descriptors. Warp w of the warpgroup has
+   rows 16 w to 16 w + 15; its COLUMNS / 8 tiles of 16 x 8 are distributed as in ckca__mma_tf32. */
+#define CKCA__SUMS_8(s) "+f"((s)[0]), "+f"((s)[1]), "+f"((s)[2]), "+f"((s)[3]), "+f"((s)[4]), "+f"((s)[5]), "+f"((s)[6]), "+f"((s)[7])
+#define CKCA__SUMS_32(s) CKCA__SUMS_8(s), CKCA__SUMS_8((s) + 8), CKCA__SUMS_8((s) + 16), CKCA__SUMS_8((s) + 24)
+#define CKCA__NAMES_32                                                                                    \
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
+    "%30,%31"
+#define CKCA__NAMES_64                                                                                        \
+    CKCA__NAMES_32                                                                                            \
+    ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57," \
+    "%58,%59,%60,%61,%62,%63"
+#define CKCA__WGMMA_32(shape, types, major)                                                                      \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\nwgmma.mma_async.sync.aligned." shape ".f32." types \
+                 " {" CKCA__NAMES_32 "}, %32, %33, add, 1, 1" major ";\n}"                                        \
+                 : CKCA__SUMS_32(sums)                                                                           \
+                 : "l"(a), "l"(b), "r"(1))
+#define CKCA__WGMMA_64(shape, types, major)                                                                      \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\nwgmma.mma_async.sync.aligned." shape ".f32." types \
+                 " {" CKCA__NAMES_64 "}, %64, %65, add, 1, 1" major ";\n}"                                        \
+                 : CKCA__SUMS_32(sums), CKCA__SUMS_32(sums + 32)                                                 \
+                 : "l"(a), "l"(b), "r"(1))
+template <int BF16, int COLUMNS> __device__ __forceinline__ void ckca__wgmma(float *sums, uint64_t a, uint64_t b) {
+    if constexpr (BF16 && COLUMNS == 128) {
+        CKCA__WGMMA_64("m64n128k16", "bf16.bf16", ", 0, 0");
+    } else if constexpr (BF16) {
+        CKCA__WGMMA_32("m64n64k16", "bf16.bf16", ", 0, 0");
+    } else if constexpr (COLUMNS == 128) {
+        CKCA__WGMMA_64("m64n128k8", "tf32.tf32", "");
+    } else {
+        CKCA__WGMMA_32("m64n64k8", "tf32.tf32", "");
+    }
+}
+#endif
+#endif
+
+/* Describes a factor of wgmma in shared memory: lines of 128 bytes along k, in the 128-byte swizzle (the 16-byte chunks
+   of a line are XORed with the line modulo 8), which begin at a multiple of 1024 bytes, plus 32 per step along k. PTX
+   ISA, "Matrix Descriptor": bits 0 to 13 the address / 16; 32 to 45 the bytes from 8 lines to the next 8, / 16; 62 and
+   63 the swizzle, 1: 128 bytes; bits 16 to 29 are ignored with it. */
+CKCA__BOTH uint64_t ckca__matrix_descriptor(unsigned address) {
+    return (uint64_t)(address >> 4 & 0x3fff) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
 
 /* Computes n / by for 0 <= n < 2^31 with a multiplication and a shift (Granlund and Montgomery 1994). */
 typedef struct ckca__divisor {
@@ -834,7 +946,7 @@ typedef struct ckca__phase {
     int taps, first, step, from, at, spread, count, stride;
 } ckca__phase;
 
-__device__ ckca__phase ckca__phase_of(int pass, int phase, int taps, int stride, int pad, int outputs) {
+CKCA__BOTH ckca__phase ckca__phase_of(int pass, int phase, int taps, int stride, int pad, int outputs) {
     ckca__phase v;
     if (pass == CKCA__PASS_DATA) {
         v.first = (phase + pad) % stride;
@@ -1007,6 +1119,7 @@ template <class B> struct ckca__along {
                 ckca__copy_chunk(a, source + (ptrdiff_t)pixel[i] * walk.channels, is_inside(i, k));
             } else {
                 ckca__k_position at = k;
+#pragma unroll 1 /* rarely run: compiles in a fraction of the time */
                 for (int j = 0; j < B::VALUES; j++, walk.advance(at, 1)) {
                     if (is_inside(i, at)) {
                         ((T *)a)[j] = ((const T *)g.a)[(ptrdiff_t)pixel[i] * walk.channels + at.source];
@@ -1024,6 +1137,7 @@ template <class B> struct ckca__along {
                 ckca__copy_chunk(b, from + k.weight, is_column && k.y < taps_y);
             } else {
                 ckca__k_position at = k;
+#pragma unroll 1 /* rarely run: compiles in a fraction of the time */
                 for (int j = 0; j < B::VALUES; j++, walk.advance(at, 1)) {
                     if (is_column && at.y < taps_y) {
                         ((T *)b)[j] = from[at.weight];
@@ -1059,7 +1173,7 @@ template <class B> struct ckca__across {
         }
     }
     __device__ __forceinline__ void fetch(uint4 *stage) {
-#pragma unroll
+#pragma unroll(B::WHOLE ? B::DEPTH / LINE_STRIDE_A : 1)
         for (int i = 0; i < B::DEPTH / LINE_STRIDE_A; i++) {
             const int line = (int)threadIdx.x / B::CHUNKS_A + i * LINE_STRIDE_A, k = pixel + line;
             const int above = ckca__quotient(k, g.q), n = ckca__quotient(above, g.p);
@@ -1091,6 +1205,7 @@ template <class B> struct ckca__across {
             if constexpr (B::WHOLE) {
                 ckca__copy_chunk(to, from, k < end && column < g.s.k);
             } else {
+#pragma unroll 1
                 for (int j = 0; j < B::VALUES; j++) {
                     if (k < end && column + j < g.s.k) {
                         ((T *)to)[j] = from[j];
@@ -1480,6 +1595,115 @@ template <class B> __global__ void __launch_bounds__(B::THREADS, B::BLOCKS) ckca
     }
 }
 
+/* ---- the same with wgmma and TMA ---- */
+
+/* Hopper's form of FORWARD and DATA, where k's channels fill whole stages of 128 bytes: 256 threads, two warpgroups of
+   64 rows each. One thread asks TMA for whole stages: A by an im2col map of x or dy (one per phase), which writes zeros
+   outside of the picture; B by a map of the weights as a matrix. TMA swizzles the lines as ckca__block does, and rounds
+   floats to TF32 (type TFLOAT32). Nothing but TMA writes a stage, and nothing but wgmma reads it; the epilogue is the
+   other kernel's. Barrier full[i]: stage i has arrived; empty[i]: all warps have multiplied it. */
+template <int PRECISION_, int PASS_, int COLUMNS_>
+struct ckca__wgmma_block : ckca__block<PRECISION_, PASS_, COLUMNS_, 1> {
+    typedef ckca__block<PRECISION_, PASS_, COLUMNS_, 1> BASE;
+    static constexpr int
+        THREADS = 256,
+        BLOCKS = 2,
+        DEPTH = 8 * BASE::VALUES,
+        STEPS = 4, /* 32 bytes of k each */
+        WARPS_ACROSS = 1,
+        ROW_TILES = 1,
+        COLUMN_TILES = COLUMNS_ / 8,
+        SUMS = COLUMNS_ / 2,
+        STAGES = COLUMNS_ == 128 ? 3 : 4,
+        STAGE_A = CKCA__ROWS * 128, /* bytes */
+        STAGE = STAGE_A + COLUMNS_ * 128,
+        BYTES = 1024 + (STAGES * STAGE > BASE::LINES * BASE::PITCH * 4 ? STAGES * STAGE : BASE::LINES * BASE::PITCH * 4);
+};
+
+enum { CKCA__WGMMA_PHASES = 4 }; /* stride 2 at most */
+typedef struct ckca__wgmma_maps {
+    CUtensorMap pixels[CKCA__WGMMA_PHASES], weights;
+} ckca__wgmma_maps;
+
+/* Compiled for other architectures than sm_90a, it is empty and uses no shared memory: see ckca__wgmma_init. */
+template <class B>
+__global__ void __launch_bounds__(B::THREADS, B::BLOCKS)
+    ckca__wgmma_kernel(const __grid_constant__ ckca__wgmma_maps maps, ckca__gemm g) {
+#if CKCA__HOPPER
+    CKCA__DYNAMIC_SHARED(memory);
+    __shared__ __align__(8) uint64_t full[B::STAGES], empty[B::STAGES];
+    const int row0 = (int)blockIdx.x / g.column_blocks * CKCA__ROWS,
+              column0 = (int)blockIdx.x % g.column_blocks * B::COLUMNS;
+    const int z = (int)blockIdx.z, me = (int)threadIdx.x, channels = B::PASS == CKCA__PASS_DATA ? g.s.k : g.s.c;
+    const ckca__phase py =
+        ckca__phase_of(B::PASS, z / g.s.stride, g.s.r, g.s.stride, g.s.pad, B::PASS == CKCA__PASS_DATA ? g.s.h : g.s.p);
+    const ckca__phase px =
+        ckca__phase_of(B::PASS, z % g.s.stride, g.s.s, g.s.stride, g.s.pad, B::PASS == CKCA__PASS_DATA ? g.s.w : g.s.q);
+    const ckca__output at(g, B::PASS, py, px, row0);
+    const int count = at.n < g.s.n ? py.taps * px.taps * (channels / B::DEPTH) : 0;
+    char *stages = (char *)memory + (1024 - ckca__shared_address(memory) % 1024) % 1024;
+    int tap_y = 0, tap_x = 0, c = 0; /* of the next stage to load */
+    const auto load = [&](int stage) {
+        const int tap = (py.first + py.step * tap_y) * g.s.s + px.first + px.step * tap_x;
+        char *to = stages + stage * B::STAGE;
+        ckca__barrier_expect(&full[stage], B::STAGE);
+        ckca__copy_pixels(to, &maps.pixels[z], c, at.x * px.stride + px.from, at.y * py.stride + py.from, at.n, tap_x,
+                          tap_y, &full[stage]);
+        ckca__copy_matrix(to + B::STAGE_A, &maps.weights, tap * channels + c, column0, &full[stage]);
+        if ((c += B::DEPTH) < channels) return;
+        c = 0;
+        if (++tap_x < px.taps) return;
+        tap_x = 0;
+        tap_y++;
+    };
+    float sums[B::SUMS];
+    if (me == 0) {
+        for (int i = 0; i < B::STAGES; i++) {
+            ckca__barrier_init(&full[i], 1);
+            ckca__barrier_init(&empty[i], B::THREADS / 32);
+        }
+        ckca__barriers_ready();
+    }
+    __syncthreads();
+    ckca__wait_for_grids();
+    if (me == 0)
+        for (int i = 0; i < B::STAGES - 1 && i < count; i++) load(i);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < B::SUMS; i++) sums[i] = 0;
+    int stage = 0, previous = B::STAGES - 1;
+    unsigned parity = 0, previous_parity = 1; /* of their phases */
+#pragma unroll 1
+    for (int i = 0; i < count; i++) {
+        const unsigned a = ckca__shared_address(stages + stage * B::STAGE + me / 128 * 64 * 128);
+        const unsigned b = ckca__shared_address(stages + stage * B::STAGE + B::STAGE_A);
+        ckca__barrier_wait(&full[stage], parity);
+        ckca__wgmma_begin();
+#pragma unroll
+        for (int step = 0; step < B::STEPS; step++)
+            ckca__wgmma<B::PRECISION == CKCA_PRECISION_BF16, B::COLUMNS>(
+                sums, ckca__matrix_descriptor(a + step * 32), ckca__matrix_descriptor(b + step * 32));
+        ckca__wgmma_commit();
+        ckca__wgmma_wait<1>(); /* the previous stage's products are in the sums */
+        if (i > 0 && me % 32 == 0) ckca__barrier_arrive(&empty[previous]);
+        if (me == 0 && i + B::STAGES - 1 < count) {
+            if (i > 0) ckca__barrier_wait(&empty[previous], previous_parity);
+            load(previous);
+        }
+        __syncwarp();
+        previous = stage;
+        previous_parity = parity;
+        if (++stage == B::STAGES) stage = 0, parity ^= 1;
+    }
+    ckca__wgmma_wait<0>();
+    __syncthreads(); /* the tile reuses the stages' memory */
+    float *tile = (float *)stages;
+    ckca__sums_to_tile<B>(sums, tile);
+    __syncthreads();
+    ckca__finish_rows<B, B::VALUES>(g, py, px, row0, column0, tile);
+#endif
+}
+
 /* Pads the channels of x with zeros from c to padded_c, a multiple of a chunk. Each thread writes whole chunks. */
 template <class FROM, class T>
 __global__ void ckca__pad_channels_kernel(size_t pixels, int c, int padded_c, const FROM *x, T *to) {
@@ -1580,7 +1804,8 @@ typedef struct ckca__moments {
    channels adds the parts and writes the statistics, or dgamma, dbeta and table (2 x c: the means over rows that
    ckca__batchnorm_backward needs). */
 template <class T, int KIND, int WIDTH>
-__global__ void __launch_bounds__(CKCA__THREADS) ckca__channel_sums(ckca__moments m) {
+__global__ void __launch_bounds__(CKCA__THREADS, KIND == 2 ? 2 : 4) /* or the compiler saves registers, not time */
+    ckca__channel_sums(ckca__moments m) {
     enum { ROWS = KIND == 2 ? 2 : 4 }; /* loaded before the first is used */
     __shared__ __align__(16) float first[CKCA__THREADS * WIDTH], second[CKCA__THREADS * WIDTH];
     __shared__ float partial[2][CKCA__THREADS];
@@ -2126,6 +2351,100 @@ static void ckca__launch_gemm(ckca_context *ctx, dim3 grid, int columns, const c
         ckca__launch_gemm<PRECISION, PASS, PASS == CKCA__PASS_FORWARD>(ctx, grid, columns, g);
 }
 
+/* Uses wgmma on GPUs of compute capability 9.0, if the binary has code for sm_90a, whose kernel has static shared
+   memory. Newer GPUs have no wgmma. */
+static void ckca__wgmma_init(ckca__cuda *cuda, const cudaDeviceProp *gpu) {
+    typedef ckca__wgmma_block<CKCA_PRECISION_BF16, CKCA__PASS_FORWARD, 64> B;
+    void *const to[2] = {&cuda->encode_tiled, &cuda->encode_im2col};
+    static const char *const name[2] = {"cuTensorMapEncodeTiled", "cuTensorMapEncodeIm2col"};
+    cudaFuncAttributes kernel;
+    cuda->wgmma = gpu->major == 9 && gpu->minor == 0 &&
+                  CKCA__CUDA(cuda, cudaFuncGetAttributes(&kernel, ckca__wgmma_kernel<B>)) && kernel.sharedSizeBytes > 0;
+    for (int i = 0; i < 2 && cuda->wgmma; i++) {
+        cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+        cuda->wgmma = CKCA__CUDA(
+            cuda, cudaGetDriverEntryPointByVersion(name[i], (void **)to[i], 12000, cudaEnableDefault, &found));
+#else
+        cuda->wgmma =
+            CKCA__CUDA(cuda, cudaGetDriverEntryPoint(name[i], (void **)to[i], cudaEnableDefault, &found));
+#endif
+        if (found != cudaDriverEntryPointSuccess) cuda->wgmma = 0;
+    }
+}
+
+/* For tests and benchmarks: 0 leaves wgmma out, 1 uses it again where the GPU and the binary have it. Returns whether
+   it was in use. */
+CKCA__OP int ckca__device_wgmma(ckca_context *ctx, int on) {
+    ckca__cuda *cuda = ckca__cuda_of(ctx);
+    const int was = cuda->wgmma;
+    cuda->wgmma = on && cuda->encode_im2col != NULL;
+    return was;
+}
+
+/* 1: the pass runs on wgmma. Fewer than 64 columns would leave it idle for want of bytes. The bounds are TMA's. */
+static int ckca__uses_wgmma(ckca_context *ctx, int pass, const ckca__conv *s, int width) {
+    const int channels = pass == CKCA__PASS_DATA ? s->k : s->c, columns = pass == CKCA__PASS_DATA ? s->c : s->k;
+    const int values = ckca__chunk_values(ctx, s);
+    return ckca__cuda_of(ctx)->wgmma && ckca__math(ctx, s) != CKCA_PRECISION_FLOAT32 && pass != CKCA__PASS_WEIGHT &&
+           width >= 64 && channels % (8 * values) == 0 && columns % values == 0 && s->stride * s->stride <= CKCA__WGMMA_PHASES &&
+           s->r <= 16 && s->s <= 16 && s->pad <= 16;
+}
+
+/* Makes the tensor maps of a pass. */
+template <int PASS>
+static int ckca__wgmma_encode(ckca_context *ctx, const ckca__gemm *g, int width, ckca__wgmma_maps *maps) {
+    const ckca__conv *s = &g->s;
+    const ckca__cuda *cuda = ckca__cuda_of(ctx);
+    const int is_data = PASS == CKCA__PASS_DATA, channels = is_data ? s->k : s->c, depth = 8 * ckca__chunk_values(ctx, s);
+    const cuuint64_t bytes = 16 / ckca__chunk_values(ctx, s), taps = (cuuint64_t)s->r * s->s;
+    const cuuint64_t w = is_data ? s->q : s->w, h = is_data ? s->p : s->h, line = channels * bytes;
+    const cuuint64_t sizes[4] = {(cuuint64_t)channels, w, h, (cuuint64_t)s->n}, strides[3] = {line, line * w, line * w * h};
+    const cuuint64_t matrix[2] = {taps * channels, (cuuint64_t)(is_data ? s->c : s->k)}, pitch[1] = {taps * line};
+    const cuuint32_t box[2] = {(cuuint32_t)depth, (cuuint32_t)width}, ones[2] = {1, 1};
+    const CUtensorMapDataType type =
+        bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_TFLOAT32;
+    CUresult failed = cuda->encode_tiled(&maps->weights, type, 2, (void *)g->b, matrix, pitch, box, ones,
+                                         CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                         CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    for (int z = 0; z < (is_data ? s->stride * s->stride : 1) && !failed; z++) {
+        const ckca__phase py = ckca__phase_of(PASS, z / s->stride, s->r, s->stride, s->pad, is_data ? s->h : s->p);
+        const ckca__phase px = ckca__phase_of(PASS, z % s->stride, s->s, s->stride, s->pad, is_data ? s->w : s->q);
+        /* The box of the pixels under the first tap; upper is relative to the last pixel. */
+        const int lower[2] = {px.from, py.from};
+        const int upper[2] = {px.from + (px.count - 1) * px.stride - ((int)w - 1),
+                              py.from + (py.count - 1) * py.stride - ((int)h - 1)};
+        const cuuint32_t steps[4] = {1, (cuuint32_t)px.stride, (cuuint32_t)py.stride, 1};
+        if (!px.taps || !py.taps || !px.count || !py.count) continue; /* nothing is loaded */
+        failed = cuda->encode_im2col(&maps->pixels[z], type, 4, (void *)g->a, sizes, strides, lower, upper,
+                                     (cuuint32_t)depth, CKCA__ROWS, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                     CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                                     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    }
+    if (failed) ckca__cuda_note(ckca__cuda_of(ctx), "cuTensorMapEncode", "the driver makes no map of a tensor");
+    return !failed;
+}
+
+template <int PASS> static void ckca__launch_wgmma(ckca_context *ctx, dim3 grid, int width, const ckca__gemm *g) {
+    ckca__wgmma_maps maps = {};
+    const auto launch = [&](auto precision, auto columns) {
+        typedef ckca__wgmma_block<decltype(precision)::VALUE, PASS, decltype(columns)::VALUE> B;
+        ckca__launch(ctx, "ckca__wgmma_kernel", ckca__wgmma_kernel<B>, ckca__launch_shape(grid, B::THREADS, B::BYTES),
+                     maps, *g);
+    };
+    const auto dispatch = [&](auto precision) {
+        if (width == 64)
+            launch(precision, ckca__constant<64>());
+        else
+            launch(precision, ckca__constant<128>());
+    };
+    if (!ckca__wgmma_encode<PASS>(ctx, g, width, &maps)) return;
+    if (ckca__math(ctx, &g->s) == CKCA_PRECISION_BF16)
+        dispatch(ckca__constant<CKCA_PRECISION_BF16>());
+    else
+        dispatch(ckca__constant<CKCA_PRECISION_TF32>());
+}
+
 template <int PASS> static void ckca__run_gemm(ckca_context *ctx, ckca__gemm *g) {
     const ckca__conv *s = &g->s;
     const int columns = PASS == CKCA__PASS_DATA ? s->c : s->k, width = ckca__columns(ctx, PASS, s);
@@ -2146,6 +2465,12 @@ template <int PASS> static void ckca__run_gemm(ckca_context *ctx, ckca__gemm *g)
     g->column_blocks = ckca__ceil(columns, width);
     g->tickets = ckca__tickets(ckca__cuda_of(ctx));
     const dim3 grid((unsigned)ckca__ceil(rows, CKCA__ROWS) * g->column_blocks, 1, layers);
+    if constexpr (PASS != CKCA__PASS_WEIGHT) {
+        if (ckca__uses_wgmma(ctx, PASS, s, width)) {
+            ckca__launch_wgmma<PASS>(ctx, grid, width, g);
+            return;
+        }
+    }
     switch (ckca__math(ctx, s)) {
     case CKCA_PRECISION_FLOAT32:
         ckca__launch_gemm<CKCA_PRECISION_FLOAT32, PASS>(ctx, grid, width, g);

@@ -1,7 +1,8 @@
 /* Every op of ckca_cuda.cu alone, at the shapes of whole networks: right? how long? how near its floor?
 
        bench_cuda                                  the networks below, in every precision
-       bench_cuda NET BATCH SIZE PRECISION         one: any name ckca_resnet knows, or stem; float32, tf32 or bf16
+       bench_cuda NET BATCH SIZE PRECISION [mma]   one: any name ckca_resnet knows, or stem; float32, tf32 or bf16;
+                                                   mma: without Hopper's wgmma
        bench_cuda profile NET BATCH SIZE PRECISION STEPS
                                                    plain CKCA steps for a profiler, each step and op an NVTX range:
                                                    nsys profile build/bench_cuda profile resnet20 128 32 bf16 20
@@ -1175,7 +1176,7 @@ static void show(const char *net, int batch, int size, const char *precision) {
     fflush(stdout);
 }
 
-static void look_at(const char *net, int batch, int size, int precision, int profiled_steps) {
+static void look_at(const char *net, int batch, int size, int precision, int wgmma, int profiled_steps) {
     static const float mean[3] = {0.5f, 0.5f, 0.5f}, deviation[3] = {0.25f, 0.25f, 0.25f};
     std::vector<unsigned char> pixels;
     ckca_desc desc = {};
@@ -1187,6 +1188,7 @@ static void look_at(const char *net, int batch, int size, int precision, int pro
     desc.precision = (ckca_precision)precision;
     if (ckca_init(&ctx, &desc)) give_up("no context: is there a GPU, and does it have this precision?");
     find_peaks(ctx);
+    if (!wgmma) ckca__device_wgmma(ctx, 0);
     model.height = model.width = size;
     model.classes = strcmp(net, "resnet18") && strcmp(net, "resnet34") && strcmp(net, "resnet50") ? 10 : 1000;
     model.mean = mean;
@@ -1228,7 +1230,8 @@ static void look_at(const char *net, int batch, int size, int precision, int pro
         check_status(ctx, ckca_update(m, data, &update, NULL), "shrink and perturb");
         check_status(ctx, ckca_predict(m, pixels.data(), batch, p.data()), "prediction");
         for (size_t i = 0; i < rows.size(); i++) rows[i].count = i < counts.size() ? counts[i] : 0;
-        show(net, batch, size, precision_name[precision]);
+        wgmma = ckca__device_wgmma(ctx, 1);
+        show(net, batch, size, (std::string(precision_name[precision]) + (wgmma ? "" : ", without wgmma")).c_str());
     }
     mode = OFF;
     ckca__device_release(ctx, flush, FLUSH);
@@ -1240,18 +1243,19 @@ static void look_at(const char *net, int batch, int size, int precision, int pro
 
 int main(int argc, char **argv) {
     const int profile = argc > 1 && !strcmp(argv[1], "profile"), first = 1 + profile;
+    const int wgmma = profile || argc != first + 5 || strcmp(argv[first + 4], "mma");
     int precision = 0, steps = 0;
     if (argc > 1) {
-        if (argc != first + 4 + profile) give_up("[profile] NET BATCH SIZE PRECISION [STEPS]");
+        if (argc != first + 4 + (profile || !wgmma)) give_up("[profile] NET BATCH SIZE PRECISION [STEPS or mma]");
         while (precision < 3 && strcmp(argv[first + 3], precision_name[precision])) precision++;
         if (precision == 3 || atoi(argv[first + 1]) < 1 || atoi(argv[first + 2]) < 1)
             give_up("the batch and the size are at least 1, the precision is float32, tf32 or bf16");
         if (profile && (steps = atoi(argv[first + 4])) < 1) give_up("STEPS is at least 1");
-        look_at(argv[first], atoi(argv[first + 1]), atoi(argv[first + 2]), precision, steps);
+        look_at(argv[first], atoi(argv[first + 1]), atoi(argv[first + 2]), precision, wgmma, steps);
     } else
         for (const config &c : networks)
             for (precision = CKCA_PRECISION_FLOAT32; precision <= CKCA_PRECISION_BF16; precision++)
-                if (c.precisions >> precision & 1) look_at(c.net, c.batch, c.size, precision, 0);
+                if (c.precisions >> precision & 1) look_at(c.net, c.batch, c.size, precision, 1, 0);
     if (!profile) printf("%d passed, %d failed\n", passed, failures);
     return failures > 0;
 }

@@ -5,14 +5,17 @@
    Blocks run one after another, in reverse order in every other launch. A block's threads are fibres: one runs until it
    waits at a barrier or for its warp, then another, from the same warp if possible. Tensor-core instructions are
    functions on the fragments that the PTX documentation defines; the cuBLAS call is three nested loops; asynchronous
-   copies to shared memory (cp.async) run when a thread waits for them. Slow: meant for small shapes.
+   copies to shared memory (cp.async) run when a thread waits for them. Hopper's wgmma reads its descriptors and the
+   swizzled lines as the PTX documentation lays them out, when a thread waits for it; tensor copies (TMA) run at once or,
+   in every other block, when a thread waits for their barrier. Slow: meant for small shapes.
 
    The shim is stricter than a GPU, to find mistakes. The host cannot access device memory (its pages are protected
    outside kernels and copies); new memory is filled with NaN and surrounded by protected pages or NaN; pointers among a
    kernel's arguments must be device memory; a captured graph keeps its arguments' values; copies from the host,
    allocations and waits fail during capture; pageable memory is read only when a copy runs. The process aborts with a
    message after a call in the child of a fork(), a deadlock of a block's threads, a kernel under programmatic dependent
-   launch that does not wait for its predecessors, and dynamic shared memory beyond the launch's size or opt-in. */
+   launch that does not wait for its predecessors, dynamic shared memory beyond the launch's size or opt-in, a tensor
+   map, copy, descriptor or barrier that the documentation does not allow, and wgmma without a fence before it. */
 #ifndef CUDA_SHIM_H
 #define CUDA_SHIM_H
 #ifndef CKCA_CUDA_SHIM
@@ -46,6 +49,7 @@
 #define __shared__ static
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
 
 struct dim3 {
@@ -94,7 +98,7 @@ size_t cuda_shim_memory = (size_t)1 << 30;
 int cuda_shim_fail = 0, cuda_shim_lazy = 0;
 int cuda_shim_last = 0; /* what cudaGetLastError returns */
 long cuda_shim_allocations = 0;
-long cuda_shim_launches = 0, cuda_shim_replays = 0, cuda_shim_waits = 0;
+long cuda_shim_launches = 0, cuda_shim_replays = 0, cuda_shim_waits = 0, cuda_shim_wgmma = 0;
 }
 
 namespace shim {
@@ -110,9 +114,9 @@ asm(".text\n.globl shim_switch\n.type shim_switch,@function\nshim_switch:\n"
     "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
     "movq %rsp, (%rdi)\nmovq %rsi, %rsp\n"
     "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\nret\n.size shim_switch,.-shim_switch\n");
-typedef void *place;
-static inline void go(place *from, place *to) { shim_switch(from, *to); }
-static void prepare(place *p, char *stack, void (*start)()) {
+typedef void *fibre_context;
+static inline void switch_fibre(fibre_context *from, fibre_context *to) { shim_switch(from, *to); }
+static void prepare(fibre_context *p, char *stack, void (*start)()) {
     void **top = (void **)(stack + STACK - 64);
     *--top = nullptr; /* start must not return; aligns the stack as after a call */
     *--top = (void *)start;
@@ -120,9 +124,9 @@ static void prepare(place *p, char *stack, void (*start)()) {
     *p = top;
 }
 #else
-typedef ucontext_t place;
-static inline void go(place *from, place *to) { swapcontext(from, to); }
-static void prepare(place *p, char *stack, void (*start)()) {
+typedef ucontext_t fibre_context;
+static inline void switch_fibre(fibre_context *from, fibre_context *to) { swapcontext(from, to); }
+static void prepare(fibre_context *p, char *stack, void (*start)()) {
     getcontext(p);
     p->uc_stack.ss_sp = stack;
     p->uc_stack.ss_size = STACK;
@@ -131,16 +135,28 @@ static void prepare(place *p, char *stack, void (*start)()) {
 }
 #endif
 
-struct meeting { /* a barrier: of the block, or of a warp */
+struct barrier { /* of the block, or of a warp */
     int alive, arrived;
-    unsigned turn;
+    unsigned generation;
 };
 struct lane_data { /* data that lanes exchange; double-buffered, so that one barrier is enough */
     uint64_t value[2][32];
     unsigned a[2][32][4], b[2][32][2];
     const void *row[2][32];
 };
-struct under_way { /* a thread's pending copies to shared memory, run when it waits for them */
+struct mbarrier {
+    barrier of;
+    unsigned count, missing, phase;
+    long bytes;
+    std::vector<std::function<void()>> copies; /* which run when a thread waits */
+};
+struct product { /* a pending wgmma */
+    float *sums;
+    uint64_t a, b;
+    int bf16, columns;
+    unsigned group;
+};
+struct pending_copies { /* a thread's pending copies to shared memory, run when it waits for them */
     enum { MOST = 64 };
     struct {
         void *to;
@@ -151,25 +167,29 @@ struct under_way { /* a thread's pending copies to shared memory, run when it wa
     unsigned first, last, group;
 };
 
-static place home, fibre[THREADS];
+static fibre_context launcher, fibre[THREADS];
 static char *stacks;
 static bool done[THREADS], waited[THREADS];
 static int threads = THREADS; /* of a block */
-static bool early;            /* launched with programmatic dependent launch */
+static bool dependent;        /* launched with programmatic dependent launch */
 static struct {
-    const struct meeting *at; /* NULL: it can run */
-    unsigned turn;
+    const struct barrier *at; /* NULL: it can run */
+    unsigned generation;
 } waits[THREADS];
-static int current, onward; /* warps are tried in this direction, which alternates between blocks */
-static meeting block, warp[WARPS];
-static lane_data shown[WARPS];
+static int current, direction; /* warps are tried in this direction, which alternates between blocks */
+static barrier block, warp[WARPS];
+static lane_data exchanged[WARPS];
 static unsigned parity[THREADS];
-static under_way copies[THREADS];
+static pending_copies copies[THREADS];
+static std::map<const void *, mbarrier> mbarriers; /* of the block */
+static std::deque<product> products[THREADS];
+static unsigned product_group[THREADS];
+static bool fenced[THREADS];
 static const std::function<void()> *body;
 static struct { unsigned x; } thread;
 static dim3 block_index, block_count;
 
-static bool can_run(int i) { return !done[i] && (!waits[i].at || waits[i].at->turn != waits[i].turn); }
+static bool can_run(int i) { return !done[i] && (!waits[i].at || waits[i].at->generation != waits[i].generation); }
 
 /* Resumes another fibre, from the same warp while one is runnable, so that warps run as far ahead as barriers allow;
    returns to the launcher when all have ended. */
@@ -180,7 +200,7 @@ static void next() {
         if (can_run(from / 32 * 32 + (from + i) % 32)) to = from / 32 * 32 + (from + i) % 32;
     const int warps = threads / 32;
     for (i = 0; i < threads && to < 0; i++) {
-        const int other = ((from / 32 + onward * (1 + i / 32) + 2 * warps) % warps) * 32 + i % 32;
+        const int other = ((from / 32 + direction * (1 + i / 32) + 2 * warps) % warps) * 32 + i % 32;
         if (can_run(other)) to = other;
         left += !done[other];
     }
@@ -189,33 +209,33 @@ static void next() {
         abort();
     }
     if (to < 0) {
-        go(&fibre[from], &home);
+        switch_fibre(&fibre[from], &launcher);
         return;
     }
     current = to;
     thread.x = (unsigned)to;
-    go(&fibre[from], &fibre[to]);
+    switch_fibre(&fibre[from], &fibre[to]);
 }
 
-static void release(meeting &m) {
+static void release(barrier &m) {
     m.arrived = 0;
-    m.turn++;
+    m.generation++;
 }
-static void meet(meeting &m) {
+static void arrive_and_wait(barrier &m) {
     if (++m.arrived == m.alive) {
         release(m);
         return;
     }
-    waits[current] = {&m, m.turn};
+    waits[current] = {&m, m.generation};
     next();
     waits[current].at = nullptr;
 }
-static void leave(meeting &m) {
+static void leave(barrier &m) {
     if (--m.alive && m.arrived == m.alive) release(m);
 }
 static void start() {
     (*body)();
-    if (early && !waited[current]) {
+    if (dependent && !waited[current]) {
         fprintf(stderr, "cuda_shim: a kernel that may start early does not wait\n");
         abort();
     }
@@ -233,23 +253,26 @@ static size_t shared_bytes;
 
 static void run_block(dim3 index) {
     block_index = index;
-    block = meeting{threads, 0, 0};
-    for (auto &w : warp) w = meeting{32, 0, 0};
+    block = barrier{threads, 0, 0};
+    for (auto &w : warp) w = barrier{32, 0, 0};
     memset(shared_end - shared_bytes, 0xff, shared_bytes);
     shared = shared_end - shared_bytes;
+    mbarriers.clear();
     for (int i = 0; i < threads; i++) {
         done[i] = waited[i] = false;
         waits[i].at = nullptr;
-        copies[i].first = copies[i].last = copies[i].group = 0;
+        copies[i].first = copies[i].last = copies[i].group = product_group[i] = 0;
+        products[i].clear();
+        fenced[i] = false;
         prepare(&fibre[i], stacks + (size_t)i * STACK, start);
     }
-    onward = onward == 1 ? -1 : 1;
-    current = onward == 1 ? 0 : threads - 32;
+    direction = direction == 1 ? -1 : 1;
+    current = direction == 1 ? 0 : threads - 32;
     thread.x = (unsigned)current;
-    go(&home, &fibre[current]);
+    switch_fibre(&launcher, &fibre[current]);
 }
 
-static void run(dim3 grid, unsigned count, size_t bytes, bool is_early, const std::function<void()> &kernel) {
+static void run(dim3 grid, unsigned count, size_t bytes, bool is_dependent, const std::function<void()> &kernel) {
     static bool backwards;
     const uint64_t blocks = (uint64_t)grid.x * grid.y * grid.z;
     if (!stacks) {
@@ -262,7 +285,7 @@ static void run(dim3 grid, unsigned count, size_t bytes, bool is_early, const st
     body = &kernel;
     block_count = grid;
     threads = (int)count;
-    early = is_early;
+    dependent = is_dependent;
     shared_bytes = bytes;
     backwards = !backwards;
     for (uint64_t i = 0; i < blocks; i++) {
@@ -317,7 +340,7 @@ struct event {
 static std::vector<stream *> streams;
 
 /* Runs a stream's pending operations up to a given one. */
-static void catch_up(stream *s, long until) {
+static void run_until(stream *s, long until) {
     while (s->done < until) {
         const std::function<void()> work = std::move(s->queue.front());
         s->queue.pop_front();
@@ -335,12 +358,12 @@ static void submit(stream *s, std::function<void()> work) {
     }
     s->queue.push_back(std::move(work));
     s->submitted++;
-    if (!(cuda_shim_lazy >> s->number % 3 & 1)) catch_up(s, s->submitted);
+    if (!(cuda_shim_lazy >> s->number % 3 & 1)) run_until(s, s->submitted);
 }
 
 /* Freeing memory waits for all streams. */
 static void finish_all() {
-    for (stream *s : streams) catch_up(s, s->submitted);
+    for (stream *s : streams) run_until(s, s->submitted);
 }
 
 } // namespace shim
@@ -509,14 +532,14 @@ static cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 static cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
     SHIM_CALL();
     if (shim::capturing) return shim_last = cudaErrorStreamCaptureUnsupported;
-    shim::catch_up(stream, stream->submitted);
+    shim::run_until(stream, stream->submitted);
     cuda_shim_waits++;
     return cudaSuccess;
 }
 static cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t e, unsigned) {
     const shim::event event = *e;
     SHIM_CALL();
-    if (event.of) shim::submit(stream, [=] { shim::catch_up(event.of, event.at); });
+    if (event.of) shim::submit(stream, [=] { shim::run_until(event.of, event.at); });
     return cudaSuccess;
 }
 static cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, int) {
@@ -537,7 +560,7 @@ static cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 static cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     SHIM_CALL();
     if (shim::capturing) return shim_last = cudaErrorStreamCaptureUnsupported;
-    if (event->of) shim::catch_up(event->of, event->at);
+    if (event->of) shim::run_until(event->of, event->at);
     return cudaSuccess;
 }
 static cudaError_t cudaStreamBeginCapture(cudaStream_t, int) {
@@ -616,7 +639,7 @@ static cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*k
     const dim3 grid = config->gridDim;
     const unsigned threads = config->blockDim.x;
     const size_t shared = config->dynamicSmemBytes, opted = shim_shared[(const void *)kernel];
-    const bool early = config->numAttrs && config->attrs->val.programmaticStreamSerializationAllowed;
+    const bool dependent = config->numAttrs && config->attrs->val.programmaticStreamSerializationAllowed;
     SHIM_CALL();
     (shim::check_argument(v), ...);
     if (shared > (opted ? opted : 48 << 10) || threads % 32 || threads > shim::THREADS)
@@ -626,32 +649,32 @@ static cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*k
     return cudaSuccess;
 }
 
-static void __syncthreads() { shim::meet(shim::block); }
+static void __syncthreads() { shim::arrive_and_wait(shim::block); }
 
 template <class T> static T __shfl_xor_sync(unsigned, T v, int mask) {
-    const int t = shim::current, lane = t % 32, turn = (int)(shim::parity[t]++ & 1);
-    shim::lane_data &d = shim::shown[t / 32];
-    memcpy(&d.value[turn][lane], &v, sizeof v);
-    shim::meet(shim::warp[t / 32]);
-    memcpy(&v, &d.value[turn][lane ^ mask], sizeof v);
+    const int t = shim::current, lane = t % 32, buffer = (int)(shim::parity[t]++ & 1);
+    shim::lane_data &d = shim::exchanged[t / 32];
+    memcpy(&d.value[buffer][lane], &v, sizeof v);
+    shim::arrive_and_wait(shim::warp[t / 32]);
+    memcpy(&v, &d.value[buffer][lane ^ mask], sizeof v);
     return v;
 }
 
 /* ---- copies to shared memory ---- */
 
 static void ckca__copy_chunk(void *to, const void *from, int there) {
-    shim::under_way &u = shim::copies[shim::current];
-    if (u.last - u.first == shim::under_way::MOST || (uintptr_t)to % 16 || (uintptr_t)from % 16) {
+    shim::pending_copies &u = shim::copies[shim::current];
+    if (u.last - u.first == shim::pending_copies::MOST || (uintptr_t)to % 16 || (uintptr_t)from % 16) {
         fprintf(stderr, "cuda_shim: too many copies under way, or one of what is not aligned\n");
         abort();
     }
-    u.copy[u.last++ % shim::under_way::MOST] = {to, from, there != 0, u.group};
+    u.copy[u.last++ % shim::pending_copies::MOST] = {to, from, there != 0, u.group};
 }
 static void ckca__copies_commit() { shim::copies[shim::current].group++; }
 template <int LEFT> static void ckca__copies_wait() {
-    shim::under_way &u = shim::copies[shim::current];
+    shim::pending_copies &u = shim::copies[shim::current];
     for (; u.first < u.last; u.first++) {
-        const auto &c = u.copy[u.first % shim::under_way::MOST];
+        const auto &c = u.copy[u.first % shim::pending_copies::MOST];
         if (c.group + LEFT >= u.group) return;
         if (c.there)
             memcpy(c.to, c.from, 16);
@@ -664,14 +687,14 @@ template <int LEFT> static void ckca__copies_wait() {
 
 /* ldmatrix.x4 (PTX ISA): lane 8 m + i passes the address of row i of matrix m; a lane receives word lane % 4 of row
    lane / 4 or, with .trans, bf16 value lane / 4 of rows 2 (lane % 4) and 2 (lane % 4) + 1. */
-template <int TURNED> static void ckca__load_matrices(unsigned v[4], const void *row) {
-    const int t = shim::current, lane = t % 32, turn = (int)(shim::parity[t]++ & 1);
-    shim::lane_data &d = shim::shown[t / 32];
-    d.row[turn][lane] = row;
-    shim::meet(shim::warp[t / 32]);
+template <int TRANSPOSED> static void ckca__load_matrices(unsigned v[4], const void *row) {
+    const int t = shim::current, lane = t % 32, buffer = (int)(shim::parity[t]++ & 1);
+    shim::lane_data &d = shim::exchanged[t / 32];
+    d.row[buffer][lane] = row;
+    shim::arrive_and_wait(shim::warp[t / 32]);
     for (int m = 0; m < 4; m++) {
-        const void *const *rows = d.row[turn] + 8 * m;
-        if (TURNED) {
+        const void *const *rows = d.row[buffer] + 8 * m;
+        if (TRANSPOSED) {
             uint16_t low, high;
             memcpy(&low, (const char *)rows[lane % 4 * 2] + lane / 4 * 2, 2);
             memcpy(&high, (const char *)rows[lane % 4 * 2 + 1] + lane / 4 * 2, 2);
@@ -697,17 +720,17 @@ static unsigned ckca__to_bf16x2(float low, float high) { return shim_bf16(low) |
    C(row, column) in lane row % 8 * 4 + column / 2, register column % 2 + row / 8 * 2. K is k for tf32, k / 2 for bf16.
    */
 template <int BF16> static void shim_mma(float c[4], const unsigned a[4], const unsigned b[2]) {
-    const int t = shim::current, lane = t % 32, turn = (int)(shim::parity[t]++ & 1);
-    shim::lane_data &d = shim::shown[t / 32];
-    memcpy(d.a[turn][lane], a, 16);
-    memcpy(d.b[turn][lane], b, 8);
-    shim::meet(shim::warp[t / 32]);
+    const int t = shim::current, lane = t % 32, buffer = (int)(shim::parity[t]++ & 1);
+    shim::lane_data &d = shim::exchanged[t / 32];
+    memcpy(d.a[buffer][lane], a, 16);
+    memcpy(d.b[buffer][lane], b, 8);
+    shim::arrive_and_wait(shim::warp[t / 32]);
     for (int i = 0; i < 4; i++) {
         const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
         double sum = c[i];
         for (int k = 0; k < 8; k++) {
-            const unsigned x = d.a[turn][row % 8 * 4 + k % 4][row / 8 + k / 4 * 2],
-                           y = d.b[turn][column * 4 + k % 4][k / 4];
+            const unsigned x = d.a[buffer][row % 8 * 4 + k % 4][row / 8 + k / 4 * 2],
+                           y = d.b[buffer][column * 4 + k % 4][k / 4];
             if (BF16)
                 sum += (double)__uint_as_float(x << 16) * __uint_as_float(y << 16) +
                        (double)__uint_as_float(x & 0xffff0000) * __uint_as_float(y & 0xffff0000);
@@ -719,6 +742,257 @@ template <int BF16> static void shim_mma(float c[4], const unsigned a[4], const 
 }
 static void ckca__mma_tf32(float *c, const unsigned *a, const unsigned *b) { shim_mma<0>(c, a, b); }
 static void ckca__mma_bf16(float *c, const unsigned *a, const unsigned *b) { shim_mma<1>(c, a, b); }
+
+/* ---- Hopper: barriers, tensor copies, wgmma ---- */
+
+#define CKCA__HOPPER 1
+static void shim_must(bool right, const char *what) {
+    if (right) return;
+    fprintf(stderr, "cuda_shim: %s\n", what);
+    abort();
+}
+static unsigned ckca__shared_address(const void *p) { /* in a window of SHARED bytes */
+    const size_t at = (size_t)((const char *)p - (shim::shared_end - shim::SHARED));
+    shim_must(at < shim::SHARED, "an address that is not in dynamic shared memory");
+    return (unsigned)at;
+}
+static const char *shim_shared_at(unsigned address) { return shim::shared_end - shim::SHARED + address; }
+static unsigned shim_swizzle(unsigned address) { return address ^ (address >> 7 & 7) << 4; } /* bits 4-6 ^= 7-9 */
+
+static shim::mbarrier &shim_mbarrier(uint64_t *p) {
+    const auto found = shim::mbarriers.find(p);
+    shim_must(found != shim::mbarriers.end(), "a barrier that was not initialised");
+    return found->second;
+}
+static void shim_check_phase(shim::mbarrier &b) {
+    if (b.missing || b.bytes) return;
+    b.missing = b.count;
+    b.phase++;
+    b.of.generation++;
+}
+static void ckca__barrier_init(uint64_t *p, unsigned count) {
+    shim_must((uintptr_t)p % 8 == 0 && count, "an mbarrier at an odd address, or for nobody");
+    shim::mbarriers[p] = shim::mbarrier{{0, 0, 0}, count, count, 0, 0, {}};
+}
+static void ckca__barriers_ready() {}
+static void ckca__barrier_arrive(uint64_t *p) {
+    shim::mbarrier &b = shim_mbarrier(p);
+    shim_must(b.missing > 0, "more arrivals at a barrier than it waits for");
+    b.missing--;
+    shim_check_phase(b);
+}
+static void ckca__barrier_expect(uint64_t *p, unsigned bytes) {
+    shim_mbarrier(p).bytes += bytes;
+    ckca__barrier_arrive(p);
+}
+static void ckca__barrier_wait(uint64_t *p, unsigned parity) {
+    shim::mbarrier &b = shim_mbarrier(p);
+    while ((b.phase & 1) == parity) {
+        const auto copies = std::move(b.copies);
+        b.copies.clear();
+        for (const auto &copy : copies) copy();
+        if ((b.phase & 1) != parity) return;
+        shim::waits[shim::current] = {&b.of, b.of.generation};
+        shim::next();
+        shim::waits[shim::current].at = nullptr;
+    }
+}
+static void __syncwarp() { shim::arrive_and_wait(shim::warp[shim::current / 32]); }
+
+typedef int CUresult;
+typedef uint32_t cuuint32_t;
+typedef uint64_t cuuint64_t;
+enum CUtensorMapDataType { CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9, CU_TENSOR_MAP_DATA_TYPE_TFLOAT32 = 11 };
+enum CUtensorMapInterleave { CU_TENSOR_MAP_INTERLEAVE_NONE };
+enum CUtensorMapSwizzle { CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_128B = 3 };
+enum CUtensorMapL2promotion { CU_TENSOR_MAP_L2_PROMOTION_L2_128B = 2 };
+enum CUtensorMapFloatOOBfill { CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE };
+struct CUtensorMap {
+    const char *memory;
+    int rank, bytes;
+    cuuint64_t sizes[4], strides[4]; /* in bytes, of dimension 0 as well */
+    int lower[2], upper[2], steps[4], box[2];
+};
+typedef CUresult (*PFN_cuTensorMapEncodeTiled_v12000)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
+                                                      const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
+                                                      const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                                      CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+typedef CUresult (*PFN_cuTensorMapEncodeIm2col_v12000)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
+                                                       const cuuint64_t *, const cuuint64_t *, const int *, const int *,
+                                                       cuuint32_t, cuuint32_t, const cuuint32_t *,
+                                                       CUtensorMapInterleave, CUtensorMapSwizzle,
+                                                       CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+/* What both kinds of map must keep to (CUDA driver API, cuTensorMapEncode*). */
+static CUresult shim_encode(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *memory,
+                            const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *steps, int columns,
+                            int rows, CUtensorMapSwizzle swizzle) {
+    if (shim_fails()) return 1;
+    *map = CUtensorMap{};
+    map->memory = (const char *)memory;
+    map->rank = (int)rank;
+    map->bytes = type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 ? 2 : 4;
+    map->strides[0] = (cuuint64_t)map->bytes;
+    shim_must(shim::on_device(memory) && (uintptr_t)memory % 16 == 0, "a tensor map of memory it cannot describe");
+    for (cuuint32_t i = 0; i < rank; i++) {
+        map->sizes[i] = sizes[i];
+        map->steps[i] = (int)steps[i];
+        if (i) map->strides[i] = strides[i - 1];
+        if (!sizes[i] || sizes[i] >> 32 || !steps[i] || steps[i] > 8) return 1;
+        if (i && (strides[i - 1] % 16 || strides[i - 1] >> 40)) return 1;
+    }
+    map->box[0] = columns;
+    map->box[1] = rows;
+    /* Only lines of 128 bytes in the 128-byte swizzle are emulated. */
+    return columns * map->bytes == 128 && swizzle == CU_TENSOR_MAP_SWIZZLE_128B && columns <= 256 ? 0 : 1;
+}
+static CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *memory,
+                                       const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *box,
+                                       const cuuint32_t *steps, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
+                                       CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+    if (rank != 2 || !box[1] || box[1] > 256) return 1;
+    return shim_encode(map, type, rank, memory, sizes, strides, steps, (int)box[0], (int)box[1], swizzle);
+}
+static CUresult cuTensorMapEncodeIm2col(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *memory,
+                                        const cuuint64_t *sizes, const cuuint64_t *strides, const int *lower,
+                                        const int *upper, cuuint32_t channels, cuuint32_t pixels,
+                                        const cuuint32_t *steps, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
+                                        CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+    if (rank != 4 || pixels > 1024) return 1;
+    const CUresult failed =
+        shim_encode(map, type, rank, memory, sizes, strides, steps, (int)channels, (int)pixels, swizzle);
+    for (int i = 0; i < 2; i++) {
+        map->lower[i] = lower[i];
+        map->upper[i] = upper[i];
+        if (lower[i] < -128 || lower[i] > 127 || upper[i] < -128 || upper[i] > 127) return 1;
+        if ((long)sizes[i + 1] - 1 + upper[i] < lower[i]) return 1; /* an empty box */
+    }
+    return failed;
+}
+
+/* One line of a box, at channel or column x of a row, or zeros, to a swizzled line. */
+static void shim_copy_line(char *to, const CUtensorMap &map, const char *row, int x) {
+    for (int i = 0; i < map.box[0]; i++) {
+        uint32_t word = 0;
+        if (row && x + i >= 0 && x + i < (long)map.sizes[0]) memcpy(&word, row + (size_t)(x + i) * map.bytes, map.bytes);
+        if (map.bytes == 4) word = ckca__to_tf32(__uint_as_float(word));
+        memcpy((char *)shim_shared_at(shim_swizzle(ckca__shared_address(to + i * map.bytes))), &word, map.bytes);
+    }
+}
+static void shim_tensor_copy(uint64_t *barrier, const CUtensorMap &map, void *to, std::function<void()> lines) {
+    const auto copy = [&map, barrier, lines] {
+        lines();
+        shim_mbarrier(barrier).bytes -= 128 * map.box[1];
+        shim_check_phase(shim_mbarrier(barrier));
+    };
+    shim_must(ckca__shared_address(to) % 1024 == 0, "a swizzled box at an address that is no multiple of 1024");
+    shim_must(shim::waited[shim::current], "a tensor copy before the predecessors have ended");
+    if (shim::direction == 1)
+        copy();
+    else {
+        shim_mbarrier(barrier).copies.push_back(copy);
+        shim_mbarrier(barrier).of.generation++; /* whoever waits runs it */
+    }
+}
+static void ckca__copy_matrix(void *shared, const CUtensorMap *map, int x, int y, uint64_t *barrier) {
+    shim_must(map->rank == 2, "a copy from a matrix with a map that is none");
+    shim_tensor_copy(barrier, *map, shared, [=] {
+        for (int i = 0; i < map->box[1]; i++) {
+            const bool there = y + i >= 0 && y + i < (long)map->sizes[1];
+            shim_copy_line((char *)shared + i * 128, *map, there ? map->memory + (y + i) * map->strides[1] : nullptr, x);
+        }
+    });
+}
+/* PTX ISA, "im2col mode": the pixels under the first tap run through the bounding box, x first, in steps; the tap's
+   offset is added to each; what lies outside of the tensor is 0. */
+static void ckca__copy_pixels(void *shared, const CUtensorMap *map, int c, int w, int h, int n, int tap_x, int tap_y,
+                              uint64_t *barrier) {
+    const int last_w = (int)map->sizes[1] - 1 + map->upper[0], last_h = (int)map->sizes[2] - 1 + map->upper[1];
+    shim_must(map->rank == 4, "a copy of pixels with a map that is no im2col map");
+    shim_must(w >= map->lower[0] && w <= last_w && h >= map->lower[1] && h <= last_h, "pixels outside of their box");
+    shim_must(tap_x >= 0 && tap_x < 256 && tap_y >= 0 && tap_y < 256, "an im2col offset of more than a byte");
+    shim_tensor_copy(barrier, *map, shared, [=] {
+        int x = w, y = h, picture = n;
+        for (int i = 0; i < map->box[1]; i++) {
+            const int at_x = x + tap_x, at_y = y + tap_y;
+            const bool there = at_x >= 0 && at_x < (int)map->sizes[1] && at_y >= 0 && at_y < (int)map->sizes[2] &&
+                               picture >= 0 && picture < (int)map->sizes[3];
+            shim_copy_line((char *)shared + i * 128, *map,
+                           there ? map->memory + at_x * (long)map->strides[1] + at_y * (long)map->strides[2] +
+                                       picture * (long)map->strides[3]
+                                 : nullptr,
+                           c);
+            if ((x += map->steps[1]) <= last_w) continue;
+            x = map->lower[0];
+            if ((y += map->steps[2]) <= last_h) continue;
+            y = map->lower[1];
+            picture++;
+        }
+    });
+}
+
+/* Value number k (of 32 bytes) of a line of a factor. PTX ISA, "Matrix Descriptor" and "Strides", K-major layouts. */
+static float shim_factor(uint64_t descriptor, int line, int k, int bf16) {
+    const unsigned start = (unsigned)(descriptor & 0x3fff) << 4, eight = (unsigned)(descriptor >> 32 & 0x3fff) << 4;
+    const unsigned at = start + (unsigned)(line / 8) * eight + (unsigned)(line % 8) * 128 + (unsigned)k * (bf16 ? 2 : 4);
+    uint32_t word = 0;
+    memcpy(&word, shim_shared_at(shim_swizzle(at)), bf16 ? 2 : 4);
+    return __uint_as_float(bf16 ? word << 16 : word & ~0x1fffu);
+}
+static void shim_multiply(const shim::product &p) {
+    const int lane = shim::current % 32, warp = shim::current / 32 % 4, depth = p.bf16 ? 16 : 8;
+    float a[2][16], b[16];
+    for (int i = 0; i < 2; i++)
+        for (int k = 0; k < depth; k++) a[i][k] = shim_factor(p.a, warp * 16 + i * 8 + lane / 4, k, p.bf16);
+    for (int j = 0; j < p.columns / 4; j++) {
+        for (int k = 0; k < depth; k++) b[k] = shim_factor(p.b, j / 2 * 8 + lane % 4 * 2 + j % 2, k, p.bf16);
+        for (int i = 0; i < 2; i++) {
+            float *to = p.sums + j / 2 * 4 + i * 2 + j % 2;
+            double sum = *to;
+            for (int k = 0; k < depth; k++) sum += (double)a[i][k] * b[k];
+            *to = (float)sum;
+        }
+    }
+}
+static void ckca__wgmma_begin() { shim::fenced[shim::current] = true; }
+static void ckca__wgmma_commit() {
+    shim::product_group[shim::current]++;
+    shim::fenced[shim::current] = false;
+}
+template <int LEFT> static void ckca__wgmma_wait() {
+    auto &products = shim::products[shim::current];
+    while (!products.empty() && products.front().group + LEFT < shim::product_group[shim::current]) {
+        shim_multiply(products.front());
+        products.pop_front();
+    }
+    __syncwarp(); /* .sync: when one lane is through, all are */
+}
+template <int BF16, int COLUMNS> static void ckca__wgmma(float *sums, uint64_t a, uint64_t b) {
+    for (const uint64_t d : {a, b})
+        shim_must(d >> 62 == 1 && !(d >> 49 & 7) && (d >> 46 & 7) == 0, "a descriptor of another swizzle, or with an offset");
+    shim_must(shim::fenced[shim::current], "wgmma without a fence before it");
+    cuda_shim_wgmma++;
+    shim::products[shim::current].push_back({sums, a, b, BF16, COLUMNS, shim::product_group[shim::current]});
+}
+
+#define CUDART_VERSION 13000
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess, cudaDriverEntryPointSymbolNotFound };
+enum { cudaEnableDefault };
+static cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned, unsigned long long,
+                                                    cudaDriverEntryPointQueryResult *found) {
+    SHIM_CALL();
+    *found = cudaDriverEntryPointSuccess;
+    *function = strstr(name, "Tiled") ? (void *)cuTensorMapEncodeTiled : (void *)cuTensorMapEncodeIm2col;
+    return cudaSuccess;
+}
+struct cudaFuncAttributes {
+    size_t sharedSizeBytes;
+};
+template <class F> static cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, F *) {
+    SHIM_CALL();
+    attributes->sharedSizeBytes = 1; /* as if compiled for sm_90a */
+    return cudaSuccess;
+}
 
 /* ---- cuBLAS ---- */
 
@@ -757,7 +1031,7 @@ static cublasStatus_t cublasSetMathMode(cublasHandle_t blas, int mode) {
 }
 static cublasStatus_t cublasSetWorkspace(cublasHandle_t, void *, size_t) { return shim_blas_call(); }
 /* c (m x n) = alpha op(a) (m x k) op(b) (k x n) + beta c, column by column. */
-static cublasStatus_t cublasGemmEx(cublasHandle_t blas, cublasOperation_t turn_a, cublasOperation_t turn_b, int m, int n,
+static cublasStatus_t cublasGemmEx(cublasHandle_t blas, cublasOperation_t transpose_a, cublasOperation_t transpose_b, int m, int n,
                                    int k, const float *alpha, const void *a, cudaDataType type_a, int lda,
                                    const void *b, cudaDataType type_b, int ldb, const float *beta, void *c,
                                    cudaDataType type_c, int ldc, cublasComputeType_t compute, int) {
@@ -780,8 +1054,8 @@ static cublasStatus_t cublasGemmEx(cublasHandle_t blas, cublasOperation_t turn_a
                 double sum = 0;
                 for (int l = 0; l < k; l++) {
                     if (reduced && l == k / 2) sum = __uint_as_float(shim_bf16((float)sum) << 16);
-                    sum += (double)factor(a, type_a, turn_a ? l + (size_t)i * lda : i + (size_t)l * lda) *
-                           factor(b, type_b, turn_b ? j + (size_t)l * ldb : l + (size_t)j * ldb);
+                    sum += (double)factor(a, type_a, transpose_a ? l + (size_t)i * lda : i + (size_t)l * lda) *
+                           factor(b, type_b, transpose_b ? j + (size_t)l * ldb : l + (size_t)j * ldb);
                 }
                 const float v = (float)(one * sum) + (add != 0 ? add * value(c, type_c, to) : 0);
                 if (type_c == CUDA_R_16BF)

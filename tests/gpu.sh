@@ -7,6 +7,7 @@
 #   sh tests/gpu.sh sanitize   make CUDA=1 sanitize: memcheck, racecheck, initcheck, synccheck; TOOLS="memcheck" for one
 #   sh tests/gpu.sh kernels    build/bench_cuda: every kernel alone, at the shapes of the four networks;
 #                              KERNELS="resnet50 128 224 bf16" for one network, batch, size and precision
+#   sh tests/gpu.sh wgmma      the kernels of one network with Hopper's wgmma, then without; KERNELS as above
 #   sh tests/gpu.sh peers      make CUDA=1 bench-peers, ROUNDS (1); needs a Python (PYTHON, python3) with torch,
 #                              torchvision and numpy; summary.txt says which of the bars are met
 #   sh tests/gpu.sh real       build/incremental --precision bf16 --arch resnet18-cifar on cifar10 and tinyimagenet100
@@ -23,7 +24,7 @@
 #
 # Exits with 1 if a step failed. A step that lacks something has not failed, but says so in a line with SKIPPED.
 cd "$(dirname "$0")/.." || exit 1
-steps="build test sanitize kernels peers real"
+steps="build test sanitize kernels wgmma peers real"
 usage() { sed -n '2,/^# Exits/s/^# \{0,1\}//p' tests/gpu.sh; }
 if [ $# -eq 0 ]; then
     usage
@@ -104,6 +105,11 @@ do_sanitize() {
 do_kernels() {
     [ -n "$DRY" ] && { build/shim/bench_cuda stem 1 8 bf16; return; }
     gpu_make bench-cuda && build/bench_cuda $KERNELS # the words are its arguments
+}
+do_wgmma() {
+    [ -n "$DRY" ] && { build/shim/bench_cuda stem 1 8 bf16 && build/shim/bench_cuda stem 1 8 bf16 mma; return; }
+    gpu_make bench-cuda && build/bench_cuda ${KERNELS:-resnet18-cifar 512 32 bf16} &&
+        build/bench_cuda ${KERNELS:-resnet18-cifar 512 32 bf16} mma
 }
 do_peers() {
     peers=build/gpu/peers

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """sass.py CUBIN [PATTERN]: what nvcc made of the kernels of ckca_cuda.cu, counted from the disassembly, as a table.
 
-    nvcc -O3 -std=c++17 -gencode arch=compute_90,code=sm_90 -cubin ckca_cuda.cu -o ckca.cubin
+    nvcc -O3 -std=c++17 -gencode arch=compute_90a,code=sm_90a -cubin ckca_cuda.cu -o ckca.cubin
     python3 tests/sass.py ckca.cubin 'gemm|channel_sums|batchnorm'
 
 Of each kernel's main loop (the one with the most products; without any, the one with the most 16-byte loads): its
-instructions, products (HMMA or FFMA), loads from shared memory, copies to it (LDGSTS) and local memory (spills); the most
+instructions, products (HGMMA, of a warpgroup; HMMA or FFMA, of a warp), loads from shared memory, copies to it (LDGSTS) and local memory (spills); the most
 16-byte loads from memory that are under way before the first of their results is used. Needs cuobjdump, in PATH or named
 by CUOBJDUMP."""
 import os
@@ -60,9 +60,9 @@ def main_loop(code):
         if not m or int(m[1], 16) >= address:
             continue
         loop = [c for c in code[: i + 1] if c[0] >= int(m[1], 16)]
-        products = sum(bool(re.search(r"\b[HF]?MMA|FFMA", c[1])) for c in loop)
-        loads = under_way(loop)
-        score = (products if any("HMMA" in c[1] or "LDGSTS" in c[1] for c in loop) else 0, loads, -len(loop))
+        products = sum(bool(re.search(r"\bHG?MMA|FFMA", c[1])) for c in loop)
+        loads = 0 if any("HGMMA" in c[1] for c in loop) else under_way(loop) # a wait's retries branch back from far
+        score = (products if any("HMMA" in c[1] or "HGMMA" in c[1] or "LDGSTS" in c[1] for c in loop) else 0, loads, -len(loop))
         if score > best_score:
             best, best_score = loop, score
     return best
@@ -74,6 +74,9 @@ def short(name):
     if m:
         return "gemm %s %s %s%s" % (("FLOAT32", "TF32", "BF16")[int(m[1])], ("FORWARD", "DATA", "WEIGHT")[int(m[2])],
                                     m[3], "" if m[4] == "1" else ", not whole")
+    m = re.search(r"ckca__wgmma_blockILi(\d)ELi(\d)ELi(\d+)E", name)
+    if m:
+        return "gemm %s %s %s, wgmma" % (("FLOAT32", "TF32", "BF16")[int(m[1])], ("FORWARD", "DATA")[int(m[2])], m[3])
     m = re.match(r"_Z\d+ckca__(\w+?)I(\w*?)EE?v", name)
     return (m[1] + " " + m[2].replace("10ckca__bf16", "bf16 ").replace("Li", " ").replace("E", "")) if m else name
 
@@ -88,7 +91,7 @@ def main():
             continue
         loop = main_loop(code)
         count = lambda p: sum(bool(re.search(p, c[1])) for c in loop)
-        products = count(r"\bHMMA") or count(r"\bFFMA")
+        products = count(r"\bHGMMA") or count(r"\bHMMA") or count(r"\bFFMA")
         print("| %s | %d | %d | %d | %d | %s | %d | %d | %d | %d |" % (
             short(name), *used.get(name, (0, 0)), len(loop), products,
             "%.2f" % (len(loop) / products) if products else "", count(r"\bLDS"), count(r"LDGSTS"),

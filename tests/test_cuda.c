@@ -32,8 +32,9 @@ int main(void) {
 #ifdef CKCA_CUDA_SHIM
 extern size_t cuda_shim_memory;
 extern int cuda_shim_fail, cuda_shim_lazy, cuda_shim_last;
-extern long cuda_shim_allocations, cuda_shim_launches, cuda_shim_replays, cuda_shim_waits;
+extern long cuda_shim_allocations, cuda_shim_launches, cuda_shim_replays, cuda_shim_waits, cuda_shim_wgmma;
 #endif
+int ckca__device_wgmma(ckca_context *ctx, int on); /* of ckca_cuda.cu */
 
 static ckca_context *context(ckca_precision precision) {
     ckca_desc desc;
@@ -130,6 +131,57 @@ static void test_convs(ckca_context *ctx) {
             s.bf16 = half > 0;
             test_conv(ctx, &s);
         }
+    }
+}
+
+/* Hopper's wgmma at every kind of shape it takes (64 and 128 columns, one and more blocks, stages and taps; both
+   strides, phases without pixels or taps), with and without it. */
+static void test_wgmma(ckca_context *ctx) {
+    static const int table[][9] = {
+        /* n  h  w  c  k  r  s stride pad */
+        {2, 10, 9, 64, 64, 3, 3, 1, 1}, {1, 7, 6, 128, 72, 3, 3, 2, 1},  {2, 5, 6, 64, 192, 1, 1, 2, 0},
+        {3, 2, 1, 64, 64, 3, 3, 2, 1},  {1, 6, 5, 64, 128, 5, 2, 1, 2},  {1, 9, 8, 192, 64, 3, 3, 2, 0},
+        {1, 4, 4, 64, 64, 1, 1, 1, 1},  {1, 9, 15, 64, 136, 1, 1, 1, 0}, {2, 3, 3, 64, 64, 3, 3, 1, 2},
+    };
+    size_t i;
+    int on;
+    for (i = 0; i < sizeof table / sizeof *table; i++)
+        for (on = 1; on >= 0; on--) {
+            const int *v = table[i], half = ctx->precision == CKCA_PRECISION_BF16;
+            const ckca__conv s = {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8],
+                                  (v[1] + 2 * v[8] - v[5]) / v[7] + 1, (v[2] + 2 * v[8] - v[6]) / v[7] + 1,
+                                  NULL, half, half, NULL, NULL};
+            ckca__device_wgmma(ctx, on);
+#ifdef CKCA_CUDA_SHIM
+            cuda_shim_wgmma = 0;
+#endif
+            test_conv(ctx, &s);
+#ifdef CKCA_CUDA_SHIM
+            CHECK((cuda_shim_wgmma > 0) == on, "%ld wgmma instructions of %dx%d on %d channels, precision %d, in use %d",
+                  cuda_shim_wgmma, v[5], v[6], v[3], (int)ctx->precision, on);
+#endif
+        }
+    ckca__device_wgmma(ctx, 1);
+    if (ctx->precision == CKCA_PRECISION_TF32) { /* either factor is rounded, not truncated (see test_rounding) */
+        enum { C = 512, K = 64 };
+        const ckca__conv s = {1, 1, 1, C, K, 1, 1, 1, 0, 1, 1, NULL, 0, 0, NULL, NULL};
+        float *x = (float *)malloc(C * sizeof *x), *w = (float *)malloc(C * K * sizeof *w), y[K];
+        void *ws = malloc(ckca__conv_workspace(ctx, &s));
+        int factor, j;
+        for (factor = 0; factor < 2; factor++) {
+            double sum = 0;
+            for (j = 0; j < C; j++) {
+                const float v = (float)(1 + ckca__uniform(3, 99, (uint64_t)j));
+                int column;
+                sum += v;
+                x[j] = factor ? 1 : v;
+                for (column = 0; column < K; column++) w[column * C + j] = factor ? v : 1;
+            }
+            ckca__op_conv_forward(ctx, &s, x, w, NULL, NULL, 1, y, ws);
+            CHECK(fabs(y[K - 1] - sum) < C / 8192.0, "wgmma, factor %d: a sum of %g comes out as %g", factor, sum,
+                  y[K - 1]);
+        }
+        free(x), free(w), free(ws);
     }
 }
 
@@ -975,6 +1027,7 @@ int main(void) {
         }
         printf("%s\n", ckca_device(ctx));
         test_convs(ctx);
+        if (p) test_wgmma(ctx);
         test_statistics(ctx);
         if (p) test_rounding(ctx);
         test_nan(ctx);

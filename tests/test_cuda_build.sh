@@ -34,15 +34,16 @@ programs="all bench"
 for source in tests/test_*.c; do programs="$programs build/tests/$(basename "$source" .c)"; done
 # The programs' own code is plain C, tested elsewhere: -O0 is enough to compile and link it.
 mkdir -p $dir/keep
-NVCC_APPEND_FLAGS="-Xptxas=-v --keep --keep-dir=keep" make -C $dir CUDA=1 CUDA_ARCH=90 CFLAGS=-O0 ${CC:+CC="$CC"} $programs > $dir/log 2>&1
+# (90a alone: 90 would compile the same once more, for the PTX.)
+NVCC_APPEND_FLAGS="-Xptxas=-v -Xcompiler=-O0 --keep --keep-dir=keep" make -C $dir CUDA=1 CUDA_ARCH=90a CFLAGS=-O0 ${CC:+CC="$CC"} $programs > $dir/log 2>&1
 check "make CUDA=1: $(tail -n 20 $dir/log)" [ $? -eq 0 ]
 check "warnings from nvcc: $(grep -i 'warning' $dir/log)" sh -c "! grep -qi warning $dir/log"
 # Sums that a kernel indexes by what is not known when it is compiled are kept in memory instead of registers.
 frame=$(sed -n 's/^ *\([0-9][0-9]*\) bytes stack frame.*/\1/p' $dir/log | sort -n | tail -n 1)
 check "a kernel has ${frame:-an unknown number of} bytes in local memory ($dir/log names it)" [ "${frame:-65}" -le 64 ]
-# The harness of kernels holds them all once more: that it compiles and links is enough here.
-NVCC_APPEND_FLAGS="-Xcicc -O0 -Xptxas -O0" make -C $dir CUDA=1 CUDA_ARCH=90 CFLAGS=-O0 ${CC:+CC="$CC"} bench-cuda \
-    > $dir/log_bench 2>&1
+# The harness of kernels holds them all once more: that it compiles, to PTX, and links is enough here.
+NVCC_APPEND_FLAGS="-Xcicc -O0 -Xcompiler -O0" make -C $dir CUDA=1 CFLAGS=-O0 ${CC:+CC="$CC"} bench-cuda \
+    NVCC_FLAGS="-std=c++17 ${CXX:+-ccbin ${CXX%% *}} -gencode arch=compute_90a,code=compute_90a" > $dir/log_bench 2>&1
 check "make CUDA=1 bench-cuda: $(tail -n 20 $dir/log_bench)" [ $? -eq 0 ]
 check "warnings from nvcc: $(grep -i 'warning' $dir/log_bench)" sh -c "! grep -qi warning $dir/log_bench"
 # Tensor cores cut what is not rounded before: every factor of a TF32 product comes out of a conversion. (nvcc 13 drops a
@@ -53,6 +54,17 @@ factors=$(cat $dir/keep/*.ptx | awk '/\.entry/ { split("", rounded) }
         for (i = 1; i <= count; i++) if (rounded[factor[i]]) good++; else bad++ }
     END { print good + 0, bad + 0 }')
 check "TF32 factors rounded, and not: $factors" [ "${factors% *}" -gt 0 -a "${factors#* }" -eq 0 ]
+# Hopper's kernels: 8, each with the four products of a stage, and two places that ask TMA for its two halves. ptxas puts a
+# wait behind each product if the code between them touches the sums, and says so.
+hopper=$(cat $dir/keep/*.ptx | awk '/\.entry/ { name = /wgmma_kernel/ ? $NF : ""; if (name) kernels++ }
+    name && /wgmma\.mma_async/ { products[name]++ }
+    name && /cp\.async\.bulk\.tensor/ { copies[name]++ }
+    END { for (k in products) if (products[k] == 4 && copies[k] == 4) good++; print kernels + 0, good + 0 }')
+check "kernels with wgmma, and as they must be: $hopper" [ "$hopper" = "8 8" ]
+check "wgmma one by one: $(grep -i serialized $dir/log)" sh -c "! grep -qi serialized $dir/log"
+spilled=$(awk '/Compiling entry/ { name = $0 } /wgmma_kernel/ { next } name ~ /wgmma_kernel/ && /bytes spill/ && !/ 0 bytes spill stores/' \
+    $dir/log)
+check "spills around wgmma: $spilled" [ -z "$spilled" ]
 for program in $dir/build/incremental $dir/build/train $dir/build/bench $dir/build/tests/test_ops; do
     check "$program does not exist" [ -x $program ]
 done

@@ -23,12 +23,13 @@ check "a step that does not exist: $said" says 'status 2'
 
 if [ -x build/shim/bench_cuda ] && [ -x build/shim/bench ] && [ -x build/shim/incremental ] &&
     command -v python3 > /dev/null; then
-    said=$(DRY=1 OUT=$dir/out sh tests/gpu.sh test sanitize kernels peers real 2>&1; echo "status $?")
+    said=$(DRY=1 OUT=$dir/out sh tests/gpu.sh test sanitize kernels wgmma peers real 2>&1; echo "status $?")
     check "the dry run: $said" says '^status 0$'
-    for step in test sanitize kernels peers real; do
+    for step in test sanitize kernels wgmma peers real; do
         check "$step has no log that says status 0" grep -q "^== $step: status 0" $dir/out/$step.log
     done
     check "kernels are not checked" grep -q '^[1-9][0-9]* passed, 0 failed$' $dir/out/kernels.log
+    check "wgmma is not left out" grep -q ', without wgmma' $dir/out/wgmma.log
     check "no bar is met" grep -q '^met *train resnet20 float32 eager: 3.50, bar >= 3$' $dir/out/summary.txt
     check "a bar is not judged" grep -q '^met *teacher resnet20 bf16: 1.00, bar <= 1.4$' $dir/out/summary.txt
     check "clocks are not said" grep -q 'Clocks are unknown\|[0-9] / [0-9]* *|$' $dir/out/peers.log
