@@ -196,7 +196,7 @@
          transport must end the others, or make their callbacks fail (CKCA_ERANKS). The last training state stays.
        - Elsewhere a rank that fails must end the others (MPI_Abort), or tell them with ckca_agree.
        A new loss term that is a mean over the batch needs nothing. Whatever else depends on pictures of other ranks
-       (class means, say) must be summed over ranks, see >>ranks.
+       (class means, say) must be summed over ranks: the section RANKS says how.
 
    FILE FORMATS
        Checkpoints are safetensors with torchvision's parameter names; safetensors.torch.load_file and load_state_dict
