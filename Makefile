@@ -14,6 +14,7 @@
 #   make clean
 #   make MPI=1              the examples for mpirun, with mpicc (Debian: libopenmpi-dev or libmpich-dev): see examples/mpi.h
 #   make CUDA=1 ...         any of these for an NVIDIA GPU, with ckca_cuda.cu (needs the CUDA toolkit)
+#   make CUDA=1 MPI=1 NCCL=1  one GPU per process, gradients summed by NCCL (NCCL_HOME= if it is not in the usual places)
 #   make CUDA=1 bench-peers against PyTorch on the same GPU
 #   make CUDA=1 bench-cuda  build/bench_cuda: every kernel alone, checked, and timed beside its floor
 #   make CUDA=1 sanitize    the op tests under the four tools of compute-sanitizer; TOOLS="memcheck initcheck" for some
@@ -88,13 +89,17 @@ ifneq ($(MPI),)
 EXAMPLE_CC = OMPI_CC='$(CC)' MPICH_CC='$(CC)' $(MPICC) -DCKCA_MPI
 endif
 EXAMPLE_CC ?= $(CC)
+ifneq ($(NCCL),)
+NVCC_FLAGS += -DCKCA_NCCL $(addprefix -I,$(wildcard $(NCCL_HOME)/include))
+LIBS += $(foreach d,$(wildcard $(NCCL_HOME)/lib),-L$d -Wl,-rpath,$d) -lnccl
+endif
 
 EXAMPLES := $(patsubst examples/%.c,build/%,$(wildcard examples/*.c))
 TESTS := $(patsubst tests/%.c,build/tests/%,$(sort $(wildcard tests/test_*.c)))
 SCRIPTS := $(sort $(wildcard tests/test_*.sh))
 ASAN := $(patsubst build/tests/%,build/asan/%,$(TESTS))
 # The GPU kernels on the CPU, see tests/cuda_shim.h.
-SHIM := $(patsubst %,build/shim/test_%,conv cuda nets ops train) build/shim/bench_cuda
+SHIM := $(patsubst %,build/shim/test_%,conv cuda nets ops ranks train) build/shim/bench_cuda
 ifneq ($(CUDA),) # the host build covers sanitizers, compilers and the shim
 SCRIPTS := tests/test_examples.sh
 ASAN :=
@@ -169,7 +174,7 @@ build/%: tests/%.c ckca.h $(wildcard tests/*.h) build/flags $(CUDA_OBJECT)
 	$(CC) $(ALL_CFLAGS) $< $(CUDA_OBJECT) -o $@ $(LDFLAGS) $(LIBS)
 
 # Files, messages and scheduling need no optimiser: these compile in a third of the time (private: build/flags stays).
-$(patsubst %,build/tests/test_%,contracts files pictures threads): private CFLAGS += -O1
+$(patsubst %,build/tests/test_%,contracts files pictures ranks threads): private CFLAGS += -O1
 
 build/tests/%: tests/%.c ckca.h $(wildcard tests/*.h) build/flags $(CUDA_OBJECT)
 	$(CC) $(ALL_CFLAGS) $< $(CUDA_OBJECT) -o $@ $(LDFLAGS) $(LIBS)

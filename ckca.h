@@ -896,7 +896,9 @@ CKCA__OP ckca_status ckca__device_status(ckca_context *ctx);
 
 /* Several processes: replaces x[0..count) by its sum over ranks, each times its share, behind all work so far. May run
    beside later work, which must leave x alone until ckca__device_ranks_wait. All ranks start the same sums in the same
-   order. poll keeps sums going that are under way. A failure sets ctx->ranks_broken. */
+   order. poll keeps sums going that are under way. A failure of the connection sets ctx->ranks_broken. init comes before
+   the first sum. */
+CKCA__OP ckca_status ckca__device_ranks_init(ckca_context *ctx);
 CKCA__OP void ckca__device_ranks_sum(ckca_context *ctx, size_t count, float share, float *x);
 CKCA__OP void ckca__device_ranks_poll(ckca_context *ctx);
 CKCA__OP void ckca__device_ranks_wait(ckca_context *ctx);
@@ -7019,7 +7021,7 @@ static ckca_status ckca__ranks_init(ckca_context *ctx, ckca_status status) {
         (status = ckca__ranks_same_number(ctx, "ckca_init", "no_winograd", ctx->no_winograd)) ||
         (status = ckca__ranks_same_number(ctx, "ckca_init", "precision", (double)ctx->precision)))
         return status;
-    return CKCA_OK;
+    return ckca__ranks_agree(ctx, "ckca_init", ckca__device_ranks_init(ctx));
 }
 
 /* In the backward pass, after node i: the gradients of weights of node i and later ones are final. Starts their sum over
@@ -11523,6 +11525,10 @@ static void ckca__device_staging_send(ckca_context *ctx, void *staging, void *de
 }
 static void ckca__device_staging_close(ckca_context *ctx, void *staging) { ckca__release(ctx, staging); }
 
+static ckca_status ckca__device_ranks_init(ckca_context *ctx) {
+    (void)ctx;
+    return CKCA_OK;
+}
 static void ckca__device_ranks_sum(ckca_context *ctx, size_t count, float share, float *x) {
     size_t i;
     if (share < 1)
