@@ -310,8 +310,9 @@ typedef struct ckca_ranks {
     int (*sum_start)(float *values, size_t count, void *user);
     int (*sum_wait)(void *user); /* waits for all sums that have been started */
     int (*sum_poll)(void *user); /* called often while sums are under way, for transports that need it; or NULL */
-    int (*broadcast)(void *bytes, size_t count, void *user); /* copies rank 0's bytes[0..count) to all; no sum is under way */
-    void *user;                                              /* passed to the callbacks */
+    /* Copies rank 0's bytes[0..count) to all. No sum is under way then. */
+    int (*broadcast)(void *bytes, size_t count, void *user);
+    void *user; /* passed to the callbacks */
 } ckca_ranks;
 
 typedef struct ckca_desc {
@@ -1237,7 +1238,7 @@ static int ckca__usable(const ckca_context *ctx) { return ctx && !ctx->failed; }
 CKCA_API const char *ckca_status_name(ckca_status status) {
     static const char *const name[] = {
         "ok",         "bad argument", "shapes do not match", "out of memory", "input or output failed", "bad file",
-        "not finite", "stopped",      "CUDA failed",         "ranks differ or lost each other"};
+        "not finite", "stopped",      "CUDA failed",         "ranks failed"};
     return (unsigned)status < sizeof name / sizeof *name ? name[status] : "unknown status";
 }
 
@@ -1248,12 +1249,9 @@ static ckca_status ckca__ranks_init(ckca_context *ctx, ckca_status status);
 static ckca_status ckca__ranks_agree(ckca_context *ctx, const char *call, ckca_status status);
 
 CKCA_API ckca_status ckca_init(ckca_context **out, const ckca_desc *desc) {
-    ckca__bound bounds[6] = {{"threads", 0, 0, 4096, 0},
-                             {"isa", 0, 0, CKCA_ISA_COUNT - 1, 0},
-                             {"no_winograd", 0, 0, 1, 0},
-                             {"precision", 0, 0, CKCA_PRECISION_COUNT - 1, 0},
-                             {"ranks.size", 1, 1, 4096, 0},
-                             {"ranks.rank", 0, 0, 0, 0}};
+    ckca__bound bounds[6] = {{"threads", 0, 0, 4096, 0},    {"isa", 0, 0, CKCA_ISA_COUNT - 1, 0},
+                             {"no_winograd", 0, 0, 1, 0},   {"precision", 0, 0, CKCA_PRECISION_COUNT - 1, 0},
+                             {"ranks.size", 1, 1, 4096, 0}, {"ranks.rank", 0, 0, 0, 0}};
     ckca_desc none;
     ckca_context *ctx;
     char reason[160] = "";
@@ -5367,7 +5365,8 @@ static ckca_status ckca__train(ckca__update *u, double start) {
             save = u->d.state && (ckca__seconds() - saved >= (double)u->d.state_seconds ||
                                   (u->epoch + 1 == u->d.epochs && u->batch + 1 == u->batches));
             /* Free on the host; on a GPU it waits for all queued work. */
-            if ((CKCA__DEVICE_IS_HOST || u->d.progress || save || u->batch + 1 == u->batches || u->ctx->ranks.size > 1) &&
+            if ((CKCA__DEVICE_IS_HOST || u->d.progress || save || u->batch + 1 == u->batches ||
+                 u->ctx->ranks.size > 1) &&
                 (status = ckca__fetch_sums(u, status, &save)))
                 return status;
             u->batch++;
@@ -5388,7 +5387,8 @@ static ckca_status ckca__train(ckca__update *u, double start) {
             uint64_t hash = 0;
             status = ckca__hash_weights(u->m, u->m->trainable, &hash);
             if (!(status = ckca__ranks_agree(u->ctx, "ckca_update", status)))
-                status = ckca__ranks_same(u->ctx, "ckca_update", "weights after an epoch (the sums were not the same)", hash);
+                status = ckca__ranks_same(u->ctx, "ckca_update", "weights after an epoch (the sums were not the same)",
+                                          hash);
             if (status) return status;
         }
     }
@@ -5436,8 +5436,8 @@ static void ckca__fill_report(const ckca__update *u, double seconds, ckca_report
 
 /* ---- one SGD step: input, forward, losses, backward, SGD; the learning rate; checks for NaN ---- */
 
-/* One SGD step on the pictures position[0..n) of the data set. Several processes: n may be 0, and the sums over ranks are
-   made whatever fails. */
+/* One SGD step on the pictures position[0..n) of the data set. Several processes: n may be 0, and the sums over ranks
+   are made whatever fails. */
 static ckca_status ckca__train_step(ckca__update *u, const int *position, int n) {
     const int64_t step = (int64_t)u->epoch * u->batches + u->batch;
     void **recording = &u->recording[n < u->d.batch];
@@ -5684,8 +5684,7 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
     if (u->d.state || u->ctx->ranks.size > 1) {
         status = u->d.state ? ckca__fingerprint(u) : CKCA_OK;
         if (!status && u->d.state) status = ckca__state_load(u, &found);
-        if (u->ctx->ranks.size > 1)
-            status = ckca__share_state(u, status, &found);
+        if (u->ctx->ranks.size > 1) status = ckca__share_state(u, status, &found);
         if (status) return status;
         if (found && u->ctx->ranks.size < 2) {
             double sums[4];
@@ -5883,7 +5882,8 @@ static ckca_status ckca__compare_ranks(ckca__update *u) {
     int i;
     for (i = 0; !status && i < CKCA__SETTINGS; i++)
         if (ckca__settings[i].affects_result)
-            status = ckca__ranks_same_number(u->ctx, call, ckca__settings[i].name, ckca__setting_get(&u->d, &ckca__settings[i]));
+            status = ckca__ranks_same_number(u->ctx, call, ckca__settings[i].name,
+                                             ckca__setting_get(&u->d, &ckca__settings[i]));
     if (!status) status = ckca__ranks_same(u->ctx, call, "seeds", seed);
     if (!status) status = ckca__ranks_same_number(u->ctx, call, "number of pictures", u->data->count);
     if (!status) status = ckca__ranks_same(u->ctx, call, "pictures or labels", ckca__hash_data(u->data, 0));
@@ -6132,8 +6132,7 @@ CKCA_API ckca_status ckca_evaluate(ckca_model *m, const ckca_data *data, ckca_sc
         if (!status) status = ckca__ranks_same(m->ctx, "ckca_evaluate", "weights or running statistics", hash);
         if (!status) status = ckca__ranks_same(m->ctx, "ckca_evaluate", "pictures", ckca__hash_data(data, 0));
     }
-    if (!status)
-        status = ckca__evaluate_all(m, m, data, score ? score : &ignored, per_class, NULL, NULL);
+    if (!status) status = ckca__evaluate_all(m, m, data, score ? score : &ignored, per_class, NULL, NULL);
     if (status) ckca__unbind_data(m, had_names, was_normalized);
     return status;
 }
@@ -6880,7 +6879,8 @@ static ckca_status ckca__ranks_agree_on(ckca_context *ctx, const char *call, ckc
     all = (ckca__ranks_record *)(void *)texts;
     ctx->agreed = 1;
     if (!ckca__ranks_gather(ctx, &mine, sizeof mine, all))
-        return status ? status : ckca__fail(ctx, CKCA_ERANKS, "rank %d of %d: %s", ctx->ranks.rank, size, ckca__ranks_lost);
+        return status ? status
+                      : ckca__fail(ctx, CKCA_ERANKS, "rank %d of %d: %s", ctx->ranks.rank, size, ckca__ranks_lost);
     for (i = size - 1; i >= 0; i--) {
         if (all[i].status) failing = i;
         if (all[i].call != all[0].call) differs = i;
@@ -6898,8 +6898,8 @@ static ckca_status ckca__ranks_agree_on(ckca_context *ctx, const char *call, ckc
         return ckca__fail(ctx, CKCA_ERANKS, "rank %d of %d: %s", ctx->ranks.rank, size, ckca__ranks_lost);
     if (failing >= 0)
         return ckca__fail(ctx, status, "rank %d of %d: %s", failing, size, texts + (size_t)failing * sizeof text);
-    return ckca__fail(ctx, CKCA_ERANKS, "rank %d of %d: it is in %s, rank 0 in %s: all must make the same calls", differs,
-                      size, texts + (size_t)differs * sizeof text, texts);
+    return ckca__fail(ctx, CKCA_ERANKS, "rank %d of %d: it is in %s, rank 0 in %s: all must make the same calls",
+                      differs, size, texts + (size_t)differs * sizeof text, texts);
 }
 
 static ckca_status ckca__ranks_agree(ckca_context *ctx, const char *call, ckca_status status) {
@@ -6918,8 +6918,8 @@ static ckca_status ckca__ranks_same(ckca_context *ctx, const char *call, const c
         return ckca__fail(ctx, CKCA_ERANKS, "rank %d of %d: %s", ctx->ranks.rank, ctx->ranks.size, ckca__ranks_lost);
     for (i = 1; i < ctx->ranks.size; i++)
         if (all[i] != all[0])
-            return ckca__fail(ctx, CKCA_ERANKS, "rank %d of %d: %s: its %s differ from rank 0's", i, ctx->ranks.size, call,
-                              what);
+            return ckca__fail(ctx, CKCA_ERANKS, "rank %d of %d: %s: its %s differ from rank 0's", i, ctx->ranks.size,
+                              call, what);
     ctx->agreed = 0;
     return CKCA_OK;
 }
@@ -6936,8 +6936,8 @@ static ckca_status ckca__ranks_same_number(ckca_context *ctx, const char *call, 
         return ckca__fail(ctx, CKCA_ERANKS, "rank %d of %d: %s", ctx->ranks.rank, ctx->ranks.size, ckca__ranks_lost);
     for (i = 1; i < ctx->ranks.size; i++)
         if (all[i] != all[0])
-            return ckca__fail(ctx, CKCA_ERANKS, "rank %d of %d: %s: its %s is %.9g, rank 0's is %.9g", i, ctx->ranks.size,
-                              call, what, all[i], all[0]);
+            return ckca__fail(ctx, CKCA_ERANKS, "rank %d of %d: %s: its %s is %.9g, rank 0's is %.9g", i,
+                              ctx->ranks.size, call, what, all[i], all[0]);
     ctx->agreed = 0;
     return CKCA_OK;
 }
@@ -6961,7 +6961,8 @@ static ckca_status ckca__ranks_sum_counts(ckca_context *ctx, const char *call, i
         pieces[3 * (size_t)i + 1] = (float)(counts[i] >> 11 & 2047);
         pieces[3 * (size_t)i + 2] = (float)(counts[i] >> 22);
     }
-    ctx->ranks_broken = ctx->ranks.sum_start(pieces, 3 * (size_t)n, ctx->ranks.user) || ctx->ranks.sum_wait(ctx->ranks.user);
+    ctx->ranks_broken =
+        ctx->ranks.sum_start(pieces, 3 * (size_t)n, ctx->ranks.user) || ctx->ranks.sum_wait(ctx->ranks.user);
     for (i = 0; !ctx->ranks_broken && i < n; i++) {
         const float *p = pieces + 3 * (size_t)i;
         const double sum = (double)p[0] + 2048.0 * (double)p[1] + 4194304.0 * (double)p[2];
@@ -7029,8 +7030,7 @@ static ckca_status ckca__ranks_init(ckca_context *ctx, ckca_status status) {
 static void ckca__sum_bucket(ckca_model *m, int i) {
     const ckca__node *x = &m->node[i];
     size_t from = m->summed_from;
-    if (x->tensor >= 0 && m->parameter[x->tensor].role == CKCA__ROLE_WEIGHT)
-        from = m->parameter[x->tensor].offset;
+    if (x->tensor >= 0 && m->parameter[x->tensor].role == CKCA__ROLE_WEIGHT) from = m->parameter[x->tensor].offset;
     if (i == 1) from = 0;
     if (m->summed_from - from >= CKCA__BUCKET || (i == 1 && m->summed_from > 0)) {
         ckca__device_ranks_sum(m->ctx, m->summed_from - from, m->share, m->gradients + from);
@@ -7059,14 +7059,14 @@ CKCA_API ckca_status ckca_sum_gradients(ckca_model *m, float share) {
     status = ckca__check_finished(m, "ckca_sum_gradients");
     if (!status) status = ckca__check_bounds(m->ctx, "ckca_sum_gradients", &bound, 1);
     if (!status && !m->gradients)
-        status = ckca__fail(m->ctx, CKCA_EINVAL, "ckca_sum_gradients: there are no gradients yet: call ckca_forward with "
-                                                 "training first");
+        status = ckca__fail(m->ctx, CKCA_EINVAL,
+                            "ckca_sum_gradients: there are no gradients yet: call ckca_forward with "
+                            "training first");
     if ((status = ckca__ranks_agree(m->ctx, "ckca_sum_gradients", status)) || m->ctx->ranks.size < 2) return status;
     if ((status = ckca__ranks_same_number(m->ctx, "ckca_sum_gradients", "number of values", (double)m->trainable)))
         return status;
     ckca__sum_gradients(m, share);
-    if (m->ctx->ranks_broken)
-        return ckca__fail(m->ctx, CKCA_ERANKS, "ckca_sum_gradients: %s", ckca__ranks_lost);
+    if (m->ctx->ranks_broken) return ckca__fail(m->ctx, CKCA_ERANKS, "ckca_sum_gradients: %s", ckca__ranks_lost);
     return ckca__device_status(m->ctx);
 }
 
@@ -8322,11 +8322,13 @@ static ckca_status ckca__state_load(ckca__update *u, int *found) {
     if (!status && field[0] != u->fingerprint) {
         char difference[160];
         ckca__state_difference(u, text + 7 * 17 - 1, difference, sizeof difference);
-        status = ckca__fail(u->ctx, CKCA_EINVAL,
-                            "%s: it is the training state of another update (%s), whose result may not have been "
-                            "saved: finish that update, or remove the file to start over",
-                            path,
-                            *difference ? difference : "other pictures, weights, mean, std, seed, teacher, number of ranks or settings");
+        status =
+            ckca__fail(u->ctx, CKCA_EINVAL,
+                       "%s: it is the training state of another update (%s), whose result may not have been "
+                       "saved: finish that update, or remove the file to start over",
+                       path,
+                       *difference ? difference
+                                   : "other pictures, weights, mean, std, seed, teacher, number of ranks or settings");
     }
     if (!status &&
         (field[1] >= (uint64_t)u->d.epochs || field[2] > (uint64_t)u->batches || field[3] > (uint64_t)u->data->count))

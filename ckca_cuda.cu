@@ -3085,7 +3085,8 @@ CKCA__OP ckca_status ckca__device_ranks_init(ckca_context *ctx) {
     memset(&id, 0, sizeof id);
     if (ctx->ranks.rank == 0) CKCA__NCCL(cuda, ncclGetUniqueId(&id));
     ctx->ranks_broken = ctx->ranks.broadcast(&id, sizeof id, ctx->ranks.user) != 0;
-    if (!ctx->ranks_broken && CKCA__NCCL(cuda, ncclCommInitRank(&cuda->ranks.comm, ctx->ranks.size, id, ctx->ranks.rank)) &&
+    if (!ctx->ranks_broken &&
+        CKCA__NCCL(cuda, ncclCommInitRank(&cuda->ranks.comm, ctx->ranks.size, id, ctx->ranks.rank)) &&
         CKCA__CUDA(cuda, cudaStreamCreateWithFlags(&cuda->ranks.stream, cudaStreamNonBlocking)) &&
         CKCA__CUDA(cuda, cudaEventCreateWithFlags(&cuda->ranks.ready, cudaEventDisableTiming)))
         CKCA__CUDA(cuda, cudaEventCreateWithFlags(&cuda->ranks.done, cudaEventDisableTiming));
@@ -3121,7 +3122,8 @@ CKCA__OP void ckca__device_ranks_sum(ckca_context *ctx, size_t count, float shar
     for (; count && !ctx->ranks_broken; x += n, count -= n) {
         n = count < CKCA__RANKS_VALUES ? count : (size_t)CKCA__RANKS_VALUES;
         ckca__device_download(ctx, cuda->ranks_buffer, x, n * sizeof(float));
-        ctx->ranks_broken = ctx->ranks.sum_start(cuda->ranks_buffer, n, ctx->ranks.user) || ctx->ranks.sum_wait(ctx->ranks.user);
+        ctx->ranks_broken = ctx->ranks.sum_start(cuda->ranks_buffer, n, ctx->ranks.user) ||
+                            ctx->ranks.sum_wait(ctx->ranks.user);
         CKCA__CUDA(cuda, cudaMemcpyAsync(x, cuda->ranks_buffer, n * sizeof(float), cudaMemcpyHostToDevice,
                                          ckca__cuda_stream(cuda)));
         CKCA__CUDA(cuda, cudaStreamSynchronize(ckca__cuda_stream(cuda)));

@@ -1,4 +1,5 @@
-/* mpi.h: several processes train one model, connected by MPI (Open MPI, MPICH). tool.h includes it if CKCA_MPI is defined:
+/* mpi.h: several processes train one model, connected by MPI (Open MPI, MPICH). tool.h includes it if CKCA_MPI is
+   defined:
 
        make MPI=1
        mpirun --bind-to none -n 4 build/train --cifar10 cifar-10-batches-bin --batch 256
@@ -13,9 +14,9 @@
        ... ckca_init(&ctx, &desc), the same calls on all ranks ...
        mpi_end(0);
 
-   Sums are MPI_Iallreduce calls, which MPI's own loops drive: sum_poll, between layers, lets them. Both MPIs add up in an
-   order that follows from the number of ranks and values alone, so runs repeat bitwise, and all ranks get the same bits;
-   ckca_update checks that. A failing MPI call ends all processes with MPI's message, as does the death of one. */
+   Sums are MPI_Iallreduce calls, which progress when MPI is called: sum_poll does so between layers. Both MPIs add up
+   in an order that follows from the number of ranks and values alone, so runs repeat bitwise, and all ranks get the same
+   bits; ckca_update checks that. A failing MPI call ends all processes with MPI's message, as does the death of one. */
 #ifndef CKCA_MPI_H
 #define CKCA_MPI_H
 
@@ -28,7 +29,7 @@ enum { MPI_SUMS = 256, MPI_VALUES = 1 << 26 /* per MPI call, whose counts are in
 
 static struct {
     MPI_Request request[MPI_SUMS];
-    int sums; /* under way */
+    int sums;                   /* under way */
     int local_rank, local_size; /* on this machine */
 } mpi;
 
@@ -44,8 +45,8 @@ static inline int mpi_sum_start(float *values, size_t count, void *user) {
     for (; count; values += n, count -= n) {
         n = count < MPI_VALUES ? count : MPI_VALUES;
         if (mpi.sums == MPI_SUMS && mpi_sum_wait(user)) return 1;
-        if (MPI_Iallreduce(MPI_IN_PLACE, values, (int)n, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD, &mpi.request[mpi.sums++]) !=
-            MPI_SUCCESS)
+        if (MPI_Iallreduce(MPI_IN_PLACE, values, (int)n, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD,
+                           &mpi.request[mpi.sums++]) != MPI_SUCCESS)
             return 1;
     }
     return 0;

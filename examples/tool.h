@@ -25,15 +25,15 @@ static int tool_rank;   /* this process; 0 without MPI */
 static int tool_agreed; /* 1: all ranks are ending for the same reason */
 
 /* Prints one line on stderr and exits: with 2 for a mistake on the command line, 1 for any later failure. */
-#define tool_fail(code, ...)                                                                                           \
-    do {                                                                                                               \
-        fflush(stdout);                                                                                                \
-        if (tool_rank == 0 || !tool_agreed) {                                                                          \
-            fprintf(stderr, "%s: ", tool_name);                                                                        \
-            fprintf(stderr, __VA_ARGS__);                                                                              \
-            fputc('\n', stderr);                                                                                       \
-        }                                                                                                              \
-        exit(code);                                                                                                    \
+#define tool_fail(code, ...)                    \
+    do {                                        \
+        fflush(stdout);                         \
+        if (tool_rank == 0 || !tool_agreed) {   \
+            fprintf(stderr, "%s: ", tool_name); \
+            fprintf(stderr, __VA_ARGS__);       \
+            fputc('\n', stderr);                \
+        }                                       \
+        exit(code);                             \
     } while (0)
 
 static inline void tool_check(const ckca_context *ctx, ckca_status status) {
