@@ -575,8 +575,8 @@ typedef struct ckca_update_desc {
                             the model's next ckca_save. If the file exists at the start, the update resumes from it, to
                             bitwise the same weights. See KILLED RUNS */
     float state_seconds; /* 0: 30 */
-    /* Called after every SGD step; non-zero stops the update (CKCA_ESTOP). Each call synchronises the GPU; without a
-       callback it is synchronised once per epoch */
+    /* Called after every SGD step; non-zero stops the update (CKCA_ESTOP), with several processes on all of them. Each
+       call synchronises the GPU; without a callback it is synchronised once per epoch (several processes: every step) */
     int (*progress)(const ckca_progress *progress, void *user);
     void *user; /* passed to progress */
 } ckca_update_desc;
