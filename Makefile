@@ -14,12 +14,14 @@
 #   make shared             build/libckca.so, a shared library for programs in other languages
 #   make install-shared     install, the shared library and ckca-shared.pc
 #   make clean
+#   make MPI=1              the examples for mpirun, with mpicc (Debian: libopenmpi-dev or libmpich-dev): see examples/mpi.h
 #   make CUDA=1 ...         any of these for an NVIDIA GPU, with ckca_cuda.cu (needs the CUDA toolkit)
+#   make CUDA=1 MPI=1 NCCL=1  one GPU per process, gradients summed by NCCL (NCCL_HOME= if it is not in the usual places)
 #   make CUDA=1 bench-peers against PyTorch on the same GPU
 #   make CUDA=1 bench-cuda  build/bench_cuda: every kernel alone, checked, and timed beside its floor
 #   make CUDA=1 sanitize    the op tests under the four tools of compute-sanitizer; TOOLS="memcheck initcheck" for some
 #
-# Variables: CC, CFLAGS, LDFLAGS; THREADS= builds without threads, STB= without JPEG and PNG files;
+# Variables: CC, CFLAGS, LDFLAGS; MPICC; THREADS= builds without threads, STB= without JPEG and PNG files;
 # NVCC; CUDA_ARCH="80 90": the GPUs to compile for (newer ones use the PTX of the last). 90 means sm_90a, which has wgmma.
 
 # One job per processor unless -j says otherwise.
@@ -58,9 +60,15 @@ ifeq ($(NVCC),)
 $(error CUDA=1, but there is no nvcc: install the CUDA toolkit, put it in PATH, or set NVCC)
 endif
 endif
+ifneq ($(MPI),)
+MPICC ?= $(shell command -v mpicc 2>/dev/null)
+ifeq ($(MPICC),)
+$(error MPI=1, but there is no mpicc: install an MPI (Debian: libopenmpi-dev), put it in PATH, or set MPICC)
+endif
+endif
 ifeq ($(MAKELEVEL),0)
 $(info compiler: $(CC), $(shell $(CC) --version 2>/dev/null | head -n 1))
-$(info threads: $(or $(THREADS),none (one thread)); stb_image: $(if $(STB),found,none (no JPEG or PNG; Debian: libstb-dev)))
+$(info threads: $(or $(THREADS),none (one thread)); stb_image: $(if $(STB),found,none (no JPEG or PNG; Debian: libstb-dev))$(if $(MPI),; MPI: $(MPICC)))
 endif
 endif
 
@@ -81,12 +89,22 @@ NVCC_FLAGS = -O3 -std=c++17 -ccbin $(or $(firstword $(CXX)),c++) \
     -gencode arch=compute_$(lastword $(CUDA_ARCH)),code=compute_$(lastword $(CUDA_ARCH))
 endif
 
+# mpicc runs this compiler, Open MPI's and MPICH's.
+ifneq ($(MPI),)
+EXAMPLE_CC = OMPI_CC='$(CC)' MPICH_CC='$(CC)' $(MPICC) -DCKCA_MPI
+endif
+EXAMPLE_CC ?= $(CC)
+ifneq ($(NCCL),)
+NVCC_FLAGS += -DCKCA_NCCL $(addprefix -I,$(wildcard $(NCCL_HOME)/include))
+LIBS += $(foreach d,$(wildcard $(NCCL_HOME)/lib),-L$d -Wl,-rpath,$d) -lnccl
+endif
+
 EXAMPLES := $(patsubst examples/%.c,build/%,$(wildcard examples/*.c))
 TESTS := $(patsubst tests/%.c,build/tests/%,$(sort $(wildcard tests/test_*.c)))
 SCRIPTS := $(sort $(wildcard tests/test_*.sh))
 ASAN := $(filter-out build/asan/test_cuda,$(patsubst build/tests/%,build/asan/%,$(TESTS)))
 # The GPU kernels on the CPU, see tests/cuda_shim.h.
-SHIM := $(patsubst %,build/shim/test_%,conv cuda nets ops train) build/shim/bench_cuda
+SHIM := $(patsubst %,build/shim/test_%,conv cuda nets ops ranks train) build/shim/bench_cuda
 ifneq ($(CUDA),) # the host build covers sanitizers, compilers and the shim
 SCRIPTS := tests/test_examples.sh
 ASAN :=
@@ -152,11 +170,11 @@ bench-peers: build/bench
 # Changes only when the flags do; everything is rebuilt then.
 build/flags: FORCE
 	@mkdir -p build/tests build/asan build/shim
-	@echo '$(CC) $(ALL_CFLAGS) $(LDFLAGS) $(LIBS) $(ASAN_CFLAGS) $(NVCC_FLAGS)' > $@.new
+	@echo '$(CC) $(MPI)$(MPICC) $(ALL_CFLAGS) $(LDFLAGS) $(LIBS) $(ASAN_CFLAGS) $(NVCC_FLAGS)' > $@.new
 	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
 build/%: examples/%.c ckca.h $(wildcard examples/*.h) build/flags $(CUDA_OBJECT)
-	$(CC) $(ALL_CFLAGS) $< $(CUDA_OBJECT) -o $@ $(LDFLAGS) $(LIBS)
+	$(EXAMPLE_CC) $(ALL_CFLAGS) $< $(CUDA_OBJECT) -o $@ $(LDFLAGS) $(LIBS)
 
 build/%: tests/%.c ckca.h $(wildcard tests/*.h) build/flags $(CUDA_OBJECT)
 	$(CC) $(ALL_CFLAGS) $< $(CUDA_OBJECT) -o $@ $(LDFLAGS) $(LIBS)

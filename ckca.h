@@ -90,6 +90,7 @@
                      >>model        layers, ResNets, the graph as text
                      >>train        one update from the top down: epochs, SGD steps, losses, batches, evaluation
                      >>execution    forward, backward, SGD; tensors
+                     >>ranks        several processes: sums, agreement, comparisons
                      >>plan         memory planning: the address of every value and gradient
                      >>checkpoint   checkpoints and training states
                      >>safetensors  the file format, and the JSON it needs
@@ -185,6 +186,30 @@
        and then differ; each is bitwise the update with those epochs, warmup_epochs and step_epochs and no limit. A
        training state holds the plan, so a killed run resumes to bitwise the result that it was going to have; the time
        before the kill does not count.
+   SEVERAL PROCESSES
+       Processes (ranks) that train one model together, on one machine or several, each have a context with
+       ckca_desc.ranks: its rank, their number, and two collective operations, sum and broadcast. examples/mpi.h fills it
+       with MPI. Each rank has the whole data set and the whole model and makes the same calls in the same order.
+       - ckca_update: the pictures of every batch are shared out; ckca_update_desc.batch counts those of all ranks. Each
+         rank computes the mean gradient of its part; the sum over ranks, weighted by the parts' sizes, is the gradient
+         of the batch (to rounding), also where ranks do not divide the batch. It is summed in buckets of at least
+         1 MiB, from the last layer on, while the backward pass runs on. All ranks hold bitwise the same weights after
+         every step; hashes are compared after every epoch. The same number of ranks gives bitwise the same result again,
+         also after a resume; another number gives another rounding, and its training states are refused.
+       - What a loss term or layer computes across the pictures of a batch, it computes across a rank's part: batch
+         norm's statistics, as PyTorch's DDP does. Rank 0's running statistics are sent to all at the end of ckca_update, also if it is stopped.
+       - ckca_evaluate, and the teacher's evaluation in ckca_update, share out blocks of pictures; counts are summed
+         exactly. Every rank gets the result of all.
+       - ckca_save and training states: rank 0 writes, the others wait for it and touch no files, also at a resume.
+         ckca_load, ckca_open_* and every call that is not named here work on each rank by itself.
+       - A failure on one rank in these calls (and in ckca_init) fails the call on all, with its status and one sentence
+         that begins with its rank; so does a progress callback that stops. Ranks that differ in build, instruction set,
+         pictures, weights or settings fail with CKCA_ERANKS before the first step. A rank that dies cannot tell: its
+         transport must end the others, or make their callbacks fail (CKCA_ERANKS). The last training state stays.
+       - Elsewhere a rank that fails must end the others (MPI_Abort), or tell them with ckca_agree.
+       CENTROID's class means are summed over ranks. ckca_update_desc.seconds needs one process (CKCA_EINVAL).
+       A new loss term that is a mean over the batch needs nothing. Whatever else depends on pictures of other ranks must
+       be summed over them: the section RANKS says how.
 
    FILE FORMATS
        Checkpoints are safetensors with torchvision's parameter names; safetensors.torch.load_file and load_state_dict
@@ -262,7 +287,8 @@ typedef enum ckca_status {
     CKCA_EFORMAT, /* a file is truncated, corrupt or in another format */
     CKCA_ENAN,    /* the loss, weights or running statistics are infinite or NaN */
     CKCA_ESTOP,   /* the progress callback asked to stop */
-    CKCA_ECUDA    /* a call of CUDA or its libraries failed */
+    CKCA_ECUDA,   /* a call of CUDA or its libraries failed */
+    CKCA_ERANKS   /* several processes: they differ, or their connection failed */
 } ckca_status;
 
 /* Instruction sets of the host kernels. */
@@ -290,6 +316,21 @@ typedef struct ckca_context ckca_context; /* threads, memory, errors; one per th
 typedef struct ckca_model ckca_model;     /* a network, its weights and training buffers */
 typedef struct ckca_data ckca_data;       /* labelled pictures: a view of a shared store of bytes */
 
+/* Several processes that train one model, see SEVERAL PROCESSES. The callbacks are called by the thread that uses the
+   context, in the same order on all ranks, and return 0 or, if the connection is broken, another value; no callback is
+   called after that. Only host memory is passed to them. */
+typedef struct ckca_ranks {
+    int rank, size; /* this process, 0 to size - 1, of size, 1 to 4096 */
+    /* Starts to replace values[0..count) on all ranks by their sum over ranks, bitwise the same on every rank and in
+       every run with as many ranks. May return before it is done; other sums may follow. */
+    int (*sum_start)(float *values, size_t count, void *user);
+    int (*sum_wait)(void *user); /* waits for all sums that have been started */
+    int (*sum_poll)(void *user); /* called often while sums are under way, for transports that need it; or NULL */
+    /* Copies rank 0's bytes[0..count) to all. No sum is under way then. */
+    int (*broadcast)(void *bytes, size_t count, void *user);
+    void *user; /* passed to the callbacks */
+} ckca_ranks;
+
 typedef struct ckca_desc {
     int threads;     /* 0 to 4096; 0: one per online processor; 1 if built without threads */
     ckca_isa isa;    /* of the host kernels; ckca_init fails if the processor or the build lacks it */
@@ -301,11 +342,15 @@ typedef struct ckca_desc {
     void *(*alloc)(size_t bytes, void *user);
     void (*release)(void *memory, size_t bytes, void *user);
     void *user; /* passed to alloc and release */
+    const ckca_ranks *ranks; /* copied; NULL: one process. All ranks call ckca_init, which compares their builds */
 } ckca_desc;
 
 /* Creates a context. desc may be NULL. After CKCA_EINVAL or CKCA_ECUDA (no usable GPU) *ctx serves only ckca_error and
    ckca_context_free; after CKCA_ENOMEM it is NULL. */
 CKCA_API ckca_status ckca_init(ckca_context **ctx, const ckca_desc *desc);
+/* Several processes: waits until all ranks have called it. If one of them passed a failure, it returns that failure (the
+   lowest rank's) on all of them, with that rank's ckca_error. One process: returns status. */
+CKCA_API ckca_status ckca_agree(ckca_context *ctx, ckca_status status);
 /* Frees a context; free its models and data first. NULL is allowed, here and in every ckca_*_free. */
 CKCA_API void ckca_context_free(ckca_context *ctx);
 /* The last failure in one sentence, or "". Owned by the context, valid until its next failing call. If ctx is NULL, the
@@ -582,8 +627,8 @@ typedef struct ckca_update_desc {
                             the model's next ckca_save. If the file exists at the start, the update resumes from it, to
                             bitwise the same weights. See KILLED RUNS */
     float state_seconds; /* 0: 30 */
-    /* Called after every SGD step; non-zero stops the update (CKCA_ESTOP). Each call synchronises the GPU; without a
-       callback it is synchronised once per epoch */
+    /* Called after every SGD step; non-zero stops the update (CKCA_ESTOP), with several processes on all of them. Each
+       call synchronises the GPU; without a callback it is synchronised once per epoch (several processes: every step) */
     int (*progress)(const ckca_progress *progress, void *user);
     void *user; /* passed to progress */
 } ckca_update_desc;
@@ -783,6 +828,9 @@ CKCA_API ckca_status ckca_node_read(ckca_model *model, int node, float *out);
    features, or NULL. Each forward allows one backward, which overwrites the outputs of the forward. */
 CKCA_API ckca_status ckca_backward(ckca_model *model, const float *dlogits, const float *dfeatures);
 CKCA_API ckca_status ckca_zero_gradients(ckca_model *model);
+/* Several processes: all ranks call it between ckca_backward and ckca_sgd. Replaces the gradients on every rank by their
+   sum over ranks, each times its share, 0 to 1: pictures of its part over pictures of all. */
+CKCA_API ckca_status ckca_sum_gradients(ckca_model *model, float share);
 
 typedef struct ckca_sgd_desc {
     float lr;           /* required, up to 1e6 */
@@ -878,6 +926,10 @@ struct ckca_context {
     void (*release)(void *memory, size_t bytes, void *user);
     void *user;
     ckca_status failed; /* of ckca_init: not CKCA_OK: error says why, and nothing else may be asked for */
+    ckca_ranks ranks;   /* size is 1 if there is one process */
+    float *exchange;    /* of ckca__ranks_gather */
+    int ranks_broken;   /* 1: a callback has failed: none is called again */
+    int agreed;         /* 1: all ranks know of the failure that is being returned */
     char device[64];
     char error[512];
 };
@@ -960,6 +1012,15 @@ CKCA__OP void ckca__device_free(ckca_context *ctx);
 /* Ops return nothing. The first failure on the GPU is kept here and reported once: CKCA_ECUDA, with its name and
    message in ckca_error. */
 CKCA__OP ckca_status ckca__device_status(ckca_context *ctx);
+
+/* Several processes: replaces x[0..count) by its sum over ranks, each times its share, behind all work so far. May run
+   beside later work, which must leave x alone until ckca__device_ranks_wait. All ranks start the same sums in the same
+   order. poll keeps sums going that are under way. A failure of the connection sets ctx->ranks_broken. init comes before
+   the first sum. */
+CKCA__OP ckca_status ckca__device_ranks_init(ckca_context *ctx);
+CKCA__OP void ckca__device_ranks_sum(ckca_context *ctx, size_t count, float share, float *x);
+CKCA__OP void ckca__device_ranks_poll(ckca_context *ctx);
+CKCA__OP void ckca__device_ranks_wait(ckca_context *ctx);
 
 /* A sequence of ops that repeats, with only values in device memory changing, is recorded once and then replayed:
        if (ckca__device_record(ctx, &recording)) { the ops; ckca__device_recorded(ctx, &recording); }
@@ -1291,17 +1352,20 @@ static int ckca__usable(const ckca_context *ctx) { return ctx && !ctx->failed; }
 CKCA_API const char *ckca_status_name(ckca_status status) {
     static const char *const name[] = {
         "ok",         "bad argument", "shapes do not match", "out of memory", "input or output failed", "bad file",
-        "not finite", "stopped",      "CUDA failed"};
+        "not finite", "stopped",      "CUDA failed",         "ranks failed"};
     return (unsigned)status < sizeof name / sizeof *name ? name[status] : "unknown status";
 }
 
 /* ---- context ---- */
 
+/* In RANKS: */
+static ckca_status ckca__ranks_init(ckca_context *ctx, ckca_status status);
+static ckca_status ckca__ranks_agree(ckca_context *ctx, const char *call, ckca_status status);
+
 CKCA_API ckca_status ckca_init(ckca_context **out, const ckca_desc *desc) {
-    ckca__bound bounds[4] = {{"threads", 0, 0, 4096, 0},
-                             {"isa", 0, 0, CKCA_ISA_COUNT - 1, 0},
-                             {"no_winograd", 0, 0, 1, 0},
-                             {"precision", 0, 0, CKCA_PRECISION_COUNT - 1, 0}};
+    ckca__bound bounds[6] = {{"threads", 0, 0, 4096, 0},    {"isa", 0, 0, CKCA_ISA_COUNT - 1, 0},
+                             {"no_winograd", 0, 0, 1, 0},   {"precision", 0, 0, CKCA_PRECISION_COUNT - 1, 0},
+                             {"ranks.size", 1, 1, 4096, 0}, {"ranks.rank", 0, 0, 0, 0}};
     ckca_desc none;
     ckca_context *ctx;
     char reason[160] = "";
@@ -1315,11 +1379,21 @@ CKCA_API ckca_status ckca_init(ckca_context **out, const ckca_desc *desc) {
     bounds[1].value = (int)desc->isa;
     bounds[2].value = desc->no_winograd;
     bounds[3].value = (int)desc->precision;
+    if (desc->ranks) {
+        bounds[4].value = desc->ranks->size;
+        bounds[5].value = desc->ranks->rank;
+        bounds[5].most = desc->ranks->size - 1;
+    }
     if (!desc->alloc != !desc->release)
         snprintf(reason, sizeof reason, "%s is NULL: set both alloc and release, or neither",
                  desc->alloc ? "release" : "alloc");
-    else if (!ckca__out_of_bounds(bounds, 4, reason, sizeof reason)) {
-        if (desc->isa != CKCA_ISA_BEST && !ckca__isa_supported(desc->isa))
+    else if (!ckca__out_of_bounds(bounds, 6, reason, sizeof reason)) {
+        if (desc->ranks && (!desc->ranks->sum_start || !desc->ranks->sum_wait || !desc->ranks->broadcast))
+            snprintf(reason, sizeof reason, "ranks.%s is NULL",
+                     !desc->ranks->sum_start  ? "sum_start"
+                     : !desc->ranks->sum_wait ? "sum_wait"
+                                              : "broadcast");
+        else if (desc->isa != CKCA_ISA_BEST && !ckca__isa_supported(desc->isa))
             snprintf(reason, sizeof reason, "isa is %s, but the best that this processor and build support is %s",
                      ckca__isa_name(desc->isa), ckca__isa_name(ckca__best_isa()));
         else if (CKCA__DEVICE_IS_HOST && desc->precision)
@@ -1334,6 +1408,7 @@ CKCA_API ckca_status ckca_init(ckca_context **out, const ckca_desc *desc) {
     memset(ctx, 0, bytes);
     *out = ctx;
     ctx->threads = threads;
+    ctx->ranks.size = 1;
     if (*reason) return ctx->failed = ckca__fail(ctx, CKCA_EINVAL, "ckca_init: %s", reason);
     ckca__pool_init(ctx, ctx + 1);
     ctx->alloc = desc->alloc;
@@ -1343,12 +1418,14 @@ CKCA_API ckca_status ckca_init(ckca_context **out, const ckca_desc *desc) {
     ctx->no_winograd = desc->no_winograd;
     ctx->precision = desc->precision;
     snprintf(ctx->device, sizeof ctx->device, "host %s x%d", ckca__isa_name(ctx->isa), ctx->threads);
-    return ctx->failed = ckca__device_init(ctx);
+    if (desc->ranks) ctx->ranks = *desc->ranks;
+    return ctx->failed = ckca__ranks_init(ctx, ckca__device_init(ctx));
 }
 
 CKCA_API void ckca_context_free(ckca_context *ctx) {
     if (!ctx) return;
     ckca__device_free(ctx);
+    ckca__release(ctx, ctx->exchange);
     ckca__pool_free(ctx);
     if (ctx->release)
         ctx->release(ctx, sizeof *ctx + ckca__pool_bytes(ctx->threads), ctx->user);
@@ -1391,6 +1468,12 @@ CKCA_API size_t ckca_struct_size(const char *name) {
     for (i = 0; name && i < sizeof types / sizeof *types; i++)
         if (!strcmp(types[i].name, name)) return types[i].size;
     return 0;
+}
+
+CKCA_API ckca_status ckca_agree(ckca_context *ctx, ckca_status status) {
+    if (!ckca__usable(ctx)) return CKCA_EINVAL;
+    ctx->agreed = 0;
+    return ckca__ranks_agree(ctx, "ckca_agree", status);
 }
 
 /* ---- memory ---- */
@@ -3815,6 +3898,7 @@ struct ckca_model {
     size_t node_capacity, parameter_capacity;
     size_t decayed, trainable, all;  /* floats: weights with decay; these and all trainable ones; these and buffers */
     size_t trained;                  /* floats of gradients and of momentum: the trainable ones that are not frozen */
+    size_t trained_decayed;          /* the first of them: weights with decay */
     size_t saved_count;              /* size of saved, in floats */
     size_t plan_values[CKCA__MODES]; /* floats of activations per picture; 0: not planned yet */
     ckca__recompute *recompute[CKCA__MODES]; /* in the order in which they are recomputed */
@@ -3837,6 +3921,9 @@ struct ckca_model {
     int mode;               /* CKCA__MODE_... */
     ckca__unsaved *unsaved; /* finished updates whose result is not saved yet */
     int evaluation_batch;   /* pictures at a time in ckca__evaluate_all; 0: CKCA__EVAL_BATCH */
+    int sums_gradients;     /* 1: the backward pass also sums gradients over ranks, see ckca__sum_bucket */
+    float share;            /* of this rank's gradient in that sum */
+    size_t summed_from;     /* gradients from here to trained_decayed have been started */
     int recompute_outputs;  /* 1: backward recomputes batch norms' outputs; 0, on a GPU with memory: they are kept */
 };
 
@@ -4802,6 +4889,7 @@ static void ckca__layout_training(ckca_model *m) {
     for (i = 1; i < m->nodes; i++)
         if (!m->node[i].fused && m->node[i].head >= 0 && m->node[i].constant)
             m->node[m->node[i].source].evaluates = m->node[m->node[i].source].folded;
+    m->trained_decayed = 0;
     for (part = 0; part < 2; part++)
         for (i = 0; i < m->parameters; i++) {
             ckca__parameter *p = &m->parameter[i];
@@ -4809,6 +4897,7 @@ static void ckca__layout_training(ckca_model *m) {
                 continue;
             p->slot = slot;
             slot += ckca__round_up(p->count, CKCA__ALIGN / sizeof(float));
+            if (!part) m->trained_decayed = slot;
         }
     m->trained = slot;
     m->frozen_valid = 0;
@@ -5326,6 +5415,9 @@ typedef struct ckca__update {
     int64_t unlabelled_pass; /* which pass over them has that permutation; -1: none yet */
     ckca__batch_buffers buffers;
     int *order;         /* data->count positions: the epoch's permutation */
+    int part;           /* the most pictures of a batch that this rank takes; one process: d.batch */
+    float share;        /* this rank's pictures over those of the current batch */
+    int states;         /* 1: training states are written (by rank 0, which alone has d.state) */
     int batches;        /* per epoch */
     int epoch, batch;   /* of the next SGD step, both from 0 */
     int correct;        /* correct predictions of this epoch, as of the last ckca__fetch_sums */
@@ -5473,7 +5565,7 @@ static ckca_status ckca__train_step(ckca__update *u, const int *position, int n)
 static void ckca__step_ops(ckca__update *u, int n);
 static ckca__factors ckca__growth(const ckca_update_desc *d, double n_old, double n_new);
 static double ckca__loss(const ckca__update *u, int seen);
-static void ckca__send_unlabelled(ckca__update *u, int n);
+static void ckca__send_unlabelled(ckca__update *u, int offset, int n);
 static void ckca__teacher_outputs(ckca__update *u, int n, const float *input);
 static void ckca__distillation_term(ckca__update *u, int n);
 static void ckca__distil(ckca__update *u, int first, int n, const int *labels, const float *class_weight);
@@ -5482,7 +5574,8 @@ static void ckca__known_term(ckca__update *u, int n, const float *student, const
 static ckca_status ckca__prepare_known(ckca__update *u);
 static void ckca__feature_term(ckca__update *u, int n);
 static float ckca__learning_rate(const ckca_update_desc *d, int64_t s, int batches);
-static ckca_status ckca__fetch_sums(ckca__update *u);
+static ckca_status ckca__fetch_sums(ckca__update *u, ckca_status status, int *save);
+static ckca_status ckca__check_loss(const ckca__update *u);
 static ckca_status ckca__check_all_finite(const ckca_model *m, const char *what, int momentum);
 static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc);
 static ckca_status ckca__check_teacher(const ckca__update *u, const ckca_model *t);
@@ -5502,6 +5595,9 @@ static ckca_status ckca__fit_memory(const ckca_model *model, const ckca_data *da
 static ckca_status ckca__fit_time(ckca__update *u);
 static void ckca__shorten(ckca__update *u, int epochs);
 static ckca_status ckca__fingerprint(ckca__update *u);
+static ckca_status ckca__hash_weights(const ckca_model *m, size_t count, uint64_t *hash);
+static ckca_status ckca__compare_ranks(ckca__update *u);
+static ckca_status ckca__share_state(ckca__update *u, ckca_status status, int *found);
 static void ckca__make_batch(const ckca_model *m, const ckca_data *data, int n, const ckca_augment *augment,
                              uint64_t seed, const ckca__batch_buffers *b, float *input);
 static void ckca__unbind_data(ckca_model *m, int had_names, int was_normalized);
@@ -5528,6 +5624,16 @@ static int ckca__accumulates(ckca_model *m, int i);
 static void ckca__clear_has_grad(ckca_model *m);
 static void ckca__run_sgd(ckca_model *m, const ckca_sgd_desc *d, const float *lr, float *gscale);
 
+/* In RANKS: */
+static int ckca__part(const ckca_context *ctx, int n, int rank);
+static void ckca__sum_gradients(ckca_model *m, float share);
+static ckca_status ckca__ranks_agree_on(ckca_context *ctx, const char *call, ckca_status status, double *sums);
+static ckca_status ckca__ranks_same(ckca_context *ctx, const char *call, const char *what, uint64_t value);
+static ckca_status ckca__ranks_same_number(ckca_context *ctx, const char *call, const char *what, double value);
+static ckca_status ckca__ranks_sum_counts(ckca_context *ctx, const char *call, int *counts, int n);
+static ckca_status ckca__ranks_sum_values(ckca_context *ctx, const char *call, double *values, size_t n);
+static ckca_status ckca__ranks_copy(ckca_context *ctx, const char *call, float *values, size_t count);
+
 /* In MEMORY PLAN: */
 static ckca_status ckca__mode_bytes(const ckca_model *model, int n, int mode, size_t *bytes);
 static ckca_status ckca__reserve(ckca_model *m, int n, int mode);
@@ -5548,12 +5654,14 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     ckca_status status;
     int had_names, was_normalized;
     if (!m) return CKCA_EINVAL;
-    if ((status = ckca__check_finished(m, "ckca_update"))) return status;
-    if (!data) return ckca__null(m->ctx, "ckca_update", "data");
+    m->ctx->agreed = 0;
+    status = ckca__check_finished(m, "ckca_update");
+    if (!status && !data) status = ckca__null(m->ctx, "ckca_update", "data");
     memset(u, 0, sizeof *u);
-    if (m->updates == INT_MAX)
-        return ckca__fail(m->ctx, CKCA_EINVAL, "ckca_update: the model has had %d updates, no more can be counted",
-                          INT_MAX);
+    if (!status && m->updates == INT_MAX)
+        status = ckca__fail(m->ctx, CKCA_EINVAL, "ckca_update: the model has had %d updates, no more can be counted",
+                            INT_MAX);
+    if ((status = ckca__ranks_agree(m->ctx, "ckca_update", status))) return status;
     u->ctx = m->ctx;
     u->m = m;
     u->data = data;
@@ -5563,12 +5671,22 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     u->unlabelled_pass = -1;
     had_names = m->class_names != NULL;
     was_normalized = m->normalized;
-    if ((status = ckca_model_copy(&u->old, m))) return status;
+    if ((status = ckca_model_copy(&u->old, m))) return ckca__ranks_agree(m->ctx, "ckca_update", status);
     u->old->gradients = m->gradients; /* kept to be restored on failure; training allocates its own */
     u->old->momentum = m->momentum;
     m->gradients = m->momentum = NULL;
-    status = ckca__begin(u, desc);
+    status = ckca__ranks_agree(u->ctx, "ckca_update", ckca__begin(u, desc));
     if (!status) status = ckca__train(u, start);
+    if (u->ctx->ranks.size > 1 && (!status || status == CKCA_ESTOP)) { /* the running statistics of rank 0 */
+        const ckca_status stopped = status;
+        u->ctx->agreed = 0;
+        status = ckca__ranks_copy(u->ctx, "ckca_update", m->values + m->trainable, m->all - m->trainable);
+        if (!status) {
+            status = ckca__ranks_agree(u->ctx, "ckca_update", ckca__device_status(u->ctx));
+            if (!status) status = stopped;
+        }
+        m->folded_valid = 0;
+    }
     ckca__device_forget(u->ctx, &u->recording[0]);
     ckca__device_forget(u->ctx, &u->recording[1]);
     if (!status) status = ckca__learn_centroids(u);
@@ -5632,29 +5750,45 @@ static ckca_status ckca__train(ckca__update *u, double start) {
         }
         while (u->batch < u->batches) {
             const int first = u->batch * size, n = count - first < size ? count - first : size;
+            const int from = ckca__part(u->ctx, n, u->ctx->ranks.rank);
+            const int to = ckca__part(u->ctx, n, u->ctx->ranks.rank + 1);
             int save;
-            if ((status = ckca__train_step(u, u->order + first, n))) return status;
+            u->share = (float)(to - from) / (float)n;
+            status = ckca__train_step(u, u->order + first + from, to - from);
+            if (status && u->ctx->ranks.size < 2) return status;
             /* The state after the last step holds the result until ckca_save has written it. */
             save = u->d.state && (ckca__seconds() - saved >= (double)u->d.state_seconds ||
                                   (u->epoch + 1 == u->d.epochs && u->batch + 1 == u->batches));
             /* Free on the host; on a GPU it waits for all queued work. */
-            if ((CKCA__DEVICE_IS_HOST || u->d.progress || save || u->batch + 1 == u->batches) &&
-                (status = ckca__fetch_sums(u)))
+            if ((CKCA__DEVICE_IS_HOST || u->d.progress || save || u->batch + 1 == u->batches ||
+                 u->ctx->ranks.size > 1) &&
+                (status = ckca__fetch_sums(u, status, &save)))
                 return status;
             u->batch++;
             steps++;
             now = ckca__seconds();
             if (u->d.progress) status = ckca__report_progress(u, first + n, now - start, steps);
-            if (u->d.state && (status || save)) {
-                ckca_status saving = ckca__state_save(u);
-                if (saving) return saving;
+            status = ckca__ranks_agree(u->ctx, "ckca_update", status);
+            if (u->states && (status || save)) {
+                ckca_status saving = u->d.state ? ckca__state_save(u) : CKCA_OK;
+                u->ctx->agreed = 0;
+                if ((saving = ckca__ranks_agree(u->ctx, "ckca_update", saving))) return saving;
+                u->ctx->agreed = status != CKCA_OK;
                 saved = ckca__seconds();
             }
             if (status) return status;
         }
+        if (u->ctx->ranks.size > 1) {
+            uint64_t hash = 0;
+            status = ckca__hash_weights(u->m, u->m->trainable, &hash);
+            if (!(status = ckca__ranks_agree(u->ctx, "ckca_update", status)))
+                status = ckca__ranks_same(u->ctx, "ckca_update", "weights after an epoch (the sums were not the same)",
+                                          hash);
+            if (status) return status;
+        }
     }
     snprintf(what, sizeof what, "update %d, peak learning rate %g", u->m->updates + 1, (double)u->d.lr);
-    return ckca__check_all_finite(u->m, what, 0);
+    return ckca__ranks_agree(u->ctx, "ckca_update", ckca__check_all_finite(u->m, what, 0));
 }
 
 /* Calls the progress callback. seen: pictures of this epoch so far; seconds, steps: of this call. Returns CKCA_ESTOP if
@@ -5706,13 +5840,16 @@ static double ckca__loss(const ckca__update *u, int seen) {
 
 /* ---- one SGD step: input, forward, losses, backward, SGD; the learning rate; checks for NaN ---- */
 
-/* One SGD step on the pictures position[0..n) of the data set. */
+/* One SGD step on the pictures position[0..n) of the data set. Several processes: n may be 0, and the sums over ranks
+   are made whatever fails. */
 static ckca_status ckca__train_step(ckca__update *u, const int *position, int n) {
     const int64_t step = (int64_t)u->epoch * u->batches + u->batch;
     void **recording = &u->recording[n < u->d.batch];
     ckca__send_batch(u->ctx, u->data, position, n, u->epoch, ckca__learning_rate(&u->d, step, u->batches), &u->buffers);
-    if (u->unlabelled) ckca__send_unlabelled(u, n);
-    if (ckca__device_record(u->ctx, recording)) {
+    if (u->unlabelled) ckca__send_unlabelled(u, (int)(position - u->order), n);
+    if (u->ctx->ranks.size > 1) /* sums over ranks cannot be recorded */
+        ckca__step_ops(u, n);
+    else if (ckca__device_record(u->ctx, recording)) {
         ckca__step_ops(u, n);
         ckca__device_recorded(u->ctx, recording);
     } else { /* replayed: only the host's side of ckca__run_forward and ckca__run_sgd is left to do */
@@ -5736,6 +5873,17 @@ static void ckca__step_ops(ckca__update *u, int n) {
     float *input = ckca__input_buffer(m, pictures, u->mode), *dlogits;
     ckca_sgd_desc sgd;
 
+    sgd.momentum = d->momentum;
+    sgd.weight_decay = d->weight_decay;
+    sgd.no_nesterov = d->no_nesterov;
+    sgd.clip_norm = d->clip_norm;
+    if (n == 0) { /* the other ranks have all pictures of this batch */
+        ckca__device_zero(ctx, m->gradients, m->trained * sizeof(float));
+        ckca__sum_gradients(m, 0);
+        ckca__run_sgd(m, &sgd, u->buffers.lr, u->buffers.gscale);
+        m->batches_tracked++;
+        return;
+    }
     if (u->own_features) {
         m->n = n;
         m->mode = u->mode;
@@ -5764,19 +5912,19 @@ static void ckca__step_ops(ckca__update *u, int n) {
     if (d->w_feat > 0) ckca__feature_term(u, n);
 
     ckca__device_zero(ctx, m->gradients, m->trained * sizeof(float));
+    m->sums_gradients = ctx->ranks.size > 1;
+    m->share = u->share;
     ckca__run_backward(m);
-    sgd.momentum = d->momentum;
-    sgd.weight_decay = d->weight_decay;
-    sgd.no_nesterov = d->no_nesterov;
-    sgd.clip_norm = d->clip_norm;
+    if (m->sums_gradients) ckca__device_ranks_wait(ctx);
+    m->sums_gradients = 0;
     ckca__run_sgd(m, &sgd, u->buffers.lr, u->buffers.gscale);
 }
 
-/* Sends the pictures without labels of an SGD step with n others: n of them, from where the step before stopped. A pure
-   function of epoch and batch, so that a resumed update goes on with the same ones. */
-static void ckca__send_unlabelled(ckca__update *u, int n) {
+/* Sends the pictures without labels of an SGD step with n others, which are the epoch's from offset on. A pure function
+   of epoch and offset, so that a resumed update goes on with the same ones, and ranks share them out. */
+static void ckca__send_unlabelled(ckca__update *u, int offset, int n) {
     const int count = u->unlabelled->count;
-    const int64_t first = (int64_t)u->epoch * u->data->count + (int64_t)u->batch * u->d.batch;
+    const int64_t first = (int64_t)u->epoch * u->data->count + offset;
     int *position = u->unlabelled_order + count, i;
     for (i = 0; i < n; i++) {
         const int64_t pass = (first + i) / count;
@@ -5933,15 +6081,35 @@ static float ckca__learning_rate(const ckca_update_desc *d, int64_t s, int batch
     return (float)rate;
 }
 
-/* Downloads the sums of the epoch so far and fails if the loss is not finite. A GPU finishes all queued steps first. */
-static ckca_status ckca__fetch_sums(ckca__update *u) {
-    const int64_t step = (int64_t)u->epoch * u->batches + u->batch;
-    double sums[4];
-    ckca_status status;
-    ckca__device_download(u->ctx, sums, u->buffers.sums, sizeof sums);
-    if ((status = ckca__device_status(u->ctx))) return status;
+/* Downloads the sums of the epoch so far and fails if the loss is not finite. A GPU finishes all queued steps first.
+   Several processes: called after every step, with its status; the device's sums are those of this step and rank, *save
+   becomes rank 0's. */
+static ckca_status ckca__fetch_sums(ckca__update *u, ckca_status status, int *save) {
+    ckca_context *ctx = u->ctx;
+    double sums[5];
+    ckca__device_download(ctx, sums, u->buffers.sums, 4 * sizeof *sums);
+    if (!status) status = ckca__device_status(ctx);
+    if (ctx->ranks.size > 1) {
+        int i;
+        sums[4] = *save && ctx->ranks.rank == 0;
+        ckca__device_zero(ctx, u->buffers.sums, 4 * sizeof *u->buffers.sums);
+        if ((status = ckca__ranks_agree_on(ctx, "ckca_update", status, sums))) return status;
+        *save = sums[4] > 0;
+        for (i = 0; i < 3; i++) u->sums[i] += sums[i];
+        u->correct += (int)sums[3];
+        ctx->agreed = 1; /* all ranks have the same sums */
+        status = ckca__check_loss(u);
+        if (!status) ctx->agreed = 0;
+        return status;
+    }
+    if (status) return status;
     memcpy(u->sums, sums, sizeof u->sums);
     u->correct = (int)sums[3];
+    return ckca__check_loss(u);
+}
+
+static ckca_status ckca__check_loss(const ckca__update *u) {
+    const int64_t step = (int64_t)u->epoch * u->batches + u->batch;
     if (!isfinite(u->sums[0]) || !isfinite(u->sums[1]) || !isfinite(u->sums[2]))
         return ckca__fail(u->ctx, CKCA_ENAN,
                           "the loss is no longer finite: update %d, epoch %d, batch %d of %d, learning rate %g",
@@ -6008,6 +6176,10 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
     u->factors = ckca__growth(&u->d, u->d.teacher_pictures, u->data->count);
     if (u->d.w_kd > 0) u->unlabelled = u->d.unlabelled;
     u->asked = u->d;
+    if (u->d.seconds > 0 && u->ctx->ranks.size > 1)
+        return ckca__fail(u->ctx, CKCA_EINVAL, "update: seconds is planned for one process, there are %d ranks",
+                          u->ctx->ranks.size);
+    if (u->ctx->ranks.rank) u->d.state = NULL; /* rank 0 alone touches files */
     if (u->d.state && (status = ckca__state_open(u))) return status;
     if (u->d.teacher && u->d.teacher != m) teacher = u->d.teacher;
     if (!(u->d.w_kd > 0) && !(u->d.w_feat > 0)) teacher = NULL;
@@ -6022,29 +6194,35 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
     else if (teacher && (status = ckca_model_copy(&u->teacher, teacher)))
         return status;
     u->mode = CKCA__MODE_TRAIN | (ckca__uses_stages(u) ? CKCA__MODE_STAGES : 0);
+    u->states = u->d.state != NULL;
+    u->part = ckca__part(u->ctx, u->d.batch, 1);
     u->batches = (u->data->count + u->d.batch - 1) / u->d.batch;
     u->order = (int *)ckca__alloc(u->ctx, (size_t)u->data->count * sizeof(int));
     if (!u->order)
         return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for the order of %d pictures", u->data->count);
     if (u->unlabelled && (status = ckca__prepare_unlabelled(u))) return status;
-    if ((status = ckca__batch_buffers_alloc(u->ctx, &u->buffers, ckca__step_pictures(u, u->d.batch), m->classes,
+    if ((status = ckca__batch_buffers_alloc(u->ctx, &u->buffers, ckca__step_pictures(u, u->part), m->classes,
                                             m->features)))
         return status;
-    if ((status = ckca__reserve(m, ckca__step_pictures(u, u->d.batch), u->mode))) return status;
+    if ((status = ckca__reserve(m, ckca__step_pictures(u, u->part), u->mode))) return status;
     u->known = u->teacher == u->old && m->known ? m->known : m->classes;
     if (u->d.w_kd > 0 && u->known < m->classes && (status = ckca__prepare_known(u))) return status;
     if (u->d.memory_mb > 0) {
         m->evaluation_batch = u->d.batch;
         if (u->teacher) u->teacher->evaluation_batch = u->d.batch;
     }
+    if (u->ctx->ranks.size > 1 && (status = ckca__compare_ranks(u))) return status;
     if (u->teacher && (status = ckca__prepare_teacher(u))) return status;
-    if ((status = ckca__prepare_store(u->ctx, u->data->store, u->d.batch, &u->buffers))) return status;
+    if ((status = ckca__prepare_store(u->ctx, u->data->store, u->part, &u->buffers))) return status;
     if (u->unlabelled &&
-        (status = ckca__prepare_store(u->ctx, u->unlabelled->store, u->d.batch, &u->unlabelled_buffers)))
+        (status = ckca__prepare_store(u->ctx, u->unlabelled->store, u->part, &u->unlabelled_buffers)))
         return status;
-    if (u->d.state) {
-        if ((status = ckca__fingerprint(u)) || (status = ckca__state_load(u, &found))) return status;
-        if (found) {
+    if (u->d.state || u->ctx->ranks.size > 1) {
+        status = u->d.state ? ckca__fingerprint(u) : CKCA_OK;
+        if (!status && u->d.state) status = ckca__state_load(u, &found);
+        if (u->ctx->ranks.size > 1) status = ckca__share_state(u, status, &found);
+        if (status) return status;
+        if (found && u->ctx->ranks.size < 2) {
             double sums[4];
             memcpy(sums, u->sums, sizeof u->sums);
             sums[3] = u->correct;
@@ -6329,7 +6507,7 @@ static ckca_status ckca__prepare_teacher(ckca__update *u) {
             else if (by_class[i] < 0)
                 by_class[i] = 0; /* a class without pictures; never read */
         ckca__device_upload(ctx, u->buffers.class_weight, by_class, (size_t)t->classes * sizeof(float));
-        status = ckca__reserve(t, ckca__step_pictures(u, u->d.batch),
+        status = ckca__reserve(t, ckca__step_pictures(u, u->part),
                                ckca__uses_stages(u) ? CKCA__MODE_STAGES : CKCA__MODE_EVALUATE);
     }
     ckca__release(ctx, sums);
@@ -6440,33 +6618,38 @@ static uint64_t ckca__hash(uint64_t hash, const void *bytes, size_t size) {
     return ckca__mix(hash);
 }
 
-static ckca_status ckca__hash_weights(const ckca_model *m, uint64_t *hash) {
-    float *host = (float *)ckca__alloc(m->ctx, m->all * sizeof(float));
-    if (!host) return ckca__fail(m->ctx, CKCA_ENOMEM, "out of memory for %.1f MB of weights", (double)m->all * 4e-6);
-    ckca__device_download(m->ctx, host, m->values, m->all * sizeof(float));
-    *hash = ckca__hash(*hash, host, m->all * sizeof(float));
+/* Extends hash by the first count floats of the model's values. */
+static ckca_status ckca__hash_weights(const ckca_model *m, size_t count, uint64_t *hash) {
+    float *host = (float *)ckca__alloc(m->ctx, count * sizeof(float));
+    if (!host) return ckca__fail(m->ctx, CKCA_ENOMEM, "out of memory for %.1f MB of weights", (double)count * 4e-6);
+    ckca__device_download(m->ctx, host, m->values, count * sizeof(float));
+    *hash = ckca__hash(*hash, host, count * sizeof(float));
     ckca__release(m->ctx, host);
     return CKCA_OK;
 }
 
+/* Extends hash by all pictures of data, in their order. */
+static uint64_t ckca__hash_data(const ckca_data *data, uint64_t hash) {
+    const ckca__store *store = data->store;
+    const size_t picture = ckca__picture_bytes(store);
+    int i;
+    for (i = 0; i < data->count; i++) {
+        hash = ckca__hash(hash, store->pixels + (size_t)data->index[i] * picture, picture);
+        hash = ckca__hash(hash, &store->labels[data->index[i]], sizeof(int));
+        hash = ckca__hash(hash, &data->index[i], sizeof(int)); /* augmentation depends on it */
+    }
+    return hash;
+}
+
 /* Hashes everything that the result depends on; only an update with the same fingerprint may resume a training state. */
 static ckca_status ckca__fingerprint(ckca__update *u) {
-    const ckca__store *store = u->data->store;
     const ckca_update_desc *d = &u->d;
-    const size_t picture = ckca__picture_bytes(store);
     double fields[CKCA__SETTINGS + 2];
-    uint64_t hash = u->d.seed;
+    uint64_t hash = ckca__hash_data(u->data, u->d.seed);
     int i, k = 0;
     ckca_status status;
-    for (i = 0; i < u->data->count; i++) {
-        hash = ckca__hash(hash, store->pixels + (size_t)u->data->index[i] * picture, picture);
-        hash = ckca__hash(hash, &store->labels[u->data->index[i]], sizeof(int));
-        hash = ckca__hash(hash, &u->data->index[i], sizeof(int)); /* augmentation depends on it */
-    }
-    for (i = 0; u->unlabelled && i < u->unlabelled->count; i++) {
-        hash = ckca__hash(hash, u->unlabelled->store->pixels + (size_t)u->unlabelled->index[i] * picture, picture);
-        hash = ckca__hash(hash, &u->unlabelled->index[i], sizeof(int));
-    }
+    if (u->unlabelled) hash = ckca__hash_data(u->unlabelled, hash);
+    if (u->ctx->ranks.size > 1) hash = ckca__hash(hash, &u->ctx->ranks.size, sizeof(int));
     for (i = 0; i < CKCA__SETTINGS; i++)
         if (ckca__settings[i].affects_result) fields[k++] = ckca__setting_get(d, &ckca__settings[i]);
     fields[k++] = u->m->updates;
@@ -6478,12 +6661,77 @@ static ckca_status ckca__fingerprint(ckca__update *u) {
             hash = ckca__hash(hash, &i, sizeof i);
             hash = ckca__hash(hash, &u->m->node[i].rate, sizeof u->m->node[i].rate);
         }
-    if ((status = ckca__hash_weights(u->old, &hash))) return status;
-    if (u->teacher && u->teacher != u->old && (status = ckca__hash_weights(u->teacher, &hash))) return status;
+    if ((status = ckca__hash_weights(u->old, u->old->all, &hash))) return status;
+    if (u->teacher && u->teacher != u->old && (status = ckca__hash_weights(u->teacher, u->teacher->all, &hash)))
+        return status;
     if (ckca__uses_centroids(u) && u->teacher && u->teacher->centroids.count)
         hash = ckca__hash(hash, u->teacher->centroids.count, ckca__centroid_bytes(u->teacher));
     u->fingerprint = hash;
     return CKCA_OK;
+}
+
+/* Several processes: fails on all if settings, pictures, network or weights are not the same on all. */
+static ckca_status ckca__compare_ranks(ckca__update *u) {
+    static const char call[] = "ckca_update";
+    const ckca_model *t = u->teacher;
+    uint64_t seed = u->d.seed, weights = 0, teacher = 0;
+    ckca_status status = CKCA_OK;
+    int i;
+    for (i = 0; !status && i < CKCA__SETTINGS; i++)
+        if (ckca__settings[i].affects_result)
+            status = ckca__ranks_same_number(u->ctx, call, ckca__settings[i].name,
+                                             ckca__setting_get(&u->d, &ckca__settings[i]));
+    if (!status) status = ckca__ranks_same(u->ctx, call, "seeds", seed);
+    if (!status) status = ckca__ranks_same_number(u->ctx, call, "number of pictures", u->data->count);
+    if (!status) status = ckca__ranks_same(u->ctx, call, "pictures or labels", ckca__hash_data(u->data, 0));
+    if (!status) status = ckca__ranks_same_number(u->ctx, call, "number of trained values", (double)u->m->trained);
+    if (!status) {
+        uint64_t rates = 0;
+        for (i = 0; i < u->m->nodes; i++)
+            rates = ckca__hash(rates, &u->m->node[i].rate, sizeof u->m->node[i].rate);
+        status = ckca__ranks_same(u->ctx, call, "frozen layers or factors of the learning rate", rates);
+    }
+    if (!status)
+        status = ckca__ranks_same(u->ctx, call, "mean and std",
+                                  ckca__hash(0, u->m->normalization, (size_t)u->m->channels * 2 * sizeof(float)));
+    if (!status) status = ckca__hash_weights(u->old, u->old->all, &weights);
+    if (!status && t && t != u->old) status = ckca__hash_weights(t, t->all, &teacher);
+    if ((status = ckca__ranks_agree(u->ctx, call, status))) return status;
+    if (!(status = ckca__ranks_same(u->ctx, call, "weights or running statistics", weights)))
+        status = ckca__ranks_same(u->ctx, call, "teachers", teacher);
+    return status;
+}
+
+/* Several processes: what rank 0 has read from its training state (*found, with that status), on all ranks. */
+static ckca_status ckca__share_state(ckca__update *u, ckca_status status, int *found) {
+    static const char call[] = "ckca_update";
+    ckca_context *ctx = u->ctx;
+    ckca_model *m = u->m;
+    int64_t progress[8];
+    double flags[5] = {0, 0, 0, 0, 0};
+    flags[0] = u->d.state != NULL;
+    flags[1] = *found;
+    if ((status = ckca__ranks_agree_on(ctx, call, status, flags))) return status;
+    u->states = flags[0] > 0;
+    *found = flags[1] > 0;
+    if (!*found) return CKCA_OK;
+    progress[0] = u->epoch;
+    progress[1] = u->batch;
+    progress[2] = u->correct;
+    progress[3] = m->batches_tracked;
+    memcpy(progress + 4, u->sums, sizeof u->sums);
+    if (ctx->ranks.broadcast(progress, sizeof progress, ctx->ranks.user)) {
+        ctx->ranks_broken = 1;
+        return ckca__fail(ctx, CKCA_ERANKS, "%s: the training state could not be sent", call);
+    }
+    u->epoch = (int)progress[0];
+    u->batch = (int)progress[1];
+    u->correct = (int)progress[2];
+    m->batches_tracked = progress[3];
+    memcpy(u->sums, progress + 4, sizeof u->sums);
+    m->folded_valid = 0;
+    if ((status = ckca__ranks_copy(ctx, call, m->values, m->all))) return status;
+    return ckca__ranks_copy(ctx, call, m->momentum, m->trained);
 }
 
 /* ---- batches: their order, their input on the device, pictures as floats, a caller's own ---- */
@@ -6674,12 +6922,20 @@ CKCA_API ckca_status ckca_evaluate(ckca_model *m, const ckca_data *data, ckca_sc
     ckca_status status;
     int had_names, was_normalized;
     if (!m) return CKCA_EINVAL;
-    if ((status = ckca__check_finished(m, "ckca_evaluate"))) return status;
-    if (!data) return ckca__null(m->ctx, "ckca_evaluate", "data");
+    m->ctx->agreed = 0;
+    status = ckca__check_finished(m, "ckca_evaluate");
+    if (!status && !data) status = ckca__null(m->ctx, "ckca_evaluate", "data");
     had_names = m->class_names != NULL;
     was_normalized = m->normalized;
-    if ((status = ckca__bind_data(m, data, "evaluate"))) return status;
-    status = ckca__evaluate_all(m, m, data, score ? score : &ignored, per_class, NULL, NULL, NULL);
+    if (!status) status = ckca__bind_data(m, data, "evaluate");
+    status = ckca__ranks_agree(m->ctx, "ckca_evaluate", status);
+    if (!status && m->ctx->ranks.size > 1) {
+        uint64_t hash = 0;
+        status = ckca__ranks_agree(m->ctx, "ckca_evaluate", ckca__hash_weights(m, m->all, &hash));
+        if (!status) status = ckca__ranks_same(m->ctx, "ckca_evaluate", "weights or running statistics", hash);
+        if (!status) status = ckca__ranks_same(m->ctx, "ckca_evaluate", "pictures", ckca__hash_data(data, 0));
+    }
+    if (!status) status = ckca__evaluate_all(m, m, data, score ? score : &ignored, per_class, NULL, NULL, NULL);
     if (status) ckca__unbind_data(m, had_names, was_normalized);
     return status;
 }
@@ -6739,7 +6995,8 @@ CKCA_API ckca_status ckca_features(ckca_model *m, const unsigned char *pixels, i
 /* Evaluates m on all of data, with the normalisation of like (m itself or, if m is a teacher, its student). per_class:
    classes accuracies, -1 for a class without pictures, or NULL. cache_logits (count x classes) and cache_features
    (count x features), on the device or NULL, get the outputs for every picture. class_sums (classes x features, on the
-   host, or NULL): every picture's features are added to its class's. */
+   host, or NULL): every picture's features are added to its class's. Several processes: each rank evaluates every
+   size-th block of pictures, and all get the result. */
 static ckca_status ckca__evaluate_all(ckca_model *m, const ckca_model *like, const ckca_data *data, ckca_score *score,
                                       float *per_class, float *cache_logits, float *cache_features,
                                       double *class_sums) {
@@ -6749,14 +7006,14 @@ static ckca_status ckca__evaluate_all(ckca_model *m, const ckca_model *like, con
     const size_t hit_bytes = (size_t)data->count * sizeof(int);
     int first, i, n, top1 = 0, top5 = 0, *seen = NULL, *position = NULL, *hit = NULL, *device_hit = NULL;
     float *features = NULL; /* of one batch, on the host */
-    double loss = 0;
+    double sums[5] = {0, 0, 0, 0, 0}; /* cross-entropy */
     ckca__batch_buffers b;
     ckca_status status = ckca__batch_buffers_alloc(ctx, &b, batch, m->classes, 1);
-    if (status) return status;
+    if (status) return ckca__ranks_agree(ctx, "ckca__evaluate_all", status);
     if (!(status = ckca__reserve(m, batch, CKCA__MODE_EVALUATE)) &&
         !(status = ckca__prepare_store(ctx, data->store, batch, &b))) {
         position = (int *)ckca__alloc(ctx, (size_t)batch * sizeof(int));
-        seen = (int *)ckca__alloc(ctx, (size_t)m->classes * 2 * sizeof(int));
+        seen = (int *)ckca__alloc(ctx, (size_t)m->classes * 2 * sizeof(int) + 2 * sizeof(int));
         hit = (int *)ckca__alloc(ctx, hit_bytes);
         device_hit = (int *)ckca__device_alloc(ctx, hit_bytes);
         if (class_sums)
@@ -6764,12 +7021,20 @@ static ckca_status ckca__evaluate_all(ckca_model *m, const ckca_model *like, con
         if (!position || !seen || !hit || !device_hit || (class_sums && !features))
             status = ckca__fail(ctx, CKCA_ENOMEM, "evaluate: out of memory for %d classes, %d pictures", m->classes,
                                 data->count);
+        else if (ctx->ranks.size > 1) { /* 0 for the other ranks' blocks */
+            ckca__device_zero(ctx, device_hit, hit_bytes);
+            if (cache_logits)
+                ckca__device_zero(ctx, cache_logits, (size_t)data->count * (size_t)m->classes * sizeof(float));
+            if (cache_features)
+                ckca__device_zero(ctx, cache_features, (size_t)data->count * (size_t)m->features * sizeof(float));
+        }
     }
     for (first = 0; !status && first < data->count; first += n) {
         const size_t k = (size_t)m->classes, d = (size_t)m->features;
         float *input;
         n = data->count - first < batch ? data->count - first : batch;
         if (n < 1) break; /* never happens; avoids a compiler warning */
+        if (first / batch % ctx->ranks.size != ctx->ranks.rank) continue;
         input = ckca__input_buffer(m, n, CKCA__MODE_EVALUATE);
         for (i = 0; i < n; i++) position[i] = first + i;
         ckca__send_batch(ctx, data, position, n, 0, 0, &b);
@@ -6792,22 +7057,38 @@ static ckca_status ckca__evaluate_all(ckca_model *m, const ckca_model *like, con
         }
     }
     if (!status) {
-        ckca__device_download(ctx, &loss, b.sums, sizeof loss);
+        ckca__device_download(ctx, sums, b.sums, sizeof *sums);
         ckca__device_download(ctx, hit, device_hit, hit_bytes);
         status = ckca__device_status(ctx);
+    }
+    status = ckca__ranks_agree_on(ctx, "ckca__evaluate_all", status, sums);
+    if (!status && class_sums)
+        status = ckca__ranks_sum_values(ctx, "ckca__evaluate_all", class_sums, (size_t)m->classes * (size_t)m->features);
+    if (!status && ctx->ranks.size > 1) {
+        if (cache_logits) ckca__device_ranks_sum(ctx, (size_t)data->count * (size_t)m->classes, 1, cache_logits);
+        if (cache_features) ckca__device_ranks_sum(ctx, (size_t)data->count * (size_t)m->features, 1, cache_features);
+        if (cache_logits || cache_features) ckca__device_ranks_wait(ctx);
+        status = ckca__ranks_agree(ctx, "ckca__evaluate_all", ckca__device_status(ctx));
     }
     if (!status) {
         for (i = 0; i < data->count; i++) {
             int *of_class = seen + 2 * data->store->labels[data->index[i]];
-            of_class[0]++;
+            of_class[0] += i / batch % ctx->ranks.size == ctx->ranks.rank;
             of_class[1] += hit[i] & 1;
             top1 += hit[i] & 1;
             top5 += hit[i] >> 1 & 1;
         }
+        seen[2 * m->classes] = top1;
+        seen[2 * m->classes + 1] = top5;
+        status = ckca__ranks_sum_counts(ctx, "ckca__evaluate_all", seen, 2 * m->classes + 2);
+        top1 = seen[2 * m->classes];
+        top5 = seen[2 * m->classes + 1];
+    }
+    if (!status) {
         score->count = data->count;
         score->top1 = (double)top1 / data->count;
         score->top5 = (double)top5 / data->count;
-        score->loss = loss / data->count;
+        score->loss = sums[0] / data->count;
         for (i = 0; per_class && i < m->classes; i++)
             per_class[i] = seen[2 * i] ? (float)seen[2 * i + 1] / (float)seen[2 * i] : -1.0f;
     }
@@ -7179,6 +7460,9 @@ static ckca_status ckca__bind_data(ckca_model *m, const ckca_data *data, const c
    calls for them, and for reading and writing tensors.
    =================================================================================================================== */
 
+/* In RANKS: */
+static void ckca__sum_bucket(ckca_model *m, int i);
+
 /* Below: */
 static int ckca__reads_output(const ckca_model *m, int i);
 static void ckca__fold(ckca_model *m, int mode);
@@ -7413,10 +7697,13 @@ static void ckca__pack_weights(ckca_model *m, int mode) {
 static void ckca__run_backward(ckca_model *m) {
     int i, next = 0;
     for (i = 0; i < m->nodes; i++) m->node[i].backward_value = m->node[i].value[m->mode];
+    m->summed_from = m->trained_decayed;
     for (i = m->nodes - 1; i > 0; i--) {
-        if (m->node[i].fused || !m->node[i].has_grad) continue;
-        ckca__recompute_outputs(m, i, &next);
-        ckca__layer_of(m, i)->backward(m, i);
+        if (!m->node[i].fused && m->node[i].has_grad) {
+            ckca__recompute_outputs(m, i, &next);
+            ckca__layer_of(m, i)->backward(m, i);
+        }
+        if (m->sums_gradients) ckca__sum_bucket(m, i);
     }
 }
 
@@ -7715,6 +8002,292 @@ CKCA_API ckca_status ckca_tensor_write(ckca_model *m, int i, ckca_slot slot, con
     ckca__device_upload(m->ctx, device, host, m->parameter[i].count * sizeof(float));
     ckca__release(m->ctx, host);
     m->folded_valid = m->frozen_valid = 0;
+    return ckca__device_status(m->ctx);
+}
+
+/* ===================================================================================================================
+   RANKS                                                                                                       >>ranks
+
+   Several processes (ckca_ranks): all ranks come to the same collective operations in the same order. What may fail on
+   one rank alone is followed by ckca__ranks_agree before the next collective operation, so that no rank waits for one
+   that has given up. With one process nothing here does anything.
+
+   Of a batch, ckca__part gives each rank its pictures, so a rank may have none: it then takes part in the sums with
+   gradients of zero. A term of the loss that is a mean over the pictures of the rank's part needs no more, since each
+   rank's gradient is weighted with its share of the batch. Numbers that a term needs from all pictures (counts, class
+   means) must be the same on all ranks before they are used: ckca__ranks_sum_counts for integers, ckca__device_ranks_sum
+   with share 1 and ckca__device_ranks_wait for floats on the device (weight means by their counts first), the sums of
+   ckca__ranks_agree_on for a few doubles. All ranks must make the call, and what they compute from it is then bitwise
+   the same everywhere.
+   =================================================================================================================== */
+
+/* Gradients are summed as soon as this many are ready (1 MiB): one bucket. Layers are not divided. */
+#ifndef CKCA__BUCKET /* tests make it smaller */
+#define CKCA__BUCKET ((size_t)1 << 18)
+#endif
+enum { CKCA__RANKS_SUMS = 5, CKCA__RANKS_TEXT = 256 };
+
+/* What a rank tells the others. */
+typedef struct ckca__ranks_record {
+    uint32_t status, call; /* call: a hash of its name */
+    double sums[CKCA__RANKS_SUMS];
+} ckca__ranks_record;
+
+static const char ckca__ranks_lost[] = "the connection of the ranks is broken";
+
+/* The first of n pictures that rank takes of a batch; the part of rank - 1 ends there. Rank 0 has the largest part. */
+static int ckca__part(const ckca_context *ctx, int n, int rank) {
+    return (int)(((int64_t)n * rank + ctx->ranks.size - 1) / ctx->ranks.size);
+}
+
+/* Collects bytes[0..size) of every rank into all, rank by rank: each rank adds its bytes, two to a float, to the others'
+   zeros, which is exact. size: even, up to CKCA__RANKS_TEXT. 0: the connection is broken. */
+static int ckca__ranks_gather(ckca_context *ctx, const void *bytes, size_t size, void *all) {
+    const ckca_ranks *r = &ctx->ranks;
+    const size_t halves = size / 2, count = halves * (size_t)r->size;
+    size_t i;
+    if (ctx->ranks_broken) return 0;
+    for (i = 0; i < count; i++) ctx->exchange[i] = 0;
+    for (i = 0; i < halves; i++) {
+        uint16_t half;
+        memcpy(&half, (const char *)bytes + 2 * i, sizeof half);
+        ctx->exchange[halves * (size_t)r->rank + i] = half;
+    }
+    ctx->ranks_broken = r->sum_start(ctx->exchange, count, r->user) || r->sum_wait(r->user);
+    if (ctx->ranks_broken) return 0;
+    for (i = 0; i < count; i++) {
+        const uint16_t half = (uint16_t)ctx->exchange[i];
+        memcpy((char *)all + 2 * i, &half, sizeof half);
+    }
+    return 1;
+}
+
+/* Fails on all ranks if status is a failure on one of them: with the status of the lowest such rank, and its sentence.
+   Otherwise adds up sums[0..CKCA__RANKS_SUMS) (or NULL) over ranks, in their order. call: the ranks must be in the same
+   public call. */
+static ckca_status ckca__ranks_agree_on(ckca_context *ctx, const char *call, ckca_status status, double *sums) {
+    ckca__ranks_record mine, *all;
+    char text[CKCA__RANKS_TEXT], *texts;
+    const int size = ctx->ranks.size;
+    int i, k, failing = -1, differs = -1;
+    const char *name;
+    if (size < 2 || (status && ctx->agreed)) return status;
+    memset(&mine, 0, sizeof mine);
+    mine.status = (uint32_t)status;
+    for (name = call; *name; name++) mine.call = mine.call * 31 + (unsigned char)*name;
+    if (sums) memcpy(mine.sums, sums, sizeof mine.sums);
+    /* The lower half of exchange is for the sum, the upper one for what it brings. */
+    texts = (char *)(ctx->exchange + (size_t)size * CKCA__RANKS_TEXT / 2);
+    all = (ckca__ranks_record *)(void *)texts;
+    ctx->agreed = 1;
+    if (!ckca__ranks_gather(ctx, &mine, sizeof mine, all))
+        return status ? status
+                      : ckca__fail(ctx, CKCA_ERANKS, "rank %d of %d: %s", ctx->ranks.rank, size, ckca__ranks_lost);
+    for (i = size - 1; i >= 0; i--) {
+        if (all[i].status) failing = i;
+        if (all[i].call != all[0].call) differs = i;
+    }
+    if (failing < 0 && differs < 0) {
+        for (k = 0; sums && k < CKCA__RANKS_SUMS; k++)
+            for (sums[k] = i = 0; i < size; i++) sums[k] += all[i].sums[k];
+        ctx->agreed = 0;
+        return CKCA_OK;
+    }
+    if (failing >= 0) status = (ckca_status)all[failing].status;
+    memset(text, 0, sizeof text);
+    snprintf(text, sizeof text, "%.255s", failing >= 0 ? ctx->error : call);
+    if (!ckca__ranks_gather(ctx, text, sizeof text, texts))
+        return ckca__fail(ctx, CKCA_ERANKS, "rank %d of %d: %s", ctx->ranks.rank, size, ckca__ranks_lost);
+    if (failing >= 0)
+        return ckca__fail(ctx, status, "rank %d of %d: %s", failing, size, texts + (size_t)failing * sizeof text);
+    return ckca__fail(ctx, CKCA_ERANKS, "rank %d of %d: it is in %s, rank 0 in %s: all must make the same calls",
+                      differs, size, texts + (size_t)differs * sizeof text, texts);
+}
+
+static ckca_status ckca__ranks_agree(ckca_context *ctx, const char *call, ckca_status status) {
+    return ckca__ranks_agree_on(ctx, call, status, NULL);
+}
+
+/* Fails on all ranks if value is not the same on all; what: "pictures", ... */
+static ckca_status ckca__ranks_same(ckca_context *ctx, const char *call, const char *what, uint64_t value) {
+    uint64_t *all;
+    ckca_status status = ckca__ranks_agree(ctx, call, CKCA_OK);
+    int i;
+    if (ctx->ranks.size < 2 || status) return status;
+    all = (uint64_t *)(void *)(ctx->exchange + (size_t)ctx->ranks.size * CKCA__RANKS_TEXT / 2);
+    ctx->agreed = 1;
+    if (!ckca__ranks_gather(ctx, &value, sizeof value, all))
+        return ckca__fail(ctx, CKCA_ERANKS, "rank %d of %d: %s", ctx->ranks.rank, ctx->ranks.size, ckca__ranks_lost);
+    for (i = 1; i < ctx->ranks.size; i++)
+        if (all[i] != all[0])
+            return ckca__fail(ctx, CKCA_ERANKS, "rank %d of %d: %s: its %s differ from rank 0's", i, ctx->ranks.size,
+                              call, what);
+    ctx->agreed = 0;
+    return CKCA_OK;
+}
+
+/* The same for a number, which the sentence shows. */
+static ckca_status ckca__ranks_same_number(ckca_context *ctx, const char *call, const char *what, double value) {
+    double *all;
+    ckca_status status = ckca__ranks_agree(ctx, call, CKCA_OK);
+    int i;
+    if (ctx->ranks.size < 2 || status) return status;
+    all = (double *)(void *)(ctx->exchange + (size_t)ctx->ranks.size * CKCA__RANKS_TEXT / 2);
+    ctx->agreed = 1;
+    if (!ckca__ranks_gather(ctx, &value, sizeof value, all))
+        return ckca__fail(ctx, CKCA_ERANKS, "rank %d of %d: %s", ctx->ranks.rank, ctx->ranks.size, ckca__ranks_lost);
+    for (i = 1; i < ctx->ranks.size; i++)
+        if (all[i] != all[0])
+            return ckca__fail(ctx, CKCA_ERANKS, "rank %d of %d: %s: its %s is %.9g, rank 0's is %.9g", i,
+                              ctx->ranks.size, call, what, all[i], all[0]);
+    ctx->agreed = 0;
+    return CKCA_OK;
+}
+
+/* Adds up values[0..n) over ranks, to float's precision. Call ckca__ranks_agree before. */
+static ckca_status ckca__ranks_sum_values(ckca_context *ctx, const char *call, double *values, size_t n) {
+    float *sums;
+    size_t i;
+    ckca_status status = CKCA_OK;
+    if (ctx->ranks.size < 2) return CKCA_OK;
+    sums = (float *)ckca__alloc(ctx, ckca__mul(n, sizeof *sums));
+    if (!sums) status = ckca__fail(ctx, CKCA_ENOMEM, "%s: out of memory for %.0f sums of all ranks", call, (double)n);
+    if (!(status = ckca__ranks_agree(ctx, call, status))) {
+        for (i = 0; i < n; i++) sums[i] = (float)values[i];
+        ctx->ranks_broken = ctx->ranks.sum_start(sums, n, ctx->ranks.user) || ctx->ranks.sum_wait(ctx->ranks.user);
+        for (i = 0; !ctx->ranks_broken && i < n; i++) values[i] = (double)sums[i];
+        if (ctx->ranks_broken) status = ckca__fail(ctx, CKCA_ERANKS, "%s: %s", call, ckca__ranks_lost);
+    }
+    ckca__release(ctx, sums);
+    return status;
+}
+
+/* Adds up counts[0..n) (0 to INT_MAX on each rank) over ranks, exactly: 11 bits to a float. Call ckca__ranks_agree
+   before. A sum over INT_MAX is INT_MAX. */
+static ckca_status ckca__ranks_sum_counts(ckca_context *ctx, const char *call, int *counts, int n) {
+    const size_t values = ckca__mul((size_t)n, 3 * sizeof(float));
+    float *pieces;
+    int i;
+    ckca_status status;
+    if (ctx->ranks.size < 2) return CKCA_OK;
+    pieces = (float *)ckca__alloc(ctx, values);
+    status = pieces ? CKCA_OK : ckca__fail(ctx, CKCA_ENOMEM, "%s: out of memory for %d counts of all ranks", call, n);
+    if ((status = ckca__ranks_agree(ctx, call, status))) {
+        ckca__release(ctx, pieces);
+        return status;
+    }
+    for (i = 0; i < n; i++) {
+        pieces[3 * (size_t)i] = (float)(counts[i] & 2047);
+        pieces[3 * (size_t)i + 1] = (float)(counts[i] >> 11 & 2047);
+        pieces[3 * (size_t)i + 2] = (float)(counts[i] >> 22);
+    }
+    ctx->ranks_broken =
+        ctx->ranks.sum_start(pieces, 3 * (size_t)n, ctx->ranks.user) || ctx->ranks.sum_wait(ctx->ranks.user);
+    for (i = 0; !ctx->ranks_broken && i < n; i++) {
+        const float *p = pieces + 3 * (size_t)i;
+        const double sum = (double)p[0] + 2048.0 * (double)p[1] + 4194304.0 * (double)p[2];
+        counts[i] = sum < (double)INT_MAX ? (int)sum : INT_MAX;
+    }
+    ckca__release(ctx, pieces);
+    return ctx->ranks_broken ? ckca__fail(ctx, CKCA_ERANKS, "%s: %s", call, ckca__ranks_lost) : CKCA_OK;
+}
+
+/* Rank 0's values[0..count) of device memory on all ranks. Call ckca__ranks_agree before. */
+static ckca_status ckca__ranks_copy(ckca_context *ctx, const char *call, float *values, size_t count) {
+    float *host = (float *)ckca__alloc(ctx, ckca__mul(count, sizeof(float)));
+    ckca_status status = CKCA_OK;
+    if (!host)
+        status = ckca__fail(ctx, CKCA_ENOMEM, "%s: out of memory for %.1f MB of weights", call, (double)count * 4e-6);
+    if (!status) {
+        ckca__device_download(ctx, host, values, count * sizeof(float));
+        status = ckca__device_status(ctx);
+    }
+    if (!(status = ckca__ranks_agree(ctx, call, status)) && count) {
+        ctx->ranks_broken = ctx->ranks.broadcast(host, count * sizeof(float), ctx->ranks.user) != 0;
+        if (ctx->ranks_broken)
+            status = ckca__fail(ctx, CKCA_ERANKS, "%s: %s", call, ckca__ranks_lost);
+        else if (ctx->ranks.rank)
+            ckca__device_upload(ctx, values, host, count * sizeof(float));
+    }
+    ckca__release(ctx, host);
+    return status;
+}
+
+/* The end of ckca_init: the memory for the exchange; all ranks must run the same program on the same kind of device. */
+static ckca_status ckca__ranks_init(ckca_context *ctx, ckca_status status) {
+    static const char compiler[] =
+#ifdef __VERSION__
+        __VERSION__;
+#else
+        "";
+#endif
+    const size_t size = (size_t)ctx->ranks.size;
+    uint64_t version = 0, compiled = 0;
+    const char *c;
+    if (size < 2) return status;
+    /* Without this block a rank could not tell the others: the transport's end of this process does. */
+    ctx->exchange = (float *)ckca__alloc(ctx, size * CKCA__RANKS_TEXT * sizeof(float));
+    if (!ctx->exchange) {
+        ctx->ranks_broken = 1;
+        return ckca__fail(ctx, CKCA_ENOMEM, "ckca_init: out of memory for the messages of %d ranks", ctx->ranks.size);
+    }
+    for (c = CKCA_VERSION; *c; c++) version = version * 31 + (unsigned char)*c;
+    for (c = compiler; *c; c++) compiled = compiled * 31 + (unsigned char)*c;
+    if ((status = ckca__ranks_agree(ctx, "ckca_init", status)) ||
+        (status = ckca__ranks_same_number(ctx, "ckca_init", "number of ranks", ctx->ranks.size)) ||
+        (status = ckca__ranks_same(ctx, "ckca_init", "ckca.h versions", version)) ||
+        (status = ckca__ranks_same(ctx, "ckca_init", "compilers", compiled)) ||
+        (status = ckca__ranks_same_number(ctx, "ckca_init", "device (0: host, 1: GPU)", !CKCA__DEVICE_IS_HOST)) ||
+        (status = ckca__ranks_same_number(ctx, "ckca_init", "isa (see ckca_isa)", (double)ctx->isa)) ||
+        (status = ckca__ranks_same_number(ctx, "ckca_init", "no_winograd", ctx->no_winograd)) ||
+        (status = ckca__ranks_same_number(ctx, "ckca_init", "precision", (double)ctx->precision)))
+        return status;
+    return ckca__ranks_agree(ctx, "ckca_init", ckca__device_ranks_init(ctx));
+}
+
+/* In the backward pass, after node i: the gradients of weights of node i and later ones are final. Starts their sum over
+   ranks if they fill a bucket, and all that is left after the first node. */
+static void ckca__sum_bucket(ckca_model *m, int i) {
+    const ckca__node *x = &m->node[i];
+    size_t from = m->summed_from;
+    if (x->tensor >= 0 && m->parameter[x->tensor].role == CKCA__ROLE_WEIGHT && x->rate > 0)
+        from = m->parameter[x->tensor].slot;
+    if (i == 1) from = 0;
+    if (m->summed_from - from >= CKCA__BUCKET || (i == 1 && m->summed_from > 0)) {
+        ckca__device_ranks_sum(m->ctx, m->summed_from - from, m->share, m->gradients + from);
+        m->summed_from = from;
+    }
+    if (i == 1 && m->trained > m->trained_decayed) /* biases, and weights without decay: together they are small */
+        ckca__device_ranks_sum(m->ctx, m->trained - m->trained_decayed, m->share, m->gradients + m->trained_decayed);
+    ckca__device_ranks_poll(m->ctx);
+}
+
+/* The same sums without a backward pass. */
+static void ckca__sum_gradients(ckca_model *m, float share) {
+    int i;
+    m->share = share;
+    m->summed_from = m->trained_decayed;
+    for (i = m->nodes - 1; i > 0; i--) ckca__sum_bucket(m, i);
+    ckca__device_ranks_wait(m->ctx);
+}
+
+CKCA_API ckca_status ckca_sum_gradients(ckca_model *m, float share) {
+    ckca__bound bound = {"share", 0, 0, 1, 0};
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    m->ctx->agreed = 0;
+    bound.value = (double)share;
+    status = ckca__check_finished(m, "ckca_sum_gradients");
+    if (!status) status = ckca__check_bounds(m->ctx, "ckca_sum_gradients", &bound, 1);
+    if (!status && !m->gradients)
+        status = ckca__fail(m->ctx, CKCA_EINVAL,
+                            "ckca_sum_gradients: there are no gradients yet: call ckca_forward with "
+                            "training first");
+    if ((status = ckca__ranks_agree(m->ctx, "ckca_sum_gradients", status)) || m->ctx->ranks.size < 2) return status;
+    if ((status = ckca__ranks_same_number(m->ctx, "ckca_sum_gradients", "number of values", (double)m->trained)))
+        return status;
+    ckca__sum_gradients(m, share);
+    if (m->ctx->ranks_broken) return ckca__fail(m->ctx, CKCA_ERANKS, "ckca_sum_gradients: %s", ckca__ranks_lost);
     return ckca__device_status(m->ctx);
 }
 
@@ -9040,9 +9613,10 @@ CKCA_API ckca_status ckca_save(ckca_model *m, const char *path) {
     ckca__unsaved *u;
     ckca_status status;
     if (!m) return CKCA_EINVAL;
-    if (!path) return ckca__null(m->ctx, "ckca_save", "path");
-    if ((status = ckca__check_finished(m, "ckca_save"))) return status;
-    if ((status = ckca__export_model(m, path, NULL, NULL, 0, NULL))) return status;
+    m->ctx->agreed = 0;
+    status = path ? ckca__check_finished(m, "ckca_save") : ckca__null(m->ctx, "ckca_save", "path");
+    if (!status && m->ctx->ranks.rank == 0) status = ckca__export_model(m, path, NULL, NULL, 0, NULL);
+    if ((status = ckca__ranks_agree(m->ctx, "ckca_save", status))) return status;
     for (u = m->unsaved; u; u = u->next) /* these training states are no longer needed */
         if (!ckca__same_file(path, u->state)) remove(u->state);
     ckca__forget_unsaved(m);
@@ -9229,7 +9803,7 @@ static ckca_status ckca__state_load(ckca__update *u, int *found) {
                             "saved: finish that update, or remove the file to start over",
                             path,
                             *difference ? difference
-                                        : "other pictures, weights, mean, std, seed, teacher, frozen layers or settings");
+                                        : "other pictures, weights, mean, std, seed, teacher, frozen layers, ranks or settings");
     }
     if (!status && u->d.seconds > 0) { /* the time is planned already */
         const char *plan = strstr(text + 7 * 17 - 1, " plan=");
@@ -13087,6 +13661,23 @@ static void ckca__device_staging_send(ckca_context *ctx, void *staging, void *de
     ckca__device_copy(ctx, device, staging, bytes);
 }
 static void ckca__device_staging_close(ckca_context *ctx, void *staging) { ckca__release(ctx, staging); }
+
+static ckca_status ckca__device_ranks_init(ckca_context *ctx) {
+    (void)ctx;
+    return CKCA_OK;
+}
+static void ckca__device_ranks_sum(ckca_context *ctx, size_t count, float share, float *x) {
+    size_t i;
+    if (share < 1)
+        for (i = 0; i < count; i++) x[i] *= share;
+    if (!ctx->ranks_broken) ctx->ranks_broken = ctx->ranks.sum_start(x, count, ctx->ranks.user) != 0;
+}
+static void ckca__device_ranks_poll(ckca_context *ctx) {
+    if (!ctx->ranks_broken && ctx->ranks.sum_poll) ctx->ranks_broken = ctx->ranks.sum_poll(ctx->ranks.user) != 0;
+}
+static void ckca__device_ranks_wait(ckca_context *ctx) {
+    if (!ctx->ranks_broken) ctx->ranks_broken = ctx->ranks.sum_wait(ctx->ranks.user) != 0;
+}
 
 /* ---- how work is split ---- */
 

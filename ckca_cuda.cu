@@ -10,6 +10,11 @@
        cc -O3 -DCKCA_CUDA -c program.c                        (program.c defines CKCA_IMPLEMENTATION as usual)
        nvcc program.o ckca_cuda.o -lcublas -o program
 
+   Several processes (ckca_desc.ranks), one GPU each: with -DCKCA_NCCL for nvcc, and -lnccl, gradients are summed by NCCL
+   from GPU to GPU while the backward pass runs on; ckca_desc.ranks then carries only small messages, NCCL's address
+   among them. Without it they pass through host memory and ckca_desc.ranks, and nothing overlaps. Both wait for the GPU
+   once per step. No two GPUs have run it yet.
+
    A context uses the CUDA device that is current at its creation (select it with CUDA_VISIBLE_DEVICES); that device
    must be current whenever the context is used. Needs CUDA 12 or newer and a GPU from Turing (sm_75) on; TF32 and BF16
    need Ampere (sm_80).
@@ -24,6 +29,7 @@
        ELEMENTS       element-wise ops, pooling, group norm, gather
        LOSSES         cross-entropy, softmax, distillation and feature losses
        WEIGHTS        SGD, gradient clipping, shrink and perturb
+       RANKS          sums over processes: NCCL, or through host memory
        PICTURES       bytes to augmented, normalised floats
 
    EXECUTION
@@ -64,6 +70,9 @@
 #include <cudaTypedefs.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#ifdef CKCA_NCCL
+#include <nccl.h>
+#endif
 #endif
 #ifdef _WIN32
 #define CKCA__PROCESS() 0L /* Windows has no fork() */
@@ -82,6 +91,7 @@ enum {
     CKCA__SLOT_BYTES = 1 << 18,
     CKCA__SHARED_BYTES = 48 << 10, /* per block, unless a kernel opts in to more */
     CKCA__TICKETS = 1 << 14,
+    CKCA__RANKS_VALUES = 1 << 18, /* summed over ranks at a time, through host memory */
     CKCA__BLAS_BYTES = 32 << 20 /* cuBLAS's workspace: its recommended size on Hopper; CUDA graphs need a fixed one */
 };
 
@@ -107,6 +117,14 @@ typedef struct ckca__cuda {
     int next;                      /* slot */
     unsigned releases;             /* frees so far: a graph captured before the last one may point to freed memory */
     long process;                  /* the creator: a CUDA context does not survive fork() */
+    float *ranks_buffer;           /* pinned: CKCA__RANKS_VALUES; without NCCL */
+#ifdef CKCA_NCCL
+    struct {
+        ncclComm_t comm;
+        cudaStream_t stream;
+        cudaEvent_t ready, done;
+    } ranks;
+#endif
     int failed;
     char error[400];
 } ckca__cuda;
@@ -211,6 +229,14 @@ CKCA__OP void ckca__device_free(ckca_context *ctx) {
     if (cuda->side.stream) cudaStreamSynchronize(cuda->side.stream);
     if (cuda->stream) cudaStreamSynchronize(cuda->stream);
     if (cuda->copies) cudaStreamSynchronize(cuda->copies);
+#ifdef CKCA_NCCL
+    if (cuda->ranks.comm && ctx->ranks_broken) ncclCommAbort(cuda->ranks.comm);
+    else if (cuda->ranks.comm) ncclCommDestroy(cuda->ranks.comm);
+    if (cuda->ranks.ready) cudaEventDestroy(cuda->ranks.ready);
+    if (cuda->ranks.done) cudaEventDestroy(cuda->ranks.done);
+    if (cuda->ranks.stream) cudaStreamDestroy(cuda->ranks.stream);
+#endif
+    if (cuda->ranks_buffer) cudaFreeHost(cuda->ranks_buffer);
     if (cuda->blas) cublasDestroy(cuda->blas);
     if (cuda->side.blas) cublasDestroy(cuda->side.blas);
     if (cuda->side.forked) cudaEventDestroy(cuda->side.forked);
@@ -3375,6 +3401,75 @@ CKCA__OP void ckca__op_shrink_perturb(ckca_context *ctx, size_t count, float *w,
                                       float perturb) {
     CKCA__LAUNCH(ctx, ckca__shrink_perturb_kernel, ckca__grid(ctx, count, 1), count, w, fresh, shrink, perturb);
 }
+
+/* ------------------------------------------------------------------------------------------------------------------
+   RANKS
+   ------------------------------------------------------------------------------------------------------------------ */
+
+__global__ void ckca__scale_kernel(size_t count, float factor, float *x) {
+    ckca__wait_for_grids();
+    CKCA__EACH(i, count) x[i] *= factor;
+}
+
+#ifdef CKCA_NCCL
+static int ckca__nccl_check(ckca__cuda *cuda, const char *call, ncclResult_t status) {
+    return status == ncclSuccess ? 1 : ckca__cuda_note(cuda, call, ncclGetErrorString(status));
+}
+#define CKCA__NCCL(cuda, call) (ckca__cuda_usable(cuda, #call) && ckca__nccl_check(cuda, #call, call))
+
+CKCA__OP ckca_status ckca__device_ranks_init(ckca_context *ctx) {
+    ckca__cuda *cuda = ckca__cuda_of(ctx);
+    ncclUniqueId id;
+    memset(&id, 0, sizeof id);
+    if (ctx->ranks.rank == 0) CKCA__NCCL(cuda, ncclGetUniqueId(&id));
+    ctx->ranks_broken = ctx->ranks.broadcast(&id, sizeof id, ctx->ranks.user) != 0;
+    if (!ctx->ranks_broken &&
+        CKCA__NCCL(cuda, ncclCommInitRank(&cuda->ranks.comm, ctx->ranks.size, id, ctx->ranks.rank)) &&
+        CKCA__CUDA(cuda, cudaStreamCreateWithFlags(&cuda->ranks.stream, cudaStreamNonBlocking)) &&
+        CKCA__CUDA(cuda, cudaEventCreateWithFlags(&cuda->ranks.ready, cudaEventDisableTiming)))
+        CKCA__CUDA(cuda, cudaEventCreateWithFlags(&cuda->ranks.done, cudaEventDisableTiming));
+    return ckca__device_status(ctx);
+}
+
+/* In a stream of its own, behind the work so far. */
+CKCA__OP void ckca__device_ranks_sum(ckca_context *ctx, size_t count, float share, float *x) {
+    ckca__cuda *cuda = ckca__cuda_of(ctx);
+    if (share < 1 && count) CKCA__LAUNCH(ctx, ckca__scale_kernel, ckca__grid(ctx, count, 1), count, share, x);
+    if (CKCA__CUDA(cuda, cudaEventRecord(cuda->ranks.ready, ckca__cuda_stream(cuda))) &&
+        CKCA__CUDA(cuda, cudaStreamWaitEvent(cuda->ranks.stream, cuda->ranks.ready, 0)))
+        CKCA__NCCL(cuda, ncclAllReduce(x, x, count, ncclFloat, ncclSum, cuda->ranks.comm, cuda->ranks.stream));
+}
+CKCA__OP void ckca__device_ranks_poll(ckca_context *ctx) { (void)ctx; }
+CKCA__OP void ckca__device_ranks_wait(ckca_context *ctx) {
+    ckca__cuda *cuda = ckca__cuda_of(ctx);
+    if (CKCA__CUDA(cuda, cudaEventRecord(cuda->ranks.done, cuda->ranks.stream)))
+        CKCA__CUDA(cuda, cudaStreamWaitEvent(ckca__cuda_stream(cuda), cuda->ranks.done, 0));
+}
+#else
+CKCA__OP ckca_status ckca__device_ranks_init(ckca_context *ctx) {
+    ckca__cuda *cuda = ckca__cuda_of(ctx);
+    CKCA__CUDA(cuda, cudaMallocHost((void **)&cuda->ranks_buffer, CKCA__RANKS_VALUES * sizeof(float)));
+    return ckca__device_status(ctx);
+}
+
+/* Through host memory. A rank whose GPU has failed takes part all the same: the others wait for it. */
+CKCA__OP void ckca__device_ranks_sum(ckca_context *ctx, size_t count, float share, float *x) {
+    ckca__cuda *cuda = ckca__cuda_of(ctx);
+    size_t n;
+    if (share < 1 && count) CKCA__LAUNCH(ctx, ckca__scale_kernel, ckca__grid(ctx, count, 1), count, share, x);
+    for (; count && !ctx->ranks_broken; x += n, count -= n) {
+        n = count < CKCA__RANKS_VALUES ? count : (size_t)CKCA__RANKS_VALUES;
+        ckca__device_download(ctx, cuda->ranks_buffer, x, n * sizeof(float));
+        ctx->ranks_broken = ctx->ranks.sum_start(cuda->ranks_buffer, n, ctx->ranks.user) ||
+                            ctx->ranks.sum_wait(ctx->ranks.user);
+        CKCA__CUDA(cuda, cudaMemcpyAsync(x, cuda->ranks_buffer, n * sizeof(float), cudaMemcpyHostToDevice,
+                                         ckca__cuda_stream(cuda)));
+        CKCA__CUDA(cuda, cudaStreamSynchronize(ckca__cuda_stream(cuda)));
+    }
+}
+CKCA__OP void ckca__device_ranks_poll(ckca_context *ctx) { (void)ctx; }
+CKCA__OP void ckca__device_ranks_wait(ckca_context *ctx) { (void)ctx; }
+#endif
 
 /* ------------------------------------------------------------------------------------------------------------------
    PICTURES

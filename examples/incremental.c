@@ -284,7 +284,7 @@ static void write_file(run *r, const char *name, void (*write)(const run *, FILE
 }
 
 static void write_results(run *r) {
-    if (!r->out) return;
+    if (!r->out || tool_rank) return;
     write_file(r, "results.csv", write_csv);
     write_file(r, "results.svg", write_svg);
 }
@@ -540,7 +540,7 @@ int main(int argc, char **argv) {
     if (drawn && r.update.lr == 0) r.update.lr = 0.05f;
 
     if (r.out) {
-        if (mkdir(r.out, 0777) && errno != EEXIST) tool_fail(1, "%s: %s", r.out, strerror(errno));
+        if (!tool_rank && mkdir(r.out, 0777) && errno != EEXIST) tool_fail(1, "%s: %s", r.out, strerror(errno));
         tool_check_output(path(&r, "results.csv"));
     }
 
@@ -591,6 +591,7 @@ int main(int argc, char **argv) {
         snprintf(r.pictures, sizeof r.pictures, "%016llx",
                  (unsigned long long)data_hash(data_hash(UINT64_C(0xcbf29ce484222325), train), test));
         read_csv(&r);
+        tool_check(ctx, ckca_agree(ctx, CKCA_OK)); /* before rank 0 writes what others read */
         write_results(&r);
     }
 
@@ -616,7 +617,7 @@ int main(int argc, char **argv) {
             }
             r.cost_done += r.cost;
             write_results(&r);
-            if (r.out && t > 1) remove(checkpoint(&r, t - 1, m));
+            if (r.out && t > 1 && !tool_rank) remove(checkpoint(&r, t - 1, m));
             print_row(&r, t, m);
             jobs++;
         }

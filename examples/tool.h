@@ -13,34 +13,73 @@
 #include <unistd.h> /* isatty */
 
 #include "shapes.h"
+#ifdef CKCA_MPI
+#include "mpi.h"
+#endif
 
 static const char *tool_name = "tool"; /* precedes every message */
 
+/* With CKCA_MPI, under mpirun: rank 0 alone writes files and prints; a message that all ranks have is printed by rank 0,
+   one of a single rank by that rank, which then ends the others. */
+static int tool_rank;   /* this process; 0 without MPI */
+static int tool_agreed; /* 1: all ranks are ending for the same reason */
+
 /* Prints one line on stderr and exits: with 2 for a mistake on the command line, 1 for any later failure. */
-#define tool_fail(code, ...)                                                                                           \
-    do {                                                                                                               \
-        fflush(stdout);                                                                                                \
-        fprintf(stderr, "%s: ", tool_name);                                                                            \
-        fprintf(stderr, __VA_ARGS__);                                                                                  \
-        fputc('\n', stderr);                                                                                           \
-        exit(code);                                                                                                    \
+#define tool_fail(code, ...)                    \
+    do {                                        \
+        fflush(stdout);                         \
+        if (tool_rank == 0 || !tool_agreed) {   \
+            fprintf(stderr, "%s: ", tool_name); \
+            fprintf(stderr, __VA_ARGS__);       \
+            fputc('\n', stderr);                \
+        }                                       \
+        exit(code);                             \
     } while (0)
 
 static inline void tool_check(const ckca_context *ctx, ckca_status status) {
+    if (status != CKCA_OK) tool_agreed = !strncmp(ckca_error(ctx), "rank ", 5); /* so begins what all ranks have */
     if (status != CKCA_OK)
         tool_fail(1, "%s", ctx && *ckca_error(ctx) ? ckca_error(ctx) : ckca_status_name(status));
 }
 
+#ifdef CKCA_MPI
+static ckca_ranks tool_ranks;
+static inline void tool_leave_ranks(void) { mpi_end(!tool_agreed); }
+static inline void tool_join_ranks(void) {
+    mpi_begin(&tool_ranks);
+    atexit(tool_leave_ranks);
+    tool_rank = tool_ranks.rank;
+    if (tool_rank && !freopen("/dev/null", "w", stdout)) tool_fail(1, "/dev/null: %s", strerror(errno));
+#ifdef CKCA_CUDA /* each rank of a machine takes a GPU of its own */
+    {
+        char gpu[16];
+        snprintf(gpu, sizeof gpu, "%d", mpi.local_rank);
+        if (mpi.local_size > 1) setenv("CUDA_VISIBLE_DEVICES", gpu, 0);
+    }
+#endif
+}
+#else
+static inline void tool_join_ranks(void) {}
+#endif
+
 static inline ckca_context *tool_init(const ckca_desc *desc) {
+    ckca_desc all = *desc;
     ckca_context *ctx = NULL;
-    ckca_status status = ckca_init(&ctx, desc);
+    ckca_status status;
+#ifdef CKCA_MPI
+    all.ranks = &tool_ranks;
+    if (!all.threads) all.threads = mpi_threads();
+#endif
+    status = ckca_init(&ctx, &all);
     tool_check(ctx, status);
+    if (all.ranks && all.ranks->size > 1) printf("%d ranks; ", all.ranks->size);
     return ctx;
 }
 
 /* The end of every program: 0, or a failure if its output could not all be written. */
 static inline int tool_end(void) {
     if (fflush(stdout) || ferror(stdout)) tool_fail(1, "standard output cannot be written");
+    tool_agreed = 1;
     return 0;
 }
 
@@ -173,6 +212,8 @@ static inline void tool_set(const tool_flag *flag, const char *text) {
    front of argv and returns their number. flags ends with an entry whose help is NULL. */
 static inline int tool_parse(int argc, char **argv, const char *usage, const tool_flag *flags) {
     int i, words = 0, ended = 0;
+    tool_join_ranks();
+    tool_agreed = 1; /* all ranks have the same command line */
     for (i = 1; i < argc; i++) {
         const char *text = argv[i];
         size_t length = strcspn(text, "=");
@@ -201,6 +242,7 @@ static inline int tool_parse(int argc, char **argv, const char *usage, const too
             tool_set(flag, argv[++i]);
         }
     }
+    tool_agreed = 0;
     return words;
 }
 
@@ -228,7 +270,7 @@ static inline void tool_check_source(const tool_source *source) {
 static inline void tool_tell_left_out(const ckca_data *data, const char *folder) {
     ckca_data_info info;
     ckca_data_info_get(data, &info);
-    if (info.left_out)
+    if (info.left_out && tool_rank == 0)
         fprintf(stderr, "%s: %s: %d file%s left out (not JPEG or PNG by name, or in no class folder)\n", tool_name,
                 folder, info.left_out, info.left_out == 1 ? "" : "s");
 }
@@ -348,6 +390,7 @@ static inline void tool_check_output(const char *path) {
     static char probe[4200];
     struct stat about;
     FILE *file;
+    if (tool_rank) return; /* rank 0 writes it */
     if (!stat(path, &about) && S_ISDIR(about.st_mode)) tool_fail(1, "%s: it is a folder, not a file to write", path);
     if (!stat(path, &about) && !S_ISREG(about.st_mode)) tool_fail(1, "%s: not a regular file", path);
     snprintf(probe, sizeof probe, "%s.tmp", path);
@@ -382,6 +425,10 @@ static inline void tool_update(const ckca_context *ctx, ckca_model *model, const
     status = ckca_update(model, data, desc, report);
     for (i = 0; i < 2; i++) signal(caught[i], before[i]);
     tool_status(NULL);
+    if (status == CKCA_ESTOP) {
+        tool_agreed = 1;
+        if (!tool_signal) tool_signal = SIGTERM; /* another rank was stopped */
+    }
     if (status == CKCA_ESTOP && desc->state)
         tool_fail(128 + tool_signal, "%s; it is kept in %s: %s goes on", ckca_error(ctx), desc->state, hint);
     if (status == CKCA_ESTOP) tool_fail(128 + tool_signal, "%s; nothing was kept", ckca_error(ctx));
@@ -402,7 +449,7 @@ static inline const char *tool_duration(double seconds, char *out, size_t size) 
 
 /* Prints a line that the next call overwrites, if stderr is a terminal. NULL clears it. */
 static inline void tool_status(const char *line) {
-    if (!isatty(2)) return;
+    if (tool_rank || !isatty(2)) return;
     fprintf(stderr, "\r%s\033[K", line ? line : "");
     fflush(stderr);
 }
