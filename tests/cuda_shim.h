@@ -645,7 +645,7 @@ static cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*k
     if (shared > (opted ? opted : 48 << 10) || threads % 32 || threads > shim::THREADS)
         return shim_last = cudaErrorInvalidValue;
     cuda_shim_launches++;
-    shim::submit(config->stream, [=] { shim::run(grid, threads, shared, early, [&] { std::apply(kernel, values); }); });
+    shim::submit(config->stream, [=] { shim::run(grid, threads, shared, dependent, [&] { std::apply(kernel, values); }); });
     return cudaSuccess;
 }
 

@@ -60,9 +60,10 @@ def main_loop(code):
         if not m or int(m[1], 16) >= address:
             continue
         loop = [c for c in code[: i + 1] if c[0] >= int(m[1], 16)]
-        products = sum(bool(re.search(r"\bHG?MMA|FFMA", c[1])) for c in loop)
-        loads = 0 if any("HGMMA" in c[1] for c in loop) else under_way(loop) # a wait's retries branch back from far
-        score = (products if any("HMMA" in c[1] or "HGMMA" in c[1] or "LDGSTS" in c[1] for c in loop) else 0, loads, -len(loop))
+        count = lambda pattern: sum(bool(re.search(pattern, c[1])) for c in loop)
+        wgmma = count("HGMMA") # the shortest loop around it: a wait's retries branch back from far behind
+        products, loads = (wgmma, 0) if wgmma else (count(r"\bHMMA|FFMA"), under_way(loop))
+        score = (products if wgmma or any("HMMA" in c[1] or "LDGSTS" in c[1] for c in loop) else 0, loads, -len(loop))
         if score > best_score:
             best, best_score = loop, score
     return best

@@ -50,7 +50,7 @@ check "warnings from nvcc: $(grep -i 'warning' $dir/log_bench)" sh -c "! grep -q
 # loop that follows a discarded "else" without braces.)
 factors=$(cat $dir/keep/*.ptx | awk '/\.entry/ { split("", rounded) }
     /cvt\.rna?\.tf32/ { sub(",", "", $2); rounded[$2] = 1 }
-    /mma.*\.tf32\.tf32/ { split($0, group, /[{}]/); count = split(group[4] "," group[6], factor, ",")
+    /mma\.sync.*\.tf32\.tf32/ { split($0, group, /[{}]/); count = split(group[4] "," group[6], factor, ",")
         for (i = 1; i <= count; i++) if (rounded[factor[i]]) good++; else bad++ }
     END { print good + 0, bad + 0 }')
 check "TF32 factors rounded, and not: $factors" [ "${factors% *}" -gt 0 -a "${factors#* }" -eq 0 ]
