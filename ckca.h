@@ -115,11 +115,24 @@
 
            loss = cross-entropy + w_kd AdaKD + w_feat FeatReg
            AdaKD   = T^2 mean_i a_i KL(softmax(zo_i / T) || softmax(z_i / T))      z, zo: student's, teacher's logits
-           FeatReg = mean_i d(f_i, fo_i)                                          f, fo: their pooled features
+           FeatReg = mean_i d(f_i, ...)                                           f: the student's pooled features
 
        The paper's own equations were not available when this was written. Its abstract states the purpose of the two
-       terms; the forms of a_i and d here (ckca_adakd, ckca_featreg) are this project's reading, and you can choose
-       among them. tests/MEASUREMENTS.md gives the reasons for the defaults.
+       terms, "forget mitigation and knowledge transfer" and to "retain and refine knowledge from existing checkpoints".
+       The forms of a_i and d are this project's, and you can choose among them (ckca_adakd, ckca_featreg):
+
+           GROWTH     a_i = g(n_old / n_new). The more pictures the checkpoint has learnt from (n_old, which it carries)
+                      than the chunk holds (n_new), the more its answers weigh against the chunk's labels: little at the
+                      second chunk, where it knows as much as the chunk, much at the tenth. g grows with the ratio up to
+                      a ceiling; ckca__growth is the one place that defines it.
+           CENTROID   d = 1 - cos(f_i, mu[y_i]). mu[k] is the mean feature of class k over all pictures so far: after
+                      each update the features of its pictures, by the updated network, join the means. They are the one
+                      part of the old data that stays, classes x features numbers in the checkpoint. The teacher's
+                      answers on new pictures can't give it again. A checkpoint without them (an older one, or another
+                      program's) is given the teacher's means of the first chunk, for that update; its own begin there.
+
+       Pictures without labels (ckca_update_desc.unlabelled) join AdaKD: the teacher's answers need none.
+       tests/MEASUREMENTS.md has the figures behind the defaults, and those of the other forms.
 
    DEFINITIONS
        picture    height x width x channels bytes, row by row, channels innermost (NHWC), as stb_image gives them
@@ -565,9 +578,9 @@ typedef enum ckca_adakd {
 
 /* d(f_i, ...) in FeatReg. This project's forms. */
 typedef enum ckca_featreg {
-    CKCA_FEATREG_CENTROID = 0, /* 1 - cos(f_i, mu[y_i]), mu[k]: the mean feature of class k over all chunks so far, carried
-                                  in the checkpoint; 0 for a class without a mean. Networks with up to CKCA_CENTROIDS_MAX
-                                  values in mu (classes x features) have one */
+    CKCA_FEATREG_CENTROID = 0, /* 1 - cos(f_i, mu[y_i]), mu[k]: the mean feature of class k over all chunks so far,
+                                  carried in the checkpoint; 0 for a class without a mean. Only for networks with up
+                                  to CKCA_CENTROIDS_MAX values in mu (classes x features) */
     CKCA_FEATREG_STAGES,       /* COSINE on the output map of every stage, averaged over stages */
     CKCA_FEATREG_COSINE,       /* 1 - cos(f_i, fo_i) */
     CKCA_FEATREG_COUNT
@@ -587,7 +600,8 @@ typedef struct ckca_progress {
 
 typedef struct ckca_update_desc {
     ckca_method method;
-    /* the method's terms: loss = cross-entropy + w_kd AdaKD + w_feat FeatReg. CKCA_OFF switches a term off */
+    /* the method's terms: loss = cross-entropy + w_kd AdaKD + w_feat FeatReg, see THE METHOD. CKCA_OFF switches a term
+       off */
     ckca_adakd adakd;
     ckca_featreg featreg;
     float w_kd;            /* 0 to 1e6; 0: 1 (CLASS: 2, since its a_i are below 1) */
@@ -601,11 +615,11 @@ typedef struct ckca_update_desc {
     int teacher_pictures; /* GROWTH's n_old, up to 1e9: distinct pictures that the teacher has learnt from. 0: as its
                              checkpoint says (ckca_model_info.pictures), at most 1e9; if that is not known, as if by
                              another program, as many as data has */
-    /* Pictures without labels, for AdaKD, or NULL; an update without AdaKD leaves them out. Of the context, height, width
-       and channels of data; their labels and classes are not read. With the n pictures of an SGD step goes a batch of n of
-       these, in a shuffled order of their own that starts again when all had their turn; AdaKD's mean over them, with
-       a_i = g for GROWTH and 1 for CONSTANT and CLASS, is added to its mean over the others. A step then takes the memory
-       of 2 batch pictures (ckca_model_bytes), and about twice the time */
+    /* Pictures without labels, for AdaKD, or NULL; an update without AdaKD leaves them out. Of the context, height,
+       width and channels of data; their labels and classes are not read. With the n pictures of an SGD step goes a
+       batch of n of these, in a shuffled order of their own that starts again when all had their turn; AdaKD's mean
+       over them, with a_i = g for GROWTH and 1 for CONSTANT and CLASS, is added to its mean over the others. A step
+       then takes the memory of 2 batch pictures (ckca_model_bytes), and about twice the time */
     const ckca_data *unlabelled;
     /* the training */
     int epochs, batch;                       /* up to 1e6; 0: 40 and 64. batch is at most the number of pictures */
@@ -757,7 +771,8 @@ CKCA_API ckca_status ckca_save_onnx_memory(ckca_model *model, const ckca_onnx_de
    =================================================================================================================== */
 
 /* Memory, in bytes, that a model needs at a batch size, before it is allocated. training: 1 for the training steps of
-   ckca_update (which also keeps a copy of the weights, and a teacher of its own at its evaluation size), 0 for
+   ckca_update (which also keeps a copy of the weights, a teacher of its own at its evaluation size, and a few times the
+   class means of CENTROID, 4 classes x features bytes; with unlabelled pictures ask for twice the batch), 0 for
    evaluation. ckca_forward in training needs more activations, since it keeps all of them readable. A GPU that turns out
    to lack memory for the activations of training recomputes some of them: asked again after that, this says so. */
 typedef struct ckca_bytes {
@@ -3885,11 +3900,11 @@ struct ckca_model {
     uint64_t seed;
     int64_t pictures;          /* distinct pictures that the updates trained on; 0: not known */
     ckca__centroids centroids; /* of those pictures, by the network as each update left it */
-    int64_t batches_tracked; /* number of training forward passes: PyTorch's num_batches_tracked */
-    int known;               /* number of classes before ckca_add_classes, until the next update; 0: all */
-    char **class_names;      /* classes strings, or NULL */
-    float *normalization;    /* channels means, then channels standard deviations, of values 0 to 1 */
-    int normalized;          /* 1: normalization is set */
+    int64_t batches_tracked;   /* number of training forward passes: PyTorch's num_batches_tracked */
+    int known;                 /* number of classes before ckca_add_classes, until the next update; 0: all */
+    char **class_names;        /* classes strings, or NULL */
+    float *normalization;      /* channels means, then channels standard deviations, of values 0 to 1 */
+    int normalized;            /* 1: normalization is set */
 
     ckca__node *node;
     int nodes, logits, pooled; /* number of nodes; index of the logits' node and of the features' node */
@@ -5293,8 +5308,7 @@ CKCA_API ckca_status ckca_model_copy(ckca_model **out, const ckca_model *m) {
     copy->class_names = m->class_names ? ckca__copy_names(ctx, (const char *const *)m->class_names, m->classes) : NULL;
     copy->values = (float *)ckca__device_alloc(ctx, m->all * sizeof(float));
     if (!copy->node || !copy->parameter || !copy->normalization || !copy->values ||
-        (m->class_names && !copy->class_names) ||
-        (m->centroids.count && !ckca__centroids_alloc(m, &copy->centroids))) {
+        (m->class_names && !copy->class_names) || (m->centroids.count && !ckca__centroids_alloc(m, &copy->centroids))) {
         ckca_model_free(copy);
         return ckca__fail(ctx, CKCA_ENOMEM, "copy: out of memory for %.1f MB of parameters", (double)m->all * 4e-6);
     }
@@ -5408,10 +5422,10 @@ typedef struct ckca__update {
     float *centroids; /* CENTROID's class means, classes x features, on the device; NULL with other forms */
     size_t centroid_bytes;
     ckca__centroids learnt; /* the class means after the update, until the model takes them over */
-    /* Pictures without labels: desc->unlabelled, or NULL if there is no AdaKD; their part of a batch follows the others. */
+    /* Pictures without labels: desc->unlabelled, or NULL without AdaKD; their part of a batch follows the others. */
     const ckca_data *unlabelled;
     ckca__batch_buffers unlabelled_buffers;
-    int *unlabelled_order;   /* a permutation of unlabelled->count positions, then batch positions of the current step */
+    int *unlabelled_order; /* a permutation of unlabelled->count positions, then batch positions of the current step */
     int64_t unlabelled_pass; /* which pass over them has that permutation; -1: none yet */
     ckca__batch_buffers buffers;
     int *order;         /* data->count positions: the epoch's permutation */
@@ -5609,8 +5623,7 @@ static ckca_status ckca__batch_buffers_alloc(ckca_context *ctx, ckca__batch_buff
                                              int features);
 static void ckca__batch_buffers_free(ckca_context *ctx, ckca__batch_buffers *b);
 static ckca_status ckca__evaluate_all(ckca_model *m, const ckca_model *like, const ckca_data *data, ckca_score *score,
-                                      float *per_class, float *cache_logits, float *cache_features,
-                                      double *class_sums);
+                                      float *per_class, float *cache_logits, float *cache_features, double *class_sums);
 static ckca_status ckca__bind_data(ckca_model *m, const ckca_data *data, const char *what);
 
 /* In EXECUTION: */
@@ -5689,7 +5702,7 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     }
     ckca__device_forget(u->ctx, &u->recording[0]);
     ckca__device_forget(u->ctx, &u->recording[1]);
-    if (!status) status = ckca__learn_centroids(u);
+    if (!status) status = ckca__ranks_agree(u->ctx, "ckca_update", ckca__learn_centroids(u));
     if (!status) {
         const ckca__centroids before = m->centroids;
         if (u->d.method == CKCA_METHOD_SCRATCH || m->updates == 0)
@@ -6447,14 +6460,13 @@ static ckca_status ckca__prepare_unlabelled(ckca__update *u) {
     if (store->ctx != u->ctx)
         return ckca__fail(u->ctx, CKCA_EINVAL, "unlabelled: the pictures belong to another context than the model");
     if (store->height != labelled->height || store->width != labelled->width || store->channels != labelled->channels)
-        return ckca__fail(u->ctx, CKCA_ESHAPE, "unlabelled: the pictures are %d x %d x %d, the labelled ones %d x %d x %d",
-                          store->height, store->width, store->channels, labelled->height, labelled->width,
-                          labelled->channels);
+        return ckca__fail(u->ctx, CKCA_ESHAPE,
+                          "unlabelled: the pictures are %d x %d x %d, the labelled ones %d x %d x %d", store->height,
+                          store->width, store->channels, labelled->height, labelled->width, labelled->channels);
     if (u->d.batch > CKCA__BATCH_MAX / 2)
         return ckca__fail(u->ctx, CKCA_EINVAL, "update: batch is %d, with unlabelled pictures it must be 1 to %d",
                           u->d.batch, CKCA__BATCH_MAX / 2);
-    u->unlabelled_order =
-        (int *)ckca__alloc(u->ctx, ((size_t)u->unlabelled->count + (size_t)u->d.batch) * sizeof(int));
+    u->unlabelled_order = (int *)ckca__alloc(u->ctx, ((size_t)u->unlabelled->count + (size_t)u->d.batch) * sizeof(int));
     if (!u->unlabelled_order)
         return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for the order of %d unlabelled pictures",
                           u->unlabelled->count);
@@ -6543,18 +6555,17 @@ static ckca_status ckca__learn_centroids(ckca__update *u) {
     ckca_status status;
     if (!ckca__fits_featreg(m, m, CKCA_FEATREG_CENTROID)) return CKCA_OK;
     sums = (double *)ckca__alloc(u->ctx, (size_t)m->classes * (size_t)m->features * sizeof *sums);
-    if (!sums)
-        return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for the means of %d classes", m->classes);
+    if (!sums) return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for the means of %d classes", m->classes);
     status = ckca__evaluate_all(m, m, u->data, &score, NULL, NULL, NULL, sums);
     if (!status)
-        status = ckca__average_features(m, fresh || !m->centroids.count ? NULL : &m->centroids, sums, u->data,
-                                        &u->learnt);
+        status =
+            ckca__average_features(m, fresh || !m->centroids.count ? NULL : &m->centroids, sums, u->data, &u->learnt);
     ckca__release(u->ctx, sums);
     return status;
 }
 
-/* Allocates *after: the class means of before (NULL: none) and of data, whose features add up to sums per class (classes x
-   features of m). */
+/* Allocates *after: the class means of before (NULL: none) and of data, whose features add up to sums per class
+   (classes x features of m). */
 static ckca_status ckca__average_features(const ckca_model *m, const ckca__centroids *before, const double *sums,
                                           const ckca_data *data, ckca__centroids *after) {
     const size_t d = (size_t)m->features;
@@ -7016,8 +7027,7 @@ static ckca_status ckca__evaluate_all(ckca_model *m, const ckca_model *like, con
         seen = (int *)ckca__alloc(ctx, (size_t)m->classes * 2 * sizeof(int) + 2 * sizeof(int));
         hit = (int *)ckca__alloc(ctx, hit_bytes);
         device_hit = (int *)ckca__device_alloc(ctx, hit_bytes);
-        if (class_sums)
-            features = (float *)ckca__alloc(ctx, (size_t)batch * (size_t)m->features * sizeof *features);
+        if (class_sums) features = (float *)ckca__alloc(ctx, (size_t)batch * (size_t)m->features * sizeof *features);
         if (!position || !seen || !hit || !device_hit || (class_sums && !features))
             status = ckca__fail(ctx, CKCA_ENOMEM, "evaluate: out of memory for %d classes, %d pictures", m->classes,
                                 data->count);
@@ -9489,9 +9499,9 @@ static ckca_status ckca__export_model(ckca_model *m, const char *path, const cha
         ckca__text_base64(&class_counts, m->centroids.count, (size_t)m->classes * sizeof(int64_t));
         ckca__text_base64(&class_means, m->centroids.mean, (size_t)m->classes * (size_t)m->features * sizeof(float));
     }
-    if (!status && (!item || !name || !parameter || !graph || !export_.host || !export_.ordered ||
-                    (m->class_names && !names) || mean.failed || std.failed || class_counts.failed ||
-                    class_means.failed))
+    if (!status &&
+        (!item || !name || !parameter || !graph || !export_.host || !export_.ordered || (m->class_names && !names) ||
+         mean.failed || std.failed || class_counts.failed || class_means.failed))
         status = ckca__fail(ctx, CKCA_ENOMEM, "%s: out of memory for saving it", path ? ckca__tail(path) : "save");
     if (!status) {
         ckca__graph_write(m, graph, graph_length);
@@ -14981,7 +14991,8 @@ static void ckca__op_cross_entropy(ckca_context *ctx, int n, int k, const float 
             rank += row[j] > row[label] || (row[j] == row[label] && j < label);
             if (dlogits)
                 dlogits[(ptrdiff_t)i * k + j] =
-                    (float)(scale * ((exp(row[j] - lse) - (j == label ? 1 - smoothing : 0) - smoothing / (float)k) / n));
+                    (float)(scale *
+                            ((exp(row[j] - lse) - (j == label ? 1 - smoothing : 0) - smoothing / (float)k) / n));
         }
         loss[i] = (float)(lse - (1 - smoothing) * row[label] - smoothing * (sum / k));
         hit[i] = lse == lse ? (rank == 0) | (rank < 5) << 1 : 0;
@@ -15003,8 +15014,8 @@ static void ckca__op_softmax(ckca_context *ctx, int n, int k, const float *logit
    (softmax(student_i / T) - softmax(teacher_i / T)). T^2 makes the gradient's scale independent of T (Hinton, Vinyals,
    Dean 2015, section 2); a_i is this project's. */
 static void ckca__op_adakd(ckca_context *ctx, int n, int k, const float *student_logits, const float *teacher_logits,
-                           const int *labels, const float *class_weight, float temperature, float scale,
-                           float *dlogits, float *loss) {
+                           const int *labels, const float *class_weight, float temperature, float scale, float *dlogits,
+                           float *loss) {
     double t = temperature;
     int i;
     (void)ctx;
@@ -15088,11 +15099,10 @@ static void ckca__featreg_row(void *job, int i, int thread) {
                          (float)(-scale * inv_f * inv_o), teacher_features, a->dfeatures + row, a->accumulate);
 }
 
-static void ckca__op_featreg(ckca_context *ctx, int bf16, int bf16_teacher, int n, int d,
-                             const float *student_features, const float *teacher_features, float scale,
-                             float *dfeatures, int accumulate, float of_zero, float *loss) {
-    ckca__featreg job = {ctx,   n,         d,          student_features, teacher_features,
-                         scale, dfeatures, accumulate, of_zero,          loss};
+static void ckca__op_featreg(ckca_context *ctx, int bf16, int bf16_teacher, int n, int d, const float *student_features,
+                             const float *teacher_features, float scale, float *dfeatures, int accumulate,
+                             float of_zero, float *loss) {
+    ckca__featreg job = {ctx, n, d, student_features, teacher_features, scale, dfeatures, accumulate, of_zero, loss};
     (void)bf16;
     (void)bf16_teacher;
     ckca__parallel_over(ctx, (size_t)n * (size_t)d, n, ckca__featreg_row, &job);
@@ -15325,6 +15335,9 @@ static void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, const 
             Contracts: a failing call leaves its caller's pointers alone; every descriptor's numbers are checked;
             ckca_update_defaults; a teacher is only read; a training state stays until the result is saved
             Group normalisation (ckca_layer_groupnorm)
+            Method: the defaults are AdaKD's GROWTH and FeatReg's CENTROID, with the number of pictures and the class
+            means in the checkpoint; ckca_update_desc.teacher_pictures and unlabelled. Deleted, since no measurement
+            supports them: AdaKD's TRUTH and DOUBT, FeatReg's L2 and RELATION
    0.1.0    2026-11-23, the first version: ResNets for CIFAR (8 to 110) and ImageNet (18, 34, 50), networks of your own;
             CKCA with its forms of AdaKD and FeatReg, warm start, shrink and perturb, LwF, scratch; pictures from folders,
             CIFAR, MNIST's format, arrays; safetensors checkpoints with torchvision's names, training states; AVX-512,

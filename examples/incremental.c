@@ -36,7 +36,7 @@ enum { METHODS = sizeof methods / sizeof *methods };
 /* A method's results after a chunk. Accuracies are fractions. */
 typedef struct row {
     int done, pictures;
-    double accuracy, top5, loss;                                   /* on the test part */
+    double accuracy, top5, loss;                                         /* on the test part */
     double train_loss, train_accuracy, kd, feat, teacher, w_kd, seconds; /* of the update's last epoch */
 } row;
 
@@ -103,9 +103,9 @@ static void write_csv(const run *r, FILE *file) {
         for (m = 0; m < r->columns; m++) {
             const row *a = at(r, t, m);
             if (a->done)
-                fprintf(file, "%s,%d,%d,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.2f\n", r->method[m]->name,
-                        t + 1, a->pictures, a->accuracy, a->top5, a->loss, a->train_loss, a->train_accuracy, a->kd,
-                        a->feat, a->teacher, a->w_kd, a->seconds);
+                fprintf(file, "%s,%d,%d,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%.2f\n", r->method[m]->name, t + 1,
+                        a->pictures, a->accuracy, a->top5, a->loss, a->train_loss, a->train_accuracy, a->kd, a->feat,
+                        a->teacher, a->w_kd, a->seconds);
         }
 }
 
@@ -409,7 +409,8 @@ static void choose_methods(run *r) {
 
 /* qsort's order of addresses. */
 static int by_address(const void *a, const void *b) {
-    const uintptr_t x = (uintptr_t) * (const unsigned char *const *)a, y = (uintptr_t) * (const unsigned char *const *)b;
+    const uintptr_t x = (uintptr_t) * (const unsigned char *const *)a,
+                    y = (uintptr_t) * (const unsigned char *const *)b;
     return x < y ? -1 : x > y;
 }
 
@@ -482,8 +483,8 @@ int main(int argc, char **argv) {
         {"--adakd", TOOL_CHOICE, &r.update.adakd, 0, 0, "growth|constant|class", "ckca's distillation weight", 0},
         {"--w-kd", TOOL_FLOAT, &r.update.w_kd, 0, 1000, "X",
          "weight of ckca's distillation, a factor of growth's, 0: off [1; class: 2]", 0},
-        {"--w-lwf", TOOL_FLOAT, &r.w_lwf, 0, 1000, "X",
-         "weight of lwf's and ckca-no-growth's distillation, 0: off [1]", 0},
+        {"--w-lwf", TOOL_FLOAT, &r.w_lwf, 0, 1000, "X", "weight of lwf's and ckca-no-growth's distillation, 0: off [1]",
+         0},
         {"--temperature", TOOL_FLOAT, &r.update.temperature, 0.1, 100, "X", "of ckca's and lwf's distillation [2]", 0},
         {"--featreg", TOOL_CHOICE, &r.update.featreg, 0, 0, "centroid|stages|cosine", "ckca's feature distance", 0},
         {"--w-feat", TOOL_FLOAT, &r.update.w_feat, 0, 1000, "X", "weight of ckca's feature term, 0: off [1]", 0},
