@@ -211,6 +211,20 @@
        than its blocks need at least is refused). In a PNG, the checksum of every chunk (CRC-32) is checked, that of the
        pixels (Adler-32) is not.
 
+   OTHER PROGRAMS, OTHER LANGUAGES
+       ckca_save_onnx writes a network for ONNX Runtime and other programs that read ONNX. make shared builds
+       build/libckca.so, which has the public names and no others; make install-shared installs it, with ckca-shared.pc.
+       Structures have no bit-fields and no unions. A binding should compare ckca_version and ckca_struct_size with its
+       own before any other call: examples/ckca.py (ctypes) reads this header for that.
+       Go, with cgo:
+           // #cgo LDFLAGS: -lckca
+           // #include <ckca.h>
+           import "C"  ...  if C.ckca_load(ctx, &model, path) != C.CKCA_OK { log.Print(C.GoString(C.ckca_error(ctx))) }
+       Rust, with bindgen ckca.h --allowlist-function 'ckca_.*' --allowlist-type 'ckca_.*' -o ckca.rs:
+           include!("ckca.rs");
+           let status = unsafe { ckca_load(ctx, &mut model, path.as_ptr()) };
+           assert_eq!(unsafe { ckca_struct_size(name.as_ptr()) } as usize, std::mem::size_of::<ckca_update_desc>());
+
    VERSIONS
        CKCA_VERSION is MAJOR.MINOR.PATCH. A new PATCH changes no declaration. A new MINOR may add declarations and
        change defaults and the bits of results; before 1.0.0 it may also change declarations, after that only a new
