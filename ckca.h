@@ -5663,7 +5663,7 @@ CKCA_API ckca_status ckca_update_defaults(const ckca_model *m, const ckca_data *
 /* What an update with these settings allocates beside the model's weights and the pictures, at a batch of n. */
 static ckca_status ckca__update_bytes(const ckca_model *m, const ckca_data *data, const ckca_update_desc *d, int n,
                                       size_t *bytes) {
-    const ckca_model *t = d->teacher ? d->teacher : m;
+    const ckca_model *t = d->teacher && d->teacher->finished ? d->teacher : m; /* else ckca__check_teacher refuses it */
     const ckca_augment *a = &d->augment;
     const size_t weights = m->all * sizeof(float), count = (size_t)data->count;
     const int stages = d->w_feat > 0 && ckca__featregs[d->featreg].stages, features = t->features > m->features;
@@ -7880,8 +7880,8 @@ static void ckca__state_difference(const ckca__update *u, const char *settings, 
         at = strstr(settings, key);
         if (!at) continue; /* an older library wrote the state and did not know the setting */
         at += strlen(key);
-        if (!ckca__parse_decimal(&at, &was) || (float)was == (float)ckca__setting_get(&u->asked, s)) continue;
-        snprintf(out, capacity, "its %s was %.7g, now it is %.7g", s->name, was, ckca__setting_get(&u->asked, s));
+        if (!ckca__parse_decimal(&at, &was) || (float)was == (float)ckca__setting_get(&u->d, s)) continue;
+        snprintf(out, capacity, "its %s was %.7g, now it is %.7g", s->name, was, ckca__setting_get(&u->d, s));
         return;
     }
 }
