@@ -10,7 +10,7 @@
 #   make bench              build/bench (see tests/bench.c)
 #   make bench-peers        a table against PyTorch and this machine's peak rates. Installs PyTorch into build/peers
 #                           unless PYTHON has it; ROWS="train resnet20", ROUNDS=3 and more: see tests/bench_peers.py
-#   make install PREFIX=    ckca.h, ckca_cuda.cu, LICENSE and ckca.pc; DESTDIR is honoured
+#   make install PREFIX=    ckca.h, ckca_cuda.cu, LICENSE, ckca.pc, CMake's package; DESTDIR is honoured
 #   make shared             build/libckca.so, a shared library for programs in other languages
 #   make install-shared     install, the shared library and ckca-shared.pc
 #   make clean
@@ -254,10 +254,11 @@ shared: build/libckca.so
 # ckca_cuda.cu is source that each program compiles for its own GPUs: pkg-config --variable=cuda_source ckca names it.
 install:
 	install -d '$(DESTDIR)$(PREFIX)/include' '$(DESTDIR)$(PREFIX)/lib/pkgconfig' '$(DESTDIR)$(PREFIX)/share/ckca' \
-	    '$(DESTDIR)$(PREFIX)/share/doc/ckca'
+	    '$(DESTDIR)$(PREFIX)/share/doc/ckca' '$(DESTDIR)$(PREFIX)/lib/cmake/ckca'
 	install -m 644 ckca.h '$(DESTDIR)$(PREFIX)/include/ckca.h'
 	install -m 644 ckca_cuda.cu '$(DESTDIR)$(PREFIX)/share/ckca/ckca_cuda.cu'
 	install -m 644 LICENSE '$(DESTDIR)$(PREFIX)/share/doc/ckca/LICENSE'
+	install -m 644 ckca-config.cmake ckca-config-version.cmake '$(DESTDIR)$(PREFIX)/lib/cmake/ckca'
 	printf '%s\n' 'prefix=$(PREFIX)' 'includedir=$${prefix}/include' \
 	    'cuda_source=$${prefix}/share/ckca/ckca_cuda.cu' '' 'Name: ckca' \
 	    'Description: Incremental training of image classifiers, a single C header' 'Version: $(VERSION)' \

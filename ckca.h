@@ -252,6 +252,20 @@
        than its blocks need at least is refused). In a PNG, the checksum of every chunk (CRC-32) is checked, that of the
        pixels (Adler-32) is not.
 
+   OTHER PROGRAMS, OTHER LANGUAGES
+       ckca_save_onnx writes a network for ONNX Runtime and other programs that read ONNX. make shared builds
+       build/libckca.so, which has the public names and no others; make install-shared installs it, with ckca-shared.pc.
+       Structures have no bit-fields and no unions. A binding should compare ckca_version and ckca_struct_size with its
+       own before any other call: examples/ckca.py (ctypes) reads this header for that.
+       Go, with cgo:
+           // #cgo LDFLAGS: -lckca
+           // #include <ckca.h>
+           import "C"  ...  if C.ckca_load(ctx, &model, path) != C.CKCA_OK { log.Print(C.GoString(C.ckca_error(ctx))) }
+       Rust, with bindgen ckca.h --allowlist-function 'ckca_.*' --allowlist-type 'ckca_.*' -o ckca.rs:
+           include!("ckca.rs");
+           let status = unsafe { ckca_load(ctx, &mut model, path.as_ptr()) };
+           assert_eq!(unsafe { ckca_struct_size(name.as_ptr()) } as usize, std::mem::size_of::<ckca_update_desc>());
+
    VERSIONS
        CKCA_VERSION is MAJOR.MINOR.PATCH. A new PATCH changes no declaration. A new MINOR may add declarations and
        change defaults and the bits of results; before 1.0.0 it may also change declarations, after that only a new
@@ -6302,7 +6316,7 @@ CKCA_API ckca_status ckca_update_defaults(const ckca_model *m, const ckca_data *
 /* What an update with these settings allocates beside the model's weights and the pictures, at a batch of n. */
 static ckca_status ckca__update_bytes(const ckca_model *m, const ckca_data *data, const ckca_update_desc *d, int n,
                                       size_t *bytes) {
-    const ckca_model *t = d->teacher ? d->teacher : m;
+    const ckca_model *t = d->teacher && d->teacher->finished ? d->teacher : m; /* else ckca__check_teacher refuses it */
     const size_t weights = m->all * sizeof(float), count = (size_t)data->count;
     const int stages = d->w_feat > 0 && ckca__featregs[d->featreg].stages, unlabelled = d->unlabelled && d->w_kd > 0;
     const int pictures = unlabelled ? 2 * n : n; /* of an SGD step */
@@ -9682,8 +9696,8 @@ static void ckca__state_difference(const ckca__update *u, const char *settings, 
         at = strstr(settings, key);
         if (!at) continue; /* an older library wrote the state and did not know the setting */
         at += strlen(key);
-        if (!ckca__parse_decimal(&at, &was) || (float)was == (float)ckca__setting_get(&u->asked, s)) continue;
-        snprintf(out, capacity, "its %s was %.7g, now it is %.7g", s->name, was, ckca__setting_get(&u->asked, s));
+        if (!ckca__parse_decimal(&at, &was) || (float)was == (float)ckca__setting_get(&u->d, s)) continue;
+        snprintf(out, capacity, "its %s was %.7g, now it is %.7g", s->name, was, ckca__setting_get(&u->d, s));
         return;
     }
 }

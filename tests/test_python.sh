@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # test_python.sh: the shared library as a user gets it (make install-shared into a folder): its names, its soname, a C
-# program that links with it by pkg-config's words, examples/ckca.py and, where they are installed, ONNX Runtime and cffi
-# (tests/embed.py). PYTHON: python3. Run from the repository's root.
+# program that links with it by pkg-config's words, CMake's package (tests/cmake), examples/ckca.py and, where they are
+# installed, ONNX Runtime and cffi (tests/embed.py). PYTHON: python3. Run from the repository's root.
 set -u
 tmp=$(mkdir -p build && mktemp -d "$PWD/build/python.XXXXXX") || exit 1
 trap 'rm -rf "$tmp"' EXIT
@@ -14,7 +14,7 @@ check() { # check STATUS TEXT
 
 # In a folder of its own, so that these flags do not make the other tests rebuild
 mkdir "$tmp/tree"
-ln -s "$PWD"/{ckca.h,ckca_cuda.cu,Makefile,LICENSE,examples,tests} "$tmp/tree"
+ln -s "$PWD"/{ckca.h,ckca_cuda.cu,Makefile,LICENSE,ckca-config.cmake,ckca-config-version.cmake,examples,tests} "$tmp/tree"
 env -u MAKEFLAGS -u MFLAGS -u CUDA make -s -C "$tmp/tree" install-shared DESTDIR="$tmp/root" PREFIX=/usr \
     CC="$CC" CFLAGS="-O1 -DCKCA_NO_SIMD" > "$tmp/log" 2>&1
 status=$?
@@ -77,9 +77,29 @@ check $? "the program with the shared library: $(head -n 3 "$tmp/log")"
 soname=libckca.so.$(echo "$version" | sed 's/\.[0-9]*$//; /^0/!s/\..*//')
 [ -L "$tmp/root/usr/lib/$soname" ]
 check $? "no link $soname"
-rm -f "$tmp/root/usr/lib/libckca.so" # only needed for linking
+mv "$tmp/root/usr/lib/libckca.so" "$tmp/link" # only needed for linking
 LD_LIBRARY_PATH=$tmp/root/usr/lib "$tmp/user" > /dev/null 2>&1
 check $? "the program does not run without the unversioned link"
+mv "$tmp/link" "$tmp/root/usr/lib/libckca.so"
+
+# CMake: find_package with the installed library, FetchContent with the source
+if ! command -v cmake > /dev/null; then
+    echo "SKIPPED CMake's package: no cmake"
+else
+    cmake_user() { # cmake_user NAME OPTION...
+        cmake -S tests/cmake -B "$tmp/$1" -DCMAKE_C_COMPILER="$CC" -DCMAKE_C_COMPILER_WORKS=1 \
+            -DCMAKE_C_FLAGS="-D_DEFAULT_SOURCE -O0 -DCKCA_NO_SIMD -DCKCA_NO_STB_IMAGE" "${@:2}" > "$tmp/log" 2>&1 &&
+            cmake --build "$tmp/$1" >> "$tmp/log" 2>&1 && "$tmp/$1/user" >> "$tmp/log" 2>&1
+    }
+    cmake_user installed -DCMAKE_PREFIX_PATH="$tmp/root/usr" -DVERSION="${version%.*}"
+    check $? "find_package(ckca ${version%.*}) and ckca::shared: $(grep -m 3 -i error "$tmp/log")"
+    cmake_user source -DSOURCE="$PWD"
+    check $? "FetchContent and ckca::ckca: $(grep -m 3 -i error "$tmp/log")"
+    for other in 0.1 9; do
+        ! cmake_user "other$other" -DCMAKE_PREFIX_PATH="$tmp/root/usr" -DVERSION=$other && grep -q "version: $version" "$tmp/log"
+        check $? "find_package(ckca $other) found version $version"
+    done
+fi
 
 # Python
 if ! command -v "$PYTHON" > /dev/null; then
