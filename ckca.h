@@ -592,7 +592,8 @@ CKCA_API ckca_status ckca_features(ckca_model *model, const unsigned char *pixel
 CKCA_API ckca_status ckca_imprint(ckca_model *model, const ckca_data *data, int first);
 /* Adds count classes, behind the ones there are, to a model with class names. Old logits stay as they are; each new row
    of the head is the mean of the old ones, until ckca_imprint sets it. AdaKD of the next update compares the classes
-   that were there before alone (its forms TRUTH and DOUBT are refused then); ckca_save does not store that. Data for
+   that were there before alone (its forms TRUTH and DOUBT are refused then), and if its pictures are all of new classes,
+   its cross-entropy compares the new ones alone; ckca_save does not store that. Data for
    this model must have its names (ckca_data_like). Gradients and momentum are dropped. On failure the model is as
    before. */
 CKCA_API ckca_status ckca_add_classes(ckca_model *model, const char *const *names, int count);
@@ -4037,7 +4038,7 @@ static void ckca__forward_conv(ckca_model *m, int i) {
     ckca__statistics statistics;
     ckca__conv s;
     ckca__shape(m, x, m->n, m->mode, &s);
-    if (ckca__trains(m, i, m->mode) && x->takes) {
+    if ((m->mode & CKCA__MODE_TRAIN) && x->takes) {
         statistics = ckca__statistics_of(m, &m->node[x->takes]);
         s.statistics = &statistics;
     }
@@ -5158,6 +5159,7 @@ typedef struct ckca__batch_buffers {
     float *lr;                      /* 1 value */
     int *epoch;                     /* 1 value */
     int *index, *position, *labels; /* n each; index: in the store, position: in the data set */
+    int first_label;                /* is subtracted from the labels */
     /* Only if the store streams: */
     unsigned char *pixels; /* the batch's pictures, in a block of their own */
     size_t pixel_bytes;
@@ -5185,6 +5187,9 @@ typedef struct ckca__update {
     /* AdaKD over the first known classes alone (fewer than all after ckca_add_classes), see ckca__known_term: */
     int known, *known_from, *known_to;
     float *known_student, *known_teacher, *known_gradient, *known_wide;
+    int separate;                      /* 1: cross-entropy over the other classes alone, see ckca__new_term */
+    int *new_from, *new_to;
+    float *new_logits, *new_gradient;
     void *known_block;
     size_t known_bytes;
     float *own_features; /* the student's features of all pictures, count x features, if they are frozen; or NULL */
@@ -5317,6 +5322,7 @@ static ckca_status ckca__train_step(ckca__update *u, const int *position, int n)
 static void ckca__step_ops(ckca__update *u, int n);
 static void ckca__teacher_outputs(ckca__update *u, int n, const float *input);
 static void ckca__known_term(ckca__update *u, int n, const float *logits);
+static void ckca__new_term(ckca__update *u, int n, const float *logits);
 static ckca_status ckca__prepare_known(ckca__update *u);
 static void ckca__feature_term(ckca__update *u, int n);
 static float ckca__learning_rate(const ckca_update_desc *d, int64_t s, int batches);
@@ -5549,8 +5555,11 @@ static void ckca__step_ops(ckca__update *u, int n) {
     logits = ckca__value(m, m->logits);
 
     ckca__clear_has_grad(m);
-    ckca__op_cross_entropy(ctx, n, m->classes, logits, u->buffers.labels, d->label_smoothing, ckca__grad(m, m->logits),
-                           u->buffers.loss, u->buffers.hit);
+    if (u->separate)
+        ckca__new_term(u, n, logits);
+    else
+        ckca__op_cross_entropy(ctx, n, m->classes, logits, u->buffers.labels, d->label_smoothing,
+                               ckca__grad(m, m->logits), u->buffers.loss, u->buffers.hit);
     m->node[m->logits].has_grad = 1;
     ckca__op_sum(ctx, n, u->buffers.loss, u->buffers.sums);
     ckca__op_count(ctx, n, u->buffers.hit, u->buffers.sums + 3);
@@ -5606,13 +5615,26 @@ static void ckca__known_term(ckca__update *u, int n, const float *logits) {
     ckca__op_add_backward(u->ctx, 0, (size_t)n * (size_t)k, NULL, u->known_wide, ckca__grad(u->m, u->m->logits), 1);
 }
 
-/* Allocates what ckca__known_term needs. Only the form's weights can name a label beyond the known classes: CLASS, which
+/* Cross-entropy over the classes that are not known to the teacher. If all pictures are of those, the softmax over all
+   classes would only learn never to answer with an old one; each half has a softmax of its own instead, as in Learning
+   without Forgetting (Li and Hoiem 2016). The labels count from the first of these classes (ckca__batch_buffers). */
+static void ckca__new_term(ckca__update *u, int n, const float *logits) {
+    const int k = u->m->classes, fresh = k - u->known;
+    ckca__op_gather(u->ctx, n * fresh, 1, logits, u->new_from, u->new_logits);
+    ckca__device_zero(u->ctx, u->new_gradient, ((size_t)u->d.batch * (size_t)fresh + 1) * sizeof(float));
+    ckca__op_cross_entropy(u->ctx, n, fresh, u->new_logits, u->buffers.labels, u->d.label_smoothing, u->new_gradient,
+                           u->buffers.loss, u->buffers.hit);
+    ckca__op_gather(u->ctx, n * k, 1, u->new_gradient, u->new_to, ckca__grad(u->m, u->m->logits));
+}
+
+/* Allocates what ckca__known_term and ckca__new_term need. Only the form's weights can name a label beyond the known classes: CLASS, which
    looks it up in a table of all, where the new ones have 1. */
 static ckca_status ckca__prepare_known(ckca__update *u) {
     const size_t k = (size_t)u->m->classes, known = (size_t)u->known, batch = (size_t)u->d.batch;
     const size_t narrow = ckca__round_up(ckca__mul(batch, known) + 1, CKCA__ALIGN / sizeof(float));
+    const size_t rest = ckca__round_up(ckca__mul(batch, k - known) + 1, CKCA__ALIGN / sizeof(float));
     const size_t wide = ckca__round_up(ckca__mul(batch, k), CKCA__ALIGN / sizeof(float));
-    int *from;
+    int *from, *to, *new_from, *new_to, label;
     size_t i, j;
     if (u->d.adakd == CKCA_ADAKD_TRUTH || u->d.adakd == CKCA_ADAKD_DOUBT)
         return ckca__fail(u->ctx, CKCA_EINVAL,
@@ -5622,25 +5644,41 @@ static ckca_status ckca__prepare_known(ckca__update *u) {
     if (ckca__mul(batch, k) > INT_MAX / 2)
         return ckca__fail(u->ctx, CKCA_EINVAL, "update: a batch of %d with %d classes is too large", u->d.batch,
                           u->m->classes);
-    u->known_bytes = (4 * narrow + 2 * wide) * sizeof(float);
+    u->separate = 1;
+    for (i = 0; i < (size_t)u->data->count; i++) {
+        label = u->data->store->labels[u->data->index[i]];
+        if (label < u->known) u->separate = 0;
+    }
+    if (u->separate) u->buffers.first_label = u->known;
+    u->known_bytes = (4 * narrow + 3 * rest + 3 * wide) * sizeof(float);
     u->known_block = ckca__device_alloc(u->ctx, u->known_bytes);
-    from = (int *)ckca__alloc(u->ctx, (narrow + wide) * sizeof(int));
+    from = (int *)ckca__alloc(u->ctx, (narrow + rest + 2 * wide) * sizeof(int));
     if (!u->known_block || !from) {
         ckca__release(u->ctx, from);
         return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for the logits of %d classes", u->m->classes);
     }
     u->known_from = (int *)u->known_block;
     u->known_to = u->known_from + narrow;
-    u->known_student = (float *)(void *)(u->known_to + wide);
+    u->new_from = u->known_to + wide;
+    u->new_to = u->new_from + rest;
+    u->new_logits = (float *)(void *)(u->new_to + wide);
+    u->new_gradient = u->new_logits + rest;
+    u->known_student = u->new_gradient + rest;
     u->known_teacher = u->known_student + narrow;
     u->known_gradient = u->known_teacher + narrow;
     u->known_wide = u->known_gradient + narrow;
+    to = from + narrow;
+    new_from = to + wide;
+    new_to = new_from + rest;
     for (i = 0; i < batch; i++) {
         for (j = 0; j < known; j++) from[i * known + j] = (int)(i * k + j);
-        for (j = 0; j < k; j++) /* behind the gradient is a zero */
-            from[narrow + i * k + j] = (int)(j < known ? i * known + j : batch * known);
+        for (j = known; j < k; j++) new_from[i * (k - known) + j - known] = (int)(i * k + j);
+        for (j = 0; j < k; j++) { /* behind both gradients is a zero */
+            to[i * k + j] = (int)(j < known ? i * known + j : batch * known);
+            new_to[i * k + j] = (int)(j < known ? batch * (k - known) : i * (k - known) + j - known);
+        }
     }
-    ckca__device_upload(u->ctx, u->known_block, from, (narrow + wide) * sizeof(int));
+    ckca__device_upload(u->ctx, u->known_block, from, (narrow + rest + 2 * wide) * sizeof(int));
     ckca__release(u->ctx, from);
     return ckca__device_status(u->ctx);
 }
@@ -5918,7 +5956,7 @@ static ckca_status ckca__prepare_teacher(ckca__update *u) {
     if (!status) {
         u->teacher_accuracy = score.top1;
         for (i = 0; i < t->classes; i++)
-            if (i >= u->known)
+            if (i >= u->known || u->separate)
                 by_class[i] = 1; /* the teacher does not know it, but may know what it looks like */
             else if (by_class[i] < 0)
                 by_class[i] = 0; /* a class without pictures; never read */
@@ -6068,7 +6106,7 @@ static void ckca__send_batch(ckca_context *ctx, const ckca_data *data, const int
     memcpy(ckca__host_input(b, b->position), position, (size_t)n * sizeof *position);
     for (i = 0; i < n; i++) {
         index[i] = data->index[position[i]];
-        labels[i] = data->store->labels[index[i]];
+        labels[i] = data->store->labels[index[i]] - b->first_label;
     }
     if (b->staging) {
         const size_t size = ckca__picture_bytes(data->store);
@@ -6891,20 +6929,22 @@ static void ckca__pack_weights(ckca_model *m, int mode) {
     ckca__conv s[PER_CALL];
     const float *w[PER_CALL];
     size_t offset = 0;
-    int i, count = 0;
-    for (i = 1; i < m->nodes && m->packed_weights; i++) {
-        ckca__node *x = &m->node[i];
-        const int folded = x->folded && !ckca__runs(m, i, mode);
-        if (!ckca__has_flag(m, i, CKCA__LAYER_CONVOLUTION)) continue;
-        x->packed_weights = offset;
-        ckca__shape(m, x, 1, mode, &s[count]);
-        offset += ckca__packed_bytes(m->ctx, &s[count], mode & CKCA__MODE_TRAIN);
-        w[count++] = ckca__param(m, x, folded ? m->folded : m->values, CKCA__PARAM_WEIGHT);
-        if (count < PER_CALL) continue;
-        ckca__op_pack_weights(m->ctx, count, s, w, mode & CKCA__MODE_TRAIN);
-        count = 0;
+    int i, count, backward; /* 1: with what the input gradient reads */
+    for (backward = 0; backward < 2 && m->packed_weights; backward++) {
+        for (i = 1, count = 0; i < m->nodes; i++) {
+            ckca__node *x = &m->node[i];
+            const int folded = x->folded && !ckca__runs(m, i, mode);
+            if (!ckca__has_flag(m, i, CKCA__LAYER_CONVOLUTION) || ckca__trains(m, i, mode) != backward) continue;
+            x->packed_weights = offset;
+            ckca__shape(m, x, 1, mode, &s[count]);
+            offset += ckca__packed_bytes(m->ctx, &s[count], backward);
+            w[count++] = ckca__param(m, x, folded ? m->folded : m->values, CKCA__PARAM_WEIGHT);
+            if (count < PER_CALL) continue;
+            ckca__op_pack_weights(m->ctx, count, s, w, backward);
+            count = 0;
+        }
+        if (count) ckca__op_pack_weights(m->ctx, count, s, w, backward);
     }
-    if (count) ckca__op_pack_weights(m->ctx, count, s, w, mode & CKCA__MODE_TRAIN);
 }
 
 /* ---- backward ---- */
@@ -7410,7 +7450,7 @@ static size_t ckca__all_packed_bytes(const ckca_model *m, int mode) {
         ckca__conv s;
         if (!ckca__has_flag(m, i, CKCA__LAYER_CONVOLUTION)) continue;
         ckca__shape(m, &m->node[i], 1, mode, &s);
-        bytes = ckca__sum(bytes, ckca__packed_bytes(m->ctx, &s, mode & CKCA__MODE_TRAIN));
+        bytes = ckca__sum(bytes, ckca__packed_bytes(m->ctx, &s, ckca__trains(m, i, mode)));
     }
     return bytes;
 }
