@@ -119,6 +119,14 @@
        terms; the forms of a_i and d here (ckca_adakd, ckca_featreg) are this project's reading, and you can choose
        among them. tests/MEASUREMENTS.md gives the reasons for the defaults.
 
+   NETWORKS THAT OTHERS TRAINED
+       torchvision's weights become a safetensors file in Python: safetensors.torch.save_file(model.state_dict(), path).
+       ckca_resnet builds the network by name, with ImageNet's mean and std (CKCA_IMAGENET_MEAN, _STD) and classes of
+       your own; ckca_load_backbone loads everything but the head. Then, from fast to slow: ckca_imprint sets the head
+       from class means in one pass; ckca_freeze(model, NULL) and ckca_update train the head alone; ckca_learning_rate
+       (model, NULL, 0.1f) and ckca_update train everything, the backbone at a tenth of the rate. examples/finetune.c
+       does all three. ckca_add_classes widens the head when classes arrive later.
+
    DEFINITIONS
        picture    height x width x channels bytes, row by row, channels innermost (NHWC), as stb_image gives them
        N, K, D    pictures in a batch, classes (or output channels), features
@@ -129,6 +137,7 @@
        epoch      one pass over a chunk
        logits     the network's K outputs before the softmax
        features   the D inputs of the layer that computes the logits
+       head       the layer that computes the logits; the backbone is all others
        student    the network in training
        teacher    the checkpoint it started from, or ckca_update_desc.teacher
        Tensors are float32 (but see CKCA_PRECISION_BF16). Files and ckca_tensor_* use PyTorch's order (convolutions K x
@@ -607,16 +616,18 @@ CKCA_API ckca_status ckca_add_classes(ckca_model *model, const char *const *name
 /* What ckca_load_backbone did. The head's tensors count nowhere: if left and missing are 0, the file is of the same
    network. num_batches_tracked and momentum.* are not counted. */
 typedef struct ckca_backbone {
-    int taken;                          /* tensors of the model that the file has replaced */
-    int left;                           /* tensors of the file without one of this name and shape in the model */
-    int missing;                        /* tensors of the model that keep their values */
+    int taken;                              /* tensors of the model that the file has replaced */
+    int left;                               /* tensors of the file without one of this name and shape in the model */
+    int missing;                            /* tensors of the model that keep their values */
     char first_left[96], first_missing[96]; /* the first of each, by name and in the model's order; "": none */
 } ckca_backbone;
 
 /* ImageNet's statistics, with which torchvision's networks were trained, for ckca_model_desc.mean and std:
        static const float mean[3] = CKCA_IMAGENET_MEAN, std[3] = CKCA_IMAGENET_STD; */
-#define CKCA_IMAGENET_MEAN {0.485f, 0.456f, 0.406f}
-#define CKCA_IMAGENET_STD {0.229f, 0.224f, 0.225f}
+#define CKCA_IMAGENET_MEAN \
+    { 0.485f, 0.456f, 0.406f }
+#define CKCA_IMAGENET_STD \
+    { 0.229f, 0.224f, 0.225f }
 
 #ifndef CKCA_NO_STDIO
 /* Writes a checkpoint (safetensors) to path.tmp and renames it: path is always the complete old or new file. Follows a
@@ -662,7 +673,8 @@ typedef struct ckca_bytes {
 CKCA_API ckca_status ckca_model_bytes(const ckca_model *model, int batch, int training, ckca_bytes *bytes);
 
 /* Parameters and buffers by index (0 to ckca_tensor_count - 1) or name, in PyTorch's order (convolution K x C x R x S,
-   linear K x D). A model that is not finished has none. The first training forward creates gradients and momentum. */
+   linear K x D). A model that is not finished has none. The first training forward creates gradients and momentum;
+   frozen layers have neither (CKCA_EINVAL). */
 typedef struct ckca_tensor_info {
     const char *name;   /* owned by the model */
     int dims, shape[4]; /* 1 to 4; dims values */
@@ -718,7 +730,8 @@ CKCA_API ckca_status ckca_forward(ckca_model *model, const float *pictures, int 
 /* Shape of a node's output for one picture; the model need not be finished. Any of the three pointers may be NULL. */
 CKCA_API ckca_status ckca_node_shape(const ckca_model *model, int node, int *height, int *width, int *channels);
 /* Output of a node in the last forward, into out: n x H x W x C. After a training forward every node can be read except
-   those fused into a later one (a batch norm or add that only a ReLU reads); after evaluation, logits and features. */
+   those fused into a later one (a batch norm or add that only a ReLU reads; before the first trained layer also a
+   convolution that only a batch norm reads, see ckca_freeze); after evaluation, logits and features. */
 CKCA_API ckca_status ckca_node_read(ckca_model *model, int node, float *out);
 /* Adds the gradients of the last training forward to those of the parameters. dlogits: n x classes; dfeatures: n x
    features, or NULL. Each forward allows one backward, which overwrites the outputs of the forward. */
@@ -889,7 +902,7 @@ typedef struct ckca__conv {
     int bf16_x, bf16;       /* bf16_x: the input is bfloat16; bf16: the output is (poolings: bf16 says so of both) */
     void *packed_weights;   /* from ckca__op_pack_weights; or NULL */
     const ckca__statistics *statistics; /* forward: also computes these of its output; NULL: none */
-    int groups;             /* above 1: grouped, the weight is K x R x S x C / groups; then no norm, no statistics */
+    int groups; /* above 1: grouped, the weight is K x R x S x C / groups; then no norm, no statistics */
 } ckca__conv;
 
 /* Input channels that each output channel sees. */
@@ -3980,12 +3993,9 @@ static int ckca__window(int length, int kernel, int stride, int pad) {
 
 CKCA_API int ckca_layer_conv(ckca_model *m, const char *name, int input, ckca_conv_desc desc) {
     ckca__node *node = ckca__add_node(m, CKCA__KIND_CONV, name ? name : "", input, -1, 1);
-    ckca__bound bounds[6] = {{"out", 0, 1, INT_MAX, 0},
-                             {"kernel", 0, 0, 255, 0},
-                             {"stride", 0, 0, 255, 0},
-                             {"pad", 0, 0, 0, 0}, /* at most kernel - 1 */
-                             {"bias", 0, 0, 1, 0},
-                             {"groups", 0, 0, INT_MAX, 0}};
+    ckca__bound bounds[6] = {{"out", 0, 1, INT_MAX, 0}, {"kernel", 0, 0, 255, 0},
+                             {"stride", 0, 0, 255, 0},  {"pad", 0, 0, 0, 0}, /* at most kernel - 1 */
+                             {"bias", 0, 0, 1, 0},      {"groups", 0, 0, INT_MAX, 0}};
     char text[160];
     const ckca__node *x;
     if (!node) return -1;
@@ -5187,7 +5197,7 @@ typedef struct ckca__update {
     /* AdaKD over the first known classes alone (fewer than all after ckca_add_classes), see ckca__known_term: */
     int known, *known_from, *known_to;
     float *known_student, *known_teacher, *known_gradient, *known_wide;
-    int separate;                      /* 1: cross-entropy over the other classes alone, see ckca__new_term */
+    int separate; /* 1: cross-entropy over the other classes alone, see ckca__new_term */
     int *new_from, *new_to;
     float *new_logits, *new_gradient;
     void *known_block;
@@ -5854,8 +5864,7 @@ static ckca_status ckca__cache_features(ckca__update *u) {
     u->own_features_bytes = bytes;
     u->own_features = (float *)ckca__device_alloc(u->ctx, bytes);
     if (!u->own_features)
-        return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for the features of %d pictures",
-                          u->data->count);
+        return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for the features of %d pictures", u->data->count);
     if ((status = ckca__evaluate_all(m, m, u->data, &score, NULL, NULL, u->own_features))) return status;
     return ckca__reserve(m, u->d.batch, u->mode);
 }
@@ -6266,8 +6275,8 @@ static ckca_status ckca__outputs(ckca_model *m, const char *call, const unsigned
     bound.value = n;
     if ((status = ckca__check_bounds(m->ctx, call, &bound, 1))) return status;
     if (!m->normalized)
-        return ckca__fail(m->ctx, CKCA_EINVAL,
-                          "%s: the model has no mean and std: train it, or give them in its desc", call + 5);
+        return ckca__fail(m->ctx, CKCA_EINVAL, "%s: the model has no mean and std: train it, or give them in its desc",
+                          call + 5);
     batch = n < CKCA__EVAL_BATCH ? n : CKCA__EVAL_BATCH;
     if ((status = ckca__batch_buffers_alloc(m->ctx, &b, batch, m->classes, 1))) return status;
     status = ckca__reserve(m, batch, CKCA__MODE_EVALUATE);
@@ -6542,8 +6551,8 @@ CKCA_API ckca_status ckca_imprint(ckca_model *m, const ckca_data *data, int firs
         if (!(status = ckca__device_status(ctx))) ckca__imprint_means(&a);
         for (i = first; !status && i < a.k; i++)
             if (!a.count[i])
-                status = ckca__fail(ctx, CKCA_EINVAL, "imprint: class %d (\"%.60s\") has no picture", i,
-                                    m->class_names[i]);
+                status =
+                    ckca__fail(ctx, CKCA_EINVAL, "imprint: class %d (\"%.60s\") has no picture", i, m->class_names[i]);
         if (!status) {
             if (first)
                 ckca__imprint_new(&a);
@@ -6631,7 +6640,8 @@ CKCA_API ckca_status ckca_add_classes(ckca_model *m, const char *const *names, i
     bound.most = CKCA__CLASSES_MAX - m->classes;
     if ((status = ckca__check_bounds(ctx, "ckca_add_classes", &bound, 1))) return status;
     if (!m->class_names)
-        return ckca__fail(ctx, CKCA_EINVAL, "ckca_add_classes: the model has no class names yet: give them in its desc");
+        return ckca__fail(ctx, CKCA_EINVAL,
+                          "ckca_add_classes: the model has no class names yet: give them in its desc");
     if (ckca__mul((size_t)(m->classes + count), (size_t)m->features) > CKCA__VALUES_MAX)
         return ckca__fail(ctx, CKCA_ESHAPE, "ckca_add_classes: a head of %d classes and %d features is too large",
                           m->classes + count, m->features);
@@ -6872,8 +6882,7 @@ static void ckca__fold_one(ckca_model *m, int i) {
                   conv->bias ? ckca__param(m, conv, m->values, CKCA__PARAM_BIAS) : NULL,
                   ckca__param(m, bn, m->values, CKCA__PARAM_GAMMA), ckca__param(m, bn, m->values, CKCA__PARAM_BETA),
                   ckca__param(m, bn, m->values, CKCA__PARAM_MEAN), ckca__param(m, bn, m->values, CKCA__PARAM_VAR),
-                  ckca__param(m, conv, m->folded, CKCA__PARAM_WEIGHT),
-                  ckca__param(m, bn, m->folded, CKCA__PARAM_BETA));
+                  ckca__param(m, conv, m->folded, CKCA__PARAM_WEIGHT), ckca__param(m, bn, m->folded, CKCA__PARAM_BETA));
 }
 
 /* Folds every batch norm that follows a convolution into its weights, for evaluation. */
@@ -7426,8 +7435,7 @@ CKCA_API ckca_status ckca_model_bytes(const ckca_model *model, int batch, int tr
 static ckca_status ckca__measure(const ckca_model *m, int n, int mode, ckca_bytes *bytes) {
     memset(bytes, 0, sizeof *bytes);
     bytes->parameters = m->all * sizeof(float);
-    if (mode & CKCA__MODE_TRAIN)
-        bytes->gradients = bytes->momentum = m->trained * sizeof(float);
+    if (mode & CKCA__MODE_TRAIN) bytes->gradients = bytes->momentum = m->trained * sizeof(float);
     if (!(mode & CKCA__MODE_TRAIN) || ckca__has_folded(m))
         bytes->parameters += m->trainable * sizeof(float); /* folded */
     bytes->parameters += m->saved_count * sizeof(float);
@@ -7576,7 +7584,8 @@ static void ckca__plan_gradients(ckca__planner *p) {
         const ckca__node *x = &m->node[i];
         if (!ckca__in_place(m, i) || m->node[x->source].constant) continue;
         p->grad_at[x->source] = ~x->source;
-        if (x->residual > 0 && !m->node[x->residual].constant && p->last_reader[x->residual] == i && !ckca__is_output(m, x->residual, p->mode))
+        if (x->residual > 0 && !m->node[x->residual].constant && p->last_reader[x->residual] == i &&
+            !ckca__is_output(m, x->residual, p->mode))
             p->grad_at[x->residual] = p->grad_at[i];
     }
 }
@@ -7902,8 +7911,8 @@ static ckca_status ckca__read_normalization(const ckca_model *m, const ckca__st_
     if (!values)
         return ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for the mean of %d channels", path, m->channels);
     if (!ckca__parse_floats(mean, values, m->channels) || !ckca__parse_floats(std, values + channels, m->channels))
-        status = ckca__fail(m->ctx, CKCA_EFORMAT, "%s: ckca.mean and ckca.std are not %d numbers each", path,
-                            m->channels);
+        status =
+            ckca__fail(m->ctx, CKCA_EFORMAT, "%s: ckca.mean and ckca.std are not %d numbers each", path, m->channels);
     for (i = channels; !status && i < 2 * channels; i++)
         if (!(values[i] > 0))
             status = ckca__fail(m->ctx, CKCA_EFORMAT, "%s: ckca.std has a value that is not above 0", path);
@@ -8180,8 +8189,8 @@ static ckca_status ckca__choose_tensors(const ckca_model *m, const ckca__st_file
         const char *bare = ckca__unprefixed_name(m, tensor->name, &j);
         if (!bare || j < 0) continue;
         if (chosen[j] && bare != tensor->name && strcmp(chosen[j]->name, bare))
-            return ckca__fail(m->ctx, CKCA_EFORMAT, "%s: both %.80s and %.80s would be %.80s",
-                              ckca__tail(file->path), chosen[j]->name, tensor->name, bare);
+            return ckca__fail(m->ctx, CKCA_EFORMAT, "%s: both %.80s and %.80s would be %.80s", ckca__tail(file->path),
+                              chosen[j]->name, tensor->name, bare);
         if (!chosen[j] || bare == tensor->name) chosen[j] = tensor;
     }
     return CKCA_OK;
@@ -8660,12 +8669,12 @@ static ckca_status ckca__state_load(ckca__update *u, int *found) {
     if (!status && field[0] != u->fingerprint) {
         char difference[160];
         ckca__state_difference(u, text + 7 * 17 - 1, difference, sizeof difference);
-        status = ckca__fail(u->ctx, CKCA_EINVAL,
-                            "%s: it is the training state of another update (%s), whose result may not have been "
-                            "saved: finish that update, or remove the file to start over",
-                            path,
-                            *difference ? difference
-                                        : "other pictures, weights, mean, std, seed, teacher, frozen layers or settings");
+        status = ckca__fail(
+            u->ctx, CKCA_EINVAL,
+            "%s: it is the training state of another update (%s), whose result may not have been "
+            "saved: finish that update, or remove the file to start over",
+            path,
+            *difference ? difference : "other pictures, weights, mean, std, seed, teacher, frozen layers or settings");
     }
     if (!status &&
         (field[1] >= (uint64_t)u->d.epochs || field[2] > (uint64_t)u->batches || field[3] > (uint64_t)u->data->count))
@@ -12312,8 +12321,8 @@ static void ckca__bundle_copy_block(void *job, int b, int thread) {
 /* Copies a bundle's channels out of a map, or (back) into it. */
 static void ckca__bundle_move(ckca_context *ctx, size_t rows, int all, int first, int width, float *whole, float *part,
                               int back, int add) {
-    ckca__bundle_copy job = {rows, 1 + (CKCA__BLOCK / (size_t)width), (size_t)all, (size_t)first, (size_t)width, whole,
-                             part, back, add};
+    ckca__bundle_copy job = {
+        rows, 1 + (CKCA__BLOCK / (size_t)width), (size_t)all, (size_t)first, (size_t)width, whole, part, back, add};
     ckca__parallel_over(ctx, rows * (size_t)width, (int)((rows + job.block - 1) / job.block), ckca__bundle_copy_block,
                         &job);
 }

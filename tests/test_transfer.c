@@ -39,10 +39,10 @@ static void refused(ckca_status status, ckca_status expected, const char *senten
           ckca_status_name(status), ckca_error(ctx), ckca_status_name(expected), sentence);
 }
 
-#define OK(call)                                                                         \
-    do {                                                                                 \
-        ckca_status status_of_call = (call);                                             \
-        CHECK(status_of_call == CKCA_OK, "%s: %s", #call, ckca_error(ctx));              \
+#define OK(call)                                                            \
+    do {                                                                    \
+        ckca_status status_of_call = (call);                                \
+        CHECK(status_of_call == CKCA_OK, "%s: %s", #call, ckca_error(ctx)); \
     } while (0)
 
 /* All values of a model, of m->all floats; the caller frees them. */
@@ -82,7 +82,8 @@ static ckca_data *draw(int count, int classes, int from, int only, const char *c
         labels[i] = from + i % only;
         for (j = 0; j < 192; j++) {
             const int bright = j % 3 == labels[i] % 3 && j / 24 >= labels[i];
-            pixels[i * 192 + j] = (unsigned char)(ckca__random(5, (uint64_t)(i + 1000 * from), (uint64_t)j) % 120 + 110 * bright);
+            pixels[i * 192 + j] =
+                (unsigned char)(ckca__random(5, (uint64_t)(i + 1000 * from), (uint64_t)j) % 120 + 110 * bright);
         }
     }
     OK(ckca_open_array(ctx, &data, &array, NULL));
@@ -121,7 +122,8 @@ static void test_grouped(void) {
         s.p = (7 + 2 - 3) / s.stride + 1, s.q = (6 + 2 - 3) / s.stride + 1;
         for (i = 0; i < 6; i++) snprintf(name[i], sizeof name[i], "grouped%d.%s", groups, what[i]);
         ws = ckca__alloc(ctx, ckca__conv_workspace(ctx, &s));
-        ckca__op_conv_forward(ctx, &s, wanted(name[0], NULL), wanted(name[1], NULL), wanted(name[2], NULL), NULL, 0, out, ws);
+        ckca__op_conv_forward(ctx, &s, wanted(name[0], NULL), wanted(name[1], NULL), wanted(name[2], NULL), NULL, 0,
+                              out, ws);
         near(groups == 2 ? "grouped2.y" : "grouped4.y", out, 1e-5);
         ckca__op_conv_backward_data(ctx, &s, wanted(name[3], NULL), wanted(name[1], NULL), out, 0, ws);
         near(groups == 2 ? "grouped2.d_x" : "grouped4.d_x", out, 1e-5);
@@ -220,7 +222,8 @@ static void test_frozen(void) {
     OK(ckca_freeze(m, NULL));
     OK(ckca_model_bytes(m, 16, 1, &head));
     CHECK((double)head.total <= 1.3 * (double)evaluate.total && head.total < train.total,
-          "bytes of a step: %zu of all layers, %zu of the head, %zu in evaluation", train.total, head.total, evaluate.total);
+          "bytes of a step: %zu of all layers, %zu of the head, %zu in evaluation", train.total, head.total,
+          evaluate.total);
     /* every method leaves frozen layers as they are, running statistics included, and moves the head */
     for (method = 0; method < CKCA_METHOD_COUNT; method++) {
         d.method = (ckca_method)method;
@@ -266,8 +269,9 @@ static void test_frozen(void) {
     OK(ckca_learning_rate(m, "fc", 1));
     OK(ckca_update(m, data, &d, NULL));
     CHECK(!tensor_same(m, before, "layer4.0.conv1.weight") && !tensor_same(m, before, "fc.bias") &&
-              !tensor_same(m, before, "layer4.1.bn2.running_mean") && tensor_same(m, before, "layer3.1.bn2.running_mean") &&
-              tensor_same(m, before, "layer3.1.conv2.weight") && tensor_same(m, before, "conv1.weight"),
+              !tensor_same(m, before, "layer4.1.bn2.running_mean") &&
+              tensor_same(m, before, "layer3.1.bn2.running_mean") && tensor_same(m, before, "layer3.1.conv2.weight") &&
+              tensor_same(m, before, "conv1.weight"),
           "layer4 and fc are trained, the others not");
     OK(ckca_tensor_info_get(m, ckca_tensor_find(m, "layer4.0.bn1.weight"), &about));
     OK(ckca_tensor_read(m, ckca_tensor_find(m, about.name), CKCA_SLOT_MOMENTUM, number));
@@ -349,7 +353,8 @@ static void test_backbone(void) {
     static const struct {
         const char *arch;
         int64_t parameters;
-    } sizes[] = {{"resnet101", 2682906}, {"resnet152", 3669274}, {"wide_resnet50_2", 4196826}, {"resnext50_32x4d", 1455930}};
+    } sizes[] = {
+        {"resnet101", 2682906}, {"resnet152", 3669274}, {"wide_resnet50_2", 4196826}, {"resnext50_32x4d", 1455930}};
     ckca_model *m, *from, *loaded;
     ckca_backbone report;
     ckca_model_info info;
@@ -378,8 +383,9 @@ static void test_backbone(void) {
         memset(&report, -1, sizeof report);
         OK(ckca_load_backbone_memory(m, bytes, size, &report));
         CHECK(report.taken == ckca_tensor_count(m) - 2 && !report.left && !report.missing && !*report.first_left &&
-                  !*report.first_missing, "%s: %d taken, %d left (%s), %d missing (%s)", archs[i], report.taken,
-              report.left, report.first_left, report.missing, report.first_missing);
+                  !*report.first_missing,
+              "%s: %d taken, %d left (%s), %d missing (%s)", archs[i], report.taken, report.left, report.first_left,
+              report.missing, report.first_missing);
         CHECK(tensor_same(m, before, "fc.weight") && tensor_same(m, before, "fc.bias") &&
                   tensor_equal(m, from, "conv1.weight") && tensor_equal(m, from, "layer4.1.conv2.weight"),
               "%s: the head stays, the rest comes", archs[i]);
@@ -403,8 +409,8 @@ static void test_backbone(void) {
     bytes = (unsigned char *)saved(from, &size);
     before = values_of(m);
     OK(ckca_load_backbone_memory(m, bytes, size, &report));
-    CHECK(report.taken == 100 && report.left == 80 && !report.missing && !strcmp(report.first_left, "layer1.2.bn1.bias") &&
-              tensor_same(m, before, "fc.weight"),
+    CHECK(report.taken == 100 && report.left == 80 && !report.missing &&
+              !strcmp(report.first_left, "layer1.2.bn1.bias") && tensor_same(m, before, "fc.weight"),
           "resnet34 into resnet18: %d taken, %d left (%s), %d missing", report.taken, report.left, report.first_left,
           report.missing);
     free(before), ckca_model_free(m), ckca_model_free(from);
@@ -419,7 +425,8 @@ static void test_backbone(void) {
     before = values_of(m);
     OK(ckca_load_backbone_memory(m, bytes, size, &report)); /* conv1 and bn1 have 8 channels in both */
     CHECK(report.taken == 5 && report.missing == 11 && !strcmp(report.first_missing, "conv2.weight"),
-          "resnet8 into another network: %d taken, %d missing (%s)", report.taken, report.missing, report.first_missing);
+          "resnet8 into another network: %d taken, %d missing (%s)", report.taken, report.missing,
+          report.first_missing);
     ckca_model_free(m), ckca_model_free(from), free(before), free(bytes);
     /* damaged files, names with prefixes, and allocations that fail: the model is as it was */
     from = resnet("resnet8", 7, 3, NULL), m = resnet("resnet8", 3, 4, NULL);
@@ -445,8 +452,8 @@ static void test_backbone(void) {
     if (header) ((char *)changed)[header - (char *)changed + 1] = 'k';
     OK(ckca_load_backbone_memory(m, changed, size, &report));
     CHECK(report.missing == 1 && report.left == 1 && !strcmp(report.first_left, "konv1.weight") &&
-              !strcmp(report.first_missing, "conv1.weight"), "a tensor renamed: %d missing, %d left (%s)", report.missing,
-          report.left, report.first_left);
+              !strcmp(report.first_missing, "conv1.weight"),
+          "a tensor renamed: %d missing, %d left (%s)", report.missing, report.left, report.first_left);
     ckca__device_upload(ctx, m->values, before, m->all * sizeof *before);
     {
         const ckca_desc few = {1, CKCA_ISA_BEST, 0, CKCA_PRECISION_FLOAT32, limited, give_back, NULL};
@@ -481,7 +488,8 @@ static void test_backbone(void) {
         desc.classes = 2;
         conv.out = 6, conv.groups = 2;
         OK(ckca_model_create(ctx, &m, &desc));
-        CHECK(ckca_layer_conv(m, "c", ckca_layer_input(m), conv) == -1 && strstr(ckca_error(ctx), "2 groups do not divide"),
+        CHECK(ckca_layer_conv(m, "c", ckca_layer_input(m), conv) == -1 &&
+                  strstr(ckca_error(ctx), "2 groups do not divide"),
               "%s", ckca_error(ctx));
         ckca_model_free(m);
     }
@@ -516,7 +524,8 @@ static void test_heads(void) {
     refused(ckca_imprint(m, data, 3), CKCA_EINVAL, "first is 3");
     CHECK(tensor_same(m, before, "fc.weight"), "a refused imprint changed the head");
     OK(ckca_imprint(m, data, 0));
-    CHECK(!tensor_same(m, before, "fc.weight") && tensor_same(m, before, "conv1.weight"), "imprint sets the head alone");
+    CHECK(!tensor_same(m, before, "fc.weight") && tensor_same(m, before, "conv1.weight"),
+          "imprint sets the head alone");
     free(before);
     memset(mean, 0, sizeof mean);
     for (i = 0; i < 60; i++) OK(ckca_features(m, ckca_pixels(data, i), 1, features + 32 * i));
@@ -559,7 +568,8 @@ static void test_heads(void) {
     CHECK(m->classes == 3 && tensor_same(m, before, "fc.weight"), "a refused call changed the model");
     free(before);
     OK(ckca_add_classes(m, names + 3, 2));
-    CHECK(m->classes == 5 && !strcmp(m->class_names[4], "e") && ckca_data_like(m).classes == 5, "five classes with names");
+    CHECK(m->classes == 5 && !strcmp(m->class_names[4], "e") && ckca_data_like(m).classes == 5,
+          "five classes with names");
     for (k = 0; k < 2; k++) { /* before and after ckca_imprint: the old logits are as they were */
         if (k) OK(ckca_imprint(m, fresh, 3));
         for (i = 0; i < 20; i++) {
@@ -579,7 +589,8 @@ static void test_heads(void) {
     refused(ckca_update(m, fresh, &d, NULL), CKCA_EINVAL, "knows 3 of 5 classes");
     /* distillation over the old classes alone: the term is 0 where the old logits are the teacher's, whatever the new
        ones are, and its gradient reaches the old rows only */
-    d.adakd = CKCA_ADAKD_CONSTANT, d.w_feat = CKCA_OFF, d.epochs = 1, d.batch = 40, d.lr = 1e-9f, d.warmup_epochs = CKCA_OFF;
+    d.adakd = CKCA_ADAKD_CONSTANT, d.w_feat = CKCA_OFF, d.epochs = 1, d.batch = 40, d.lr = 1e-9f,
+    d.warmup_epochs = CKCA_OFF;
     OK(ckca_freeze(m, NULL));
     OK(ckca_update(m, fresh, &d, &report));
     CHECK(report.kd >= 0 && report.kd < 1e-6, "AdaKD of the same old logits is %g", report.kd);
@@ -635,7 +646,8 @@ static void test_known(int separate) {
                 double g = exp((double)z[i * K + j]) / sum - (ckca_label(data, i) == j);
                 int c;
                 if (separate && j < OLD) g = 0;
-                if (j < OLD) g += 3 * 2 * (exp((double)z[i * K + j] / 2) / s2 - exp((double)teacher[i * K + j] / 2) / o2);
+                if (j < OLD)
+                    g += 3 * 2 * (exp((double)z[i * K + j] / 2) / s2 - exp((double)teacher[i * K + j] / 2) / o2);
                 db[j] += g / N;
                 for (c = 0; c < 32; c++) dw[32 * j + c] += g / N * (double)features[32 * i + c];
             }
