@@ -428,9 +428,9 @@ typedef struct ckca_model_desc {
     int zero_residual;              /* ResNets: 1: the last batch norm of every residual branch starts at weight 0 */
 } ckca_model_desc;
 
-/* A ResNet by name: "resnet8", 20, 32, 44, 56, 110 (He et al. 2016, section 4.2); torchvision's "resnet18", 34, 50, 101,
-   152 (section 4.1), "wide_resnet50_2" (Zagoruyko and Komodakis 2016) and "resnext50_32x4d" (Xie et al. 2017), for any
-   size of picture; "resnet18-cifar" and so on (these with a 3 x 3 stem of stride 1 and no max pooling). */
+/* A ResNet by name: "resnet8", 20, 32, 44, 56, 110 (He et al. 2016, section 4.2); torchvision's "resnet18", 34, 50,
+   101, 152 (section 4.1), "wide_resnet50_2" (Zagoruyko and Komodakis 2016) and "resnext50_32x4d" (Xie et al. 2017), for
+   any size of picture; "resnet18-cifar" and so on (these with a 3 x 3 stem of stride 1 and no max pooling). */
 CKCA_API ckca_status ckca_resnet(ckca_context *ctx, ckca_model **model, const char *arch, const ckca_model_desc *desc);
 
 typedef struct ckca_model_info {
@@ -454,9 +454,9 @@ CKCA_API void ckca_model_free(ckca_model *model);
 /* Freezes the layers whose name begins with prefix and a '.' or is it ("layer1", "layer1.0.bn1"; "": all; NULL: all but
    the head, the layer of the logits). A frozen layer's weights no longer change, weight decay included, and a frozen
    batch norm keeps its running statistics and normalises with them, in training too. What comes before the first layer
-   that is trained runs as in evaluation and costs no gradients, neither time nor memory. If that is all but the head and
-   nothing is augmented, ckca_update computes the features of the pictures once. Frozen layers keep their weights also
-   under CKCA_METHOD_SCRATCH and SHRINK_PERTURB. Freezing is a setting for training: no checkpoint holds it, and an
+   that is trained runs as in evaluation and costs no gradients, neither time nor memory. If that is all but the head
+   and nothing is augmented, ckca_update computes the features of the pictures once. Frozen layers keep their weights
+   also under CKCA_METHOD_SCRATCH and SHRINK_PERTURB. Freezing is a setting for training: no checkpoint holds it, and an
    update resumes from its training state only under the same. Gradients and momentum of the model are dropped. */
 CKCA_API ckca_status ckca_freeze(ckca_model *model, const char *prefix);
 /* Multiplies the learning rate of the same layers by factor, 0 to 1e6: 0.1 for a pre-trained backbone, say. 0 freezes
@@ -592,17 +592,17 @@ CKCA_API ckca_status ckca_predict(ckca_model *model, const unsigned char *pixels
 CKCA_API ckca_status ckca_features(ckca_model *model, const unsigned char *pixels, int n, float *out);
 /* Sets the head from class means of the features, in one pass over data, without training; needs a picture of every
    class that it sets. first 0: the whole head, so that the class of the nearest mean gets the largest logit; the
-   logits' scale is the one of least cross-entropy on data. first above 0, after ckca_add_classes: the rows of the classes
-   first to classes - 1 ("imprinted weights", Qi, Brown, Lowe 2018): the direction of the class mean from the mean of all
-   classes of data (of the class mean itself if data has one class), the mean length of the rows before first, and the
-   bias with which the class and the strongest class before first have the same mean logit on the class's pictures (the
-   centre and the bias are this project's). Counts as no update. Class names, mean and std as in
+   logits' scale is the one of least cross-entropy on data. first above 0, after ckca_add_classes: the rows of the
+   classes first to classes - 1 ("imprinted weights", Qi, Brown, Lowe 2018): the direction of the class mean from the
+   mean of all classes of data (of the class mean itself if data has one class), the mean length of the rows before
+   first, and the bias with which the class and the strongest class before first have the same mean logit on the class's
+   pictures (the centre and the bias are this project's). Counts as no update. Class names, mean and std as in
    ckca_evaluate. On failure the model is as before. */
 CKCA_API ckca_status ckca_imprint(ckca_model *model, const ckca_data *data, int first);
 /* Adds count classes, behind the ones there are, to a model with class names. Old logits stay as they are; each new row
    of the head is the mean of the old ones, until ckca_imprint sets it. AdaKD of the next update compares the classes
-   that were there before alone (its forms TRUTH and DOUBT are refused then), and if its pictures are all of new classes,
-   its cross-entropy compares the new ones alone; ckca_save does not store that. Data for
+   that were there before alone (its forms TRUTH and DOUBT are refused then), and if its pictures are all of new
+   classes, its cross-entropy compares the new ones alone; ckca_save does not store that. Data for
    this model must have its names (ckca_data_like). Gradients and momentum are dropped. On failure the model is as
    before. */
 CKCA_API ckca_status ckca_add_classes(ckca_model *model, const char *const *names, int count);
@@ -984,10 +984,10 @@ CKCA__OP void ckca__op_batchnorm_forward(ckca_context *ctx, int bf16, size_t row
 CKCA__OP void ckca__op_batchnorm_recompute(ckca_context *ctx, int bf16, size_t rows, int c, const float *x,
                                            const ckca__norm *norm, const float *residual,
                                            const ckca__norm *residual_norm, float *y);
-/* dgamma NULL: the statistics are constants, of a frozen layer; then dx = dy gamma inv_std and nothing else is computed.
-   dy is the gradient of y; with relu it passes only where y > 0. Without a residual y may be NULL: x then tells whether
-   y > 0. Writes dx; writes or accumulates dresidual unless it is NULL; adds to dgamma and dbeta. dx may be dy, or dx
-   may be x while dresidual is dy. */
+/* dgamma NULL: the statistics are constants, of a frozen layer; then dx = dy gamma inv_std and nothing else is
+   computed. dy is the gradient of y; with relu it passes only where y > 0. Without a residual y may be NULL: x then
+   tells whether y > 0. Writes dx; writes or accumulates dresidual unless it is NULL; adds to dgamma and dbeta. dx may
+   be dy, or dx may be x while dresidual is dy. */
 CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, int bf16, size_t rows, int c, const float *x,
                                           const float *y, const float *dy, const ckca__norm *norm, float *dx,
                                           float *dresidual, int accumulate_residual, float *dgamma, float *dbeta,
@@ -1008,7 +1008,7 @@ CKCA__OP void ckca__op_fold(ckca_context *ctx, int k, size_t per, const float *w
 CKCA__OP void ckca__op_groupnorm_forward(ckca_context *ctx, int bf16, int n, int area, int c, int groups,
                                          const float *x, const float *gamma, const float *beta, float *y,
                                          float *statistics);
-/* Writes dx or adds to it (NULL: it is not wanted); adds to dgamma and dbeta (c each; NULL likewise). ws: 2 n c floats. */
+/* Writes dx or adds to it (NULL: it is not wanted); adds to dgamma and dbeta (c each; or NULL). ws: 2 n c floats. */
 CKCA__OP void ckca__op_groupnorm_backward(ckca_context *ctx, int bf16, int n, int area, int c, int groups,
                                           const float *x, const float *gamma, const float *statistics, const float *dy,
                                           float *dx, int accumulate, float *dgamma, float *dbeta, void *ws);
@@ -4697,8 +4697,8 @@ static void ckca__layout_parameters(ckca_model *m) {
     }
 }
 
-/* After a change of the nodes' rates: finds what runs as in evaluation, and lays out gradients and momentum in the order
-   of the values, without the frozen ones. */
+/* After a change of the nodes' rates: finds what runs as in evaluation, and lays out gradients and momentum in the
+   order of the values, without the frozen ones. */
 static void ckca__layout_training(ckca_model *m) {
     size_t slot = 0;
     int i, part;
@@ -4912,8 +4912,8 @@ static int ckca__conv_bn(ckca_model *m, const char *prefix, const char *conv, co
     return relu ? ckca_layer_relu(m, x) : x;
 }
 
-/* One residual block (He et al. 2016, figure 5): basic (two 3x3), or, if bottleneck is above 0, a bottleneck (1x1, 3x3 of
-   bottleneck times width channels in groups, 1x1 with 4 times width; the 3x3 has the stride, as in torchvision). */
+/* One residual block (He et al. 2016, figure 5): basic (two 3x3), or, if bottleneck is above 0, a bottleneck (1x1, 3x3
+   of bottleneck times width channels in groups, 1x1 with 4 times width; the 3x3 has the stride, as in torchvision). */
 static int ckca__residual_block(ckca_model *m, const char *prefix, int x, int width, int stride, int bottleneck,
                                 int groups, int projection, int zero) {
     int in, out = bottleneck ? width * 4 : width, y, shortcut = x;
@@ -5612,7 +5612,7 @@ static void ckca__teacher_outputs(ckca__update *u, int n, const float *input) {
     }
 }
 
-/* AdaKD over the first known classes: their columns of both networks' logits are gathered, and the gradient goes back. */
+/* AdaKD over the first known classes: gathers their columns of both networks' logits and puts the gradient back. */
 static void ckca__known_term(ckca__update *u, int n, const float *logits) {
     const ckca_update_desc *d = &u->d;
     const int k = u->m->classes, known = u->known;
@@ -5637,8 +5637,8 @@ static void ckca__new_term(ckca__update *u, int n, const float *logits) {
     ckca__op_gather(u->ctx, n * k, 1, u->new_gradient, u->new_to, ckca__grad(u->m, u->m->logits));
 }
 
-/* Allocates what ckca__known_term and ckca__new_term need. Only the form's weights can name a label beyond the known classes: CLASS, which
-   looks it up in a table of all, where the new ones have 1. */
+/* Allocates what ckca__known_term and ckca__new_term need. Only the form's weights can name a label beyond the known
+   classes: CLASS, which looks it up in a table of all, where the new ones have 1. */
 static ckca_status ckca__prepare_known(ckca__update *u) {
     const size_t k = (size_t)u->m->classes, known = (size_t)u->known, batch = (size_t)u->d.batch;
     const size_t narrow = ckca__round_up(ckca__mul(batch, known) + 1, CKCA__ALIGN / sizeof(float));
@@ -6894,8 +6894,8 @@ static void ckca__fold(ckca_model *m, int mode) {
     m->folded_valid = 1;
 }
 
-/* Before the first training forward pass with these weights: folds what runs as in evaluation, and sets the statistics of
-   the other frozen batch norms, the running ones. Needs ckca__reserve. */
+/* Before the first training forward pass with these weights: folds what runs as in evaluation, and sets the statistics
+   of the other frozen batch norms, the running ones. Needs ckca__reserve. */
 static ckca_status ckca__prepare_frozen(ckca_model *m) {
     int i, j;
     if (m->frozen_valid) return CKCA_OK;
@@ -6998,8 +6998,9 @@ static void ckca__clear_has_grad(ckca_model *m) {
 
 /* ---- SGD ---- */
 
-/* One SGD step on all parameters that are not frozen, in runs of neighbours with one factor of the learning rate. Weight
-   decay applies to the first m->decayed floats. lr and gscale point to one float each on the device; d->lr is ignored. */
+/* One SGD step on all parameters that are not frozen, in runs of neighbours with one factor of the learning rate.
+   Weight decay applies to the first m->decayed floats. lr and gscale point to one float each on the device; d->lr is
+   ignored. */
 static void ckca__run_sgd(ckca_model *m, const ckca_sgd_desc *d, const float *lr, float *gscale) {
     ckca_context *ctx = m->ctx;
     size_t from = 0, to = 0, slot = 0; /* the run: values from..to, gradients from slot on */
@@ -8178,8 +8179,8 @@ static ckca_status ckca__load_into(ckca_model *m, ckca__st_file *file) {
     return status;
 }
 
-/* Finds each parameter's tensor by name, with as many prefixes removed as it takes: chosen (m->parameters pointers, NULL:
-   none). The name itself goes before one with prefixes; two of those are an error. */
+/* Finds each parameter's tensor by name, with as many prefixes removed as it takes: chosen (m->parameters pointers,
+   NULL: none). The name itself goes before one with prefixes; two of those are an error. */
 static ckca_status ckca__choose_tensors(const ckca_model *m, const ckca__st_file *file,
                                         const ckca__st_tensor **chosen) {
     size_t i;
@@ -9580,8 +9581,9 @@ static ckca_status ckca__st_write(ckca_context *ctx, const char *path, const ckc
 
        y[n][p][q][k] = sum over r, s, c of x[n][p stride - pad + r][q stride - pad + s][c] w[k][r][s][c]
 
-   In groups, c runs over the channels of k's group alone. Pixels outside x count as zero. y is linear in x and in w, so both gradients are the same sum read from the other
-   end: every product x w that contributes to y sends dy w back to x and dy x back to w. */
+   In groups, c runs over the channels of k's group alone. Pixels outside x count as zero. y is linear in x and in w, so
+   both gradients are the same sum read from the other end: every product x w that contributes to y sends dy w back to x
+   and dy x back to w. */
 
 /* Arguments of the tasks of all three passes; each pass sets what it needs. */
 typedef struct ckca__naive_conv {
