@@ -255,6 +255,10 @@ static void test_frozen(void) {
     ckca_model_free(other);
     /* what is refused, and thawing */
     refused(ckca_tensor_read(m, 0, CKCA_SLOT_GRADIENT, number), CKCA_EINVAL, "conv1.weight is frozen");
+    CHECK(ckca_freeze(NULL, "") == CKCA_EINVAL && ckca_learning_rate(NULL, "", 1) == CKCA_EINVAL &&
+              ckca_imprint(NULL, data, 0) == CKCA_EINVAL && ckca_add_classes(NULL, NULL, 1) == CKCA_EINVAL &&
+              ckca_features(NULL, NULL, 1, number) == CKCA_EINVAL && ckca_load_backbone(NULL, "x", NULL) == CKCA_EINVAL,
+          "a call on no model");
     refused(ckca_freeze(m, "layer9"), CKCA_EINVAL, "no layer's name begins with \"layer9\" (they are conv1 to fc)");
     refused(ckca_freeze(m, "layer"), CKCA_EINVAL, "no layer's name begins with \"layer\"");
     refused(ckca_freeze(m, "fc.weight"), CKCA_EINVAL, "begins with \"fc.weight\"");
