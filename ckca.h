@@ -134,6 +134,14 @@
        Pictures without labels (ckca_update_desc.unlabelled) join AdaKD: the teacher's answers need none.
        tests/MEASUREMENTS.md has the figures behind the defaults, and those of the other forms.
 
+   NETWORKS THAT OTHERS TRAINED
+       torchvision's weights become a safetensors file in Python: safetensors.torch.save_file(model.state_dict(), path).
+       ckca_resnet builds the network by name, with ImageNet's mean and std (CKCA_IMAGENET_MEAN, _STD) and classes of
+       your own; ckca_load_backbone loads everything but the head. Then, from fast to slow: ckca_imprint sets the head
+       from class means in one pass; ckca_freeze(model, NULL) and ckca_update train the head alone; ckca_learning_rate
+       (model, NULL, 0.1f) and ckca_update train everything, the backbone at a tenth of the rate. examples/finetune.c
+       does all three. ckca_add_classes widens the head when classes arrive later.
+
    DEFINITIONS
        picture    height x width x channels bytes, row by row, channels innermost (NHWC), as stb_image gives them
        N, K, D    pictures in a batch, classes (or output channels), features
@@ -144,6 +152,7 @@
        epoch      one pass over a chunk
        logits     the network's K outputs before the softmax
        features   the D inputs of the layer that computes the logits
+       head       the layer that computes the logits; the backbone is all others
        student    the network in training
        teacher    the checkpoint it started from, or ckca_update_desc.teacher
        Tensors are float32 (but see CKCA_PRECISION_BF16). Files and ckca_tensor_* use PyTorch's order (convolutions K x
@@ -512,9 +521,9 @@ typedef struct ckca_model_desc {
     int zero_residual;              /* ResNets: 1: the last batch norm of every residual branch starts at weight 0 */
 } ckca_model_desc;
 
-/* A ResNet by name: "resnet8", 20, 32, 44, 56, 110 (He et al. 2016, section 4.2); torchvision's "resnet18", 34, 50, 101,
-   152 (section 4.1), "wide_resnet50_2" (Zagoruyko and Komodakis 2016) and "resnext50_32x4d" (Xie et al. 2017), for any
-   size of picture; "resnet18-cifar" and so on (these with a 3 x 3 stem of stride 1 and no max pooling). */
+/* A ResNet by name: "resnet8", 20, 32, 44, 56, 110 (He et al. 2016, section 4.2); torchvision's "resnet18", 34, 50,
+   101, 152 (section 4.1), "wide_resnet50_2" (Zagoruyko and Komodakis 2016) and "resnext50_32x4d" (Xie et al. 2017), for
+   any size of picture; "resnet18-cifar" and so on (these with a 3 x 3 stem of stride 1 and no max pooling). */
 CKCA_API ckca_status ckca_resnet(ckca_context *ctx, ckca_model **model, const char *arch, const ckca_model_desc *desc);
 
 typedef struct ckca_model_info {
@@ -539,9 +548,9 @@ CKCA_API void ckca_model_free(ckca_model *model);
 /* Freezes the layers whose name begins with prefix and a '.' or is it ("layer1", "layer1.0.bn1"; "": all; NULL: all but
    the head, the layer of the logits). A frozen layer's weights no longer change, weight decay included, and a frozen
    batch norm keeps its running statistics and normalises with them, in training too. What comes before the first layer
-   that is trained runs as in evaluation and costs no gradients, neither time nor memory. If that is all but the head and
-   nothing is augmented, ckca_update computes the features of the pictures once. Frozen layers keep their weights also
-   under CKCA_METHOD_SCRATCH and SHRINK_PERTURB. Freezing is a setting for training: no checkpoint holds it, and an
+   that is trained runs as in evaluation and costs no gradients, neither time nor memory. If that is all but the head
+   and nothing is augmented, ckca_update computes the features of the pictures once. Frozen layers keep their weights
+   also under CKCA_METHOD_SCRATCH and SHRINK_PERTURB. Freezing is a setting for training: no checkpoint holds it, and an
    update resumes from its training state only under the same. Gradients and momentum of the model are dropped. */
 CKCA_API ckca_status ckca_freeze(ckca_model *model, const char *prefix);
 /* Multiplies the learning rate of the same layers by factor, 0 to 1e6: 0.1 for a pre-trained backbone, say. 0 freezes
@@ -698,16 +707,17 @@ CKCA_API ckca_status ckca_predict(ckca_model *model, const unsigned char *pixels
 CKCA_API ckca_status ckca_features(ckca_model *model, const unsigned char *pixels, int n, float *out);
 /* Sets the head from class means of the features, in one pass over data, without training; needs a picture of every
    class that it sets. first 0: the whole head, so that the class of the nearest mean gets the largest logit; the
-   logits' scale is the one of least cross-entropy on data. first above 0, after ckca_add_classes: the rows of the classes
-   first to classes - 1 ("imprinted weights", Qi, Brown, Lowe 2018): the direction of the class mean from the mean of all
-   classes of data (of the class mean itself if data has one class), the mean length of the rows before first, and the
-   bias with which the class and the strongest class before first have the same mean logit on the class's pictures (the
-   centre and the bias are this project's). Counts as no update. Class names, mean and std as in
+   logits' scale is the one of least cross-entropy on data. first above 0, after ckca_add_classes: the rows of the
+   classes first to classes - 1 ("imprinted weights", Qi, Brown, Lowe 2018): the direction of the class mean from the
+   mean of all classes of data (of the class mean itself if data has one class), the mean length of the rows before
+   first, and the bias with which the class and the strongest class before first have the same mean logit on the class's
+   pictures (the centre and the bias are this project's). Counts as no update. Class names, mean and std as in
    ckca_evaluate. On failure the model is as before. */
 CKCA_API ckca_status ckca_imprint(ckca_model *model, const ckca_data *data, int first);
 /* Adds count classes, behind the ones there are, to a model with class names. Old logits stay as they are; each new row
    of the head is the mean of the old ones, until ckca_imprint sets it. AdaKD of the next update compares the classes
-   that were there before alone (its forms TRUTH and DOUBT are refused then); ckca_save does not store that. Data for
+   that were there before alone (its forms TRUTH and DOUBT are refused then), and if its pictures are all of new
+   classes, its cross-entropy compares the new ones alone; ckca_save does not store that. Data for
    this model must have its names (ckca_data_like). Gradients and momentum are dropped. On failure the model is as
    before. */
 CKCA_API ckca_status ckca_add_classes(ckca_model *model, const char *const *names, int count);
@@ -721,16 +731,18 @@ CKCA_API ckca_status ckca_add_classes(ckca_model *model, const char *const *name
 /* What ckca_load_backbone did. The head's tensors count nowhere: if left and missing are 0, the file is of the same
    network. num_batches_tracked and momentum.* are not counted. */
 typedef struct ckca_backbone {
-    int taken;                          /* tensors of the model that the file has replaced */
-    int left;                           /* tensors of the file without one of this name and shape in the model */
-    int missing;                        /* tensors of the model that keep their values */
+    int taken;                              /* tensors of the model that the file has replaced */
+    int left;                               /* tensors of the file without one of this name and shape in the model */
+    int missing;                            /* tensors of the model that keep their values */
     char first_left[96], first_missing[96]; /* the first of each, by name and in the model's order; "": none */
 } ckca_backbone;
 
 /* ImageNet's statistics, with which torchvision's networks were trained, for ckca_model_desc.mean and std:
        static const float mean[3] = CKCA_IMAGENET_MEAN, std[3] = CKCA_IMAGENET_STD; */
-#define CKCA_IMAGENET_MEAN {0.485f, 0.456f, 0.406f}
-#define CKCA_IMAGENET_STD {0.229f, 0.224f, 0.225f}
+#define CKCA_IMAGENET_MEAN \
+    { 0.485f, 0.456f, 0.406f }
+#define CKCA_IMAGENET_STD \
+    { 0.229f, 0.224f, 0.225f }
 
 #ifndef CKCA_NO_STDIO
 /* Writes a checkpoint (safetensors) to path.tmp and renames it: path is always the complete old or new file. Follows a
@@ -795,7 +807,8 @@ typedef struct ckca_bytes {
 CKCA_API ckca_status ckca_model_bytes(const ckca_model *model, int batch, int training, ckca_bytes *bytes);
 
 /* Parameters and buffers by index (0 to ckca_tensor_count - 1) or name, in PyTorch's order (convolution K x C x R x S,
-   linear K x D). A model that is not finished has none. The first training forward creates gradients and momentum. */
+   linear K x D). A model that is not finished has none. The first training forward creates gradients and momentum;
+   frozen layers have neither (CKCA_EINVAL). */
 typedef struct ckca_tensor_info {
     const char *name;   /* owned by the model */
     int dims, shape[4]; /* 1 to 4; dims values */
@@ -851,7 +864,8 @@ CKCA_API ckca_status ckca_forward(ckca_model *model, const float *pictures, int 
 /* Shape of a node's output for one picture; the model need not be finished. Any of the three pointers may be NULL. */
 CKCA_API ckca_status ckca_node_shape(const ckca_model *model, int node, int *height, int *width, int *channels);
 /* Output of a node in the last forward, into out: n x H x W x C. After a training forward every node can be read except
-   those fused into a later one (a batch norm or add that only a ReLU reads); after evaluation, logits and features. */
+   those fused into a later one (a batch norm or add that only a ReLU reads; before the first trained layer also a
+   convolution that only a batch norm reads, see ckca_freeze); after evaluation, logits and features. */
 CKCA_API ckca_status ckca_node_read(ckca_model *model, int node, float *out);
 /* Adds the gradients of the last training forward to those of the parameters. dlogits: n x classes; dfeatures: n x
    features, or NULL. Each forward allows one backward, which overwrites the outputs of the forward. */
@@ -1029,7 +1043,7 @@ typedef struct ckca__conv {
     int bf16_x, bf16;       /* bf16_x: the input is bfloat16; bf16: the output is (poolings: bf16 says so of both) */
     void *packed_weights;   /* from ckca__op_pack_weights; or NULL */
     const ckca__statistics *statistics; /* forward: also computes these of its output; NULL: none */
-    int groups;             /* above 1: grouped, the weight is K x R x S x C / groups; then no norm, no statistics */
+    int groups; /* above 1: grouped, the weight is K x R x S x C / groups; then no norm, no statistics */
 } ckca__conv;
 
 /* Input channels that each output channel sees. */
@@ -1120,10 +1134,10 @@ CKCA__OP void ckca__op_batchnorm_forward(ckca_context *ctx, int bf16, size_t row
 CKCA__OP void ckca__op_batchnorm_recompute(ckca_context *ctx, int bf16, size_t rows, int c, const float *x,
                                            const ckca__norm *norm, const float *residual,
                                            const ckca__norm *residual_norm, float *y);
-/* dgamma NULL: the statistics are constants, of a frozen layer; then dx = dy gamma inv_std and nothing else is computed.
-   dy is the gradient of y; with relu it passes only where y > 0. Without a residual y may be NULL: x then tells whether
-   y > 0. Writes dx; writes or accumulates dresidual unless it is NULL; adds to dgamma and dbeta. dx may be dy, or dx
-   may be x while dresidual is dy. */
+/* dgamma NULL: the statistics are constants, of a frozen layer; then dx = dy gamma inv_std and nothing else is
+   computed. dy is the gradient of y; with relu it passes only where y > 0. Without a residual y may be NULL: x then
+   tells whether y > 0. Writes dx; writes or accumulates dresidual unless it is NULL; adds to dgamma and dbeta. dx may
+   be dy, or dx may be x while dresidual is dy. */
 CKCA__OP void ckca__op_batchnorm_backward(ckca_context *ctx, int bf16, size_t rows, int c, const float *x,
                                           const float *y, const float *dy, const ckca__norm *norm, float *dx,
                                           float *dresidual, int accumulate_residual, float *dgamma, float *dbeta,
@@ -1144,7 +1158,7 @@ CKCA__OP void ckca__op_fold(ckca_context *ctx, int k, size_t per, const float *w
 CKCA__OP void ckca__op_groupnorm_forward(ckca_context *ctx, int bf16, int n, int area, int c, int groups,
                                          const float *x, const float *gamma, const float *beta, float *y,
                                          float *statistics);
-/* Writes dx or adds to it (NULL: it is not wanted); adds to dgamma and dbeta (c each; NULL likewise). ws: 2 n c floats. */
+/* Writes dx or adds to it (NULL: it is not wanted); adds to dgamma and dbeta (c each; or NULL). ws: 2 n c floats. */
 CKCA__OP void ckca__op_groupnorm_backward(ckca_context *ctx, int bf16, int n, int area, int c, int groups,
                                           const float *x, const float *gamma, const float *statistics, const float *dy,
                                           float *dx, int accumulate, float *dgamma, float *dbeta, void *ws);
@@ -4195,12 +4209,9 @@ static int ckca__window(int length, int kernel, int stride, int pad) {
 
 CKCA_API int ckca_layer_conv(ckca_model *m, const char *name, int input, ckca_conv_desc desc) {
     ckca__node *node = ckca__add_node(m, CKCA__KIND_CONV, name ? name : "", input, -1, 1);
-    ckca__bound bounds[6] = {{"out", 0, 1, INT_MAX, 0},
-                             {"kernel", 0, 0, 255, 0},
-                             {"stride", 0, 0, 255, 0},
-                             {"pad", 0, 0, 0, 0}, /* at most kernel - 1 */
-                             {"bias", 0, 0, 1, 0},
-                             {"groups", 0, 0, INT_MAX, 0}};
+    ckca__bound bounds[6] = {{"out", 0, 1, INT_MAX, 0}, {"kernel", 0, 0, 255, 0},
+                             {"stride", 0, 0, 255, 0},  {"pad", 0, 0, 0, 0}, /* at most kernel - 1 */
+                             {"bias", 0, 0, 1, 0},      {"groups", 0, 0, INT_MAX, 0}};
     char text[160];
     const ckca__node *x;
     if (!node) return -1;
@@ -4253,7 +4264,7 @@ static void ckca__forward_conv(ckca_model *m, int i) {
     ckca__statistics statistics;
     ckca__conv s;
     ckca__shape(m, x, m->n, m->mode, &s);
-    if (ckca__trains(m, i, m->mode) && x->takes) {
+    if ((m->mode & CKCA__MODE_TRAIN) && x->takes) {
         statistics = ckca__statistics_of(m, &m->node[x->takes]);
         s.statistics = &statistics;
     }
@@ -4903,8 +4914,8 @@ static void ckca__layout_parameters(ckca_model *m) {
     }
 }
 
-/* After a change of the nodes' rates: finds what runs as in evaluation, and lays out gradients and momentum in the order
-   of the values, without the frozen ones. */
+/* After a change of the nodes' rates: finds what runs as in evaluation, and lays out gradients and momentum in the
+   order of the values, without the frozen ones. */
 static void ckca__layout_training(ckca_model *m) {
     size_t slot = 0;
     int i, part;
@@ -5120,8 +5131,8 @@ static int ckca__conv_bn(ckca_model *m, const char *prefix, const char *conv, co
     return relu ? ckca_layer_relu(m, x) : x;
 }
 
-/* One residual block (He et al. 2016, figure 5): basic (two 3x3), or, if bottleneck is above 0, a bottleneck (1x1, 3x3 of
-   bottleneck times width channels in groups, 1x1 with 4 times width; the 3x3 has the stride, as in torchvision). */
+/* One residual block (He et al. 2016, figure 5): basic (two 3x3), or, if bottleneck is above 0, a bottleneck (1x1, 3x3
+   of bottleneck times width channels in groups, 1x1 with 4 times width; the 3x3 has the stride, as in torchvision). */
 static int ckca__residual_block(ckca_model *m, const char *prefix, int x, int width, int stride, int bottleneck,
                                 int groups, int projection, int zero) {
     int in, out = bottleneck ? width * 4 : width, y, shortcut = x;
@@ -5393,6 +5404,7 @@ typedef struct ckca__batch_buffers {
     float *lr;                      /* 1 value */
     int *epoch;                     /* 1 value */
     int *index, *position, *labels; /* n each; index: in the store, position: in the data set */
+    int first_label;                /* is subtracted from the labels */
     /* Only if the store streams: */
     unsigned char *pixels; /* the batch's pictures, in a block of their own */
     size_t pixel_bytes;
@@ -5427,6 +5439,9 @@ typedef struct ckca__update {
     /* AdaKD over the first known classes alone (fewer than all after ckca_add_classes), see ckca__known_term: */
     int known, *known_from, *known_to;
     float *known_student, *known_teacher, *known_gradient, *known_wide;
+    int separate; /* 1: cross-entropy over the other classes alone, see ckca__new_term */
+    int *new_from, *new_to;
+    float *new_logits, *new_gradient;
     void *known_block;
     size_t known_bytes;
     float *own_features; /* the student's features of all pictures, count x features, if they are frozen; or NULL */
@@ -5599,6 +5614,7 @@ static void ckca__distillation_term(ckca__update *u, int n);
 static void ckca__distil(ckca__update *u, int first, int n, const int *labels, const float *class_weight);
 static void ckca__known_term(ckca__update *u, int n, const float *student, const float *teacher, const int *labels,
                              const float *class_weight, float *dlogits);
+static void ckca__new_term(ckca__update *u, int n, const float *logits, float *dlogits);
 static ckca_status ckca__prepare_known(ckca__update *u);
 static void ckca__feature_term(ckca__update *u, int n);
 static float ckca__learning_rate(const ckca_update_desc *d, int64_t s, int batches);
@@ -5928,8 +5944,11 @@ static void ckca__step_ops(ckca__update *u, int n) {
 
     ckca__clear_has_grad(m);
     dlogits = ckca__grad(m, m->logits);
-    ckca__op_cross_entropy(ctx, n, m->classes, ckca__value(m, m->logits), u->buffers.labels, d->label_smoothing,
-                           u->factors.ce, dlogits, u->buffers.loss, u->buffers.hit);
+    if (u->separate)
+        ckca__new_term(u, n, ckca__value(m, m->logits), dlogits);
+    else
+        ckca__op_cross_entropy(ctx, n, m->classes, ckca__value(m, m->logits), u->buffers.labels, d->label_smoothing,
+                               u->factors.ce, dlogits, u->buffers.loss, u->buffers.hit);
     m->node[m->logits].has_grad = 1;
     ckca__op_sum(ctx, n, u->buffers.loss, u->buffers.sums);
     ckca__op_count(ctx, n, u->buffers.hit, u->buffers.sums + 3);
@@ -6018,7 +6037,7 @@ static void ckca__distil(ckca__update *u, int first, int n, const int *labels, c
     ckca__op_sum(u->ctx, n, u->buffers.loss, u->buffers.sums + 1);
 }
 
-/* AdaKD over the first known classes: their columns of both networks' logits are gathered, and the gradient goes back. */
+/* AdaKD over the first known classes: gathers their columns of both networks' logits and puts the gradient back. */
 static void ckca__known_term(ckca__update *u, int n, const float *student, const float *teacher, const int *labels,
                              const float *class_weight, float *dlogits) {
     const int k = u->m->classes, known = u->known;
@@ -6031,36 +6050,65 @@ static void ckca__known_term(ckca__update *u, int n, const float *student, const
     ckca__op_add_backward(u->ctx, 0, (size_t)n * (size_t)k, NULL, u->known_wide, dlogits, 1);
 }
 
-/* Allocates what ckca__known_term needs. Only the form's weights can name a label beyond the known classes: CLASS, which
-   looks it up in a table of all, where the new ones have 1. */
+/* Cross-entropy over the classes that are not known to the teacher. If all pictures are of those, the softmax over all
+   classes would only learn never to answer with an old one; each half has a softmax of its own instead, as in Learning
+   without Forgetting (Li and Hoiem 2016). The labels count from the first of these classes (ckca__batch_buffers). */
+static void ckca__new_term(ckca__update *u, int n, const float *logits, float *dlogits) {
+    const int k = u->m->classes, fresh = k - u->known;
+    ckca__op_gather(u->ctx, n * fresh, 1, logits, u->new_from, u->new_logits);
+    ckca__device_zero(u->ctx, u->new_gradient, ((size_t)u->d.batch * (size_t)fresh + 1) * sizeof(float));
+    ckca__op_cross_entropy(u->ctx, n, fresh, u->new_logits, u->buffers.labels, u->d.label_smoothing,
+                           u->factors.ce, u->new_gradient, u->buffers.loss, u->buffers.hit);
+    ckca__op_gather(u->ctx, n * k, 1, u->new_gradient, u->new_to, dlogits);
+}
+
+/* Allocates what ckca__known_term and ckca__new_term need. Only the form's weights can name a label beyond the known
+   classes: CLASS, which looks it up in a table of all, where the new ones have 1. */
 static ckca_status ckca__prepare_known(ckca__update *u) {
     const size_t k = (size_t)u->m->classes, known = (size_t)u->known, batch = (size_t)u->d.batch;
     const size_t narrow = ckca__round_up(ckca__mul(batch, known) + 1, CKCA__ALIGN / sizeof(float));
+    const size_t rest = ckca__round_up(ckca__mul(batch, k - known) + 1, CKCA__ALIGN / sizeof(float));
     const size_t wide = ckca__round_up(ckca__mul(batch, k), CKCA__ALIGN / sizeof(float));
-    int *from;
+    int *from, *to, *new_from, *new_to, label;
     size_t i, j;
     if (ckca__mul(batch, k) > INT_MAX / 2)
         return ckca__fail(u->ctx, CKCA_EINVAL, "update: a batch of %d with %d classes is too large", u->d.batch,
                           u->m->classes);
-    u->known_bytes = (4 * narrow + 2 * wide) * sizeof(float);
+    u->separate = 1;
+    for (i = 0; i < (size_t)u->data->count; i++) {
+        label = u->data->store->labels[u->data->index[i]];
+        if (label < u->known) u->separate = 0;
+    }
+    if (u->separate) u->buffers.first_label = u->known;
+    u->known_bytes = (4 * narrow + 3 * rest + 3 * wide) * sizeof(float);
     u->known_block = ckca__device_alloc(u->ctx, u->known_bytes);
-    from = (int *)ckca__alloc(u->ctx, (narrow + wide) * sizeof(int));
+    from = (int *)ckca__alloc(u->ctx, (narrow + rest + 2 * wide) * sizeof(int));
     if (!u->known_block || !from) {
         ckca__release(u->ctx, from);
         return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for the logits of %d classes", u->m->classes);
     }
     u->known_from = (int *)u->known_block;
     u->known_to = u->known_from + narrow;
-    u->known_student = (float *)(void *)(u->known_to + wide);
+    u->new_from = u->known_to + wide;
+    u->new_to = u->new_from + rest;
+    u->new_logits = (float *)(void *)(u->new_to + wide);
+    u->new_gradient = u->new_logits + rest;
+    u->known_student = u->new_gradient + rest;
     u->known_teacher = u->known_student + narrow;
     u->known_gradient = u->known_teacher + narrow;
     u->known_wide = u->known_gradient + narrow;
+    to = from + narrow;
+    new_from = to + wide;
+    new_to = new_from + rest;
     for (i = 0; i < batch; i++) {
         for (j = 0; j < known; j++) from[i * known + j] = (int)(i * k + j);
-        for (j = 0; j < k; j++) /* behind the gradient is a zero */
-            from[narrow + i * k + j] = (int)(j < known ? i * known + j : batch * known);
+        for (j = known; j < k; j++) new_from[i * (k - known) + j - known] = (int)(i * k + j);
+        for (j = 0; j < k; j++) { /* behind both gradients is a zero */
+            to[i * k + j] = (int)(j < known ? i * known + j : batch * known);
+            new_to[i * k + j] = (int)(j < known ? batch * (k - known) : i * (k - known) + j - known);
+        }
     }
-    ckca__device_upload(u->ctx, u->known_block, from, (narrow + wide) * sizeof(int));
+    ckca__device_upload(u->ctx, u->known_block, from, (narrow + rest + 2 * wide) * sizeof(int));
     ckca__release(u->ctx, from);
     return ckca__device_status(u->ctx);
 }
@@ -6082,7 +6130,7 @@ static void ckca__compare_features(ckca__update *u, int n, int i, const float *t
 static void ckca__feature_term(ckca__update *u, int n) {
     ckca_model *m = u->m, *t = u->teacher;
     int i, j = 0, stages = 0;
-    if (ckca__uses_centroids(u)) {
+    if (ckca__uses_centroids(u) && !u->separate) { /* classes that are new to all pictures have no means yet */
         ckca__op_gather(u->ctx, n, m->features, u->centroids, u->buffers.labels, u->buffers.teacher_features);
         ckca__compare_features(u, n, m->pooled, u->buffers.teacher_features, 0, u->factors.feat);
     }
@@ -6340,7 +6388,7 @@ static ckca_status ckca__update_bytes(const ckca_model *m, const ckca_data *data
         if (t != m) copies += t->all * sizeof(float);
         if (!stages && !unlabelled && !ckca__augments(&d->augment) && outputs <= CKCA__CACHE_BYTES)
             teacher = ckca__sum(teacher, outputs);
-        if (m->known) teacher = ckca__sum(teacher, ckca__mul((size_t)n * 6 + 6, (size_t)m->classes * sizeof(float)));
+        if (m->known) teacher = ckca__sum(teacher, ckca__mul((size_t)n * 10 + 10, (size_t)m->classes * sizeof(float)));
     }
     if (d->method == CKCA_METHOD_SHRINK_PERTURB) copies += weights;
     if (ckca__fits_featreg(m, m, CKCA_FEATREG_CENTROID)) copies += 6 * (size_t)m->classes * (size_t)m->features * sizeof(float);
@@ -6528,7 +6576,7 @@ static ckca_status ckca__prepare_teacher(ckca__update *u) {
     if (!status) {
         u->teacher_accuracy = score.top1;
         for (i = 0; i < t->classes; i++)
-            if (i >= u->known)
+            if (i >= u->known || u->separate)
                 by_class[i] = 1; /* the teacher does not know it, but may know what it looks like */
             else if (by_class[i] < 0)
                 by_class[i] = 0; /* a class without pictures; never read */
@@ -6812,7 +6860,7 @@ static void ckca__send_batch(ckca_context *ctx, const ckca_data *data, const int
     memcpy(ckca__host_input(b, b->position), position, (size_t)n * sizeof *position);
     for (i = 0; i < n; i++) {
         index[i] = data->index[position[i]];
-        labels[i] = data->store->labels[index[i]];
+        labels[i] = data->store->labels[index[i]] - b->first_label;
     }
     if (b->staging) {
         const size_t size = ckca__picture_bytes(data->store);
@@ -6980,8 +7028,8 @@ static ckca_status ckca__outputs(ckca_model *m, const char *call, const unsigned
     bound.value = n;
     if ((status = ckca__check_bounds(m->ctx, call, &bound, 1))) return status;
     if (!m->normalized)
-        return ckca__fail(m->ctx, CKCA_EINVAL,
-                          "%s: the model has no mean and std: train it, or give them in its desc", call + 5);
+        return ckca__fail(m->ctx, CKCA_EINVAL, "%s: the model has no mean and std: train it, or give them in its desc",
+                          call + 5);
     batch = n < CKCA__EVAL_BATCH ? n : CKCA__EVAL_BATCH;
     if ((status = ckca__batch_buffers_alloc(m->ctx, &b, batch, m->classes, 1))) return status;
     status = ckca__reserve(m, batch, CKCA__MODE_EVALUATE);
@@ -7293,8 +7341,8 @@ CKCA_API ckca_status ckca_imprint(ckca_model *m, const ckca_data *data, int firs
         if (!(status = ckca__device_status(ctx))) ckca__imprint_means(&a);
         for (i = first; !status && i < a.k; i++)
             if (!a.count[i])
-                status = ckca__fail(ctx, CKCA_EINVAL, "imprint: class %d (\"%.60s\") has no picture", i,
-                                    m->class_names[i]);
+                status =
+                    ckca__fail(ctx, CKCA_EINVAL, "imprint: class %d (\"%.60s\") has no picture", i, m->class_names[i]);
         if (!status) {
             if (first)
                 ckca__imprint_new(&a);
@@ -7397,7 +7445,8 @@ CKCA_API ckca_status ckca_add_classes(ckca_model *m, const char *const *names, i
     bound.most = CKCA__CLASSES_MAX - m->classes;
     if ((status = ckca__check_bounds(ctx, "ckca_add_classes", &bound, 1))) return status;
     if (!m->class_names)
-        return ckca__fail(ctx, CKCA_EINVAL, "ckca_add_classes: the model has no class names yet: give them in its desc");
+        return ckca__fail(ctx, CKCA_EINVAL,
+                          "ckca_add_classes: the model has no class names yet: give them in its desc");
     if (ckca__mul((size_t)(m->classes + count), (size_t)m->features) > CKCA__VALUES_MAX)
         return ckca__fail(ctx, CKCA_ESHAPE, "ckca_add_classes: a head of %d classes and %d features is too large",
                           m->classes + count, m->features);
@@ -7641,8 +7690,7 @@ static void ckca__fold_one(ckca_model *m, int i) {
                   conv->bias ? ckca__param(m, conv, m->values, CKCA__PARAM_BIAS) : NULL,
                   ckca__param(m, bn, m->values, CKCA__PARAM_GAMMA), ckca__param(m, bn, m->values, CKCA__PARAM_BETA),
                   ckca__param(m, bn, m->values, CKCA__PARAM_MEAN), ckca__param(m, bn, m->values, CKCA__PARAM_VAR),
-                  ckca__param(m, conv, m->folded, CKCA__PARAM_WEIGHT),
-                  ckca__param(m, bn, m->folded, CKCA__PARAM_BETA));
+                  ckca__param(m, conv, m->folded, CKCA__PARAM_WEIGHT), ckca__param(m, bn, m->folded, CKCA__PARAM_BETA));
 }
 
 /* Folds every batch norm that follows a convolution into its weights, for evaluation. */
@@ -7654,8 +7702,8 @@ static void ckca__fold(ckca_model *m, int mode) {
     m->folded_valid = 1;
 }
 
-/* Before the first training forward pass with these weights: folds what runs as in evaluation, and sets the statistics of
-   the other frozen batch norms, the running ones. Needs ckca__reserve. */
+/* Before the first training forward pass with these weights: folds what runs as in evaluation, and sets the statistics
+   of the other frozen batch norms, the running ones. Needs ckca__reserve. */
 static ckca_status ckca__prepare_frozen(ckca_model *m) {
     int i, j;
     if (m->frozen_valid) return CKCA_OK;
@@ -7698,20 +7746,22 @@ static void ckca__pack_weights(ckca_model *m, int mode) {
     ckca__conv s[PER_CALL];
     const float *w[PER_CALL];
     size_t offset = 0;
-    int i, count = 0;
-    for (i = 1; i < m->nodes && m->packed_weights; i++) {
-        ckca__node *x = &m->node[i];
-        const int folded = x->folded && !ckca__runs(m, i, mode);
-        if (!ckca__has_flag(m, i, CKCA__LAYER_CONVOLUTION)) continue;
-        x->packed_weights = offset;
-        ckca__shape(m, x, 1, mode, &s[count]);
-        offset += ckca__packed_bytes(m->ctx, &s[count], mode & CKCA__MODE_TRAIN);
-        w[count++] = ckca__param(m, x, folded ? m->folded : m->values, CKCA__PARAM_WEIGHT);
-        if (count < PER_CALL) continue;
-        ckca__op_pack_weights(m->ctx, count, s, w, mode & CKCA__MODE_TRAIN);
-        count = 0;
+    int i, count, backward; /* 1: with what the input gradient reads */
+    for (backward = 0; backward < 2 && m->packed_weights; backward++) {
+        for (i = 1, count = 0; i < m->nodes; i++) {
+            ckca__node *x = &m->node[i];
+            const int folded = x->folded && !ckca__runs(m, i, mode);
+            if (!ckca__has_flag(m, i, CKCA__LAYER_CONVOLUTION) || ckca__trains(m, i, mode) != backward) continue;
+            x->packed_weights = offset;
+            ckca__shape(m, x, 1, mode, &s[count]);
+            offset += ckca__packed_bytes(m->ctx, &s[count], backward);
+            w[count++] = ckca__param(m, x, folded ? m->folded : m->values, CKCA__PARAM_WEIGHT);
+            if (count < PER_CALL) continue;
+            ckca__op_pack_weights(m->ctx, count, s, w, backward);
+            count = 0;
+        }
+        if (count) ckca__op_pack_weights(m->ctx, count, s, w, backward);
     }
-    if (count) ckca__op_pack_weights(m->ctx, count, s, w, mode & CKCA__MODE_TRAIN);
 }
 
 /* ---- backward ---- */
@@ -7759,8 +7809,9 @@ static void ckca__clear_has_grad(ckca_model *m) {
 
 /* ---- SGD ---- */
 
-/* One SGD step on all parameters that are not frozen, in runs of neighbours with one factor of the learning rate. Weight
-   decay applies to the first m->decayed floats. lr and gscale point to one float each on the device; d->lr is ignored. */
+/* One SGD step on all parameters that are not frozen, in runs of neighbours with one factor of the learning rate.
+   Weight decay applies to the first m->decayed floats. lr and gscale point to one float each on the device; d->lr is
+   ignored. */
 static void ckca__run_sgd(ckca_model *m, const ckca_sgd_desc *d, const float *lr, float *gscale) {
     ckca_context *ctx = m->ctx;
     size_t from = 0, to = 0, slot = 0; /* the run: values from..to, gradients from slot on */
@@ -8493,8 +8544,7 @@ CKCA_API ckca_status ckca_model_bytes(const ckca_model *model, int batch, int tr
 static ckca_status ckca__measure(const ckca_model *m, int n, int mode, ckca_bytes *bytes) {
     memset(bytes, 0, sizeof *bytes);
     bytes->parameters = m->all * sizeof(float);
-    if (mode & CKCA__MODE_TRAIN)
-        bytes->gradients = bytes->momentum = m->trained * sizeof(float);
+    if (mode & CKCA__MODE_TRAIN) bytes->gradients = bytes->momentum = m->trained * sizeof(float);
     if (!(mode & CKCA__MODE_TRAIN) || ckca__has_folded(m))
         bytes->parameters += m->trainable * sizeof(float); /* folded */
     bytes->parameters += m->saved_count * sizeof(float);
@@ -8517,7 +8567,7 @@ static size_t ckca__all_packed_bytes(const ckca_model *m, int mode) {
         ckca__conv s;
         if (!ckca__has_flag(m, i, CKCA__LAYER_CONVOLUTION)) continue;
         ckca__shape(m, &m->node[i], 1, mode, &s);
-        bytes = ckca__sum(bytes, ckca__packed_bytes(m->ctx, &s, mode & CKCA__MODE_TRAIN));
+        bytes = ckca__sum(bytes, ckca__packed_bytes(m->ctx, &s, ckca__trains(m, i, mode)));
     }
     return bytes;
 }
@@ -8643,7 +8693,8 @@ static void ckca__plan_gradients(ckca__planner *p) {
         const ckca__node *x = &m->node[i];
         if (!ckca__in_place(m, i) || m->node[x->source].constant) continue;
         p->grad_at[x->source] = ~x->source;
-        if (x->residual > 0 && !m->node[x->residual].constant && p->last_reader[x->residual] == i && !ckca__is_output(m, x->residual, p->mode))
+        if (x->residual > 0 && !m->node[x->residual].constant && p->last_reader[x->residual] == i &&
+            !ckca__is_output(m, x->residual, p->mode))
             p->grad_at[x->residual] = p->grad_at[i];
     }
 }
@@ -9020,8 +9071,8 @@ static ckca_status ckca__read_normalization(const ckca_model *m, const ckca__st_
     if (!values)
         return ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for the mean of %d channels", path, m->channels);
     if (!ckca__parse_floats(mean, values, m->channels) || !ckca__parse_floats(std, values + channels, m->channels))
-        status = ckca__fail(m->ctx, CKCA_EFORMAT, "%s: ckca.mean and ckca.std are not %d numbers each", path,
-                            m->channels);
+        status =
+            ckca__fail(m->ctx, CKCA_EFORMAT, "%s: ckca.mean and ckca.std are not %d numbers each", path, m->channels);
     for (i = channels; !status && i < 2 * channels; i++)
         if (!(values[i] > 0))
             status = ckca__fail(m->ctx, CKCA_EFORMAT, "%s: ckca.std has a value that is not above 0", path);
@@ -9299,8 +9350,8 @@ static ckca_status ckca__load_into(ckca_model *m, ckca__st_file *file) {
     return status;
 }
 
-/* Finds each parameter's tensor by name, with as many prefixes removed as it takes: chosen (m->parameters pointers, NULL:
-   none). The name itself goes before one with prefixes; two of those are an error. */
+/* Finds each parameter's tensor by name, with as many prefixes removed as it takes: chosen (m->parameters pointers,
+   NULL: none). The name itself goes before one with prefixes; two of those are an error. */
 static ckca_status ckca__choose_tensors(const ckca_model *m, const ckca__st_file *file,
                                         const ckca__st_tensor **chosen) {
     size_t i;
@@ -9310,8 +9361,8 @@ static ckca_status ckca__choose_tensors(const ckca_model *m, const ckca__st_file
         const char *bare = ckca__unprefixed_name(m, tensor->name, &j);
         if (!bare || j < 0) continue;
         if (chosen[j] && bare != tensor->name && strcmp(chosen[j]->name, bare))
-            return ckca__fail(m->ctx, CKCA_EFORMAT, "%s: both %.80s and %.80s would be %.80s",
-                              ckca__tail(file->path), chosen[j]->name, tensor->name, bare);
+            return ckca__fail(m->ctx, CKCA_EFORMAT, "%s: both %.80s and %.80s would be %.80s", ckca__tail(file->path),
+                              chosen[j]->name, tensor->name, bare);
         if (!chosen[j] || bare == tensor->name) chosen[j] = tensor;
     }
     return CKCA_OK;
@@ -11386,8 +11437,9 @@ CKCA_API ckca_status ckca_save_onnx_memory(ckca_model *m, const ckca_onnx_desc *
 
        y[n][p][q][k] = sum over r, s, c of x[n][p stride - pad + r][q stride - pad + s][c] w[k][r][s][c]
 
-   In groups, c runs over the channels of k's group alone. Pixels outside x count as zero. y is linear in x and in w, so both gradients are the same sum read from the other
-   end: every product x w that contributes to y sends dy w back to x and dy x back to w. */
+   In groups, c runs over the channels of k's group alone. Pixels outside x count as zero. y is linear in x and in w, so
+   both gradients are the same sum read from the other end: every product x w that contributes to y sends dy w back to x
+   and dy x back to w. */
 
 /* Arguments of the tasks of all three passes; each pass sets what it needs. */
 typedef struct ckca__naive_conv {
@@ -14144,8 +14196,8 @@ static void ckca__bundle_copy_block(void *job, int b, int thread) {
 /* Copies a bundle's channels out of a map, or (back) into it. */
 static void ckca__bundle_move(ckca_context *ctx, size_t rows, int all, int first, int width, float *whole, float *part,
                               int back, int add) {
-    ckca__bundle_copy job = {rows, 1 + (CKCA__BLOCK / (size_t)width), (size_t)all, (size_t)first, (size_t)width, whole,
-                             part, back, add};
+    ckca__bundle_copy job = {
+        rows, 1 + (CKCA__BLOCK / (size_t)width), (size_t)all, (size_t)first, (size_t)width, whole, part, back, add};
     ckca__parallel_over(ctx, rows * (size_t)width, (int)((rows + job.block - 1) / job.block), ckca__bundle_copy_block,
                         &job);
 }
