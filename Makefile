@@ -94,9 +94,10 @@ ifneq ($(MPI),)
 EXAMPLE_CC = OMPI_CC='$(CC)' MPICH_CC='$(CC)' $(MPICC) -DCKCA_MPI
 endif
 EXAMPLE_CC ?= $(CC)
+comma := ,
 ifneq ($(NCCL),)
-NVCC_FLAGS += -DCKCA_NCCL $(addprefix -I,$(wildcard $(NCCL_HOME)/include))
-LIBS += $(foreach d,$(wildcard $(NCCL_HOME)/lib),-L$d -Wl,-rpath,$d) -lnccl
+NVCC_FLAGS += -DCKCA_NCCL $(if $(NCCL_HOME),-I$(NCCL_HOME)/include)
+LIBS += $(if $(NCCL_HOME),-L$(NCCL_HOME)/lib -Wl$(comma)-rpath$(comma)$(NCCL_HOME)/lib) -lnccl
 endif
 
 EXAMPLES := $(patsubst examples/%.c,build/%,$(wildcard examples/*.c))

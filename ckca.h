@@ -7082,7 +7082,7 @@ static ckca_status ckca__evaluate_all(ckca_model *m, const ckca_model *like, con
     double sums[5] = {0, 0, 0, 0, 0}; /* cross-entropy */
     ckca__batch_buffers b;
     ckca_status status = ckca__batch_buffers_alloc(ctx, &b, batch, m->classes, 1);
-    if (status) return ckca__ranks_agree(ctx, "ckca__evaluate_all", status);
+    if (status) return ckca__ranks_agree(ctx, "evaluate", status);
     if (!(status = ckca__reserve(m, batch, CKCA__MODE_EVALUATE)) &&
         !(status = ckca__prepare_store(ctx, data->store, batch, &b))) {
         position = (int *)ckca__alloc(ctx, (size_t)batch * sizeof(int));
@@ -7133,14 +7133,14 @@ static ckca_status ckca__evaluate_all(ckca_model *m, const ckca_model *like, con
         ckca__device_download(ctx, hit, device_hit, hit_bytes);
         status = ckca__device_status(ctx);
     }
-    status = ckca__ranks_agree_on(ctx, "ckca__evaluate_all", status, sums);
+    status = ckca__ranks_agree_on(ctx, "evaluate", status, sums);
     if (!status && class_sums)
-        status = ckca__ranks_sum_values(ctx, "ckca__evaluate_all", class_sums, (size_t)m->classes * (size_t)m->features);
+        status = ckca__ranks_sum_values(ctx, "evaluate", class_sums, (size_t)m->classes * (size_t)m->features);
     if (!status && ctx->ranks.size > 1) {
         if (cache_logits) ckca__device_ranks_sum(ctx, (size_t)data->count * (size_t)m->classes, 1, cache_logits);
         if (cache_features) ckca__device_ranks_sum(ctx, (size_t)data->count * (size_t)m->features, 1, cache_features);
         if (cache_logits || cache_features) ckca__device_ranks_wait(ctx);
-        status = ckca__ranks_agree(ctx, "ckca__evaluate_all", ckca__device_status(ctx));
+        status = ckca__ranks_agree(ctx, "evaluate", ckca__device_status(ctx));
     }
     if (!status) {
         for (i = 0; i < data->count; i++) {
@@ -7152,7 +7152,7 @@ static ckca_status ckca__evaluate_all(ckca_model *m, const ckca_model *like, con
         }
         seen[2 * m->classes] = top1;
         seen[2 * m->classes + 1] = top5;
-        status = ckca__ranks_sum_counts(ctx, "ckca__evaluate_all", seen, 2 * m->classes + 2);
+        status = ckca__ranks_sum_counts(ctx, "evaluate", seen, 2 * m->classes + 2);
         top1 = seen[2 * m->classes];
         top5 = seen[2 * m->classes + 1];
     }
@@ -9878,7 +9878,7 @@ static ckca_status ckca__state_load(ckca__update *u, int *found) {
                             "saved: finish that update, or remove the file to start over",
                             path,
                             *difference ? difference
-                                        : "other pictures, weights, mean, std, seed, teacher, frozen layers, ranks or settings");
+                                        : "other pictures, weights, mean, std, seed, teacher, number of ranks, frozen layers or settings");
     }
     if (!status && u->d.seconds > 0) { /* the time is planned already */
         const char *plan = strstr(text + 7 * 17 - 1, " plan=");
