@@ -22,7 +22,7 @@
 #   make CUDA=1 sanitize    the op tests under the four tools of compute-sanitizer; TOOLS="memcheck initcheck" for some
 #
 # Variables: CC, CFLAGS, LDFLAGS; MPICC; THREADS= builds without threads, STB= without JPEG and PNG files;
-# NVCC; CUDA_ARCH="80 90": the GPUs to compile for (newer ones use the PTX of the last). 90 means sm_90a, which has wgmma.
+# NVCC; CUDA_ARCH="80 90": the GPUs to compile for (newer ones use the PTX of the last; 90 is sm_90a, which has wgmma).
 
 # One job per processor unless -j says otherwise.
 ifeq ($(filter -j%,$(MAKEFLAGS)),)

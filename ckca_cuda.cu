@@ -56,10 +56,10 @@
 
    PRECISION (ckca_desc.precision): FLOAT32 multiplies floats on the FFMA units. TF32 rounds both factors of
    convolutions and linear layers (after the load from shared memory, or in TMA; cuBLAS uses its own rounding) and
-   multiplies on tensor cores, accumulating in float32. BF16 stores the feature maps between the pictures and the average pooling, and
-   their gradients, as bfloat16 and multiplies them by weights rounded to bfloat16, accumulating in float32; everything
-   after the pooling is stored as float32 and multiplied as TF32. Weights, their gradients, statistics, losses and SGD
-   are always float32. */
+   multiplies on tensor cores, accumulating in float32. BF16 stores the feature maps between the pictures and the average
+   pooling, and their gradients, as bfloat16 and multiplies them by weights rounded to bfloat16, accumulating in float32;
+   everything after the pooling is stored as float32 and multiplied as TF32. Weights, their gradients, statistics, losses
+   and SGD are always float32. */
 #ifndef CKCA_CUDA
 #define CKCA_CUDA
 #endif
@@ -645,8 +645,9 @@ __device__ __forceinline__ void ckca__barrier_expect(uint64_t *barrier, unsigned
 }
 __device__ __forceinline__ void ckca__barrier_wait(uint64_t *barrier, unsigned parity) {
     asm volatile(
-        "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}"
-        ::"r"(ckca__shared_address(barrier)), "r"(parity)
+        "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::
+            "r"(ckca__shared_address(barrier)),
+        "r"(parity)
         : "memory");
 }
 
@@ -654,18 +655,20 @@ __device__ __forceinline__ void ckca__barrier_wait(uint64_t *barrier, unsigned p
    NHWC maps, shifted by a tap, from channel c on (im2col), to shared memory; then tells the barrier. One thread calls. */
 __device__ __forceinline__ void ckca__copy_matrix(void *shared, const CUtensorMap *map, int x, int y,
                                                   uint64_t *barrier) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
-                 "[%4];" ::"r"(ckca__shared_address(shared)),
-                 "l"(map), "r"(x), "r"(y), "r"(ckca__shared_address(barrier))
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+        "[%4];" ::"r"(ckca__shared_address(shared)),
+        "l"(map), "r"(x), "r"(y), "r"(ckca__shared_address(barrier))
+        : "memory");
 }
 __device__ __forceinline__ void ckca__copy_pixels(void *shared, const CUtensorMap *map, int c, int w, int h, int n,
                                                   int tap_x, int tap_y, uint64_t *barrier) {
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, "
-                 "%4, %5}], [%8], {%6, %7};" ::"r"(ckca__shared_address(shared)),
-                 "l"(map), "r"(c), "r"(w), "r"(h), "r"(n), "h"((unsigned short)tap_x), "h"((unsigned short)tap_y),
-                 "r"(ckca__shared_address(barrier))
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, "
+        "%4, %5}], [%8], {%6, %7};" ::"r"(ckca__shared_address(shared)),
+        "l"(map), "r"(c), "r"(w), "r"(h), "r"(n), "h"((unsigned short)tap_x), "h"((unsigned short)tap_y),
+        "r"(ckca__shared_address(barrier))
+        : "memory");
 }
 
 /* Products of a warpgroup (4 warps): begin after its sums' registers were written, then any number of ckca__wgmma, then
@@ -679,24 +682,25 @@ template <int LEFT> __device__ __forceinline__ void ckca__wgmma_wait() {
 
 /* sums += a b: 64 rows x COLUMNS over 32 bytes of k; a and b are ckca__matrix_descriptors. Warp w of the warpgroup has
    rows 16 w to 16 w + 15; its COLUMNS / 8 tiles of 16 x 8 are distributed as in ckca__mma_tf32. */
-#define CKCA__SUMS_8(s) "+f"((s)[0]), "+f"((s)[1]), "+f"((s)[2]), "+f"((s)[3]), "+f"((s)[4]), "+f"((s)[5]), "+f"((s)[6]), "+f"((s)[7])
+#define CKCA__SUMS_8(s) \
+    "+f"((s)[0]), "+f"((s)[1]), "+f"((s)[2]), "+f"((s)[3]), "+f"((s)[4]), "+f"((s)[5]), "+f"((s)[6]), "+f"((s)[7])
 #define CKCA__SUMS_32(s) CKCA__SUMS_8(s), CKCA__SUMS_8((s) + 8), CKCA__SUMS_8((s) + 16), CKCA__SUMS_8((s) + 24)
-#define CKCA__NAMES_32                                                                                    \
+#define CKCA__NAMES_32                                                                                               \
     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
     "%30,%31"
-#define CKCA__NAMES_64                                                                                        \
-    CKCA__NAMES_32                                                                                            \
+#define CKCA__NAMES_64                                                                                          \
+    CKCA__NAMES_32                                                                                              \
     ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57," \
     "%58,%59,%60,%61,%62,%63"
-#define CKCA__WGMMA_32(shape, types, major)                                                                      \
+#define CKCA__WGMMA_32(shape, types, major)                                                                        \
     asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\nwgmma.mma_async.sync.aligned." shape ".f32." types \
-                 " {" CKCA__NAMES_32 "}, %32, %33, add, 1, 1" major ";\n}"                                        \
-                 : CKCA__SUMS_32(sums)                                                                           \
+                 " {" CKCA__NAMES_32 "}, %32, %33, add, 1, 1" major ";\n}"                                         \
+                 : CKCA__SUMS_32(sums)                                                                             \
                  : "l"(a), "l"(b), "r"(1))
-#define CKCA__WGMMA_64(shape, types, major)                                                                      \
+#define CKCA__WGMMA_64(shape, types, major)                                                                        \
     asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\nwgmma.mma_async.sync.aligned." shape ".f32." types \
-                 " {" CKCA__NAMES_64 "}, %64, %65, add, 1, 1" major ";\n}"                                        \
-                 : CKCA__SUMS_32(sums), CKCA__SUMS_32(sums + 32)                                                 \
+                 " {" CKCA__NAMES_64 "}, %64, %65, add, 1, 1" major ";\n}"                                         \
+                 : CKCA__SUMS_32(sums), CKCA__SUMS_32(sums + 32)                                                   \
                  : "l"(a), "l"(b), "r"(1))
 template <int BF16, int COLUMNS> __device__ __forceinline__ void ckca__wgmma(float *sums, uint64_t a, uint64_t b) {
     if constexpr (BF16 && COLUMNS == 128) {
@@ -716,7 +720,7 @@ template <int BF16, int COLUMNS> __device__ __forceinline__ void ckca__wgmma(flo
    of a line are XORed with the line modulo 8), which begin at a multiple of 1024 bytes, plus 32 per step along k. PTX
    ISA, "Matrix Descriptor": bits 0 to 13 the address / 16; 32 to 45 the bytes from 8 lines to the next 8, / 16; 62 and
    63 the swizzle, 1: 128 bytes; bits 16 to 29 are ignored with it. */
-CKCA__BOTH uint64_t ckca__matrix_descriptor(unsigned address) {
+__device__ __forceinline__ uint64_t ckca__matrix_descriptor(unsigned address) {
     return (uint64_t)(address >> 4 & 0x3fff) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
 }
 
@@ -1643,7 +1647,8 @@ struct ckca__wgmma_block : ckca__block<PRECISION_, PASS_, COLUMNS_, 1> {
         STAGES = COLUMNS_ == 128 ? 3 : 4,
         STAGE_A = CKCA__ROWS * 128, /* bytes */
         STAGE = STAGE_A + COLUMNS_ * 128,
-        BYTES = 1024 + (STAGES * STAGE > BASE::LINES * BASE::PITCH * 4 ? STAGES * STAGE : BASE::LINES * BASE::PITCH * 4);
+        TILE = BASE::LINES * BASE::PITCH * 4,
+        BYTES = 1024 + (STAGES * STAGE > TILE ? STAGES * STAGE : TILE);
 };
 
 enum { CKCA__WGMMA_PHASES = 4 }; /* stride 2 at most */
@@ -1707,8 +1712,8 @@ __global__ void __launch_bounds__(B::THREADS, B::BLOCKS)
         ckca__wgmma_begin();
 #pragma unroll
         for (int step = 0; step < B::STEPS; step++)
-            ckca__wgmma<B::PRECISION == CKCA_PRECISION_BF16, B::COLUMNS>(
-                sums, ckca__matrix_descriptor(a + step * 32), ckca__matrix_descriptor(b + step * 32));
+            ckca__wgmma<B::PRECISION == CKCA_PRECISION_BF16, B::COLUMNS>(sums, ckca__matrix_descriptor(a + step * 32),
+                                                                         ckca__matrix_descriptor(b + step * 32));
         ckca__wgmma_commit();
         ckca__wgmma_wait<1>(); /* the previous stage's products are in the sums */
         if (i > 0 && me % 32 == 0) ckca__barrier_arrive(&empty[previous]);
@@ -1830,9 +1835,10 @@ typedef struct ckca__moments {
    channels adds the parts and writes the statistics, or dgamma, dbeta and table (2 x c: the means over rows that
    ckca__batchnorm_backward needs). */
 template <class T, int KIND, int WIDTH>
-__global__ void __launch_bounds__(CKCA__THREADS, KIND == 2 ? 2 : 4) /* or the compiler saves registers, not time */
+__global__ void __launch_bounds__(CKCA__THREADS, KIND == 2 ? 2 : sizeof(T) == 2 ? 4 : 5)
     ckca__channel_sums(ckca__moments m) {
-    enum { ROWS = KIND == 2 ? 2 : 4 }; /* loaded before the first is used */
+    /* Loaded before the first is used. Without the number of blocks, ptxas puts loads and use in turn to save registers. */
+    enum { ROWS = KIND == 2 ? 2 : 4 };
     __shared__ __align__(16) float first[CKCA__THREADS * WIDTH], second[CKCA__THREADS * WIDTH];
     __shared__ float partial[2][CKCA__THREADS];
     __shared__ double scratch[3 * CKCA__THREADS];
@@ -2392,8 +2398,7 @@ static void ckca__wgmma_init(ckca__cuda *cuda, const cudaDeviceProp *gpu) {
         cuda->wgmma = CKCA__CUDA(
             cuda, cudaGetDriverEntryPointByVersion(name[i], (void **)to[i], 12000, cudaEnableDefault, &found));
 #else
-        cuda->wgmma =
-            CKCA__CUDA(cuda, cudaGetDriverEntryPoint(name[i], (void **)to[i], cudaEnableDefault, &found));
+        cuda->wgmma = CKCA__CUDA(cuda, cudaGetDriverEntryPoint(name[i], (void **)to[i], cudaEnableDefault, &found));
 #endif
         if (found != cudaDriverEntryPointSuccess) cuda->wgmma = 0;
     }
@@ -2413,8 +2418,8 @@ static int ckca__uses_wgmma(ckca_context *ctx, int pass, const ckca__conv *s, in
     const int channels = pass == CKCA__PASS_DATA ? s->k : s->c, columns = pass == CKCA__PASS_DATA ? s->c : s->k;
     const int values = ckca__chunk_values(ctx, s);
     return ckca__cuda_of(ctx)->wgmma && ckca__math(ctx, s) != CKCA_PRECISION_FLOAT32 && pass != CKCA__PASS_WEIGHT &&
-           width >= 64 && channels % (8 * values) == 0 && columns % values == 0 && s->stride * s->stride <= CKCA__WGMMA_PHASES &&
-           s->r <= 16 && s->s <= 16 && s->pad <= 16;
+           width >= 64 && channels % (8 * values) == 0 && columns % values == 0 &&
+           s->stride * s->stride <= CKCA__WGMMA_PHASES && s->r <= 16 && s->s <= 16 && s->pad <= 16;
 }
 
 /* Makes the tensor maps of a pass. */
@@ -2422,14 +2427,15 @@ template <int PASS>
 static int ckca__wgmma_encode(ckca_context *ctx, const ckca__gemm *g, int width, ckca__wgmma_maps *maps) {
     const ckca__conv *s = &g->s;
     const ckca__cuda *cuda = ckca__cuda_of(ctx);
-    const int is_data = PASS == CKCA__PASS_DATA, channels = is_data ? s->k : s->c, depth = 8 * ckca__chunk_values(ctx, s);
+    const int is_data = PASS == CKCA__PASS_DATA, channels = is_data ? s->k : s->c,
+              depth = 8 * ckca__chunk_values(ctx, s);
     const cuuint64_t bytes = 16 / ckca__chunk_values(ctx, s), taps = (cuuint64_t)s->r * s->s;
     const cuuint64_t w = is_data ? s->q : s->w, h = is_data ? s->p : s->h, line = channels * bytes;
-    const cuuint64_t sizes[4] = {(cuuint64_t)channels, w, h, (cuuint64_t)s->n}, strides[3] = {line, line * w, line * w * h};
+    const cuuint64_t sizes[4] = {(cuuint64_t)channels, w, h, (cuuint64_t)s->n},
+                     strides[3] = {line, line * w, line * w * h};
     const cuuint64_t matrix[2] = {taps * channels, (cuuint64_t)(is_data ? s->c : s->k)}, pitch[1] = {taps * line};
     const cuuint32_t box[2] = {(cuuint32_t)depth, (cuuint32_t)width}, ones[2] = {1, 1};
-    const CUtensorMapDataType type =
-        bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_TFLOAT32;
+    const CUtensorMapDataType type = bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_TFLOAT32;
     CUresult failed = cuda->encode_tiled(&maps->weights, type, 2, (void *)g->b, matrix, pitch, box, ones,
                                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                          CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);

@@ -645,7 +645,8 @@ static cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*k
     if (shared > (opted ? opted : 48 << 10) || threads % 32 || threads > shim::THREADS)
         return shim_last = cudaErrorInvalidValue;
     cuda_shim_launches++;
-    shim::submit(config->stream, [=] { shim::run(grid, threads, shared, dependent, [&] { std::apply(kernel, values); }); });
+    shim::submit(config->stream,
+                 [=] { shim::run(grid, threads, shared, dependent, [&] { std::apply(kernel, values); }); });
     return cudaSuccess;
 }
 
@@ -874,7 +875,8 @@ static CUresult cuTensorMapEncodeIm2col(CUtensorMap *map, CUtensorMapDataType ty
 static void shim_copy_line(char *to, const CUtensorMap &map, const char *row, int x) {
     for (int i = 0; i < map.box[0]; i++) {
         uint32_t word = 0;
-        if (row && x + i >= 0 && x + i < (long)map.sizes[0]) memcpy(&word, row + (size_t)(x + i) * map.bytes, map.bytes);
+        if (row && x + i >= 0 && x + i < (long)map.sizes[0])
+            memcpy(&word, row + (size_t)(x + i) * map.bytes, map.bytes);
         if (map.bytes == 4) word = ckca__to_tf32(__uint_as_float(word));
         memcpy((char *)shim_shared_at(shim_swizzle(ckca__shared_address(to + i * map.bytes))), &word, map.bytes);
     }
@@ -899,7 +901,8 @@ static void ckca__copy_matrix(void *shared, const CUtensorMap *map, int x, int y
     shim_tensor_copy(barrier, *map, shared, [=] {
         for (int i = 0; i < map->box[1]; i++) {
             const bool there = y + i >= 0 && y + i < (long)map->sizes[1];
-            shim_copy_line((char *)shared + i * 128, *map, there ? map->memory + (y + i) * map->strides[1] : nullptr, x);
+            shim_copy_line((char *)shared + i * 128, *map, there ? map->memory + (y + i) * map->strides[1] : nullptr,
+                           x);
         }
     });
 }
@@ -934,7 +937,8 @@ static void ckca__copy_pixels(void *shared, const CUtensorMap *map, int c, int w
 /* Value number k (of 32 bytes) of a line of a factor. PTX ISA, "Matrix Descriptor" and "Strides", K-major layouts. */
 static float shim_factor(uint64_t descriptor, int line, int k, int bf16) {
     const unsigned start = (unsigned)(descriptor & 0x3fff) << 4, eight = (unsigned)(descriptor >> 32 & 0x3fff) << 4;
-    const unsigned at = start + (unsigned)(line / 8) * eight + (unsigned)(line % 8) * 128 + (unsigned)k * (bf16 ? 2 : 4);
+    const unsigned at =
+        start + (unsigned)(line / 8) * eight + (unsigned)(line % 8) * 128 + (unsigned)k * (bf16 ? 2 : 4);
     uint32_t word = 0;
     memcpy(&word, shim_shared_at(shim_swizzle(at)), bf16 ? 2 : 4);
     return __uint_as_float(bf16 ? word << 16 : word & ~0x1fffu);
@@ -969,7 +973,8 @@ template <int LEFT> static void ckca__wgmma_wait() {
 }
 template <int BF16, int COLUMNS> static void ckca__wgmma(float *sums, uint64_t a, uint64_t b) {
     for (const uint64_t d : {a, b})
-        shim_must(d >> 62 == 1 && !(d >> 49 & 7) && (d >> 46 & 7) == 0, "a descriptor of another swizzle, or with an offset");
+        shim_must(d >> 62 == 1 && !(d >> 49 & 7) && (d >> 46 & 7) == 0,
+                  "a descriptor of another swizzle, or with an offset");
     shim_must(shim::fenced[shim::current], "wgmma without a fence before it");
     cuda_shim_wgmma++;
     shim::products[shim::current].push_back({sums, a, b, BF16, COLUMNS, shim::product_group[shim::current]});
@@ -1031,8 +1036,8 @@ static cublasStatus_t cublasSetMathMode(cublasHandle_t blas, int mode) {
 }
 static cublasStatus_t cublasSetWorkspace(cublasHandle_t, void *, size_t) { return shim_blas_call(); }
 /* c (m x n) = alpha op(a) (m x k) op(b) (k x n) + beta c, column by column. */
-static cublasStatus_t cublasGemmEx(cublasHandle_t blas, cublasOperation_t transpose_a, cublasOperation_t transpose_b, int m, int n,
-                                   int k, const float *alpha, const void *a, cudaDataType type_a, int lda,
+static cublasStatus_t cublasGemmEx(cublasHandle_t blas, cublasOperation_t transpose_a, cublasOperation_t transpose_b,
+                                   int m, int n, int k, const float *alpha, const void *a, cudaDataType type_a, int lda,
                                    const void *b, cudaDataType type_b, int ldb, const float *beta, void *c,
                                    cudaDataType type_c, int ldc, cublasComputeType_t compute, int) {
     if (shim_blas_call() || type_a != type_b) return CUBLAS_STATUS_EXECUTION_FAILED;
