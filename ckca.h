@@ -7958,7 +7958,7 @@ static const float *ckca__memory_fisher(const ckca_memory *memory) { return memo
 
 /* 1 if the loss has EWC's penalty. Before the memory's first chunk there is none. */
 static int ckca__memory_penalizes(const ckca__update *u) {
-    return u->d.method == CKCA_METHOD_EWC && u->d.ewc_lambda > 0 && u->d.memory->updates > 0;
+    return u->d.method == CKCA_METHOD_EWC && u->d.memory && u->d.memory->updates > 0 && u->d.ewc_lambda > 0;
 }
 
 /* Fails if the method needs a memory that the descriptor does not have. */
