@@ -4,6 +4,7 @@
 #define CKCA_IMPLEMENTATION
 #include "ckca.h"
 #include "test.h"
+#include "device.h"
 #include "files.h"
 
 enum { SIZE = 8, CLASSES = 4, COUNT = 60, AREA = SIZE * SIZE * 3 };
