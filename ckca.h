@@ -132,6 +132,7 @@
        features   the D inputs of the layer that computes the logits
        student    the network in training
        teacher    the checkpoint it started from, or ckca_update_desc.teacher
+       memory     what is kept of earlier chunks beside the checkpoint, if anything: ckca_update_desc.memory
        Tensors are float32 (but see CKCA_PRECISION_BF16). Files and ckca_tensor_* use PyTorch's order (convolutions K x
        C x R x S); in memory it is K x R x S x C. A linear layer on a map larger than 1 x 1 takes it in NHWC order.
 
@@ -169,7 +170,7 @@
        unsaved result; the model's next ckca_save removes it. If you keep the result in another way, remove the file
        yourself. One file serves one update at a time: save its result before the next update with that file. To resume
        after CKCA_ESTOP, load the model that the update began with again: the stopped one has other weights.
-       The state of another update (other pictures, weights or settings) is refused with CKCA_EINVAL, never overwritten.
+       The state of another update (other pictures, weights, memory or settings) is refused with CKCA_EINVAL, never overwritten.
        During an update net.state.lock is locked (flock), and a second update with that state fails with CKCA_EIO. The
        lock ends with its process. Systems and file systems without flock have no such check.
 
@@ -480,9 +481,8 @@ typedef enum ckca_method {
     CKCA_METHOD_WARM,           /* vanilla warm start */
     CKCA_METHOD_SHRINK_PERTURB, /* Ash and Adams 2020: w = shrink w + perturb w_fresh */
     CKCA_METHOD_LWF,            /* Li and Hoiem 2016: warm start + distillation with a_i = 1 */
-    CKCA_METHOD_EWC,            /* Kirkpatrick et al. 2017, online as in Schwarz et al. 2018: warm start + ewc_lambda / 2
-                                   sum_j F_j (w_j - w_old_j)^2. Needs a memory with fisher */
-    CKCA_METHOD_REPLAY,         /* warm start on the chunk's and the memory's pictures. Needs a memory with pictures */
+    CKCA_METHOD_EWC,            /* Kirkpatrick et al. 2017, online: see ewc_lambda; needs a memory with fisher */
+    CKCA_METHOD_REPLAY,         /* warm start on chunk and memory; needs a memory with pictures */
     CKCA_METHOD_COUNT
 } ckca_method;
 
@@ -526,7 +526,9 @@ typedef struct ckca_update_desc {
     float w_feat;          /* 0 to 1e6; 0: 1 (STAGES: off if the networks have no matching stages) */
     float temperature;     /* T, up to 1e6; 0: 2 */
     float shrink, perturb; /* of SHRINK_PERTURB: 0 to 1, 0 to 1e6; 0: 0.4 and 0.1 */
-    float ewc_lambda;      /* of EWC, whose penalty is part of the reported loss: 0 to 1e9; 0: 1 */
+    float ewc_lambda;      /* of EWC: cross-entropy + ewc_lambda / 2 sum_j F_j (w_j - w_old_j)^2, of which all is in the
+                              reported loss. w_old: the weights before the update. F: the sum of the Fisher information of
+                              all chunks in the memory (Schwarz et al. 2018 with gamma = 1). 0 to 1e9; 0: 1 */
     /* NULL: none. Else a memory of this model. Its pictures join the chunk, whatever the method: an epoch visits every
        picture of both once, in one random order, so on average a share M / (M + N) of each batch is the memory's; they
        take part in all terms of the loss, and in the report. After the update the memory has taken in the chunk, as
@@ -591,7 +593,7 @@ CKCA_API ckca_status ckca_predict(ckca_model *model, const unsigned char *pixels
 
 typedef struct ckca_memory_desc {
     int pictures; /* the most it keeps: 0, or at least one per class, up to 1e7 */
-    int fisher;   /* 1: it keeps the diagonal of the Fisher information, which EWC needs: as many floats as parameters */
+    int fisher;   /* 1: it keeps the diagonal of the Fisher information, a float per parameter, for EWC */
 } ckca_memory_desc;
 typedef struct ckca_memory_info {
     int pictures, fisher; /* as in its descriptor */
@@ -627,10 +629,10 @@ CKCA_API void ckca_memory_free(ckca_memory *memory);
 CKCA_API ckca_status ckca_memory_save(ckca_memory *memory, const char *path);
 CKCA_API ckca_status ckca_memory_load(const ckca_model *model, ckca_memory **memory, const char *path);
 #endif
-/* The same file in memory, see ckca_save_memory and ckca_load_memory. */
-CKCA_API ckca_status ckca_memory_save_memory(ckca_memory *memory, void *out, size_t capacity, size_t *size);
-CKCA_API ckca_status ckca_memory_load_memory(const ckca_model *model, ckca_memory **memory, const void *bytes,
-                                             size_t size);
+/* The same file as bytes, see ckca_save_memory and ckca_load_memory. */
+CKCA_API ckca_status ckca_memory_to_bytes(ckca_memory *memory, void *out, size_t capacity, size_t *size);
+CKCA_API ckca_status ckca_memory_from_bytes(const ckca_model *model, ckca_memory **memory, const void *bytes,
+                                            size_t size);
 
 /* ===================================================================================================================
    API: FILES                                                                                                  >>files
@@ -5060,11 +5062,12 @@ typedef struct ckca__batch_buffers {
 typedef struct ckca__update {
     ckca_context *ctx;
     ckca_model *m;
-    ckca_model *old;     /* a copy of the model before the update: restored on failure, and the default teacher */
-    ckca_model *teacher; /* old, or a copy of desc->teacher, or NULL if no term of the loss needs one */
+    ckca_model *old;       /* a copy of the model before the update: restored on failure, and the default teacher */
+    ckca_model *teacher;   /* old, or a copy of desc->teacher, or NULL if no term of the loss needs one */
     const ckca_data *data; /* what is trained on: the chunk, joined with the memory's pictures if there are any */
     const ckca_data *chunk;
-    ckca_data *joined;  /* data if it is not chunk */
+    /* data if it is not chunk: */
+    ckca_data *joined;
     ckca_update_desc d; /* with all defaults set; unused terms of the loss have weight 0 */
     int mode;           /* of the student's forward pass */
     /* The teacher's outputs on all pictures, count x classes and count x features; NULL: computed for each batch. */
@@ -5281,8 +5284,7 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     m->gradients = m->momentum = NULL;
     status = ckca__begin(u, desc);
     if (!status) status = ckca__train(u, start);
-    if (!status && u->d.memory)
-        status = ckca__memory_refill(u->d.memory, m, data, u->data, m->updates + 1);
+    if (!status && u->d.memory) status = ckca__memory_refill(u->d.memory, m, data, u->data, m->updates + 1);
     ckca__device_forget(u->ctx, &u->recording[0]);
     ckca__device_forget(u->ctx, &u->recording[1]);
     if (!status) {
@@ -7880,12 +7882,11 @@ static ckca_status ckca__state_load(ckca__update *u, int *found) {
     if (!status && field[0] != u->fingerprint) {
         char difference[160];
         ckca__state_difference(u, text + 7 * 17 - 1, difference, sizeof difference);
-        status = ckca__fail(u->ctx, CKCA_EINVAL,
-                            "%s: it is the training state of another update (%s), whose result may not have been "
-                            "saved: finish that update, or remove the file to start over",
-                            path,
-                            *difference ? difference
-                                        : "other pictures, weights, mean, std, seed, teacher, memory or settings");
+        status = ckca__fail(
+            u->ctx, CKCA_EINVAL,
+            "%s: it is the training state of another update (%s), whose result may not have been "
+            "saved: finish that update, or remove the file to start over",
+            path, *difference ? difference : "other pictures, weights, mean, std, seed, teacher, memory or settings");
     }
     if (!status &&
         (field[1] >= (uint64_t)u->d.epochs || field[2] > (uint64_t)u->batches || field[3] > (uint64_t)u->data->count))
@@ -7964,7 +7965,8 @@ static int ckca__memory_penalizes(const ckca__update *u) {
 /* Fails if the method needs a memory that the descriptor does not have. */
 static ckca_status ckca__memory_needed(const ckca_model *m, const ckca_update_desc *d) {
     if (d->method == CKCA_METHOD_REPLAY && !(d->memory && d->memory->size))
-        return ckca__fail(m->ctx, CKCA_EINVAL, "update: REPLAY needs a memory with pictures (memory, ckca_memory_desc)");
+        return ckca__fail(m->ctx, CKCA_EINVAL,
+                          "update: REPLAY needs a memory with pictures (memory, ckca_memory_desc)");
     if (d->method == CKCA_METHOD_EWC && !(d->memory && d->memory->fisher))
         return ckca__fail(m->ctx, CKCA_EINVAL, "update: EWC needs a memory with fisher (memory, ckca_memory_desc)");
     return CKCA_OK;
@@ -7977,11 +7979,12 @@ static ckca_status ckca__memory_check(const ckca_memory *memory, ckca_model *m) 
         return ckca__fail(m->ctx, CKCA_EINVAL, "memory: it belongs to another context than the model");
     if (memory->height != m->height || memory->width != m->width || memory->channels != m->channels ||
         memory->classes != m->classes)
-        return ckca__fail(m->ctx, CKCA_ESHAPE,
-                          "memory: its pictures are %d x %d x %d in %d classes, the model takes %d x %d x %d and has %d "
-                          "classes",
-                          memory->height, memory->width, memory->channels, memory->classes, m->height, m->width,
-                          m->channels, m->classes);
+        return ckca__fail(
+            m->ctx, CKCA_ESHAPE,
+            "memory: its pictures are %d x %d x %d in %d classes, the model takes %d x %d x %d and has %d "
+            "classes",
+            memory->height, memory->width, memory->channels, memory->classes, m->height, m->width, m->channels,
+            m->classes);
     if (memory->fisher && memory->parameters != m->parameters)
         return ckca__fail(m->ctx, CKCA_ESHAPE, "memory: it is of a network of %d tensors, the model has %d",
                           memory->parameters, m->parameters);
@@ -8001,10 +8004,11 @@ static ckca_status ckca__memory_join(ckca__update *u) {
     ckca_data *parts[2];
     ckca_status status = ckca__memory_check(memory, u->m);
     if (!status && memory->updates > u->m->updates)
-        status = ckca__fail(u->ctx, CKCA_EINVAL,
-                            "memory: it has taken in the chunk of update %d, but the model has had %d updates: it is of a "
-                            "later checkpoint",
-                            memory->updates, u->m->updates);
+        status =
+            ckca__fail(u->ctx, CKCA_EINVAL,
+                       "memory: it has taken in the chunk of update %d, but the model has had %d updates: it is of a "
+                       "later checkpoint",
+                       memory->updates, u->m->updates);
     if (status || !memory->data) return status;
     parts[0] = memory->data;
     parts[1] = (ckca_data *)u->chunk; /* only read */
@@ -8033,9 +8037,9 @@ static ckca_status ckca__memory_features(ckca_model *m, const ckca_data *data, c
     float *device = (float *)ckca__device_alloc(m->ctx, bytes);
     ckca_data *view = NULL;
     ckca_score score;
-    ckca_status status = device ? ckca_subset(&view, data, index, n)
-                                : ckca__fail(m->ctx, CKCA_ENOMEM, "memory: out of memory for the features of %d pictures",
-                                             n);
+    ckca_status status =
+        device ? ckca_subset(&view, data, index, n)
+               : ckca__fail(m->ctx, CKCA_ENOMEM, "memory: out of memory for the features of %d pictures", n);
     size_t i, j;
     if (!status) status = ckca__evaluate_all(m, m, view, &score, NULL, NULL, device);
     if (!status) {
@@ -8098,8 +8102,7 @@ static ckca_status ckca__memory_herd(ckca_model *m, const ckca_data *joined, con
     if (!status) {
         const double weight = kept ? (double)seen / kept : 0, total = (kept ? (double)seen : 0) + n - kept;
         for (i = 0; i < n; i++)
-            for (j = 0; j < d; j++)
-                mean[j] += (i < kept ? weight : 1) / total * (double)feature[(size_t)i * d + j];
+            for (j = 0; j < d; j++) mean[j] += (i < kept ? weight : 1) / total * (double)feature[(size_t)i * d + j];
         ckca__herd(n, d, feature, mean, keep, taken, mean + d, chosen);
         for (i = 0; i < keep; i++) chosen[i] = index[chosen[i]];
     }
@@ -8139,13 +8142,14 @@ static ckca_status ckca__memory_choose(const ckca_memory *memory, ckca_model *m,
     for (k = 1; k < classes; k++) first[k] = first[k - 1] + have[k - 1];
     for (i = 0; i < count; i++) sorted[first[from->labels[joined->index[i]]]++] = i;
     for (k = 0; k < classes; k++) first[k] -= have[k];
-    for (round = 0, i = -1; given < memory->size && i != given; round++) /* a place for every class, as long as any has */
+    for (round = 0, i = -1; given < memory->size && i != given;
+         round++) /* a place for every class, as long as any has */
         for (i = given, k = 0; k < classes && given < memory->size; k++)
             if (have[k] > round) keep[k]++, given++;
     for (k = 0; !status && k < classes; k++)
         if (keep[k])
-            status = ckca__memory_herd(m, joined, sorted + first[k], have[k], kept[k], seen[k], keep[k],
-                                       chosen + first[k]);
+            status =
+                ckca__memory_herd(m, joined, sorted + first[k], have[k], kept[k], seen[k], keep[k], chosen + first[k]);
     memset(&desc, 0, sizeof desc);
     if (!status)
         status = ckca__store_create(ctx, &store, (size_t)given, from->height, from->width, from->channels, classes,
@@ -8194,7 +8198,8 @@ static ckca_status ckca__memory_add_fisher(const ckca_model *m, const ckca_data 
     const size_t size = (size_t)n;
     ckca_model *copy = NULL; /* training mode moves running statistics: m keeps its own */
     int *order = (int *)ckca__alloc(ctx, (size_t)count * sizeof(int)), b;
-    float *pictures = (float *)ckca__alloc(ctx, ckca__mul(ckca__sum(ckca__mul(picture, size), 2 * k * size), sizeof(float)));
+    float *pictures =
+        (float *)ckca__alloc(ctx, ckca__mul(ckca__sum(ckca__mul(picture, size), 2 * k * size), sizeof(float)));
     float *logits = pictures ? pictures + picture * size : NULL, *dlogits = logits ? logits + k * size : NULL;
     ckca_status status = CKCA_OK;
     if (!order || !pictures)
@@ -8359,8 +8364,9 @@ static ckca_status ckca__memory_read_pictures(ckca_memory *memory, const ckca_mo
     if (!pictures || !labels || !seen || !json)
         return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: it lacks pictures, labels, seen or ckca.class_names", path);
     if (strcmp(pictures->dtype, "U8") || strcmp(labels->dtype, "I32") || strcmp(seen->dtype, "I64"))
-        return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: pictures, labels and seen are %s, %s and %s, not U8, I32 and I64",
-                          path, pictures->dtype, labels->dtype, seen->dtype);
+        return ckca__fail(file->ctx, CKCA_EFORMAT,
+                          "%s: pictures, labels and seen are %s, %s and %s, not U8, I32 and I64", path, pictures->dtype,
+                          labels->dtype, seen->dtype);
     ckca__shape_text(pictures->shape, pictures->dims, has, sizeof has);
     if (pictures->dims != 4 || pictures->shape[1] != memory->height || pictures->shape[2] != memory->width ||
         pictures->shape[3] != memory->channels)
@@ -8375,11 +8381,13 @@ static ckca_status ckca__memory_read_pictures(ckca_memory *memory, const ckca_mo
                           (double)count, labels->dims == 1 ? (double)labels->shape[0] : 0, memory->size);
     if ((status = ckca__names_from_json(file->ctx, file->path, json, &names, &listed))) return status;
     if (listed != memory->classes)
-        status = ckca__fail(file->ctx, CKCA_EFORMAT, "%s: %d class names for %d classes", path, listed, memory->classes);
+        status =
+            ckca__fail(file->ctx, CKCA_EFORMAT, "%s: %d class names for %d classes", path, listed, memory->classes);
     for (i = 0; !status && m->class_names && i < listed; i++)
         if (strcmp(names[i], m->class_names[i]))
-            status = ckca__fail(file->ctx, CKCA_EINVAL, "%s: class %d is \"%.60s\" in the memory, \"%.60s\" in the model",
-                                path, i, names[i], m->class_names[i]);
+            status =
+                ckca__fail(file->ctx, CKCA_EINVAL, "%s: class %d is \"%.60s\" in the memory, \"%.60s\" in the model",
+                           path, i, names[i], m->class_names[i]);
     memset(&desc, 0, sizeof desc);
     if (!status)
         status = ckca__store_create(file->ctx, &store, (size_t)count, memory->height, memory->width, memory->channels,
@@ -8442,9 +8450,11 @@ static ckca_status ckca__memory_read(const ckca_model *m, ckca_memory **out, con
     if (!text) return ckca__fail(m->ctx, CKCA_EFORMAT, "%s: it is not a memory", ckca__tail(file->path));
     if (!ckca__parse_integers(text, number, 3) || number[0] > CKCA__MEMORY_MOST || number[1] > 1 ||
         !(number[0] || number[1]))
-        return ckca__fail(m->ctx, CKCA_EFORMAT, "%s: ckca.memory \"%.40s\" cannot be read", ckca__tail(file->path), text);
+        return ckca__fail(m->ctx, CKCA_EFORMAT, "%s: ckca.memory \"%.40s\" cannot be read", ckca__tail(file->path),
+                          text);
     if (number[0] && number[0] < m->classes)
-        return ckca__fail(m->ctx, CKCA_ESHAPE, "%s: it keeps %d pictures, but it needs one per class, and the model has %d",
+        return ckca__fail(m->ctx, CKCA_ESHAPE,
+                          "%s: it keeps %d pictures, but it needs one per class, and the model has %d",
                           ckca__tail(file->path), number[0], m->classes);
     desc.pictures = number[0];
     desc.fisher = number[1];
@@ -8537,8 +8547,8 @@ static ckca_status ckca__memory_write(const ckca_memory *memory, const char *pat
             parameter[items++] = i;
         }
         if (!path)
-            status = ckca__st_write_memory(ctx, out, capacity, size, item, items, meta, metas, ckca__memory_item,
-                                           &export_);
+            status =
+                ckca__st_write_memory(ctx, out, capacity, size, item, items, meta, metas, ckca__memory_item, &export_);
 #ifndef CKCA_NO_STDIO
         else
             status = ckca__st_write(ctx, path, item, items, meta, metas, ckca__memory_item, &export_);
@@ -8553,19 +8563,19 @@ static ckca_status ckca__memory_write(const ckca_memory *memory, const char *pat
     return status;
 }
 
-CKCA_API ckca_status ckca_memory_save_memory(ckca_memory *memory, void *out, size_t capacity, size_t *size) {
+CKCA_API ckca_status ckca_memory_to_bytes(ckca_memory *memory, void *out, size_t capacity, size_t *size) {
     if (!memory) return CKCA_EINVAL;
-    if (!size) return ckca__null(memory->ctx, "ckca_memory_save_memory", "size");
+    if (!size) return ckca__null(memory->ctx, "ckca_memory_to_bytes", "size");
     *size = 0;
     return ckca__memory_write(memory, NULL, out, capacity, size);
 }
 
-CKCA_API ckca_status ckca_memory_load_memory(const ckca_model *m, ckca_memory **out, const void *bytes, size_t size) {
+CKCA_API ckca_status ckca_memory_from_bytes(const ckca_model *m, ckca_memory **out, const void *bytes, size_t size) {
     ckca__st_file file;
     ckca_status status;
     if (!m) return CKCA_EINVAL;
-    if (!out || !bytes) return ckca__null(m->ctx, "ckca_memory_load_memory", !out ? "memory" : "bytes");
-    if ((status = ckca__check_finished(m, "ckca_memory_load_memory"))) return status;
+    if (!out || !bytes) return ckca__null(m->ctx, "ckca_memory_from_bytes", !out ? "memory" : "bytes");
+    if ((status = ckca__check_finished(m, "ckca_memory_from_bytes"))) return status;
     status = ckca__st_parse(m->ctx, "memory", (const unsigned char *)bytes, size, &file);
     if (!status) status = ckca__memory_read(m, out, &file);
     ckca__st_close(&file);
@@ -13381,6 +13391,7 @@ static void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, const 
             Contracts: a failing call leaves its caller's pointers alone; every descriptor's numbers are checked;
             ckca_update_defaults; a teacher is only read; a training state stays until the result is saved
             Group normalisation (ckca_layer_groupnorm)
+            CKCA_METHOD_REPLAY and CKCA_METHOD_EWC, and pictures of earlier chunks for every method: ckca_memory_create
    0.1.0    2026-11-23, the first version: ResNets for CIFAR (8 to 110) and ImageNet (18, 34, 50), networks of your own;
             CKCA with its forms of AdaKD and FeatReg, warm start, shrink and perturb, LwF, scratch; pictures from folders,
             CIFAR, MNIST's format, arrays; safetensors checkpoints with torchvision's names, training states; AVX-512,

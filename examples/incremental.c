@@ -34,7 +34,7 @@ static const method methods[] = {
     {"scratch-chunk", CKCA_METHOD_SCRATCH, 0, 0, 0, "#8a8a8a", "2 4", NULL, 0, {0}},
     {"scratch-all", CKCA_METHOD_SCRATCH, 1, 0, 0, "#4d4d4d", "7 4", NULL, 0, {0}},
     {"warm", CKCA_METHOD_WARM, 0, 0, 0, "#d98b00", "", "lr", FIELD(lr), {0.025f, 0.05f, 0.1f, 0.2f}},
-    {"shrink-perturb", CKCA_METHOD_SHRINK_PERTURB, 0, 0, 0, "#009e73", "", "s", FIELD(shrink), {0.2f, 0.4f, 0.6f, 0.8f}},
+    {"shrink-perturb", CKCA_METHOD_SHRINK_PERTURB, 0, 0, 0, "#009e73", "", "s", FIELD(shrink), {.2f, .4f, .6f, .8f}},
     {"lwf", CKCA_METHOD_LWF, 0, 0, 0, "#c25e9a", "", "w", FIELD(w_kd), {0.25f, 0.5f, 1, 2}},
     {"ewc", CKCA_METHOD_EWC, 0, 0, 1, "#d55e00", "", "lambda", FIELD(ewc_lambda), {0.1f, 1, 10, 100}},
     {"replay", CKCA_METHOD_REPLAY, 0, 1, 0, "#56b4e9", "", NULL, 0, {0}},
@@ -69,7 +69,7 @@ typedef struct run {
     column column[COLUMNS];
     const method *method[COLUMNS]; /* of the columns */
     int columns;                   /* in use */
-    row *rows;   /* chunks x columns */
+    row *rows;                     /* chunks x columns */
     const tool_flag *flags;
     char pictures[32], title[256]; /* the pictures' hash; the subtitle of the plot */
     char path[4096];
@@ -501,7 +501,8 @@ int main(int argc, char **argv) {
         {"--methods", TOOL_TEXT, &r.method_list, 0, 0, "A,B",
          "scratch-chunk, scratch-all, warm, shrink-perturb, lwf, ewc, replay, ckca, ckca-replay", 0},
         {"--sweep", TOOL_SWITCH, &r.sweep, 0, 0, NULL,
-         "warm at 4 --lr, shrink-perturb at 4 --shrink, lwf at 4 --w-lwf, ewc at 4 --ewc-lambda; then each at its best", 0},
+         "warm at 4 --lr, shrink-perturb at 4 --shrink, lwf at 4 --w-lwf, ewc at 4 --ewc-lambda; then each at its best",
+         0},
         {"--adakd", TOOL_CHOICE, &r.update.adakd, 0, 0, "constant|class|truth|doubt", "ckca's distillation weight", 0},
         {"--w-kd", TOOL_FLOAT, &r.update.w_kd, 0, 1000, "X", "weight of ckca's distillation, 0: off [1; class: 2]", 0},
         {"--w-lwf", TOOL_FLOAT, &r.w_lwf, 0, 1000, "X", "weight of lwf's distillation, 0: off [1]", 0},

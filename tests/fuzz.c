@@ -140,16 +140,16 @@ static ckca_model *tiny(ckca_context *ctx);
 static void fuzz_memory(ckca_context *ctx, const unsigned char *bytes, size_t size) {
     ckca_model *model = tiny(ctx);
     ckca_memory *memory = NULL, *again = NULL;
-    if (ckca_memory_load_memory(model, &memory, bytes, size) == CKCA_OK) {
+    if (ckca_memory_from_bytes(model, &memory, bytes, size) == CKCA_OK) {
         const ckca_data *data = ckca_memory_pictures(memory);
         volatile unsigned char sink = data ? ckca_pixels(data, data->count - 1)[63] : 0;
         unsigned char *file;
         size_t length;
         (void)sink;
-        if (ckca_memory_save_memory(memory, NULL, 0, &length)) abort();
+        if (ckca_memory_to_bytes(memory, NULL, 0, &length)) abort();
         file = (unsigned char *)malloc(length);
-        if (ckca_memory_save_memory(memory, file, length, &length)) abort();
-        if (ckca_memory_load_memory(model, &again, file, length)) abort();
+        if (ckca_memory_to_bytes(memory, file, length, &length)) abort();
+        if (ckca_memory_from_bytes(model, &again, file, length)) abort();
         free(file);
     }
     ckca_memory_free(again);
@@ -258,7 +258,7 @@ static void write_seeds(const char *folder) {
             ckca_data *data;
             model->updates = 1;
             if (ckca_open_array(ctx, &data, &array, NULL) || ckca_memory_create(model, &memory, &desc) ||
-                ckca_memory_fill(memory, model, data) || ckca_memory_save_memory(memory, kept, sizeof kept, &size))
+                ckca_memory_fill(memory, model, data) || ckca_memory_to_bytes(memory, kept, sizeof kept, &size))
                 abort();
             seed(folder, MEMORY, 0, kept, size);
             ckca_memory_free(memory);

@@ -80,9 +80,9 @@ static ckca_memory *create(const ckca_model *m, int count, int fisher) {
 /* A memory's file, to be freed. */
 static unsigned char *bytes_of(ckca_memory *memory, size_t *size) {
     unsigned char *bytes;
-    ckca_memory_save_memory(memory, NULL, 0, size);
+    ckca_memory_to_bytes(memory, NULL, 0, size);
     bytes = (unsigned char *)malloc(*size + 1);
-    CHECK(ckca_memory_save_memory(memory, bytes, *size, size) == CKCA_OK, "%s", ckca_error(memory->ctx));
+    CHECK(ckca_memory_to_bytes(memory, bytes, *size, size) == CKCA_OK, "%s", ckca_error(memory->ctx));
     return bytes;
 }
 
@@ -108,7 +108,7 @@ static ckca_memory *memory_copy(ckca_memory *memory, const ckca_model *m) {
     size_t size;
     unsigned char *bytes = bytes_of(memory, &size);
     ckca_memory *copy = NULL;
-    CHECK(ckca_memory_load_memory(m, &copy, bytes, size) == CKCA_OK, "%s", ckca_error(memory->ctx));
+    CHECK(ckca_memory_from_bytes(m, &copy, bytes, size) == CKCA_OK, "%s", ckca_error(memory->ctx));
     free(bytes);
     return copy;
 }
@@ -555,7 +555,7 @@ static void test_files(ckca_context *ctx, ckca_model *start, const ckca_data *ch
     char small[8];
     ckca_memory_fill(memory, start, chunk);
     bytes = bytes_of(memory, &size);
-    expect(ctx, "too little memory", ckca_memory_save_memory(memory, small, 8, &i), CKCA_EINVAL, "out has 8 bytes");
+    expect(ctx, "too little memory", ckca_memory_to_bytes(memory, small, 8, &i), CKCA_EINVAL, "out has 8 bytes");
     CHECK(ckca_memory_save(memory, "net.memory") == CKCA_OK && ckca_memory_load(start, &back, "net.memory") == CKCA_OK &&
               same_memory(memory, back),
           "through a file: %s", ckca_error(ctx));
@@ -566,7 +566,7 @@ static void test_files(ckca_context *ctx, ckca_model *start, const ckca_data *ch
         back = NULL;
         copy = (unsigned char *)malloc(i ? i : 1); /* exactly as long: reading behind its end shows */
         memcpy(copy, bytes, i);
-        CHECK(ckca_memory_load_memory(start, &back, copy, i) == CKCA_EFORMAT && !back, "cut to %d bytes it is read",
+        CHECK(ckca_memory_from_bytes(start, &back, copy, i) == CKCA_EFORMAT && !back, "cut to %d bytes it is read",
               (int)i);
         free(copy);
     }
@@ -575,7 +575,7 @@ static void test_files(ckca_context *ctx, ckca_model *start, const ckca_data *ch
         memcpy(copy, bytes, size);
         copy[i] ^= (unsigned char)(1 + i % 255);
         back = NULL;
-        if (ckca_memory_load_memory(start, &back, copy, size) == CKCA_OK) {
+        if (ckca_memory_from_bytes(start, &back, copy, size) == CKCA_OK) {
             ckca_model *m = copy_of(start);
             CHECK(back && ckca_memory_fill(back, m, chunk) == CKCA_OK, "byte %d: %s", (int)i, ckca_error(ctx));
             ckca_model_free(m);
@@ -586,7 +586,7 @@ static void test_files(ckca_context *ctx, ckca_model *start, const ckca_data *ch
     for (i = 0; i < sizeof edits / sizeof *edits; i++) {
         copy = edited(bytes, size, edits[i].from, edits[i].to);
         back = NULL;
-        expect(ctx, edits[i].to, ckca_memory_load_memory(start, &back, copy, size), edits[i].status, edits[i].words);
+        expect(ctx, edits[i].to, ckca_memory_from_bytes(start, &back, copy, size), edits[i].status, edits[i].words);
         CHECK(!back, "a failing call wrote to the caller's pointer");
         free(copy);
     }
@@ -609,7 +609,7 @@ static void test_files(ckca_context *ctx, ckca_model *start, const ckca_data *ch
         if (i == 2) memcpy(copy + at, &seen, sizeof seen);
         if (i > 2) memcpy(copy + at, &bad[i].value, sizeof bad[i].value);
         back = NULL;
-        expect(ctx, bad[i].tensor, ckca_memory_load_memory(start, &back, copy, size), bad[i].status, bad[i].words);
+        expect(ctx, bad[i].tensor, ckca_memory_from_bytes(start, &back, copy, size), bad[i].status, bad[i].words);
         free(copy);
     }
     expect(ctx, "no file", ckca_memory_load(start, &back, "nothing"), CKCA_EIO, "nothing: cannot be opened");
@@ -650,12 +650,12 @@ static void test_refused(ckca_context *ctx, ckca_model *start, const ckca_data *
     expect(ctx, "no chunk", ckca_memory_fill(kept, m, NULL), CKCA_EINVAL, "chunk is NULL");
     expect(ctx, "no path", ckca_memory_save(kept, NULL), CKCA_EINVAL, "path is NULL");
     expect(ctx, "no path", ckca_memory_load(start, &none, NULL), CKCA_EINVAL, "path is NULL");
-    expect(ctx, "no size", ckca_memory_save_memory(kept, NULL, 0, NULL), CKCA_EINVAL, "size is NULL");
-    expect(ctx, "no bytes", ckca_memory_load_memory(start, &none, NULL, 9), CKCA_EINVAL, "bytes is NULL");
+    expect(ctx, "no size", ckca_memory_to_bytes(kept, NULL, 0, NULL), CKCA_EINVAL, "size is NULL");
+    expect(ctx, "no bytes", ckca_memory_from_bytes(start, &none, NULL, 9), CKCA_EINVAL, "bytes is NULL");
     CHECK(ckca_memory_create(NULL, &none, &desc) == CKCA_EINVAL && ckca_memory_fill(kept, NULL, chunk) == CKCA_EINVAL &&
               ckca_memory_save(NULL, "x") == CKCA_EINVAL && ckca_memory_load(NULL, &none, "x") == CKCA_EINVAL &&
-              ckca_memory_save_memory(NULL, NULL, 0, NULL) == CKCA_EINVAL &&
-              ckca_memory_load_memory(NULL, &none, "x", 1) == CKCA_EINVAL && !none && !ckca_memory_pictures(NULL),
+              ckca_memory_to_bytes(NULL, NULL, 0, NULL) == CKCA_EINVAL &&
+              ckca_memory_from_bytes(NULL, &none, "x", 1) == CKCA_EINVAL && !none && !ckca_memory_pictures(NULL),
           "calls without an object");
     ckca_memory_free(NULL);
     ckca_memory_info_get(NULL, &info);
