@@ -364,6 +364,7 @@ static void do_job(ckca_context *ctx, run *r, ckca_model *model, ckca_memory *me
     ckca_report report;
     ckca_score score;
     ckca_data_info info;
+    ckca_status status;
     char state[sizeof r->path];
     row *result = at(r, t, m);
 
@@ -383,7 +384,12 @@ static void do_job(ckca_context *ctx, run *r, ckca_model *model, ckca_memory *me
 
     snprintf(r->label, sizeof r->label, "chunk %d/%d  %s", t + 1, r->chunks, t ? a->name : "first");
     r->shown = 0;
-    tool_update(ctx, model, joined ? joined : chunks[t], &desc, &report, "the same command with --resume");
+    status = tool_update(ctx, model, joined ? joined : chunks[t], &desc, &report, "the same command with --resume");
+    if (status == CKCA_ENAN && r->column[m].value > 0) { /* a setting of a sweep that diverges keeps its checkpoint */
+        fprintf(stderr, "%s: %s, chunk %d: %s; its checkpoint stays as it was\n", tool_name, a->name, t + 1, ckca_error(ctx));
+        if (r->out) remove(desc.state);
+    } else
+        tool_check(ctx, status);
     tool_check(ctx, ckca_evaluate(model, test, &score, NULL));
     ckca_data_free(joined);
 

@@ -102,7 +102,7 @@ int main(int argc, char **argv) {
     update.state = state;
     update.progress = show_progress;
     if (augment) update.augment.pad = 4, update.augment.flip = 1;
-    tool_update(ctx, model, pictures, &update, &report, "the same command");
+    tool_check(ctx, tool_update(ctx, model, pictures, &update, &report, "the same command"));
     tool_check(ctx, ckca_save(model, argv[2]));
     if (update.memory) tool_check(ctx, ckca_memory_save(update.memory, memory_file));
     tool_status(NULL);

@@ -185,6 +185,11 @@ best=$(awk -F, '/^lwf/ && $2 == 2 && $4 > most { most = $4; name = $1 } END { pr
 check "then a table of the best of each" [ "$(grep -A 2 'of every sweep the setting that is best' out | tail -n 1 | tr -s ' ')" = "chunk $best ckca" ]
 check "and a plot of them" [ "$(grep -c 'stroke-dasharray' swept/results.svg)" -eq 2 ]
 works $swept --resume
+diverges="$inc $tiny --chunks 2 --epochs 20 --methods ewc --sweep --out diverges"
+check "a sweep goes on when a setting diverges" $diverges >out 2>err
+check "and says that it did" grep -q 'ewc-lambda100, chunk 2: the loss is no longer finite.*its checkpoint stays as it was$' err
+check "whose accuracy is that of its checkpoint" [ "$(grep -c "$(grep '^ewc-lambda100,1,' diverges/results.csv | cut -d, -f4-6)" diverges/results.csv)" -eq 5 ]
+works $diverges --resume
 
 # ---- train, classify, update -----------------------------------------------------------------------------------------
 train="$build/train --width 4 --size 8 --count 400 --epochs 4 --batch 32"
