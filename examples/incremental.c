@@ -7,7 +7,7 @@
        ./incremental --cifar10 cifar-10-batches-bin --chunks 10 --chunk-size 500 --out run
        ./incremental ... --out run --resume             continues a killed run, to bitwise the same results
 
-       ./incremental ... --sweep                        warm, shrink-perturb, lwf and ewc at four settings each
+       ./incremental ... --sweep                        warm, shrink-perturb, lwf and ewc at four or more settings
 
    With --out DIR, that folder holds the last checkpoint of every method (and its memory, if it has one), results.csv,
    results.svg and, while a network is being trained, state.safetensors. results.csv says what is done: a row follows
@@ -26,7 +26,7 @@ typedef struct method {
     const char *dash;
     const char *sweep; /* the setting that --sweep varies, as in the column's name; NULL: none */
     size_t field;      /* it, in ckca_update_desc */
-    float grid[4];     /* its values */
+    float grid[5];     /* its values; 0: no more */
 } method;
 
 #define FIELD(field) offsetof(ckca_update_desc, field)
@@ -36,11 +36,11 @@ static const method methods[] = {
     {"warm", CKCA_METHOD_WARM, 0, 0, 0, "#d98b00", "", "lr", FIELD(lr), {0.025f, 0.05f, 0.1f, 0.2f}},
     {"shrink-perturb", CKCA_METHOD_SHRINK_PERTURB, 0, 0, 0, "#009e73", "", "s", FIELD(shrink), {.2f, .4f, .6f, .8f}},
     {"lwf", CKCA_METHOD_LWF, 0, 0, 0, "#c25e9a", "", "w", FIELD(w_kd), {0.25f, 0.5f, 1, 2}},
-    {"ewc", CKCA_METHOD_EWC, 0, 0, 1, "#d55e00", "", "lambda", FIELD(ewc_lambda), {0.1f, 1, 10, 100}},
+    {"ewc", CKCA_METHOD_EWC, 0, 0, 1, "#d55e00", "", "lambda", FIELD(ewc_lambda), {.1f, 1, 3, 10, 100}},
     {"replay", CKCA_METHOD_REPLAY, 0, 1, 0, "#56b4e9", "", NULL, 0, {0}},
     {"ckca", CKCA_METHOD_CKCA, 0, 0, 0, "#0068ad", "", NULL, 0, {0}},
     {"ckca-replay", CKCA_METHOD_CKCA, 0, 1, 0, "#0068ad", "6 3", NULL, 0, {0}}};
-enum { METHODS = sizeof methods / sizeof *methods, GRID = 4, COLUMNS = METHODS * GRID };
+enum { METHODS = sizeof methods / sizeof *methods, GRID = 5, COLUMNS = METHODS * GRID };
 
 /* A method at one setting: a column of the table. */
 typedef struct column {
@@ -386,7 +386,8 @@ static void do_job(ckca_context *ctx, run *r, ckca_model *model, ckca_memory *me
     r->shown = 0;
     status = tool_update(ctx, model, joined ? joined : chunks[t], &desc, &report, "the same command with --resume");
     if (status == CKCA_ENAN && r->column[m].value > 0) { /* a setting of a sweep that diverges keeps its checkpoint */
-        fprintf(stderr, "%s: %s, chunk %d: %s; its checkpoint stays as it was\n", tool_name, a->name, t + 1, ckca_error(ctx));
+        fprintf(stderr, "%s: %s, chunk %d: %s; its checkpoint stays as it was\n", tool_name, a->name, t + 1,
+                ckca_error(ctx));
         if (r->out) remove(desc.state);
     } else
         tool_check(ctx, status);
@@ -438,7 +439,7 @@ static void print_table(const run *r, int best) {
 /* A column for a method or, with --sweep, for each of its settings. */
 static void add_columns(run *r, int base) {
     int i, count = r->sweep && methods[base].sweep ? GRID : 1;
-    for (i = 0; i < count; i++) {
+    for (i = 0; i < count && (count == 1 || methods[base].grid[i] > 0); i++) {
         column *c = &r->column[r->columns];
         c->base = base;
         c->m = methods[base];
@@ -507,7 +508,7 @@ int main(int argc, char **argv) {
         {"--methods", TOOL_TEXT, &r.method_list, 0, 0, "A,B",
          "scratch-chunk, scratch-all, warm, shrink-perturb, lwf, ewc, replay, ckca, ckca-replay", 0},
         {"--sweep", TOOL_SWITCH, &r.sweep, 0, 0, NULL,
-         "warm at 4 --lr, shrink-perturb at 4 --shrink, lwf at 4 --w-lwf, ewc at 4 --ewc-lambda; then each at its best",
+         "warm at 4 --lr, shrink-perturb at 4 --shrink, lwf at 4 --w-lwf, ewc at 5 --ewc-lambda; then each at its best",
          0},
         {"--adakd", TOOL_CHOICE, &r.update.adakd, 0, 0, "constant|class|truth|doubt", "ckca's distillation weight", 0},
         {"--w-kd", TOOL_FLOAT, &r.update.w_kd, 0, 1000, "X", "weight of ckca's distillation, 0: off [1; class: 2]", 0},
