@@ -93,6 +93,7 @@
                      >>ranks        several processes: sums, agreement, comparisons
                      >>plan         memory planning: the address of every value and gradient
                      >>checkpoint   checkpoints and training states
+                     >>memory       what REPLAY and EWC keep of earlier chunks
                      >>safetensors  the file format, and the JSON it needs
                      >>onnx         the network as an ONNX model
        the engine    >>reference    what every op computes, in plain loops: a readable ResNet
@@ -155,6 +156,7 @@
        head       the layer that computes the logits; the backbone is all others
        student    the network in training
        teacher    the checkpoint it started from, or ckca_update_desc.teacher
+       memory     what is kept of earlier chunks beside the checkpoint, if anything: ckca_update_desc.memory
        Tensors are float32 (but see CKCA_PRECISION_BF16). Files and ckca_tensor_* use PyTorch's order (convolutions K x
        C x R x S); in memory it is K x R x S x C. A linear layer on a map larger than 1 x 1 takes it in NHWC order.
 
@@ -192,7 +194,7 @@
        unsaved result; the model's next ckca_save removes it. If you keep the result in another way, remove the file
        yourself. One file serves one update at a time: save its result before the next update with that file. To resume
        after CKCA_ESTOP, load the model that the update began with again: the stopped one has other weights.
-       The state of another update (other pictures, weights or settings) is refused with CKCA_EINVAL, never overwritten.
+       The state of another update (other pictures, weights, memory or settings) is refused with CKCA_EINVAL, never overwritten.
        During an update net.state.lock is locked (flock), and a second update with that state fails with CKCA_EIO. The
        lock ends with its process. Systems and file systems without flock have no such check.
 
@@ -251,6 +253,15 @@
            ckca.class_counts      pictures behind the mean of each class (FeatReg's CENTROID), int64
            ckca.class_means       classes x features means, float32; both little-endian, in base64
        Training states are such files with tensors momentum.* and ckca.state (the update and its progress).
+       Memories (ckca_memory_save) are safetensors files too:
+           pictures               U8, M x height x width x channels: of every class its first choice, then of every class
+                                  its second, and so on, so the first pictures of a memory are a smaller one
+           labels                 I32, M, each 0 to classes - 1
+           seen                   I64, classes: how many pictures of each class there have been, kept or not
+           fisher.*               F32: the Fisher information, with the names and shapes of the checkpoint's parameters
+       and metadata ckca.format, ckca.version, ckca.class_names (if it has pictures) and ckca.memory: the most pictures
+       that it keeps, 1 if it keeps the Fisher information, and the number of the checkpoint's updates. The first three
+       tensors are absent while it has no picture, fisher.* if it keeps none.
        Pictures are JPEG (baseline, extended and progressive, Huffman-coded, 8 bits per sample; grey, YCbCr, RGB, and
        CMYK with an Adobe segment) and PNG (all kinds; alpha is dropped, 16 bits are reduced to 8). Both are rotated and
        mirrored as their EXIF orientation says, unless ckca_data_desc.as_stored is set; sizes, crops and limits apply
@@ -586,6 +597,8 @@ typedef enum ckca_method {
     CKCA_METHOD_WARM,           /* vanilla warm start */
     CKCA_METHOD_SHRINK_PERTURB, /* Ash and Adams 2020: w = shrink w + perturb w_fresh */
     CKCA_METHOD_LWF,            /* Li and Hoiem 2016: warm start + distillation with a_i = 1 */
+    CKCA_METHOD_EWC,            /* Kirkpatrick et al. 2017, online: see ewc_lambda; needs a memory with fisher */
+    CKCA_METHOD_REPLAY,         /* warm start on chunk and memory; needs a memory with pictures */
     CKCA_METHOD_COUNT
 } ckca_method;
 
@@ -621,6 +634,10 @@ typedef struct ckca_progress {
     double w_kd;                     /* the weight of AdaKD in this update: GROWTH's, or the descriptor's */
 } ckca_progress;
 
+/* What is kept of the chunks that are gone: a fixed number of pictures, the Fisher information of the weights, or both.
+   It lives in a file beside the checkpoint and never grows. See ckca_memory_create. */
+typedef struct ckca_memory ckca_memory;
+
 typedef struct ckca_update_desc {
     ckca_method method;
     /* the method's terms: loss = cross-entropy + w_kd AdaKD + w_feat FeatReg, see THE METHOD. CKCA_OFF switches a term
@@ -632,6 +649,14 @@ typedef struct ckca_update_desc {
                               teacher with another number of features, or STAGES no matching stages */
     float temperature;     /* T, up to 1e6; 0: 2 */
     float shrink, perturb; /* of SHRINK_PERTURB: 0 to 1, 0 to 1e6; 0: 0.4 and 0.1 */
+    float ewc_lambda;      /* of EWC: cross-entropy + ewc_lambda / 2 sum_j F_j (w_j - w_old_j)^2, of which all is in the
+                              reported loss. w_old: the weights before the update. F: the sum of the Fisher information of
+                              all chunks in the memory (Schwarz et al. 2018 with gamma = 1). 0 to 1e9; 0: 1 */
+    /* NULL: none. Else a memory of this model. Its pictures join the chunk, whatever the method: an epoch visits every
+       picture of both once, in one random order, so on average a share M / (M + N) of each batch is the memory's; they
+       take part in all terms of the loss, and in the report. After the update the memory has taken in the chunk, as
+       ckca_memory_fill would; after a failure it is as before */
+    ckca_memory *memory;
     /* NULL: the model before the update. Else any model of the same context, input and number of classes; it is copied,
        not changed */
     const ckca_model *teacher;
@@ -721,6 +746,49 @@ CKCA_API ckca_status ckca_imprint(ckca_model *model, const ckca_data *data, int 
    this model must have its names (ckca_data_like). Gradients and momentum are dropped. On failure the model is as
    before. */
 CKCA_API ckca_status ckca_add_classes(ckca_model *model, const char *const *names, int count);
+
+typedef struct ckca_memory_desc {
+    int pictures; /* the most it keeps: 0, or at least one per class, up to 1e7 */
+    int fisher;   /* 1: it keeps the diagonal of the Fisher information, a float per parameter, for EWC */
+} ckca_memory_desc;
+typedef struct ckca_memory_info {
+    int pictures, fisher; /* as in its descriptor */
+    int count;            /* pictures that it has now */
+    int updates;          /* ckca_model_info.updates of the model that it was last filled with; 0: it is empty */
+} ckca_memory_info;
+/* An empty memory for models with this one's network, input and classes; the model is not kept. Save it after the
+   checkpoint, not before:
+       ckca_update(model, chunk, &desc, NULL), ckca_save(model, "net.safetensors"), ckca_memory_save(memory, "net.memory")
+   A run killed between the two leaves the new checkpoint with the old memory: if you still have the old checkpoint,
+   repeat the update, to the same bits; else call ckca_memory_fill with the chunk. ckca_update refuses a memory that is
+   newer than the model (CKCA_EINVAL), and one of another network, input or classes. */
+CKCA_API ckca_status ckca_memory_create(const ckca_model *model, ckca_memory **memory, const ckca_memory_desc *desc);
+/* Takes in a chunk that the model was trained on, at the end of ckca_update or in your own call (for a checkpoint that
+   had no memory yet). A pure function of memory, model and chunk; both keep their weights and pictures.
+   Pictures: every class gets the same number of places, what a class cannot fill goes to the others. Herding (Rebuffi et
+   al. 2017, iCaRL, algorithm 4) fills them from the memory and the chunk: one by one, the picture that brings the mean
+   of the chosen ones' features nearest to the class mean. Features are those of the model, scaled to length 1. In the
+   class mean the memory's pictures stand for all earlier ones: sum of the chunk's features + (number of earlier
+   pictures) x (mean of the memory's).
+   Fisher: F += the chunk's, the mean over pictures of the squared gradient of -log p(y), y drawn from the model's own
+   softmax, once per picture. It is estimated from whole random batches of 16 pictures in training mode (a chunk of
+   fewer: one batch), which visit each picture once: 16 (gradient of the batch's mean)^2, whose expectation is the
+   Fisher information since the draws are independent. */
+CKCA_API ckca_status ckca_memory_fill(ckca_memory *memory, ckca_model *model, const ckca_data *chunk);
+CKCA_API void ckca_memory_info_get(const ckca_memory *memory, ckca_memory_info *info); /* all zeros if memory is NULL */
+/* The pictures, best choice first (see FILE FORMATS), owned by the memory until it is next filled. NULL: none. */
+CKCA_API const ckca_data *ckca_memory_pictures(const ckca_memory *memory);
+CKCA_API void ckca_memory_free(ckca_memory *memory);
+#ifndef CKCA_NO_STDIO
+/* Written and read as checkpoints are: path is always the complete old or new file, and what does not fit the model is
+   refused (CKCA_ESHAPE: input, classes, parameters; CKCA_EINVAL: class names). */
+CKCA_API ckca_status ckca_memory_save(ckca_memory *memory, const char *path);
+CKCA_API ckca_status ckca_memory_load(const ckca_model *model, ckca_memory **memory, const char *path);
+#endif
+/* The same file as bytes, see ckca_save_memory and ckca_load_memory. */
+CKCA_API ckca_status ckca_memory_to_bytes(ckca_memory *memory, void *out, size_t capacity, size_t *size);
+CKCA_API ckca_status ckca_memory_from_bytes(const ckca_model *model, ckca_memory **memory, const void *bytes,
+                                            size_t size);
 
 /* ===================================================================================================================
    API: FILES                                                                                                  >>files
@@ -992,7 +1060,7 @@ static size_t ckca__round_up(size_t a, size_t to) { return a > SIZE_MAX - to ? S
 
 /* Counter-based random numbers: pure functions of (seed, stream, index), so a draw is the same whichever thread or
    device makes it, and when. The mixing function is SplitMix64's (Steele, Lea, Flood 2014). */
-enum { CKCA__STREAM_INIT = 1, CKCA__STREAM_SHUFFLE, CKCA__STREAM_AUGMENT, CKCA__STREAM_SPLIT };
+enum { CKCA__STREAM_INIT = 1, CKCA__STREAM_SHUFFLE, CKCA__STREAM_AUGMENT, CKCA__STREAM_SPLIT, CKCA__STREAM_FISHER };
 CKCA__BOTH uint64_t ckca__mix(uint64_t z) {
     z = (z ^ (z >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
     z = (z ^ (z >> 27)) * UINT64_C(0x94d049bb133111eb);
@@ -1222,6 +1290,12 @@ CKCA__OP void ckca__op_clip(ckca_context *ctx, size_t count, const float *g, flo
 /* w = shrink w + perturb fresh. */
 CKCA__OP void ckca__op_shrink_perturb(ckca_context *ctx, size_t count, float *w, const float *fresh, float shrink,
                                       float perturb);
+/* EWC's penalty, lambda / 2 sum_j fisher_j (w_j - old_j)^2 over count values: adds its gradient to g, and scale times its
+   value to *sum. */
+CKCA__OP void ckca__op_ewc(ckca_context *ctx, size_t count, const float *w, const float *old, const float *fisher,
+                           float lambda, float *g, double scale, double *sum, void *ws);
+/* fisher += scale g^2, value by value. */
+CKCA__OP void ckca__op_add_squares(ckca_context *ctx, size_t count, const float *g, float scale, float *fisher);
 
 /* Converts pictures index[0..n) of a store of h x w x c bytes each to floats (n x h x w x c): augments them as a pure
    function of (seed, *epoch, index), then computes (v / 255 - mean) / std per channel. gathered: pixels holds only
@@ -5426,9 +5500,11 @@ typedef struct ckca__factors {
 typedef struct ckca__update {
     ckca_context *ctx;
     ckca_model *m;
-    ckca_model *old;     /* a copy of the model before the update: restored on failure, and the default teacher */
-    ckca_model *teacher; /* old, or a copy of desc->teacher, or NULL if no term of the loss needs one */
-    const ckca_data *data;
+    ckca_model *old;       /* a copy of the model before the update: restored on failure, and the default teacher */
+    ckca_model *teacher;   /* old, or a copy of desc->teacher, or NULL if no term of the loss needs one */
+    const ckca_data *data; /* what is trained on: the chunk, joined with the memory's pictures if there are any */
+    const ckca_data *chunk;
+    ckca_data *joined;      /* data if it is not chunk */
     ckca_update_desc d;     /* with all defaults set and planned in time; unused terms of the loss have weight 0 */
     ckca_update_desc asked; /* d before ckca__shorten */
     double start;           /* of the call, in seconds */
@@ -5498,6 +5574,7 @@ static const ckca__setting ckca__settings[] = {
     {CKCA__AT(teacher_pictures),      0,    0,       0,     CKCA__PICTURES_MAX,        0,   1},
     {CKCA__AT(shrink),                1,    0.4f,    0,     1,                         1,   1},
     {CKCA__AT(perturb),               1,    0.1f,    0,     1e6,                       1,   1},
+    {CKCA__AT(ewc_lambda),            1,    1,       0,     1e9,                       1,   1},
     {CKCA__AT(epochs),                0,    40,      0,     1e6,                       0,   1},
     {CKCA__AT(batch),                 0,    64,      0,     CKCA__BATCH_MAX,           0,   1},
     {CKCA__AT(lr),                    1,    0.1f,    0,     1e6,                       0,   1},
@@ -5617,6 +5694,7 @@ static void ckca__known_term(ckca__update *u, int n, const float *student, const
 static void ckca__new_term(ckca__update *u, int n, const float *logits, float *dlogits);
 static ckca_status ckca__prepare_known(ckca__update *u);
 static void ckca__feature_term(ckca__update *u, int n);
+static void ckca__ewc_term(ckca__update *u, int n);
 static float ckca__learning_rate(const ckca_update_desc *d, int64_t s, int batches);
 static ckca_status ckca__fetch_sums(ckca__update *u, ckca_status status, int *save);
 static ckca_status ckca__check_loss(const ckca__update *u);
@@ -5682,6 +5760,16 @@ static ckca_status ckca__mode_bytes(const ckca_model *model, int n, int mode, si
 static ckca_status ckca__reserve(ckca_model *m, int n, int mode);
 static int ckca__arena(ckca_context *ctx, void **arena, size_t *capacity, size_t bytes);
 
+/* In MEMORY OF EARLIER CHUNKS: */
+static int ckca__memory_count(const ckca_memory *memory);
+static ckca_status ckca__memory_needed(const ckca_model *m, const ckca_update_desc *d);
+static ckca_status ckca__memory_join(ckca__update *u);
+static ckca_status ckca__memory_refill(ckca_memory *memory, ckca_model *m, const ckca_data *chunk,
+                                       const ckca_data *joined, int updates);
+static int ckca__memory_penalizes(const ckca__update *u);
+static const float *ckca__memory_fisher(const ckca_memory *memory);
+static ckca_status ckca__memory_hash(const ckca__update *u, uint64_t *hash);
+
 /* In CHECKPOINTS: */
 static ckca_status ckca__state_save(ckca__update *u);
 static ckca_status ckca__state_open(ckca__update *u);
@@ -5707,7 +5795,7 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     if ((status = ckca__ranks_agree(m->ctx, "ckca_update", status))) return status;
     u->ctx = m->ctx;
     u->m = m;
-    u->data = data;
+    u->data = u->chunk = data;
     u->start = start;
     u->teacher_accuracy = -1;
     u->lock = -1;
@@ -5730,6 +5818,9 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
         }
         m->folded_valid = 0;
     }
+    if (!status && u->d.memory)
+        status = ckca__ranks_agree(u->ctx, "ckca_update",
+                                   ckca__memory_refill(u->d.memory, m, data, u->data, m->updates + 1));
     ckca__device_forget(u->ctx, &u->recording[0]);
     ckca__device_forget(u->ctx, &u->recording[1]);
     if (!status) status = ckca__ranks_agree(u->ctx, "ckca_update", ckca__learn_centroids(u));
@@ -5772,6 +5863,7 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     ckca__release(u->ctx, u->unlabelled_order);
     ckca__release(u->ctx, u->order);
     m->evaluation_batch = 0;
+    ckca_data_free(u->joined);
     if (u->teacher != u->old) ckca_model_free(u->teacher);
     ckca_model_free(u->old);
     return status;
@@ -5923,6 +6015,7 @@ static void ckca__step_ops(ckca__update *u, int n) {
     if (n == 0) { /* the other ranks have all pictures of this batch */
         ckca__device_zero(ctx, m->gradients, m->trained * sizeof(float));
         ckca__sum_gradients(m, 0);
+        if (ckca__memory_penalizes(u)) ckca__ewc_term(u, n);
         ckca__run_sgd(m, &sgd, u->buffers.lr, u->buffers.gscale);
         m->batches_tracked++;
         return;
@@ -5963,6 +6056,7 @@ static void ckca__step_ops(ckca__update *u, int n) {
     ckca__run_backward(m);
     if (m->sums_gradients) ckca__device_ranks_wait(ctx);
     m->sums_gradients = 0;
+    if (ckca__memory_penalizes(u)) ckca__ewc_term(u, n);
     ckca__run_sgd(m, &sgd, u->buffers.lr, u->buffers.gscale);
 }
 
@@ -6145,6 +6239,13 @@ static void ckca__feature_term(ckca__update *u, int n) {
     }
 }
 
+/* EWC: the penalty's gradient; n times its value goes to the sum of cross-entropies, which makes it part of the loss. */
+static void ckca__ewc_term(ckca__update *u, int n) {
+    ckca_model *m = u->m;
+    ckca__op_ewc(u->ctx, m->trainable, m->values, u->old->values, ckca__memory_fisher(u->d.memory), u->d.ewc_lambda,
+                 m->gradients, n, u->buffers.sums, m->workspace);
+}
+
 /* The learning rate of SGD step s, from 0: linear warm-up to the peak, then the schedule. */
 static float ckca__learning_rate(const ckca_update_desc *d, int64_t s, int batches) {
     const double warm = floor((double)d->warmup_epochs * batches), total = (double)d->epochs * batches, at = (double)s;
@@ -6248,7 +6349,7 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
     if ((status = ckca__check_trained(m, "ckca_update"))) return status;
     if ((status = ckca_update_defaults(m, u->data, &u->d))) return status;
     ckca__settings_resolve_off(&u->d);
-    u->factors = ckca__growth(&u->d, u->d.teacher_pictures, u->data->count);
+    u->factors = ckca__growth(&u->d, u->d.teacher_pictures, u->chunk->count);
     if (u->d.w_kd > 0) u->unlabelled = u->d.unlabelled;
     u->asked = u->d;
     if (u->d.seconds > 0 && u->ctx->ranks.size > 1)
@@ -6263,6 +6364,7 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
         m->normalized = 1;
     }
     if ((status = ckca__bind_data(m, u->data, "update"))) return status;
+    if (u->d.memory && (status = ckca__memory_join(u))) return status;
     if (teacher && (status = ckca__check_teacher(u, teacher))) return status;
     if (teacher == u->old)
         u->teacher = u->old;
@@ -6339,6 +6441,7 @@ CKCA_API ckca_status ckca_update_defaults(const ckca_model *m, const ckca_data *
         (status = ckca__settings_check(m->ctx, "update", desc)))
         return status;
     d = *desc;
+    if ((status = ckca__memory_needed(m, &d))) return status;
     first_update = m->updates == 0 && !d.teacher; /* no earlier knowledge to keep */
     if (d.method == CKCA_METHOD_LWF) d.adakd = CKCA_ADAKD_CONSTANT;
     if (d.w_kd == 0) d.w_kd = ckca__adakds[d.adakd].w_kd;
@@ -6352,9 +6455,11 @@ CKCA_API ckca_status ckca_update_defaults(const ckca_model *m, const ckca_data *
     if (d.method == CKCA_METHOD_LWF) d.w_feat = CKCA_OFF;
     if (m->node[m->pooled].constant) d.w_feat = CKCA_OFF; /* frozen features cannot move */
     if (first_update) d.method = CKCA_METHOD_WARM;
+    if (d.method != CKCA_METHOD_EWC) d.ewc_lambda = CKCA_OFF;
     if (d.augment.resized_crop && d.augment.crop_min == 0) d.augment.crop_min = 0.25f;
     ckca__settings_apply_defaults(&d);
-    if (d.batch > data->count) d.batch = data->count;
+    if (d.batch > (int64_t)data->count + ckca__memory_count(d.memory))
+        d.batch = data->count + ckca__memory_count(d.memory);
     if (d.step_epochs == 0) d.step_epochs = (float)d.epochs / 3.0f;
     if (d.memory_mb > 0 && (status = ckca__fit_memory(m, data, &d))) return status;
     *desc = d;
@@ -6618,10 +6723,10 @@ static ckca_status ckca__learn_centroids(ckca__update *u) {
     if (!ckca__fits_featreg(m, m, CKCA_FEATREG_CENTROID)) return CKCA_OK;
     sums = (double *)ckca__alloc(u->ctx, (size_t)m->classes * (size_t)m->features * sizeof *sums);
     if (!sums) return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for the means of %d classes", m->classes);
-    status = ckca__evaluate_all(m, m, u->data, &score, NULL, NULL, NULL, sums);
+    status = ckca__evaluate_all(m, m, u->chunk, &score, NULL, NULL, NULL, sums);
     if (!status)
         status =
-            ckca__average_features(m, fresh || !m->centroids.count ? NULL : &m->centroids, sums, u->data, &u->learnt);
+            ckca__average_features(m, fresh || !m->centroids.count ? NULL : &m->centroids, sums, u->chunk, &u->learnt);
     ckca__release(u->ctx, sums);
     return status;
 }
@@ -6739,6 +6844,7 @@ static ckca_status ckca__fingerprint(ckca__update *u) {
         return status;
     if (ckca__uses_centroids(u) && u->teacher && u->teacher->centroids.count)
         hash = ckca__hash(hash, u->teacher->centroids.count, ckca__centroid_bytes(u->teacher));
+    if (ckca__memory_penalizes(u) && (status = ckca__memory_hash(u, &hash))) return status;
     u->fingerprint = hash;
     return CKCA_OK;
 }
@@ -9878,7 +9984,7 @@ static ckca_status ckca__state_load(ckca__update *u, int *found) {
                             "saved: finish that update, or remove the file to start over",
                             path,
                             *difference ? difference
-                                        : "other pictures, weights, mean, std, seed, teacher, number of ranks, frozen layers or settings");
+                                        : "other pictures, weights, mean, std, seed, teacher, memory, number of ranks, frozen layers or settings");
     }
     if (!status && u->d.seconds > 0) { /* the time is planned already */
         const char *plan = strstr(text + 7 * 17 - 1, " plan=");
@@ -9929,6 +10035,684 @@ static ckca_status ckca__state_save(ckca__update *u) {
 static ckca_status ckca__state_load(ckca__update *u, int *found) {
     (void)u, (void)found;
     return CKCA_OK;
+}
+#endif
+
+/* ===================================================================================================================
+   MEMORY OF EARLIER CHUNKS                                                                                   >>memory
+
+   What REPLAY and EWC keep beside the checkpoint: pictures chosen by herding, and the Fisher information. How an update
+   uses it, how it takes in a chunk, its file.
+   =================================================================================================================== */
+
+enum { CKCA__MEMORY_MOST = 10000000, CKCA__FISHER_BATCH = 16 };
+
+struct ckca_memory {
+    ckca_context *ctx;
+    int size, updates;                    /* as pictures and updates of ckca_memory_info */
+    int height, width, channels, classes; /* of the model */
+    ckca_data *data;                      /* the pictures, in a store of their own; NULL: none yet */
+    int64_t *seen;                        /* classes: pictures of each class so far */
+    float *fisher;                        /* on the device, laid out as the model's gradients; NULL: not kept */
+    ckca__parameter *parameter;           /* copied from the model */
+    int parameters;
+    size_t trainable; /* floats of fisher */
+};
+
+/* ---- for an update ---- */
+
+static int ckca__memory_count(const ckca_memory *memory) { return memory && memory->data ? memory->data->count : 0; }
+
+static const float *ckca__memory_fisher(const ckca_memory *memory) { return memory->fisher; }
+
+/* 1 if the loss has EWC's penalty. Before the memory's first chunk there is none. */
+static int ckca__memory_penalizes(const ckca__update *u) {
+    return u->d.method == CKCA_METHOD_EWC && u->d.memory && u->d.memory->updates > 0 && u->d.ewc_lambda > 0;
+}
+
+/* Fails if the method needs a memory that the descriptor does not have. */
+static ckca_status ckca__memory_needed(const ckca_model *m, const ckca_update_desc *d) {
+    if (d->method == CKCA_METHOD_REPLAY && !(d->memory && d->memory->size))
+        return ckca__fail(m->ctx, CKCA_EINVAL,
+                          "update: REPLAY needs a memory with pictures (memory, ckca_memory_desc)");
+    if (d->method == CKCA_METHOD_EWC && !(d->memory && d->memory->fisher))
+        return ckca__fail(m->ctx, CKCA_EINVAL, "update: EWC needs a memory with fisher (memory, ckca_memory_desc)");
+    if (d->method == CKCA_METHOD_EWC && m->trained < m->trainable)
+        return ckca__fail(m->ctx, CKCA_EINVAL, "update: EWC needs all layers to be trained, and some are frozen");
+    return CKCA_OK;
+}
+
+/* Checks that a memory fits a model, which has class names. */
+static ckca_status ckca__memory_check(const ckca_memory *memory, ckca_model *m) {
+    int i, k;
+    if (memory->ctx != m->ctx)
+        return ckca__fail(m->ctx, CKCA_EINVAL, "memory: it belongs to another context than the model");
+    if (memory->height != m->height || memory->width != m->width || memory->channels != m->channels ||
+        memory->classes != m->classes)
+        return ckca__fail(
+            m->ctx, CKCA_ESHAPE,
+            "memory: its pictures are %d x %d x %d in %d classes, the model takes %d x %d x %d and has %d "
+            "classes",
+            memory->height, memory->width, memory->channels, memory->classes, m->height, m->width, m->channels,
+            m->classes);
+    if (memory->fisher && memory->parameters != m->parameters)
+        return ckca__fail(m->ctx, CKCA_ESHAPE, "memory: it is of a network of %d tensors, the model has %d",
+                          memory->parameters, m->parameters);
+    for (i = 0; memory->fisher && i < m->parameters; i++) {
+        const ckca__parameter *a = &memory->parameter[i], *b = &m->parameter[i];
+        for (k = 0; k < a->dims && a->dims == b->dims && a->shape[k] == b->shape[k];) k++;
+        if (strcmp(a->name, b->name) || a->dims != b->dims || k < a->dims)
+            return ckca__fail(m->ctx, CKCA_ESHAPE, "memory: its tensor %s differs from the model's %s in name or shape",
+                              a->name, b->name);
+    }
+    return memory->data ? ckca__bind_data(m, memory->data, "memory") : CKCA_OK;
+}
+
+/* Checks the memory of an update, and joins its pictures with the chunk. */
+static ckca_status ckca__memory_join(ckca__update *u) {
+    const ckca_memory *memory = u->d.memory;
+    ckca_data *parts[2];
+    ckca_status status = ckca__memory_check(memory, u->m);
+    if (!status && memory->updates > u->m->updates)
+        status =
+            ckca__fail(u->ctx, CKCA_EINVAL,
+                       "memory: it has taken in the chunk of update %d, but the model has had %d updates: it is of a "
+                       "later checkpoint",
+                       memory->updates, u->m->updates);
+    if (status || !memory->data) return status;
+    parts[0] = memory->data;
+    parts[1] = (ckca_data *)u->chunk; /* only read */
+    if (!(status = ckca_join(&u->joined, parts, 2))) u->data = u->joined;
+    return status;
+}
+
+/* Extends the fingerprint by the Fisher information. */
+static ckca_status ckca__memory_hash(const ckca__update *u, uint64_t *hash) {
+    const ckca_memory *memory = u->d.memory;
+    const size_t bytes = memory->trainable * sizeof(float);
+    float *host = (float *)ckca__alloc(u->ctx, bytes);
+    if (!host)
+        return ckca__fail(u->ctx, CKCA_ENOMEM, "out of memory for %.1f MB of Fisher information", (double)bytes * 1e-6);
+    ckca__device_download(u->ctx, host, memory->fisher, bytes);
+    *hash = ckca__hash(*hash, host, bytes);
+    ckca__release(u->ctx, host);
+    return CKCA_OK;
+}
+
+/* ---- taking in a chunk: herding ---- */
+
+/* The features by m of the pictures index[0..n) of data, scaled to length 1, into out: n x m->features. */
+static ckca_status ckca__memory_features(ckca_model *m, const ckca_data *data, const int *index, int n, float *out) {
+    const size_t d = (size_t)m->features, bytes = ckca__mul(ckca__mul((size_t)n, d), sizeof(float));
+    float *device = (float *)ckca__device_alloc(m->ctx, bytes);
+    ckca_data *view = NULL;
+    ckca_score score;
+    ckca_status status =
+        device ? ckca_subset(&view, data, index, n)
+               : ckca__fail(m->ctx, CKCA_ENOMEM, "memory: out of memory for the features of %d pictures", n);
+    size_t i, j;
+    if (!status) status = ckca__evaluate_all(m, m, view, &score, NULL, NULL, device, NULL);
+    if (!status) {
+        ckca__device_download(m->ctx, out, device, bytes);
+        status = ckca__device_status(m->ctx);
+    }
+    for (i = 0; !status && i < (size_t)n; i++) {
+        double square = 0;
+        for (j = 0; j < d; j++) square += (double)out[i * d + j] * (double)out[i * d + j];
+        for (j = 0; square > 0 && j < d; j++) out[i * d + j] = (float)((double)out[i * d + j] / sqrt(square));
+    }
+    ckca_data_free(view);
+    ckca__device_release(m->ctx, device, bytes);
+    return status;
+}
+
+/* Herding: chooses keep of n pictures one by one, each so that the mean feature of the chosen ones comes as near to mean
+   (d) as it can; the first of equals. feature: n x d. taken: n zeros; sum: d zeros. Writes places 0 to n - 1 to chosen
+   (keep). */
+static void ckca__herd(int n, size_t d, const float *feature, const double *mean, int keep, unsigned char *taken,
+                       double *sum, int *chosen) {
+    size_t j;
+    int i, k;
+    for (k = 0; k < keep; k++) {
+        double least = 0;
+        int best = -1;
+        for (i = 0; i < n; i++) {
+            const float *f = feature + (size_t)i * d;
+            double distance = 0;
+            if (taken[i]) continue;
+            for (j = 0; j < d; j++) {
+                const double apart = mean[j] - (sum[j] + (double)f[j]) / (k + 1);
+                distance += apart * apart;
+            }
+            if (best >= 0 && !(distance < least)) continue;
+            best = i;
+            least = distance;
+        }
+        chosen[k] = best;
+        taken[best] = 1;
+        for (j = 0; j < d; j++) sum[j] += (double)feature[(size_t)best * d + j];
+    }
+}
+
+/* Herds one class: of the pictures index[0..n) of joined, the first `kept` of which are the memory's and stand for
+   `seen` pictures, writes the chosen ones' indices to chosen (keep). */
+static ckca_status ckca__memory_herd(ckca_model *m, const ckca_data *joined, const int *index, int n, int kept,
+                                     int64_t seen, int keep, int *chosen) {
+    ckca_context *ctx = m->ctx;
+    const size_t d = (size_t)m->features;
+    float *feature = (float *)ckca__alloc(ctx, ckca__mul(ckca__mul((size_t)n, d), sizeof(float)));
+    double *mean = (double *)ckca__alloc(ctx, 2 * d * sizeof(double));
+    unsigned char *taken = (unsigned char *)ckca__alloc(ctx, (size_t)n);
+    ckca_status status = CKCA_OK;
+    size_t j;
+    int i;
+    if (!feature || !mean || !taken)
+        status = ckca__fail(ctx, CKCA_ENOMEM, "memory: out of memory for the features of %d pictures", n);
+    if (!status) status = ckca__memory_features(m, joined, index, n, feature);
+    if (!status) {
+        const double weight = kept ? (double)seen / kept : 0, total = (kept ? (double)seen : 0) + n - kept;
+        for (i = 0; i < n; i++)
+            for (j = 0; j < d; j++) mean[j] += (i < kept ? weight : 1) / total * (double)feature[(size_t)i * d + j];
+        ckca__herd(n, d, feature, mean, keep, taken, mean + d, chosen);
+        for (i = 0; i < keep; i++) chosen[i] = index[chosen[i]];
+    }
+    ckca__release(ctx, feature);
+    ckca__release(ctx, mean);
+    ckca__release(ctx, taken);
+    return status;
+}
+
+/* Creates the memory's next set of pictures, *next, from joined (its pictures, then the chunk's), and adds the chunk's
+   labels to seen. */
+static ckca_status ckca__memory_choose(const ckca_memory *memory, ckca_model *m, const ckca_data *joined,
+                                       ckca_data **next, int64_t *seen) {
+    ckca_context *ctx = m->ctx;
+    const int old = ckca__memory_count(memory), count = joined->count, classes = m->classes;
+    const ckca__store *from = joined->store;
+    const size_t bytes = ckca__picture_bytes(from);
+    /* per class: how many pictures there are, the place of its first one in sorted, how many of them are the memory's,
+       how many are chosen */
+    int *have = (int *)ckca__alloc(ctx, ckca__mul(sizeof(int), 4 * (size_t)classes + 2 * (size_t)count));
+    int *first, *kept, *keep, *sorted, *chosen; /* the choice of class k starts at chosen[first[k]] */
+    int i, k, round, at = 0, given = 0;
+    ckca_data_desc desc;
+    ckca__store *store = NULL;
+    ckca_status status = CKCA_OK;
+    if (!have) return ckca__fail(ctx, CKCA_ENOMEM, "memory: out of memory for %d pictures", count);
+    first = have + classes;
+    kept = first + classes;
+    keep = kept + classes;
+    sorted = keep + classes;
+    chosen = sorted + count;
+    for (i = 0; i < count; i++) {
+        k = from->labels[joined->index[i]];
+        have[k]++;
+        if (i < old) kept[k]++;
+    }
+    for (k = 1; k < classes; k++) first[k] = first[k - 1] + have[k - 1];
+    for (i = 0; i < count; i++) sorted[first[from->labels[joined->index[i]]]++] = i;
+    for (k = 0; k < classes; k++) first[k] -= have[k];
+    for (round = 0, i = -1; given < memory->size && i != given;
+         round++) /* a place for every class, as long as any has */
+        for (i = given, k = 0; k < classes && given < memory->size; k++)
+            if (have[k] > round) keep[k]++, given++;
+    for (k = 0; !status && k < classes; k++)
+        if (keep[k])
+            status =
+                ckca__memory_herd(m, joined, sorted + first[k], have[k], kept[k], seen[k], keep[k], chosen + first[k]);
+    memset(&desc, 0, sizeof desc);
+    if (!status)
+        status = ckca__store_create(ctx, &store, (size_t)given, from->height, from->width, from->channels, classes,
+                                    (const char *const *)from->class_names, &desc);
+    for (round = 0; !status && at < given; round++)
+        for (k = 0; k < classes; k++) {
+            if (keep[k] <= round) continue;
+            i = joined->index[chosen[first[k] + round]];
+            store->labels[at] = k;
+            memcpy(store->pixels + (size_t)at++ * bytes, from->pixels + (size_t)i * bytes, bytes);
+        }
+    if (!status) status = ckca__view(next, store, NULL, given);
+    for (k = 0; !status && k < classes; k++) seen[k] += have[k] - kept[k];
+    ckca__store_release(store);
+    ckca__release(ctx, have);
+    return status;
+}
+
+/* ---- taking in a chunk: the Fisher information ---- */
+
+/* dlogits (n x k) = the gradient of mean_i -log p(y_i), y_i drawn from the softmax of logits (n x k): the draws of
+   pictures index[0..n), a pure function of seed. */
+static void ckca__fisher_gradient(int n, int k, const float *logits, uint64_t seed, const int *index, float *dlogits) {
+    int i, j;
+    for (i = 0; i < n; i++, logits += k, dlogits += k) {
+        double total = 0, draw = ckca__uniform(seed, CKCA__STREAM_FISHER, (uint64_t)index[i]);
+        float most = logits[0];
+        int label = -1;
+        for (j = 1; j < k; j++) most = logits[j] > most ? logits[j] : most;
+        for (j = 0; j < k; j++) total += exp((double)logits[j] - (double)most);
+        for (j = 0; j < k; j++) {
+            const double p = exp((double)logits[j] - (double)most) / total;
+            draw -= p;
+            dlogits[j] = (float)(p / n);
+            if (label < 0 && (draw < 0 || j == k - 1)) label = j;
+        }
+        dlogits[label] -= 1.0f / (float)n;
+    }
+}
+
+/* Adds the chunk's Fisher information by m to fisher, on the device. */
+static ckca_status ckca__memory_add_fisher(const ckca_model *m, const ckca_data *chunk, uint64_t seed, float *fisher) {
+    ckca_context *ctx = m->ctx;
+    const int count = chunk->count, n = count < CKCA__FISHER_BATCH ? count : CKCA__FISHER_BATCH, batches = count / n;
+    const size_t picture = (size_t)m->height * (size_t)m->width * (size_t)m->channels, k = (size_t)m->classes;
+    const size_t size = (size_t)n;
+    ckca_model *copy = NULL; /* training mode moves running statistics: m keeps its own */
+    int *order = (int *)ckca__alloc(ctx, (size_t)count * sizeof(int)), b;
+    float *pictures =
+        (float *)ckca__alloc(ctx, ckca__mul(ckca__sum(ckca__mul(picture, size), 2 * k * size), sizeof(float)));
+    float *logits = pictures ? pictures + picture * size : NULL, *dlogits = logits ? logits + k * size : NULL;
+    ckca_status status = CKCA_OK;
+    if (!order || !pictures)
+        status = ckca__fail(ctx, CKCA_ENOMEM, "memory: out of memory for the Fisher information of %d pictures", count);
+    if (!status && !(status = ckca_model_copy(&copy, m))) { /* with a gradient for every layer, frozen or not */
+        int i;
+        for (i = 0; i < copy->nodes; i++) copy->node[i].rate = 1;
+        ckca__layout_training(copy);
+    }
+    if (!status) ckca_shuffle(seed, 0, count, order); /* folders come class by class */
+    for (b = 0; !status && b < batches; b++) {
+        const int *index = order + (size_t)b * size;
+        if ((status = ckca_get_batch(copy, chunk, index, n, NULL, 0, 0, pictures, NULL)) ||
+            (status = ckca_forward(copy, pictures, n, 1)) || (status = ckca_node_read(copy, copy->logits, logits)))
+            break;
+        ckca__fisher_gradient(n, m->classes, logits, seed, index, dlogits);
+        if ((status = ckca_zero_gradients(copy)) || (status = ckca_backward(copy, dlogits, NULL))) break;
+        ckca__op_add_squares(ctx, copy->trainable, copy->gradients, (float)n / (float)batches, fisher);
+    }
+    if (!status) status = ckca__device_status(ctx);
+    ckca_model_free(copy);
+    ckca__release(ctx, pictures);
+    ckca__release(ctx, order);
+    return status;
+}
+
+/* Takes in a chunk: joined is the memory's pictures and the chunk, or the chunk if it has none. updates: of the model
+   after the chunk's update. On failure the memory does not change. */
+static ckca_status ckca__memory_refill(ckca_memory *memory, ckca_model *m, const ckca_data *chunk,
+                                       const ckca_data *joined, int updates) {
+    ckca_context *ctx = m->ctx;
+    const size_t classes = (size_t)m->classes, bytes = memory->trainable * sizeof(float);
+    ckca_data *data = NULL;
+    int64_t *seen = NULL;
+    float *fisher = NULL;
+    ckca_status status = CKCA_OK;
+    if (memory->fisher) {
+        fisher = (float *)ckca__device_alloc(ctx, bytes);
+        if (fisher) ckca__device_copy(ctx, fisher, memory->fisher, bytes);
+        status = fisher ? ckca__memory_add_fisher(m, chunk, (uint64_t)updates, fisher)
+                        : ckca__fail(ctx, CKCA_ENOMEM, "memory: out of memory for %.1f MB of Fisher information",
+                                     (double)bytes * 1e-6);
+    }
+    if (!status && memory->size) {
+        seen = (int64_t *)ckca__alloc(ctx, classes * sizeof *seen);
+        if (seen) memcpy(seen, memory->seen, classes * sizeof *seen);
+        status = seen ? ckca__memory_choose(memory, m, joined, &data, seen)
+                      : ckca__fail(ctx, CKCA_ENOMEM, "memory: out of memory for %d classes", m->classes);
+    }
+    if (status) {
+        ckca__device_release(ctx, fisher, bytes);
+        ckca__release(ctx, seen);
+        return status;
+    }
+    if (fisher) {
+        ckca__device_release(ctx, memory->fisher, bytes);
+        memory->fisher = fisher;
+    }
+    if (seen) {
+        ckca__release(ctx, memory->seen);
+        memory->seen = seen;
+        ckca_data_free(memory->data);
+        memory->data = data;
+    }
+    memory->updates = updates;
+    return CKCA_OK;
+}
+
+CKCA_API ckca_status ckca_memory_fill(ckca_memory *memory, ckca_model *m, const ckca_data *chunk) {
+    ckca_data *parts[2], *joined = NULL;
+    ckca_status status;
+    int had_names, was_normalized;
+    if (!m) return CKCA_EINVAL;
+    if (!memory || !chunk) return ckca__null(m->ctx, "ckca_memory_fill", !memory ? "memory" : "chunk");
+    if ((status = ckca__check_finished(m, "ckca_memory_fill"))) return status;
+    if (!m->updates)
+        return ckca__fail(m->ctx, CKCA_EINVAL, "ckca_memory_fill: the model is untrained: its features choose nothing");
+    had_names = m->class_names != NULL;
+    was_normalized = m->normalized;
+    if ((status = ckca__bind_data(m, chunk, "memory"))) return status;
+    parts[0] = memory->data;
+    parts[1] = (ckca_data *)chunk; /* only read */
+    if (!(status = ckca__memory_check(memory, m)) && memory->data) status = ckca_join(&joined, parts, 2);
+    if (!status) status = ckca__memory_refill(memory, m, chunk, joined ? joined : chunk, m->updates);
+    if (status) ckca__unbind_data(m, had_names, was_normalized);
+    ckca_data_free(joined);
+    return status;
+}
+
+/* ---- creating, reading, writing ---- */
+
+CKCA_API void ckca_memory_free(ckca_memory *memory) {
+    if (!memory) return;
+    ckca_data_free(memory->data);
+    ckca__device_release(memory->ctx, memory->fisher, memory->trainable * sizeof(float));
+    ckca__release(memory->ctx, memory->parameter);
+    ckca__release(memory->ctx, memory->seen);
+    ckca__release(memory->ctx, memory);
+}
+
+CKCA_API ckca_status ckca_memory_create(const ckca_model *m, ckca_memory **out, const ckca_memory_desc *desc) {
+    ckca__bound bounds[2] = {{"pictures", 0, 0, CKCA__MEMORY_MOST, 0}, {"fisher", 0, 0, 1, 0}};
+    ckca_memory *memory;
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    if (!out || !desc) return ckca__null(m->ctx, "ckca_memory_create", !out ? "memory" : "desc");
+    bounds[0].value = desc->pictures;
+    bounds[1].value = desc->fisher;
+    if ((status = ckca__check_finished(m, "ckca_memory_create")) ||
+        (status = ckca__check_bounds(m->ctx, "memory", bounds, 2)))
+        return status;
+    if (!desc->pictures && !desc->fisher)
+        return ckca__fail(m->ctx, CKCA_EINVAL, "memory: pictures and fisher are 0: there is nothing to keep");
+    if (desc->pictures && desc->pictures < m->classes)
+        return ckca__fail(m->ctx, CKCA_EINVAL, "memory: pictures is %d, but it needs one per class, and there are %d",
+                          desc->pictures, m->classes);
+    memory = (ckca_memory *)ckca__alloc(m->ctx, sizeof *memory);
+    if (!memory) return ckca__fail(m->ctx, CKCA_ENOMEM, "out of memory for a memory");
+    memory->ctx = m->ctx;
+    memory->size = desc->pictures;
+    memory->height = m->height;
+    memory->width = m->width;
+    memory->channels = m->channels;
+    memory->classes = m->classes;
+    memory->parameters = m->parameters;
+    memory->trainable = m->trainable;
+    memory->seen = (int64_t *)ckca__alloc(m->ctx, (size_t)m->classes * sizeof *memory->seen);
+    memory->parameter = (ckca__parameter *)ckca__alloc(m->ctx, (size_t)m->parameters * sizeof *m->parameter);
+    if (desc->fisher) memory->fisher = (float *)ckca__device_alloc(m->ctx, m->trainable * sizeof(float));
+    if (!memory->seen || !memory->parameter || (desc->fisher && !memory->fisher)) {
+        ckca_memory_free(memory);
+        return ckca__fail(m->ctx, CKCA_ENOMEM, "out of memory for a memory of %d classes and %.1f MB", m->classes,
+                          desc->fisher ? (double)m->trainable * 4e-6 : 0);
+    }
+    memcpy(memory->parameter, m->parameter, (size_t)m->parameters * sizeof *m->parameter);
+    if (memory->fisher) ckca__device_zero(m->ctx, memory->fisher, m->trainable * sizeof(float));
+    *out = memory;
+    return CKCA_OK;
+}
+
+CKCA_API void ckca_memory_info_get(const ckca_memory *memory, ckca_memory_info *info) {
+    if (!info) return;
+    memset(info, 0, sizeof *info);
+    if (!memory) return;
+    info->pictures = memory->size;
+    info->fisher = memory->fisher != NULL;
+    info->count = ckca__memory_count(memory);
+    info->updates = memory->updates;
+}
+
+CKCA_API const ckca_data *ckca_memory_pictures(const ckca_memory *memory) { return memory ? memory->data : NULL; }
+
+/* Reads the pictures of a memory's file into memory, which is new. */
+static ckca_status ckca__memory_read_pictures(ckca_memory *memory, const ckca_model *m, const ckca__st_file *file) {
+    const ckca__st_tensor *pictures = ckca__st_find(file, "pictures"), *labels = ckca__st_find(file, "labels");
+    const ckca__st_tensor *seen = ckca__st_find(file, "seen");
+    const char *path = ckca__tail(file->path), *json = ckca__st_meta(file, "ckca.class_names");
+    const int64_t classes = memory->classes;
+    const size_t size = (size_t)memory->classes * sizeof *memory->seen;
+    int64_t *held = NULL, count;
+    char has[200], **names = NULL;
+    ckca__store *store = NULL;
+    ckca_data_desc desc;
+    ckca_status status = CKCA_OK;
+    int i, listed = 0;
+    if (!pictures || !labels || !seen || !json)
+        return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: it lacks pictures, labels, seen or ckca.class_names", path);
+    if (strcmp(pictures->dtype, "U8") || strcmp(labels->dtype, "I32") || strcmp(seen->dtype, "I64"))
+        return ckca__fail(file->ctx, CKCA_EFORMAT,
+                          "%s: pictures, labels and seen are %s, %s and %s, not U8, I32 and I64", path, pictures->dtype,
+                          labels->dtype, seen->dtype);
+    ckca__shape_text(pictures->shape, pictures->dims, has, sizeof has);
+    if (pictures->dims != 4 || pictures->shape[1] != memory->height || pictures->shape[2] != memory->width ||
+        pictures->shape[3] != memory->channels)
+        return ckca__fail(file->ctx, CKCA_ESHAPE, "%s: its pictures are %s, the model takes Nx%dx%dx%d", path, has,
+                          memory->height, memory->width, memory->channels);
+    if (seen->dims != 1 || seen->shape[0] != classes)
+        return ckca__fail(file->ctx, CKCA_ESHAPE, "%s: it has %.0f classes, the model has %d", path,
+                          seen->dims == 1 ? (double)seen->shape[0] : 0, memory->classes);
+    count = pictures->shape[0];
+    if (count < 1 || count > memory->size || labels->dims != 1 || labels->shape[0] != count)
+        return ckca__fail(file->ctx, CKCA_EFORMAT, "%s: %.0f pictures with %.0f labels in a memory of at most %d", path,
+                          (double)count, labels->dims == 1 ? (double)labels->shape[0] : 0, memory->size);
+    if ((status = ckca__names_from_json(file->ctx, file->path, json, &names, &listed))) return status;
+    if (listed != memory->classes)
+        status =
+            ckca__fail(file->ctx, CKCA_EFORMAT, "%s: %d class names for %d classes", path, listed, memory->classes);
+    for (i = 0; !status && m->class_names && i < listed; i++)
+        if (strcmp(names[i], m->class_names[i]))
+            status =
+                ckca__fail(file->ctx, CKCA_EINVAL, "%s: class %d is \"%.60s\" in the memory, \"%.60s\" in the model",
+                           path, i, names[i], m->class_names[i]);
+    memset(&desc, 0, sizeof desc);
+    if (!status)
+        status = ckca__store_create(file->ctx, &store, (size_t)count, memory->height, memory->width, memory->channels,
+                                    memory->classes, (const char *const *)names, &desc);
+    ckca__free_names(file->ctx, names, listed);
+    if (status) return status;
+    memcpy(store->pixels, file->bytes + pictures->begin, pictures->end - pictures->begin);
+    memcpy(store->labels, file->bytes + labels->begin, labels->end - labels->begin);
+    memcpy(memory->seen, file->bytes + seen->begin, size);
+    held = (int64_t *)ckca__alloc(file->ctx, size);
+    if (!held) status = ckca__fail(file->ctx, CKCA_ENOMEM, "%s: out of memory for %d classes", path, memory->classes);
+    for (i = 0; !status && i < store->count; i++) {
+        if (store->labels[i] < 0 || store->labels[i] >= memory->classes)
+            status = ckca__fail(file->ctx, CKCA_EFORMAT, "%s: label %d is %d, must be 0 to %d", path, i,
+                                store->labels[i], memory->classes - 1);
+        else
+            held[store->labels[i]]++;
+    }
+    for (i = 0; !status && i < memory->classes; i++)
+        if (memory->seen[i] < held[i] || memory->seen[i] > (int64_t)1 << 52)
+            status = ckca__fail(file->ctx, CKCA_EFORMAT, "%s: it has %.0f pictures of class %d, of %.0f that were seen",
+                                path, (double)held[i], i, (double)memory->seen[i]);
+    if (!status) status = ckca__view(&memory->data, store, NULL, store->count);
+    ckca__release(file->ctx, held);
+    ckca__store_release(store);
+    return status;
+}
+
+/* Reads the Fisher information of a memory's file into memory, which is new. */
+static ckca_status ckca__memory_read_fisher(ckca_memory *memory, const ckca_model *m, const ckca__st_file *file) {
+    float *host = (float *)ckca__alloc(m->ctx, m->trainable * sizeof(float));
+    size_t j;
+    int i;
+    ckca_status status = host ? ckca__read_parameters(m, file, "fisher.", 1, host)
+                              : ckca__fail(m->ctx, CKCA_ENOMEM, "%s: out of memory for %.1f MB", ckca__tail(file->path),
+                                           (double)m->trainable * 4e-6);
+    for (i = 0; !status && i < m->parameters; i++) {
+        const ckca__parameter *p = &m->parameter[i];
+        for (j = 0; !status && p->role < CKCA__ROLE_MEAN && j < p->count; j++)
+            if (host[p->offset + j] < 0)
+                status = ckca__fail(m->ctx, CKCA_EFORMAT, "%s: fisher.%s has the negative value %g",
+                                    ckca__tail(file->path), p->name, (double)host[p->offset + j]);
+    }
+    if (!status) {
+        ckca__device_upload(m->ctx, memory->fisher, host, m->trainable * sizeof(float));
+        status = ckca__device_status(m->ctx);
+    }
+    ckca__release(m->ctx, host);
+    return status;
+}
+
+static ckca_status ckca__memory_read(const ckca_model *m, ckca_memory **out, const ckca__st_file *file) {
+    const char *text = ckca__st_meta(file, "ckca.memory");
+    ckca_memory *memory = NULL;
+    ckca_memory_desc desc;
+    int number[3], i; /* pictures, fisher, updates */
+    size_t tensors = 0;
+    ckca_status status;
+    if ((status = ckca__check_format(file))) return status;
+    if (!text) return ckca__fail(m->ctx, CKCA_EFORMAT, "%s: it is not a memory", ckca__tail(file->path));
+    if (!ckca__parse_integers(text, number, 3) || number[0] > CKCA__MEMORY_MOST || number[1] > 1 ||
+        !(number[0] || number[1]))
+        return ckca__fail(m->ctx, CKCA_EFORMAT, "%s: ckca.memory \"%.40s\" cannot be read", ckca__tail(file->path),
+                          text);
+    if (number[0] && number[0] < m->classes)
+        return ckca__fail(m->ctx, CKCA_ESHAPE,
+                          "%s: it keeps %d pictures, but it needs one per class, and the model has %d",
+                          ckca__tail(file->path), number[0], m->classes);
+    desc.pictures = number[0];
+    desc.fisher = number[1];
+    if ((status = ckca_memory_create(m, &memory, &desc))) return status;
+    memory->updates = number[2];
+    if (memory->size && number[2]) {
+        status = ckca__memory_read_pictures(memory, m, file);
+        tensors = 3;
+    }
+    if (!status && memory->fisher) {
+        status = ckca__memory_read_fisher(memory, m, file);
+        for (i = 0; i < m->parameters; i++) tensors += m->parameter[i].role < CKCA__ROLE_MEAN;
+    }
+    if (!status && file->tensors != tensors)
+        status = ckca__fail(m->ctx, CKCA_EFORMAT, "%s: it has %.0f tensors, a memory of this model has %.0f",
+                            ckca__tail(file->path), (double)file->tensors, (double)tensors);
+    if (status)
+        ckca_memory_free(memory);
+    else
+        *out = memory;
+    return status;
+}
+
+/* For ckca__memory_item. */
+typedef struct ckca__memory_export {
+    const ckca_memory *memory;
+    const int *parameter;  /* of each item without data */
+    float *host, *ordered; /* one tensor each */
+} ckca__memory_export;
+
+/* The values of item i, a tensor of the Fisher information in PyTorch's order. */
+static const void *ckca__memory_item(void *user, int i) {
+    const ckca__memory_export *e = (const ckca__memory_export *)user;
+    const ckca__parameter *p = &e->memory->parameter[e->parameter[i]];
+    ckca__device_download(e->memory->ctx, e->host, e->memory->fisher + p->offset, p->count * sizeof(float));
+    ckca__reorder(p, e->host, e->ordered, 1);
+    return e->ordered;
+}
+
+/* Writes a memory's file; path NULL: to memory, see ckca__st_write_memory. */
+static ckca_status ckca__memory_write(const ckca_memory *memory, const char *path, void *out, size_t capacity,
+                                      size_t *size) {
+    ckca_context *ctx = memory->ctx;
+    const size_t most_items = (size_t)memory->parameters + 3;
+    const char *what = path ? ckca__tail(path) : "memory";
+    ckca__st_item *item = (ckca__st_item *)ckca__alloc(ctx, most_items * sizeof *item);
+    char(*name)[CKCA__NAME_MAX + 32] = (char(*)[CKCA__NAME_MAX + 32]) ckca__alloc(ctx, most_items * sizeof *name);
+    int *parameter = (int *)ckca__alloc(ctx, most_items * sizeof *parameter);
+    char *names = NULL, format[16], numbers[64];
+    ckca__st_pair meta[4];
+    ckca__memory_export export_;
+    size_t most = 0;
+    int i, k, items = 0, metas = 0;
+    ckca_status status = CKCA_OK;
+    for (i = 0; i < memory->parameters; i++)
+        if (memory->parameter[i].count > most) most = memory->parameter[i].count;
+    export_.memory = memory;
+    export_.parameter = parameter;
+    export_.host = (float *)ckca__alloc(ctx, most * sizeof(float));
+    export_.ordered = (float *)ckca__alloc(ctx, most * sizeof(float));
+    if (memory->data)
+        names = ckca__names_to_json(ctx, (const char *const *)memory->data->store->class_names, memory->classes);
+    if (!item || !name || !parameter || !export_.host || !export_.ordered || (memory->data && !names))
+        status = ckca__fail(ctx, CKCA_ENOMEM, "%s: out of memory for saving it", what);
+    if (!status) {
+        snprintf(format, sizeof format, "%d", CKCA__FORMAT);
+        snprintf(numbers, sizeof numbers, "%d %d %d", memory->size, memory->fisher != NULL, memory->updates);
+        meta[metas].key = "ckca.format", meta[metas++].value = format;
+        meta[metas].key = "ckca.version", meta[metas++].value = CKCA_VERSION;
+        meta[metas].key = "ckca.memory", meta[metas++].value = numbers;
+        if (names) meta[metas].key = "ckca.class_names", meta[metas++].value = names;
+        if (memory->data) {
+            const ckca__store *store = memory->data->store;
+            item[0].name = "pictures", item[0].dtype = "U8", item[0].dims = 4, item[0].data = store->pixels;
+            item[0].shape[1] = store->height, item[0].shape[2] = store->width, item[0].shape[3] = store->channels;
+            item[1].name = "labels", item[1].dtype = "I32", item[1].dims = 1, item[1].data = store->labels;
+            item[0].shape[0] = item[1].shape[0] = store->count;
+            item[2].name = "seen", item[2].dtype = "I64", item[2].dims = 1, item[2].data = memory->seen;
+            item[2].shape[0] = memory->classes;
+            items = 3;
+        }
+        for (i = 0; memory->fisher && i < memory->parameters; i++) {
+            const ckca__parameter *p = &memory->parameter[i];
+            if (p->role >= CKCA__ROLE_MEAN) continue;
+            snprintf(name[items], sizeof *name, "fisher.%s", p->name);
+            item[items].name = name[items];
+            item[items].dtype = "F32";
+            item[items].dims = p->dims;
+            for (k = 0; k < p->dims; k++) item[items].shape[k] = p->shape[k];
+            parameter[items++] = i;
+        }
+        if (!path)
+            status =
+                ckca__st_write_memory(ctx, out, capacity, size, item, items, meta, metas, ckca__memory_item, &export_);
+#ifndef CKCA_NO_STDIO
+        else
+            status = ckca__st_write(ctx, path, item, items, meta, metas, ckca__memory_item, &export_);
+#endif
+    }
+    ckca__release(ctx, names);
+    ckca__release(ctx, export_.host);
+    ckca__release(ctx, export_.ordered);
+    ckca__release(ctx, parameter);
+    ckca__release(ctx, name);
+    ckca__release(ctx, item);
+    return status;
+}
+
+CKCA_API ckca_status ckca_memory_to_bytes(ckca_memory *memory, void *out, size_t capacity, size_t *size) {
+    if (!memory) return CKCA_EINVAL;
+    if (!size) return ckca__null(memory->ctx, "ckca_memory_to_bytes", "size");
+    *size = 0;
+    return ckca__memory_write(memory, NULL, out, capacity, size);
+}
+
+CKCA_API ckca_status ckca_memory_from_bytes(const ckca_model *m, ckca_memory **out, const void *bytes, size_t size) {
+    ckca__st_file file;
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    if (!out || !bytes) return ckca__null(m->ctx, "ckca_memory_from_bytes", !out ? "memory" : "bytes");
+    if ((status = ckca__check_finished(m, "ckca_memory_from_bytes"))) return status;
+    status = ckca__st_parse(m->ctx, "memory", (const unsigned char *)bytes, size, &file);
+    if (!status) status = ckca__memory_read(m, out, &file);
+    ckca__st_close(&file);
+    return status;
+}
+
+#ifndef CKCA_NO_STDIO
+CKCA_API ckca_status ckca_memory_save(ckca_memory *memory, const char *path) {
+    if (!memory) return CKCA_EINVAL;
+    if (!path) return ckca__null(memory->ctx, "ckca_memory_save", "path");
+    return ckca__memory_write(memory, path, NULL, 0, NULL);
+}
+
+CKCA_API ckca_status ckca_memory_load(const ckca_model *m, ckca_memory **out, const char *path) {
+    ckca__st_file file;
+    ckca_status status;
+    if (!m) return CKCA_EINVAL;
+    if (!out || !path) return ckca__null(m->ctx, "ckca_memory_load", !out ? "memory" : "path");
+    if ((status = ckca__check_finished(m, "ckca_memory_load"))) return status;
+    status = ckca__st_open(m->ctx, path, &file);
+    if (!status) status = ckca__memory_read(m, out, &file);
+    ckca__st_close(&file);
+    return status;
 }
 #endif
 
@@ -15270,6 +16054,43 @@ static void ckca__op_shrink_perturb(ckca_context *ctx, size_t count, float *w, c
     for (i = 0; i < count; i++) w[i] = shrink * w[i] + perturb * fresh[i];
 }
 
+typedef struct ckca__ewc {
+    size_t count;
+    const float *w, *old, *fisher;
+    float lambda, *g;
+    double *part; /* CKCA__SUM_BLOCKS */
+} ckca__ewc;
+
+static void ckca__ewc_block(void *job, int b, int thread) {
+    const ckca__ewc *a = (const ckca__ewc *)job;
+    const size_t size = a->count / CKCA__SUM_BLOCKS + 1;
+    size_t i = (size_t)b * size, end = i + size < a->count ? i + size : a->count;
+    double sum = 0;
+    (void)thread;
+    for (; i < end; i++) {
+        const float apart = a->w[i] - a->old[i], pull = a->lambda * a->fisher[i] * apart;
+        a->g[i] += pull;
+        sum += (double)pull * (double)apart;
+    }
+    a->part[b] = sum / 2;
+}
+
+static void ckca__op_ewc(ckca_context *ctx, size_t count, const float *w, const float *old, const float *fisher,
+                         float lambda, float *g, double scale, double *sum, void *ws) {
+    double *part = (double *)ws, total = 0;
+    ckca__ewc job = {count, w, old, fisher, lambda, g, part};
+    int b;
+    ckca__parallel_over(ctx, count, CKCA__SUM_BLOCKS, ckca__ewc_block, &job);
+    for (b = 0; b < CKCA__SUM_BLOCKS; b++) total += part[b];
+    *sum += scale * total;
+}
+
+static void ckca__op_add_squares(ckca_context *ctx, size_t count, const float *g, float scale, float *fisher) {
+    size_t i;
+    (void)ctx;
+    for (i = 0; i < count; i++) fisher[i] += scale * g[i] * g[i];
+}
+
 /* ---- pictures ---- */
 
 /* Crops channels 0 to m - 1 (m <= 4), scaled and shifted. The crop has the picture's size. */
@@ -15401,6 +16222,7 @@ static void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, const 
             Contracts: a failing call leaves its caller's pointers alone; every descriptor's numbers are checked;
             ckca_update_defaults; a teacher is only read; a training state stays until the result is saved
             Group normalisation (ckca_layer_groupnorm)
+            CKCA_METHOD_REPLAY and CKCA_METHOD_EWC, and pictures of earlier chunks for every method: ckca_memory_create
             Method: the defaults are AdaKD's GROWTH and FeatReg's CENTROID, with the number of pictures and the class
             means in the checkpoint; ckca_update_desc.teacher_pictures and unlabelled. Deleted, since no measurement
             supports them: AdaKD's TRUTH and DOUBT, FeatReg's L2 and RELATION

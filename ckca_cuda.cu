@@ -3408,6 +3408,38 @@ CKCA__OP void ckca__op_shrink_perturb(ckca_context *ctx, size_t count, float *w,
     CKCA__LAUNCH(ctx, ckca__shrink_perturb_kernel, ckca__grid(ctx, count, 1), count, w, fresh, shrink, perturb);
 }
 
+/* Adds the penalty's gradient to g; sums[block] = the block's part of twice its value, in 256 blocks. */
+__global__ void ckca__ewc_kernel(size_t count, const float *w, const float *old, const float *fisher, float lambda,
+                                 float *g, double *sums) {
+    ckca__wait_for_grids();
+    double sum = 0;
+    CKCA__EACH(i, count) {
+        const float apart = w[i] - old[i], pull = lambda * fisher[i] * apart;
+        g[i] += pull;
+        sum += (double)pull * apart;
+    }
+    sum = ckca__block_sum(sum);
+    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+__global__ void ckca__ewc_sum_kernel(const double *sums, double scale, double *sum) {
+    ckca__wait_for_grids();
+    const double total = ckca__block_sum(sums[threadIdx.x]);
+    if (threadIdx.x == 0) *sum += scale * total / 2;
+}
+CKCA__OP void ckca__op_ewc(ckca_context *ctx, size_t count, const float *w, const float *old, const float *fisher,
+                           float lambda, float *g, double scale, double *sum, void *ws) {
+    CKCA__LAUNCH(ctx, ckca__ewc_kernel, CKCA__THREADS, count, w, old, fisher, lambda, g, (double *)ws);
+    CKCA__LAUNCH(ctx, ckca__ewc_sum_kernel, 1, (const double *)ws, scale, sum);
+}
+
+__global__ void ckca__add_squares_kernel(size_t count, const float *g, float scale, float *fisher) {
+    ckca__wait_for_grids();
+    CKCA__EACH(i, count) fisher[i] += scale * g[i] * g[i];
+}
+CKCA__OP void ckca__op_add_squares(ckca_context *ctx, size_t count, const float *g, float scale, float *fisher) {
+    CKCA__LAUNCH(ctx, ckca__add_squares_kernel, ckca__grid(ctx, count, 1), count, g, scale, fisher);
+}
+
 /* ------------------------------------------------------------------------------------------------------------------
    RANKS
    ------------------------------------------------------------------------------------------------------------------ */

@@ -7,8 +7,11 @@
        ./incremental --cifar10 cifar-10-batches-bin --chunks 10 --chunk-size 500 --out run
        ./incremental ... --out run --resume             continues a killed run, to bitwise the same results
 
-   With --out DIR, that folder holds the last checkpoint of every method, results.csv, results.svg and, while a network
-   is being trained, state.safetensors. results.csv says what is done: a row follows once its checkpoint is complete. */
+       ./incremental ... --sweep                        warm, shrink-perturb, lwf and ewc at four or more settings
+
+   With --out DIR, that folder holds the last checkpoint of every method (and its memory, if it has one), results.csv,
+   results.svg and, while a network is being trained, state.safetensors. results.csv says what is done: a row follows
+   once its checkpoint and memory are complete. */
 #define CKCA_IMPLEMENTATION
 #include "ckca.h"
 
@@ -17,21 +20,38 @@
 typedef struct method {
     const char *name;
     ckca_method method;
-    int joined;         /* 1: trained on all chunks so far */
-    const char *colour; /* after the palette of Okabe and Ito, for colour-blind readers too */
+    int joined;           /* 1: trained on all chunks so far */
+    int pictures, fisher; /* 1: its memory keeps pictures; the Fisher information */
+    const char *colour;   /* after the palette of Okabe and Ito, for colour-blind readers too */
     const char *dash;
     int no_feat, no_growth; /* CKCA without its feature term; with lwf's constant weight instead of a growing one */
+    const char *sweep;      /* the setting that --sweep varies, as in the column's name; NULL: none */
+    size_t field;           /* it, in ckca_update_desc */
+    float grid[5];          /* its values; 0: no more */
 } method;
 
-static const method methods[] = {{"scratch-chunk", CKCA_METHOD_SCRATCH, 0, "#8a8a8a", "2 4", 0, 0},
-                                 {"scratch-all", CKCA_METHOD_SCRATCH, 1, "#4d4d4d", "7 4", 0, 0},
-                                 {"warm", CKCA_METHOD_WARM, 0, "#d98b00", "", 0, 0},
-                                 {"shrink-perturb", CKCA_METHOD_SHRINK_PERTURB, 0, "#009e73", "", 0, 0},
-                                 {"lwf", CKCA_METHOD_LWF, 0, "#c25e9a", "", 0, 0},
-                                 {"ckca-no-feat", CKCA_METHOD_CKCA, 0, "#56b4e9", "7 4", 1, 0},
-                                 {"ckca-no-growth", CKCA_METHOD_CKCA, 0, "#56b4e9", "2 4", 0, 1},
-                                 {"ckca", CKCA_METHOD_CKCA, 0, "#0068ad", "", 0, 0}};
-enum { METHODS = sizeof methods / sizeof *methods };
+#define FIELD(field) offsetof(ckca_update_desc, field)
+static const method methods[] = {
+    {"scratch-chunk", CKCA_METHOD_SCRATCH, 0, 0, 0, "#8a8a8a", "2 4", 0, 0, NULL, 0, {0}},
+    {"scratch-all", CKCA_METHOD_SCRATCH, 1, 0, 0, "#4d4d4d", "7 4", 0, 0, NULL, 0, {0}},
+    {"warm", CKCA_METHOD_WARM, 0, 0, 0, "#d98b00", "", 0, 0, "lr", FIELD(lr), {0.025f, 0.05f, 0.1f, 0.2f}},
+    {"shrink-perturb", CKCA_METHOD_SHRINK_PERTURB, 0, 0, 0, "#009e73", "", 0, 0, "s", FIELD(shrink), {.2f, .4f, .6f, .8f}},
+    {"lwf", CKCA_METHOD_LWF, 0, 0, 0, "#c25e9a", "", 0, 0, "w", FIELD(w_kd), {0.25f, 0.5f, 1, 2}},
+    {"ewc", CKCA_METHOD_EWC, 0, 0, 1, "#d55e00", "", 0, 0, "lambda", FIELD(ewc_lambda), {.1f, 1, 3, 10, 100}},
+    {"replay", CKCA_METHOD_REPLAY, 0, 1, 0, "#56b4e9", "", 0, 0, NULL, 0, {0}},
+    {"ckca-no-feat", CKCA_METHOD_CKCA, 0, 0, 0, "#0068ad", "1 3", 1, 0, NULL, 0, {0}},
+    {"ckca-no-growth", CKCA_METHOD_CKCA, 0, 0, 0, "#0068ad", "2 4", 0, 1, NULL, 0, {0}},
+    {"ckca", CKCA_METHOD_CKCA, 0, 0, 0, "#0068ad", "", 0, 0, NULL, 0, {0}},
+    {"ckca-replay", CKCA_METHOD_CKCA, 0, 1, 0, "#0068ad", "6 3", 0, 0, NULL, 0, {0}}};
+enum { METHODS = sizeof methods / sizeof *methods, GRID = 5, COLUMNS = METHODS * GRID };
+
+/* A method at one setting: a column of the table. */
+typedef struct column {
+    method m; /* a copy; its name is text if --sweep varies it */
+    char text[40];
+    int base;    /* index of the method */
+    float value; /* of the setting that --sweep varies; 0: as in run.update */
+} column;
 
 /* A method's results after a chunk. Accuracies are fractions. */
 typedef struct row {
@@ -44,14 +64,15 @@ typedef struct run {
     /* settings */
     tool_source source;
     const char *arch, *method_list, *out;
-    int projection, width, chunks, chunk_size, unlabelled, stratified, resume, augment;
+    int projection, width, chunks, chunk_size, unlabelled, stratified, resume, augment, sweep, memory;
     uint64_t seed;
     float w_lwf;
     ckca_update_desc update;
     /* results */
-    const method *method[METHODS];
-    int columns; /* methods in use */
-    row *rows;   /* chunks x columns */
+    column column[COLUMNS];
+    const method *method[COLUMNS]; /* of the columns */
+    int columns;                   /* in use */
+    row *rows;                     /* chunks x columns */
     const tool_flag *flags;
     char pictures[32], title[256]; /* the pictures' hash; the subtitle of the plot */
     char path[4096];
@@ -74,6 +95,29 @@ static const char *checkpoint(run *r, int chunk, int column) {
     char name[64];
     snprintf(name, sizeof name, "%s-chunk%02d.safetensors", chunk ? r->method[column]->name : "first", chunk + 1);
     return path(r, name);
+}
+
+/* The memory that belongs to it. */
+static const char *memory_file(run *r, int chunk, int column) {
+    char name[80];
+    snprintf(name, sizeof name, "%s-chunk%02d.memory.safetensors", r->method[column]->name, chunk + 1);
+    return path(r, name);
+}
+
+static int has_memory(const run *r, int column) { return r->method[column]->pictures || r->method[column]->fisher; }
+
+/* 1 if the column is the best of its method's: after the last chunk that all of them have done. */
+static int is_best(const run *r, int column) {
+    int t, m, all = 0;
+    for (t = r->chunks; !all && t > 0;)
+        for (all = 1, t--, m = 0; m < r->columns; m++)
+            all = all && (r->column[m].base != r->column[column].base || at(r, t, m)->done);
+    for (m = 0; m < r->columns; m++)
+        if (m != column && r->column[m].base == r->column[column].base &&
+            (at(r, t, m)->accuracy > at(r, t, column)->accuracy ||
+             (at(r, t, m)->accuracy == at(r, t, column)->accuracy && m < column)))
+            return 0;
+    return 1;
 }
 
 /* ---- results.csv ---------------------------------------------------------------------------------------------- */
@@ -186,10 +230,10 @@ static int whole(const method *a) { return a->method == CKCA_METHOD_CKCA && !a->
    it looks the same in light and dark viewers. */
 static void write_svg(const run *r, FILE *file) {
     const double left = 62, right = 690, top = 96, bottom = 448, gap = 19;
-    double low = 100, high = 0, step, y_of[METHODS], label[METHODS];
-    int last[METHODS], order[METHODS], lines = 0, t, m, i, tick, ticks;
+    double low = 100, high = 0, step, y_of[COLUMNS], label[COLUMNS];
+    int last[COLUMNS], order[COLUMNS], lines = 0, t, m, i, tick, ticks;
     for (m = 0; m < r->columns; m++) {
-        for (last[m] = -1, t = 0; t < r->chunks && at(r, t, m)->done; t++) {
+        for (last[m] = -1, t = 0; t < r->chunks && at(r, t, m)->done && is_best(r, m); t++) {
             low = fmin(low, 100 * at(r, t, m)->accuracy);
             high = fmax(high, 100 * at(r, t, m)->accuracy);
             last[m] = t;
@@ -311,28 +355,33 @@ static double job_cost(const run *r, int chunk, int column, int pictures) {
     const method *a = r->method[column];
     double visits = (double)pictures * r->update.epochs * (a->joined ? chunk + 1 : 1);
     if (chunk == 0) return column ? 0 : visits;
+    if (a->pictures) visits += (double)r->memory * r->update.epochs;
+    if (a->fisher) visits += pictures;
     if (a->method != CKCA_METHOD_CKCA && a->method != CKCA_METHOD_LWF) return visits;
     if (r->unlabelled) visits *= 2;
     return visits + (r->augment || r->unlabelled ? visits : pictures) / 3.0;
 }
 
-/* Runs and tests one update of one method. model is its checkpoint after the previous chunk. */
-static void do_job(ckca_context *ctx, run *r, ckca_model *model, ckca_data *const *chunks, const ckca_data *test,
-                   const ckca_data *unlabelled, int t, int m) {
+/* Runs and tests one update of one method. model and memory (NULL: none) are its own after the previous chunk. */
+static void do_job(ckca_context *ctx, run *r, ckca_model *model, ckca_memory *memory, ckca_data *const *chunks,
+                   const ckca_data *test, const ckca_data *unlabelled, int t, int m) {
     const method *a = r->method[m];
     ckca_update_desc desc = r->update;
     ckca_data *joined = NULL;
     ckca_report report;
     ckca_score score;
     ckca_data_info info;
+    ckca_status status;
     char state[sizeof r->path];
     row *result = at(r, t, m);
 
-    desc.method = a->method;
+    desc.method = t ? a->method : CKCA_METHOD_WARM; /* the first chunk has no method yet */
+    desc.memory = memory;
     if (a->method == CKCA_METHOD_LWF || a->no_growth) desc.w_kd = r->w_lwf;
     if (a->no_growth) desc.adakd = CKCA_ADAKD_CONSTANT;
     if (a->no_feat) desc.w_feat = CKCA_OFF;
     desc.unlabelled = unlabelled;
+    if (t && a->sweep && r->sweep) memcpy((char *)&desc + a->field, &r->column[m].value, sizeof r->column[m].value);
     desc.seed = r->seed * 1000 + (uint64_t)t;
     if (r->augment) desc.augment.pad = 4, desc.augment.flip = 1;
 #ifdef CKCA_CUDA /* a GPU would stop for every report */
@@ -345,7 +394,13 @@ static void do_job(ckca_context *ctx, run *r, ckca_model *model, ckca_data *cons
 
     snprintf(r->label, sizeof r->label, "chunk %d/%d  %s", t + 1, r->chunks, t ? a->name : "first");
     r->shown = 0;
-    tool_update(ctx, model, joined ? joined : chunks[t], &desc, &report, "the same command with --resume");
+    status = tool_update(ctx, model, joined ? joined : chunks[t], &desc, &report, "the same command with --resume");
+    if (status == CKCA_ENAN && r->column[m].value > 0) { /* a setting of a sweep that diverges keeps its checkpoint */
+        fprintf(stderr, "%s: %s, chunk %d: %s; its checkpoint stays as it was\n", tool_name, a->name, t + 1,
+                ckca_error(ctx));
+        if (r->out) remove(desc.state);
+    } else
+        tool_check(ctx, status);
     tool_check(ctx, ckca_evaluate(model, test, &score, NULL));
     ckca_data_free(joined);
 
@@ -366,25 +421,46 @@ static void do_job(ckca_context *ctx, run *r, ckca_model *model, ckca_data *cons
 
 static void print_row(const run *r, int t, int m) {
     const row *a = at(r, t, m);
-    printf("chunk %2d  %-15s test %5.1f%%  top-5 %5.1f%%  loss %6.3f    training loss %6.4f  accuracy %5.1f%%  AdaKD x "
+    printf("chunk %2d  %-19s test %5.1f%%  top-5 %5.1f%%  loss %6.3f    training loss %6.4f  accuracy %5.1f%%  AdaKD x "
            "%4.2f  %6.1f s\n",
            t + 1, r->method[m]->name, 100 * a->accuracy, 100 * a->top5, a->loss, a->train_loss, 100 * a->train_accuracy,
            a->w_kd, a->seconds);
     fflush(stdout);
 }
 
-static void print_table(const run *r) {
-    int t, m;
-    printf("\nTest accuracy after each chunk, %%\n\nchunk");
-    for (m = 0; m < r->columns; m++) printf("  %14s", r->method[m]->name);
+/* best: 1: only the best column of each method. */
+static void print_table(const run *r, int best) {
+    int t, m, shown[COLUMNS];
+    for (m = 0; m < r->columns; m++) shown[m] = !best || is_best(r, m);
+    printf("\nTest accuracy after each chunk, %%%s\n\nchunk",
+           best ? "; of every sweep the setting that is best on the test pictures after the last chunk" : "");
+    for (m = 0; m < r->columns; m++)
+        if (shown[m]) printf("  %19s", r->method[m]->name);
     for (t = 0; t < r->chunks; t++)
-        for (printf("\n%5d", t + 1), m = 0; m < r->columns; m++) printf("  %14.1f", 100 * at(r, t, m)->accuracy);
+        for (printf("\n%5d", t + 1), m = 0; m < r->columns; m++)
+            if (shown[m]) printf("  %19.1f", 100 * at(r, t, m)->accuracy);
     for (printf("\n mean"), m = 0; m < r->columns; m++) {
         double sum = 0;
         for (t = 0; t < r->chunks; t++) sum += at(r, t, m)->accuracy;
-        printf("  %14.1f", 100 * sum / r->chunks);
+        if (shown[m]) printf("  %19.1f", 100 * sum / r->chunks);
     }
     printf("\n");
+}
+
+/* A column for a method or, with --sweep, for each of its settings. */
+static void add_columns(run *r, int base) {
+    int i, count = r->sweep && methods[base].sweep ? GRID : 1;
+    for (i = 0; i < count && (count == 1 || methods[base].grid[i] > 0); i++) {
+        column *c = &r->column[r->columns];
+        c->base = base;
+        c->m = methods[base];
+        if (count > 1) {
+            c->value = c->m.grid[i];
+            snprintf(c->text, sizeof c->text, "%s-%s%g", c->m.name, c->m.sweep, c->value);
+            c->m.name = c->text;
+        }
+        r->method[r->columns++] = &c->m;
+    }
 }
 
 /* Parses --methods, as in "warm,ckca", into columns. */
@@ -401,8 +477,8 @@ static void choose_methods(run *r) {
             exit(2);
         }
         for (i = 0; i < r->columns; i++)
-            if (r->method[i] == &methods[m]) tool_fail(2, "--methods: %s is given twice", methods[m].name);
-        r->method[r->columns++] = &methods[m];
+            if (r->column[i].base == m) tool_fail(2, "--methods: %s is given twice", methods[m].name);
+        add_columns(r, m);
         text += length + (text[length] == ',' && text[length + 1]);
     }
 }
@@ -477,8 +553,11 @@ int main(int argc, char **argv) {
          0},
         {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Methods", 0},
         {"--methods", TOOL_TEXT, &r.method_list, 0, 0, "A,B",
-         "scratch-chunk, scratch-all, warm, shrink-perturb, lwf, ckca; ckca-no-feat: its distillation alone; "
-         "ckca-no-growth: lwf's and its feature term",
+         "scratch-chunk, scratch-all, warm, shrink-perturb, lwf, ewc, replay, ckca, ckca-replay; ckca-no-feat: its "
+         "distillation alone; ckca-no-growth: lwf's and its feature term",
+         0},
+        {"--sweep", TOOL_SWITCH, &r.sweep, 0, 0, NULL,
+         "warm at 4 --lr, shrink-perturb at 4 --shrink, lwf at 4 --w-lwf, ewc at 5 --ewc-lambda; then each at its best",
          0},
         {"--adakd", TOOL_CHOICE, &r.update.adakd, 0, 0, "growth|constant|class", "ckca's distillation weight", 0},
         {"--w-kd", TOOL_FLOAT, &r.update.w_kd, 0, 1000, "X",
@@ -488,6 +567,8 @@ int main(int argc, char **argv) {
         {"--temperature", TOOL_FLOAT, &r.update.temperature, 0.1, 100, "X", "of ckca's and lwf's distillation [2]", 0},
         {"--featreg", TOOL_CHOICE, &r.update.featreg, 0, 0, "centroid|stages|cosine", "ckca's feature distance", 0},
         {"--w-feat", TOOL_FLOAT, &r.update.w_feat, 0, 1000, "X", "weight of ckca's feature term, 0: off [1]", 0},
+        {"--memory", TOOL_INT, &r.memory, 1, 1e7, "N", "pictures that replay and ckca-replay keep", 0},
+        {"--ewc-lambda", TOOL_FLOAT, &r.update.ewc_lambda, 0, 1e9, "X", "weight of ewc's penalty, 0: off [1]", 0},
         {"--shrink", TOOL_FLOAT, &r.update.shrink, 0.001, 1, "X", "shrink-perturb: factor of the old weights [0.4]", 0},
         {"--perturb", TOOL_FLOAT, &r.update.perturb, 0.001, 1, "X", "shrink-perturb: factor of the fresh weights [0.1]",
          0},
@@ -517,7 +598,9 @@ int main(int argc, char **argv) {
     ckca_data_info info;
     ckca_model_desc model_desc;
     ckca_model_info model_info;
-    ckca_model *model[METHODS] = {0};
+    ckca_model *model[COLUMNS] = {0};
+    ckca_memory *memory[COLUMNS] = {0};
+    ckca_memory_desc memory_desc;
     ckca_split_desc split;
     int t, m, drawn, jobs = 0, best = 0;
 
@@ -525,6 +608,7 @@ int main(int argc, char **argv) {
     r.flags = flags;
     r.arch = "resnet8";
     r.method_list = "warm,shrink-perturb,lwf,ckca";
+    r.memory = 200;
     r.seed = 1;
     if (tool_parse(argc, argv, usage, flags))
         tool_fail(2, "unexpected argument \"%s\" (--help lists the flags)", argv[0]);
@@ -606,32 +690,48 @@ int main(int argc, char **argv) {
             r.cost_left -= r.cost = job_cost(&r, t, m, info.count);
             if (t == 0 && m > 0) { /* every method trains the first chunk from scratch */
                 *at(&r, t, m) = *at(&r, t, 0);
-                if (!r.out) tool_check(ctx, ckca_model_copy(&model[m], model[0]));
+                if (!r.out)
+                    tool_check(ctx, ckca_model_copy(&model[m], model[0]));
+                else if (has_memory(&r, m))
+                    tool_check(ctx, ckca_load(ctx, &model[m], checkpoint(&r, 0, m)));
             } else {
                 if (r.out && t) tool_check(ctx, ckca_load(ctx, &model[m], checkpoint(&r, t - 1, m)));
-                do_job(ctx, &r, model[m], chunks, test, unlabelled, t, m);
-                if (r.out) {
-                    tool_check(ctx, ckca_save(model[m], checkpoint(&r, t, m)));
-                    ckca_model_free(model[m]);
-                    model[m] = NULL;
-                }
+                if (r.out && t && has_memory(&r, m))
+                    tool_check(ctx, ckca_memory_load(model[m], &memory[m], memory_file(&r, t - 1, m)));
+                do_job(ctx, &r, model[m], memory[m], chunks, test, unlabelled, t, m);
+            }
+            if (t == 0 && has_memory(&r, m)) {
+                memory_desc.pictures = r.method[m]->pictures ? r.memory : 0;
+                memory_desc.fisher = r.method[m]->fisher;
+                tool_check(ctx, ckca_memory_create(model[m], &memory[m], &memory_desc));
+                tool_check(ctx, ckca_memory_fill(memory[m], model[m], chunks[0]));
+            }
+            if (r.out) { /* the checkpoint last, for it removes the training state */
+                if (memory[m]) tool_check(ctx, ckca_memory_save(memory[m], memory_file(&r, t, m)));
+                if (t || !m) tool_check(ctx, ckca_save(model[m], checkpoint(&r, t, m)));
+                ckca_memory_free(memory[m]);
+                ckca_model_free(model[m]);
+                memory[m] = NULL;
+                model[m] = NULL;
             }
             r.cost_done += r.cost;
             write_results(&r);
             if (r.out && t > 1 && !tool_rank) remove(checkpoint(&r, t - 1, m));
+            if (r.out && t && has_memory(&r, m) && !tool_rank) remove(memory_file(&r, t - 1, m));
             print_row(&r, t, m);
             jobs++;
         }
     }
 
-    print_table(&r);
+    print_table(&r, 0);
+    if (r.sweep) print_table(&r, 1);
     for (m = 1; m < r.columns; m++)
         if (at(&r, r.chunks - 1, m)->accuracy > at(&r, r.chunks - 1, best)->accuracy) best = m;
     printf("\nBest at the end: %s, %.1f%%.", r.method[best]->name, 100 * at(&r, r.chunks - 1, best)->accuracy);
     if (r.out) printf(" Plot: %s", path(&r, "results.svg"));
     printf("\n");
 
-    for (m = 0; m < r.columns; m++) ckca_model_free(model[m]);
+    for (m = 0; m < r.columns; m++) ckca_memory_free(memory[m]), ckca_model_free(model[m]);
     for (t = 0; t < r.chunks; t++) ckca_data_free(chunks[t]);
     ckca_data_free(unlabelled);
     ckca_data_free(train);

@@ -411,9 +411,10 @@ static inline void tool_catch(int number) {
 }
 
 /* ckca_update, which SIGINT and SIGTERM stop behind an SGD step: then desc->state has what is needed to go on, and the
-   program ends. hint: how to go on. Whoever ignores a signal (nohup) goes on ignoring it. */
-static inline void tool_update(const ckca_context *ctx, ckca_model *model, const ckca_data *data,
-                               const ckca_update_desc *desc, ckca_report *report, const char *hint) {
+   program ends. hint: how to go on. Whoever ignores a signal (nohup) goes on ignoring it. Returns CKCA_OK, or CKCA_ENAN if
+   the training diverged. */
+static inline ckca_status tool_update(const ckca_context *ctx, ckca_model *model, const ckca_data *data,
+                                      const ckca_update_desc *desc, ckca_report *report, const char *hint) {
     static const int caught[2] = {SIGINT, SIGTERM};
     void (*before[2])(int);
     ckca_status status;
@@ -432,8 +433,9 @@ static inline void tool_update(const ckca_context *ctx, ckca_model *model, const
     if (status == CKCA_ESTOP && desc->state)
         tool_fail(128 + tool_signal, "%s; it is kept in %s: %s goes on", ckca_error(ctx), desc->state, hint);
     if (status == CKCA_ESTOP) tool_fail(128 + tool_signal, "%s; nothing was kept", ckca_error(ctx));
-    tool_check(ctx, status);
+    if (status != CKCA_ENAN) tool_check(ctx, status);
     if (tool_signal) raise(tool_signal); /* it came behind the last step; a state holds the result */
+    return status;
 }
 
 /* ---- Progress ------------------------------------------------------------------------------------------------- */

@@ -135,7 +135,7 @@ int main(int argc, char **argv) {
     update.progress = report_epoch;
     update.user = &epoch_start;
     if (augment) update.augment.pad = 4, update.augment.flip = 1;
-    tool_update(ctx, model, train, &update, &report, "the same command with --resume");
+    tool_check(ctx, tool_update(ctx, model, train, &update, &report, "the same command with --resume"));
     if (save) tool_check(ctx, ckca_save(model, save));
     tool_check(ctx, ckca_evaluate(model, test, &score, NULL));
     printf("test: accuracy %.2f%%, top-5 %.2f%%, loss %.4f on %d pictures; trained in %.1f s (%.0f pictures/s)\n",

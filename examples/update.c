@@ -6,7 +6,11 @@
 
    new-pictures holds a folder per class, with the checkpoint's class names (some may be missing). The program writes
    better.safetensors.state every 30 seconds; after a stop or a kill the same command continues from it, to bitwise the
-   same result. The old checkpoint is only read. Test both before you replace it: --test DIR. */
+   same result. The old checkpoint is only read. Test both before you replace it: --test DIR.
+
+   --memory FILE keeps some pictures of every update in FILE, at most --memory-size, and trains on them beside the new
+   ones: more accurate, where old pictures may be kept at all. FILE is made by the first update and always written last,
+   so after a kill the same command gives the same result. */
 #define CKCA_IMPLEMENTATION
 #include "ckca.h"
 
@@ -28,8 +32,8 @@ int main(int argc, char **argv) {
     static ckca_desc desc;
     static tool_weights weights;
     static char state[4096];
-    const char *test_folder = NULL, *unlabelled_folder = NULL;
-    int augment = 0, words;
+    const char *test_folder = NULL, *unlabelled_folder = NULL, *memory_file = NULL;
+    int augment = 0, memory_size = 0, words;
     const tool_flag flags[] = {
         {"--epochs", TOOL_INT, &update.epochs, 1, 100000, "N", "passes over the new pictures [40]", 0},
         {"--batch", TOOL_INT, &update.batch, 1, 65536, "N", "pictures per step [64]", 0},
@@ -45,9 +49,12 @@ int main(int argc, char **argv) {
          "pictures without labels to distil from as well, DIR/ANY/*.jpg or png [none]", 0},
         {"--augment", TOOL_SWITCH, &augment, 0, 0, NULL, "random crop with 4 pixels of padding, random flip", 0},
         {"--seconds", TOOL_FLOAT, &update.seconds, 0.01, 1e9, "X", "fewer epochs, so that it takes at most X [no limit]", 0},
-        {"--memory", TOOL_FLOAT, &update.memory_mb, 0.1, 1e9, "MB", "smaller batches, so that they fit [no limit]", 0},
+        {"--memory-limit", TOOL_FLOAT, &update.memory_mb, 0.1, 1e9, "MB", "smaller batches, so that they fit [no limit]", 0},
         {"--seed", TOOL_SEED, &update.seed, 0, 0, "N", "of order and augmentation", 0},
         TOOL_WEIGHTS_FLAGS(weights),
+        {"--memory", TOOL_TEXT, &memory_file, 0, 0, "FILE", "pictures kept of earlier updates, read and written [none]",
+         0},
+        {"--memory-size", TOOL_INT, &memory_size, 1, 1e7, "N", "pictures that a new memory keeps [200]", 0},
         TOOL_DEVICE_FLAGS(desc),
         {"--state-seconds", TOOL_FLOAT, &update.state_seconds, 0.001, 1e6, "X", "between training states [30]", 0},
         {"--test", TOOL_TEXT, &test_folder, 0, 0, "DIR", "labelled pictures to test both checkpoints on [none]", 0},
@@ -60,6 +67,9 @@ int main(int argc, char **argv) {
     ckca_data_info data_info;
     ckca_report report;
     ckca_score before, after;
+    ckca_memory_desc memory_desc = {0, 0};
+    ckca_memory_info memory_info;
+    struct stat about;
 
     tool_name = "update";
     words = tool_parse(argc, argv,
@@ -70,7 +80,9 @@ int main(int argc, char **argv) {
         tool_fail(2, "usage: update CHECKPOINT.safetensors NEW_PICTURES_DIR OUT.safetensors (--help has more)");
     if ((size_t)snprintf(state, sizeof state, "%s.state", argv[2]) >= sizeof state)
         tool_fail(2, "the path is too long");
+    if (memory_size && !memory_file) tool_fail(2, "--memory-size needs --memory, the file of the memory");
     tool_check_output(argv[2]);
+    if (memory_file) tool_check_output(memory_file);
 
     ctx = tool_init(&desc);
     tool_load(ctx, &model, argv[0], &weights);
@@ -95,11 +107,23 @@ int main(int argc, char **argv) {
         tool_check(ctx, ckca_evaluate(model, test, &before, NULL));
     }
 
+    if (memory_file && !stat(memory_file, &about)) {
+        tool_check(ctx, ckca_memory_load(model, &update.memory, memory_file));
+        ckca_memory_info_get(update.memory, &memory_info);
+        if (memory_size && memory_size != memory_info.pictures)
+            tool_fail(2, "%s keeps %d pictures, --memory-size says %d", memory_file, memory_info.pictures, memory_size);
+        printf("%s: %d pictures of earlier updates\n", memory_file, memory_info.count);
+    } else if (memory_file) {
+        memory_desc.pictures = memory_size ? memory_size : 200;
+        tool_check(ctx, ckca_memory_create(model, &update.memory, &memory_desc));
+    }
+
     update.state = state;
     update.progress = show_progress;
     if (augment) update.augment.pad = 4, update.augment.flip = 1;
-    tool_update(ctx, model, pictures, &update, &report, "the same command");
+    tool_check(ctx, tool_update(ctx, model, pictures, &update, &report, "the same command"));
     tool_check(ctx, ckca_save(model, argv[2]));
+    if (update.memory) tool_check(ctx, ckca_memory_save(update.memory, memory_file));
     tool_status(NULL);
     printf("%s: update %d, %d steps in %.1f s; weight of the distillation %.2f; accuracy on the new pictures %.1f%% before, "
            "%.1f%% in training\n",
@@ -111,6 +135,7 @@ int main(int argc, char **argv) {
                100 * after.top1, after.count);
     }
 
+    ckca_memory_free(update.memory);
     ckca_model_free(model);
     ckca_data_free(pictures);
     ckca_data_free(unlabelled);

@@ -997,6 +997,26 @@ OP(shrink_perturb)(ckca_context *ctx, size_t count, float *w, const float *fresh
     });
     it.run([&] { ckca__op_shrink_perturb(ctx, count, w, fresh, shrink, perturb); });
 }
+OP(ewc)
+(ckca_context *ctx, size_t count, const float *w, const float *old, const float *fisher, float lambda, float *g,
+ double scale, double *sum, void *ws) {
+    call it(ctx, 0, 20.0 * (double)count, 0, "ewc %zu", count);
+    it.expect(g, FLOAT, count, 1e-6, [=] __device__(size_t i, double *size) -> double {
+        const double pull = (double)lambda * fisher[i] * ((double)w[i] - old[i]);
+        *size = fabs(g[i]) + fabs((double)lambda * fisher[i]) * (fabs(w[i]) + fabs(old[i]));
+        return g[i] + pull;
+    });
+    it.run([&] { ckca__op_ewc(ctx, count, w, old, fisher, lambda, g, scale, sum, ws); });
+}
+OP(add_squares)(ckca_context *ctx, size_t count, const float *g, float scale, float *fisher) {
+    call it(ctx, 0, 12.0 * (double)count, 0, "add squares %zu", count);
+    it.expect(fisher, FLOAT, count, 1e-6, [=] __device__(size_t i, double *size) -> double {
+        const double added = (double)scale * g[i] * g[i];
+        *size = fabs(fisher[i]) + fabs(added);
+        return fisher[i] + added;
+    });
+    it.run([&] { ckca__op_add_squares(ctx, count, g, scale, fisher); });
+}
 struct colours {
     float mean[3], std[3];
 };
@@ -1228,6 +1248,12 @@ static void look_at(const char *net, int batch, int size, int precision, int wgm
         check_status(ctx, ckca_update(m, data, &update, NULL), "CKCA update with answers that are kept");
         update.method = CKCA_METHOD_SHRINK_PERTURB;
         check_status(ctx, ckca_update(m, data, &update, NULL), "shrink and perturb");
+        ckca_memory_desc kept = {0, 1};
+        check_status(ctx, ckca_memory_create(m, &update.memory, &kept), "a memory");
+        check_status(ctx, ckca_memory_fill(update.memory, m, data), "the Fisher information");
+        update.method = CKCA_METHOD_EWC;
+        check_status(ctx, ckca_update(m, data, &update, NULL), "EWC");
+        ckca_memory_free(update.memory);
         check_status(ctx, ckca_predict(m, pixels.data(), batch, p.data()), "prediction");
         for (size_t i = 0; i < rows.size(); i++) rows[i].count = i < counts.size() ? counts[i] : 0;
         wgmma = ckca__device_wgmma(ctx, 1);

@@ -324,6 +324,16 @@ static void device_shrink_perturb(ckca_context *ctx, size_t count, float *w, con
     ckca__op_shrink_perturb(ctx, count, FO(w, count), FI(fresh, count), shrink, perturb);
     device_done(ctx, "shrink_perturb");
 }
+static void device_ewc(ckca_context *ctx, size_t count, const float *w, const float *old, const float *fisher,
+                       float lambda, float *g, double scale, double *sum, void *ws) {
+    ckca__op_ewc(ctx, count, FI(w, count), FI(old, count), FI(fisher, count), lambda, FO(g, count), scale,
+                 (double *)device_out(ctx, sum, sizeof *sum), device_out(ctx, ws, ckca__op_workspace(ctx, count, 1)));
+    device_done(ctx, "ewc");
+}
+static void device_add_squares(ckca_context *ctx, size_t count, const float *g, float scale, float *fisher) {
+    ckca__op_add_squares(ctx, count, FI(g, count), scale, FO(fisher, count));
+    device_done(ctx, "add_squares");
+}
 static void device_batch(ckca_context *ctx, int n, int h, int w, int c, const unsigned char *pixels, int gathered,
                          const int *index, const ckca_augment *augment, uint64_t seed, const int *epoch,
                          const float *mean, const float *std, float *out) {
@@ -368,5 +378,7 @@ static void device_batch(ckca_context *ctx, int n, int h, int w, int c, const un
 #define ckca__op_sgd device_sgd
 #define ckca__op_clip device_clip
 #define ckca__op_shrink_perturb device_shrink_perturb
+#define ckca__op_ewc device_ewc
+#define ckca__op_add_squares device_add_squares
 #define ckca__op_batch device_batch
 #endif

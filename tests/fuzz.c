@@ -14,7 +14,7 @@
 #include "ckca.h"
 
 /* To add a parser: a name here, a function, a line in run(), a seed in write_seeds(). */
-enum { SAFETENSORS, NAMES, CIFAR, IDX, PICTURE, LINES, GRAPH, CHECKPOINT, TARGETS };
+enum { SAFETENSORS, NAMES, CIFAR, IDX, PICTURE, LINES, GRAPH, CHECKPOINT, MEMORY, TARGETS };
 
 static void fuzz_safetensors(ckca_context *ctx, const unsigned char *bytes, size_t size) {
     ckca__st_file file;
@@ -134,6 +134,29 @@ static void fuzz_checkpoint(ckca_context *ctx, const unsigned char *bytes, size_
     ckca__st_close(&file);
 }
 
+static ckca_model *tiny(ckca_context *ctx);
+
+/* A memory that was taken has pictures that can be read, and is written and read the same. */
+static void fuzz_memory(ckca_context *ctx, const unsigned char *bytes, size_t size) {
+    ckca_model *model = tiny(ctx);
+    ckca_memory *memory = NULL, *again = NULL;
+    if (ckca_memory_from_bytes(model, &memory, bytes, size) == CKCA_OK) {
+        const ckca_data *data = ckca_memory_pictures(memory);
+        volatile unsigned char sink = data ? ckca_pixels(data, data->count - 1)[63] : 0;
+        unsigned char *file;
+        size_t length;
+        (void)sink;
+        if (ckca_memory_to_bytes(memory, NULL, 0, &length)) abort();
+        file = (unsigned char *)malloc(length);
+        if (ckca_memory_to_bytes(memory, file, length, &length)) abort();
+        if (ckca_memory_from_bytes(model, &again, file, length)) abort();
+        free(file);
+    }
+    ckca_memory_free(again);
+    ckca_memory_free(memory);
+    ckca_model_free(model);
+}
+
 static void run(ckca_context *ctx, int target, unsigned char *bytes, size_t size) {
     if (target == SAFETENSORS) fuzz_safetensors(ctx, bytes, size);
     if (target == NAMES) fuzz_names(ctx, (const char *)bytes);
@@ -143,6 +166,7 @@ static void run(ckca_context *ctx, int target, unsigned char *bytes, size_t size
     if (target == LINES) fuzz_lines(ctx, (char *)bytes);
     if (target == GRAPH) fuzz_graph(ctx, (const char *)bytes);
     if (target == CHECKPOINT) fuzz_checkpoint(ctx, bytes, size);
+    if (target == MEMORY) fuzz_memory(ctx, bytes, size);
 }
 
 /* ---- seeds ---- */
@@ -222,6 +246,23 @@ static void write_seeds(const char *folder) {
             seed(folder, CHECKPOINT, 0, bytes, size);
             ckca__release(ctx, bytes);
             remove(path);
+        }
+        {
+            static const unsigned char pixels[3 * 64] = {9};
+            static const int labels[3] = {0, 1, 1};
+            static const char *const classes[] = {"cat", "dog"};
+            static unsigned char kept[4000];
+            ckca_array array = {pixels, labels, 3, 8, 8, 1, 2, classes};
+            ckca_memory_desc desc = {2, 1};
+            ckca_memory *memory;
+            ckca_data *data;
+            model->updates = 1;
+            if (ckca_open_array(ctx, &data, &array, NULL) || ckca_memory_create(model, &memory, &desc) ||
+                ckca_memory_fill(memory, model, data) || ckca_memory_to_bytes(memory, kept, sizeof kept, &size))
+                abort();
+            seed(folder, MEMORY, 0, kept, size);
+            ckca_memory_free(memory);
+            ckca_data_free(data);
         }
         ckca_model_free(model);
         ckca_context_free(ctx);

@@ -78,7 +78,7 @@ done
 "$build/incremental" --help >out 2>err
 for flag in --data --cifar10 --cifar100 --idx --arch --width --size --projection --chunks --chunk-size --stratified --methods \
     --epochs --batch --lr --weight-decay --seed --threads --out --resume --adakd --w-kd --temperature --featreg --w-feat \
-    --shrink --perturb --augment --schedule --warmup --unlabelled; do
+    --shrink --perturb --augment --schedule --warmup --unlabelled --sweep --memory --ewc-lambda; do
     check "incremental --help knows $flag" grep -q -- "^  $flag " out
 done
 inc=$build/incremental
@@ -162,6 +162,38 @@ check "killed before the end" [ "$(rows killed)" -lt 18 ]
 works $killed
 check "the same results after three kills" [ "$(results whole)" = "$(results killed)" ]
 for file in whole/*.safetensors; do check "bitwise the same checkpoint" cmp $file killed/${file#whole/}; done
+
+# methods with a memory: killed runs, too; and a sweep
+kept="$inc $tiny --methods ewc,replay,ckca-replay --memory 20"
+works $kept --out kept
+check "a memory beside the last checkpoint of each" [ "$(ls kept/*-chunk03.memory.safetensors | wc -l)" -eq 3 ]
+check "no older memory" [ "$(ls kept/*.memory.safetensors | wc -l)" -eq 3 ]
+$kept >out 2>err
+grep -A 20 '^Test accuracy' out | grep -v '^Best' >a
+works $kept --out kept --resume
+grep -A 20 '^Test accuracy' out | grep -v '^Best' >b
+check "memories in memory and through files: the same table" cmp a b
+killed="$kept --out keptkilled --resume --state-seconds 0.001"
+check "killed with replay under way" kill_when '[ $(rows keptkilled) -ge 4 ] && [ -e keptkilled/state.safetensors ]' $killed
+check "killed again" kill_when '[ $(rows keptkilled) -ge 6 ] && [ -e keptkilled/state.safetensors ]' $killed
+check "killed before the end" [ "$(rows keptkilled)" -lt 9 ]
+works $killed
+check "the same results after two kills" [ "$(results kept)" = "$(results keptkilled)" ]
+for file in kept/*.safetensors; do check "bitwise the same file" cmp $file keptkilled/${file#kept/}; done
+refuses 1 "needs one per class, and there are 10" "$inc" $tiny --methods replay --memory 9
+swept="$inc $tiny --chunks 2 --epochs 1 --methods lwf,ckca --sweep --out swept"
+works $swept
+check "a sweep has a row per setting and chunk" [ "$(rows swept)" -eq 10 ]
+check "each setting has its column" [ "$(cut -d, -f1 swept/results.csv | grep -c -x -e 'lwf-w0.25' -e 'lwf-w0.5' -e 'lwf-w1' -e 'lwf-w2')" -eq 8 ]
+best=$(awk -F, '/^lwf/ && $2 == 2 && $4 > most { most = $4; name = $1 } END { print name }' swept/results.csv)
+check "then a table of the best of each" [ "$(grep -A 2 'of every sweep the setting that is best' out | tail -n 1 | tr -s ' ')" = "chunk $best ckca" ]
+check "and a plot of them" [ "$(grep -c 'stroke-dasharray' swept/results.svg)" -eq 2 ]
+works $swept --resume
+diverges="$inc $tiny --chunks 2 --epochs 20 --methods ewc --sweep --out diverges"
+check "a sweep goes on when a setting diverges" $diverges >out 2>err
+check "and says that it did" grep -q 'ewc-lambda100, chunk 2: the loss is no longer finite.*its checkpoint stays as it was$' err
+check "whose accuracy is that of its checkpoint" [ "$(grep -c "$(grep '^ewc-lambda100,1,' diverges/results.csv | cut -d, -f4-6)" diverges/results.csv)" -eq 6 ]
+works $diverges --resume
 
 # ---- train, classify, update -----------------------------------------------------------------------------------------
 train="$build/train --width 4 --size 8 --count 400 --epochs 4 --batch 32"
@@ -249,6 +281,22 @@ else
     check "update: bitwise the same after SIGINT" cmp c.safetensors e.safetensors
     check "update: no state, lock or temporary file left" [ "$(ls | grep -c '^e\.safetensors\.')" -eq 0 ]
     rm e.safetensors
+    kept="--epochs 200 --batch 1 --memory kept.memory"
+    works $update e.safetensors $kept --memory-size 10
+    cp kept.memory first.memory
+    refuses 1 "of a later checkpoint" $update g.safetensors $kept
+    refuses 2 "keeps 10 pictures, --memory-size says 11" "$build/update" e.safetensors new g.safetensors $kept --memory-size 11
+    refuses 2 "--memory-size needs --memory" $update g.safetensors --memory-size 10
+    works "$build/update" e.safetensors new g.safetensors $kept
+    check "update with a memory: its two pictures join the two new ones" grep -q 'update 3, 800 steps' out
+    mv kept.memory second.memory && cp first.memory kept.memory
+    check "update with a memory is killed" kill_when '[ -e h.safetensors.state ]' "$build/update" e.safetensors new h.safetensors \
+        $kept --state-seconds 0.001
+    check "its memory is the old one" cmp kept.memory first.memory
+    works "$build/update" e.safetensors new h.safetensors $kept
+    check "update with a memory: bitwise the same after a kill" cmp g.safetensors h.safetensors
+    check "and so is the memory" cmp kept.memory second.memory
+    rm -f [egh].safetensors *.memory
     refuses 1 "dodo" "$build/update" a.safetensors strange e.safetensors
     refuses 1 "empty" "$build/update" a.safetensors "$(mkdir empty && echo empty)" e.safetensors
     mkdir -p loose && cp -r strange/dodo loose/anything && cp new/square/1.png loose/anything/2.png

@@ -425,6 +425,57 @@ static void element_shrink(ckca_context *ctx, const void *args, float *out) {
     ckca__op_shrink_perturb(ctx, a->count, out, a->b, a->lr, a->momentum);
 }
 
+/* EWC's penalty: a: the weights, b: the old ones, c: its F, above 0; lr: lambda. out: what it adds to ones, and the value
+   times 3, added to 2. */
+static void element_ewc(ckca_context *ctx, const void *args, float *out) {
+    const element *a = (const element *)args;
+    void *ws = malloc(ckca__op_workspace(ctx, a->count, 1));
+    double sum = 2;
+    size_t i;
+    for (i = 0; i < a->count; i++) out[i] = 1;
+    ckca__op_ewc(ctx, a->count, a->a, a->b, a->c, a->lr, out, 3, &sum, ws);
+    out[a->count] = (float)sum;
+    free(ws);
+}
+static double ewc_reference(const double *w, const void *args) {
+    const element *a = (const element *)args;
+    double sum = 0;
+    size_t i;
+    for (i = 0; i < a->count; i++) sum += a->c[i] * (w[i] - a->b[i]) * (w[i] - a->b[i]);
+    return a->lr / 2 * sum;
+}
+static void element_squares(ckca_context *ctx, const void *args, float *out) {
+    const element *a = (const element *)args;
+    memcpy(out, a->c, a->count * sizeof *out);
+    ckca__op_add_squares(ctx, a->count, a->a, a->lr, out);
+}
+
+static void test_ewc(void) {
+    static const size_t counts[] = {1, 15, 1000, 32768, 100003};
+    size_t s, i;
+    for (s = 0; s < sizeof counts / sizeof *counts; s++) {
+        const size_t n = counts[s];
+        double *expected = (double *)calloc(n + 1, sizeof *expected), *w, *gradient;
+        element a;
+        memset(&a, 0, sizeof a);
+        a.count = n, a.lr = 0.7f;
+        a.a = make(n, -1, 1), a.b = make(n, -1, 1), a.c = make(n, 0, 2);
+        w = doubles(n, a.a);
+        for (i = 0; i < n; i++) expected[i] = 1 + (double)a.lr * a.c[i] * ((double)a.a[i] - a.b[i]);
+        expected[n] = 2 + 3 * ewc_reference(w, &a);
+        check_op("EWC's penalty", element_ewc, &a, n + 1, expected, 1e-6);
+        if (n <= 1000) {
+            gradient = central(ewc_reference, n, w, &a);
+            for (i = 0; i < n; i++) expected[i] = 1 + gradient[i];
+            check_op("EWC's penalty, by central differences", element_ewc, &a, n + 1, expected, 1e-4);
+            free(gradient);
+        }
+        for (i = 0; i < n; i++) expected[i] = a.c[i] + (double)a.lr * a.a[i] * a.a[i];
+        check_op("add squares", element_squares, &a, n, expected, 1e-6);
+        free(expected), free(w), free((void *)a.a), free((void *)a.b), free((void *)a.c);
+    }
+}
+
 static void test_elements(void) {
     static const size_t counts[] = {1, 15, 1000, 32768, 100003};
     size_t s, i;
@@ -493,6 +544,13 @@ static void test_nan_passes(void) {
         ckca__op_batchnorm_eval(contexts[isa][0], 0, 40, 1, x, &one, &zero, &zero, &one, NULL, 1, y);
         CHECK(y[3] != y[3] && y[37] != y[37] && y[0] == 0, "batch norm's relu on %s turns NaN into %g and %g",
               isa_names[isa], y[3], y[37]);
+        {
+            float g[40] = {0};
+            double sum = 0;
+            ckca__op_ewc(contexts[isa][0], 40, x, y, x, 1, g, 1, &sum, ws);
+            CHECK(g[3] != g[3] && g[37] != g[37] && g[0] == g[0] && sum != sum, "EWC on %s turns NaN into %g", isa_names[isa],
+                  sum);
+        }
         ckca__op_clip(contexts[isa][0], 40, x, 1, &large, ws);
         CHECK(large != large, "clip on %s makes %g of a NaN gradient", isa_names[isa], large);
         free(ws);
@@ -1353,6 +1411,16 @@ static void test_torch(const char *path) {
         check_torch(form ? "clip_high" : "clip_low", w, 1e-6);
         ckca__release(any, ws);
     }
+    {
+        float g[37] = {0};
+        double value = 0;
+        ws = ckca__alloc(any, ckca__op_workspace(any, 37, 1));
+        ckca__op_ewc(any, 37, torch("sgd.w", NULL), torch("ewc.old", NULL), torch("ewc.fisher", NULL), 0.7f, g, 1, &value, ws);
+        loss[0] = (float)value;
+        check_torch("ewc.loss", loss, 1e-6);
+        check_torch("ewc.d_w", g, 1e-6);
+        ckca__release(any, ws);
+    }
     free(file), free(out), free(grad), free(dw), free(loss);
 }
 
@@ -1381,6 +1449,8 @@ int main(int argc, char **argv) {
     test_fold();
     test_group("element-wise ops and SGD");
     test_elements();
+    test_group("EWC's penalty and squares");
+    test_ewc();
     test_group("NaN passes through every op");
     test_nan_passes();
     test_group("device memory");

@@ -1133,7 +1133,7 @@ static void test_settings_complete(void) {
     static char header[2 << 20];
     FILE *f = fopen("ckca.h", "rb");
     size_t size = f ? fread(header, 1, sizeof header - 1, f) : 0;
-    int fields = declared(header, "ckca_update_desc", "", " teacher unlabelled augment seed state progress user ");
+    int fields = declared(header, "ckca_update_desc", "", " teacher unlabelled memory augment seed state progress user ");
     if (f) fclose(f);
     fields += declared(header, "ckca_augment", "augment.", " ");
     CHECK(size && fields == CKCA__SETTINGS, "%d fields are declared, %d are in the list", fields, (int)CKCA__SETTINGS);

@@ -123,6 +123,15 @@ for name, limit in (("clip_low", 0.5), ("clip_high", 100.0)):
     torch.nn.utils.clip_grad_norm_([w], limit)
     put(name, w.grad)
 
+# EWC's penalty, drawn from a generator of its own so that the tensors after it stay as they are.
+own = torch.Generator().manual_seed(11)
+old, fisher, w = torch.randn(37, generator=own), torch.rand(37, generator=own), w0.clone().requires_grad_()
+loss = 0.7 / 2 * (fisher * (w - old) ** 2).sum()
+put("ewc.old", old)
+put("ewc.fisher", fisher)
+put("ewc.loss", loss.reshape(1))
+put("ewc.d_w", torch.autograd.grad(loss, w)[0])
+
 # Group norm, of one group, some and as many as channels.
 for groups in (1, 3, 6):
     x, gamma, beta = leaf(3, 6, 4, 5, scale=2, shift=3), leaf(6, shift=1, scale=0.3), leaf(6)
