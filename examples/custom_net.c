@@ -19,7 +19,7 @@ enum { COUNT = 2000, TESTS = 500, BATCH = 50, CLASSES = SHAPES_CLASSES };
 
 /* 3x3 convolution, batch norm, ReLU. A failed call returns -1, the next ones pass it on, and finish reports it. */
 static int block(ckca_model *net, const char *conv_name, const char *norm_name, int x, int out, int stride) {
-    ckca_conv_desc conv = {0, 3, 0, 1, 0}; /* kernel 3, padding 1, no bias */
+    ckca_conv_desc conv = {0, 3, 0, 1, 0, 0}; /* kernel 3, padding 1, no bias */
     conv.out = out;
     conv.stride = stride;
     return ckca_layer_relu(net, ckca_layer_batchnorm(net, norm_name, ckca_layer_conv(net, conv_name, x, conv)));

@@ -326,7 +326,7 @@ typedef struct tool_weights {
 #define TOOL_WEIGHTS_FLAGS(weights)                                                                                    \
     {"--arch", TOOL_TEXT, &(weights).arch, 0, 0, "NAME",                                                               \
      "the checkpoint is torchvision's, of this network (resnet18, say); needs --classes", 0},                          \
-    {"--classes", TOOL_TEXT, &(weights).classes, 0, 0, "FILE", "its classes' names in order, one per line", 0},        \
+    {"--classes", TOOL_TEXT, &(weights).classes, 0, 0, "FILE", "its classes' names in order, one per line (a file's own go before)", 0},        \
     {"--size", TOOL_INT, &(weights).size, 8, 1024, "N", "side of the pictures for --arch [224]", 0}
 
 /* The lines of a file, without the last if it is empty; ends the program on failure. */

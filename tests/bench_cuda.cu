@@ -1106,8 +1106,8 @@ static ckca_data *random_pictures(ckca_context *ctx, int count, int size, int cl
 
 /* A network of 7 x 7 stem, max pooling, one bottleneck and one block of basic kind: all that the large ones have. */
 static ckca_status make_stem(ckca_context *ctx, ckca_model **m, const ckca_model_desc *desc) {
-    const ckca_conv_desc seven = {8, 7, 2, 3, 0}, one = {8, 1, 1, 0, 0}, three = {8, 3, 1, 1, 0},
-                         wide = {16, 1, 1, 0, 0};
+    const ckca_conv_desc seven = {8, 7, 2, 3, 0, 0}, one = {8, 1, 1, 0, 0, 0}, three = {8, 3, 1, 1, 0, 0},
+                         wide = {16, 1, 1, 0, 0, 0};
     const ckca_status status = ckca_model_create(ctx, m, desc);
     if (status) return status;
     int x = ckca_layer_relu(*m, ckca_layer_batchnorm(*m, "bn1", ckca_layer_conv(*m, "conv1", ckca_layer_input(*m), seven)));

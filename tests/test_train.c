@@ -93,6 +93,7 @@ static ckca_conv_desc conv(int out, int kernel, int stride, int pad, int bias) {
     d.stride = stride;
     d.pad = pad;
     d.bias = bias;
+    d.groups = 0;
     return d;
 }
 
