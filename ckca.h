@@ -179,6 +179,9 @@
        one such test can detect (1.96 standard errors of the difference) with a probability of 2%; if any lead
        counted (keep_better 1), of up to 80%. The price: of good updates on few pictures many stay undecided. Keep their
        pictures and pass them again together with the next ones, or test on a larger set of your own.
+       What it cannot see: held-out pictures share the faults of the new ones. If all are from another source than those
+       that the network will meet, or a class is labelled as another throughout, learning that is an improvement on
+       them. Only a set of your own (holdout_data) that you trust shows it.
 
    KILLED RUNS
        With ckca_update_desc.state = "net.state", ckca_update writes a training state to that file every state_seconds,
