@@ -12,51 +12,45 @@
 
    A WHOLE PROGRAM (examples/hello.c)
 
-       // hello.c: trains a network, saves it, updates it when more pictures arrive, and classifies one.
+       // hello.c: trains a network, improves it when more pictures arrive, keeps the better one, and classifies a picture.
        #define CKCA_IMPLEMENTATION
        #include "ckca.h"
 
-       // Draws grey pictures of faint stripes in noise. To open files: ckca_open_folder(ctx, data, "pictures", NULL)
-       static ckca_status draw(ckca_context *ctx, ckca_data **data, int count) {
-           static unsigned char pixels[500 * 16 * 16];
-           static int labels[500]; // 0: the stripes run across, 1: they run down
-           ckca_array array = {pixels, labels, count, 16, 16, 1, 2, NULL};
-           for (int i = 0; i < count * 16 * 16; i++) {
+       int main(void) {
+           static unsigned char pixels[308 * 256]; // 16 x 16, grey: faint stripes in noise
+           static int labels[308];                 // 0: the stripes run across, 1: they run down
+           ckca_array few = {pixels, labels, 8, 16, 16, 1, 2, NULL};
+           ckca_array many = {pixels + 8 * 256, labels + 8, 300, 16, 16, 1, 2, NULL};
+           ckca_model_desc net = {.height = 16, .width = 16, .channels = 1, .classes = 2};
+           ckca_context *ctx = NULL;
+           ckca_model *model = NULL;
+           ckca_data *first = NULL, *more = NULL; // from files: ckca_open_folder(ctx, &more, "pictures", NULL)
+           ckca_report report;
+           float p[2]; // class probabilities
+           for (int i = 0; i < 308 * 256; i++) {
                int down = labels[i / 256] = i / 256 % 2, line = down ? i % 16 : i / 16 % 16;
                pixels[i] = (unsigned char)(rand() % 236 + line / 2 % 2 * 20);
            }
-           return ckca_open_array(ctx, data, &array, NULL);
-       }
-
-       int main(void) {
-           ckca_context *ctx = NULL;
-           ckca_model *model = NULL;
-           ckca_data *first = NULL, *more = NULL, *test = NULL;
-           ckca_model_desc net = {.height = 16, .width = 16, .channels = 1, .classes = 2};
-           ckca_score before, after;
-           float p[2]; // class probabilities
-           if (ckca_init(&ctx, NULL) || ckca_resnet(ctx, &model, "resnet8", &net) || draw(ctx, &first, 30) ||
-               draw(ctx, &more, 200) || draw(ctx, &test, 500) ||
-               ckca_update(model, first, NULL, NULL) || // the first update trains the network
-               ckca_save(model, "first.safetensors") || ckca_evaluate(model, test, &before, NULL) ||
-               ckca_update(model, more, NULL, NULL) || // each later one improves it, from its own pictures alone
-               ckca_save(model, "updated.safetensors") || ckca_evaluate(model, test, &after, NULL) ||
-               ckca_predict(model, ckca_pixels(test, 0), 1, p))
+           if (ckca_init(&ctx, NULL) || ckca_open_array(ctx, &first, &few, NULL) ||
+               ckca_open_array(ctx, &more, &many, NULL) || ckca_resnet(ctx, &model, "resnet8", &net) ||
+               ckca_update(model, first, NULL, NULL) || ckca_save(model, "net.safetensors") || // trains the network
+               ckca_update(model, more, NULL, &report) || ckca_save(model, "new.safetensors") || // never makes it worse
+               ckca_predict(model, pixels, 1, p))
                return fprintf(stderr, "hello: %s\n", ckca_error(ctx)), 1;
-           printf("right: %.1f%% of the test pictures, %.1f%% after the update\n", 100 * before.top1, 100 * after.top1);
+           if (report.verdict == CKCA_VERDICT_BETTER) rename("new.safetensors", "net.safetensors");
+           printf("%.1f%% right, %.1f%% after the update\n", 100 * report.before.top1, 100 * report.after.top1);
            printf("picture 0: %.1f%% across, %.1f%% down\n", 100 * p[0], 100 * p[1]);
-           ckca_data_free(first), ckca_data_free(more), ckca_data_free(test), ckca_model_free(model), ckca_context_free(ctx);
-           return 0;
+           ckca_data_free(first), ckca_data_free(more), ckca_model_free(model), ckca_context_free(ctx);
        }
 
    With a checkpoint and pictures of your own (new_pictures/CLASS/x.jpg; fit makes sizes and classes match the model):
        ckca_load(ctx, &model, "model.safetensors");
        fit = ckca_data_like(model);
        ckca_open_folder(ctx, &pictures, "new_pictures", &fit);
-       ckca_update(model, pictures, NULL, NULL);
+       ckca_update(model, pictures, NULL, &report);
        ckca_save(model, "updated.safetensors");
-   Save the new checkpoint beside the old one: an update can make a network worse (few or wrongly labelled pictures).
-   Before you replace the old one, evaluate both on pictures that neither was trained on.
+       if (report.verdict == CKCA_VERDICT_BETTER) rename("updated.safetensors", "model.safetensors");
+   The update compares old and new network on pictures that it kept out of training: see NEVER WORSE.
 
    BUILD
        cc -O3 program.c -lm -pthread      (needs stb_image.h: Debian's libstb-dev)
@@ -529,7 +523,7 @@ typedef struct ckca_score {
     double loss;       /* mean cross-entropy */
 } ckca_score;
 
-/* What the held-out pictures say about an update. "More than chance": p is at most keep_better (0.25 if that is off). */
+/* What the held-out pictures say about an update. "By more than chance": p is at most keep_better (0.25 if it is off) */
 typedef enum ckca_verdict {
     CKCA_VERDICT_UNTESTED = 0, /* no pictures were held out */
     CKCA_VERDICT_BETTER,       /* the new network is right on more of them, by more than chance */
@@ -563,13 +557,13 @@ typedef struct ckca_update_desc {
     ckca_augment augment;
     uint64_t seed; /* of order, augmentation and hold-out (and of the fresh weights of SCRATCH and SHRINK_PERTURB) */
     /* the test of the result, see NEVER WORSE */
-    float holdout;     /* fraction of data kept out of training, up to 0.9, see ckca_holdout. 0: 0.2, but none in a model's
-                          first update, with SCRATCH, or if it came to fewer than 10 pictures (20 with patience).
-                          CKCA_OFF: none */
+    float holdout;     /* fraction of data kept out of training, up to 0.9, see ckca_holdout. 0: 0.2, but none in a
+                          model's first update, with SCRATCH, or if it came to fewer than 10 pictures (20 with
+                          patience). CKCA_OFF: none */
     float keep_better; /* the model stays the old network unless the new one is right on more of the held-out pictures
                           with a p of at most this, 0 to 1 (1: any lead). 0: 0.25. CKCA_OFF: the new one is kept */
-    int patience;      /* epochs, up to 1e6: training ends after so many without a better one, and the new network is that
-                          of the best epoch. Half of the held-out pictures choose it, the other half test it. 0: off */
+    int patience;      /* epochs, up to 1e6: training ends after so many without a better one, and the new network is
+                          that of the best epoch. Half of the held-out pictures choose it, the others test it. 0: off */
     /* NULL, or held-out pictures of your own instead of a fraction of data, none of which is in data */
     const ckca_data *holdout_data;
     /* files and reports */

@@ -3,17 +3,17 @@
 #include "ckca.h"
 
 int main(void) {
-    static unsigned char pixels[430 * 256]; // 16 x 16, grey: faint stripes in noise
-    static int labels[430];                 // 0: the stripes run across, 1: they run down
-    ckca_array few = {pixels, labels, 30, 16, 16, 1, 2, NULL};
-    ckca_array many = {pixels + 30 * 256, labels + 30, 400, 16, 16, 1, 2, NULL};
+    static unsigned char pixels[308 * 256]; // 16 x 16, grey: faint stripes in noise
+    static int labels[308];                 // 0: the stripes run across, 1: they run down
+    ckca_array few = {pixels, labels, 8, 16, 16, 1, 2, NULL};
+    ckca_array many = {pixels + 8 * 256, labels + 8, 300, 16, 16, 1, 2, NULL};
     ckca_model_desc net = {.height = 16, .width = 16, .channels = 1, .classes = 2};
     ckca_context *ctx = NULL;
     ckca_model *model = NULL;
     ckca_data *first = NULL, *more = NULL; // from files: ckca_open_folder(ctx, &more, "pictures", NULL)
     ckca_report report;
     float p[2]; // class probabilities
-    for (int i = 0; i < 430 * 256; i++) {
+    for (int i = 0; i < 308 * 256; i++) {
         int down = labels[i / 256] = i / 256 % 2, line = down ? i % 16 : i / 16 % 16;
         pixels[i] = (unsigned char)(rand() % 236 + line / 2 % 2 * 20);
     }
