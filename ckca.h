@@ -12924,6 +12924,8 @@ static void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, const 
             Contracts: a failing call leaves its caller's pointers alone; every descriptor's numbers are checked;
             ckca_update_defaults; a teacher is only read; a training state stays until the result is saved
             Group normalisation (ckca_layer_groupnorm)
+            Never worse: an update of a trained network holds out a fifth of the new pictures and keeps the old network
+            unless the new one is better on them (holdout, keep_better, patience; ckca_holdout; CKCA_OFF: as before)
    0.1.0    2026-11-23, the first version: ResNets for CIFAR (8 to 110) and ImageNet (18, 34, 50), networks of your own;
             CKCA with its forms of AdaKD and FeatReg, warm start, shrink and perturb, LwF, scratch; pictures from folders,
             CIFAR, MNIST's format, arrays; safetensors checkpoints with torchvision's names, training states; AVX-512,

@@ -254,9 +254,10 @@ static void check_update(ckca_model *start, const ckca_data *data, ckca_update_d
           "verdict %d, not %d: won %d, lost %d, p %g", report.verdict, expected, won, lost, report.p);
     printf("   won %d, lost %d of %d: p %.3g\n", won, lost, held->count, report.p);
     for (i = 0; i < 4; i++) { /* 0: the default; 1, 2: just below and above p; 3: any lead */
-        ckca_model *kept = copy_of(start);
+        ckca_model *kept;
         const int leads = won > lost, kept_new = i == 0 ? leads && report.p <= 0.25 : i == 1 ? 0 : leads;
         if ((i == 1 || i == 2) && report.p > 0.99) continue;
+        kept = copy_of(start);
         d.keep_better = i == 0 ? 0 : i == 3 ? 1 : (float)(report.p * (i == 1 ? 0.99 : 1.01));
         CHECK(ckca_update(kept, data, &d, &again) == CKCA_OK, "%s", ckca_error(ctx));
         CHECK(again.kept_old == !kept_new && same_weights(kept, kept_new ? hand : start) && kept->updates == 1 + kept_new &&
