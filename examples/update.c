@@ -198,9 +198,9 @@ int main(int argc, char **argv) {
             update.holdout = 0;
         } else if (!test && update.holdout == 0 && info.updates) { /* a first update has nothing to lose */
             fprintf(stderr,
-                    "%s: %d new pictures are too few to hold any out: collect 50 or more, compare on pictures of your "
-                    "own (--test DIR), or write an untested checkpoint (--holdout 0)\n",
-                    tool_name, data_info.count);
+                    "%s: %d new pictures are too few to hold out a fifth, %d or more: collect more, compare on pictures of "
+                    "your own (--test DIR), or write an untested checkpoint (--holdout 0)\n",
+                    tool_name, data_info.count, update.patience ? 20 : 10);
             tool_end();
             return 3;
         }

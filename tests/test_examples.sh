@@ -267,7 +267,7 @@ else
     declines worse $many no.safetensors --test known
     "$build/update" a.safetensors new no.safetensors >out 2>err
     check "update: too few pictures have a status of their own" [ $? -eq 3 ]
-    check "and a message" grep -q '^update: 2 new pictures are too few to hold any out: ' err
+    check "and a message" grep -q '^update: 2 new pictures are too few to hold out a fifth, 10 or more: ' err
     works "$build/update" a.safetensors many --dry-run
     check "update --dry-run measures" grep -qE '^ +49 +0\.0%  in all' out
     works $many no.safetensors --dry-run --test known --confusion
