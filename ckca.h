@@ -12,51 +12,45 @@
 
    A WHOLE PROGRAM (examples/hello.c)
 
-       // hello.c: trains a network, saves it, updates it when more pictures arrive, and classifies one.
+       // hello.c: trains a network, improves it when more pictures arrive, keeps the better one, and classifies a picture.
        #define CKCA_IMPLEMENTATION
        #include "ckca.h"
 
-       // Draws grey pictures of faint stripes in noise. To open files: ckca_open_folder(ctx, data, "pictures", NULL)
-       static ckca_status draw(ckca_context *ctx, ckca_data **data, int count) {
-           static unsigned char pixels[500 * 16 * 16];
-           static int labels[500]; // 0: the stripes run across, 1: they run down
-           ckca_array array = {pixels, labels, count, 16, 16, 1, 2, NULL};
-           for (int i = 0; i < count * 16 * 16; i++) {
+       int main(void) {
+           static unsigned char pixels[308 * 256]; // 16 x 16, grey: faint stripes in noise
+           static int labels[308];                 // 0: the stripes run across, 1: they run down
+           ckca_array few = {pixels, labels, 8, 16, 16, 1, 2, NULL};
+           ckca_array many = {pixels + 8 * 256, labels + 8, 300, 16, 16, 1, 2, NULL};
+           ckca_model_desc net = {.height = 16, .width = 16, .channels = 1, .classes = 2};
+           ckca_context *ctx = NULL;
+           ckca_model *model = NULL;
+           ckca_data *first = NULL, *more = NULL; // from files: ckca_open_folder(ctx, &more, "pictures", NULL)
+           ckca_report report;
+           float p[2]; // class probabilities
+           for (int i = 0; i < 308 * 256; i++) {
                int down = labels[i / 256] = i / 256 % 2, line = down ? i % 16 : i / 16 % 16;
                pixels[i] = (unsigned char)(rand() % 236 + line / 2 % 2 * 20);
            }
-           return ckca_open_array(ctx, data, &array, NULL);
-       }
-
-       int main(void) {
-           ckca_context *ctx = NULL;
-           ckca_model *model = NULL;
-           ckca_data *first = NULL, *more = NULL, *test = NULL;
-           ckca_model_desc net = {.height = 16, .width = 16, .channels = 1, .classes = 2};
-           ckca_score before, after;
-           float p[2]; // class probabilities
-           if (ckca_init(&ctx, NULL) || ckca_resnet(ctx, &model, "resnet8", &net) || draw(ctx, &first, 30) ||
-               draw(ctx, &more, 200) || draw(ctx, &test, 500) ||
-               ckca_update(model, first, NULL, NULL) || // the first update trains the network
-               ckca_save(model, "first.safetensors") || ckca_evaluate(model, test, &before, NULL) ||
-               ckca_update(model, more, NULL, NULL) || // each later one improves it, from its own pictures alone
-               ckca_save(model, "updated.safetensors") || ckca_evaluate(model, test, &after, NULL) ||
-               ckca_predict(model, ckca_pixels(test, 0), 1, p))
+           if (ckca_init(&ctx, NULL) || ckca_open_array(ctx, &first, &few, NULL) ||
+               ckca_open_array(ctx, &more, &many, NULL) || ckca_resnet(ctx, &model, "resnet8", &net) ||
+               ckca_update(model, first, NULL, NULL) || ckca_save(model, "net.safetensors") || // trains the network
+               ckca_update(model, more, NULL, &report) || ckca_save(model, "new.safetensors") || // never makes it worse
+               ckca_predict(model, pixels, 1, p))
                return fprintf(stderr, "hello: %s\n", ckca_error(ctx)), 1;
-           printf("right: %.1f%% of the test pictures, %.1f%% after the update\n", 100 * before.top1, 100 * after.top1);
+           if (report.verdict == CKCA_VERDICT_BETTER) rename("new.safetensors", "net.safetensors");
+           printf("%.1f%% right, %.1f%% after the update\n", 100 * report.before.top1, 100 * report.after.top1);
            printf("picture 0: %.1f%% across, %.1f%% down\n", 100 * p[0], 100 * p[1]);
-           ckca_data_free(first), ckca_data_free(more), ckca_data_free(test), ckca_model_free(model), ckca_context_free(ctx);
-           return 0;
+           ckca_data_free(first), ckca_data_free(more), ckca_model_free(model), ckca_context_free(ctx);
        }
 
    With a checkpoint and pictures of your own (new_pictures/CLASS/x.jpg; fit makes sizes and classes match the model):
        ckca_load(ctx, &model, "model.safetensors");
        fit = ckca_data_like(model);
        ckca_open_folder(ctx, &pictures, "new_pictures", &fit);
-       ckca_update(model, pictures, NULL, NULL);
+       ckca_update(model, pictures, NULL, &report);
        ckca_save(model, "updated.safetensors");
-   Save the new checkpoint beside the old one: an update can make a network worse (few or wrongly labelled pictures).
-   Before you replace the old one, evaluate both on pictures that neither was trained on.
+       if (report.verdict == CKCA_VERDICT_BETTER) rename("updated.safetensors", "model.safetensors");
+   The update compares old and new network on pictures that it kept out of training: see NEVER WORSE.
 
    BUILD
        cc -O3 program.c -lm -pthread      (needs stb_image.h: Debian's libstb-dev)
@@ -147,6 +141,7 @@
        picture    height x width x channels bytes, row by row, channels innermost (NHWC), as stb_image gives them
        N, K, D    pictures in a batch, classes (or output channels), features
        chunk      the pictures of one update
+       held out   kept out of training, to test on
        update     one call of ckca_update: the paper's time step (ckca_model_info.updates, ckca_report.updates,
                   ckca_progress.update, ckca.step in a checkpoint)
        SGD step   forward and backward over one batch, and one change of the weights (ckca_report.steps)
@@ -186,6 +181,27 @@
        field to CKCA_OFF. Other negative values, NaN and infinity are refused. ckca_update_defaults returns the values
        that zeros stand for in an update. A descriptor without required fields may be NULL: ckca_init, ckca_open_*,
        ckca_split, ckca_update.
+
+   NEVER WORSE
+       An update of few or wrongly labelled pictures can make a network worse. So an update of a trained network holds
+       out a fifth of the new pictures (ckca_update_desc.holdout) and, after training, compares the old network and the
+       new one on them: won and lost are the pictures that only the new, only the old one is right on, and p is the
+       chance that a difference as large comes about if both networks are equally good (McNemar's exact test,
+       two-sided: Psychometrika 12, 1947). The new network is kept if won > lost and p <= 0.25 (keep_better);
+       otherwise, on a tie and where there are too few pictures to tell, the model stays the old one. ckca_report
+       has the verdict.
+       Small chunks: pictures are held out only if that makes 10 or more, so 48 new pictures or more; below that the new
+       network is kept untested (CKCA_VERDICT_UNTESTED), unless you have pictures to test on (holdout_data). One picture
+       of every class always stays in training. A first update and SCRATCH hold none out: there is nothing to lose, or
+       the old network was trained on these pictures.
+       Repeated updates: at most one update in eight that leaves the network as good as before is kept by luck, and
+       worse ones less often. In 20 updates that are all worse, by whatever size is worst, accuracy falls by more than
+       one such test can detect (1.96 standard errors of the difference) with a probability of 2%; if any lead
+       counted (keep_better 1), of up to 80%. The price: of good updates on few pictures many stay undecided. Keep their
+       pictures and pass them again together with the next ones, or test on a larger set of your own.
+       What it cannot see: held-out pictures share the faults of the new ones. If all are from another source than those
+       that the network will meet, or a class is labelled as another throughout, learning that is an improvement on
+       them. Only a set of your own (holdout_data) that you trust shows it.
 
    KILLED RUNS
        With ckca_update_desc.state = "net.state", ckca_update writes a training state to that file every state_seconds,
@@ -252,7 +268,8 @@
            ckca.pictures          the number of distinct pictures that they trained on, if known
            ckca.class_counts      pictures behind the mean of each class (FeatReg's CENTROID), int64
            ckca.class_means       classes x features means, float32; both little-endian, in base64
-       Training states are such files with tensors momentum.* and ckca.state (the update and its progress).
+       Training states are such files with tensors momentum.*, with patience best.* (the best epoch's weights), and
+       ckca.state (the update and its progress).
        Memories (ckca_memory_save) are safetensors files too:
            pictures               U8, M x height x width x channels: of every class its first choice, then of every class
                                   its second, and so on, so the first pictures of a memory are a smaller one
@@ -638,6 +655,21 @@ typedef struct ckca_progress {
    It lives in a file beside the checkpoint and never grows. See ckca_memory_create. */
 typedef struct ckca_memory ckca_memory;
 
+typedef struct ckca_score {
+    int count;         /* pictures */
+    double top1, top5; /* fractions, 0 to 1 */
+    double loss;       /* mean cross-entropy */
+} ckca_score;
+
+/* What the held-out pictures say about an update. "By more than chance": p is at most keep_better (0.25 if it is off) */
+typedef enum ckca_verdict {
+    CKCA_VERDICT_UNTESTED = 0, /* no pictures were held out */
+    CKCA_VERDICT_BETTER,       /* the new network is right on more of them, by more than chance */
+    CKCA_VERDICT_UNDECIDED,    /* a tie, or too few pictures to tell */
+    CKCA_VERDICT_WORSE,        /* the old network is right on more of them, by more than chance */
+    CKCA_VERDICT_COUNT
+} ckca_verdict;
+
 typedef struct ckca_update_desc {
     ckca_method method;
     /* the method's terms: loss = cross-entropy + w_kd AdaKD + w_feat FeatReg, see THE METHOD. CKCA_OFF switches a term
@@ -680,10 +712,20 @@ typedef struct ckca_update_desc {
     int no_nesterov;                         /* 1: momentum without Nesterov */
     float label_smoothing;                   /* 0 to 1; 0: none */
     ckca_augment augment;
-    uint64_t seed; /* of order and augmentation (and of the fresh weights of SCRATCH and SHRINK_PERTURB) */
+    uint64_t seed; /* of order, augmentation and hold-out (and of the fresh weights of SCRATCH and SHRINK_PERTURB) */
     /* budgets, see BUDGETS */
     float seconds;   /* of the call, up to 1e9; epochs (with warmup_epochs, step_epochs) shrinks to fit. 0: no limit */
     float memory_mb; /* of the call, in 1e6 bytes, up to 1e9; batch shrinks to fit. 0: no limit */
+    /* the test of the result, see NEVER WORSE */
+    float holdout;     /* fraction of data kept out of training, up to 0.9, see ckca_holdout. 0: 0.2, but none in a
+                          model's first update, with SCRATCH, or if it came to fewer than 10 pictures (20 with
+                          patience). CKCA_OFF: none */
+    float keep_better; /* the model stays the old network unless the new one is right on more of the held-out pictures
+                          with a p of at most this, 0 to 1 (1: any lead). 0: 0.25. CKCA_OFF: the new one is kept */
+    int patience;      /* epochs, up to 1e6: training ends after so many without a better one, and the new network is
+                          that of the best epoch. Half of the held-out pictures choose it, the others test it. 0: off */
+    /* NULL, or held-out pictures of your own instead of a fraction of data, none of which is in data */
+    const ckca_data *holdout_data;
     /* files and reports */
     const char *state;   /* path of a training state; NULL: none. Written every state_seconds and at the end, removed by
                             the model's next ckca_save. If the file exists at the start, the update resumes from it, to
@@ -700,27 +742,36 @@ typedef struct ckca_report {
     int steps;                       /* SGD steps of this update */
     int epochs;                      /* of this update: desc's, or as many as its seconds had time for */
     double loss, kd, feat, accuracy; /* means over the last epoch; kd and feat before w_kd and w_feat */
-    double teacher_accuracy;         /* of the teacher on data, 0 to 1; -1: no teacher */
+    double teacher_accuracy;         /* of the teacher on the pictures trained on, 0 to 1; -1: no teacher */
     double seconds;                  /* of this call */
     double w_kd;                     /* the weight of AdaKD: GROWTH's, or the descriptor's; 0: no AdaKD */
+    int best_epoch;                  /* with patience: the epoch that was chosen, from 0; else the last */
+    ckca_verdict verdict;
+    int kept_old;             /* 1: keep_better decided for the old network: the model is as before the call */
+    ckca_score before, after; /* of the old and the new network on the held-out pictures; count 0: there were none */
+    int won, lost;            /* held-out pictures that only the new, only the old network is right on */
+    double p;                 /* that chance alone makes won and lost differ so: McNemar's exact test, two-sided */
 } ckca_report;
 
 /* One update: freezes the teacher, starts as desc->method says, trains on data and adds 1 to the model's updates. The
    first update of an untrained model uses cross-entropy alone, whatever the method (unless desc->teacher is set). After
    a failure the model is as before the call, including gradients and momentum (CKCA_ESTOP: it keeps the training so
-   far). desc and report may be NULL. */
+   far, untested). Likewise, with CKCA_OK, if keep_better decides for the old network: see ckca_report.kept_old. desc
+   and report may be NULL. */
 CKCA_API ckca_status ckca_update(ckca_model *model, const ckca_data *data, const ckca_update_desc *desc,
                                  ckca_report *report);
+
+/* Splits data as the holdout of ckca_update does: held gets round(fraction x count) pictures, chosen at random with every
+   class in proportion (to within one picture), train the rest. At least one picture of every class stays in train, so
+   held may get fewer; none is CKCA_EINVAL. A picture that data repeats is in one of them only. fraction: above 0, up to
+   0.9. Both are views, which you free with ckca_data_free. */
+CKCA_API ckca_status ckca_holdout(const ckca_data *data, float fraction, uint64_t seed, ckca_data **train,
+                                  ckca_data **held);
 
 /* Replaces zeros in desc by the values that ckca_update would use for this model and data, so that a program can show
    them; an update with the result is the same. An unused term becomes CKCA_OFF. On failure desc is unchanged. */
 CKCA_API ckca_status ckca_update_defaults(const ckca_model *model, const ckca_data *data, ckca_update_desc *desc);
 
-typedef struct ckca_score {
-    int count;         /* pictures */
-    double top1, top5; /* fractions, 0 to 1 */
-    double loss;       /* mean cross-entropy */
-} ckca_score;
 /* Evaluates the model on data with running statistics. score may be NULL. per_class: classes top-1 fractions (-1: no
    picture of the class), or NULL. A model without class names, mean or std takes them from data, as in ckca_update. */
 CKCA_API ckca_status ckca_evaluate(ckca_model *model, const ckca_data *data, ckca_score *score, float *per_class);
@@ -1060,7 +1111,8 @@ static size_t ckca__round_up(size_t a, size_t to) { return a > SIZE_MAX - to ? S
 
 /* Counter-based random numbers: pure functions of (seed, stream, index), so a draw is the same whichever thread or
    device makes it, and when. The mixing function is SplitMix64's (Steele, Lea, Flood 2014). */
-enum { CKCA__STREAM_INIT = 1, CKCA__STREAM_SHUFFLE, CKCA__STREAM_AUGMENT, CKCA__STREAM_SPLIT, CKCA__STREAM_FISHER };
+enum { CKCA__STREAM_INIT = 1, CKCA__STREAM_SHUFFLE, CKCA__STREAM_AUGMENT, CKCA__STREAM_SPLIT,
+       CKCA__STREAM_FISHER, CKCA__STREAM_HOLDOUT };
 CKCA__BOTH uint64_t ckca__mix(uint64_t z) {
     z = (z ^ (z >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
     z = (z ^ (z >> 27)) * UINT64_C(0x94d049bb133111eb);
@@ -3802,6 +3854,95 @@ CKCA_API ckca_status ckca_split(const ckca_data *data, int n, const ckca_split_d
     return status;
 }
 
+/* Chooses the pictures to hold out. position (data->count values, or NULL) begins with their *held positions in data,
+   class by class, and ends with the *train positions of the pictures to train on, in their order. */
+static ckca_status ckca__choose_holdout(const ckca_data *data, float fraction, uint64_t seed, int *position, int *held,
+                                        int *train) {
+    const ckca__store *store = data->store;
+    const int count = data->count;
+    /* of each picture of the store: 1: it is in data, 2: it is held out */
+    unsigned char *mark = (unsigned char *)ckca__alloc(store->ctx, (size_t)store->count);
+    int *order = (int *)ckca__alloc(store->ctx, ckca__mul(sizeof(int), 2 * (size_t)count + (size_t)store->classes + 1));
+    int *sorted = order + count, *end = sorted + count; /* end[k + 1]: end of class k in sorted */
+    int i, k, distinct = 0, spare = 0, size, at = 0, left = 0;
+    if (!mark || !order) {
+        ckca__release(store->ctx, mark);
+        ckca__release(store->ctx, order);
+        return ckca__fail(store->ctx, CKCA_ENOMEM, "no memory to hold out some of %d pictures", count);
+    }
+    for (i = 0; i < count; i++) order[i] = i;
+    for (i = count - 1; i > 0; i--) { /* Fisher-Yates */
+        const int j = (int)(ckca__random(seed, CKCA__STREAM_HOLDOUT, (uint64_t)i) % ((uint64_t)i + 1)), swap = order[j];
+        order[j] = order[i];
+        order[i] = swap;
+    }
+    for (i = 0; i < count; i++) { /* without repeats */
+        const int picture = data->index[order[i]];
+        if (mark[picture]) continue;
+        mark[picture] = 1;
+        order[distinct++] = order[i];
+        end[store->labels[picture] + 1]++;
+    }
+    for (k = 0; k < store->classes; k++) {
+        spare += end[k + 1] ? end[k + 1] - 1 : 0; /* all but one of each class */
+        end[k + 1] += end[k];
+    }
+    for (i = 0; i < distinct; i++) sorted[end[store->labels[data->index[order[i]]]]++] = order[i];
+    size = (int)((double)fraction * distinct + 0.5);
+    if (size > spare) size = spare;
+    for (i = k = 0; i < distinct; i++) { /* evenly spread over the spare ones: every class in proportion */
+        const int picture = data->index[sorted[i]];
+        if (i == 0 || store->labels[picture] != store->labels[data->index[sorted[i - 1]]]) continue;
+        if ((int64_t)(k + 1) * size / spare > (int64_t)k * size / spare) {
+            mark[picture] = 2;
+            if (position) position[at] = sorted[i];
+            at++;
+        }
+        k++;
+    }
+    for (i = count - 1; i >= 0; i--) {
+        if (mark[data->index[i]] == 2) continue;
+        left++;
+        if (position) position[count - left] = i;
+    }
+    *held = at;
+    *train = left;
+    ckca__release(store->ctx, mark);
+    ckca__release(store->ctx, order);
+    return CKCA_OK;
+}
+
+CKCA_API ckca_status ckca_holdout(const ckca_data *data, float fraction, uint64_t seed, ckca_data **train,
+                                  ckca_data **held) {
+    ckca__bound bound = {"fraction", 0, 0, 0.9, 0};
+    ckca_context *ctx;
+    ckca_data *kept = NULL, *rest = NULL;
+    int *position, n = 0, left = 0;
+    ckca_status status;
+    if (!data) return CKCA_EINVAL;
+    ctx = data->store->ctx;
+    if (!train || !held) return ckca__null(ctx, "ckca_holdout", !train ? "train" : "held");
+    bound.value = (double)fraction;
+    if ((status = ckca__check_bounds(ctx, "ckca_holdout", &bound, 1))) return status;
+    position = (int *)ckca__alloc(ctx, (size_t)data->count * sizeof *position);
+    if (!position) return ckca__fail(ctx, CKCA_ENOMEM, "no memory to hold out some of %d pictures", data->count);
+    status = ckca__choose_holdout(data, fraction, seed, position, &n, &left);
+    if (!status && n < 1)
+        status = ckca__fail(ctx, CKCA_EINVAL,
+                            "a hold-out of %g of %d pictures is none (one of every class stays for training)",
+                            (double)fraction, data->count);
+    if (!status) status = ckca_subset(&kept, data, position, n);
+    if (!status) status = ckca_subset(&rest, data, position + (data->count - left), left);
+    ckca__release(ctx, position);
+    if (status) {
+        ckca_data_free(kept);
+        return status;
+    }
+    *held = kept;
+    *train = rest;
+    return CKCA_OK;
+}
+
 CKCA_API ckca_status ckca_subset(ckca_data **subset, const ckca_data *data, const int *index, int n) {
     ckca_context *ctx;
     ckca_status status;
@@ -5503,8 +5644,15 @@ typedef struct ckca__update {
     ckca_model *old;       /* a copy of the model before the update: restored on failure, and the default teacher */
     ckca_model *teacher;   /* old, or a copy of desc->teacher, or NULL if no term of the loss needs one */
     const ckca_data *data; /* what is trained on: the chunk, joined with the memory's pictures if there are any */
-    const ckca_data *chunk;
+    const ckca_data *chunk; /* the new pictures that are trained on */
     ckca_data *joined;      /* data if it is not chunk */
+    const ckca_data *test;  /* the held-out pictures that old and new network are compared on; NULL: none */
+    const ckca_data *pick; /* with patience: the held-out pictures that choose the epoch; NULL: the last one is chosen */
+    ckca_data *view[4];    /* which of chunk, test and pick this update created */
+    ckca_model *candidate, *best; /* with patience: the weights after this epoch, and those of the best one so far */
+    int best_right;               /* pictures of pick that best is right on; -1: no epoch so far */
+    double best_loss;
+    ckca_report report;     /* the verdict */
     ckca_update_desc d;     /* with all defaults set and planned in time; unused terms of the loss have weight 0 */
     ckca_update_desc asked; /* d before ckca__shorten */
     double start;           /* of the call, in seconds */
@@ -5587,6 +5735,9 @@ static const ckca__setting ckca__settings[] = {
     {CKCA__AT(clip_norm),             1,    0,       0,     1e30,                      1,   1},
     {CKCA__AT(no_nesterov),           0,    0,       0,     1,                         0,   1},
     {CKCA__AT(label_smoothing),       1,    0,       0,     1,                         1,   1},
+    {CKCA__AT(holdout),               1,    0,       0,     0.9,                       1,   1},
+    {CKCA__AT(keep_better),           1,    0.25f,   0,     1,                         1,   1},
+    {CKCA__AT(patience),              0,    0,       0,     1e6,                       0,   1},
     {CKCA__AT(augment.pad),           0,    0,       0,     4096,                      0,   1},
     {CKCA__AT(augment.flip),          0,    0,       0,     1,                         0,   1},
     {CKCA__AT(augment.resized_crop),  0,    0,       0,     1,                         0,   1},
@@ -5679,6 +5830,9 @@ static int ckca__step_pictures(const ckca__update *u, int n) { return u->unlabel
 
 /* Below: */
 static ckca_status ckca__train(ckca__update *u, double start);
+static ckca_status ckca__end_epoch(ckca__update *u, int *stop);
+static ckca_status ckca__compare(ckca__update *u);
+static ckca_status ckca__hold_out(ckca__update *u);
 static ckca_status ckca__report_progress(ckca__update *u, int seen, double seconds, int64_t steps);
 static void ckca__fill_report(const ckca__update *u, double seconds, ckca_report *report);
 static ckca_status ckca__train_step(ckca__update *u, const int *position, int n);
@@ -5731,7 +5885,8 @@ static ckca_status ckca__batch_buffers_alloc(ckca_context *ctx, ckca__batch_buff
                                              int features);
 static void ckca__batch_buffers_free(ckca_context *ctx, ckca__batch_buffers *b);
 static ckca_status ckca__evaluate_all(ckca_model *m, const ckca_model *like, const ckca_data *data, ckca_score *score,
-                                      float *per_class, float *cache_logits, float *cache_features, double *class_sums);
+                                      float *per_class, int *right, float *cache_logits, float *cache_features,
+                                      double *class_sums);
 static ckca_status ckca__bind_data(ckca_model *m, const ckca_data *data, const char *what);
 
 /* In EXECUTION: */
@@ -5773,7 +5928,7 @@ static ckca_status ckca__memory_hash(const ckca__update *u, uint64_t *hash);
 /* In CHECKPOINTS: */
 static ckca_status ckca__state_save(ckca__update *u);
 static ckca_status ckca__state_open(ckca__update *u);
-static void ckca__state_close(ckca__update *u, int done);
+static void ckca__state_close(ckca__update *u, int done, int discard);
 static ckca_status ckca__state_load(ckca__update *u, int *found);
 
 /* ---- one update: preparation, epochs, restoring on failure ---- */
@@ -5783,7 +5938,7 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     const double start = ckca__seconds();
     ckca__update update, *u = &update;
     ckca_status status;
-    int had_names, was_normalized;
+    int had_names, was_normalized, i;
     if (!m) return CKCA_EINVAL;
     m->ctx->agreed = 0;
     status = ckca__check_finished(m, "ckca_update");
@@ -5797,6 +5952,8 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     u->m = m;
     u->data = u->chunk = data;
     u->start = start;
+    u->best_right = -1;
+    u->report.p = 1;
     u->teacher_accuracy = -1;
     u->lock = -1;
     u->unlabelled_pass = -1;
@@ -5818,19 +5975,20 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
         }
         m->folded_valid = 0;
     }
-    if (!status && u->d.memory)
-        status = ckca__ranks_agree(u->ctx, "ckca_update",
-                                   ckca__memory_refill(u->d.memory, m, data, u->data, m->updates + 1));
     ckca__device_forget(u->ctx, &u->recording[0]);
     ckca__device_forget(u->ctx, &u->recording[1]);
-    if (!status) status = ckca__ranks_agree(u->ctx, "ckca_update", ckca__learn_centroids(u));
-    if (!status) {
+    if (!status) status = ckca__ranks_agree(u->ctx, "ckca_update", ckca__compare(u));
+    if (!status && !u->report.kept_old) status = ckca__ranks_agree(u->ctx, "ckca_update", ckca__learn_centroids(u));
+    if (!status && !u->report.kept_old && u->d.memory)
+        status = ckca__ranks_agree(u->ctx, "ckca_update",
+                                   ckca__memory_refill(u->d.memory, m, u->chunk, u->data, m->updates + 1));
+    if (!status && !u->report.kept_old) {
         const ckca__centroids before = m->centroids;
         if (u->d.method == CKCA_METHOD_SCRATCH || m->updates == 0)
             m->pictures = 0;
         else if (m->pictures == 0) /* a checkpoint of another program */
-            m->pictures = u->d.teacher && u->d.teacher != m ? data->count : u->d.teacher_pictures;
-        m->pictures += data->count;
+            m->pictures = u->d.teacher && u->d.teacher != m ? u->chunk->count : u->d.teacher_pictures;
+        m->pictures += u->chunk->count;
         if (m->pictures > CKCA__COUNT_MAX) m->pictures = CKCA__COUNT_MAX;
         m->centroids = u->learnt;
         u->learnt = before; /* to be released */
@@ -5850,7 +6008,7 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
         m->n = 0; /* the caller's last forward pass has been overwritten */
         ckca__unbind_data(m, had_names, was_normalized);
     }
-    ckca__state_close(u, !status);
+    ckca__state_close(u, !status, u->report.kept_old);
     if (report) ckca__fill_report(u, ckca__seconds() - start, report);
     ckca__device_release(u->ctx, u->cache_logits, u->cache_logits_bytes);
     ckca__device_release(u->ctx, u->cache_features, u->cache_features_bytes);
@@ -5866,6 +6024,9 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     ckca_data_free(u->joined);
     if (u->teacher != u->old) ckca_model_free(u->teacher);
     ckca_model_free(u->old);
+    ckca_model_free(u->candidate);
+    ckca_model_free(u->best);
+    for (i = 0; i < 4; i++) ckca_data_free(u->view[i]);
     return status;
 }
 
@@ -5874,6 +6035,7 @@ static ckca_status ckca__train(ckca__update *u, double start) {
     const int count = u->data->count, size = u->d.batch;
     double saved = start, now;
     int64_t steps = 0; /* SGD steps of this call */
+    int stop = 0;
     char what[64];
     ckca_status status = CKCA_OK;
     for (; u->epoch < u->d.epochs; u->epoch++, u->batch = 0) {
@@ -5921,6 +6083,12 @@ static ckca_status ckca__train(ckca__update *u, double start) {
                                           hash);
             if (status) return status;
         }
+        if (u->pick && (status = ckca__end_epoch(u, &stop))) return status;
+        if (stop) break;
+    }
+    if (u->pick) {
+        ckca__device_copy(u->ctx, u->m->values, u->best->values, u->m->all * sizeof(float));
+        u->m->folded_valid = 0;
     }
     snprintf(what, sizeof what, "update %d, peak learning rate %g", u->m->updates + 1, (double)u->d.lr);
     return ckca__ranks_agree(u->ctx, "ckca_update", ckca__check_all_finite(u->m, what, 0));
@@ -5953,7 +6121,8 @@ static void ckca__fill_report(const ckca__update *u, double seconds, ckca_report
     /* After the last epoch, epoch is epochs, batch is 0, and the sums are the last epoch's. */
     const int done = u->epoch >= u->d.epochs, batch = done ? u->batches : u->batch;
     const int seen = batch * u->d.batch < u->data->count ? batch * u->d.batch : u->data->count;
-    memset(report, 0, sizeof *report);
+    *report = u->report;
+    if (!u->pick) report->best_epoch = done ? u->epoch - 1 : u->epoch;
     report->updates = u->m->updates;
     report->steps = u->epoch * u->batches + u->batch;
     report->epochs = u->d.epochs;
@@ -5971,6 +6140,72 @@ static void ckca__fill_report(const ckca__update *u, double seconds, ckca_report
 static double ckca__loss(const ckca__update *u, int seen) {
     const ckca__factors *f = &u->factors;
     return ((double)f->ce * u->sums[0] + (double)f->kd * u->sums[1] + (double)f->feat * u->sums[2]) / seen;
+}
+
+/* ---- never worse: the best epoch, the old network against the new one ---- */
+
+/* After an epoch, with patience: evaluates the weights on the pictures that choose the epoch and keeps them if they are
+   the best so far: right on more pictures, or on as many with a lower loss. *stop: patience is at its end. */
+static ckca_status ckca__end_epoch(ckca__update *u, int *stop) {
+    ckca_model *c = u->candidate;
+    ckca_score score;
+    ckca_status status;
+    int right;
+    ckca__device_copy(u->ctx, c->values, u->m->values, c->all * sizeof(float));
+    c->folded_valid = 0;
+    if ((status = ckca__evaluate_all(c, u->m, u->pick, &score, NULL, NULL, NULL, NULL, NULL))) return status;
+    right = (int)(score.top1 * score.count + 0.5);
+    if (right > u->best_right || (right == u->best_right && score.loss < u->best_loss)) {
+        u->candidate = u->best;
+        u->best = c;
+        u->best_right = right;
+        u->best_loss = score.loss;
+        u->report.best_epoch = u->epoch;
+    }
+    *stop = u->epoch - u->report.best_epoch >= u->d.patience;
+    /* It holds the result, as that after the last step does; a run that resumes from it comes here first. */
+    return *stop && u->d.state ? ckca__state_save(u) : CKCA_OK;
+}
+
+/* McNemar's exact test (Psychometrika 12, 1947), two-sided: the probability that won + lost fair coins show a difference
+   of at least that between won and lost. */
+static double ckca__mcnemar(int won, int lost) {
+    const double n = (double)won + lost, fewer = won < lost ? won : lost;
+    double term = -n * 0.69314718055994531, sum = 0, i; /* log of the probability of i heads */
+    for (i = 1; i <= fewer; i++) term += log((n - i + 1) / i);
+    term = exp(term);
+    for (i = fewer; i >= 0; i--) {
+        sum += term;
+        term *= i / (n - i + 1);
+    }
+    return won == lost || sum > 0.5 ? 1 : 2 * sum;
+}
+
+/* Compares the old and the new network on the held-out pictures; keep_better decides which of them the model stays. */
+static ckca_status ckca__compare(ckca__update *u) {
+    ckca_report *r = &u->report;
+    const float level = u->d.keep_better > 0 ? u->d.keep_better : 0.25f;
+    int *right, i;
+    ckca_status status;
+    if (!u->test) return CKCA_OK;
+    right = (int *)ckca__alloc(u->ctx, ckca__mul(2 * sizeof(int), (size_t)u->test->count));
+    if (!right)
+        return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for a test on %d pictures", u->test->count);
+    status = ckca__evaluate_all(u->old, u->m, u->test, &r->before, NULL, right, NULL, NULL, NULL);
+    if (!status)
+        status = ckca__evaluate_all(u->m, u->m, u->test, &r->after, NULL, right + u->test->count, NULL, NULL, NULL);
+    for (i = 0; !status && i < u->test->count; i++) {
+        r->won += right[i] < right[u->test->count + i];
+        r->lost += right[i] > right[u->test->count + i];
+    }
+    ckca__release(u->ctx, right);
+    if (status) return status;
+    r->p = ckca__mcnemar(r->won, r->lost);
+    r->verdict = r->won == r->lost || r->p > (double)level ? CKCA_VERDICT_UNDECIDED
+                 : r->won > r->lost                        ? CKCA_VERDICT_BETTER
+                                                           : CKCA_VERDICT_WORSE;
+    r->kept_old = u->d.keep_better > 0 && r->verdict != CKCA_VERDICT_BETTER;
+    return CKCA_OK;
 }
 
 /* ---- one SGD step: input, forward, losses, backward, SGD; the learning rate; checks for NaN ---- */
@@ -6349,12 +6584,16 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
     if ((status = ckca__check_trained(m, "ckca_update"))) return status;
     if ((status = ckca_update_defaults(m, u->data, &u->d))) return status;
     ckca__settings_resolve_off(&u->d);
-    u->factors = ckca__growth(&u->d, u->d.teacher_pictures, u->chunk->count);
-    if (u->d.w_kd > 0) u->unlabelled = u->d.unlabelled;
-    u->asked = u->d;
     if (u->d.seconds > 0 && u->ctx->ranks.size > 1)
         return ckca__fail(u->ctx, CKCA_EINVAL, "update: seconds is planned for one process, there are %d ranks",
                           u->ctx->ranks.size);
+    if (u->d.patience > 0 && u->ctx->ranks.size > 1)
+        return ckca__fail(u->ctx, CKCA_EINVAL, "update: patience needs one process, there are %d ranks",
+                          u->ctx->ranks.size);
+    if ((status = ckca__hold_out(u))) return status;
+    u->factors = ckca__growth(&u->d, u->d.teacher_pictures, u->chunk->count);
+    if (u->d.w_kd > 0) u->unlabelled = u->d.unlabelled;
+    u->asked = u->d;
     if (u->ctx->ranks.rank) u->d.state = NULL; /* rank 0 alone touches files */
     if (u->d.state && (status = ckca__state_open(u))) return status;
     if (u->d.teacher && u->d.teacher != m) teacher = u->d.teacher;
@@ -6364,6 +6603,9 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
         m->normalized = 1;
     }
     if ((status = ckca__bind_data(m, u->data, "update"))) return status;
+    if (u->d.holdout_data && (status = ckca__bind_data(m, u->d.holdout_data, "update: holdout_data"))) return status;
+    if (u->pick && ((status = ckca_model_copy(&u->candidate, m)) || (status = ckca_model_copy(&u->best, m))))
+        return status;
     if (u->d.memory && (status = ckca__memory_join(u))) return status;
     if (teacher && (status = ckca__check_teacher(u, teacher))) return status;
     if (teacher == u->old)
@@ -6385,7 +6627,8 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
     u->known = u->teacher == u->old && m->known ? m->known : m->classes;
     if (u->d.w_kd > 0 && u->known < m->classes && (status = ckca__prepare_known(u))) return status;
     if (u->d.memory_mb > 0) {
-        m->evaluation_batch = u->d.batch;
+        m->evaluation_batch = u->old->evaluation_batch = u->d.batch;
+        if (u->pick) u->candidate->evaluation_batch = u->best->evaluation_batch = u->d.batch;
         if (u->teacher) u->teacher->evaluation_batch = u->d.batch;
     }
     if (u->ctx->ranks.size > 1 && (status = ckca__compare_ranks(u))) return status;
@@ -6427,14 +6670,54 @@ static ckca_status ckca__cache_features(ckca__update *u) {
     if (!u->own_features)
         return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for the features of %d pictures",
                           u->data->count);
-    if ((status = ckca__evaluate_all(m, m, u->data, &score, NULL, NULL, u->own_features, NULL))) return status;
+    if ((status = ckca__evaluate_all(m, m, u->data, &score, NULL, NULL, NULL, u->own_features, NULL))) return status;
     return ckca__reserve(m, u->d.batch, u->mode);
+}
+
+/* Divides the pictures: to train on, to test on and, with patience, to choose the epoch with. */
+static ckca_status ckca__hold_out(ckca__update *u) {
+    const ckca_data *own = u->d.holdout_data, *held = own;
+    ckca_status status;
+    int half, i;
+    if (own && own->store->ctx != u->ctx)
+        return ckca__fail(u->ctx, CKCA_EINVAL, "update: holdout_data belongs to another context than the model");
+    if (own && own->store == u->data->store) {
+        unsigned char *mark = (unsigned char *)ckca__alloc(u->ctx, (size_t)own->store->count);
+        if (!mark)
+            return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for %d pictures", own->store->count);
+        for (i = 0; i < u->data->count; i++) mark[u->data->index[i]] = 1;
+        for (i = 0; i < own->count && !mark[own->index[i]];) i++;
+        ckca__release(u->ctx, mark);
+        if (i < own->count)
+            return ckca__fail(u->ctx, CKCA_EINVAL, "update: picture %d of holdout_data is in data too", i);
+    }
+    if (u->d.holdout > 0) {
+        if ((status = ckca_holdout(u->data, u->d.holdout, u->d.seed, &u->view[0], &u->view[1]))) return status;
+        u->data = u->chunk = u->view[0];
+        held = u->view[1];
+    }
+    if (u->d.patience && (!held || held->count < 2))
+        return ckca__fail(u->ctx, CKCA_EINVAL,
+                          "update: patience is %d, but %d pictures are held out: one to choose the epoch and one to test "
+                          "it are the least",
+                          u->d.patience, held ? held->count : 0);
+    u->test = held;
+    if (!u->d.patience) return CKCA_OK;
+    for (half = 0; half < 2; half++) { /* every other one: they may be sorted by class */
+        const int n = (held->count + 1 - half) / 2;
+        status = ckca__view(&u->view[2 + half], held->store, held->index, n);
+        if (status) return status;
+        for (i = 0; i < n; i++) u->view[2 + half]->index[i] = held->index[2 * i + half];
+    }
+    u->test = u->view[2];
+    u->pick = u->view[3];
+    return CKCA_OK;
 }
 
 CKCA_API ckca_status ckca_update_defaults(const ckca_model *m, const ckca_data *data, ckca_update_desc *desc) {
     ckca_update_desc d;
     ckca_status status;
-    int first_update;
+    int first_update, train = 0, held = 0;
     if (!m) return CKCA_EINVAL;
     if (!data || !desc) return ckca__null(m->ctx, "ckca_update_defaults", !data ? "data" : "desc");
     if ((status = ckca__check_finished(m, "ckca_update_defaults")) ||
@@ -6457,9 +6740,24 @@ CKCA_API ckca_status ckca_update_defaults(const ckca_model *m, const ckca_data *
     if (first_update) d.method = CKCA_METHOD_WARM;
     if (d.method != CKCA_METHOD_EWC) d.ewc_lambda = CKCA_OFF;
     if (d.augment.resized_crop && d.augment.crop_min == 0) d.augment.crop_min = 0.25f;
+    if (d.holdout > 0 && d.holdout_data)
+        return ckca__fail(m->ctx, CKCA_EINVAL, "update: holdout is %g, but holdout_data is set too: choose one",
+                          (double)d.holdout);
+    train = data->count;
+    if (d.holdout >= 0 && !d.holdout_data) {
+        const int by_default = d.holdout == 0;
+        if (by_default) d.holdout = m->updates == 0 || d.method == CKCA_METHOD_SCRATCH ? CKCA_OFF : 0.2f;
+        if (d.holdout > 0) {
+            if ((status = ckca__choose_holdout(data, d.holdout, d.seed, NULL, &held, &train))) return status;
+            if (by_default && held < (d.patience ? 20 : 10)) {
+                d.holdout = CKCA_OFF;
+                train = data->count;
+            }
+        }
+    } else
+        d.holdout = CKCA_OFF;
     ckca__settings_apply_defaults(&d);
-    if (d.batch > (int64_t)data->count + ckca__memory_count(d.memory))
-        d.batch = data->count + ckca__memory_count(d.memory);
+    if (d.batch > (int64_t)train + ckca__memory_count(d.memory)) d.batch = train + ckca__memory_count(d.memory);
     if (d.step_epochs == 0) d.step_epochs = (float)d.epochs / 3.0f;
     if (d.memory_mb > 0 && (status = ckca__fit_memory(m, data, &d))) return status;
     *desc = d;
@@ -6496,6 +6794,12 @@ static ckca_status ckca__update_bytes(const ckca_model *m, const ckca_data *data
         if (m->known) teacher = ckca__sum(teacher, ckca__mul((size_t)n * 10 + 10, (size_t)m->classes * sizeof(float)));
     }
     if (d->method == CKCA_METHOD_SHRINK_PERTURB) copies += weights;
+    if (d->patience > 0) copies += 2 * weights; /* the best epoch's, and those compared with them */
+    if (d->holdout > 0 || d->holdout_data) { /* the old network, or the one of an epoch, is evaluated */
+        size_t evaluation;
+        if ((status = ckca__mode_bytes(m, n, CKCA__MODE_EVALUATE, &evaluation))) return status;
+        copies = ckca__sum(copies, ckca__mul(evaluation, d->patience > 0 ? 3 : 1));
+    }
     if (ckca__fits_featreg(m, m, CKCA_FEATREG_CENTROID)) copies += 6 * (size_t)m->classes * (size_t)m->features * sizeof(float);
     if (m->node[m->pooled].constant) copies += ckca__mul(count, (size_t)m->features * sizeof(float)); /* frozen features */
     for (i = 0; i < m->parameters; i++)
@@ -6676,7 +6980,7 @@ static ckca_status ckca__prepare_teacher(ckca__update *u) {
                               u->data->count);
         }
     }
-    status = ckca__evaluate_all(t, u->m, u->data, &score, by_class, u->cache_logits, u->cache_features, sums);
+    status = ckca__evaluate_all(t, u->m, u->data, &score, by_class, NULL, u->cache_logits, u->cache_features, sums);
     if (!status && ckca__uses_centroids(u)) status = ckca__prepare_centroids(u, sums);
     if (!status) {
         u->teacher_accuracy = score.top1;
@@ -6723,7 +7027,7 @@ static ckca_status ckca__learn_centroids(ckca__update *u) {
     if (!ckca__fits_featreg(m, m, CKCA_FEATREG_CENTROID)) return CKCA_OK;
     sums = (double *)ckca__alloc(u->ctx, (size_t)m->classes * (size_t)m->features * sizeof *sums);
     if (!sums) return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for the means of %d classes", m->classes);
-    status = ckca__evaluate_all(m, m, u->chunk, &score, NULL, NULL, NULL, sums);
+    status = ckca__evaluate_all(m, m, u->chunk, &score, NULL, NULL, NULL, NULL, sums);
     if (!status)
         status =
             ckca__average_features(m, fresh || !m->centroids.count ? NULL : &m->centroids, sums, u->chunk, &u->learnt);
@@ -6828,6 +7132,7 @@ static ckca_status ckca__fingerprint(ckca__update *u) {
     ckca_status status;
     if (u->unlabelled) hash = ckca__hash_data(u->unlabelled, hash);
     if (u->ctx->ranks.size > 1) hash = ckca__hash(hash, &u->ctx->ranks.size, sizeof(int));
+    if (u->pick) hash = ckca__hash_data(u->pick, hash); /* these choose the epoch */
     for (i = 0; i < CKCA__SETTINGS; i++)
         if (ckca__settings[i].affects_result) fields[k++] = ckca__setting_get(d, &ckca__settings[i]);
     fields[k++] = u->m->updates;
@@ -7114,7 +7419,7 @@ CKCA_API ckca_status ckca_evaluate(ckca_model *m, const ckca_data *data, ckca_sc
         if (!status) status = ckca__ranks_same(m->ctx, "ckca_evaluate", "weights or running statistics", hash);
         if (!status) status = ckca__ranks_same(m->ctx, "ckca_evaluate", "pictures", ckca__hash_data(data, 0));
     }
-    if (!status) status = ckca__evaluate_all(m, m, data, score ? score : &ignored, per_class, NULL, NULL, NULL);
+    if (!status) status = ckca__evaluate_all(m, m, data, score ? score : &ignored, per_class, NULL, NULL, NULL, NULL);
     if (status) ckca__unbind_data(m, had_names, was_normalized);
     return status;
 }
@@ -7172,12 +7477,13 @@ CKCA_API ckca_status ckca_features(ckca_model *m, const unsigned char *pixels, i
 }
 
 /* Evaluates m on all of data, with the normalisation of like (m itself or, if m is a teacher, its student). per_class:
-   classes accuracies, -1 for a class without pictures, or NULL. cache_logits (count x classes) and cache_features
-   (count x features), on the device or NULL, get the outputs for every picture. class_sums (classes x features, on the
-   host, or NULL): every picture's features are added to its class's. Several processes: each rank evaluates every
-   size-th block of pictures, and all get the result. */
+   classes accuracies, -1 for a class without pictures, or NULL. right: count, 1 for each picture whose most probable
+   class is its label, or NULL. cache_logits (count x classes) and cache_features (count x features), on the device or
+   NULL, get the outputs for every picture. class_sums (classes x features, on the host, or NULL): every picture's
+   features are added to its class's. Several processes: each rank evaluates every size-th block of pictures, and all
+   get the result. */
 static ckca_status ckca__evaluate_all(ckca_model *m, const ckca_model *like, const ckca_data *data, ckca_score *score,
-                                      float *per_class, float *cache_logits, float *cache_features,
+                                      float *per_class, int *right, float *cache_logits, float *cache_features,
                                       double *class_sums) {
     ckca_context *ctx = m->ctx;
     const int most = m->evaluation_batch ? m->evaluation_batch : CKCA__EVAL_BATCH;
@@ -7255,12 +7561,14 @@ static ckca_status ckca__evaluate_all(ckca_model *m, const ckca_model *like, con
             of_class[1] += hit[i] & 1;
             top1 += hit[i] & 1;
             top5 += hit[i] >> 1 & 1;
+            if (right) right[i] = hit[i] & 1;
         }
         seen[2 * m->classes] = top1;
         seen[2 * m->classes + 1] = top5;
         status = ckca__ranks_sum_counts(ctx, "evaluate", seen, 2 * m->classes + 2);
         top1 = seen[2 * m->classes];
         top5 = seen[2 * m->classes + 1];
+        if (!status && right) status = ckca__ranks_sum_counts(ctx, "evaluate", right, data->count);
     }
     if (!status) {
         score->count = data->count;
@@ -7435,7 +7743,7 @@ CKCA_API ckca_status ckca_imprint(ckca_model *m, const ckca_data *data, int firs
     if (!a.features || !a.logits || (!first && !a.score) || !a.mean || !a.centre || !a.count || !a.w || !a.b ||
         !device_features || !device_logits)
         status = ckca__fail(ctx, CKCA_ENOMEM, "imprint: out of memory for the features of %d pictures", data->count);
-    if (!status) status = ckca__evaluate_all(m, m, data, &score, NULL, device_logits, device_features, NULL);
+    if (!status) status = ckca__evaluate_all(m, m, data, &score, NULL, NULL, device_logits, device_features, NULL);
     if (!status) {
         const ckca__node *head = &m->node[m->logits];
         float *w = ckca__param(m, head, m->values, CKCA__PARAM_WEIGHT);
@@ -9359,6 +9667,11 @@ static ckca_status ckca__missing_tensor(const ckca__st_file *file, const char *n
                       (double)file->tensors, name, has, prefixes);
 }
 
+/* 1 for the tensors that only training states have. */
+static int ckca__is_state_tensor(const char *name) {
+    return !strncmp(name, "momentum.", 9) || !strncmp(name, "best.", 5);
+}
+
 /* Strips prefixes from the file's names if every tensor then has exactly one counterpart in the model. */
 static ckca_status ckca__match_names(const ckca_model *m, ckca__st_file *file) {
     const char **bare, *missing = NULL;
@@ -9379,12 +9692,12 @@ static ckca_status ckca__match_names(const ckca_model *m, ckca__st_file *file) {
     for (i = 0; i < file->tensors; i++) prefixed |= ckca__strip_prefix(file->tensor[i].name) != NULL;
     for (i = 0; i < file->tensors && !*why && prefixed; i++) {
         const char *name = file->tensor[i].name;
-        bare[i] = !strncmp(name, "momentum.", 9) ? name : ckca__unprefixed_name(m, name, &j);
+        bare[i] = ckca__is_state_tensor(name) ? name : ckca__unprefixed_name(m, name, &j);
         if (!bare[i])
             snprintf(why, sizeof why, ". Without prefixes %.80s would not fit either", name);
         else if (bare[i] != name && j >= 0 && seen[j])
             snprintf(why, sizeof why, ". Without prefixes there would be two of %.80s", bare[i]);
-        else if (strncmp(name, "momentum.", 9) && j >= 0)
+        else if (!ckca__is_state_tensor(name) && j >= 0)
             seen[j] = 1;
     }
     for (j = 0; j < m->parameters && !*why && prefixed; j++)
@@ -9410,7 +9723,7 @@ static ckca_status ckca__check_tensors(const ckca_model *m, ckca__st_file *file)
         if ((status = ckca__find_parameter(file, &m->parameter[i], "", &tensor))) return status;
     for (i = 0; i < file->tensors; i++) {
         const char *name = file->tensor[i].name, *suffix = strrchr(name, '.');
-        if ((suffix && !strcmp(suffix, ".num_batches_tracked")) || !strncmp(name, "momentum.", 9)) continue;
+        if ((suffix && !strcmp(suffix, ".num_batches_tracked")) || ckca__is_state_tensor(name)) continue;
         for (j = 0; j < m->parameters; j++)
             if (!strcmp(m->parameter[j].name, name)) break;
         if (j == m->parameters)
@@ -9592,17 +9905,18 @@ static ckca_status ckca__load_file(ckca_context *ctx, ckca_model **out, ckca__st
 /* For ckca__export_item. */
 typedef struct ckca__export {
     ckca_model *m;
-    const int *parameter;  /* of each item: p for parameter p's value, m->parameters + p for its momentum */
+    const ckca_model *best; /* NULL, or the weights of the best epoch so far */
+    const int *parameter;   /* of each item: p, plus m->parameters if it is p's momentum, twice that if it is in best */
     float *host, *ordered; /* one tensor each */
 } ckca__export;
 
 /* The values of item i, in PyTorch's order. */
 static const void *ckca__export_item(void *user, int i) {
     const ckca__export *e = (const ckca__export *)user;
-    const int momentum = e->parameter[i] >= e->m->parameters;
-    const ckca__parameter *p = &e->m->parameter[e->parameter[i] - (momentum ? e->m->parameters : 0)];
-    ckca__device_download(e->m->ctx, e->host, momentum ? e->m->momentum + p->slot : e->m->values + p->offset,
-                          p->count * sizeof(float));
+    const int kind = e->parameter[i] / e->m->parameters;
+    const ckca__parameter *p = &e->m->parameter[e->parameter[i] % e->m->parameters];
+    const float *from = kind == 1 ? e->m->momentum + p->slot : (kind == 2 ? e->best : e->m)->values + p->offset;
+    ckca__device_download(e->m->ctx, e->host, from, p->count * sizeof(float));
     ckca__reorder(p, e->host, e->ordered, 1);
     return e->ordered;
 }
@@ -9633,12 +9947,12 @@ static void ckca__text_base64(ckca__text *text, const void *bytes, size_t size) 
     }
 }
 
-/* Writes a checkpoint or, if state (the text of ckca.state) is not NULL, a training state. path NULL: writes to memory,
-   see ckca__st_write_memory. */
-static ckca_status ckca__export_model(ckca_model *m, const char *path, const char *state, void *out, size_t capacity,
-                                      size_t *size) {
+/* Writes a checkpoint or, if state (the text of ckca.state) is not NULL, a training state; best: NULL, or the weights of
+   its best epoch so far. path NULL: writes to memory, see ckca__st_write_memory. */
+static ckca_status ckca__export_model(ckca_model *m, const char *path, const char *state, const ckca_model *best,
+                                      void *out, size_t capacity, size_t *size) {
     ckca_context *ctx = m->ctx;
-    const int most_items = m->parameters * 2 + m->nodes;
+    const int most_items = m->parameters * (best ? 3 : 2) + m->nodes;
     const size_t graph_length = ckca__graph_write(m, NULL, 0) + 1;
     ckca__st_pair meta[20];
     ckca__st_item *item = (ckca__st_item *)ckca__alloc(ctx, (size_t)most_items * sizeof *item);
@@ -9658,6 +9972,7 @@ static ckca_status ckca__export_model(ckca_model *m, const char *path, const cha
     for (i = 0; i < m->parameters; i++)
         if (m->parameter[i].count > most) most = m->parameter[i].count;
     export_.m = m;
+    export_.best = best;
     export_.parameter = parameter;
     export_.host = (float *)ckca__alloc(ctx, most * sizeof(float));
     export_.ordered = (float *)ckca__alloc(ctx, most * sizeof(float));
@@ -9698,17 +10013,18 @@ static ckca_status ckca__export_model(ckca_model *m, const char *path, const cha
         if (state) CKCA__META("ckca.state", state);
         CKCA__META("ckca.graph", graph);
 #undef CKCA__META
-        for (i = 0; i < m->parameters * (state ? 2 : 1); i++) {
+        for (i = 0; i < m->parameters * (best ? 3 : state ? 2 : 1); i++) {
+            static const char *const prefix[3] = {"", "momentum.", "best."};
             const ckca__parameter *p = &m->parameter[i % m->parameters];
-            const int momentum = i >= m->parameters;
-            if (momentum && !ckca__has_momentum(m, p)) continue;
-            snprintf(name[items], sizeof *name, "%s%s", momentum ? "momentum." : "", p->name);
+            const int kind = i / m->parameters;
+            if (kind == 1 && !ckca__has_momentum(m, p)) continue;
+            snprintf(name[items], sizeof *name, "%s%s", prefix[kind], p->name);
             item[items].name = name[items];
             item[items].dtype = "F32";
             item[items].dims = p->dims;
             for (k = 0; k < p->dims; k++) item[items].shape[k] = p->shape[k];
             parameter[items++] = i;
-            if (p->role == CKCA__ROLE_VAR) { /* load_state_dict requires the count in every batch norm */
+            if (kind == 0 && p->role == CKCA__ROLE_VAR) { /* load_state_dict requires the count in every batch norm */
                 snprintf(name[items], sizeof *name, "%s.num_batches_tracked", m->node[p->node].name);
                 item[items].name = name[items];
                 item[items].dtype = "I64";
@@ -9743,7 +10059,7 @@ CKCA_API ckca_status ckca_save_memory(ckca_model *m, void *out, size_t capacity,
     if (!size) return ckca__null(m->ctx, "ckca_save_memory", "size");
     if ((status = ckca__check_finished(m, "ckca_save_memory"))) return status;
     *size = 0;
-    return ckca__export_model(m, NULL, NULL, out, capacity, size);
+    return ckca__export_model(m, NULL, NULL, NULL, out, capacity, size);
 }
 
 CKCA_API ckca_status ckca_load_memory(ckca_context *ctx, ckca_model **out, const void *bytes, size_t size) {
@@ -9796,7 +10112,7 @@ CKCA_API ckca_status ckca_save(ckca_model *m, const char *path) {
     if (!m) return CKCA_EINVAL;
     m->ctx->agreed = 0;
     status = path ? ckca__check_finished(m, "ckca_save") : ckca__null(m->ctx, "ckca_save", "path");
-    if (!status && m->ctx->ranks.rank == 0) status = ckca__export_model(m, path, NULL, NULL, 0, NULL);
+    if (!status && m->ctx->ranks.rank == 0) status = ckca__export_model(m, path, NULL, NULL, NULL, 0, NULL);
     if ((status = ckca__ranks_agree(m->ctx, "ckca_save", status))) return status;
     for (u = m->unsaved; u; u = u->next) /* these training states are no longer needed */
         if (!ckca__same_file(path, u->state)) remove(u->state);
@@ -9859,9 +10175,31 @@ static void ckca__state_difference(const ckca__update *u, const char *settings, 
     }
 }
 
+/* Formats count fields, each as 16 hexadecimal digits and a space, into out (17 * count + 1 bytes); returns out. */
+static const char *ckca__state_fields(const uint64_t *field, int count, char *out) {
+    int i;
+    for (i = 0; i < count; i++)
+        snprintf(out + 17 * i, 18, "%08lx%08lx ", (unsigned long)(field[i] >> 32),
+                 (unsigned long)(field[i] & 0xffffffffu));
+    return out;
+}
+/* Reads them back; 0 if the text is something else. */
+static int ckca__state_parse(const char *text, int count, uint64_t *field) {
+    static const char digits[] = "0123456789abcdef";
+    int i;
+    for (i = 0; i < 17 * count; i++) {
+        const char *digit = text[i] ? strchr(digits, text[i]) : NULL;
+        if (i % 17 == 0) field[i / 17] = 0;
+        if (i % 17 == 16 ? text[i] != ' ' : !digit) return 0;
+        if (digit) field[i / 17] = field[i / 17] << 4 | (uint64_t)(digit - digits);
+    }
+    return 1;
+}
+
 /* Writes the training state. ckca.state is the fingerprint, epoch, batch, correct predictions, and the bits of the three
-   sums, each as 16 hexadecimal digits; then the settings as name=value, for ckca__state_difference, and, where seconds
-   are limited, the planned epochs as plan=value. A space follows each of them. */
+   sums, each as 16 hexadecimal digits; then the settings as name=value, for ckca__state_difference; where seconds are
+   limited, the planned epochs as plan=value; if there is a best epoch, best= with it, its right pictures and the bits of
+   its loss. A space follows each of them. */
 static ckca_status ckca__state_save(ckca__update *u) {
     uint64_t field[7];
     char numbers[7 * 17 + 1];
@@ -9875,10 +10213,7 @@ static ckca_status ckca__state_save(ckca__update *u) {
     field[2] = (uint64_t)u->batch;
     field[3] = (uint64_t)u->correct;
     memcpy(field + 4, u->sums, sizeof u->sums);
-    for (i = 0; i < 7; i++)
-        snprintf(numbers + 17 * i, 18, "%08lx%08lx ", (unsigned long)(field[i] >> 32),
-                 (unsigned long)(field[i] & 0xffffffffu));
-    ckca__text_puts(&text, numbers);
+    ckca__text_puts(&text, ckca__state_fields(field, 7, numbers));
     for (i = 0; i < CKCA__SETTINGS; i++) {
         const float value = (float)ckca__setting_get(&u->asked, &ckca__settings[i]);
         if (!ckca__settings[i].affects_result) continue;
@@ -9892,8 +10227,16 @@ static ckca_status ckca__state_save(ckca__update *u) {
         ckca__text_number(&text, (uint64_t)u->d.epochs);
         ckca__text_puts(&text, " ");
     }
+    if (u->best_right >= 0) {
+        field[0] = (uint64_t)u->report.best_epoch;
+        field[1] = (uint64_t)u->best_right;
+        memcpy(field + 2, &u->best_loss, sizeof u->best_loss);
+        ckca__text_puts(&text, "best=");
+        ckca__text_puts(&text, ckca__state_fields(field, 3, numbers));
+    }
     status = text.failed ? ckca__fail(u->ctx, CKCA_ENOMEM, "%s: out of memory for saving it", ckca__tail(u->d.state))
-                         : ckca__export_model(u->m, u->d.state, text.bytes, NULL, 0, NULL);
+                         : ckca__export_model(u->m, u->d.state, text.bytes, u->best_right < 0 ? NULL : u->best, NULL, 0,
+                                              NULL);
     ckca__release(u->ctx, text.bytes);
     return status;
 }
@@ -9921,10 +10264,12 @@ static ckca_status ckca__state_open(ckca__update *u) {
     return CKCA_OK;
 }
 
-/* Unlocks the training state. If the update is done, its path goes to m->unsaved, for ckca_save to remove the file. */
-static void ckca__state_close(ckca__update *u, int done) {
+/* Unlocks the training state. If the update is done, its path goes to m->unsaved, for ckca_save to remove the file;
+   discard: its result was not kept, so the file is removed now. */
+static void ckca__state_close(ckca__update *u, int done, int discard) {
     ckca__unsaved *other = u->m->unsaved;
     if (!u->unsaved) return;
+    if (done && discard) remove(u->unsaved->state);
 #ifdef CKCA__POSIX
     if (u->lock >= 0) {
         remove(u->unsaved->lock); /* before it is released: see ckca__lock_path */
@@ -9932,7 +10277,7 @@ static void ckca__state_close(ckca__update *u, int done) {
     }
 #endif
     while (other && strcmp(other->state, u->unsaved->state)) other = other->next;
-    if (done && !other) {
+    if (done && !discard && !other) {
         u->unsaved->next = u->m->unsaved;
         u->m->unsaved = u->unsaved;
     } else
@@ -9946,11 +10291,10 @@ static ckca_status ckca__state_load(ckca__update *u, int *found) {
     ckca_model *m = u->m;
     const ckca__unsaved *mine = m->unsaved;
     const char *path = ckca__tail(u->d.state), *text;
-    uint64_t field[7] = {0, 0, 0, 0, 0, 0, 0};
-    float *host = NULL;
+    uint64_t field[7] = {0, 0, 0, 0, 0, 0, 0}, best[3];
+    float *host = NULL, *best_host = NULL;
     ckca__st_file file;
     FILE *probe = fopen(u->d.state, "rb");
-    int i;
     ckca_status status;
     *found = 0;
     if (!probe) {
@@ -9964,14 +10308,8 @@ static ckca_status ckca__state_load(ckca__update *u, int *found) {
     text = status ? NULL : ckca__st_meta(&file, "ckca.state");
     if (!status && (!text || strlen(text) < 7 * 17))
         status = ckca__fail(u->ctx, CKCA_EFORMAT, "%s: it is not a training state", path);
-    for (i = 0; !status && i < 7 * 17; i++) {
-        static const char digits[] = "0123456789abcdef";
-        const char *digit = strchr(digits, text[i]);
-        if (i % 17 < 16 && digit)
-            field[i / 17] = field[i / 17] << 4 | (uint64_t)(digit - digits);
-        else if (i % 17 < 16 || text[i] != ' ')
-            status = ckca__fail(u->ctx, CKCA_EFORMAT, "%s: ckca.state cannot be read", path);
-    }
+    if (!status && !ckca__state_parse(text, 7, field))
+        status = ckca__fail(u->ctx, CKCA_EFORMAT, "%s: ckca.state cannot be read", path);
     if (!status && field[0] != u->fingerprint && mine) { /* of an update that this model has finished */
         ckca__st_close(&file);
         return CKCA_OK;
@@ -10007,6 +10345,24 @@ static ckca_status ckca__state_load(ckca__update *u, int *found) {
     }
     if (!status) status = ckca__read_parameters(m, &file, "", 0, host);
     if (!status) status = ckca__read_parameters(m, &file, "momentum.", 1, host + m->all);
+    if (!status && u->pick && field[1] > 0) { /* an epoch is complete, so there is a best one */
+        const char *text_best = strstr(text, " best=");
+        if (!text_best || !ckca__state_parse(text_best + 6, 3, best) || best[0] >= field[1] + 1 ||
+            best[1] > (uint64_t)u->pick->count)
+            status = ckca__fail(u->ctx, CKCA_EFORMAT, "%s: its best epoch cannot be read", path);
+        if (!status) best_host = (float *)ckca__alloc(u->ctx, m->all * sizeof(float));
+        if (!status && !best_host)
+            status = ckca__fail(u->ctx, CKCA_ENOMEM, "%s: out of memory for %.1f MB", path, (double)m->all * 4e-6);
+        if (!status) status = ckca__read_parameters(m, &file, "best.", 0, best_host);
+        if (!status) {
+            ckca__device_upload(u->ctx, u->best->values, best_host, m->all * sizeof(float));
+            u->best->folded_valid = 0;
+            u->report.best_epoch = (int)best[0];
+            u->best_right = (int)best[1];
+            memcpy(&u->best_loss, best + 2, sizeof u->best_loss);
+        }
+        ckca__release(u->ctx, best_host);
+    }
     if (!status) {
         ckca__device_upload(u->ctx, m->values, host, m->all * sizeof(float));
         ckca__device_upload(u->ctx, m->momentum, host + m->all, m->trained * sizeof(float));
@@ -10027,7 +10383,7 @@ static ckca_status ckca__state_open(ckca__update *u) {
     return ckca__fail(u->ctx, CKCA_EINVAL,
                       "update: built without files (CKCA_NO_STDIO), so there is no training state");
 }
-static void ckca__state_close(ckca__update *u, int done) { (void)u, (void)done; }
+static void ckca__state_close(ckca__update *u, int done, int discard) { (void)u, (void)done, (void)discard; }
 static ckca_status ckca__state_save(ckca__update *u) {
     (void)u;
     return CKCA_OK;
@@ -10151,7 +10507,7 @@ static ckca_status ckca__memory_features(ckca_model *m, const ckca_data *data, c
         device ? ckca_subset(&view, data, index, n)
                : ckca__fail(m->ctx, CKCA_ENOMEM, "memory: out of memory for the features of %d pictures", n);
     size_t i, j;
-    if (!status) status = ckca__evaluate_all(m, m, view, &score, NULL, NULL, device, NULL);
+    if (!status) status = ckca__evaluate_all(m, m, view, &score, NULL, NULL, NULL, device, NULL);
     if (!status) {
         ckca__device_download(m->ctx, out, device, bytes);
         status = ckca__device_status(m->ctx);
@@ -16226,6 +16582,8 @@ static void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, const 
             Method: the defaults are AdaKD's GROWTH and FeatReg's CENTROID, with the number of pictures and the class
             means in the checkpoint; ckca_update_desc.teacher_pictures and unlabelled. Deleted, since no measurement
             supports them: AdaKD's TRUTH and DOUBT, FeatReg's L2 and RELATION
+            Never worse: an update of a trained network holds out a fifth of the new pictures and keeps the old network
+            unless the new one is better on them (holdout, keep_better, patience; ckca_holdout; CKCA_OFF: as before)
    0.1.0    2026-11-23, the first version: ResNets for CIFAR (8 to 110) and ImageNet (18, 34, 50), networks of your own;
             CKCA with its forms of AdaKD and FeatReg, warm start, shrink and perturb, LwF, scratch; pictures from folders,
             CIFAR, MNIST's format, arrays; safetensors checkpoints with torchvision's names, training states; AVX-512,

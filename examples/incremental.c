@@ -382,6 +382,7 @@ static void do_job(ckca_context *ctx, run *r, ckca_model *model, ckca_memory *me
     if (a->no_feat) desc.w_feat = CKCA_OFF;
     desc.unlabelled = unlabelled;
     if (t && a->sweep && r->sweep) memcpy((char *)&desc + a->field, &r->column[m].value, sizeof r->column[m].value);
+    if (t == 0 || a->joined) desc.holdout = CKCA_OFF; /* nothing to lose, or pictures that the network has seen */
     desc.seed = r->seed * 1000 + (uint64_t)t;
     if (r->augment) desc.augment.pad = 4, desc.augment.flip = 1;
 #ifdef CKCA_CUDA /* a GPU would stop for every report */
@@ -581,6 +582,8 @@ int main(int argc, char **argv) {
         {"--weight-decay", TOOL_FLOAT, &r.update.weight_decay, 0, 10, "X", "[0.0005]", 0},
         {"--momentum", TOOL_FLOAT, &r.update.momentum, 0, 0.9999, "X", "Nesterov momentum [0.9]", 0},
         {"--label-smoothing", TOOL_FLOAT, &r.update.label_smoothing, 1e-6, 0.99, "X", "[off]", 0},
+        {"--holdout", TOOL_FLOAT, &r.update.holdout, 0, 0.9, "X",
+         "part of every chunk but the first to test its update on; one that is not better is undone", 0},
         {"--clip", TOOL_FLOAT, &r.update.clip_norm, 1e-6, 1e6, "X", "largest gradient norm [off]", 0},
         {"--augment", TOOL_SWITCH, &r.augment, 0, 0, NULL, "random crop with 4 pixels of padding, random flip", 0},
         {"--seed", TOOL_SEED, &r.seed, 0, 0, "N", "of chunks, weights, order and shapes", 0},
@@ -609,6 +612,7 @@ int main(int argc, char **argv) {
     r.arch = "resnet8";
     r.method_list = "warm,shrink-perturb,lwf,ckca";
     r.memory = 200;
+    r.update.holdout = CKCA_OFF; /* methods are compared on their own */
     r.seed = 1;
     if (tool_parse(argc, argv, usage, flags))
         tool_fail(2, "unexpected argument \"%s\" (--help lists the flags)", argv[0]);

@@ -137,6 +137,7 @@ static double train(ckca_context *ctx, ckca_model *student, const ckca_model *te
     data = make_data(ctx, batch, size, info.classes);
     memset(&desc, 0, sizeof desc);
     desc.batch = batch;
+    desc.holdout = CKCA_OFF; /* every step on the same number of pictures */
     desc.epochs = 1;
     desc.lr = 0.01f;
     desc.method = CKCA_METHOD_WARM;

@@ -267,8 +267,9 @@ else
     refuses 1 "nowhere: cannot be opened" "$build/classify" --arch resnet8 --classes nowhere wide.safetensors new/disc/1.png
     refuses 1 "fc.weight is" "$build/classify" --arch resnet8 --classes wide.names wide.safetensors new/disc/1.png
 
-    update="$build/update a.safetensors new"
-    works $update c.safetensors --epochs 4000 --batch 1 --test new
+    update="$build/update --holdout 0 a.safetensors new"
+    works $update c.safetensors --epochs 4000 --batch 1
+    check "update --holdout 0 says that the result is untested" grep -qx 'untested: written to c.safetensors' out
     check "update reports its steps" grep -q 'update 2, 8000 steps' out
     check "update: no state left" [ ! -e c.safetensors.state ]
     check "update makes another checkpoint" [ "$(cmp a.safetensors c.safetensors >/dev/null; echo $?)" -eq 1 ]
@@ -306,6 +307,52 @@ else
     works $update f.safetensors --epochs 50 --batch 2 --teacher-pictures 8
     check "update: pictures without labels matter" [ "$(cmp e.safetensors f.safetensors >/dev/null; echo $?)" -eq 1 ]
     refuses 1 "missing" $update e.safetensors --unlabelled missing
+    # Only a better checkpoint is written.
+    labelled() { # labelled DIR PICTURE COUNT RANK: copies of new/PICTURE/1.png, labelled with its RANKth most probable class
+        local class i
+        class=$("$build/classify" a.safetensors new/$2/1.png | sed -n "$(($4 + 1))s/.*  //p")
+        mkdir -p "$1/$class"
+        for ((i = 0; i < $3; i++)); do cp new/$2/1.png "$1/$class/$2$i.png"; done
+    }
+    declines() { # declines VERDICT COMMAND...: exit status 3, quiet on stderr, no.safetensors not written
+        local verdict=$1
+        shift
+        "$@" >out 2>err
+        local rc=$?
+        check "exit status of '$*' is $rc" [ $rc -eq 3 ]
+        check "'$*' is quiet on stderr" [ ! -s err ]
+        check "'$*' says $verdict" grep -qE "^$verdict.* on [0-9]+ held-out pictures, p = .*; no.safetensors not written" out
+        check "'$*' leaves no file" [ "$(ls | grep -c '^no\.safetensors')" -eq 0 ]
+    }
+    labelled known disc 20 1
+    labelled many disc 40 4
+    labelled many square 9 2
+    many="$build/update a.safetensors many"
+    works $many better.safetensors --confusion
+    check "update: better" grep -qE '^better: 0\.0% -> [0-9.]+% on 10 held-out pictures, p = 0\.[0-9]+; written to better\.safetensors$' out
+    check "update counts the new pictures by class" grep -qE '^ +40 +0\.0%  [a-z]+$' out
+    check "update counts the classes" grep -qE '^ +49 +0\.0%  in all, of 2 of the 10 classes it knows$' out
+    check "update warns of few pictures" grep -qE '^warning: fewer than ten pictures of [a-z]+: ' out
+    check "update: the worst classes" grep -qE '^ +0\.0% -> +[0-9.]+%  [a-z]+$' out
+    check "update --confusion" grep -qE '^  [a-z]+ +[0-9]+ right' out
+    check "update is killed with a hold-out" kill_when '[ -e no.safetensors.state ]' $many no.safetensors --state-seconds 0.001
+    works $many no.safetensors
+    check "update with a hold-out: bitwise the same after a kill" cmp better.safetensors no.safetensors
+    rm no.safetensors
+    declines undecided $many no.safetensors --epochs 1 --lr 1e-9
+    declines worse $many no.safetensors --test known
+    "$build/update" a.safetensors new no.safetensors >out 2>err
+    check "update: too few pictures have a status of their own" [ $? -eq 3 ]
+    check "and a message" grep -q '^update: 2 new pictures are too few to hold out a fifth, 10 or more: ' err
+    works "$build/update" a.safetensors many --dry-run
+    check "update --dry-run measures" grep -qE '^ +49 +0\.0%  in all' out
+    works $many no.safetensors --dry-run --test known --confusion
+    check "update --dry-run --test measures too" grep -qx 'known: 100.0% of 20 pictures' out
+    check "update --dry-run writes nothing" [ "$(ls | grep -c '^no\.safetensors')" -eq 0 ]
+    refuses 2 "only one of --holdout and --test" $many no.safetensors --holdout 0.3 --test known
+    refuses 1 "patience is 2, but 0 pictures are held out" $many no.safetensors --holdout 0 --patience 2
+    "$build/update" --help >out 2>err
+    check "update --help states the exit statuses" grep -q '^exit status: 0 written' out
     mkdir -p set && cp -r new set/train && cp -r new set/test
     works "$inc" --data set --size 8 --width 4 --chunks 1 --epochs 2 --methods warm,ckca --out fromfolder
     check "incremental on a folder" [ "$(rows fromfolder)" -eq 2 ]
@@ -313,7 +360,8 @@ else
 fi
 
 works "$build/hello"
-check "hello improves its network" awk '/^right/ { found = $2 + 0 < $(NF - 3) + 0 } END { exit !found }' out
+check "hello improves its network" awk '/ right, / { found = $1 + 0 < $3 + 0 } END { exit !found }' out
+check "hello keeps the better network" [ -e net.safetensors -a ! -e new.safetensors ]
 check "hello classifies a picture" grep -qE '^picture 0: [0-9.]+% across, [0-9.]+% down$' out
 
 works "$build/custom_net" 1

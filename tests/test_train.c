@@ -59,6 +59,7 @@ static ckca_update_desc quick(ckca_method method) {
     d.method = method;
     d.epochs = 3;
     d.batch = 16; /* 90 pictures: the last batch of an epoch has 10 */
+    d.holdout = CKCA_OFF;
     d.seed = 5;
     return d;
 }
@@ -864,6 +865,7 @@ static void test_copy(ckca_context *ctx, ckca_model *start, const ckca_data *dat
               before.loss == same.loss && before.top1 == same.top1, "a copy scores %g, its model %g", same.loss, before.loss);
     memset(&desc, 0, sizeof desc);
     desc.epochs = 1;
+    desc.holdout = CKCA_OFF;
     CHECK(ckca_update(copy, data, &desc, NULL) == CKCA_OK, "%s", ckca_error(ctx));
     CHECK(ckca_evaluate(start, data, &after, NULL) == CKCA_OK && before.loss == after.loss,
           "training a copy moved its model from %g to %g", before.loss, after.loss);
@@ -1134,7 +1136,7 @@ static void test_settings_complete(void) {
     static char header[2 << 20];
     FILE *f = fopen("ckca.h", "rb");
     size_t size = f ? fread(header, 1, sizeof header - 1, f) : 0;
-    int fields = declared(header, "ckca_update_desc", "", " teacher unlabelled memory augment seed state progress user ");
+    int fields = declared(header, "ckca_update_desc", "", " teacher unlabelled memory augment seed holdout_data state progress user ");
     if (f) fclose(f);
     fields += declared(header, "ckca_augment", "augment.", " ");
     CHECK(size && fields == CKCA__SETTINGS, "%d fields are declared, %d are in the list", fields, (int)CKCA__SETTINGS);
@@ -1170,7 +1172,7 @@ static void test_settings(ckca_context *ctx, ckca_model *start, const ckca_data 
     memset(&d, 0, sizeof d);
     d.adakd = CKCA_ADAKD_CLASS;
     d.augment.resized_crop = 1;
-    d.momentum = CKCA_OFF;
+    d.momentum = d.holdout = CKCA_OFF;
     d.batch = 1000;
     CHECK(ckca_update_defaults(start, data, &d) == CKCA_OK && d.w_kd == 2 && d.augment.crop_min == 0.25f &&
               d.momentum == CKCA_OFF && d.batch == COUNT,
