@@ -423,6 +423,9 @@ CKCA_API int ckca_label(const ckca_data *data, int i);
 CKCA_API const unsigned char *ckca_pixels(const ckca_data *data, int i);
 /* Writes picture i, height x width x channels bytes, to out, however it is kept. */
 CKCA_API ckca_status ckca_copy_pixels(const ckca_data *data, int i, unsigned char *out);
+/* A hash of all labels and pictures in order (of those on disk: path, size and time of their files): what a training
+   state compares, too. 0 if data is NULL. */
+CKCA_API uint64_t ckca_data_fingerprint(const ckca_data *data);
 CKCA_API void ckca_data_free(ckca_data *data);
 
 /* ===================================================================================================================
@@ -2412,8 +2415,9 @@ static int ckca__scratch_inside(const ckca__scratch *s, const void *memory) {
     return s->block && at >= begin && at - begin < s->bytes;
 }
 static void ckca__scratch_free(void *memory, ckca__scratch *s) {
-    ckca__scratch_head *head = (ckca__scratch_head *)memory - 1;
+    ckca__scratch_head *head;
     if (!memory) return;
+    head = (ckca__scratch_head *)memory - 1;
     if (head->at + head->bytes == s->used) s->used = head->at; /* the last one; others wait for the next picture */
     if (!ckca__scratch_inside(s, head)) free(head);
 }
@@ -3154,10 +3158,12 @@ static unsigned char *ckca__stb_load(const unsigned char *bytes, size_t size, in
 }
 #ifdef CKCA_TURBOJPEG
 /* Decodes a JPEG of *h x *w with TurboJPEG into *h x *w x *c bytes that ckca__release frees, reduced by *scale: 2, 4 or
-   8 where the part (ys, xs) keeps at least the size that it is resized to, else 1. NULL: leave it to stb_image: CMYK, no
-   memory, or anything that TurboJPEG as much as warns of. (TurboJPEG itself allocates for every picture.) */
+   8 where the part (ys, xs) keeps at least the size that it is resized to, else 1. NULL: no memory (*memory is 1), or
+   leave it to stb_image: CMYK, or anything that TurboJPEG as much as warns of. (TurboJPEG itself allocates for every
+   picture.) */
 static unsigned char *ckca__turbo_load(ckca_context *ctx, const unsigned char *bytes, size_t size,
-                                       const ckca__span *ys, const ckca__span *xs, int *h, int *w, int *c, int *scale) {
+                                       const ckca__span *ys, const ckca__span *xs, int *h, int *w, int *c, int *scale,
+                                       int *memory) {
     tjhandle turbo = ckca__scratch_now && ckca__scratch_now->turbo ? ckca__scratch_now->turbo : tjInitDecompress();
     unsigned char *pixels = NULL;
     int subsampling, space, height, width;
@@ -3173,6 +3179,7 @@ static unsigned char *ckca__turbo_load(ckca_context *ctx, const unsigned char *b
         ckca__lock(ctx);
         pixels = (unsigned char *)ckca__alloc(ctx, (size_t)*h * (size_t)*w * (size_t)*c);
         ckca__unlock(ctx);
+        *memory = !pixels;
         if (pixels && tjDecompress2(turbo, bytes, (unsigned long)size, pixels, *w, 0, *h, *c == 1 ? TJPF_GRAY : TJPF_RGB,
                                     TJFLAG_ACCURATEDCT)) {
             ckca__lock(ctx);
@@ -3227,7 +3234,7 @@ static ckca_status ckca__decode_to(ckca_context *ctx, const char *path, const un
     if (bytes[0] == 0xff) {
         h = (int)picture.height;
         w = (int)picture.width;
-        pixels = ckca__turbo_load(ctx, whole ? whole : bytes, size, &ys, &xs, &h, &w, &c, &reduced);
+        pixels = ckca__turbo_load(ctx, whole ? whole : bytes, size, &ys, &xs, &h, &w, &c, &reduced, &memory);
         if (pixels && reduced > 1) {
             ys = ckca__span_reduced(ys, reduced, turned ? w : h);
             xs = ckca__span_reduced(xs, reduced, turned ? h : w);
@@ -3235,7 +3242,7 @@ static ckca_status ckca__decode_to(ckca_context *ctx, const char *path, const un
         if (!pixels) reduced = 0;
     }
 #endif
-    if (!reduced) pixels = ckca__stb_load(whole ? whole : bytes, size, &h, &w, &c, &memory);
+    if (!pixels && !memory) pixels = ckca__stb_load(whole ? whole : bytes, size, &h, &w, &c, &memory);
     ckca__lock(ctx);
     ckca__release(ctx, whole);
     ckca__unlock(ctx);
@@ -6730,6 +6737,16 @@ static uint64_t ckca__hash_picture(uint64_t hash, const ckca__store *store, int 
     hash = ckca__hash(hash, about, sizeof about);
     if (source->bytes) return ckca__hash(hash, source->bytes, source->size);
     return ckca__hash(hash, source->path, strlen(source->path));
+}
+
+CKCA_API uint64_t ckca_data_fingerprint(const ckca_data *data) {
+    uint64_t hash = 1;
+    int i;
+    for (i = 0; data && i < data->count; i++) {
+        hash = ckca__hash_picture(hash, data->store, data->index[i]);
+        hash = ckca__hash(hash, &data->store->labels[data->index[i]], sizeof(int));
+    }
+    return data ? hash : 0;
 }
 
 /* Hashes everything that the result depends on; only an update with the same fingerprint may resume a training state. */

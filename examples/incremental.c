@@ -396,21 +396,6 @@ static void choose_methods(run *r) {
     }
 }
 
-/* FNV-1a hash of all pictures and labels, continued from hash. */
-static uint64_t data_hash(uint64_t hash, const ckca_data *data) {
-    ckca_data_info info;
-    size_t bytes, k;
-    int i;
-    ckca_data_info_get(data, &info);
-    bytes = (size_t)info.height * (size_t)info.width * (size_t)info.channels;
-    for (i = 0; i < info.count; i++) {
-        const unsigned char *pixels = ckca_pixels(data, i);
-        for (k = 0; k < bytes; k++) hash = (hash ^ pixels[k]) * UINT64_C(0x100000001b3);
-        hash = (hash ^ (uint64_t)ckca_label(data, i)) * UINT64_C(0x100000001b3);
-    }
-    return hash;
-}
-
 int main(int argc, char **argv) {
     static run r; /* zeroed */
     static ckca_desc desc;
@@ -540,7 +525,7 @@ int main(int argc, char **argv) {
              folder ? m - t : 12, folder ? folder + t : "drawn shapes", r.chunks, info.count, r.update.epochs);
     if (r.out) {
         snprintf(r.pictures, sizeof r.pictures, "%016llx",
-                 (unsigned long long)data_hash(data_hash(UINT64_C(0xcbf29ce484222325), train), test));
+                 (unsigned long long)(31 * ckca_data_fingerprint(train) + ckca_data_fingerprint(test)));
         read_csv(&r);
         write_results(&r);
     }
