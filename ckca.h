@@ -69,6 +69,8 @@
        CKCA_API             prefix of public declarations, instead of extern (dllexport, say)
        CKCA_NO_STB_IMAGE    no JPEG and PNG: ckca_open_folder, ckca_read_picture and _memory fail with a message. (To
                             use your own stb_image.h, put it beside this header or include it first)
+       CKCA_TURBOJPEG       libjpeg-turbo decodes JPEG (Debian: libturbojpeg0-dev; link -lturbojpeg), 1.4 to 2 times
+                            as fast; bits differ slightly. stb_image still decodes PNG, CMYK, and JPEGs that it warns of
        CKCA_NO_STDIO        no file access: pictures come from arrays or ckca_read_picture_memory, checkpoints use
                             ckca_load_memory and ckca_save_memory; an update cannot be resumed
        CKCA_NO_SIMD         plain loops only
@@ -99,10 +101,10 @@
                      >>vector       vector kernels, compiled once per instruction set
                      >>ops          the ops: how work is divided, which kernel runs
        the end       >>licence      licence, history
-   The path of a picture: ckca_open_folder decodes it into a store (DATA). ckca_update takes it, batch by batch, through
-   ckca__train and ckca__step_ops (TRAINING) to ckca__run_forward, ckca__run_backward and ckca__run_sgd (EXECUTION),
-   which call the ops of BACKEND. REFERENCE KERNELS shows what an op computes; VECTOR KERNELS and HOST OPS show how it
-   is made fast.
+   The path of a picture: ckca_open_folder decodes it into a store (DATA), or notes its path, and STREAM reads it
+   ahead. ckca_update takes it, batch by batch, through ckca__train and ckca__step_ops (TRAINING) to ckca__run_forward,
+   ckca__run_backward and ckca__run_sgd (EXECUTION), which call the ops of BACKEND. REFERENCE KERNELS shows what an op
+   computes; VECTOR KERNELS and HOST OPS show how it is made fast.
 
    THE METHOD
        CKCA (Knowledge Consolidation and Acquisition): "Step Out and Seek Around: On Warm-Start Training with
@@ -172,6 +174,27 @@
        The state of another update (other pictures, weights or settings) is refused with CKCA_EINVAL, never overwritten.
        During an update net.state.lock is locked (flock), and a second update with that state fails with CKCA_EIO. The
        lock ends with its process. Systems and file systems without flock have no such check.
+
+   STREAMING
+       Pictures of a folder or list are held decoded at the input size if that takes at most ckca_data_desc.budget_mb
+       (4 GiB), else they stay on disk; ckca_data_desc.storage chooses one form, also the bytes of the files in memory.
+       Pictures on disk, or as bytes, are decoded for every batch, ahead of the trainer, by as many decoder threads as
+       the context has threads (one thread: by the caller, batch by batch). The order of pictures, augmentation and
+       results are bitwise the same in every form and for any number of threads, also after a resume.
+       Memory, whatever the set's size: per picture 72 bytes and its path (opening a folder needs some 200
+       bytes more per picture for a while); a ring of 4 batches, 4 x batch x height x width x channels bytes (one thread:
+       1 batch); and per decoder thread what its largest picture needs: the file, its decoded pixels up to three times,
+       and height x width x channels bytes. Nothing is allocated per batch: decoder threads have memory of their own,
+       also for stb_image, which grows (with malloc) only for a picture that needs more than all before it. TurboJPEG,
+       and an stb_image that your program included first, allocate for every picture.
+       A model without mean and std measures them on all pictures first: one more pass. Give them to save it. So does an
+       update with a teacher, to measure that.
+       A file is identified by its path, size and time of last change (in seconds): if size or time differ from what they
+       were when the set was opened, reading it fails. Training states know pictures on disk by those three, others by
+       their bytes. A file that cannot be read or decoded in the middle of an epoch fails the call with its path. With
+       skip_unreadable it is counted instead (ckca_data_info.unreadable): in training, the readable picture before it in
+       its batch (or the batch's first) takes its place, in evaluation it does not count. A batch without any readable
+       picture fails.
 
    FILE FORMATS
        Checkpoints are safetensors with torchvision's parameter names; safetensors.torch.load_file and load_state_dict
@@ -280,8 +303,8 @@ typedef struct ckca_desc {
     int no_winograd; /* 1: direct convolution only: slower, rms error 3e-7 of the output's rms instead of 1e-6 */
     ckca_precision precision; /* of the GPU's convolutions and linear layers */
     /* Set both or neither (NULL: malloc, with huge pages requested, and free). Called by one thread at a time, but not
-       always by yours: decoding calls them from the context's threads. alloc returns NULL on failure. stb_image always
-       uses calloc. */
+       always by yours: decoding calls them from the context's threads. alloc returns NULL on failure. stb_image,
+       TurboJPEG and the memory of decoder threads (see STREAMING) use malloc and calloc. */
     void *(*alloc)(size_t bytes, void *user);
     void (*release)(void *memory, size_t bytes, void *user);
     void *user; /* passed to alloc and release */
@@ -348,7 +371,7 @@ typedef struct ckca_data_info {
     /* Of the folder that the pictures came from, when it was opened; 0 and NULL for other sources: */
     int left_out;                 /* files of other types, all files and broken links beside the class folders, and
                                      links to dir or to a folder above it, which are not followed */
-    int unreadable;               /* pictures that skip_unreadable skipped */
+    int unreadable;               /* pictures that skip_unreadable skipped, when opened or later (see STREAMING) */
     const char *first_unreadable; /* path and fault of the first one, owned by the data; NULL: none */
 } ckca_data_info;
 

@@ -289,12 +289,13 @@ static int show_progress(const ckca_progress *p, void *user) {
     run *r = (run *)user;
     double part = ((double)p->epoch * p->batches + p->batch) / ((double)p->epochs * p->batches);
     double done = r->cost_done + part * r->cost, left = (1 - part) * r->cost + r->cost_left;
-    char line[256], now[32], all[32];
+    char line[304], now[32], all[32], wait[48];
     if (p->seconds - r->shown < 0.1 && p->seconds > r->shown && part < 1) return tool_signal;
     r->shown = p->seconds;
-    snprintf(line, sizeof line, "%s  epoch %d/%d  loss %.3f  accuracy %.1f%%  %s left, %s in total", r->label,
+    snprintf(line, sizeof line, "%s  epoch %d/%d  loss %.3f  accuracy %.1f%%  %s left, %s in total%s", r->label,
              p->epoch + 1, p->epochs, p->loss, 100 * p->accuracy, tool_duration(p->seconds_left, now, sizeof now),
-             tool_duration((r->seconds + p->seconds) * left / done, all, sizeof all));
+             tool_duration((r->seconds + p->seconds) * left / done, all, sizeof all),
+             tool_waiting(p->waiting, wait, sizeof wait));
     tool_status(line);
     return tool_signal;
 }

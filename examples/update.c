@@ -48,6 +48,7 @@ int main(int argc, char **argv) {
     ckca_data_info data_info;
     ckca_report report;
     ckca_score before, after;
+    char wait[48];
 
     tool_name = "update";
     words = tool_parse(argc, argv,
@@ -81,9 +82,9 @@ int main(int argc, char **argv) {
     tool_update(ctx, model, pictures, &update, &report, "the same command");
     tool_check(ctx, ckca_save(model, argv[2]));
     tool_status(NULL);
-    printf("%s: update %d, %d steps in %.1f s; accuracy on the new pictures %.1f%% before, %.1f%% in training\n",
-           argv[2], report.updates, report.steps, report.seconds, 100 * report.teacher_accuracy,
-           100 * report.accuracy);
+    printf("%s: update %d, %d steps in %.1f s%s; accuracy on the new pictures %.1f%% before, %.1f%% in training\n",
+           argv[2], report.updates, report.steps, report.seconds, tool_waiting(report.waiting, wait, sizeof wait),
+           100 * report.teacher_accuracy, 100 * report.accuracy);
     if (test) {
         tool_check(ctx, ckca_evaluate(model, test, &after, NULL));
         printf("%s: accuracy %.2f%% before, %.2f%% after (%d pictures)\n", test_folder, 100 * before.top1,
