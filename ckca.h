@@ -366,8 +366,8 @@ typedef enum ckca_part { CKCA_PART_TRAIN = 0, CKCA_PART_TEST = 1 } ckca_part;
 typedef struct ckca_data_info {
     int count, height, width, channels, classes;
     const char *const *class_names; /* classes, owned by the data */
-    ckca_storage storage;           /* how its pictures are kept; if in several ways (ckca_join), STREAM before COMPRESSED
-                                       before DECODED */
+    ckca_storage storage;           /* how its pictures are kept; after ckca_join of several forms, the last of them in
+                                       the order of ckca_storage */
     /* Of the folder that the pictures came from, when it was opened; 0 and NULL for other sources: */
     int left_out;                 /* files of other types, all files and broken links beside the class folders, and
                                      links to dir or to a folder above it, which are not followed */
@@ -433,7 +433,8 @@ typedef struct ckca_split_desc {
 } ckca_split_desc;
 CKCA_API ckca_status ckca_split(const ckca_data *data, int n, const ckca_split_desc *desc, ckca_data **parts);
 /* Joins n sets of one context, which must agree in height, width, channels and classes. Views of one store share it;
-   others are copied (of pictures on disk, only their paths). n below 1: CKCA_EINVAL without a sentence, since there is no context to hold it. */
+   others are copied (of pictures on disk, only their paths). n below 1: CKCA_EINVAL without a sentence, since there is
+   no context to hold it. */
 CKCA_API ckca_status ckca_join(ckca_data **joined, ckca_data *const *parts, int n);
 /* A view of the pictures at index[0..n), each 0 to count - 1; repeats are allowed. */
 CKCA_API ckca_status ckca_subset(ckca_data **subset, const ckca_data *data, const int *index, int n);
@@ -1060,8 +1061,8 @@ CKCA__OP void ckca__op_shrink_perturb(ckca_context *ctx, size_t count, float *w,
 
 /* Converts pictures index[0..n) of a store of h x w x c bytes each to floats (n x h x w x c): augments them as a pure
    function of (seed, *epoch, index), then computes (v / 255 - mean) / std per channel. gathered: pixels holds only
-   these n pictures, in this order; index may then be ~index (see ckca__augment_framing). Outside a picture augmentation reads black (0). augment may be NULL, and epoch with
-   it. augment, mean and std (c values) are host memory. */
+   these n pictures, in this order; index may then be ~index (see ckca__augment_framing). Outside a picture augmentation
+   reads black (0). augment may be NULL, and epoch with it. augment, mean and std (c values) are host memory. */
 CKCA__OP void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, const unsigned char *pixels, int gathered,
                              const int *index, const ckca_augment *augment, uint64_t seed, const int *epoch,
                              const float *mean, const float *std, float *out);
@@ -1493,11 +1494,11 @@ static int ckca__file_exists(const char *path) {
 
 /* Where a picture of a folder or list is. */
 typedef struct ckca__source {
-    const char *path;           /* of its file; NULL: no file, the picture is decoded */
-    const unsigned char *bytes; /* its file in memory; NULL: on disk */
-    const unsigned char *raw;   /* decoded, in a store without pixels of its own; or NULL */
-    size_t size;                /* of the file, in bytes */
-    int64_t time;               /* of the file's last change, in seconds */
+    const char *path;                           /* of its file; NULL: no file, the picture is decoded */
+    const unsigned char *bytes;                 /* its file in memory; NULL: on disk */
+    const unsigned char *raw;                   /* decoded, in a store without pixels of its own; or NULL */
+    size_t size;                                /* of the file, in bytes */
+    int64_t time;                               /* of the file's last change, in seconds */
     int short_side, as_stored, skip_unreadable; /* of ckca_data_desc */
     int resized;                                /* 1: its decoded form is not the whole picture, pixel by pixel */
     int unreadable;                             /* 1: counted in the store's unreadable */
@@ -1850,7 +1851,7 @@ static void ckca__aim(ckca__target *t, int h, int w, ckca__span *y, ckca__span *
     }
 }
 
-/* Resizes the part (ys, xs) of a picture of h x w x c (c: 1 to 4) into ys->out x xs->out x channels (1 or 3): the same as
+/* Resizes the part (ys, xs) of a picture of h x w x c (c: 1 to 4) into ys->out x xs->out x channels (1 or 3), as
    Pillow's resize with Image.BILINEAR and box. row_stride and pixel_stride are in bytes and may be negative. 0: no
    memory. */
 static int ckca__resize_strided(ckca_context *ctx, const unsigned char *in, ptrdiff_t row_stride,
@@ -2462,8 +2463,8 @@ static void ckca__scratch_reset(ckca__scratch *s) {
 #ifndef CKCA_NO_STB_IMAGE
 /* stb_image (Debian: libstb-dev), static, JPEG and PNG only, from beside this header or from the include path. If the
    program has included its own before this header, that one is used (and allocates for every picture). Its memory comes
-   zeroed, from calloc or from a decoder thread's ckca__scratch; an STBI_MALLOC of yours must zero it too: with a corrupt JPEG, stb_image before 2.29 can read tables that the file never
-   defined. */
+   zeroed, from calloc or from a decoder thread's ckca__scratch; an STBI_MALLOC of yours must zero it too: with a
+   corrupt JPEG, stb_image before 2.29 can read tables that the file never defined. */
 #if defined(__cplusplus) && __cplusplus >= 201103L
 #define CKCA__THREAD thread_local
 #elif defined(__GNUC__)
@@ -3184,18 +3185,17 @@ static unsigned char *ckca__stb_load(const unsigned char *bytes, size_t size, in
    8 where the part (ys, xs) keeps at least the size that it is resized to, else 1. NULL: no memory (*memory is 1), or
    leave it to stb_image: CMYK, or anything that TurboJPEG as much as warns of. (TurboJPEG itself allocates for every
    picture.) */
-static unsigned char *ckca__turbo_load(ckca_context *ctx, const unsigned char *bytes, size_t size,
-                                       const ckca__span *ys, const ckca__span *xs, int *h, int *w, int *c, int *scale,
-                                       int *memory) {
+static unsigned char *ckca__turbo_load(ckca_context *ctx, const unsigned char *bytes, size_t size, const ckca__span *ys,
+                                       const ckca__span *xs, int *h, int *w, int *c, int *scale, int *memory) {
     tjhandle turbo = ckca__scratch_now && ckca__scratch_now->turbo ? ckca__scratch_now->turbo : tjInitDecompress();
     unsigned char *pixels = NULL;
     int subsampling, space, height, width;
     if (!turbo) return NULL;
     if (tjDecompressHeader3(turbo, bytes, (unsigned long)size, &width, &height, &subsampling, &space) == 0 &&
-        height == *h && width == *w &&
-        (space == TJCS_GRAY || space == TJCS_YCbCr || space == TJCS_RGB)) {
+        height == *h && width == *w && (space == TJCS_GRAY || space == TJCS_YCbCr || space == TJCS_RGB)) {
         *c = space == TJCS_GRAY ? 1 : 3;
-        for (*scale = 8; *scale > 1 && (ys->length < (double)*scale * ys->full || xs->length < (double)*scale * xs->full);)
+        for (*scale = 8;
+             *scale > 1 && (ys->length < (double)*scale * ys->full || xs->length < (double)*scale * xs->full);)
             *scale /= 2;
         *h = (*h + *scale - 1) / *scale;
         *w = (*w + *scale - 1) / *scale;
@@ -3203,8 +3203,8 @@ static unsigned char *ckca__turbo_load(ckca_context *ctx, const unsigned char *b
         pixels = (unsigned char *)ckca__alloc(ctx, (size_t)*h * (size_t)*w * (size_t)*c);
         ckca__unlock(ctx);
         *memory = !pixels;
-        if (pixels && tjDecompress2(turbo, bytes, (unsigned long)size, pixels, *w, 0, *h, *c == 1 ? TJPF_GRAY : TJPF_RGB,
-                                    TJFLAG_ACCURATEDCT)) {
+        if (pixels && tjDecompress2(turbo, bytes, (unsigned long)size, pixels, *w, 0, *h,
+                                    *c == 1 ? TJPF_GRAY : TJPF_RGB, TJFLAG_ACCURATEDCT)) {
             ckca__lock(ctx);
             ckca__release(ctx, pixels);
             ckca__unlock(ctx);
@@ -3526,11 +3526,11 @@ static ckca_status ckca__read_source(ckca_context *ctx, const ckca__source *sour
     else if (!S_ISREG(about.st_mode))
         status = ckca__fail(ctx, CKCA_EIO, "%s: not a regular file", path);
     else if ((uint64_t)about.st_size != source->size || (int64_t)about.st_mtime != source->time)
-        status = ckca__fail(ctx, CKCA_EIO,
-                            "%s: has changed since its set was opened: then %.0f bytes, time %.0f; now %.0f bytes, time "
-                            "%.0f",
-                            path, (double)source->size, (double)source->time, (double)about.st_size,
-                            (double)about.st_mtime);
+        status =
+            ckca__fail(ctx, CKCA_EIO,
+                       "%s: has changed since its set was opened: then %.0f bytes, time %.0f; now %.0f bytes, time "
+                       "%.0f",
+                       path, (double)source->size, (double)source->time, (double)about.st_size, (double)about.st_mtime);
     if (!status) {
         ckca__lock(ctx);
         *bytes = (unsigned char *)ckca__alloc(ctx, source->size + 1);
@@ -3560,8 +3560,7 @@ static ckca_status ckca__source_stat(ckca_context *ctx, ckca__source *source) {
     struct stat about;
     if (stat(source->path, &about) != 0)
         return ckca__fail(ctx, CKCA_EIO, "%s: cannot be opened: %s", ckca__tail(source->path), strerror(errno));
-    if (!S_ISREG(about.st_mode))
-        return ckca__fail(ctx, CKCA_EIO, "%s: not a regular file", ckca__tail(source->path));
+    if (!S_ISREG(about.st_mode)) return ckca__fail(ctx, CKCA_EIO, "%s: not a regular file", ckca__tail(source->path));
     if ((uint64_t)about.st_size > CKCA__MAX_PICTURE_FILE)
         return ckca__fail(ctx, CKCA_EFORMAT, "%s: has %.0f bytes, the limit is %.0f", ckca__tail(source->path),
                           (double)about.st_size, (double)CKCA__MAX_PICTURE_FILE);
@@ -3614,7 +3613,8 @@ static void ckca__decode_one(void *job, int i, int thread) {
         target.short_side = source->short_side;
         target.as_stored = source->as_stored;
         ckca__source_stat(&own, source); /* a failure is reported below */
-        status = ckca__read_picture(&own, source->path, &target, store->pixels + (size_t)i * ckca__picture_bytes(store));
+        status =
+            ckca__read_picture(&own, source->path, &target, store->pixels + (size_t)i * ckca__picture_bytes(store));
         source->resized = target.resized;
     } else if (a->held) {
         status = ckca__hold_source(&own, source, store->held + a->held[i]);
@@ -3705,8 +3705,8 @@ static ckca_status ckca__decode_all(ckca_context *ctx, const ckca__files *files,
                                 "%d files take %.1f MiB in memory, budget_mb of ckca_data_desc allows %.0f",
                                 store->count, (double)bytes / 1048576.0, budget / 1048576.0);
         else if (!held || !(store->held = (unsigned char *)ckca__alloc(ctx, bytes)))
-            status = ckca__fail(ctx, CKCA_ENOMEM, "no memory for the %.0f bytes of %d files", (double)bytes,
-                                store->count);
+            status =
+                ckca__fail(ctx, CKCA_ENOMEM, "no memory for the %.0f bytes of %d files", (double)bytes, store->count);
         if (!status) status = ckca__decode_pass(ctx, store, storage, desc->skip_unreadable, held);
         ckca__release(ctx, held);
     }
@@ -3721,15 +3721,16 @@ static ckca_status ckca__choose_storage(ckca_context *ctx, const char *path, siz
     const double budget = (desc->budget_mb ? desc->budget_mb : CKCA__BUDGET_MB) * 1048576.0;
     *storage = desc->storage ? desc->storage : bytes <= budget ? CKCA_STORAGE_DECODED : CKCA_STORAGE_STREAM;
     if (*storage != CKCA_STORAGE_DECODED || bytes <= budget) return CKCA_OK;
-    return ckca__fail(ctx, CKCA_EINVAL,
-                      "%s: its %.0f pictures take %.1f MiB decoded, budget_mb of ckca_data_desc allows %.0f: raise it, or "
-                      "set storage to CKCA_STORAGE_STREAM",
-                      ckca__tail(path), (double)count, bytes / 1048576.0, budget / 1048576.0);
+    return ckca__fail(
+        ctx, CKCA_EINVAL,
+        "%s: its %.0f pictures take %.1f MiB decoded, budget_mb of ckca_data_desc allows %.0f: raise it, or "
+        "set storage to CKCA_STORAGE_STREAM",
+        ckca__tail(path), (double)count, bytes / 1048576.0, budget / 1048576.0);
 }
 /* The size of the first picture that can be read, unless desc gives it; if none can, ckca__decode_all reports the
    first. */
-static ckca_status ckca__first_size(ckca_context *ctx, const ckca__files *files, const ckca_data_desc *desc, int *height,
-                                    int *width) {
+static ckca_status ckca__first_size(ckca_context *ctx, const ckca__files *files, const ckca_data_desc *desc,
+                                    int *height, int *width) {
     unsigned char *bytes;
     ckca__picture first;
     size_t size, i;
@@ -3832,11 +3833,10 @@ CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const
     if (!status) status = ckca__choose_storage(ctx, dir, files.count, height, width, &desc, &storage);
     decoded = storage == CKCA_STORAGE_DECODED;
     if (!status && desc.class_names)
-        status = ckca__store_new(ctx, &store, files.count, height, width, 3, desc.classes, desc.class_names, &desc,
-                                 decoded);
-    else if (!status)
         status =
-            ckca__store_new(ctx, &store, files.count, height, width, 3, (int)folders.count, names, &desc, decoded);
+            ckca__store_new(ctx, &store, files.count, height, width, 3, desc.classes, desc.class_names, &desc, decoded);
+    else if (!status)
+        status = ckca__store_new(ctx, &store, files.count, height, width, 3, (int)folders.count, names, &desc, decoded);
     for (i = 0; !status && i < folders.count; i++)
         for (j = i ? end[i - 1] : 0; j < end[i]; j++)
             store->labels[j] = desc.class_names ? ckca__find_name(desc.class_names, desc.classes, names[i]) : (int)i;
@@ -6890,8 +6890,8 @@ static ckca_status ckca__prepare_store(ckca_context *ctx, ckca__store *store, in
     return store->streams ? ckca__prepare_upload(ctx, store, n, b) : CKCA_OK;
 }
 
-/* Prepares batches of up to n pictures of data. Pictures that are not held decoded, or whose full size augment needs, are
-   read ahead as planned (see STREAM). */
+/* Prepares batches of up to n pictures of data. Pictures that are not held decoded, or whose full size augment needs,
+   are read ahead as planned (see STREAM). */
 static ckca_status ckca__prepare_data(ckca_context *ctx, const ckca_data *data, int n, const ckca_augment *augment,
                                       uint64_t seed, int (*plan)(void *user, int *position, int *epoch), void *user,
                                       ckca__batch_buffers *b) {
