@@ -2,8 +2,13 @@
    plain loops; lists, joins and splits without the files; files that vanish, change or are corrupt. */
 #include <stdlib.h>
 static long stb_calls; /* allocations by stb_image outside a decoder's own memory */
-static void *stb_alloc(size_t bytes) { return stb_calls++, calloc(1, bytes); }
-static void *stb_again(void *old, size_t bytes) { return stb_calls++, realloc(old, bytes); }
+static void count_call(void) {
+#ifdef __GNUC__
+    __atomic_fetch_add(&stb_calls, 1, __ATOMIC_RELAXED); /* by any thread */
+#endif
+}
+static void *stb_alloc(size_t bytes) { return count_call(), calloc(1, bytes); }
+static void *stb_again(void *old, size_t bytes) { return count_call(), realloc(old, bytes); }
 #define STBI_MALLOC(bytes) stb_alloc(bytes)
 #define STBI_REALLOC(old, bytes) stb_again(old, bytes)
 #define STBI_FREE(old) free(old)
