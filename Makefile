@@ -21,7 +21,8 @@
 #   make CUDA=1 bench-cuda  build/bench_cuda: every kernel alone, checked, and timed beside its floor
 #   make CUDA=1 sanitize    the op tests under the four tools of compute-sanitizer; TOOLS="memcheck initcheck" for some
 #
-# Variables: CC, CFLAGS, LDFLAGS; MPICC; THREADS= builds without threads, STB= without JPEG and PNG files;
+# Variables: CC, CFLAGS, LDFLAGS; MPICC; THREADS= builds without threads, STB= without JPEG and PNG files,
+# TURBOJPEG= without libjpeg-turbo where it is installed (stb_image then decodes JPEGs);
 # NVCC; CUDA_ARCH="80 90": the GPUs to compile for (newer ones use the PTX of the last; 90 is sm_90a, which has wgmma).
 
 # One job per processor unless -j says otherwise.
@@ -54,6 +55,9 @@ endif
 ifeq ($(origin STB),undefined)
 STB := $(or $(call probe,<stb/stb_image.h>),$(call probe,<stb_image.h>,-I.))
 endif
+ifeq ($(origin TURBOJPEG),undefined)
+TURBOJPEG := $(if $(STB),$(call probe,<turbojpeg.h>,-lturbojpeg))
+endif
 ifneq ($(CUDA),)
 NVCC ?= $(or $(shell command -v nvcc 2>/dev/null),$(wildcard /usr/local/cuda/bin/nvcc))
 ifeq ($(NVCC),)
@@ -68,15 +72,16 @@ endif
 endif
 ifeq ($(MAKELEVEL),0)
 $(info compiler: $(CC), $(shell $(CC) --version 2>/dev/null | head -n 1))
-$(info threads: $(or $(THREADS),none (one thread)); stb_image: $(if $(STB),found,none (no JPEG or PNG; Debian: libstb-dev))$(if $(MPI),; MPI: $(MPICC)))
+$(info threads: $(or $(THREADS),none (one thread)); stb_image: $(if $(STB),found,none (no JPEG or PNG; Debian: libstb-dev)); \
+    TurboJPEG: $(if $(TURBOJPEG),found,none (stb_image decodes JPEG; Debian: libturbojpeg0-dev))$(if $(MPI),; MPI: $(MPICC)))
 endif
 endif
 
-FEATURES = $(or $(THREADS),-DCKCA_NO_THREADS) $(if $(STB),,-DCKCA_NO_STB_IMAGE)
+FEATURES = $(or $(THREADS),-DCKCA_NO_THREADS) $(if $(STB),,-DCKCA_NO_STB_IMAGE) $(if $(TURBOJPEG),-DCKCA_TURBOJPEG)
 ALL_CFLAGS = -std=c99 -D_DEFAULT_SOURCE $(if $(CUDA),-DCKCA_CUDA) $(WARNINGS) $(CFLAGS) $(FEATURES) -I.
 ASAN_CFLAGS = -std=c99 -D_DEFAULT_SOURCE -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined \
     -fno-omit-frame-pointer $(FEATURES) -I.
-LIBS = -lm
+LIBS = -lm $(if $(TURBOJPEG),-lturbojpeg)
 
 # The GPU path: one more object, and CKCA_CUDA for everything that includes ckca.h.
 CUDA_ARCH ?= 75 80 86 89 90
@@ -204,7 +209,7 @@ build/shim/ckca_cuda.o: ckca_cuda.cu ckca.h tests/cuda_shim.h build/flags
 
 build/shim/test_%: tests/test_%.c build/shim/ckca_cuda.o ckca.h $(wildcard tests/*.h) build/flags
 	$(CC) -std=c99 -D_DEFAULT_SOURCE $(SHIM_FLAGS) $(FEATURES) -O1 -c $< -o $@.o
-	$(CXX) $(THREADS) $@.o build/shim/ckca_cuda.o -o $@ -lm
+	$(CXX) $(THREADS) $@.o build/shim/ckca_cuda.o -o $@ $(LIBS)
 
 # The linker hands the library's calls of ops to tests/bench_cuda.cu, which names those it wants.
 WRAP := $(shell sed -n 's/^OP(\([a-z_]*\)).*/-Wl,--wrap=ckca__op_\1/p; \
@@ -222,16 +227,16 @@ build/shim/bench_cuda: tests/bench_cuda.cu ckca_cuda.cu ckca.h tests/cuda_shim.h
 	    -x c++ -c $< -o $@.o
 	echo '#include "ckca.h"' | $(CC) -std=c99 -D_DEFAULT_SOURCE $(SHIM_FLAGS) $(FEATURES) -O1 -DCKCA_IMPLEMENTATION \
 	    -x c -c - -o $@.library.o
-	$(CXX) $(THREADS) $(WRAP) $@.o $@.library.o -o $@ -lm
+	$(CXX) $(THREADS) $(WRAP) $@.o $@.library.o -o $@ $(LIBS)
 
 # The benchmark and the main example through the shim: for tests/test_gpu.sh, which tries tests/gpu.sh.
 build/shim/bench: tests/bench.c build/shim/ckca_cuda.o ckca.h build/flags
 	$(CC) -std=c99 -D_DEFAULT_SOURCE $(SHIM_FLAGS) $(FEATURES) -O1 -c $< -o $@.o
-	$(CXX) $(THREADS) $@.o build/shim/ckca_cuda.o -o $@ -lm
+	$(CXX) $(THREADS) $@.o build/shim/ckca_cuda.o -o $@ $(LIBS)
 
 build/shim/incremental: examples/incremental.c build/shim/ckca_cuda.o ckca.h $(wildcard examples/*.h) build/flags
 	$(CC) -std=c99 -D_DEFAULT_SOURCE $(SHIM_FLAGS) $(FEATURES) -O1 -c $< -o $@.o
-	$(CXX) $(THREADS) $@.o build/shim/ckca_cuda.o -o $@ -lm
+	$(CXX) $(THREADS) $@.o build/shim/ckca_cuda.o -o $@ $(LIBS)
 
 build/fuzz: tests/fuzz.c ckca.h build/flags
 	clang -std=c99 -D_DEFAULT_SOURCE -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined \

@@ -63,6 +63,8 @@
        CKCA_API             prefix of public declarations, instead of extern (dllexport, say)
        CKCA_NO_STB_IMAGE    no JPEG and PNG: ckca_open_folder, ckca_read_picture and _memory fail with a message. (To
                             use your own stb_image.h, put it beside this header or include it first)
+       CKCA_TURBOJPEG       libjpeg-turbo decodes JPEG (Debian: libturbojpeg0-dev; link -lturbojpeg), 1.4 to 2 times
+                            as fast; bits differ slightly. stb_image still decodes PNG, CMYK, and JPEGs that it warns of
        CKCA_NO_STDIO        no file access: pictures come from arrays or ckca_read_picture_memory, checkpoints use
                             ckca_load_memory and ckca_save_memory; an update cannot be resumed
        CKCA_NO_SIMD         plain loops only
@@ -81,6 +83,7 @@
                      >>backend      the interface to host or GPU: device memory and ops
                      >>core         context, errors, memory, small files
                      >>data         pictures: stores and views, resizing, readers, splitting
+                     >>stream       pictures read ahead of the trainer by decoder threads
                      >>model        layers, ResNets, the graph as text
                      >>train        one update from the top down: epochs, SGD steps, losses, batches, evaluation
                      >>execution    forward, backward, SGD; tensors
@@ -95,10 +98,10 @@
                      >>vector       vector kernels, compiled once per instruction set
                      >>ops          the ops: how work is divided, which kernel runs
        the end       >>licence      licence, history
-   The path of a picture: ckca_open_folder decodes it into a store (DATA). ckca_update takes it, batch by batch, through
-   ckca__train and ckca__step_ops (TRAINING) to ckca__run_forward, ckca__run_backward and ckca__run_sgd (EXECUTION),
-   which call the ops of BACKEND. REFERENCE KERNELS shows what an op computes; VECTOR KERNELS and HOST OPS show how it
-   is made fast.
+   The path of a picture: ckca_open_folder decodes it into a store (DATA), or notes its path, and STREAM reads it
+   ahead. ckca_update takes it, batch by batch, through ckca__train and ckca__step_ops (TRAINING) to ckca__run_forward,
+   ckca__run_backward and ckca__run_sgd (EXECUTION), which call the ops of BACKEND. REFERENCE KERNELS shows what an op
+   computes; VECTOR KERNELS and HOST OPS show how it is made fast.
 
    THE METHOD
        CKCA (Knowledge Consolidation and Acquisition): "Step Out and Seek Around: On Warm-Start Training with
@@ -250,6 +253,26 @@
        CENTROID's class means are summed over ranks. ckca_update_desc.seconds needs one process (CKCA_EINVAL).
        A new loss term that is a mean over the batch needs nothing. Whatever else depends on pictures of other ranks must
        be summed over them: the section RANKS says how.
+   STREAMING
+       Pictures of a folder or list are held decoded at the input size if that takes at most ckca_data_desc.budget_mb
+       (4 GiB), else they stay on disk; ckca_data_desc.storage chooses one form, also the bytes of the files in memory.
+       Pictures on disk, or as bytes, are decoded for every batch, ahead of the trainer, by as many decoder threads as
+       the context has threads (one thread: by the caller, batch by batch). The order of pictures, augmentation and
+       results are bitwise the same in every form and for any number of threads, also after a resume.
+       Memory, whatever the set's size: per picture 72 bytes and its path (opening a folder needs some 200
+       bytes more per picture for a while); a ring of 4 batches, 4 x batch x height x width x channels bytes (one thread:
+       1 batch); and per decoder thread what its largest picture needs: the file, its decoded pixels up to three times,
+       and height x width x channels bytes. Nothing is allocated per batch: decoder threads have memory of their own,
+       also for stb_image, which grows (with malloc) only for a picture that needs more than all before it. TurboJPEG,
+       and an stb_image that your program included first, allocate for every picture.
+       A model without mean and std measures them on all pictures first: one more pass. Give them to save it. So does an
+       update with a teacher, to measure that.
+       A file is identified by its path, size and time of last change (in seconds): if size or time differ from what they
+       were when the set was opened, reading it fails. Training states know pictures on disk by those three, others by
+       their bytes. A file that cannot be read or decoded in the middle of an epoch fails the call with its path. With
+       skip_unreadable it is counted instead (ckca_data_info.unreadable): in training, the readable picture before it in
+       its batch (or the batch's first) takes its place, in evaluation it does not count. A batch without any readable
+       picture fails.
 
    FILE FORMATS
        Checkpoints are safetensors with torchvision's parameter names; safetensors.torch.load_file and load_state_dict
@@ -401,8 +424,8 @@ typedef struct ckca_desc {
     int no_winograd; /* 1: direct convolution only: slower, rms error 3e-7 of the output's rms instead of 1e-6 */
     ckca_precision precision; /* of the GPU's convolutions and linear layers */
     /* Set both or neither (NULL: malloc, with huge pages requested, and free). Called by one thread at a time, but not
-       always by yours: decoding calls them from the context's threads. alloc returns NULL on failure. stb_image always
-       uses calloc. */
+       always by yours: decoding calls them from the context's threads. alloc returns NULL on failure. stb_image,
+       TurboJPEG and the memory of decoder threads (see STREAMING) use malloc and calloc. */
     void *(*alloc)(size_t bytes, void *user);
     void (*release)(void *memory, size_t bytes, void *user);
     void *user; /* passed to alloc and release */
@@ -435,11 +458,23 @@ CKCA_API const char *ckca_device(const ckca_context *ctx);
    Labelled pictures from folders, CIFAR and MNIST files, and memory; splits and joins.
    =================================================================================================================== */
 
+/* How the pictures of a folder or list are kept. Order, augmentation and results are bitwise the same in all forms. */
+typedef enum ckca_storage {
+    CKCA_STORAGE_AUTO = 0,   /* DECODED if that takes at most budget_mb, else STREAM */
+    CKCA_STORAGE_DECODED,    /* in memory, at height x width */
+    CKCA_STORAGE_COMPRESSED, /* in memory, as the bytes of their files */
+    CKCA_STORAGE_STREAM,     /* on disk: paths, labels, sizes and times are in memory */
+    CKCA_STORAGE_COUNT
+} ckca_storage;
+
 /* The format that pictures are converted to when a set is opened. */
 typedef struct ckca_data_desc {
     int height, width;              /* 1 to 16384; 0: as in the data (a folder: as its first picture). Other sizes are
                                        resized to cover height x width (triangle filter, antialiased, as Pillow's
                                        BILINEAR) and centre-cropped */
+    int short_side;                 /* 0: as above. Else every picture is resized to this short side, and height x width
+                                       are cropped from its centre (torchvision's Resize and CenterCrop: 256 and 224,
+                                       say). From height and width to 16384 */
     int channels;                   /* 1 or 3; 0: as in the data (a folder: 3). Grey is copied to 3 channels, colour is
                                        averaged to 1 with the weights of ITU-R BT.601 */
     int classes;                    /* length of class_names; 0: as many as the data has. Without class_names the data
@@ -448,8 +483,11 @@ typedef struct ckca_data_desc {
                                        CIFAR's classes are matched by name, those of IDX, which has no names, by number.
                                        NULL: as in the data */
     int as_stored;                  /* 1: ignore the EXIF orientation of picture files; 0: apply it */
-    int skip_unreadable;            /* folders: 1: unreadable pictures are skipped and counted (ckca_data_info); 0: the
-                                       first one is an error */
+    int skip_unreadable;            /* folders, lists: 1: unreadable pictures are skipped and counted (ckca_data_info);
+                                       0: the first one is an error. See STREAMING */
+    ckca_storage storage;           /* folders, lists: how the pictures are kept; others are DECODED. See STREAMING */
+    int budget_mb;                  /* folders, lists: most MiB that DECODED or COMPRESSED pictures may take, up to
+                                       2^24; 0: 4096. More is an error, with AUTO it means STREAM */
 } ckca_data_desc;
 
 typedef enum ckca_part { CKCA_PART_TRAIN = 0, CKCA_PART_TEST = 1 } ckca_part;
@@ -457,10 +495,12 @@ typedef enum ckca_part { CKCA_PART_TRAIN = 0, CKCA_PART_TEST = 1 } ckca_part;
 typedef struct ckca_data_info {
     int count, height, width, channels, classes;
     const char *const *class_names; /* classes, owned by the data */
+    ckca_storage storage;           /* how its pictures are kept; after ckca_join of several forms, the last of them in
+                                       the order of ckca_storage */
     /* Of the folder that the pictures came from, when it was opened; 0 and NULL for other sources: */
     int left_out;                 /* files of other types, all files and broken links beside the class folders, and
                                      links to dir or to a folder above it, which are not followed */
-    int unreadable;               /* pictures that skip_unreadable skipped */
+    int unreadable;               /* pictures that skip_unreadable skipped, when opened or later (see STREAMING) */
     const char *first_unreadable; /* path and fault of the first one, owned by the data; NULL: none */
 } ckca_data_info;
 
@@ -474,6 +514,11 @@ typedef struct ckca_data_info {
    pixels per side and 64 Mi pixels per picture, 256 MiB per file (see FILE FORMATS), and 4 Mi pixels for a first
    picture that gives the set its size. With CKCA_NO_STB_IMAGE the call only fails. */
 CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const char *dir, const ckca_data_desc *desc);
+/* The pictures that a text file lists: one line PATH<TAB>LABEL each, LABEL a number from 0. PATH is relative to the
+   folder of the list unless it begins with /. The number of classes is desc->classes, or the highest label + 1; a label
+   beyond it, an incomplete line and a zero byte are errors with the line's number. Lines may end in \r\n, empty lines
+   are ignored; 1 GiB at most. Pictures, their limits and CKCA_NO_STB_IMAGE: as with ckca_open_folder. */
+CKCA_API ckca_status ckca_open_list(ckca_context *ctx, ckca_data **data, const char *path, const ckca_data_desc *desc);
 /* The unpacked binary versions of CIFAR-10 and CIFAR-100: data_batch_{1..5}.bin and test_batch.bin, or train.bin and
    test.bin (fine labels), in dir or its subfolder cifar-10-batches-bin or cifar-100-binary. Class names come from
    batches.meta.txt or fine_label_names.txt if present. */
@@ -517,7 +562,8 @@ typedef struct ckca_split_desc {
 } ckca_split_desc;
 CKCA_API ckca_status ckca_split(const ckca_data *data, int n, const ckca_split_desc *desc, ckca_data **parts);
 /* Joins n sets of one context, which must agree in height, width, channels and classes. Views of one store share it;
-   others are copied. n below 1: CKCA_EINVAL without a sentence, since there is no context to hold it. */
+   others are copied (of pictures on disk, only their paths). n below 1: CKCA_EINVAL without a sentence, since there is
+   no context to hold it. */
 CKCA_API ckca_status ckca_join(ckca_data **joined, ckca_data *const *parts, int n);
 /* A view of the pictures at index[0..n), each 0 to count - 1; repeats are allowed. */
 CKCA_API ckca_status ckca_subset(ckca_data **subset, const ckca_data *data, const int *index, int n);
@@ -526,8 +572,13 @@ CKCA_API ckca_status ckca_subset(ckca_data **subset, const ckca_data *data, cons
 CKCA_API void ckca_data_info_get(const ckca_data *data, ckca_data_info *info);
 /* Label of picture i, 0 to classes - 1; -1: no picture i. */
 CKCA_API int ckca_label(const ckca_data *data, int i);
-/* Picture i, height x width x channels bytes owned by data; NULL: no picture i. */
+/* Picture i, height x width x channels bytes owned by data; NULL: no picture i, or it is not held decoded. */
 CKCA_API const unsigned char *ckca_pixels(const ckca_data *data, int i);
+/* Writes picture i, height x width x channels bytes, to out, however it is kept. */
+CKCA_API ckca_status ckca_copy_pixels(const ckca_data *data, int i, unsigned char *out);
+/* A hash of all labels and pictures in order (of those on disk: path, size and time of their files): what a training
+   state compares, too. 0 if data is NULL. */
+CKCA_API uint64_t ckca_data_fingerprint(const ckca_data *data);
 CKCA_API void ckca_data_free(ckca_data *data);
 
 /* ===================================================================================================================
@@ -595,8 +646,9 @@ CKCA_API ckca_status ckca_learning_rate(ckca_model *model, const char *prefix, f
 typedef struct ckca_augment {
     int pad;          /* pixels, up to 4096: zero-pad each side by this many, then crop at random */
     int flip;         /* 1: mirror left to right with probability 1/2 */
-    int resized_crop; /* 1: instead of pad, crop a random part of aspect 3/4 to 4/3 and resize it bilinearly (as
-                         torchvision's RandomResizedCrop) */
+    int resized_crop; /* 1: instead of pad, crop a random part of aspect 3/4 to 4/3 of the full-size picture and resize
+                         it (as torchvision's RandomResizedCrop). Pictures of a DECODED folder that were resized are
+                         read from their files again for this; those of arrays, CIFAR and MNIST are cropped as opened */
     float crop_min;   /* least fraction of the picture's area that is cropped, up to 1; 0: 0.25 */
     float jitter;     /* 0 to 1: scale brightness, contrast, saturation each by a random 1 - jitter to 1 + jitter */
 } ckca_augment;
@@ -649,6 +701,7 @@ typedef struct ckca_progress {
     double loss, kd, feat, accuracy; /* means over this epoch so far; kd and feat before w_kd and w_feat */
     double seconds, seconds_left;    /* since the call; estimated to its end */
     double w_kd;                     /* the weight of AdaKD in this update: GROWTH's, or the descriptor's */
+    double waiting;                  /* fraction of seconds that training waited for pictures from disk, 0 to 1 */
 } ckca_progress;
 
 /* What is kept of the chunks that are gone: a fixed number of pictures, the Fisher information of the weights, or both.
@@ -751,6 +804,7 @@ typedef struct ckca_report {
     ckca_score before, after; /* of the old and the new network on the held-out pictures; count 0: there were none */
     int won, lost;            /* held-out pictures that only the new, only the old network is right on */
     double p;                 /* that chance alone makes won and lost differ so: McNemar's exact test, two-sided */
+    double waiting;                  /* fraction of seconds that training waited for pictures from disk, 0 to 1 */
 } ckca_report;
 
 /* One update: freezes the teacher, starts as desc->method says, trains on data and adds 1 to the model's updates. The
@@ -1351,8 +1405,8 @@ CKCA__OP void ckca__op_add_squares(ckca_context *ctx, size_t count, const float 
 
 /* Converts pictures index[0..n) of a store of h x w x c bytes each to floats (n x h x w x c): augments them as a pure
    function of (seed, *epoch, index), then computes (v / 255 - mean) / std per channel. gathered: pixels holds only
-   these n pictures, in this order. Outside a picture augmentation reads black (0). augment may be NULL, and epoch with
-   it. augment, mean and std (c values) are host memory. */
+   these n pictures, in this order; index may then be ~index (see ckca__augment_framing). Outside a picture augmentation
+   reads black (0). augment may be NULL, and epoch with it. augment, mean and std (c values) are host memory. */
 CKCA__OP void ckca__op_batch(ckca_context *ctx, int n, int h, int w, int c, const unsigned char *pixels, int gathered,
                              const int *index, const ckca_augment *augment, uint64_t seed, const int *epoch,
                              const float *mean, const float *std, float *out);
@@ -1412,6 +1466,7 @@ CKCA__BOTH void ckca__augment_crop(uint64_t seed, int h, int w, double crop_min,
     f->left = (w - f->width) / 2;
 }
 
+/* index: of the picture in its store, or ~index if resized_crop was applied before (see STREAMING in the library). */
 CKCA__BOTH void ckca__augment_framing(const ckca_augment *augment, uint64_t seed, int epoch, int index, int h, int w,
                                       ckca__framing *f) {
     memset(f, 0, sizeof *f);
@@ -1419,10 +1474,11 @@ CKCA__BOTH void ckca__augment_framing(const ckca_augment *augment, uint64_t seed
     f->width = w;
     f->brightness = f->contrast = f->saturation = 1;
     if (!augment) return;
-    seed = ckca__random(seed, CKCA__STREAM_AUGMENT, (uint64_t)(uint32_t)epoch << 32 | (uint32_t)index);
-    if (augment->resized_crop)
-        ckca__augment_crop(seed, h, w, augment->crop_min, f);
-    else if (augment->pad > 0) {
+    seed = ckca__random(seed, CKCA__STREAM_AUGMENT,
+                        (uint64_t)(uint32_t)epoch << 32 | (uint32_t)(index < 0 ? ~index : index));
+    if (augment->resized_crop) {
+        if (index >= 0) ckca__augment_crop(seed, h, w, augment->crop_min, f);
+    } else if (augment->pad > 0) {
         int y = augment->pad < h ? augment->pad : h, x = augment->pad < w ? augment->pad : w;
         f->top = ckca__augment_int(seed, CKCA__AUGMENT_TOP, 2 * y + 1) - y;
         f->left = ckca__augment_int(seed, CKCA__AUGMENT_LEFT, 2 * x + 1) - x;
@@ -1837,11 +1893,28 @@ static int ckca__file_exists(const char *path) {
    indices into it. Splits and subsets thus share the pixels. The store counts its views; freeing the last one frees it.
    =================================================================================================================== */
 
+/* Where a picture of a folder or list is. */
+typedef struct ckca__source {
+    const char *path;                           /* of its file; NULL: no file, the picture is decoded */
+    const unsigned char *bytes;                 /* its file in memory; NULL: on disk */
+    const unsigned char *raw;                   /* decoded, in a store without pixels of its own; or NULL */
+    size_t size;                                /* of the file, in bytes */
+    int64_t time;                               /* of the file's last change, in seconds */
+    int short_side, as_stored, skip_unreadable; /* of ckca_data_desc */
+    int resized;                                /* 1: its decoded form is not the whole picture, pixel by pixel */
+    int unreadable;                             /* 1: counted in the store's unreadable */
+} ckca__source;
+
 typedef struct ckca__store {
     ckca_context *ctx;
     int refs; /* references: views, and the call that is creating the store */
     int count, height, width, channels, classes;
-    unsigned char *pixels;    /* count x height x width x channels */
+    unsigned char *pixels;    /* count x height x width x channels; NULL: read when needed, see source */
+    ckca__source *source;     /* count; NULL: no picture has a file */
+    int resized;              /* 1: some source is */
+    char *paths;              /* what source[].path points into */
+    unsigned char *held;      /* what source[].bytes and source[].raw point into */
+    int short_side;           /* of ckca_data_desc */
     unsigned char *resident;  /* the same on the device, from the first batch on; on the host: pixels itself */
     int streams;              /* 1: too large for the device: each batch is uploaded separately */
     int *labels;              /* count, each 0 to classes - 1 */
@@ -1875,26 +1948,49 @@ enum { CKCA__MAX_SIDE = 16384 }; /* of a picture, in pixels */
 #endif
 enum { CKCA__MAX_DEFAULT_PIXELS = 1 << 22 }; /* of a first picture that gives the set its size */
 
+/* Of a folder or list; ckca_data_desc.budget_mb if that is 0. */
+enum { CKCA__BUDGET_MB = 4096 };
+
+/* Keeps the context's error as the message of the first unreadable picture, unless there is one. 0: no memory. */
+static int ckca__keep_message(ckca__store *store) {
+    if (store->first_unreadable) return 1;
+    store->first_unreadable = (char *)ckca__alloc(store->ctx, strlen(store->ctx->error) + 1);
+    if (store->first_unreadable) memcpy(store->first_unreadable, store->ctx->error, strlen(store->ctx->error) + 1);
+    return store->first_unreadable != NULL;
+}
+
 static void ckca__store_release(ckca__store *store) {
     if (!store || --store->refs) return;
     ckca__free_names(store->ctx, store->class_names, store->classes);
     ckca__release(store->ctx, store->first_unreadable);
     ckca__release(store->ctx, store->labels);
+    ckca__release(store->ctx, store->source);
+    ckca__release(store->ctx, store->paths);
+    ckca__release(store->ctx, store->held);
     if (!CKCA__DEVICE_IS_HOST) ckca__device_release(store->ctx, store->resident, ckca__store_bytes(store));
     ckca__release(store->ctx, store->pixels);
     ckca__release(store->ctx, store);
 }
 
-/* Creates a store of count pictures, zeroed. desc's height, width and channels replace those given unless they are 0.
-   names: classes (NULL: "0", "1", ...), copied. The caller holds the only reference. */
-static ckca_status ckca__store_create(ckca_context *ctx, ckca__store **out, size_t count, int height, int width,
-                                      int channels, int classes, const char *const *names, const ckca_data_desc *desc) {
+/* desc's short_side must leave enough for the crop. */
+static ckca_status ckca__check_short_side(ckca_context *ctx, const ckca_data_desc *desc, int height, int width) {
+    if (!desc->short_side || (desc->short_side >= height && desc->short_side >= width)) return CKCA_OK;
+    return ckca__fail(ctx, CKCA_EINVAL, "desc: short_side is %d, too short to crop %d x %d from it", desc->short_side,
+                      height, width);
+}
+
+/* Creates a store of count pictures, zeroed; decoded 0: without pixels. desc's height, width and channels replace those
+   given unless they are 0. names: classes (NULL: "0", "1", ...), copied. The caller holds the only reference. */
+static ckca_status ckca__store_new(ckca_context *ctx, ckca__store **out, size_t count, int height, int width,
+                                   int channels, int classes, const char *const *names, const ckca_data_desc *desc,
+                                   int decoded) {
     ckca__store *store;
     size_t bytes;
     height = desc->height ? desc->height : height;
     width = desc->width ? desc->width : width;
     channels = desc->channels ? desc->channels : channels;
-    bytes = ckca__mul(ckca__mul((size_t)height * (size_t)width, (size_t)channels), count);
+    bytes = decoded ? ckca__mul(ckca__mul((size_t)height * (size_t)width, (size_t)channels), count) : 0;
+    if (ckca__check_short_side(ctx, desc, height, width)) return CKCA_EINVAL;
     if (count == 0 || count > INT_MAX)
         return ckca__fail(ctx, CKCA_EINVAL, "a data set must have 1 to %d pictures, this one has %.0f", INT_MAX,
                           (double)count);
@@ -1907,16 +2003,27 @@ static ckca_status ckca__store_create(ckca_context *ctx, ckca__store **out, size
     store->width = width;
     store->channels = channels;
     store->classes = classes;
-    store->pixels = (unsigned char *)ckca__alloc(ctx, bytes);
+    store->short_side = desc->short_side;
+    store->pixels = decoded ? (unsigned char *)ckca__alloc(ctx, bytes) : NULL;
     store->labels = (int *)ckca__alloc(ctx, ckca__mul(count, sizeof *store->labels));
     store->class_names = ckca__copy_names(ctx, names, classes);
-    if (!store->pixels || !store->labels || !store->class_names) {
+    if ((decoded && !store->pixels) || !store->labels || !store->class_names) {
         ckca__store_release(store);
         return ckca__fail(ctx, CKCA_ENOMEM, "no memory for %.0f pictures of %d x %d x %d (%.0f bytes)", (double)count,
                           height, width, channels, (double)bytes);
     }
     *out = store;
     return CKCA_OK;
+}
+static ckca_status ckca__store_create(ckca_context *ctx, ckca__store **out, size_t count, int height, int width,
+                                      int channels, int classes, const char *const *names, const ckca_data_desc *desc) {
+    return ckca__store_new(ctx, out, count, height, width, channels, classes, names, desc, 1);
+}
+
+/* Picture i of a store if it is held decoded, else NULL. */
+static const unsigned char *ckca__raw(const ckca__store *store, int i) {
+    if (store->pixels) return store->pixels + (size_t)i * ckca__picture_bytes(store);
+    return store->source[i].raw;
 }
 
 /* Creates a view of the pictures index[0..n) of the store, or of 0 to n - 1 if index is NULL. */
@@ -1947,6 +2054,7 @@ CKCA_API void ckca_data_free(ckca_data *data) {
 }
 
 CKCA_API void ckca_data_info_get(const ckca_data *data, ckca_data_info *info) {
+    int i;
     if (!info) return;
     memset(info, 0, sizeof *info);
     if (!data) return;
@@ -1956,6 +2064,14 @@ CKCA_API void ckca_data_info_get(const ckca_data *data, ckca_data_info *info) {
     info->channels = data->store->channels;
     info->classes = data->store->classes;
     info->class_names = (const char *const *)data->store->class_names;
+    info->storage = CKCA_STORAGE_DECODED;
+    for (i = 0; !data->store->pixels && i < data->count; i++) {
+        const ckca__source *source = &data->store->source[data->index[i]];
+        ckca_storage storage = source->bytes ? CKCA_STORAGE_COMPRESSED
+                               : source->raw ? CKCA_STORAGE_DECODED
+                                             : CKCA_STORAGE_STREAM;
+        if (storage > info->storage) info->storage = storage;
+    }
     info->left_out = data->store->left_out;
     info->unreadable = data->store->unreadable;
     info->first_unreadable = data->store->first_unreadable;
@@ -1967,7 +2083,7 @@ CKCA_API int ckca_label(const ckca_data *data, int i) {
 
 CKCA_API const unsigned char *ckca_pixels(const ckca_data *data, int i) {
     if (!data || i < 0 || i >= data->count) return NULL;
-    return data->store->pixels + (size_t)data->index[i] * ckca__picture_bytes(data->store);
+    return ckca__raw(data->store, data->index[i]);
 }
 
 /* A name for messages: bytes that are not printable ASCII as \x and two digits. Cut to capacity. */
@@ -2013,11 +2129,14 @@ static ckca_status ckca__check_names(ckca_context *ctx, const char *call, const 
 
 /* Checks a descriptor and copies it to *out; NULL: all zeros. */
 static ckca_status ckca__data_desc(ckca_context *ctx, const ckca_data_desc *desc, ckca_data_desc *out) {
-    ckca__bound bounds[5] = {{"height", 0, 0, CKCA__MAX_SIDE, 0},
+    ckca__bound bounds[8] = {{"height", 0, 0, CKCA__MAX_SIDE, 0},
                              {"width", 0, 0, CKCA__MAX_SIDE, 0},
                              {"classes", 0, 0, CKCA__CLASSES_MAX, 0},
                              {"as_stored", 0, 0, 1, 0},
-                             {"skip_unreadable", 0, 0, 1, 0}};
+                             {"skip_unreadable", 0, 0, 1, 0},
+                             {"short_side", 0, 0, CKCA__MAX_SIDE, 0},
+                             {"storage", 0, 0, CKCA_STORAGE_COUNT - 1, 0},
+                             {"budget_mb", 0, 0, 1 << 24, 0}};
     ckca_status status;
     memset(out, 0, sizeof *out);
     if (!desc) return CKCA_OK;
@@ -2027,7 +2146,10 @@ static ckca_status ckca__data_desc(ckca_context *ctx, const ckca_data_desc *desc
     bounds[2].value = desc->classes;
     bounds[3].value = desc->as_stored;
     bounds[4].value = desc->skip_unreadable;
-    if ((status = ckca__check_bounds(ctx, "desc", bounds, 5))) return status;
+    bounds[5].value = desc->short_side;
+    bounds[6].value = (int)desc->storage;
+    bounds[7].value = desc->budget_mb;
+    if ((status = ckca__check_bounds(ctx, "desc", bounds, 8))) return status;
     if (desc->channels != 0 && desc->channels != 1 && desc->channels != 3)
         return ckca__fail(ctx, CKCA_EINVAL, "desc: channels is %d, must be 1, 3, or 0 (as in the data)",
                           desc->channels);
@@ -2038,19 +2160,20 @@ static ckca_status ckca__data_desc(ckca_context *ctx, const ckca_data_desc *desc
 
 /* --- Resizing ----------------------------------------------------------------------------------------------------- */
 
-/* Weights of a triangle filter that resizes `length` values, starting at `from`, of a row of `in` values to `out`
-   values: out[x] is the sum of weight[x * taps + i] * in[first[x] + i] over i < used[x], in units of 2^-22. first and
-   used: out; weight: out x taps. The filter is as wide as the reduction, so that every input contributes
-   (antialiasing). Order of operations and rounding are those of Pillow (src/libImaging/Resample.c,
-   precompute_coeffs). */
-static void ckca__taps(int in, double from, double length, int out, int taps, int *first, int *used, int *weight) {
-    double scale = length / out, support = scale > 1.0 ? scale : 1.0;
+/* Weights of a triangle filter that resizes the `length` values of a row from `from` on to `full` values, of which `out`
+   from number `skip` on are wanted: out[x] is the sum of weight[x * taps + i] * in[first[x] + i] over i < used[x], in
+   units of 2^-22. Only in[low..high) is read. first and used: out; weight: out x taps. The filter is as wide as the
+   reduction, so that every input contributes (antialiasing). Order of operations and rounding are those of Pillow
+   (src/libImaging/Resample.c, precompute_coeffs). */
+static void ckca__taps(int low, int high, double from, double length, int full, int skip, int out, int taps, int *first,
+                       int *used, int *weight) {
+    double scale = length / full, support = scale > 1.0 ? scale : 1.0;
     int x, i;
     for (x = 0; x < out; x++) {
-        double center = from + (x + 0.5) * scale, total = 0.0;
+        double center = from + (x + skip + 0.5) * scale, total = 0.0;
         int begin = (int)(center - support + 0.5), end = (int)(center + support + 0.5), pass;
-        if (begin < 0) begin = 0;
-        if (end > in) end = in;
+        if (begin < low) begin = low;
+        if (end > high) end = high;
         first[x] = begin;
         used[x] = end - begin;
         for (pass = 0; pass < 2; pass++) { /* first the total, then the normalised weights */
@@ -2078,33 +2201,87 @@ static void ckca__pixel(const unsigned char *in, int c, unsigned char *out, int 
         out[0] = (unsigned char)((in[0] * 19595 + in[1] * 38470 + in[2] * 7471 + 32768) >> 16);
 }
 
-/* Resizes a picture of h x w x c (c: 1 to 4) to cover height x width x channels (1 or 3) and crops the centre: the same
-   as Pillow's ImageOps.fit(picture, (width, height), Image.BILINEAR). row_stride and pixel_stride are in bytes and may
-   be negative. 0: no memory. */
-static int ckca__fit_strided(ckca_context *ctx, const unsigned char *in, ptrdiff_t row_stride, ptrdiff_t pixel_stride,
-                             int h, int w, int c, unsigned char *out, int height, int width, int channels) {
-    int m = c < 3 || channels == 1 ? 1 : 3, x, y, k, i, x_taps, y_taps;
-    int64_t in_aspect = (int64_t)w * height, out_aspect = (int64_t)width * h;
-    /* the centre crop of the new aspect ratio */
-    double box_width = in_aspect > out_aspect ? (double)width / height * h : w;
-    double box_height = in_aspect < out_aspect ? w / ((double)width / height) : h;
+/* What a picture is made into, and how. */
+typedef struct ckca__target {
+    int height, width, channels, short_side, as_stored;
+    const ckca_augment *augment; /* resized_crop is applied to the full-size picture; NULL: none */
+    uint64_t seed;               /* of augment */
+    int epoch, index;            /* likewise */
+    int resized;                 /* out: 1: not the whole picture, pixel by pixel */
+    int cropped;                 /* out: 1: resized_crop was applied */
+} ckca__target;
+
+/* One side of a resized part of a picture: the part's first value and length, the values of the picture that may be
+   read, the part's length when resized, and which of those are wanted: `out` from number `skip` on. */
+typedef struct ckca__span {
+    double from, length;
+    int low, high, full, skip, out;
+} ckca__span;
+
+static void ckca__span_set(ckca__span *span, double from, double length, int low, int high, int full, int out) {
+    int more = full - out;
+    span->from = from;
+    span->length = length;
+    span->low = low;
+    span->high = high;
+    span->full = full;
+    span->skip = more / 2 + (more & 1 && more / 2 & 1); /* the centre; half a pixel as Python's round, to even */
+    span->out = out;
+}
+
+/* Which part of an upright picture of h x w the target shows. */
+static void ckca__aim(ckca__target *t, int h, int w, ckca__span *y, ckca__span *x) {
+    const int shorter = h < w ? h : w;
+    t->cropped = 0;
+    t->resized = h != t->height || w != t->width || (t->short_side && t->short_side != shorter);
+    if (t->augment && t->augment->resized_crop && t->resized) {
+        ckca__framing f;
+        ckca__augment_framing(t->augment, t->seed, t->epoch, t->index, h, w, &f);
+        ckca__span_set(y, f.top, f.height, f.top, f.top + f.height, t->height, t->height);
+        ckca__span_set(x, f.left, f.width, f.left, f.left + f.width, t->width, t->width);
+        t->cropped = 1;
+    } else if (t->short_side) {
+        ckca__span_set(y, 0, h, 0, h, (int)((int64_t)t->short_side * h / shorter), t->height);
+        ckca__span_set(x, 0, w, 0, w, (int)((int64_t)t->short_side * w / shorter), t->width);
+    } else { /* the centre crop of the new aspect ratio */
+        int64_t in_aspect = (int64_t)w * t->height, out_aspect = (int64_t)t->width * h;
+        double box_width = in_aspect > out_aspect ? (double)t->width / t->height * h : w;
+        double box_height = in_aspect < out_aspect ? w / ((double)t->width / t->height) : h;
+        ckca__span_set(y, (h - box_height) * 0.5, box_height, 0, h, t->height, t->height);
+        ckca__span_set(x, (w - box_width) * 0.5, box_width, 0, w, t->width, t->width);
+    }
+}
+
+/* Resizes the part (ys, xs) of a picture of h x w x c (c: 1 to 4) into ys->out x xs->out x channels (1 or 3), as
+   Pillow's resize with Image.BILINEAR and box. row_stride and pixel_stride are in bytes and may be negative. 0: no
+   memory. */
+static int ckca__resize_strided(ckca_context *ctx, const unsigned char *in, ptrdiff_t row_stride,
+                                ptrdiff_t pixel_stride, int h, int w, int c, const ckca__span *ys, const ckca__span *xs,
+                                unsigned char *out, int channels) {
+    int m = c < 3 || channels == 1 ? 1 : 3, x, y, k, i, x_taps, y_taps, x_end, y_end;
+    const int height = ys->out, width = xs->out;
     int *x_first, *x_used, *x_weight, *y_first, *y_used, *y_weight;
-    unsigned char *row, *wide; /* w x m: one row; h x width x m: all rows at the new width */
-    size_t old_w = (size_t)w, old_h = (size_t)h, new_w = (size_t)width, new_h = (size_t)height, n = (size_t)m;
-    size_t x_span, y_span; /* x_taps, y_taps */
+    unsigned char *row, *wide; /* w x m: one row; y_end - y_first[0] rows of width x m: all at the new width */
+    size_t old_w = (size_t)w, old_h = (size_t)(ys->high - ys->low), new_w = (size_t)width, new_h = (size_t)height;
+    size_t n = (size_t)m, x_span, y_span; /* x_taps, y_taps */
     void *scratch = NULL;
-    if (h == height && w == width) {
-        if (c == channels && pixel_stride == c && row_stride == (ptrdiff_t)w * c) {
-            memcpy(out, in, (size_t)h * (size_t)w * (size_t)c);
+    const int plain_y = ys->length == height && ys->full == height && (double)ys->low == ys->from;
+    const int plain_x = xs->length == width && xs->full == width && (double)xs->low == xs->from;
+    if (plain_y && plain_x) { /* nothing to resize */
+        in += ys->low * row_stride + xs->low * pixel_stride;
+        if (c == channels && pixel_stride == c) {
+            for (y = 0; y < height; y++)
+                memcpy(out + (size_t)y * (size_t)width * (size_t)c, in + y * row_stride, (size_t)width * (size_t)c);
             return 1;
         }
-        for (y = 0; y < h; y++)
-            for (x = 0; x < w; x++, out += channels)
+        for (y = 0; y < height; y++)
+            for (x = 0; x < width; x++, out += channels)
                 ckca__pixel(in + y * row_stride + x * pixel_stride, c, out, channels);
         return 1;
     }
-    x_taps = (int)ceil(box_width / width > 1.0 ? box_width / width : 1.0) * 2 + 1;
-    y_taps = (int)ceil(box_height / height > 1.0 ? box_height / height : 1.0) * 2 + 1;
+    (void)h;
+    x_taps = (int)ceil(xs->length / xs->full > 1.0 ? xs->length / xs->full : 1.0) * 2 + 1;
+    y_taps = (int)ceil(ys->length / ys->full > 1.0 ? ys->length / ys->full : 1.0) * 2 + 1;
     x_span = (size_t)x_taps;
     y_span = (size_t)y_taps;
     ckca__lock(ctx);
@@ -2120,26 +2297,41 @@ static int ckca__fit_strided(ckca_context *ctx, const unsigned char *in, ptrdiff
     y_weight = y_used + height;
     row = (unsigned char *)(y_weight + new_h * y_span);
     wide = row + old_w * n;
-    ckca__taps(w, (w - box_width) * 0.5, box_width, width, x_taps, x_first, x_used, x_weight);
-    ckca__taps(h, (h - box_height) * 0.5, box_height, height, y_taps, y_first, y_used, y_weight);
-    for (y = y_first[0]; y < y_first[height - 1] + y_used[height - 1]; y++) {
-        for (x = 0; x < w; x++) ckca__pixel(in + y * row_stride + x * pixel_stride, c, row + (size_t)x * n, m);
-        for (x = 0; x < width; x++) {
-            for (k = 0; k < m; k++) {
-                int sum = 1 << 21; /* 0.5, for rounding. The weights sum to 1, so 255 stays 255 */
-                for (i = 0; i < x_used[x]; i++) sum += x_weight[x * x_taps + i] * row[(x_first[x] + i) * m + k];
-                sum >>= 22;
-                wide[((size_t)y * new_w + (size_t)x) * n + (size_t)k] = (unsigned char)(sum > 255 ? 255 : sum);
-            }
+    ckca__taps(xs->low, xs->high, xs->from, xs->length, xs->full, xs->skip, width, x_taps, x_first, x_used, x_weight);
+    ckca__taps(ys->low, ys->high, ys->from, ys->length, ys->full, ys->skip, height, y_taps, y_first, y_used, y_weight);
+    x_end = x_first[width - 1] + x_used[width - 1];
+    y_end = y_first[height - 1] + y_used[height - 1];
+    for (y = y_first[0]; y < y_end; y++) {
+        unsigned char *to = wide + (size_t)(y - y_first[0]) * new_w * n;
+        const unsigned char *from = row;
+        if (c == m && pixel_stride == c)
+            from = in + y * row_stride;
+        else
+            for (x = x_first[0]; x < x_end; x++)
+                ckca__pixel(in + y * row_stride + x * pixel_stride, c, row + (size_t)x * n, m);
+        for (x = 0; x < width; x++) { /* 2^21 is 0.5, for rounding. The weights sum to 1, so 255 stays 255 */
+            const int *weight = x_weight + (size_t)x * x_span;
+            const unsigned char *p = from + (size_t)x_first[x] * n;
+            int sum[3] = {1 << 21, 1 << 21, 1 << 21};
+            if (m == 3)
+                for (i = 0; i < x_used[x]; i++, p += 3) {
+                    sum[0] += weight[i] * p[0];
+                    sum[1] += weight[i] * p[1];
+                    sum[2] += weight[i] * p[2];
+                }
+            else
+                for (i = 0; i < x_used[x]; i++) sum[0] += weight[i] * p[i];
+            for (k = 0; k < m; k++) *to++ = (unsigned char)(sum[k] >> 22 > 255 ? 255 : sum[k] >> 22);
         }
     }
     for (y = 0; y < height; y++) {
+        const unsigned char *from = wide + (size_t)(y_first[y] - y_first[0]) * new_w * n;
+        const int *weight = y_weight + (size_t)y * y_span;
         for (x = 0; x < width; x++, out += channels) {
             for (k = 0; k < m; k++) {
+                const unsigned char *p = from + (size_t)x * n + (size_t)k;
                 int sum = 1 << 21;
-                for (i = 0; i < y_used[y]; i++)
-                    sum +=
-                        y_weight[y * y_taps + i] * wide[((size_t)(y_first[y] + i) * new_w + (size_t)x) * n + (size_t)k];
+                for (i = 0; i < y_used[y]; i++, p += new_w * n) sum += weight[i] * *p;
                 sum >>= 22;
                 out[k] = (unsigned char)(sum > 255 ? 255 : sum);
             }
@@ -2153,9 +2345,9 @@ static int ckca__fit_strided(ckca_context *ctx, const unsigned char *in, ptrdiff
 }
 
 /* The same for a picture of h x w x c in memory, with EXIF orientation 1 to 8 applied (1: unchanged; 5 to 8
-   transpose). */
-static int ckca__fit(ckca_context *ctx, const unsigned char *in, int h, int w, int c, int orientation,
-                     unsigned char *out, int height, int width, int channels) {
+   transpose). ys and xs are of the upright picture. */
+static int ckca__resize(ckca_context *ctx, const unsigned char *in, int h, int w, int c, int orientation,
+                        const ckca__span *ys, const ckca__span *xs, unsigned char *out, int channels) {
     ptrdiff_t row = (ptrdiff_t)w * c, pixel = c;
     if (orientation == 3 || orientation == 4 || orientation == 6 || orientation == 7) { /* bottom to top */
         in += row * (h - 1);
@@ -2165,8 +2357,21 @@ static int ckca__fit(ckca_context *ctx, const unsigned char *in, int h, int w, i
         in += pixel * (w - 1);
         pixel = -pixel;
     }
-    if (orientation > 4) return ckca__fit_strided(ctx, in, pixel, row, w, h, c, out, height, width, channels);
-    return ckca__fit_strided(ctx, in, row, pixel, h, w, c, out, height, width, channels);
+    if (orientation > 4) return ckca__resize_strided(ctx, in, pixel, row, w, h, c, ys, xs, out, channels);
+    return ckca__resize_strided(ctx, in, row, pixel, h, w, c, ys, xs, out, channels);
+}
+
+/* Resizes a whole picture to cover height x width and crops the centre, as Pillow's ImageOps.fit(picture, (width,
+   height), Image.BILINEAR). */
+static int ckca__fit(ckca_context *ctx, const unsigned char *in, int h, int w, int c, int orientation,
+                     unsigned char *out, int height, int width, int channels) {
+    ckca__target target;
+    ckca__span ys, xs;
+    memset(&target, 0, sizeof target);
+    target.height = height;
+    target.width = width;
+    ckca__aim(&target, orientation > 4 ? w : h, orientation > 4 ? h : w, &ys, &xs);
+    return ckca__resize(ctx, in, h, w, c, orientation, &ys, &xs, out, channels);
 }
 
 typedef struct ckca__fit_job {
@@ -2181,10 +2386,16 @@ typedef struct ckca__fit_job {
 static void ckca__fit_one(void *job, int i, int thread) {
     ckca__fit_job *a = (ckca__fit_job *)job;
     const ckca__store *store = a->store;
+    ckca__target target;
+    ckca__span ys, xs;
     (void)thread;
-    if (ckca__fit(a->ctx, a->pixels + (size_t)i * a->stride, a->h, a->w, a->c, 1,
-                  store->pixels + (size_t)(a->first + i) * ckca__picture_bytes(store), store->height, store->width,
-                  store->channels))
+    memset(&target, 0, sizeof target);
+    target.height = store->height;
+    target.width = store->width;
+    target.short_side = store->short_side;
+    ckca__aim(&target, a->h, a->w, &ys, &xs);
+    if (ckca__resize(a->ctx, a->pixels + (size_t)i * a->stride, a->h, a->w, a->c, 1, &ys, &xs,
+                     store->pixels + (size_t)(a->first + i) * ckca__picture_bytes(store), store->channels))
         return;
     ckca__lock(a->ctx);
     a->failed = 1;
@@ -2598,11 +2809,73 @@ CKCA_API ckca_status ckca_open_idx(ckca_context *ctx, ckca_data **data, const ch
 
 /* --- Picture files ------------------------------------------------------------------------------------------------ */
 
+/* Memory of one decoder thread: everything that reading and decoding a picture allocates comes from one block, and is
+   taken back at once before the next picture. What does not fit comes from malloc; the block is then enlarged, so that
+   memory is allocated only for a picture that needs more than all before it. */
+typedef struct ckca__scratch {
+    char *block;
+    size_t bytes, used, most; /* most: the most used by this picture, including what did not fit */
+    void *turbo;              /* TurboJPEG's handle, or NULL */
+} ckca__scratch;
+typedef struct ckca__scratch_head {
+    size_t bytes, at; /* including this head; where it begins, counted from the block's start */
+} ckca__scratch_head;
+
+static void *ckca__scratch_alloc(size_t bytes, void *user) {
+    ckca__scratch *s = (ckca__scratch *)user;
+    const size_t need = ckca__round_up(ckca__sum(bytes, sizeof(ckca__scratch_head)), 16);
+    const int fits = s->used <= s->bytes && need <= s->bytes - s->used;
+    ckca__scratch_head *head;
+    if (need > SIZE_MAX / 4) return NULL;
+    head = (ckca__scratch_head *)(fits ? (void *)(s->block + s->used) : malloc(need));
+    if (!head) return NULL;
+    head->bytes = need;
+    head->at = s->used;
+    s->used += need;
+    if (s->used > s->most) s->most = s->used;
+    return head + 1;
+}
+static int ckca__scratch_inside(const ckca__scratch *s, const void *memory) {
+    const uintptr_t begin = (uintptr_t)s->block, at = (uintptr_t)memory;
+    return s->block && at >= begin && at - begin < s->bytes;
+}
+static void ckca__scratch_free(void *memory, ckca__scratch *s) {
+    ckca__scratch_head *head;
+    if (!memory) return;
+    head = (ckca__scratch_head *)memory - 1;
+    if (head->at + head->bytes == s->used) s->used = head->at; /* the last one; others wait for the next picture */
+    if (!ckca__scratch_inside(s, head)) free(head);
+}
+static void ckca__scratch_release(void *memory, size_t bytes, void *user) {
+    (void)bytes;
+    ckca__scratch_free(memory, (ckca__scratch *)user);
+}
+/* Before every picture. If there is no memory for a larger block, malloc goes on serving what does not fit. */
+static void ckca__scratch_reset(ckca__scratch *s) {
+    if (s->most > s->bytes) {
+        const size_t bytes = ckca__round_up(s->most + s->most / 8, (size_t)1 << 16);
+        free(s->block);
+        s->block = (char *)malloc(bytes);
+        s->bytes = s->block ? bytes : 0;
+    }
+    s->used = s->most = 0;
+}
+
 #ifndef CKCA_NO_STB_IMAGE
 /* stb_image (Debian: libstb-dev), static, JPEG and PNG only, from beside this header or from the include path. If the
-   program has included its own before this header, that one is used. Its memory comes zeroed from calloc; an
-   STBI_MALLOC of yours must zero it too: with a corrupt JPEG, stb_image before 2.29 can read tables that the file never
-   defined. */
+   program has included its own before this header, that one is used (and allocates for every picture). Its memory comes
+   zeroed, from calloc or from a decoder thread's ckca__scratch; an STBI_MALLOC of yours must zero it too: with a
+   corrupt JPEG, stb_image before 2.29 can read tables that the file never defined. */
+#if defined(__cplusplus) && __cplusplus >= 201103L
+#define CKCA__THREAD thread_local
+#elif defined(__GNUC__)
+#define CKCA__THREAD __thread
+#elif defined(_MSC_VER)
+#define CKCA__THREAD __declspec(thread)
+#else
+#define CKCA__THREAD
+#endif
+static CKCA__THREAD ckca__scratch *ckca__scratch_now; /* of this thread while it decodes a picture from it; else NULL */
 #ifndef STBI_INCLUDE_STB_IMAGE_H
 #define STB_IMAGE_IMPLEMENTATION
 #define STB_IMAGE_STATIC
@@ -2622,29 +2895,39 @@ CKCA_API ckca_status ckca_open_idx(ckca_context *ctx, ckca_data **data, const ch
 #define STBI_FREE(memory) free(memory)
 #endif
 /* 1: an allocation of stb_image failed since this was cleared; stb_image does not always report it. */
-#if defined(__cplusplus) && __cplusplus >= 201103L
-static thread_local int ckca__stb_refused;
-#elif defined(__GNUC__)
-static __thread int ckca__stb_refused;
-#elif defined(_MSC_VER)
-static __declspec(thread) int ckca__stb_refused;
-#else
-static int ckca__stb_refused;
-#endif
+static CKCA__THREAD int ckca__stb_refused;
 static void *ckca__stb_malloc(size_t bytes) {
-    void *memory = STBI_MALLOC(bytes);
+    ckca__scratch *s = ckca__scratch_now;
+    void *memory = s ? ckca__scratch_alloc(bytes, s) : STBI_MALLOC(bytes);
     if (!memory) ckca__stb_refused = 1;
+    if (s && memory) memset(memory, 0, bytes); /* as calloc */
     return memory;
 }
+static void ckca__stb_free(void *memory) {
+    if (ckca__scratch_now)
+        ckca__scratch_free(memory, ckca__scratch_now);
+    else
+        STBI_FREE(memory);
+}
 static void *ckca__stb_realloc(void *memory, size_t bytes) {
-    memory = STBI_REALLOC(memory, bytes);
+    if (ckca__scratch_now) {
+        const size_t had = memory ? ((ckca__scratch_head *)memory)[-1].bytes - sizeof(ckca__scratch_head) : 0;
+        void *grown = ckca__scratch_alloc(bytes, ckca__scratch_now);
+        if (grown && memory) memcpy(grown, memory, had < bytes ? had : bytes);
+        if (grown) ckca__scratch_free(memory, ckca__scratch_now);
+        memory = grown;
+    } else {
+        memory = STBI_REALLOC(memory, bytes);
+    }
     if (!memory) ckca__stb_refused = 1;
     return memory;
 }
 #undef STBI_MALLOC
 #undef STBI_REALLOC
+#undef STBI_FREE
 #define STBI_MALLOC(bytes) ckca__stb_malloc(bytes)
 #define STBI_REALLOC(memory, bytes) ckca__stb_realloc(memory, bytes)
+#define STBI_FREE(memory) ckca__stb_free(memory)
 #define CKCA__STB_COUNTED
 /* stb_image declares one name and defines the other. */
 #define stbi_set_unpremultiply_on_load_thread stbi__unpremultiply_on_load_thread
@@ -2676,6 +2959,9 @@ static void *ckca__stb_realloc(void *memory, size_t bytes) {
 #endif
 #undef STB_IMAGE_IMPLEMENTATION
 #undef stbi_set_unpremultiply_on_load_thread
+#endif
+#ifdef CKCA_TURBOJPEG
+#include <turbojpeg.h>
 #endif
 #ifndef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION                     /* a fuzzer cannot guess checksums */
 static uint32_t ckca__crc(const unsigned char *bytes, size_t size) { /* of a PNG chunk (PNG specification, annex D) */
@@ -3277,10 +3563,10 @@ static ckca_status ckca__check_picture(ckca_context *ctx, const char *path, cons
 static unsigned char *ckca__stb_load(const unsigned char *bytes, size_t size, int *h, int *w, int *c, int *memory) {
     unsigned char *pixels;
 #ifdef CKCA__STB_COUNTED
-    void *state = malloc(1 << 15); /* as large as its own state: 2.26 does not check that allocation */
+    void *state = ckca__stb_malloc(1 << 15); /* as large as its own state: 2.26 does not check that allocation */
     *memory = !state;
     if (!state) return NULL;
-    free(state);
+    ckca__stb_free(state);
     ckca__stb_refused = 0;
     pixels = stbi_load_from_memory(bytes, (int)size, w, h, c, 0);
     *memory = ckca__stb_refused;
@@ -3295,14 +3581,66 @@ static unsigned char *ckca__stb_load(const unsigned char *bytes, size_t size, in
 #endif
     return pixels;
 }
-/* Decodes a picture file in memory to height x width x channels bytes; as_stored: without its EXIF orientation. */
-static ckca_status ckca__decode(ckca_context *ctx, const char *path, const unsigned char *bytes, size_t size,
-                                unsigned char *out, int height, int width, int channels, int as_stored) {
+#ifdef CKCA_TURBOJPEG
+/* Decodes a JPEG of *h x *w with TurboJPEG into *h x *w x *c bytes that ckca__release frees, reduced by *scale: 2, 4 or
+   8 where the part (ys, xs) keeps at least the size that it is resized to, else 1. NULL: no memory (*memory is 1), or
+   leave it to stb_image: CMYK, or anything that TurboJPEG as much as warns of. (TurboJPEG itself allocates for every
+   picture.) */
+static unsigned char *ckca__turbo_load(ckca_context *ctx, const unsigned char *bytes, size_t size, const ckca__span *ys,
+                                       const ckca__span *xs, int *h, int *w, int *c, int *scale, int *memory) {
+    tjhandle turbo = ckca__scratch_now && ckca__scratch_now->turbo ? ckca__scratch_now->turbo : tjInitDecompress();
+    unsigned char *pixels = NULL;
+    int subsampling, space, height, width;
+    if (!turbo) return NULL;
+    if (tjDecompressHeader3(turbo, bytes, (unsigned long)size, &width, &height, &subsampling, &space) == 0 &&
+        height == *h && width == *w && (space == TJCS_GRAY || space == TJCS_YCbCr || space == TJCS_RGB)) {
+        *c = space == TJCS_GRAY ? 1 : 3;
+        for (*scale = 8;
+             *scale > 1 && (ys->length < (double)*scale * ys->full || xs->length < (double)*scale * xs->full);)
+            *scale /= 2;
+        *h = (*h + *scale - 1) / *scale;
+        *w = (*w + *scale - 1) / *scale;
+        ckca__lock(ctx);
+        pixels = (unsigned char *)ckca__alloc(ctx, (size_t)*h * (size_t)*w * (size_t)*c);
+        ckca__unlock(ctx);
+        *memory = !pixels;
+        if (pixels && tjDecompress2(turbo, bytes, (unsigned long)size, pixels, *w, 0, *h,
+                                    *c == 1 ? TJPF_GRAY : TJPF_RGB, TJFLAG_ACCURATEDCT)) {
+            ckca__lock(ctx);
+            ckca__release(ctx, pixels);
+            ckca__unlock(ctx);
+            pixels = NULL;
+        }
+    }
+    if (!ckca__scratch_now)
+        tjDestroy(turbo);
+    else
+        ckca__scratch_now->turbo = turbo;
+    return pixels;
+}
+/* The same part in a picture reduced by scale, whose side has `size` values. */
+static ckca__span ckca__span_reduced(ckca__span span, int scale, int size) {
+    span.from /= scale;
+    span.length /= scale;
+    span.low /= scale;
+    span.high = (span.high + scale - 1) / scale;
+    if (span.high > size) span.high = size;
+    return span;
+}
+#endif
+/* Decodes a picture file in memory to what target describes: height x width x channels bytes. */
+static ckca_status ckca__decode_to(ckca_context *ctx, const char *path, const unsigned char *bytes, size_t size,
+                                   ckca__target *target, unsigned char *out) {
     ckca__picture picture;
-    int h, w, c, memory, fits;
-    unsigned char *pixels, *whole = NULL;
+    ckca__span ys, xs;
+    int h = 0, w = 0, c = 0, memory = 0, fits, orientation, turned, reduced = 0;
+    unsigned char *pixels = NULL, *whole = NULL;
     ckca_status status = ckca__check_picture(ctx, path, bytes, size, &picture);
     if (status) return status;
+    orientation = target->as_stored ? 1 : picture.orientation;
+    turned = orientation > 4;
+    ckca__aim(target, (int)(turned ? picture.width : picture.height), (int)(turned ? picture.height : picture.width),
+              &ys, &xs);
     if (picture.end || picture.rewritten) {
         ckca__lock(ctx);
         whole = (unsigned char *)ckca__alloc(ctx, picture.end ? picture.end + 2 : picture.rewritten);
@@ -3316,22 +3654,59 @@ static ckca_status ckca__decode(ckca_context *ctx, const char *path, const unsig
             size = ckca__rewrite_png(bytes, size, whole);
         }
     }
-    pixels = ckca__stb_load(whole ? whole : bytes, size, &h, &w, &c, &memory);
+#ifdef CKCA_TURBOJPEG
+    if (bytes[0] == 0xff) {
+        h = (int)picture.height;
+        w = (int)picture.width;
+        pixels = ckca__turbo_load(ctx, whole ? whole : bytes, size, &ys, &xs, &h, &w, &c, &reduced, &memory);
+        if (pixels && reduced > 1) {
+            ys = ckca__span_reduced(ys, reduced, turned ? w : h);
+            xs = ckca__span_reduced(xs, reduced, turned ? h : w);
+        }
+        if (!pixels) reduced = 0;
+    }
+#endif
+    if (!pixels && !memory) pixels = ckca__stb_load(whole ? whole : bytes, size, &h, &w, &c, &memory);
     ckca__lock(ctx);
     ckca__release(ctx, whole);
     ckca__unlock(ctx);
     if (!pixels && memory)
         return ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory to decode its %.0f x %.0f pixels", ckca__tail(path),
                           (double)picture.height, (double)picture.width);
-    if (!pixels || h != picture.height || w != picture.width) {
+    if (!pixels || (!reduced && (h != picture.height || w != picture.width))) {
         stbi_image_free(pixels);
         return ckca__fail(ctx, CKCA_EFORMAT, "%s: cannot be decoded: corrupt: invalid pixel data", ckca__tail(path));
     }
-    fits = ckca__fit(ctx, pixels, h, w, c, as_stored ? 1 : picture.orientation, out, height, width, channels);
-    stbi_image_free(pixels);
+    fits = ckca__resize(ctx, pixels, h, w, c, orientation, &ys, &xs, out, target->channels);
+    if (reduced) {
+        ckca__lock(ctx);
+        ckca__release(ctx, pixels);
+        ckca__unlock(ctx);
+    } else {
+        stbi_image_free(pixels);
+    }
     if (!fits)
         return ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory to resize its %d x %d pixels", ckca__tail(path), h, w);
     return CKCA_OK;
+}
+/* Decodes a picture file in memory to height x width x channels bytes; as_stored: without its EXIF orientation. */
+static ckca_status ckca__decode(ckca_context *ctx, const char *path, const unsigned char *bytes, size_t size,
+                                unsigned char *out, int height, int width, int channels, int as_stored) {
+    ckca__target target;
+    memset(&target, 0, sizeof target);
+    target.height = height;
+    target.width = width;
+    target.channels = channels;
+    target.as_stored = as_stored;
+    return ckca__decode_to(ctx, path, bytes, size, &target, out);
+}
+static void ckca__target_of_desc(ckca__target *target, const ckca_data_desc *desc) {
+    memset(target, 0, sizeof *target);
+    target->height = desc->height;
+    target->width = desc->width;
+    target->channels = desc->channels;
+    target->short_side = desc->short_side;
+    target->as_stored = desc->as_stored;
 }
 /* Checks the descriptor of a single picture. */
 static ckca_status ckca__picture_desc(ckca_context *ctx, const ckca_data_desc *desc) {
@@ -3340,28 +3715,28 @@ static ckca_status ckca__picture_desc(ckca_context *ctx, const ckca_data_desc *d
     if (!status && (!desc->height || !desc->width || !desc->channels))
         status = ckca__fail(ctx, CKCA_EINVAL, "desc: height x width x channels is %d x %d x %d, all three must be set",
                             desc->height, desc->width, desc->channels);
-    return status;
+    return status ? status : ckca__check_short_side(ctx, desc, desc->height, desc->width);
 }
 CKCA_API ckca_status ckca_read_picture_memory(ckca_context *ctx, const void *bytes, size_t size,
                                               const ckca_data_desc *desc, unsigned char *out) {
+    ckca__target target;
     ckca_status status;
     if (!ckca__usable(ctx)) return CKCA_EINVAL;
     if (!bytes || !desc || !out)
         return ckca__null(ctx, "ckca_read_picture_memory", !bytes ? "bytes" : !desc ? "desc" : "out");
     status = ckca__picture_desc(ctx, desc);
     if (status) return status;
-    return ckca__decode(ctx, "the picture in memory", (const unsigned char *)bytes, size, out, desc->height,
-                        desc->width, desc->channels, desc->as_stored);
+    ckca__target_of_desc(&target, desc);
+    return ckca__decode_to(ctx, "the picture in memory", (const unsigned char *)bytes, size, &target, out);
 }
 #ifndef CKCA_NO_STDIO
 enum { CKCA__MAX_PICTURE_FILE = 256 << 20 };
-static ckca_status ckca__read_picture(ckca_context *ctx, const char *path, unsigned char *out, int height, int width,
-                                      int channels, int as_stored) {
+static ckca_status ckca__read_picture(ckca_context *ctx, const char *path, ckca__target *target, unsigned char *out) {
     unsigned char *bytes;
     size_t size;
     ckca_status status = ckca__read_file(ctx, path, CKCA__MAX_PICTURE_FILE, &bytes, &size);
     if (status) return status;
-    status = ckca__decode(ctx, path, bytes, size, out, height, width, channels, as_stored);
+    status = ckca__decode_to(ctx, path, bytes, size, target, out);
     ckca__lock(ctx);
     ckca__release(ctx, bytes);
     ckca__unlock(ctx);
@@ -3369,12 +3744,14 @@ static ckca_status ckca__read_picture(ckca_context *ctx, const char *path, unsig
 }
 CKCA_API ckca_status ckca_read_picture(ckca_context *ctx, const char *path, const ckca_data_desc *desc,
                                        unsigned char *out) {
+    ckca__target target;
     ckca_status status;
     if (!ckca__usable(ctx)) return CKCA_EINVAL;
     if (!path || !desc || !out) return ckca__null(ctx, "ckca_read_picture", !path ? "path" : !desc ? "desc" : "out");
     status = ckca__picture_desc(ctx, desc);
     if (status) return status;
-    return ckca__read_picture(ctx, path, out, desc->height, desc->width, desc->channels, desc->as_stored);
+    ckca__target_of_desc(&target, desc);
+    return ckca__read_picture(ctx, path, &target, out);
 }
 #ifdef CKCA__POSIX
 typedef struct ckca__files {
@@ -3535,18 +3912,91 @@ static ckca_status ckca__list_class(ckca_context *ctx, const char *class_dir, co
     ckca__files_free(ctx, &folders);
     return status;
 }
+/* Reads a file that must be as it was when its set was opened. The caller releases *bytes. */
+static ckca_status ckca__read_source(ckca_context *ctx, const ckca__source *source, unsigned char **bytes) {
+    const char *path = ckca__tail(source->path);
+    struct stat about;
+    size_t got = 0;
+    ssize_t more = 1;
+    ckca_status status = CKCA_OK;
+    int file = open(source->path, O_RDONLY | O_NONBLOCK); /* a pipe would block otherwise */
+    *bytes = NULL;
+    if (file < 0) return ckca__fail(ctx, CKCA_EIO, "%s: cannot be opened: %s", path, strerror(errno));
+    if (fstat(file, &about) != 0)
+        status = ckca__fail(ctx, CKCA_EIO, "%s: cannot be read: %s", path, strerror(errno));
+    else if (!S_ISREG(about.st_mode))
+        status = ckca__fail(ctx, CKCA_EIO, "%s: not a regular file", path);
+    else if ((uint64_t)about.st_size != source->size || (int64_t)about.st_mtime != source->time)
+        status =
+            ckca__fail(ctx, CKCA_EIO,
+                       "%s: has changed since its set was opened: then %.0f bytes, time %.0f; now %.0f bytes, time "
+                       "%.0f",
+                       path, (double)source->size, (double)source->time, (double)about.st_size, (double)about.st_mtime);
+    if (!status) {
+        ckca__lock(ctx);
+        *bytes = (unsigned char *)ckca__alloc(ctx, source->size + 1);
+        ckca__unlock(ctx);
+        if (!*bytes)
+            status = ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for its %.0f bytes", path, (double)source->size);
+    }
+    while (!status && more > 0 && got < source->size) {
+        more = read(file, *bytes + got, source->size - got);
+        if (more > 0) got += (size_t)more;
+        if (more < 0 && errno == EINTR) more = 1;
+    }
+    close(file);
+    if (!status && got < source->size)
+        status = ckca__fail(ctx, CKCA_EIO, "%s: reading stopped after %.0f of %.0f bytes", path, (double)got,
+                            (double)source->size);
+    if (status) {
+        ckca__lock(ctx);
+        ckca__release(ctx, *bytes);
+        ckca__unlock(ctx);
+        *bytes = NULL;
+    }
+    return status;
+}
+/* Size and time of a picture's file. */
+static ckca_status ckca__source_stat(ckca_context *ctx, ckca__source *source) {
+    struct stat about;
+    if (stat(source->path, &about) != 0)
+        return ckca__fail(ctx, CKCA_EIO, "%s: cannot be opened: %s", ckca__tail(source->path), strerror(errno));
+    if (!S_ISREG(about.st_mode)) return ckca__fail(ctx, CKCA_EIO, "%s: not a regular file", ckca__tail(source->path));
+    if ((uint64_t)about.st_size > CKCA__MAX_PICTURE_FILE)
+        return ckca__fail(ctx, CKCA_EFORMAT, "%s: has %.0f bytes, the limit is %.0f", ckca__tail(source->path),
+                          (double)about.st_size, (double)CKCA__MAX_PICTURE_FILE);
+    source->size = (size_t)about.st_size;
+    source->time = (int64_t)about.st_mtime;
+    return CKCA_OK;
+}
 typedef struct ckca__decode_job {
     ckca_context *ctx;
-    const ckca__files *files;
     ckca__store *store;
-    int as_stored;
+    ckca_storage storage;
     unsigned char *unreadable; /* 1: file i was skipped. NULL: none may be skipped */
     int failed;                /* first file in the list that failed; store->count: none */
     ckca_status failure;
+    size_t *held; /* COMPRESSED: where in store->held each file goes */
 } ckca__decode_job;
+/* COMPRESSED: keeps the bytes of a picture's file. */
+static ckca_status ckca__hold_source(ckca_context *ctx, ckca__source *source, unsigned char *held) {
+    unsigned char *bytes;
+    ckca__picture picture;
+    ckca_status status = ckca__read_source(ctx, source, &bytes);
+    if (status) return status;
+    status = ckca__check_picture(ctx, source->path, bytes, source->size, &picture);
+    if (!status) memcpy(held, bytes, source->size);
+    ckca__lock(ctx);
+    ckca__release(ctx, bytes);
+    ckca__unlock(ctx);
+    source->bytes = held;
+    return status;
+}
 static void ckca__decode_one(void *job, int i, int thread) {
     ckca__decode_job *a = (ckca__decode_job *)job;
     const ckca__store *store = a->store;
+    ckca__source *source = &store->source[i];
+    ckca__target target;
     ckca_context own; /* a copy with an error text of its own */
     ckca_status status;
     int skip;
@@ -3556,8 +4006,22 @@ static void ckca__decode_one(void *job, int i, int thread) {
     skip = i > a->failed && a->failure;
     ckca__unlock(a->ctx);
     if (skip) return;
-    status = ckca__read_picture(&own, a->files->path[i], store->pixels + (size_t)i * ckca__picture_bytes(store),
-                                store->height, store->width, store->channels, a->as_stored);
+    if (a->storage == CKCA_STORAGE_DECODED) {
+        memset(&target, 0, sizeof target);
+        target.height = store->height;
+        target.width = store->width;
+        target.channels = store->channels;
+        target.short_side = source->short_side;
+        target.as_stored = source->as_stored;
+        ckca__source_stat(&own, source); /* a failure is reported below */
+        status =
+            ckca__read_picture(&own, source->path, &target, store->pixels + (size_t)i * ckca__picture_bytes(store));
+        source->resized = target.resized;
+    } else if (a->held) {
+        status = ckca__hold_source(&own, source, store->held + a->held[i]);
+    } else {
+        status = ckca__source_stat(&own, source);
+    }
     if (!status) return;
     ckca__lock(a->ctx);
     if (a->unreadable && status != CKCA_ENOMEM) {
@@ -3571,18 +4035,19 @@ static void ckca__decode_one(void *job, int i, int thread) {
     }
     ckca__unlock(a->ctx);
 }
-/* Decodes files into the store, in parallel. Of several failures the first in the list is reported. skip: unreadable
-   files are removed from the store, which counts them and keeps the first one's message. */
-static ckca_status ckca__decode_all(ckca_context *ctx, const ckca__files *files, ckca__store *store, int as_stored,
-                                    int skip) {
+/* One pass over the files in parallel: decodes them into the store, or reads their bytes (held: their places), or only
+   their sizes and times. Of several failures the first in the list is reported. skip: unreadable files are removed from
+   the store, which counts them and keeps the first one's message. */
+static ckca_status ckca__decode_pass(ckca_context *ctx, ckca__store *store, ckca_storage storage, int skip,
+                                     size_t *held) {
     ckca__decode_job job;
     size_t size = ckca__picture_bytes(store);
     int i, kept = 0;
     memset(&job, 0, sizeof job);
     job.ctx = ctx;
-    job.files = files;
     job.store = store;
-    job.as_stored = as_stored;
+    job.storage = storage;
+    job.held = held;
     job.failed = store->count;
     job.unreadable = skip ? (unsigned char *)ckca__alloc(ctx, (size_t)store->count) : NULL;
     if (skip && !job.unreadable) return ckca__fail(ctx, CKCA_ENOMEM, "no memory for %d flags", store->count);
@@ -3590,21 +4055,111 @@ static ckca_status ckca__decode_all(ckca_context *ctx, const ckca__files *files,
     if (!job.failure && job.failed < store->count) {
         for (i = 0; i < store->count; i++) {
             if (job.unreadable[i]) continue;
-            if (kept < i) memcpy(store->pixels + (size_t)kept * size, store->pixels + (size_t)i * size, size);
+            if (kept < i && store->pixels)
+                memcpy(store->pixels + (size_t)kept * size, store->pixels + (size_t)i * size, size);
+            store->source[kept] = store->source[i];
             store->labels[kept++] = store->labels[i];
         }
-        store->unreadable = store->count - kept;
+        store->unreadable += store->count - kept;
         store->count = kept;
-        store->first_unreadable = (char *)ckca__alloc(ctx, strlen(ctx->error) + 1);
-        if (!store->first_unreadable)
-            job.failure = ckca__fail(ctx, CKCA_ENOMEM, "no memory for a message");
-        else if (kept == 0)
+        if (kept == 0)
             job.failure = CKCA_EFORMAT; /* ctx->error is the first one's message */
+        else if (!ckca__keep_message(store))
+            job.failure = ckca__fail(ctx, CKCA_ENOMEM, "no memory for a message");
         else
-            memcpy(store->first_unreadable, ctx->error, strlen(ctx->error) + 1), ctx->error[0] = 0;
+            ctx->error[0] = 0;
     }
     ckca__release(ctx, job.unreadable);
     return job.failure;
+}
+/* Gives a new store its sources, the files in this order, and reads what its storage needs. */
+static ckca_status ckca__decode_all(ckca_context *ctx, const ckca__files *files, ckca__store *store,
+                                    ckca_storage storage, const ckca_data_desc *desc) {
+    size_t bytes = 0, *held;
+    int i;
+    ckca_status status;
+    for (i = 0; i < store->count; i++) bytes = ckca__sum(bytes, strlen(files->path[i]) + 1);
+    store->source = (ckca__source *)ckca__alloc(ctx, (size_t)store->count * sizeof *store->source);
+    store->paths = (char *)ckca__alloc(ctx, bytes);
+    if (!store->source || !store->paths)
+        return ckca__fail(ctx, CKCA_ENOMEM, "no memory for the paths of %d pictures", store->count);
+    for (i = 0, bytes = 0; i < store->count; i++) {
+        ckca__source *source = &store->source[i];
+        const size_t length = strlen(files->path[i]) + 1;
+        source->path = (const char *)memcpy(store->paths + bytes, files->path[i], length);
+        source->short_side = desc->short_side;
+        source->as_stored = desc->as_stored;
+        source->skip_unreadable = desc->skip_unreadable;
+        source->resized = 1; /* of DECODED pictures, decoding tells */
+        bytes += length;
+    }
+    status = ckca__decode_pass(ctx, store, storage, desc->skip_unreadable, NULL);
+    if (!status && storage == CKCA_STORAGE_COMPRESSED) {
+        const double budget = (desc->budget_mb ? desc->budget_mb : CKCA__BUDGET_MB) * 1048576.0;
+        held = (size_t *)ckca__alloc(ctx, (size_t)store->count * sizeof *held);
+        for (i = 0, bytes = 0; held && i < store->count; i++) {
+            held[i] = bytes;
+            bytes = ckca__sum(bytes, store->source[i].size);
+        }
+        if ((double)bytes > budget)
+            status = ckca__fail(ctx, CKCA_EINVAL,
+                                "%d files take %.1f MiB in memory, budget_mb of ckca_data_desc allows %.0f",
+                                store->count, (double)bytes / 1048576.0, budget / 1048576.0);
+        else if (!held || !(store->held = (unsigned char *)ckca__alloc(ctx, bytes)))
+            status =
+                ckca__fail(ctx, CKCA_ENOMEM, "no memory for the %.0f bytes of %d files", (double)bytes, store->count);
+        if (!status) status = ckca__decode_pass(ctx, store, storage, desc->skip_unreadable, held);
+        ckca__release(ctx, held);
+    }
+    for (i = 0; !status && i < store->count; i++) store->resized |= store->source[i].resized;
+    return status;
+}
+/* How a folder or list of count pictures is kept: what desc says, or what fits its budget. */
+static ckca_status ckca__choose_storage(ckca_context *ctx, const char *path, size_t count, int height, int width,
+                                        const ckca_data_desc *desc, ckca_storage *storage) {
+    const double bytes = (double)(desc->height ? desc->height : height) * (desc->width ? desc->width : width) *
+                         (desc->channels ? desc->channels : 3) * (double)count;
+    const double budget = (desc->budget_mb ? desc->budget_mb : CKCA__BUDGET_MB) * 1048576.0;
+    *storage = desc->storage ? desc->storage : bytes <= budget ? CKCA_STORAGE_DECODED : CKCA_STORAGE_STREAM;
+    if (*storage != CKCA_STORAGE_DECODED || bytes <= budget) return CKCA_OK;
+    return ckca__fail(
+        ctx, CKCA_EINVAL,
+        "%s: its %.0f pictures take %.1f MiB decoded, budget_mb of ckca_data_desc allows %.0f: raise it, or "
+        "set storage to CKCA_STORAGE_STREAM",
+        ckca__tail(path), (double)count, bytes / 1048576.0, budget / 1048576.0);
+}
+/* The size of the first picture that can be read, unless desc gives it; if none can, ckca__decode_all reports the
+   first. */
+static ckca_status ckca__first_size(ckca_context *ctx, const ckca__files *files, const ckca_data_desc *desc,
+                                    int *height, int *width) {
+    unsigned char *bytes;
+    ckca__picture first;
+    size_t size, i;
+    ckca_status status = CKCA_OK;
+    for (i = 0; !status && i < files->count && (!desc->height || !desc->width); i++) {
+        status = ckca__read_file(ctx, files->path[i], CKCA__MAX_PICTURE_FILE, &bytes, &size);
+        if (!status) {
+            unsigned char pixel[3];
+            status = ckca__check_picture(ctx, files->path[i], bytes, size, &first);
+            if (!status && desc->skip_unreadable) /* its data may be corrupt all the same */
+                status = ckca__decode(ctx, files->path[i], bytes, size, pixel, 1, 1, 3, 1);
+            ckca__release(ctx, bytes);
+        }
+        if (!status) {
+            int swap = first.orientation > 4 && !desc->as_stored;
+            *height = (int)(swap ? first.width : first.height);
+            *width = (int)(swap ? first.height : first.width);
+            if ((int64_t)*height * *width > CKCA__MAX_DEFAULT_PIXELS && !desc->height && !desc->width)
+                status = ckca__fail(
+                    ctx, CKCA_EINVAL,
+                    "%s: as the first picture it gives the set its size, but %d x %d is too large: set height "
+                    "and width of ckca_data_desc (in the programs: --size)",
+                    ckca__tail(files->path[i]), *height, *width);
+            break;
+        }
+        if (desc->skip_unreadable && status != CKCA_ENOMEM) status = CKCA_OK;
+    }
+    return status;
 }
 /* Error: a folder is not one of the requested classes. The message lists these, and the bytes of a name that is not
    ASCII, since Unicode has several encodings of the same letter. */
@@ -3645,10 +4200,8 @@ CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const
     ckca__store *store = NULL;
     const char **names = NULL; /* the names of the class folders */
     size_t *end = NULL, i, j;  /* files[end[i - 1]..end[i]) are of folder i */
-    unsigned char *bytes;
-    size_t size;
-    int height = 1, width = 1, left_out = 0;
-    ckca__picture first;
+    int height = 1, width = 1, left_out = 0, decoded;
+    ckca_storage storage = CKCA_STORAGE_AUTO;
     ckca_status status = ckca__open(ctx, data, dir, CKCA_PART_TRAIN, desc_or_null, &desc);
     if (status) return status;
     memset(&folders, 0, sizeof folders);
@@ -3677,38 +4230,18 @@ CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const
     if (!status && files.count == 0)
         status = ckca__fail(ctx, CKCA_EINVAL, "%s: no .jpg, .jpeg, .jpe, .jfif or .png file in its class folders",
                             ckca__tail(dir));
-    /* the size of the first picture that can be read; if none can, ckca__decode_all reports the first */
-    for (i = 0; !status && i < files.count && (!desc.height || !desc.width); i++) {
-        status = ckca__read_file(ctx, files.path[i], CKCA__MAX_PICTURE_FILE, &bytes, &size);
-        if (!status) {
-            unsigned char pixel[3];
-            status = ckca__check_picture(ctx, files.path[i], bytes, size, &first);
-            if (!status && desc.skip_unreadable) /* its data may be corrupt all the same */
-                status = ckca__decode(ctx, files.path[i], bytes, size, pixel, 1, 1, 3, 1);
-            ckca__release(ctx, bytes);
-        }
-        if (!status) {
-            int swap = first.orientation > 4 && !desc.as_stored;
-            height = (int)(swap ? first.width : first.height);
-            width = (int)(swap ? first.height : first.width);
-            if ((int64_t)height * width > CKCA__MAX_DEFAULT_PIXELS && !desc.height && !desc.width)
-                status = ckca__fail(
-                    ctx, CKCA_EINVAL,
-                    "%s: as the first picture it gives the set its size, but %d x %d is too large: set height "
-                    "and width of ckca_data_desc (in the programs: --size)",
-                    ckca__tail(files.path[i]), height, width);
-            break;
-        }
-        if (desc.skip_unreadable && status != CKCA_ENOMEM) status = CKCA_OK;
-    }
+    if (!status) status = ckca__first_size(ctx, &files, &desc, &height, &width);
+    if (!status) status = ckca__choose_storage(ctx, dir, files.count, height, width, &desc, &storage);
+    decoded = storage == CKCA_STORAGE_DECODED;
     if (!status && desc.class_names)
-        status = ckca__store_create(ctx, &store, files.count, height, width, 3, desc.classes, desc.class_names, &desc);
+        status =
+            ckca__store_new(ctx, &store, files.count, height, width, 3, desc.classes, desc.class_names, &desc, decoded);
     else if (!status)
-        status = ckca__store_create(ctx, &store, files.count, height, width, 3, (int)folders.count, names, &desc);
+        status = ckca__store_new(ctx, &store, files.count, height, width, 3, (int)folders.count, names, &desc, decoded);
     for (i = 0; !status && i < folders.count; i++)
         for (j = i ? end[i - 1] : 0; j < end[i]; j++)
             store->labels[j] = desc.class_names ? ckca__find_name(desc.class_names, desc.classes, names[i]) : (int)i;
-    if (!status) status = ckca__decode_all(ctx, &files, store, desc.as_stored, desc.skip_unreadable);
+    if (!status) status = ckca__decode_all(ctx, &files, store, storage, &desc);
     for (i = j = 0; !status && !desc.class_names && i < folders.count; i++) { /* labels ascend, as the folders do */
         if (j == (size_t)store->count || store->labels[j] != (int)i)
             status = ckca__fail(ctx, CKCA_EINVAL, "%s: none of its %.0f pictures can be read",
@@ -3724,7 +4257,94 @@ CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const
     ckca__files_free(ctx, &files);
     return status;
 }
+/* Parses line number `line` of a list, text[0..length) of `PATH<TAB>LABEL`: appends the path to files. */
+static ckca_status ckca__parse_line(ckca_context *ctx, const char *list, double line, char *text, size_t length,
+                                    const ckca_data_desc *desc, ckca__files *files, int *label) {
+    const size_t folder = strrchr(list, '/') ? (size_t)(strrchr(list, '/') - list) + 1 : 0;
+    char *tab = (char *)memchr(text, '\t', length), *path, *at;
+    size_t n;
+    long value = 0;
+    if (length && text[length - 1] == '\r') length--;
+    if (memchr(text, 0, length))
+        return ckca__fail(ctx, CKCA_EFORMAT, "%s: line %.0f has a zero byte", ckca__tail(list), line);
+    if (!tab || tab == text || tab + 1 >= text + length)
+        return ckca__fail(ctx, CKCA_EFORMAT, "%s: line %.0f is not PATH<TAB>LABEL", ckca__tail(list), line);
+    for (at = tab + 1; at < text + length && *at >= '0' && *at <= '9' && value <= CKCA__CLASSES_MAX; at++)
+        value = 10 * value + (*at - '0');
+    if (at < text + length && value <= CKCA__CLASSES_MAX)
+        return ckca__fail(ctx, CKCA_EFORMAT, "%s: line %.0f: its label is not a number from 0", ckca__tail(list), line);
+    if (value >= (desc->classes ? desc->classes : CKCA__CLASSES_MAX))
+        return ckca__fail(ctx, CKCA_EFORMAT, "%s: line %.0f: its label is %.20s, there are %d classes",
+                          ckca__tail(list), line, tab + 1, desc->classes ? desc->classes : (int)CKCA__CLASSES_MAX);
+    *label = (int)value;
+    n = (size_t)(tab - text);
+    path = (char *)ckca__alloc(ctx, folder + n + 1);
+    if (!path || !ckca__grow(ctx, (void **)&files->path, files->count, &files->capacity, sizeof *files->path)) {
+        ckca__release(ctx, path);
+        return ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for line %.0f", ckca__tail(list), line);
+    }
+    if (text[0] == '/') {
+        memcpy(path, text, n);
+    } else {
+        memcpy(path, list, folder);
+        memcpy(path + folder, text, n);
+    }
+    files->path[files->count++] = path;
+    return CKCA_OK;
+}
+CKCA_API ckca_status ckca_open_list(ckca_context *ctx, ckca_data **data, const char *list,
+                                    const ckca_data_desc *desc_or_null) {
+    ckca__files files;
+    ckca_data_desc desc;
+    ckca__store *store = NULL;
+    ckca_storage storage = CKCA_STORAGE_AUTO;
+    unsigned char *bytes = NULL;
+    int *labels = NULL, height = 1, width = 1, classes = 0;
+    size_t size = 0, at, end, capacity = 0;
+    double line = 0;
+    ckca_status status = ckca__open(ctx, data, list, CKCA_PART_TRAIN, desc_or_null, &desc);
+    if (status) return status;
+    memset(&files, 0, sizeof files);
+    status = ckca__read_file(ctx, list, (size_t)1 << 30, &bytes, &size);
+    for (at = 0; !status && at < size; at = end + 1) {
+        int label = 0;
+        for (end = at; end < size && bytes[end] != '\n'; end++) continue;
+        bytes[end] = 0; /* there is one byte more than size */
+        line++;
+        if (end == at || (end == at + 1 && bytes[at] == '\r')) continue;
+        status = ckca__parse_line(ctx, list, line, (char *)bytes + at, end - at, &desc, &files, &label);
+        if (!status && !ckca__grow(ctx, (void **)&labels, files.count - 1, &capacity, sizeof *labels))
+            status = ckca__fail(ctx, CKCA_ENOMEM, "%s: no memory for line %.0f", ckca__tail(list), line);
+        if (status) break;
+        labels[files.count - 1] = label;
+        if (label >= classes) classes = label + 1;
+    }
+    ckca__release(ctx, bytes);
+    if (desc.classes) classes = desc.classes;
+    if (!status && files.count == 0)
+        status = ckca__fail(ctx, CKCA_EINVAL, "%s: lists no pictures", ckca__tail(list));
+    if (!status) status = ckca__first_size(ctx, &files, &desc, &height, &width);
+    if (!status) status = ckca__choose_storage(ctx, list, files.count, height, width, &desc, &storage);
+    if (!status)
+        status = ckca__store_new(ctx, &store, files.count, height, width, 3, classes, desc.class_names, &desc,
+                                 storage == CKCA_STORAGE_DECODED);
+    if (!status) {
+        memcpy(store->labels, labels, files.count * sizeof *labels);
+        status = ckca__decode_all(ctx, &files, store, storage, &desc);
+    }
+    if (!status) status = ckca__view(data, store, NULL, store->count);
+    ckca__store_release(store);
+    ckca__release(ctx, labels);
+    ckca__files_free(ctx, &files);
+    return status;
+}
 #else
+CKCA_API ckca_status ckca_open_list(ckca_context *ctx, ckca_data **data, const char *list,
+                                    const ckca_data_desc *desc_or_null) {
+    ckca_data_desc desc;
+    ckca_status status = ckca__open(ctx, data, list, CKCA_PART_TRAIN, desc_or_null, &desc);
+    return status ? status : ckca__fail(ctx, CKCA_EIO, "%s: ckca_open_list needs POSIX", ckca__tail(list));
+}
 CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const char *dir,
                                       const ckca_data_desc *desc_or_null) {
     ckca_data_desc desc;
@@ -3747,6 +4367,9 @@ CKCA_API ckca_status ckca_open_folder(ckca_context *ctx, ckca_data **data, const
     ckca_status status = ckca__open(ctx, data, dir, CKCA_PART_TRAIN, desc, &checked);
     if (status) return status;
     return ckca__fail(ctx, CKCA_EINVAL, "%s: built without JPEG and PNG (CKCA_NO_STB_IMAGE)", ckca__tail(dir));
+}
+CKCA_API ckca_status ckca_open_list(ckca_context *ctx, ckca_data **data, const char *path, const ckca_data_desc *desc) {
+    return ckca_open_folder(ctx, data, path, desc);
 }
 CKCA_API ckca_status ckca_read_picture(ckca_context *ctx, const char *path, const ckca_data_desc *desc,
                                        unsigned char *out) {
@@ -3962,6 +4585,77 @@ CKCA_API ckca_status ckca_subset(ckca_data **subset, const ckca_data *data, cons
     return status;
 }
 
+static int ckca__has_sources(ckca_data *const *parts, int n) {
+    int i;
+    for (i = 0; i < n && !parts[i]->store->source;) i++;
+    return i < n;
+}
+/* Joins sets of different stores, some with files: the new store has their sources; files on disk are not read. */
+static ckca_status ckca__join_sources(ckca_data **joined, ckca_data *const *parts, int n, int total) {
+    const ckca__store *first = parts[0]->store;
+    ckca_context *ctx = first->ctx;
+    const size_t picture = ckca__picture_bytes(first);
+    size_t paths = 0, held = 0;
+    ckca__store *store = NULL;
+    ckca_data_desc none;
+    ckca_status status;
+    int i, j, at, decoded = 1;
+    memset(&none, 0, sizeof none);
+    for (i = 0; i < n; i++) decoded = decoded && parts[i]->store->pixels;
+    status = ckca__store_new(ctx, &store, (size_t)total, first->height, first->width, first->channels, first->classes,
+                             (const char *const *)first->class_names, &none, decoded);
+    if (status) return status;
+    for (i = 0; i < n; i++) {
+        for (j = 0; j < parts[i]->count; j++) {
+            const int k = parts[i]->index[j];
+            const ckca__source *from = parts[i]->store->source ? &parts[i]->store->source[k] : NULL;
+            if (from && from->path) paths = ckca__sum(paths, strlen(from->path) + 1);
+            if (from && from->bytes)
+                held = ckca__sum(held, from->size);
+            else if (!decoded && ckca__raw(parts[i]->store, k))
+                held = ckca__sum(held, picture);
+        }
+    }
+    store->source = (ckca__source *)ckca__alloc(ctx, (size_t)total * sizeof *store->source);
+    store->paths = (char *)ckca__alloc(ctx, paths);
+    store->held = (unsigned char *)ckca__alloc(ctx, held);
+    if (!store->source || !store->paths || !store->held) {
+        ckca__store_release(store);
+        return ckca__fail(ctx, CKCA_ENOMEM, "ckca_join: no memory for %d pictures (%.0f bytes)", total,
+                          (double)held + (double)paths);
+    }
+    for (i = 0, at = 0, paths = held = 0; i < n; i++) {
+        const ckca__store *old = parts[i]->store;
+        for (j = 0; j < parts[i]->count; j++, at++) {
+            const int k = parts[i]->index[j];
+            const unsigned char *raw = ckca__raw(old, k);
+            ckca__source *to = &store->source[at];
+            if (old->source) *to = old->source[k];
+            to->unreadable = 0;
+            to->raw = NULL;
+            store->resized |= to->resized;
+            store->labels[at] = old->labels[k];
+            if (to->path) {
+                const size_t length = strlen(to->path) + 1;
+                to->path = (const char *)memcpy(store->paths + paths, to->path, length);
+                paths += length;
+            }
+            if (to->bytes) {
+                to->bytes = (const unsigned char *)memcpy(store->held + held, to->bytes, to->size);
+                held += to->size;
+            } else if (raw && decoded) {
+                memcpy(store->pixels + (size_t)at * picture, raw, picture);
+            } else if (raw) {
+                to->raw = (const unsigned char *)memcpy(store->held + held, raw, picture);
+                held += picture;
+            }
+        }
+    }
+    status = ckca__view(joined, store, NULL, total);
+    ckca__store_release(store);
+    return status;
+}
+
 CKCA_API ckca_status ckca_join(ckca_data **joined, ckca_data *const *parts, int n) {
     ckca_context *ctx;
     ckca__store *first, *store;
@@ -4000,6 +4694,8 @@ CKCA_API ckca_status ckca_join(ckca_data **joined, ckca_data *const *parts, int 
     store = first;
     if (shared)
         first->refs++;
+    else if (ckca__has_sources(parts, n))
+        return ckca__join_sources(joined, parts, n, (int)total);
     else {
         status = ckca__store_create(ctx, &store, total, first->height, first->width, first->channels, first->classes,
                                     (const char *const *)first->class_names, &desc);
@@ -4020,6 +4716,348 @@ CKCA_API ckca_status ckca_join(ckca_data **joined, ckca_data *const *parts, int 
     ckca__store_release(store);
     if (!status) *joined = view;
     return status;
+}
+
+/* ===================================================================================================================
+   STREAM                                                                                                     >>stream
+
+   Pictures that are not held decoded, read ahead of the trainer.
+
+   A feed is a ring of batches. Its plan, a function, tells which batch comes next; decoder threads make the pictures of
+   the coming batches, in any order, while the trainer works on the one that it took last. What the trainer asks for
+   decides: if that is not what was planned, the ring is emptied and filled anew, so the plan changes only the speed.
+   A picture depends on (seed, epoch, index) alone, so that its bits do not depend on threads, plan or form. The crop of
+   resized_crop is cut here, from the full-size picture; ckca__op_batch does the rest of augmentation, as ever.
+   Nothing is allocated per batch (but see ckca__scratch). Without threads, taking a batch decodes it.
+   =================================================================================================================== */
+
+/* In THREADS: threads that run a function of their own, a lock and two conditions. */
+static struct ckca__crew *ckca__crew_new(ckca_context *ctx, int threads);
+static int ckca__crew_start(struct ckca__crew *crew, void *(*run)(void *job), void *jobs, size_t job_bytes);
+static void ckca__crew_free(ckca_context *ctx, struct ckca__crew *crew);
+static void ckca__crew_lock(struct ckca__crew *crew);
+static void ckca__crew_unlock(struct ckca__crew *crew);
+static void ckca__crew_wait(struct ckca__crew *crew, int done);
+static void ckca__crew_wake(struct ckca__crew *crew, int done);
+
+enum { CKCA__FEED_BATCHES = 4 }; /* in the ring; without threads 1 */
+
+/* 1: batches of this store need a feed. */
+static int ckca__needs_feed(const ckca__store *store, const ckca_augment *augment) {
+    return !store->pixels || (store->source && store->resized && augment && augment->resized_crop);
+}
+
+/* Makes picture i of the store: height x width x channels bytes, augmented by resized_crop only. *cropped: 1 if it was
+   applied; else ckca__op_batch applies it, as it does to decoded pictures. */
+static ckca_status ckca__load_picture(ckca_context *ctx, const ckca__store *store, int i, const ckca_augment *augment,
+                                      uint64_t seed, int epoch, unsigned char *out, unsigned char *cropped) {
+    const ckca__source *source = &store->source[i];
+    const unsigned char *raw = ckca__raw(store, i);
+    *cropped = 0;
+    if (raw && !(augment && augment->resized_crop && source->resized && source->path)) {
+        memcpy(out, raw, ckca__picture_bytes(store));
+        return CKCA_OK;
+    }
+#if !defined(CKCA_NO_STB_IMAGE) && !defined(CKCA_NO_STDIO) && defined(CKCA__POSIX)
+    {
+        ckca__target target;
+        unsigned char *bytes = NULL;
+        ckca_status status = CKCA_OK;
+        memset(&target, 0, sizeof target);
+        target.height = store->height;
+        target.width = store->width;
+        target.channels = store->channels;
+        target.short_side = source->short_side;
+        target.as_stored = source->as_stored;
+        target.augment = augment;
+        target.seed = seed;
+        target.epoch = epoch;
+        target.index = i;
+        if (!source->bytes && (status = ckca__read_source(ctx, source, &bytes))) return status;
+        status = ckca__decode_to(ctx, source->path, source->bytes ? source->bytes : bytes, source->size, &target, out);
+        *cropped = (unsigned char)target.cropped;
+        ckca__lock(ctx);
+        ckca__release(ctx, bytes);
+        ckca__unlock(ctx);
+        return status;
+    }
+#else
+    (void)seed, (void)epoch;
+    return ckca__fail(ctx, CKCA_EINVAL, "built without files"); /* never: no store has sources then */
+#endif
+}
+
+typedef struct ckca__feed_batch {
+    unsigned char *pixels;   /* size x height x width x channels */
+    int *position;           /* size: which pictures of the data set. Of an unreadable one: of its substitute */
+    unsigned char *cropped;  /* size: see ckca__load_picture */
+    unsigned char *bad;      /* size: 1: unreadable, and skip_unreadable is set */
+    int n, epoch;            /* pictures; of the augmentation */
+    int claimed, finished;   /* pictures that decoders have begun and finished */
+    int failed;              /* the first unreadable picture, n: none */
+    ckca_status failure;     /* of that picture; CKCA_OK: it may be skipped */
+    char error[sizeof(((ckca_context *)0)->error)];
+} ckca__feed_batch;
+typedef struct ckca__decoder {
+    struct ckca__feed *feed;
+    ckca_context own; /* a copy with an error text and memory of its own */
+    ckca__scratch scratch;
+} ckca__decoder;
+typedef struct ckca__feed {
+    ckca_context *ctx;
+    const ckca_data *data;
+    const ckca_augment *augment;
+    uint64_t seed;
+    /* Writes the positions of the batch after the last planned one, and its epoch; returns their number, 0: none. */
+    int (*plan)(void *user, int *position, int *epoch);
+    void *user;
+    struct ckca__crew *crew; /* guards what follows; NULL: no threads */
+    int decoders, stop;
+    ckca__decoder *decoder; /* at least 1 */
+    void *block;            /* memory of the batches */
+    int size, depth;        /* pictures per batch, batches in the ring */
+    int64_t head, tail;     /* batches [head, tail) are in the ring, k at batch[k % depth] */
+    int taken;              /* 1: the trainer works on the first one */
+    double waited;          /* seconds that taking batches took */
+    ckca__feed_batch batch[CKCA__FEED_BATCHES];
+} ckca__feed;
+
+/* Makes picture i of a batch. The lock is not held. */
+static ckca_status ckca__feed_decode(ckca__decoder *d, ckca__feed_batch *b, int i) {
+    const ckca__feed *feed = d->feed;
+    const ckca__store *store = feed->data->store;
+    ckca_status status;
+    ckca__scratch_reset(&d->scratch);
+#ifndef CKCA_NO_STB_IMAGE
+    ckca__scratch_now = &d->scratch;
+#endif
+    status = ckca__load_picture(&d->own, store, feed->data->index[b->position[i]], feed->augment, feed->seed, b->epoch,
+                                b->pixels + (size_t)i * ckca__picture_bytes(store), &b->cropped[i]);
+#ifndef CKCA_NO_STB_IMAGE
+    ckca__scratch_now = NULL;
+#endif
+    return status;
+}
+
+/* Notes what became of picture i. Of several unreadable ones the first counts, but one that may not be skipped before
+   those that may. The lock is held. */
+static void ckca__feed_note(ckca__decoder *d, ckca__feed_batch *b, int i, ckca_status status) {
+    const ckca_data *data = d->feed->data;
+    if (status && status != CKCA_ENOMEM && data->store->source[data->index[b->position[i]]].skip_unreadable) {
+        b->bad[i] = 1;
+        if (i < b->failed && !b->failure) {
+            b->failed = i;
+            memcpy(b->error, d->own.error, sizeof b->error);
+        }
+    } else if (status && (i < b->failed || !b->failure)) {
+        b->failed = i;
+        b->failure = status;
+        memcpy(b->error, d->own.error, sizeof b->error);
+    }
+    b->finished++;
+}
+
+static void *ckca__decoder_run(void *job) {
+    ckca__decoder *d = (ckca__decoder *)job;
+    ckca__feed *feed = d->feed;
+    ckca__crew_lock(feed->crew);
+    while (!feed->stop) {
+        ckca__feed_batch *b = NULL;
+        ckca_status status;
+        int64_t k;
+        int i;
+        for (k = feed->head; k < feed->tail && !b; k++)
+            if (feed->batch[k % feed->depth].claimed < feed->batch[k % feed->depth].n) b = &feed->batch[k % feed->depth];
+        if (!b) {
+            ckca__crew_wait(feed->crew, 0);
+            continue;
+        }
+        i = b->claimed++;
+        ckca__crew_unlock(feed->crew);
+        status = ckca__feed_decode(d, b, i);
+        ckca__crew_lock(feed->crew);
+        ckca__feed_note(d, b, i, status);
+        if (b->finished == b->n) ckca__crew_wake(feed->crew, 1);
+    }
+    ckca__crew_unlock(feed->crew);
+    return NULL;
+}
+
+static void ckca__feed_free(ckca__feed *feed) {
+    int i;
+    if (!feed) return;
+    if (feed->crew) {
+        ckca__crew_lock(feed->crew);
+        feed->stop = 1;
+        ckca__crew_wake(feed->crew, 0);
+        ckca__crew_unlock(feed->crew);
+        ckca__crew_free(feed->ctx, feed->crew);
+    }
+    for (i = 0; feed->decoder && i < feed->decoders; i++) {
+        free(feed->decoder[i].scratch.block);
+#if defined(CKCA_TURBOJPEG) && !defined(CKCA_NO_STB_IMAGE)
+        if (feed->decoder[i].scratch.turbo) tjDestroy(feed->decoder[i].scratch.turbo);
+#endif
+    }
+    ckca__release(feed->ctx, feed->decoder);
+    ckca__release(feed->ctx, feed->block);
+    ckca__release(feed->ctx, feed);
+}
+
+/* Opens a feed of batches of up to size pictures of data and starts its threads, as many as the context has; none for a
+   context of one. plan may be NULL. augment stays the caller's. */
+static ckca_status ckca__feed_open(ckca_context *ctx, ckca__feed **out, const ckca_data *data, int size,
+                                   const ckca_augment *augment, uint64_t seed,
+                                   int (*plan)(void *user, int *position, int *epoch), void *user) {
+    const size_t pixels = ckca__round_up(ckca__mul(ckca__picture_bytes(data->store), (size_t)size), CKCA__ALIGN);
+    const size_t n = (size_t)size, row = ckca__round_up(ckca__mul(n, sizeof(int) + 2), CKCA__ALIGN);
+    ckca__feed *feed = (ckca__feed *)ckca__alloc(ctx, sizeof *feed);
+    size_t bytes;
+    char *at;
+    int i;
+    if (!feed) return ckca__fail(ctx, CKCA_ENOMEM, "no memory to read batches of %d pictures", size);
+    feed->ctx = ctx;
+    feed->data = data;
+    feed->augment = augment;
+    feed->seed = seed;
+    feed->plan = plan;
+    feed->user = user;
+    feed->size = size;
+    feed->decoders = ctx->threads;
+    feed->crew = ctx->threads > 1 ? ckca__crew_new(ctx, ctx->threads) : NULL;
+    feed->depth = feed->crew ? CKCA__FEED_BATCHES : 1;
+    bytes = ckca__mul((size_t)feed->depth, ckca__sum(pixels, row));
+    feed->decoder = (ckca__decoder *)ckca__alloc(ctx, (size_t)feed->decoders * sizeof *feed->decoder);
+    feed->block = ckca__alloc(ctx, bytes);
+    if (!feed->decoder || !feed->block || (ctx->threads > 1 && !feed->crew && ctx->pool)) {
+        ckca__feed_free(feed);
+        return ckca__fail(ctx, CKCA_ENOMEM, "no memory to read batches of %d pictures (%.0f bytes)", size,
+                          (double)bytes);
+    }
+    for (i = 0, at = (char *)feed->block; i < feed->depth; i++, at += pixels + row) {
+        feed->batch[i].pixels = (unsigned char *)at;
+        feed->batch[i].position = (int *)(void *)(at + pixels);
+        feed->batch[i].cropped = (unsigned char *)(at + pixels + n * sizeof(int));
+        feed->batch[i].bad = feed->batch[i].cropped + n;
+    }
+    for (i = 0; i < feed->decoders; i++) {
+        ckca__decoder *d = &feed->decoder[i];
+        d->feed = feed;
+        d->own = *ctx;
+        d->own.pool = NULL; /* its memory needs no lock */
+        d->own.alloc = ckca__scratch_alloc;
+        d->own.release = ckca__scratch_release;
+        d->own.user = &d->scratch;
+    }
+    if (feed->crew && !ckca__crew_start(feed->crew, ckca__decoder_run, feed->decoder, sizeof *feed->decoder)) {
+        ckca__crew_free(ctx, feed->crew); /* no thread could be created */
+        feed->crew = NULL;
+        feed->depth = 1;
+    }
+    *out = feed;
+    return CKCA_OK;
+}
+
+/* Puts a batch into the ring, whose positions are in its place already. */
+static void ckca__feed_put(ckca__feed *feed, int n, int epoch) {
+    ckca__feed_batch *b = &feed->batch[feed->tail++ % feed->depth];
+    memset(b->bad, 0, (size_t)n);
+    b->n = b->failed = n;
+    b->epoch = epoch;
+    b->claimed = b->finished = 0;
+    b->failure = CKCA_OK;
+    if (feed->crew) ckca__crew_wake(feed->crew, 0);
+}
+
+/* Gives unreadable pictures, which may be skipped, their substitutes: the readable picture before each, or the first. */
+static ckca_status ckca__feed_substitute(ckca__feed *feed, ckca__feed_batch *b) {
+    ckca__store *store = feed->data->store;
+    const size_t picture = ckca__picture_bytes(store);
+    int i, good = 0;
+    memcpy(feed->ctx->error, b->error, sizeof b->error);
+    while (good < b->n && b->bad[good]) good++;
+    if (good == b->n) return CKCA_EFORMAT; /* none of the batch can be read; the message is the first one's */
+    ckca__keep_message(store);
+    feed->ctx->error[0] = 0;
+    for (i = 0; i < b->n; i++) {
+        ckca__source *source = &store->source[feed->data->index[b->position[i]]];
+        if (!b->bad[i]) {
+            good = i;
+            continue;
+        }
+        store->unreadable += !source->unreadable;
+        source->unreadable = 1;
+        memcpy(b->pixels + (size_t)i * picture, b->pixels + (size_t)good * picture, picture);
+        b->position[i] = b->position[good];
+        b->cropped[i] = b->cropped[good];
+    }
+    return CKCA_OK;
+}
+
+/* Waits for the batch of the pictures position[0..n) in this epoch's augmentation. *out is valid until the next call. */
+static ckca_status ckca__feed_take(ckca__feed *feed, const int *position, int n, int epoch, ckca__feed_batch **out) {
+    const double start = ckca__seconds();
+    ckca__feed_batch *b;
+    int64_t k;
+    int i, next;
+    if (feed->crew) ckca__crew_lock(feed->crew);
+    if (feed->taken) feed->head++;
+    feed->taken = 0;
+    while (feed->plan && feed->tail - feed->head < feed->depth &&
+           (i = feed->plan(feed->user, feed->batch[feed->tail % feed->depth].position, &next)) > 0)
+        ckca__feed_put(feed, i, next);
+    b = &feed->batch[feed->head % feed->depth];
+    if (feed->head == feed->tail || b->n != n || b->epoch != epoch ||
+        memcmp(b->position, position, (size_t)n * sizeof *position)) { /* not as planned: start again with this batch */
+        for (k = feed->head; k < feed->tail; k++) feed->batch[k % feed->depth].n = feed->batch[k % feed->depth].claimed;
+        for (k = feed->head; k < feed->tail; k++)
+            while (feed->crew && feed->batch[k % feed->depth].finished < feed->batch[k % feed->depth].n)
+                ckca__crew_wait(feed->crew, 1);
+        feed->tail = feed->head;
+        memcpy(b->position, position, (size_t)n * sizeof *position);
+        ckca__feed_put(feed, n, epoch);
+    }
+    if (!feed->crew)
+        for (i = 0; i < n; i++) ckca__feed_note(feed->decoder, b, i, ckca__feed_decode(feed->decoder, b, i));
+    while (b->finished < b->n) ckca__crew_wait(feed->crew, 1);
+    feed->taken = 1;
+    feed->waited += ckca__seconds() - start;
+    if (feed->crew) ckca__crew_unlock(feed->crew);
+    *out = b;
+    if (b->failure) {
+        memcpy(feed->ctx->error, b->error, sizeof b->error);
+        return b->failure;
+    }
+    return b->failed < b->n ? ckca__feed_substitute(feed, b) : CKCA_OK;
+}
+
+/* A plan: pictures 0 to count - 1 in order. */
+typedef struct ckca__sequence {
+    int next, count, size, stride; /* size: of a batch; stride: from one batch to the next */
+} ckca__sequence;
+static int ckca__plan_sequence(void *user, int *position, int *epoch) {
+    ckca__sequence *s = (ckca__sequence *)user;
+    int n = s->count - s->next < s->size ? s->count - s->next : s->size, i;
+    if (n <= 0) return 0;
+    for (i = 0; i < n; i++) position[i] = s->next + i;
+    s->next += s->stride;
+    *epoch = 0;
+    return n;
+}
+
+CKCA_API ckca_status ckca_copy_pixels(const ckca_data *data, int i, unsigned char *out) {
+    ckca_context *ctx;
+    const unsigned char *raw;
+    unsigned char cropped;
+    if (!data) return CKCA_EINVAL;
+    ctx = data->store->ctx;
+    if (!out) return ckca__null(ctx, "ckca_copy_pixels", "out");
+    if (i < 0 || i >= data->count)
+        return ckca__fail(ctx, CKCA_EINVAL, "ckca_copy_pixels: i is %d, there are %d pictures", i, data->count);
+    raw = ckca__raw(data->store, data->index[i]);
+    if (!raw) return ckca__load_picture(ctx, data->store, data->index[i], NULL, 0, 0, out, &cropped);
+    memcpy(out, raw, ckca__picture_bytes(data->store));
+    return CKCA_OK;
 }
 
 /* ===================================================================================================================
@@ -5624,6 +6662,9 @@ typedef struct ckca__batch_buffers {
     unsigned char *pixels; /* the batch's pictures, in a block of their own */
     size_t pixel_bytes;
     void *staging; /* uploads them, see ckca__device_staging_open */
+    /* Only if pictures are read ahead: */
+    ckca__feed *feed;
+    ckca__feed_batch *fed; /* the batch that ckca__send_batch took */
     /* What the step computes: */
     int *hit;                                 /* n, see ckca__op_cross_entropy */
     float *loss;                              /* n: the value of one term of the loss per picture */
@@ -5685,6 +6726,8 @@ typedef struct ckca__update {
     int part;           /* the most pictures of a batch that this rank takes; one process: d.batch */
     float share;        /* this rank's pictures over those of the current batch */
     int states;         /* 1: training states are written (by rank 0, which alone has d.state) */
+    int *ahead_order;   /* likewise, of the epoch that is read ahead; only with a feed */
+    int ahead_epoch, ahead_batch; /* the next batch to be read ahead */
     int batches;        /* per epoch */
     int epoch, batch;   /* of the next SGD step, both from 0 */
     int correct;        /* correct predictions of this epoch, as of the last ckca__fetch_sums */
@@ -5839,7 +6882,7 @@ static ckca_status ckca__train_step(ckca__update *u, const int *position, int n)
 static void ckca__step_ops(ckca__update *u, int n);
 static ckca__factors ckca__growth(const ckca_update_desc *d, double n_old, double n_new);
 static double ckca__loss(const ckca__update *u, int seen);
-static void ckca__send_unlabelled(ckca__update *u, int offset, int n);
+static ckca_status ckca__send_unlabelled(ckca__update *u, int offset, int n);
 static void ckca__teacher_outputs(ckca__update *u, int n, const float *input);
 static void ckca__distillation_term(ckca__update *u, int n);
 static void ckca__distil(ckca__update *u, int first, int n, const int *labels, const float *class_weight);
@@ -5877,9 +6920,14 @@ static ckca_status ckca__share_state(ckca__update *u, ckca_status status, int *f
 static void ckca__make_batch(const ckca_model *m, const ckca_data *data, int n, const ckca_augment *augment,
                              uint64_t seed, const ckca__batch_buffers *b, float *input);
 static void ckca__unbind_data(ckca_model *m, int had_names, int was_normalized);
-static void ckca__send_batch(ckca_context *ctx, const ckca_data *data, const int *position, int n, int epoch, float lr,
-                             ckca__batch_buffers *b);
+static ckca_status ckca__send_batch(ckca_context *ctx, const ckca_data *data, const int *position, int n, int epoch,
+                                    float lr, ckca__batch_buffers *b);
 static ckca_status ckca__prepare_store(ckca_context *ctx, ckca__store *store, int n, ckca__batch_buffers *b);
+static ckca_status ckca__prepare_data(ckca_context *ctx, const ckca_data *data, int n, const ckca_augment *augment,
+                                      uint64_t seed, int (*plan)(void *user, int *position, int *epoch), void *user,
+                                      ckca__batch_buffers *b);
+static int ckca__plan_training(void *user, int *position, int *epoch);
+static ckca_status ckca__prepare_upload(ckca_context *ctx, const ckca__store *store, int n, ckca__batch_buffers *b);
 static void *ckca__host_input(const ckca__batch_buffers *b, const void *device);
 static ckca_status ckca__batch_buffers_alloc(ckca_context *ctx, ckca__batch_buffers *b, int n, int classes,
                                              int features);
@@ -5888,6 +6936,7 @@ static ckca_status ckca__evaluate_all(ckca_model *m, const ckca_model *like, con
                                       float *per_class, int *right, float *cache_logits, float *cache_features,
                                       double *class_sums);
 static ckca_status ckca__bind_data(ckca_model *m, const ckca_data *data, const char *what);
+static ckca_status ckca__measure_pictures(ckca_model *m, const ckca_data *data);
 
 /* In EXECUTION: */
 static float *ckca__value(const ckca_model *m, int i);
@@ -6022,6 +7071,7 @@ CKCA_API ckca_status ckca_update(ckca_model *m, const ckca_data *data, const ckc
     ckca__release(u->ctx, u->order);
     m->evaluation_batch = 0;
     ckca_data_free(u->joined);
+    ckca__release(u->ctx, u->ahead_order);
     if (u->teacher != u->old) ckca_model_free(u->teacher);
     ckca_model_free(u->old);
     ckca_model_free(u->candidate);
@@ -6038,6 +7088,9 @@ static ckca_status ckca__train(ckca__update *u, double start) {
     int stop = 0;
     char what[64];
     ckca_status status = CKCA_OK;
+    u->ahead_epoch = u->epoch;
+    u->ahead_batch = u->batch;
+    if (u->ahead_order) ckca_shuffle(u->d.seed, u->epoch, count, u->ahead_order);
     for (; u->epoch < u->d.epochs; u->epoch++, u->batch = 0) {
         ckca_shuffle(u->d.seed, u->epoch, count, u->order);
         if (u->batch == 0) {
@@ -6094,6 +7147,28 @@ static ckca_status ckca__train(ckca__update *u, double start) {
     return ckca__ranks_agree(u->ctx, "ckca_update", ckca__check_all_finite(u->m, what, 0));
 }
 
+/* A plan: the batches of the coming SGD steps, epoch after epoch. */
+static int ckca__plan_training(void *user, int *position, int *epoch) {
+    ckca__update *u = (ckca__update *)user;
+    const int count = u->data->count, size = u->d.batch, rank = u->ctx->ranks.rank;
+    int first, n, from;
+    do { /* a rank may have no picture of a small batch */
+        if (u->ahead_batch == u->batches) {
+            u->ahead_batch = 0;
+            u->ahead_epoch++;
+            if (u->ahead_epoch < u->d.epochs) ckca_shuffle(u->d.seed, u->ahead_epoch, count, u->ahead_order);
+        }
+        if (u->ahead_epoch >= u->d.epochs) return 0;
+        first = u->ahead_batch++ * size;
+        n = count - first < size ? count - first : size;
+        from = ckca__part(u->ctx, n, rank);
+        n = ckca__part(u->ctx, n, rank + 1) - from;
+    } while (n == 0);
+    memcpy(position, u->ahead_order + first + from, (size_t)n * sizeof *position);
+    *epoch = u->ahead_epoch;
+    return n;
+}
+
 /* Calls the progress callback. seen: pictures of this epoch so far; seconds, steps: of this call. Returns CKCA_ESTOP if
    the callback asks to stop. */
 static ckca_status ckca__report_progress(ckca__update *u, int seen, double seconds, int64_t steps) {
@@ -6112,6 +7187,7 @@ static ckca_status ckca__report_progress(ckca__update *u, int seen, double secon
     p.seconds = seconds;
     p.seconds_left = seconds / (double)steps * (double)left;
     p.w_kd = (double)u->factors.kd;
+    p.waiting = u->buffers.feed && seconds > 0 ? u->buffers.feed->waited / seconds : 0;
     if (!u->d.progress(&p, u->d.user)) return CKCA_OK;
     return ckca__fail(u->ctx, CKCA_ESTOP, "update %d was stopped in epoch %d, after batch %d of %d", p.update,
                       p.epoch + 1, p.batch, p.batches);
@@ -6129,6 +7205,7 @@ static void ckca__fill_report(const ckca__update *u, double seconds, ckca_report
     report->teacher_accuracy = u->teacher_accuracy;
     report->seconds = seconds;
     report->w_kd = (double)u->factors.kd;
+    report->waiting = u->buffers.feed && seconds > 0 ? u->buffers.feed->waited / seconds : 0;
     if (seen < 1) return;
     report->kd = u->sums[1] / seen;
     report->feat = u->sums[2] / seen;
@@ -6215,11 +7292,15 @@ static ckca_status ckca__compare(ckca__update *u) {
 static ckca_status ckca__train_step(ckca__update *u, const int *position, int n) {
     const int64_t step = (int64_t)u->epoch * u->batches + u->batch;
     void **recording = &u->recording[n < u->d.batch];
-    ckca__send_batch(u->ctx, u->data, position, n, u->epoch, ckca__learning_rate(&u->d, step, u->batches), &u->buffers);
-    if (u->unlabelled) ckca__send_unlabelled(u, (int)(position - u->order), n);
-    if (u->ctx->ranks.size > 1) /* sums over ranks cannot be recorded */
-        ckca__step_ops(u, n);
-    else if (ckca__device_record(u->ctx, recording)) {
+    ckca_status status = ckca__send_batch(u->ctx, u->data, position, n, u->epoch,
+                                          ckca__learning_rate(&u->d, step, u->batches), &u->buffers);
+    if (!status && u->unlabelled) status = ckca__send_unlabelled(u, (int)(position - u->order), n);
+    if (u->ctx->ranks.size > 1) { /* sums over ranks cannot be recorded; after a failure this rank adds nothing */
+        ckca__step_ops(u, status ? 0 : n);
+        return status ? status : ckca__device_status(u->ctx);
+    }
+    if (status) return status;
+    if (ckca__device_record(u->ctx, recording)) {
         ckca__step_ops(u, n);
         ckca__device_recorded(u->ctx, recording);
     } else { /* replayed: only the host's side of ckca__run_forward and ckca__run_sgd is left to do */
@@ -6297,7 +7378,7 @@ static void ckca__step_ops(ckca__update *u, int n) {
 
 /* Sends the pictures without labels of an SGD step with n others, which are the epoch's from offset on. A pure function
    of epoch and offset, so that a resumed update goes on with the same ones, and ranks share them out. */
-static void ckca__send_unlabelled(ckca__update *u, int offset, int n) {
+static ckca_status ckca__send_unlabelled(ckca__update *u, int offset, int n) {
     const int count = u->unlabelled->count;
     const int64_t first = (int64_t)u->epoch * u->data->count + offset;
     int *position = u->unlabelled_order + count, i;
@@ -6308,7 +7389,7 @@ static void ckca__send_unlabelled(ckca__update *u, int offset, int n) {
         u->unlabelled_pass = pass;
         position[i] = u->unlabelled_order[(first + i) % count];
     }
-    ckca__send_batch(u->ctx, u->unlabelled, position, n, u->epoch, 0, &u->unlabelled_buffers);
+    return ckca__send_batch(u->ctx, u->unlabelled, position, n, u->epoch, 0, &u->unlabelled_buffers);
 }
 
 /* Sets u->teacher_logits and u->teacher_features for the current batch, whose n pictures (each height x width x channels)
@@ -6633,9 +7714,14 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
     }
     if (u->ctx->ranks.size > 1 && (status = ckca__compare_ranks(u))) return status;
     if (u->teacher && (status = ckca__prepare_teacher(u))) return status;
-    if ((status = ckca__prepare_store(u->ctx, u->data->store, u->part, &u->buffers))) return status;
-    if (u->unlabelled &&
-        (status = ckca__prepare_store(u->ctx, u->unlabelled->store, u->part, &u->unlabelled_buffers)))
+    if (ckca__needs_feed(u->data->store, &u->d.augment) &&
+        !(u->ahead_order = (int *)ckca__alloc(u->ctx, (size_t)u->data->count * sizeof(int))))
+        return ckca__fail(u->ctx, CKCA_ENOMEM, "update: out of memory for the order of %d pictures", u->data->count);
+    if ((status = ckca__prepare_data(u->ctx, u->data, u->part, &u->d.augment, u->d.seed, ckca__plan_training, u,
+                                     &u->buffers)))
+        return status;
+    if (u->unlabelled && (status = ckca__prepare_data(u->ctx, u->unlabelled, u->part, &u->d.augment, u->d.seed, NULL, NULL,
+                                                      &u->unlabelled_buffers)))
         return status;
     if (u->d.state || u->ctx->ranks.size > 1) {
         status = u->d.state ? ckca__fingerprint(u) : CKCA_OK;
@@ -7110,17 +8196,40 @@ static ckca_status ckca__hash_weights(const ckca_model *m, size_t count, uint64_
     return CKCA_OK;
 }
 
-/* Extends hash by all pictures of data, in their order. */
+/* Extends hash by a picture's decoded pixels, or the bytes of its file, or its path, size and time. */
+static uint64_t ckca__hash_picture(uint64_t hash, const ckca__store *store, int i) {
+    const unsigned char *raw = ckca__raw(store, i);
+    const ckca__source *source = store->source ? &store->source[i] : NULL;
+    uint64_t about[4];
+    if (raw) return ckca__hash(hash, raw, ckca__picture_bytes(store));
+    about[0] = (uint64_t)source->size;
+    about[1] = source->bytes ? 0 : (uint64_t)source->time;
+    about[2] = (uint64_t)source->short_side;
+    about[3] = (uint64_t)source->as_stored;
+    hash = ckca__hash(hash, about, sizeof about);
+    if (source->bytes) return ckca__hash(hash, source->bytes, source->size);
+    return ckca__hash(hash, source->path, strlen(source->path));
+}
+
+/* Extends hash by all pictures of data, in their order, with their labels and places in the store. */
 static uint64_t ckca__hash_data(const ckca_data *data, uint64_t hash) {
-    const ckca__store *store = data->store;
-    const size_t picture = ckca__picture_bytes(store);
     int i;
     for (i = 0; i < data->count; i++) {
-        hash = ckca__hash(hash, store->pixels + (size_t)data->index[i] * picture, picture);
-        hash = ckca__hash(hash, &store->labels[data->index[i]], sizeof(int));
+        hash = ckca__hash_picture(hash, data->store, data->index[i]);
+        hash = ckca__hash(hash, &data->store->labels[data->index[i]], sizeof(int));
         hash = ckca__hash(hash, &data->index[i], sizeof(int)); /* augmentation depends on it */
     }
     return hash;
+}
+
+CKCA_API uint64_t ckca_data_fingerprint(const ckca_data *data) {
+    uint64_t hash = 1;
+    int i;
+    for (i = 0; data && i < data->count; i++) {
+        hash = ckca__hash_picture(hash, data->store, data->index[i]);
+        hash = ckca__hash(hash, &data->store->labels[data->index[i]], sizeof(int));
+    }
+    return data ? hash : 0;
 }
 
 /* Hashes everything that the result depends on; only an update with the same fingerprint may resume a training state. */
@@ -7235,9 +8344,10 @@ CKCA_API void ckca_shuffle(uint64_t seed, int epoch, int n, int *order) {
 static void ckca__make_batch(const ckca_model *m, const ckca_data *data, int n, const ckca_augment *augment,
                              uint64_t seed, const ckca__batch_buffers *b, float *input) {
     const ckca__store *store = data->store;
-    ckca__op_batch(m->ctx, n, store->height, store->width, store->channels,
-                   store->streams ? b->pixels : store->resident, store->streams, b->index, augment, seed, b->epoch,
-                   m->normalization, m->normalization + m->channels, input);
+    const unsigned char *gathered = CKCA__DEVICE_IS_HOST && b->fed ? b->fed->pixels : b->pixels;
+    ckca__op_batch(m->ctx, n, store->height, store->width, store->channels, gathered ? gathered : store->resident,
+                   gathered != NULL, b->index, augment, seed, b->epoch, m->normalization,
+                   m->normalization + m->channels, input);
 }
 
 /* Undoes ckca__bind_data after a failure. */
@@ -7262,16 +8372,23 @@ static void ckca__gather_picture(void *job, int i, int thread) {
 }
 
 /* Uploads the input of one SGD step or evaluation: learning rate, epoch, positions, labels and, if the store streams,
-   pixels of the pictures position[0..n) of data. Needs ckca__prepare_store. */
-static void ckca__send_batch(ckca_context *ctx, const ckca_data *data, const int *position, int n, int epoch, float lr,
-                             ckca__batch_buffers *b) {
+   pixels of the pictures position[0..n) of data. Needs ckca__prepare_data. With a feed it waits for the pictures, and
+   fails if one cannot be read. */
+static ckca_status ckca__send_batch(ckca_context *ctx, const ckca_data *data, const int *position, int n, int epoch,
+                                    float lr, ckca__batch_buffers *b) {
     int *index = (int *)ckca__host_input(b, b->index), *labels = (int *)ckca__host_input(b, b->labels), i;
+    if (b->feed) {
+        ckca_status status = ckca__feed_take(b->feed, position, n, epoch, &b->fed);
+        if (status) return status;
+        position = b->fed->position;
+    }
     *(float *)ckca__host_input(b, b->lr) = lr;
     *(int *)ckca__host_input(b, b->epoch) = epoch;
     memcpy(ckca__host_input(b, b->position), position, (size_t)n * sizeof *position);
     for (i = 0; i < n; i++) {
         index[i] = data->index[position[i]];
         labels[i] = data->store->labels[index[i]] - b->first_label;
+        if (b->fed && b->fed->cropped[i]) index[i] = ~index[i];
     }
     if (b->staging) {
         const size_t size = ckca__picture_bytes(data->store);
@@ -7279,11 +8396,15 @@ static void ckca__send_batch(ckca_context *ctx, const ckca_data *data, const int
         job.store = data->store;
         job.index = index;
         job.to = (unsigned char *)ckca__device_staging_buffer(ctx, b->staging);
-        if (!job.to) return;
-        ckca__parallel(ctx, n, ckca__gather_picture, &job);
+        if (!job.to) return ckca__device_status(ctx);
+        if (b->fed)
+            memcpy(job.to, b->fed->pixels, (size_t)n * size);
+        else
+            ckca__parallel(ctx, n, ckca__gather_picture, &job);
         ckca__device_staging_send(ctx, b->staging, b->pixels, (size_t)n * size);
     }
     ckca__device_upload(ctx, b->block, b->host, b->input_bytes);
+    return CKCA_OK;
 }
 
 /* Prepares batches of up to n pictures of a store. A store that takes at most half of the free device memory is uploaded
@@ -7297,7 +8418,22 @@ static ckca_status ckca__prepare_store(ckca_context *ctx, ckca__store *store, in
         if (store->resident) ckca__device_upload(ctx, store->resident, store->pixels, bytes);
         store->streams = !store->resident;
     }
-    if (!store->streams) return CKCA_OK;
+    return store->streams ? ckca__prepare_upload(ctx, store, n, b) : CKCA_OK;
+}
+
+/* Prepares batches of up to n pictures of data. Pictures that are not held decoded, or whose full size augment needs,
+   are read ahead as planned (see STREAM). */
+static ckca_status ckca__prepare_data(ckca_context *ctx, const ckca_data *data, int n, const ckca_augment *augment,
+                                      uint64_t seed, int (*plan)(void *user, int *position, int *epoch), void *user,
+                                      ckca__batch_buffers *b) {
+    ckca_status status;
+    if (!ckca__needs_feed(data->store, augment)) return ckca__prepare_store(ctx, data->store, n, b);
+    status = ckca__feed_open(ctx, &b->feed, data, n, augment, seed, plan, user);
+    return status || CKCA__DEVICE_IS_HOST ? status : ckca__prepare_upload(ctx, data->store, n, b);
+}
+
+/* Buffers to upload each batch of up to n pictures. */
+static ckca_status ckca__prepare_upload(ckca_context *ctx, const ckca__store *store, int n, ckca__batch_buffers *b) {
     b->pixel_bytes = ckca__picture_bytes(store) * (size_t)n;
     b->pixels = (unsigned char *)ckca__device_alloc(ctx, b->pixel_bytes);
     b->staging = ckca__device_staging_open(ctx, b->pixel_bytes);
@@ -7349,6 +8485,7 @@ static void ckca__batch_buffers_free(ckca_context *ctx, ckca__batch_buffers *b) 
     ckca__device_release(ctx, b->block, b->bytes);
     ckca__device_release(ctx, b->pixels, b->pixel_bytes);
     if (b->staging) ckca__device_staging_close(ctx, b->staging);
+    ckca__feed_free(b->feed);
     ckca__release(ctx, b->host);
     memset(b, 0, sizeof *b);
 }
@@ -7381,13 +8518,13 @@ CKCA_API ckca_status ckca_get_batch(ckca_model *m, const ckca_data *data, const 
     was_normalized = m->normalized;
     if ((status = ckca__bind_data(m, data, "batch"))) return status;
     status = ckca__batch_buffers_alloc(m->ctx, &b, n, 1, 1);
-    if (!status) status = ckca__prepare_store(m->ctx, data->store, n, &b);
+    if (!status) status = ckca__prepare_data(m->ctx, data, n, augment, seed, NULL, NULL, &b);
     if (!status) {
         device = (float *)ckca__device_alloc(m->ctx, ckca__mul((size_t)n, values * sizeof(float)));
         if (!device) status = ckca__fail(m->ctx, CKCA_ENOMEM, "ckca_get_batch: out of memory for %d pictures", n);
     }
-    if (device) {
-        ckca__send_batch(m->ctx, data, index, n, epoch, 0, &b);
+    if (device && !(status = ckca__send_batch(m->ctx, data, index, n, epoch, 0, &b))) {
+        if (b.fed) index = b.fed->position;
         ckca__make_batch(m, data, n, augment, seed, &b, device);
         ckca__device_download(m->ctx, pictures, device, (size_t)n * values * sizeof(float));
         for (i = 0; labels && i < n; i++) labels[i] = ckca_label(data, index[i]);
@@ -7492,17 +8629,21 @@ static ckca_status ckca__evaluate_all(ckca_model *m, const ckca_model *like, con
     int first, i, n, top1 = 0, top5 = 0, *seen = NULL, *position = NULL, *hit = NULL, *device_hit = NULL;
     float *features = NULL; /* of one batch, on the host */
     double sums[5] = {0, 0, 0, 0, 0}; /* cross-entropy */
+    int skipped = 0;
+    unsigned char *bad = NULL; /* count, with a feed: 1: skipped */
+    ckca__sequence sequence = {ctx->ranks.rank * batch, data->count, batch, ctx->ranks.size * batch};
     ckca__batch_buffers b;
     ckca_status status = ckca__batch_buffers_alloc(ctx, &b, batch, m->classes, 1);
     if (status) return ckca__ranks_agree(ctx, "evaluate", status);
     if (!(status = ckca__reserve(m, batch, CKCA__MODE_EVALUATE)) &&
-        !(status = ckca__prepare_store(ctx, data->store, batch, &b))) {
+        !(status = ckca__prepare_data(ctx, data, batch, NULL, 0, ckca__plan_sequence, &sequence, &b))) {
         position = (int *)ckca__alloc(ctx, (size_t)batch * sizeof(int));
-        seen = (int *)ckca__alloc(ctx, (size_t)m->classes * 2 * sizeof(int) + 2 * sizeof(int));
+        seen = (int *)ckca__alloc(ctx, ((size_t)m->classes * 2 + 3) * sizeof(int));
         hit = (int *)ckca__alloc(ctx, hit_bytes);
         device_hit = (int *)ckca__device_alloc(ctx, hit_bytes);
         if (class_sums) features = (float *)ckca__alloc(ctx, (size_t)batch * (size_t)m->features * sizeof *features);
-        if (!position || !seen || !hit || !device_hit || (class_sums && !features))
+        bad = b.feed ? (unsigned char *)ckca__alloc(ctx, (size_t)data->count) : NULL;
+        if (!position || !seen || !hit || !device_hit || (class_sums && !features) || (b.feed && !bad))
             status = ckca__fail(ctx, CKCA_ENOMEM, "evaluate: out of memory for %d classes, %d pictures", m->classes,
                                 data->count);
         else if (ctx->ranks.size > 1) { /* 0 for the other ranks' blocks */
@@ -7521,11 +8662,15 @@ static ckca_status ckca__evaluate_all(ckca_model *m, const ckca_model *like, con
         if (first / batch % ctx->ranks.size != ctx->ranks.rank) continue;
         input = ckca__input_buffer(m, n, CKCA__MODE_EVALUATE);
         for (i = 0; i < n; i++) position[i] = first + i;
-        ckca__send_batch(ctx, data, position, n, 0, 0, &b);
+        if ((status = ckca__send_batch(ctx, data, position, n, 0, 0, &b))) break;
         ckca__make_batch(like, data, n, NULL, 0, &b, input);
         ckca__run_forward(m, n, CKCA__MODE_EVALUATE, input);
         ckca__op_cross_entropy(ctx, n, m->classes, ckca__value(m, m->logits), b.labels, 0.0f, 1.0f, NULL, b.loss,
                                device_hit + first);
+        for (i = 0; bad && i < n; i++) { /* a skipped picture does not count, its substitute counts once */
+            bad[first + i] = b.fed->bad[i];
+            if (b.fed->bad[i]) ckca__device_zero(ctx, b.loss + i, sizeof(float));
+        }
         ckca__op_sum(ctx, n, b.loss, b.sums);
         if (cache_logits)
             ckca__device_copy(ctx, cache_logits + (size_t)first * k, ckca__value(m, m->logits),
@@ -7537,6 +8682,7 @@ static ckca_status ckca__evaluate_all(ckca_model *m, const ckca_model *like, con
         for (i = 0; class_sums && i < n; i++) {
             double *sum = class_sums + (size_t)data->store->labels[data->index[first + i]] * d;
             size_t j;
+            if (bad && bad[first + i]) continue;
             for (j = 0; j < d; j++) sum[j] += features[(size_t)i * d + j];
         }
     }
@@ -7556,7 +8702,12 @@ static ckca_status ckca__evaluate_all(ckca_model *m, const ckca_model *like, con
     }
     if (!status) {
         for (i = 0; i < data->count; i++) {
-            int *of_class = seen + 2 * data->store->labels[data->index[i]];
+            int *of_class;
+            if (bad && bad[i]) {
+                skipped++;
+                continue;
+            }
+            of_class = seen + 2 * data->store->labels[data->index[i]];
             of_class[0] += i / batch % ctx->ranks.size == ctx->ranks.rank;
             of_class[1] += hit[i] & 1;
             top1 += hit[i] & 1;
@@ -7565,20 +8716,23 @@ static ckca_status ckca__evaluate_all(ckca_model *m, const ckca_model *like, con
         }
         seen[2 * m->classes] = top1;
         seen[2 * m->classes + 1] = top5;
-        status = ckca__ranks_sum_counts(ctx, "evaluate", seen, 2 * m->classes + 2);
+        seen[2 * m->classes + 2] = skipped;
+        status = ckca__ranks_sum_counts(ctx, "evaluate", seen, 2 * m->classes + 3);
         top1 = seen[2 * m->classes];
         top5 = seen[2 * m->classes + 1];
+        skipped = seen[2 * m->classes + 2];
         if (!status && right) status = ckca__ranks_sum_counts(ctx, "evaluate", right, data->count);
     }
     if (!status) {
-        score->count = data->count;
-        score->top1 = (double)top1 / data->count;
-        score->top5 = (double)top5 / data->count;
-        score->loss = sums[0] / data->count;
+        score->count = data->count - skipped;
+        score->top1 = (double)top1 / score->count;
+        score->top5 = (double)top5 / score->count;
+        score->loss = sums[0] / score->count;
         for (i = 0; per_class && i < m->classes; i++)
             per_class[i] = seen[2 * i] ? (float)seen[2 * i + 1] / (float)seen[2 * i] : -1.0f;
     }
     ckca__release(ctx, position);
+    ckca__release(ctx, bad);
     ckca__release(ctx, seen);
     ckca__release(ctx, hit);
     ckca__release(ctx, features);
@@ -7901,7 +9055,7 @@ CKCA_API ckca_status ckca_add_classes(ckca_model *m, const char *const *names, i
 static ckca_status ckca__bind_data(ckca_model *m, const ckca_data *data, const char *what) {
     ckca_context *ctx = m->ctx;
     const ckca__store *store = data->store;
-    int i, channel;
+    int i;
     if (store->height != m->height || store->width != m->width || store->channels != m->channels)
         return ckca__fail(ctx, CKCA_ESHAPE, "%s: the pictures are %d x %d x %d, the model takes %d x %d x %d", what,
                           store->height, store->width, store->channels, m->height, m->width, m->channels);
@@ -7917,27 +9071,50 @@ static ckca_status ckca__bind_data(ckca_model *m, const ckca_data *data, const c
         if (!m->class_names)
             return ckca__fail(ctx, CKCA_ENOMEM, "%s: out of memory for %d class names", what, m->classes);
     }
-    for (channel = 0; !m->normalized && channel < m->channels; channel++) {
-        const size_t area = (size_t)m->height * (size_t)m->width, stride = (size_t)m->channels;
-        const double count = (double)area * data->count;
-        uint64_t sum = 0, squares = 0; /* exact for up to 2^48 values */
-        double mean, variance;
-        for (i = 0; i < data->count; i++) {
-            const unsigned char *p = store->pixels + (size_t)data->index[i] * area * stride + channel;
+    return m->normalized ? CKCA_OK : ckca__measure_pictures(m, data);
+}
+
+/* Sets m's mean and std to those of data. */
+static ckca_status ckca__measure_pictures(ckca_model *m, const ckca_data *data) {
+    ckca_context *ctx = m->ctx;
+    const size_t area = (size_t)m->height * (size_t)m->width, stride = (size_t)m->channels;
+    const int size = data->count < CKCA__EVAL_BATCH ? data->count : CKCA__EVAL_BATCH;
+    ckca__sequence sequence = {0, data->count, size, size};
+    ckca__sequence plan = sequence; /* read ahead of sequence */
+    ckca__feed *feed = NULL;
+    ckca__feed_batch *b = NULL;
+    int *position, i, n, epoch, counted = 0, channel;
+    uint64_t sum[3] = {0, 0, 0}, squares[3] = {0, 0, 0}; /* exact for up to 2^48 values */
+    ckca_status status = CKCA_OK;
+    position = (int *)ckca__alloc(ctx, (size_t)sequence.size * sizeof *position);
+    if (!position) return ckca__fail(ctx, CKCA_ENOMEM, "out of memory to read %d pictures", sequence.size);
+    if (ckca__needs_feed(data->store, NULL))
+        status = ckca__feed_open(ctx, &feed, data, sequence.size, NULL, 0, ckca__plan_sequence, &plan);
+    while (!status && (n = ckca__plan_sequence(&sequence, position, &epoch)) > 0) {
+        if (feed) status = ckca__feed_take(feed, position, n, epoch, &b);
+        for (i = 0; !status && i < n; i++) {
+            const unsigned char *p = b ? b->pixels + (size_t)i * area * stride : ckca_pixels(data, position[i]);
             size_t j;
-            for (j = 0; j < area; j++) {
-                unsigned value = p[j * stride];
-                sum += value;
-                squares += value * value;
-            }
+            if (b && b->bad[i]) continue;
+            counted++;
+            for (channel = 0; channel < m->channels; channel++)
+                for (j = 0; j < area; j++) {
+                    unsigned value = p[j * stride + (size_t)channel];
+                    sum[channel] += value;
+                    squares[channel] += value * value;
+                }
         }
-        mean = (double)sum / count;
-        variance = (double)squares / count - mean * mean;
+    }
+    for (channel = 0; !status && channel < m->channels; channel++) {
+        const double count = (double)area * counted, mean = (double)sum[channel] / count;
+        const double variance = (double)squares[channel] / count - mean * mean;
         m->normalization[channel] = (float)(mean / 255.0);
         m->normalization[m->channels + channel] = variance > 1e-6 ? (float)(sqrt(variance) / 255.0) : 1.0f;
     }
-    m->normalized = 1;
-    return CKCA_OK;
+    if (!status) m->normalized = 1;
+    ckca__feed_free(feed);
+    ckca__release(ctx, position);
+    return status;
 }
 
 /* ===================================================================================================================
@@ -10623,9 +11800,8 @@ static ckca_status ckca__memory_choose(const ckca_memory *memory, ckca_model *m,
     for (round = 0; !status && at < given; round++)
         for (k = 0; k < classes; k++) {
             if (keep[k] <= round) continue;
-            i = joined->index[chosen[first[k] + round]];
             store->labels[at] = k;
-            memcpy(store->pixels + (size_t)at++ * bytes, from->pixels + (size_t)i * bytes, bytes);
+            if (!status) status = ckca_copy_pixels(joined, chosen[first[k] + round], store->pixels + (size_t)at++ * bytes);
         }
     if (!status) status = ckca__view(next, store, NULL, given);
     for (k = 0; !status && k < classes; k++) seen[k] += have[k] - kept[k];
@@ -13170,7 +14346,57 @@ static void ckca__lock(ckca_context *ctx) {
 static void ckca__unlock(ckca_context *ctx) {
     if (ctx->pool) pthread_mutex_unlock(&ctx->pool->shared);
 }
+/* Threads that run a function of their own beside the pool (the decoders of a feed), the lock that guards what they share
+   with the trainer, and two conditions: there is work (0), some of it is done (1). */
+typedef struct ckca__crew {
+    pthread_mutex_t mutex;
+    pthread_cond_t condition[2];
+    int threads;         /* running */
+    int most;            /* elements of thread */
+    pthread_t thread[1]; /* most elements */
+} ckca__crew;
+static ckca__crew *ckca__crew_new(ckca_context *ctx, int threads) {
+    ckca__crew *crew = (ckca__crew *)ckca__alloc(ctx, sizeof *crew + (size_t)threads * sizeof(pthread_t));
+    if (!crew) return NULL;
+    crew->most = threads;
+    pthread_mutex_init(&crew->mutex, NULL);
+    pthread_cond_init(&crew->condition[0], NULL);
+    pthread_cond_init(&crew->condition[1], NULL);
+    return crew;
+}
+/* Starts as many threads as can be created, each with a job of its own; returns their number. */
+static int ckca__crew_start(ckca__crew *crew, void *(*run)(void *job), void *jobs, size_t job_bytes) {
+    while (crew->threads < crew->most && !pthread_create(&crew->thread[crew->threads], NULL, run,
+                                                         (char *)jobs + (size_t)crew->threads * job_bytes))
+        crew->threads++;
+    return crew->threads;
+}
+/* Joins the threads, which must have been told to return, and frees the crew. */
+static void ckca__crew_free(ckca_context *ctx, ckca__crew *crew) {
+    while (crew->threads) pthread_join(crew->thread[--crew->threads], NULL);
+    pthread_cond_destroy(&crew->condition[0]);
+    pthread_cond_destroy(&crew->condition[1]);
+    pthread_mutex_destroy(&crew->mutex);
+    ckca__release(ctx, crew);
+}
+static void ckca__crew_lock(ckca__crew *crew) { pthread_mutex_lock(&crew->mutex); }
+static void ckca__crew_unlock(ckca__crew *crew) { pthread_mutex_unlock(&crew->mutex); }
+static void ckca__crew_wait(ckca__crew *crew, int done) { pthread_cond_wait(&crew->condition[done], &crew->mutex); }
+static void ckca__crew_wake(ckca__crew *crew, int done) { pthread_cond_broadcast(&crew->condition[done]); }
 #else /* everything runs on the caller's thread */
+static struct ckca__crew *ckca__crew_new(ckca_context *ctx, int threads) {
+    (void)ctx, (void)threads;
+    return NULL;
+}
+static int ckca__crew_start(struct ckca__crew *crew, void *(*run)(void *job), void *jobs, size_t job_bytes) {
+    (void)crew, (void)run, (void)jobs, (void)job_bytes;
+    return 0;
+}
+static void ckca__crew_free(ckca_context *ctx, struct ckca__crew *crew) { (void)ctx, (void)crew; }
+static void ckca__crew_lock(struct ckca__crew *crew) { (void)crew; }
+static void ckca__crew_unlock(struct ckca__crew *crew) { (void)crew; }
+static void ckca__crew_wait(struct ckca__crew *crew, int done) { (void)crew, (void)done; }
+static void ckca__crew_wake(struct ckca__crew *crew, int done) { (void)crew, (void)done; }
 static void ckca__pool_run(struct ckca__pool *pool, int tasks, int reverse,
                            void (*work)(void *job, int task, int thread), void *job) {
     (void)pool, (void)tasks, (void)reverse, (void)work, (void)job;

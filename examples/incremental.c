@@ -339,12 +339,13 @@ static int show_progress(const ckca_progress *p, void *user) {
     run *r = (run *)user;
     double part = ((double)p->epoch * p->batches + p->batch) / ((double)p->epochs * p->batches);
     double done = r->cost_done + part * r->cost, left = (1 - part) * r->cost + r->cost_left;
-    char line[256], now[32], all[32];
+    char line[304], now[32], all[32], wait[48];
     if (p->seconds - r->shown < 0.1 && p->seconds > r->shown && part < 1) return tool_signal;
     r->shown = p->seconds;
-    snprintf(line, sizeof line, "%s  epoch %d/%d  loss %.3f  accuracy %.1f%%  %s left, %s in total", r->label,
+    snprintf(line, sizeof line, "%s  epoch %d/%d  loss %.3f  accuracy %.1f%%  %s left, %s in total%s", r->label,
              p->epoch + 1, p->epochs, p->loss, 100 * p->accuracy, tool_duration(p->seconds_left, now, sizeof now),
-             tool_duration((r->seconds + p->seconds) * left / done, all, sizeof all));
+             tool_duration((r->seconds + p->seconds) * left / done, all, sizeof all),
+             tool_waiting(p->waiting, wait, sizeof wait));
     tool_status(line);
     return tool_signal;
 }
@@ -504,6 +505,7 @@ static ckca_data *set_aside(ckca_context *ctx, const ckca_data *train, ckca_data
     for (t = 0; t < n; t++) {
         ckca_data_info_get(chunks[t], &part);
         for (i = 0; i < part.count; i++) used[taken++] = ckca_pixels(chunks[t], i);
+        if (part.count && !used[taken - 1]) tool_fail(2, "--unlabelled needs pictures that are held decoded (--storage)");
     }
     qsort(used, (size_t)taken, sizeof *used, by_address);
     for (i = 0; i < info.count && found < count; i++) {
@@ -516,21 +518,6 @@ static ckca_data *set_aside(ckca_context *ctx, const ckca_data *train, ckca_data
     free(used);
     free(index);
     return rest;
-}
-
-/* FNV-1a hash of all pictures and labels, continued from hash. */
-static uint64_t data_hash(uint64_t hash, const ckca_data *data) {
-    ckca_data_info info;
-    size_t bytes, k;
-    int i;
-    ckca_data_info_get(data, &info);
-    bytes = (size_t)info.height * (size_t)info.width * (size_t)info.channels;
-    for (i = 0; i < info.count; i++) {
-        const unsigned char *pixels = ckca_pixels(data, i);
-        for (k = 0; k < bytes; k++) hash = (hash ^ pixels[k]) * UINT64_C(0x100000001b3);
-        hash = (hash ^ (uint64_t)ckca_label(data, i)) * UINT64_C(0x100000001b3);
-    }
-    return hash;
 }
 
 int main(int argc, char **argv) {
@@ -678,7 +665,7 @@ int main(int argc, char **argv) {
              folder ? m - t : 12, folder ? folder + t : "drawn shapes", r.chunks, info.count, r.update.epochs);
     if (r.out) {
         snprintf(r.pictures, sizeof r.pictures, "%016llx",
-                 (unsigned long long)data_hash(data_hash(UINT64_C(0xcbf29ce484222325), train), test));
+                 (unsigned long long)(31 * ckca_data_fingerprint(train) + ckca_data_fingerprint(test)));
         read_csv(&r);
         tool_check(ctx, ckca_agree(ctx, CKCA_OK)); /* before rank 0 writes what others read */
         write_results(&r);

@@ -250,7 +250,7 @@ static inline int tool_parse(int argc, char **argv, const char *usage, const too
 
 typedef struct tool_source {
     const char *folder, *cifar10, *cifar100, *idx; /* at most one; none: the shapes */
-    int size;                                      /* 0: original size */
+    int size, short_side, storage;                 /* see ckca_data_desc; size 0: original size */
 } tool_source;
 
 #define TOOL_SOURCE_FLAGS(source)                                                                                      \
@@ -259,7 +259,10 @@ typedef struct tool_source {
     {"--cifar10", TOOL_TEXT, &(source).cifar10, 0, 0, "DIR", "CIFAR-10, binary version, unpacked", 1},                 \
     {"--cifar100", TOOL_TEXT, &(source).cifar100, 0, 0, "DIR", "CIFAR-100, binary version, unpacked", 1},              \
     {"--idx", TOOL_TEXT, &(source).idx, 0, 0, "DIR", "MNIST's or Fashion-MNIST's four files, unpacked", 1},            \
-    {"--size", TOOL_INT, &(source).size, 8, 1024, "N", "resize pictures to N x N [original size]", 0}
+    {"--size", TOOL_INT, &(source).size, 8, 1024, "N", "resize pictures to N x N [original size]", 0},                 \
+    {"--short-side", TOOL_INT, &(source).short_side, 8, 4096, "N", "resize to this short side, then crop --size", 0},  \
+    {"--storage", TOOL_CHOICE, &(source).storage, 0, 0, "auto|decoded|compressed|stream",                              \
+     "how folders are kept; auto: decoded up to 4 GiB, else on disk", 0}
 
 static inline void tool_check_source(const tool_source *source) {
     if (!!source->folder + !!source->cifar10 + !!source->cifar100 + !!source->idx > 1)
@@ -284,6 +287,8 @@ static inline void tool_open(ckca_context *ctx, const tool_source *source, int s
     int part;
     memset(&desc, 0, sizeof desc);
     desc.height = desc.width = source->size;
+    desc.short_side = source->short_side;
+    desc.storage = (ckca_storage)source->storage;
     data[0] = train;
     data[1] = test;
     for (part = 0; part < 2; part++) {
@@ -446,6 +451,13 @@ static inline const char *tool_duration(double seconds, char *out, size_t size) 
     if (s < 60) snprintf(out, size, "%ld s", s);
     else if (s < 3600) snprintf(out, size, "%ld min %02ld s", s / 60, s % 60);
     else snprintf(out, size, "%ld h %02ld min", s / 3600, s / 60 % 60);
+    return out;
+}
+
+/* ", 12% waiting for pictures" if pictures come from disk, else "". */
+static inline const char *tool_waiting(double waiting, char *out, size_t size) {
+    *out = 0;
+    if (waiting > 0) snprintf(out, size, ", %.0f%% waiting for pictures", 100 * waiting);
     return out;
 }
 

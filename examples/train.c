@@ -17,11 +17,11 @@
 /* Called after every SGD step: prints a line per epoch and, on a terminal, the progress within the epoch. */
 static int report_epoch(const ckca_progress *p, void *user) {
     double *epoch_start = (double *)user;
-    char line[160], left[32];
+    char line[160], left[32], wait[48];
     if (p->batch == p->batches) {
         tool_status(NULL);
-        printf("epoch %3d/%d  loss %.4f  accuracy %5.1f%%  lr %.4f  %.1f s\n", p->epoch + 1, p->epochs, p->loss,
-               100 * p->accuracy, p->lr, p->seconds - *epoch_start);
+        printf("epoch %3d/%d  loss %.4f  accuracy %5.1f%%  lr %.4f  %.1f s%s\n", p->epoch + 1, p->epochs, p->loss,
+               100 * p->accuracy, p->lr, p->seconds - *epoch_start, tool_waiting(p->waiting, wait, sizeof wait));
         fflush(stdout);
         *epoch_start = p->seconds;
     } else {
@@ -37,7 +37,7 @@ int main(int argc, char **argv) {
     static ckca_update_desc update;
     static ckca_model_desc model_desc;
     static ckca_desc desc;
-    static char state[4096];
+    static char state[4096], wait[48];
     static const float mean[3] = CKCA_IMAGENET_MEAN, std[3] = CKCA_IMAGENET_STD;
     const char *arch = "resnet8", *save = NULL, *from = NULL, *freeze = NULL;
     float backbone_lr = 1;
@@ -68,6 +68,8 @@ int main(int argc, char **argv) {
         {"--weight-decay", TOOL_FLOAT, &update.weight_decay, 0, 10, "X", "[0.0005]", 0},
         {"--label-smoothing", TOOL_FLOAT, &update.label_smoothing, 1e-6, 0.99, "X", "[off]", 0},
         {"--augment", TOOL_SWITCH, &augment, 0, 0, NULL, "random crop with 4 pixels of padding, random flip", 0},
+        {"--crop", TOOL_SWITCH, &update.augment.resized_crop, 0, 0, NULL,
+         "random resized crop of the full-size picture, random flip", 0},
         {"--seed", TOOL_SEED, &seed, 0, 0, "N", "of weights, order, augmentation and shapes", 0},
         {NULL, TOOL_HEADING, NULL, 0, 0, NULL, "Running", 0},
         TOOL_DEVICE_FLAGS(desc),
@@ -134,13 +136,14 @@ int main(int argc, char **argv) {
     update.seed = seed;
     update.progress = report_epoch;
     update.user = &epoch_start;
-    if (augment) update.augment.pad = 4, update.augment.flip = 1;
+    if (augment) update.augment.pad = 4;
+    update.augment.flip = augment || update.augment.resized_crop;
     tool_check(ctx, tool_update(ctx, model, train, &update, &report, "the same command with --resume"));
     if (save) tool_check(ctx, ckca_save(model, save));
     tool_check(ctx, ckca_evaluate(model, test, &score, NULL));
-    printf("test: accuracy %.2f%%, top-5 %.2f%%, loss %.4f on %d pictures; trained in %.1f s (%.0f pictures/s)\n",
+    printf("test: accuracy %.2f%%, top-5 %.2f%%, loss %.4f on %d pictures; trained in %.1f s (%.0f pictures/s%s)\n",
            100 * score.top1, 100 * score.top5, score.loss, score.count, report.seconds,
-           (double)info.count * update.epochs / report.seconds);
+           (double)info.count * update.epochs / report.seconds, tool_waiting(report.waiting, wait, sizeof wait));
 
     ckca_model_free(model);
     ckca_data_free(train);

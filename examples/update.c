@@ -168,6 +168,7 @@ int main(int argc, char **argv) {
     ckca_memory_info memory_info;
     struct stat about;
     float *before, *after; /* accuracy by class */
+    char wait[48];
 
     tool_name = "update";
     words = tool_parse(argc, argv,
@@ -259,9 +260,9 @@ int main(int argc, char **argv) {
         if (update.memory) tool_check(ctx, ckca_memory_save(update.memory, memory_file)); /* last: see above */
     } else remove(state);
     tool_status(NULL);
-    printf("update %d, %d steps in %.1f s; weight of the distillation %.2f; accuracy on the pictures trained on %.1f%% before, "
+    printf("update %d, %d steps in %.1f s%s; weight of the distillation %.2f; accuracy on the pictures trained on %.1f%% before, "
            "%.1f%% in training\n",
-           report.updates, report.steps, report.seconds, report.w_kd, 100 * report.teacher_accuracy,
+           report.updates, report.steps, report.seconds, tool_waiting(report.waiting, wait, sizeof wait), report.w_kd, 100 * report.teacher_accuracy,
            100 * report.accuracy);
     if (update.patience) printf("epoch %d was the best\n", report.best_epoch + 1);
     if (test) show_worst(before, after, &data_info);

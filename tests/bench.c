@@ -6,18 +6,27 @@
                                                                      augmented pictures
        bench peak THREADS [ISA]                                      what the machine can do at all: multiply-adds in
                                                                      registers, a[i] = b[i] + s c[i] in memory
+       bench pictures DIR COUNT SIZE                  writes COUNT drawn JPEGs of SIZE x SIZE into DIR/0 ... DIR/9
+       bench load DIR BATCH SIZE THREADS EPOCHS       reads the pictures of DIR/CLASS from disk: decoding, random
+                                                      resized crop, flip, floats; no training
+       bench stream DIR NET BATCH SIZE THREADS EPOCHS [ISA]  trains on them, read from disk, augmented in the same way
 
    NET is any name ckca_resnet knows; ISA one of plain, base, avx2, avx512. Three steps warm up, STEPS are timed.
    Built for a GPU, in place of ISA a PRECISION (float32, tf32, bf16); warming up takes at least a second, so that the
    clocks have settled, and STEPS at least two. Each of those is waited for. unsynced_ms is a step's time where none is
    waited for but the last of two seconds' worth; device_mb what the GPU's free memory fell by since the context was
    made (the context's own buffers, 33 MB, and CUDA's are not in it).
+   load and stream print pictures per second of all epochs, waiting, the share of that time that the trainer (of load:
+   the loop that takes the batches) waited for pictures, and the peak memory.
    gflop and mbyte are what a step asks for at least when convolutions are direct (see cost below); over bench peak's
    rates they give the floor of its time. tests/torch_bench.py is the same in PyTorch; tests/bench_peers.py compares. */
 #define CKCA_IMPLEMENTATION
 #include "ckca.h"
 
+#include "pictures.h"
+
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -329,13 +338,141 @@ static void peak(ckca_context *ctx, int threads) {
     printf("threads=%d fma_gflops=%.1f triad_gbps=%.1f\n", threads, best[0] * 1e-6, best[1] * 1e-6);
 }
 
+/* ---- pictures on disk ---- */
+
+/* Writes count JPEGs of size x size. 512 are drawn and encoded, the others repeat them. */
+static int write_pictures(const char *dir, int count, int size) {
+    enum { DRAWN = 512 };
+    static unsigned char *file[DRAWN];
+    static size_t bytes[DRAWN];
+    unsigned char *rgb = (unsigned char *)malloc((size_t)size * (size_t)size * 3);
+    unsigned char *out = (unsigned char *)malloc(1024 + 8 * ((size_t)size + 16) * ((size_t)size + 16));
+    char path[4096];
+    int i, k, y, x;
+    if (!rgb || !out) return 1;
+    mkdir(dir, 0777);
+    for (i = 0; i < 10; i++) {
+        snprintf(path, sizeof path, "%s/%d", dir, i);
+        mkdir(path, 0777);
+    }
+    for (i = 0; i < count; i++) {
+        FILE *to;
+        k = i % DRAWN;
+        if (!file[k]) {
+            for (y = 0; y < size; y++)
+                for (x = 0; x < size; x++) drawn_pixel(k, 10, y, x, rgb + 3 * (y * size + x));
+            bytes[k] = jpeg_write(rgb, size, size, 16, out);
+            file[k] = (unsigned char *)malloc(bytes[k]);
+            if (!file[k]) return 1;
+            memcpy(file[k], out, bytes[k]);
+        }
+        snprintf(path, sizeof path, "%s/%d/%07d.jpg", dir, k % 10, i);
+        to = fopen(path, "wb");
+        if (!to || fwrite(file[k], 1, bytes[k], to) != bytes[k] || fclose(to)) {
+            fprintf(stderr, "bench: %s cannot be written\n", path);
+            return 1;
+        }
+    }
+    for (k = 0; k < DRAWN; k++) free(file[k]);
+    free(rgb);
+    free(out);
+    return 0;
+}
+
+static ckca_data *open_pictures(ckca_context *ctx, const char *dir, int size) {
+    ckca_data *data = NULL;
+    ckca_data_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.height = desc.width = size;
+    desc.storage = CKCA_STORAGE_STREAM;
+    if (ckca_open_folder(ctx, &data, dir, &desc) != CKCA_OK) die("pictures", ctx);
+    return data;
+}
+
+static void print_stream(ckca_context *ctx, const char *what, int batch, int size, int epochs, int count,
+                         double seconds, double waiting) {
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+    printf("%s batch=%d size=%d threads=%d pictures=%d epochs=%d seconds=%.2f images_per_s=%.1f waiting=%.3f "
+           "cpu_s=%.2f peak_rss_mb=%.0f\n",
+           what, batch, size, ctx->threads, count, epochs, seconds, (double)count * epochs / seconds, waiting,
+           (double)usage.ru_utime.tv_sec + (double)usage.ru_stime.tv_sec +
+               1e-6 * (double)(usage.ru_utime.tv_usec + usage.ru_stime.tv_usec),
+           (double)usage.ru_maxrss / 1024);
+}
+
+static void load(ckca_context *ctx, const char *dir, int batch, int size, int epochs) {
+    ckca_model *model = make_net(ctx, "resnet8", size);
+    ckca_data *data = open_pictures(ctx, dir, size);
+    const int count = data->count;
+    float *input = (float *)ckca__device_alloc(ctx, (size_t)batch * (size_t)size * (size_t)size * 3 * sizeof *input);
+    int *position = (int *)malloc((size_t)batch * sizeof *position), epoch, unused, n;
+    ckca__batch_buffers b;
+    ckca_augment augment;
+    double start = now(), waited = 0;
+    memset(&augment, 0, sizeof augment);
+    augment.resized_crop = augment.flip = 1;
+    augment.crop_min = 0.08f; /* torchvision's */
+    if (!input || !position) die("no memory", ctx);
+    for (epoch = 0; epoch < epochs; epoch++) {
+        ckca__sequence ahead, done;
+        ahead.next = done.next = 0;
+        ahead.count = done.count = count;
+        ahead.size = done.size = batch;
+        if (ckca__batch_buffers_alloc(ctx, &b, batch, 1, 1) ||
+            ckca__prepare_data(ctx, data, batch, &augment, (uint64_t)epoch, ckca__plan_sequence, &ahead, &b))
+            die("load", ctx);
+        while ((n = ckca__plan_sequence(&done, position, &unused)) > 0) {
+            if (ckca__send_batch(ctx, data, position, n, 0, 0, &b)) die("load", ctx);
+            ckca__make_batch(model, data, n, &augment, (uint64_t)epoch, &b, input);
+        }
+        if (ckca__device_status(ctx)) die("load", ctx);
+        waited += b.feed->waited;
+        ckca__batch_buffers_free(ctx, &b);
+    }
+    start = (now() - start) * 1e-3;
+    print_stream(ctx, "load", batch, size, epochs, count, start, waited / start);
+    ckca__device_release(ctx, input, (size_t)batch * (size_t)size * (size_t)size * 3 * sizeof *input);
+    free(position);
+    ckca_data_free(data);
+    ckca_model_free(model);
+}
+
+static void stream(ckca_context *ctx, const char *dir, const char *net, int batch, int size, int epochs) {
+    static const float mean[3] = {0.5f, 0.5f, 0.5f}, deviation[3] = {0.25f, 0.25f, 0.25f};
+    ckca_data *data = open_pictures(ctx, dir, size);
+    const int count = data->count;
+    ckca_model *model = NULL;
+    ckca_model_desc desc;
+    ckca_update_desc update;
+    ckca_report report;
+    char what[80];
+    memset(&desc, 0, sizeof desc);
+    memset(&update, 0, sizeof update);
+    desc.height = desc.width = size;
+    desc.classes = data->store->classes;
+    desc.mean = mean;
+    desc.std = deviation;
+    if (ckca_resnet(ctx, &model, net, &desc) != CKCA_OK) die(net, ctx);
+    update.batch = batch;
+    update.epochs = epochs;
+    update.lr = 0.05f;
+    update.augment.resized_crop = update.augment.flip = 1;
+    if (ckca_update(model, data, &update, &report) != CKCA_OK) die("stream", ctx);
+    snprintf(what, sizeof what, "net=%s loss=%.3f accuracy=%.3f", net, report.loss, report.accuracy);
+    print_stream(ctx, what, batch, size, epochs, count, report.seconds, report.waiting);
+    ckca_model_free(model);
+    ckca_data_free(data);
+}
+
 int main(int argc, char **argv) {
     static const char *const isa_name[] = {"best", "plain", "base", "avx2", "avx512"};
     static const char *const precision_name[] = {"float32", "tf32", "bf16"};
     const char *mode = argc > 1 ? argv[1] : "";
     int peaks = !strcmp(mode, "peak"), distill = !strcmp(mode, "distill"), inference = !strcmp(mode, "infer");
-    int known = peaks || distill || inference || !strcmp(mode, "train");
-    int numbers = peaks ? 2 : 3 + distill, count = peaks ? 1 : 4; /* where the numbers start; how many */
+    int loads = !strcmp(mode, "load"), streams = !strcmp(mode, "stream");
+    int known = peaks || distill || inference || loads || streams || !strcmp(mode, "train");
+    int numbers = peaks ? 2 : 3 + (distill || streams), count = peaks ? 1 : 4; /* where the numbers start; how many */
     int batch = 1, size = 1, steps = 1, i;
     char device[64], *blank;
     ckca_desc desc;
@@ -344,10 +481,15 @@ int main(int argc, char **argv) {
     clock_marks marks;
     struct rusage usage;
     double median, unsynced, gflop = 0, mbyte = 0;
+    if (!strcmp(mode, "pictures") && argc == 5 && atoi(argv[3]) > 0 && atoi(argv[4]) > 0 && atoi(argv[4]) <= 4096)
+        return write_pictures(argv[2], atoi(argv[3]), atoi(argv[4]));
     if (!known || argc < numbers + count || argc > numbers + count + 1) {
         fprintf(stderr, "usage: bench train|infer NET BATCH SIZE THREADS STEPS [ISA or PRECISION]\n"
                         "       bench distill STUDENT TEACHER BATCH SIZE THREADS STEPS [ISA or PRECISION]\n"
-                        "       bench peak THREADS [ISA]\n");
+                        "       bench peak THREADS [ISA]\n"
+                        "       bench pictures DIR COUNT SIZE\n"
+                        "       bench load DIR BATCH SIZE THREADS EPOCHS\n"
+                        "       bench stream DIR NET BATCH SIZE THREADS EPOCHS [ISA or PRECISION]\n");
         return 2;
     }
     memset(&desc, 0, sizeof desc);
@@ -373,6 +515,14 @@ int main(int argc, char **argv) {
     }
     if (peaks) {
         peak(ctx, desc.threads > 0 ? desc.threads : 1);
+        ckca_context_free(ctx);
+        return 0;
+    }
+    if (loads || streams) {
+        if (loads)
+            load(ctx, argv[2], batch, size, steps);
+        else
+            stream(ctx, argv[2], argv[3], batch, size, steps);
         ckca_context_free(ctx);
         return 0;
     }

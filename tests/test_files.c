@@ -758,6 +758,9 @@ static void test_decode(void) {
            "p: cannot be decoded: neither JPEG nor PNG");
     expect(ctx, "empty", ckca__decode(ctx, "p", copy, 0, out, 8, 8, 3, 0), CKCA_EFORMAT, "an empty file");
     for (i = 0; i < PICTURES; i++) { /* stb_image without memory */
+#ifdef CKCA_TURBOJPEG
+        if (pictures[i].bytes[0] == 255) continue; /* TurboJPEG decodes it */
+#endif
         for (stb_fail = 1;; stb_fail++) {
             ckca_status status;
             stb_calls = 0;
