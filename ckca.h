@@ -121,8 +121,9 @@
 
            GROWTH     a_i = g(n_old / n_new). The more pictures the checkpoint has learnt from (n_old, which it carries)
                       than the chunk holds (n_new), the more its answers weigh against the chunk's labels: little at the
-                      second chunk, where it knows as much as the chunk, much at the tenth. g grows with the ratio up to
-                      a ceiling; ckca__growth is the one place that defines it.
+                      second chunk, where it knows as much as the chunk, much at the tenth. g is 0.3 of the
+                      ratio. Where g is large for an update's number of SGD steps, the whole loss is divided, or the
+                      first steps would destroy what the checkpoint knows; ckca__growth is the one place that defines it.
            CENTROID   d = 1 - cos(f_i, mu[y_i]). mu[k] is the mean feature of class k over all pictures so far: after
                       each update the features of its pictures, by the updated network, join the means. They are the one
                       part of the old data that stays, classes x features numbers in the checkpoint. The teacher's
@@ -675,7 +676,8 @@ typedef enum ckca_method {
    without Forgetting's. */
 typedef enum ckca_adakd {
     CKCA_ADAKD_GROWTH = 0, /* g(n_old / n_new), the same for all pictures: n_old pictures are behind the teacher (see
-                              teacher_pictures), n_new are in the chunk; g(r) = min(0.3 r, 3) */
+                              teacher_pictures), n_new are in the chunk; g(r) = 0.3 r. All of the loss is
+                              divided by the same where g is large for the number of SGD steps, see ckca__growth */
     CKCA_ADAKD_CONSTANT,   /* 1 */
     CKCA_ADAKD_CLASS,      /* the teacher's top-1 accuracy on the chunk's pictures of class y_i, 0 to 1 */
     CKCA_ADAKD_COUNT
@@ -6880,7 +6882,7 @@ static ckca_status ckca__report_progress(ckca__update *u, int seen, double secon
 static void ckca__fill_report(const ckca__update *u, double seconds, ckca_report *report);
 static ckca_status ckca__train_step(ckca__update *u, const int *position, int n);
 static void ckca__step_ops(ckca__update *u, int n);
-static ckca__factors ckca__growth(const ckca_update_desc *d, double n_old, double n_new);
+static void ckca__set_factors(ckca__update *u);
 static double ckca__loss(const ckca__update *u, int seen);
 static ckca_status ckca__send_unlabelled(ckca__update *u, int offset, int n);
 static void ckca__teacher_outputs(ckca__update *u, int n, const float *input);
@@ -7411,19 +7413,25 @@ static void ckca__teacher_outputs(ckca__update *u, int n, const float *input) {
     }
 }
 
-/* The factors of the loss's terms. This is the one place where GROWTH is defined: g(r) = min(rate r, most) of the
-   pictures behind the teacher, n_old, to those of the chunk, n_new. A heavy AdaKD makes the gradient longer, at the same
-   learning rate; so the whole loss is divided where the weights of cross-entropy and AdaKD, 1 + w, exceed total. */
-static ckca__factors ckca__growth(const ckca_update_desc *d, double n_old, double n_new) {
-    const double rate = 0.3, most = 3, total = HUGE_VAL;
-    double w = d->w_kd, scale;
+/* The factors of the loss's terms, for an update of steps SGD steps. This is the one place where GROWTH is defined: AdaKD
+   weighs w = w_kd 0.3 n_old / n_new against a cross-entropy of 1, n_old pictures being behind the teacher and n_new in the
+   chunk. A heavy AdaKD makes the gradient longer at the same learning rate, and an update of few steps has no time to
+   come back from where that throws it; so the whole loss is divided where 1 + w exceeds steps / 80 (1 to 4 at most). */
+static ckca__factors ckca__growth(const ckca_update_desc *d, double n_old, double n_new, double steps) {
+    const int grows = ckca__adakds[d->adakd].grows && d->w_kd > 0;
+    const double w = grows ? d->w_kd * 0.3 * n_old / n_new : d->w_kd, room = steps / 80;
+    const double most = !grows ? 1 + w : room < 1 ? 1 : room > 4 ? 4 : room, scale = 1 + w > most ? most / (1 + w) : 1;
     ckca__factors factors;
-    if (ckca__adakds[d->adakd].grows) w *= rate * n_old / n_new < most ? rate * n_old / n_new : most;
-    scale = ckca__adakds[d->adakd].grows && 1 + w > total ? total / (1 + w) : 1;
     factors.ce = (float)scale;
     factors.kd = (float)(scale * w);
     factors.feat = (float)(scale * d->w_feat);
     return factors;
+}
+
+/* The same for the update that is planned. */
+static void ckca__set_factors(ckca__update *u) {
+    const double pictures = (double)u->chunk->count + ckca__memory_count(u->d.memory);
+    u->factors = ckca__growth(&u->d, u->d.teacher_pictures, u->chunk->count, u->d.epochs * ceil(pictures / u->d.batch));
 }
 
 /* AdaKD: adds to the gradient of the logits and to the term's sum over the batch; n: the labelled pictures. */
@@ -7672,7 +7680,7 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
         return ckca__fail(u->ctx, CKCA_EINVAL, "update: patience needs one process, there are %d ranks",
                           u->ctx->ranks.size);
     if ((status = ckca__hold_out(u))) return status;
-    u->factors = ckca__growth(&u->d, u->d.teacher_pictures, u->chunk->count);
+    ckca__set_factors(u);
     if (u->d.w_kd > 0) u->unlabelled = u->d.unlabelled;
     u->asked = u->d;
     if (u->ctx->ranks.rank) u->d.state = NULL; /* rank 0 alone touches files */
@@ -7959,6 +7967,7 @@ static void ckca__shorten(ckca__update *u, int epochs) {
     u->d.warmup_epochs *= part;
     u->d.step_epochs *= part;
     u->d.epochs = epochs;
+    ckca__set_factors(u);
 }
 
 /* Checks that teacher t fits the student: input, classes, normalisation, and what FeatReg compares. */

@@ -758,6 +758,7 @@ static void test_memory(void) {
         m->updates = 1; /* so that the method has a teacher */
         d.method = cases[i].method;
         d.featreg = cases[i].featreg;
+        d.holdout = CKCA_OFF;
         d.augment.pad = cases[i].pad;
         d.epochs = 1;
         d.state = "build/memory.state";

@@ -377,6 +377,7 @@ static ckca_update_desc patient(void) {
     ckca_update_desc d = quick();
     d.epochs = 10;
     d.schedule = CKCA_SCHEDULE_CONSTANT; /* so that k epochs are the first k of more */
+    d.adakd = CKCA_ADAKD_CONSTANT;       /* likewise: GROWTH depends on the number of steps */
     d.lr = 0.4f;
     d.patience = 3;
     d.keep_better = CKCA_OFF;
