@@ -241,7 +241,8 @@
          every step; hashes are compared after every epoch. The same number of ranks gives bitwise the same result again,
          also after a resume; another number gives another rounding, and its training states are refused.
        - What a loss term or layer computes across the pictures of a batch, it computes across a rank's part: batch
-         norm's statistics, as PyTorch's DDP does. Rank 0's running statistics are sent to all at the end of ckca_update, also if it is stopped.
+         norm's statistics, as PyTorch's DDP does. Rank 0's running statistics are sent to all at the end of ckca_update,
+         also if it is stopped.
        - ckca_evaluate, and the teacher's evaluation in ckca_update, share out blocks of pictures; counts are summed
          exactly. Every rank gets the result of all.
        - ckca_save and training states: rank 0 writes, the others wait for it and touch no files, also at a resume.
@@ -251,7 +252,7 @@
          pictures, weights or settings fail with CKCA_ERANKS before the first step. A rank that dies cannot tell: its
          transport must end the others, or make their callbacks fail (CKCA_ERANKS). The last training state stays.
        - Elsewhere a rank that fails must end the others (MPI_Abort), or tell them with ckca_agree.
-       CENTROID's class means are summed over ranks. ckca_update_desc.seconds needs one process (CKCA_EINVAL).
+       - CENTROID's class means are summed over ranks. ckca_update_desc.seconds and patience need one process.
        A new loss term that is a mean over the batch needs nothing. Whatever else depends on pictures of other ranks must
        be summed over them: the section RANKS says how.
    STREAMING
@@ -7728,9 +7729,10 @@ static ckca_status ckca__begin(ckca__update *u, const ckca_update_desc *desc) {
     if ((status = ckca__prepare_data(u->ctx, u->data, u->part, &u->d.augment, u->d.seed, ckca__plan_training, u,
                                      &u->buffers)))
         return status;
-    if (u->unlabelled && (status = ckca__prepare_data(u->ctx, u->unlabelled, u->part, &u->d.augment, u->d.seed, NULL, NULL,
-                                                      &u->unlabelled_buffers)))
-        return status;
+    if (u->unlabelled)
+        status = ckca__prepare_data(u->ctx, u->unlabelled, u->part, &u->d.augment, u->d.seed, NULL, NULL,
+                                    &u->unlabelled_buffers);
+    if (status) return status;
     if (u->d.state || u->ctx->ranks.size > 1) {
         status = u->d.state ? ckca__fingerprint(u) : CKCA_OK;
         if (!status && u->d.state) status = ckca__state_load(u, &found);
@@ -7875,7 +7877,8 @@ static ckca_status ckca__update_bytes(const ckca_model *m, const ckca_data *data
                            (4 * count + (unlabelled ? (size_t)d->unlabelled->count : 0)) * sizeof(int) +
                            (size_t)m->classes * 16;
     ckca_status status;
-    if ((status = ckca__mode_bytes(m, pictures, CKCA__MODE_TRAIN | (stages ? CKCA__MODE_STAGES : 0), &student))) return status;
+    status = ckca__mode_bytes(m, pictures, CKCA__MODE_TRAIN | (stages ? CKCA__MODE_STAGES : 0), &student);
+    if (status) return status;
     if (d->w_kd > 0 || d->w_feat > 0) {
         size_t evaluation, step;
         if ((status = ckca__mode_bytes(t, pictures, CKCA__MODE_EVALUATE, &evaluation)) ||
@@ -7894,8 +7897,10 @@ static ckca_status ckca__update_bytes(const ckca_model *m, const ckca_data *data
         if ((status = ckca__mode_bytes(m, n, CKCA__MODE_EVALUATE, &evaluation))) return status;
         copies = ckca__sum(copies, ckca__mul(evaluation, d->patience > 0 ? 3 : 1));
     }
-    if (ckca__fits_featreg(m, m, CKCA_FEATREG_CENTROID)) copies += 6 * (size_t)m->classes * (size_t)m->features * sizeof(float);
-    if (m->node[m->pooled].constant) copies += ckca__mul(count, (size_t)m->features * sizeof(float)); /* frozen features */
+    if (ckca__fits_featreg(m, m, CKCA_FEATREG_CENTROID)) /* means, sums in double, a copy */
+        copies += 6 * (size_t)m->classes * (size_t)m->features * sizeof(float);
+    if (m->node[m->pooled].constant) /* the features of frozen layers */
+        copies = ckca__sum(copies, ckca__mul(count, (size_t)m->features * sizeof(float)));
     for (i = 0; i < m->parameters; i++)
         if (m->parameter[i].count > most) most = m->parameter[i].count;
     copies += 2 * most * sizeof(float) > weights ? 2 * most * sizeof(float) : weights; /* checks, training states */
@@ -11508,7 +11513,8 @@ static ckca_status ckca__state_load(ckca__update *u, int *found) {
                             "saved: finish that update, or remove the file to start over",
                             path,
                             *difference ? difference
-                                        : "other pictures, weights, mean, std, seed, teacher, memory, number of ranks, frozen layers or settings");
+                                        : "other pictures, weights, mean, std, seed, teacher, memory, number of ranks, "
+                                          "frozen layers or settings");
     }
     if (!status && u->d.seconds > 0) { /* the time is planned already */
         const char *plan = strstr(text + 7 * 17 - 1, " plan=");
@@ -11810,7 +11816,8 @@ static ckca_status ckca__memory_choose(const ckca_memory *memory, ckca_model *m,
         for (k = 0; k < classes; k++) {
             if (keep[k] <= round) continue;
             store->labels[at] = k;
-            if (!status) status = ckca_copy_pixels(joined, chosen[first[k] + round], store->pixels + (size_t)at++ * bytes);
+            i = chosen[first[k] + round];
+            if (!status) status = ckca_copy_pixels(joined, i, store->pixels + (size_t)at++ * bytes);
         }
     if (!status) status = ckca__view(next, store, NULL, given);
     for (k = 0; !status && k < classes; k++) seen[k] += have[k] - kept[k];

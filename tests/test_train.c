@@ -1456,7 +1456,7 @@ static void test_not_finite(ckca_context *ctx, ckca_model *start, const ckca_dat
               ckca_error(ctx));
         CHECK(same_weights(m, start) && m->updates == start->updates, "%s: the model is not as it was", words);
         CHECK(!there(state), "a state that is not finite was written");
-        spoil(&(ckca_progress){0, 0, 1, s.at, s.at, 0, 0, 0, 0, 0, 0, 0, 0}, &s);
+        spoil(&(ckca_progress){0, 0, 1, s.at, s.at, 0, 0, 0, 0, 0, 0, 0, 0, 0}, &s);
         CHECK(ckca_save(m, one) == CKCA_ENAN && strstr(ckca_error(ctx), words), "%s: %s", words, ckca_error(ctx));
         ckca_model_free(m);
     }

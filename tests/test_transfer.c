@@ -461,7 +461,7 @@ static void test_backbone(void) {
           "a tensor renamed: %d missing, %d left (%s)", report.missing, report.left, report.first_left);
     ckca__device_upload(ctx, m->values, before, m->all * sizeof *before);
     {
-        const ckca_desc few = {1, CKCA_ISA_BEST, 0, CKCA_PRECISION_FLOAT32, limited, give_back, NULL};
+        const ckca_desc few = {1, CKCA_ISA_BEST, 0, CKCA_PRECISION_FLOAT32, limited, give_back, NULL, NULL};
         ckca_context *poor = NULL;
         ckca_model *n = NULL;
         ckca_model_desc desc;
