@@ -79,7 +79,7 @@ endif
 
 FEATURES = $(or $(THREADS),-DCKCA_NO_THREADS) $(if $(STB),,-DCKCA_NO_STB_IMAGE) $(if $(TURBOJPEG),-DCKCA_TURBOJPEG)
 ALL_CFLAGS = -std=c99 -D_DEFAULT_SOURCE $(if $(CUDA),-DCKCA_CUDA) $(WARNINGS) $(CFLAGS) $(FEATURES) -I.
-ASAN_CFLAGS = -std=c99 -D_DEFAULT_SOURCE -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined \
+ASAN_CFLAGS = -std=c99 -D_DEFAULT_SOURCE -Og -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined \
     -fno-omit-frame-pointer $(FEATURES) -I.
 LIBS = -lm $(if $(TURBOJPEG),-lturbojpeg)
 
