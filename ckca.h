@@ -1673,6 +1673,7 @@ CKCA_API size_t ckca_struct_size(const char *name) {
         size_t size;
     } types[] = {
         {CKCA__TYPE(ckca_desc)},
+        {CKCA__TYPE(ckca_ranks)},
         {CKCA__TYPE(ckca_data_desc)},
         {CKCA__TYPE(ckca_data_info)},
         {CKCA__TYPE(ckca_array)},
@@ -1683,6 +1684,9 @@ CKCA_API size_t ckca_struct_size(const char *name) {
         {CKCA__TYPE(ckca_progress)},
         {CKCA__TYPE(ckca_update_desc)},
         {CKCA__TYPE(ckca_report)},
+        {CKCA__TYPE(ckca_memory_desc)},
+        {CKCA__TYPE(ckca_memory_info)},
+        {CKCA__TYPE(ckca_backbone)},
         {CKCA__TYPE(ckca_score)},
         {CKCA__TYPE(ckca_onnx_desc)},
         {CKCA__TYPE(ckca_bytes)},
@@ -8443,7 +8447,8 @@ static ckca_status ckca__prepare_data(ckca_context *ctx, const ckca_data *data, 
     ckca_status status;
     if (!ckca__needs_feed(data->store, augment)) return ckca__prepare_store(ctx, data->store, n, b);
     status = ckca__feed_open(ctx, &b->feed, data, n, augment, seed, plan, user);
-    return status || CKCA__DEVICE_IS_HOST ? status : ckca__prepare_upload(ctx, data->store, n, b);
+    if (!status && !CKCA__DEVICE_IS_HOST) status = ckca__prepare_upload(ctx, data->store, n, b);
+    return status;
 }
 
 /* Buffers to upload each batch of up to n pictures. */

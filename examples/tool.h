@@ -63,9 +63,11 @@ static inline void tool_join_ranks(void) {}
 #endif
 
 static inline ckca_context *tool_init(const ckca_desc *desc) {
-    ckca_desc all = *desc;
+    ckca_desc all;
     ckca_context *ctx = NULL;
     ckca_status status;
+    memset(&all, 0, sizeof all);
+    if (desc) all = *desc;
 #ifdef CKCA_MPI
     all.ranks = &tool_ranks;
     if (!all.threads) all.threads = mpi_threads();
