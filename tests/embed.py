@@ -198,7 +198,7 @@ def test_cffi():
         text = file.read()
     text = text[text.index("#define CKCA_H\n"):text.index("#endif /* CKCA_H */")]
     text = re.sub(r"/\*.*?\*/", " ", text, flags=re.S)
-    text = re.sub(r"^[ \t]*#[^\n]*", "", text, flags=re.M)
+    text = re.sub(r"^[ \t]*#(?:[^\n]*\\\n)*[^\n]*", "", text, flags=re.M)  # a line may go on after a backslash
     text = text.replace('extern "C" {', "").replace("CKCA_API", "extern")
     text = text[:text.rindex("}\n")] if text.rstrip().endswith("}") else text
     ffi = cffi.FFI()
