@@ -15,13 +15,13 @@ check() { # check STATUS TEXT
 # In a folder of its own, so that these flags do not make the other tests rebuild
 mkdir "$tmp/tree"
 ln -s "$PWD"/{ckca.h,ckca_cuda.cu,Makefile,LICENSE,ckca-config.cmake,ckca-config-version.cmake,examples,tests} "$tmp/tree"
-env -u MAKEFLAGS -u MFLAGS -u CUDA make -s -C "$tmp/tree" install-shared DESTDIR="$tmp/root" PREFIX=/usr \
+env -u MAKEFLAGS -u MFLAGS -u CUDA make -s -C "$tmp/tree" install-shared DESTDIR="$tmp/dest" PREFIX=/usr \
     CC="$CC" CFLAGS="-O1 -DCKCA_NO_SIMD" > "$tmp/log" 2>&1
 status=$?
 check $status "make install-shared"
 [ $status -eq 0 ] || { cat "$tmp/log" && echo "$passed passed, $failed failed" && exit 1; }
 version=$(sed -n 's/.*define CKCA_VERSION "\(.*\)".*/\1/p' ckca.h)
-library=$tmp/root/usr/lib/libckca.so.$version
+library=$tmp/dest/usr/lib/libckca.so.$version
 
 # The public part of the header: what CKCA_API declares is what the library has, no more, no less
 sed -n '/^#define CKCA_H$/,/^#endif \/\* CKCA_H \*\//p' ckca.h > "$tmp/public.h"
@@ -58,12 +58,12 @@ int main(void) {
     return !refused || strcmp(ckca_version(), CKCA_VERSION) || ckca_struct_size("ckca_desc") != sizeof(ckca_desc);
 }
 END
-words="-I$tmp/root/usr/include -L$tmp/root/usr/lib -lckca"
+words="-I$tmp/dest/usr/include -L$tmp/dest/usr/lib -lckca"
 if command -v pkg-config > /dev/null; then
-    export PKG_CONFIG_PATH=$tmp/root/usr/lib/pkgconfig PKG_CONFIG_SYSROOT_DIR=$tmp/root
+    export PKG_CONFIG_PATH=$tmp/dest/usr/lib/pkgconfig PKG_CONFIG_SYSROOT_DIR=$tmp/dest
     # --define-variable: pkg-config leaves out /usr/include and /usr/lib, and some forks a sysroot
-    words=$(pkg-config --define-variable=prefix="$tmp/root/usr" --cflags --libs ckca-shared)
-    header_words=$(pkg-config --define-variable=prefix="$tmp/root/usr" --cflags --libs ckca)
+    words=$(pkg-config --define-variable=prefix="$tmp/dest/usr" --cflags --libs ckca-shared)
+    header_words=$(pkg-config --define-variable=prefix="$tmp/dest/usr" --cflags --libs ckca)
     unset PKG_CONFIG_SYSROOT_DIR
     case $header_words in *-lm*-pthread*) true ;; *) false ;; esac
     check $? "ckca.pc: \"$header_words\" has no -lm -pthread"
@@ -72,15 +72,15 @@ else
 fi
 $CC -std=c99 "$tmp/user.c" -o "$tmp/user" $words 2> "$tmp/log"
 check $? "a program with $words: $(head -n 3 "$tmp/log")"
-LD_LIBRARY_PATH=$tmp/root/usr/lib "$tmp/user" > "$tmp/log" 2>&1
+LD_LIBRARY_PATH=$tmp/dest/usr/lib "$tmp/user" > "$tmp/log" 2>&1
 check $? "the program with the shared library: $(head -n 3 "$tmp/log")"
 soname=libckca.so.$(echo "$version" | sed 's/\.[0-9]*$//; /^0/!s/\..*//')
-[ -L "$tmp/root/usr/lib/$soname" ]
+[ -L "$tmp/dest/usr/lib/$soname" ]
 check $? "no link $soname"
-mv "$tmp/root/usr/lib/libckca.so" "$tmp/link" # only needed for linking
-LD_LIBRARY_PATH=$tmp/root/usr/lib "$tmp/user" > /dev/null 2>&1
+mv "$tmp/dest/usr/lib/libckca.so" "$tmp/link" # only needed for linking
+LD_LIBRARY_PATH=$tmp/dest/usr/lib "$tmp/user" > /dev/null 2>&1
 check $? "the program does not run without the unversioned link"
-mv "$tmp/link" "$tmp/root/usr/lib/libckca.so"
+mv "$tmp/link" "$tmp/dest/usr/lib/libckca.so"
 
 # CMake: find_package with the installed library, FetchContent with the source
 if ! command -v cmake > /dev/null; then
@@ -91,12 +91,12 @@ else
             -DCMAKE_C_FLAGS="-D_DEFAULT_SOURCE -O0 -DCKCA_NO_SIMD -DCKCA_NO_STB_IMAGE" "${@:2}" > "$tmp/log" 2>&1 &&
             cmake --build "$tmp/$1" >> "$tmp/log" 2>&1 && "$tmp/$1/user" >> "$tmp/log" 2>&1
     }
-    cmake_user installed -DCMAKE_PREFIX_PATH="$tmp/root/usr" -DVERSION="${version%.*}"
+    cmake_user installed -DCMAKE_PREFIX_PATH="$tmp/dest/usr" -DVERSION="${version%.*}"
     check $? "find_package(ckca ${version%.*}) and ckca::shared: $(grep -m 3 -i error "$tmp/log")"
     cmake_user source -DSOURCE="$PWD"
     check $? "FetchContent and ckca::ckca: $(grep -m 3 -i error "$tmp/log")"
     for other in 0.1 9; do
-        ! cmake_user "other$other" -DCMAKE_PREFIX_PATH="$tmp/root/usr" -DVERSION=$other && grep -q "version: $version" "$tmp/log"
+        ! cmake_user "other$other" -DCMAKE_PREFIX_PATH="$tmp/dest/usr" -DVERSION=$other && grep -q "version: $version" "$tmp/log"
         check $? "find_package(ckca $other) found version $version"
     done
 fi
