@@ -9793,40 +9793,45 @@ static ckca_status ckca__ranks_agree(ckca_context *ctx, const char *call, ckca_s
     return ckca__ranks_agree_on(ctx, call, status, NULL);
 }
 
+/* Collects 8 bytes of every rank into *all; *other: the first rank whose bytes are not rank 0's, 0: there is none. A
+   caller that finds one fails on all ranks. */
+static ckca_status ckca__ranks_compare(ckca_context *ctx, const char *call, const void *mine, const void **all,
+                                       int *other) {
+    const unsigned char *first = (unsigned char *)(ctx->exchange + (size_t)ctx->ranks.size * CKCA__RANKS_TEXT / 2);
+    ckca_status status = ckca__ranks_agree(ctx, call, CKCA_OK);
+    *other = 0;
+    if (ctx->ranks.size < 2 || status) return status;
+    *all = first;
+    ctx->agreed = 1;
+    if (!ckca__ranks_gather(ctx, mine, 8, (void *)(ctx->exchange + (size_t)ctx->ranks.size * CKCA__RANKS_TEXT / 2)))
+        return ckca__fail(ctx, CKCA_ERANKS, "rank %d of %d: %s", ctx->ranks.rank, ctx->ranks.size, ckca__ranks_lost);
+    while (++*other < ctx->ranks.size)
+        if (memcmp(first + 8 * (size_t)*other, first, 8)) return CKCA_OK;
+    *other = ctx->agreed = 0;
+    return CKCA_OK;
+}
+
 /* Fails on all ranks if value is not the same on all; what: "pictures", ... */
 static ckca_status ckca__ranks_same(ckca_context *ctx, const char *call, const char *what, uint64_t value) {
-    uint64_t *all;
-    ckca_status status = ckca__ranks_agree(ctx, call, CKCA_OK);
-    int i;
-    if (ctx->ranks.size < 2 || status) return status;
-    all = (uint64_t *)(void *)(ctx->exchange + (size_t)ctx->ranks.size * CKCA__RANKS_TEXT / 2);
-    ctx->agreed = 1;
-    if (!ckca__ranks_gather(ctx, &value, sizeof value, all))
-        return ckca__fail(ctx, CKCA_ERANKS, "rank %d of %d: %s", ctx->ranks.rank, ctx->ranks.size, ckca__ranks_lost);
-    for (i = 1; i < ctx->ranks.size; i++)
-        if (all[i] != all[0])
-            return ckca__fail(ctx, CKCA_ERANKS, "rank %d of %d: %s: its %s differ from rank 0's", i, ctx->ranks.size,
-                              call, what);
-    ctx->agreed = 0;
-    return CKCA_OK;
+    const void *all;
+    int other;
+    ckca_status status = ckca__ranks_compare(ctx, call, &value, &all, &other);
+    if (status || !other) return status;
+    return ckca__fail(ctx, CKCA_ERANKS, "rank %d of %d: %s: its %s differ from rank 0's", other, ctx->ranks.size, call,
+                      what);
 }
 
 /* The same for a number, which the sentence shows. */
 static ckca_status ckca__ranks_same_number(ckca_context *ctx, const char *call, const char *what, double value) {
-    double *all;
-    ckca_status status = ckca__ranks_agree(ctx, call, CKCA_OK);
-    int i;
-    if (ctx->ranks.size < 2 || status) return status;
-    all = (double *)(void *)(ctx->exchange + (size_t)ctx->ranks.size * CKCA__RANKS_TEXT / 2);
-    ctx->agreed = 1;
-    if (!ckca__ranks_gather(ctx, &value, sizeof value, all))
-        return ckca__fail(ctx, CKCA_ERANKS, "rank %d of %d: %s", ctx->ranks.rank, ctx->ranks.size, ckca__ranks_lost);
-    for (i = 1; i < ctx->ranks.size; i++)
-        if (all[i] != all[0])
-            return ckca__fail(ctx, CKCA_ERANKS, "rank %d of %d: %s: its %s is %.9g, rank 0's is %.9g", i,
-                              ctx->ranks.size, call, what, all[i], all[0]);
-    ctx->agreed = 0;
-    return CKCA_OK;
+    const void *all;
+    double theirs, first;
+    int other;
+    ckca_status status = ckca__ranks_compare(ctx, call, &value, &all, &other);
+    if (status || !other) return status;
+    memcpy(&first, all, sizeof first);
+    memcpy(&theirs, (const unsigned char *)all + 8 * (size_t)other, sizeof theirs);
+    return ckca__fail(ctx, CKCA_ERANKS, "rank %d of %d: %s: its %s is %.9g, rank 0's is %.9g", other, ctx->ranks.size,
+                      call, what, theirs, first);
 }
 
 /* Adds up values[0..n) over ranks, to float's precision. Call ckca__ranks_agree before. */
